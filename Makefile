@@ -1,0 +1,1 @@
+# fabricd: see README.md. `make lab` shows it, `make test` tests it.

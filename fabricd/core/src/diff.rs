@@ -1,0 +1,397 @@
+//! [`diff`]: the steps from what the kernel has to what it should have.
+//!
+//! The order keeps packets flowing: what a peer needs is made from the bottom up (link, address, FDB,
+//! neighbour, nexthop, route), what is no longer wanted goes from the top down, after that. A step names what
+//! it builds on, so that when one fails only those above it wait: see [`Gate`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use crate::model::{Family, IfName, MacAddr, Subnet};
+use crate::state::{KernelState, Nexthop, NexthopId, ROUTE_PROTOCOL, Sysctl, Via, VxlanLink};
+
+/// What happens to one entry of a table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change<T> {
+    /// It is missing.
+    Create(T),
+    /// It is there with another value. Only what was just seen as ours is replaced.
+    Replace {
+        /// The value it has.
+        was: T,
+        /// The value it should have.
+        now: T,
+    },
+    /// It should not be there.
+    Delete(T),
+}
+
+impl<T> Change<T> {
+    /// The value that should be there afterwards.
+    #[must_use]
+    pub fn wanted(&self) -> Option<&T> {
+        match self {
+            Self::Create(now) | Self::Replace { now, .. } => Some(now),
+            Self::Delete(_) => None,
+        }
+    }
+
+    /// The value that was there before.
+    #[must_use]
+    pub fn found(&self) -> Option<&T> {
+        match self {
+            Self::Create(_) => None,
+            Self::Replace { was, .. } | Self::Delete(was) => Some(was),
+        }
+    }
+
+    fn sign(&self) -> char {
+        match self {
+            Self::Create(_) => '+',
+            Self::Replace { .. } => '~',
+            Self::Delete(_) => '-',
+        }
+    }
+}
+
+/// One write to the kernel. Applying it twice does no more than once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// A VXLAN device. `Replace` changes it in place.
+    Link(IfName, Change<VxlanLink>),
+    /// A kernel setting; never deleted.
+    Sysctl(Sysctl, u32),
+    /// An address on our device.
+    Address(IfName, Change<Subnet>),
+    /// An FDB entry.
+    Fdb(IfName, MacAddr, Change<IpAddr>),
+    /// A permanent neighbour.
+    Neighbour(IfName, IpAddr, Change<MacAddr>),
+    /// A nexthop object.
+    Nexthop(NexthopId, Change<Nexthop>),
+    /// A route.
+    Route(Subnet, Change<Via>),
+}
+
+/// What names an entry, over all tables.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Key {
+    /// A device.
+    Link(IfName),
+    /// A setting.
+    Sysctl(Sysctl),
+    /// An address.
+    Address(IfName, Subnet),
+    /// An FDB entry.
+    Fdb(IfName, MacAddr),
+    /// A neighbour.
+    Neighbour(IfName, IpAddr),
+    /// A nexthop object.
+    Nexthop(NexthopId),
+    /// A route.
+    Route(Subnet),
+}
+
+impl Op {
+    /// The entry that this step writes.
+    #[must_use]
+    pub fn key(&self) -> Key {
+        match self {
+            Self::Link(name, _) => Key::Link(name.clone()),
+            Self::Sysctl(sysctl, _) => Key::Sysctl(sysctl.clone()),
+            Self::Address(dev, Change::Create(a) | Change::Delete(a) | Change::Replace { now: a, .. }) => {
+                Key::Address(dev.clone(), *a)
+            }
+            Self::Fdb(dev, mac, _) => Key::Fdb(dev.clone(), *mac),
+            Self::Neighbour(dev, ip, _) => Key::Neighbour(dev.clone(), *ip),
+            Self::Nexthop(id, _) => Key::Nexthop(*id),
+            Self::Route(dst, _) => Key::Route(*dst),
+        }
+    }
+
+    /// True for the last kind of step: something goes.
+    #[must_use]
+    pub fn is_delete(&self) -> bool {
+        match self {
+            Self::Link(_, c) => c.wanted().is_none(),
+            Self::Sysctl(..) => false,
+            Self::Address(_, c) => c.wanted().is_none(),
+            Self::Fdb(_, _, c) => c.wanted().is_none(),
+            Self::Neighbour(_, _, c) => c.wanted().is_none(),
+            Self::Nexthop(_, c) => c.wanted().is_none(),
+            Self::Route(_, c) => c.wanted().is_none(),
+        }
+    }
+
+    /// The entries that must be right before this step makes sense.
+    #[must_use]
+    pub fn needs(&self) -> Vec<Key> {
+        match self {
+            Self::Link(..) => vec![],
+            Self::Sysctl(Sysctl::AcceptRa(dev), _) => vec![Key::Link(dev.clone())],
+            Self::Sysctl(..) => vec![],
+            Self::Address(dev, c) if c.wanted().is_some() => vec![Key::Link(dev.clone())],
+            Self::Fdb(dev, _, c) if c.wanted().is_some() => vec![Key::Link(dev.clone())],
+            Self::Neighbour(dev, _, c) => {
+                c.wanted().map(|mac| vec![Key::Link(dev.clone()), Key::Fdb(dev.clone(), *mac)]).unwrap_or_default()
+            }
+            Self::Nexthop(_, c) => c.wanted().map(over_vtep).unwrap_or_default(),
+            Self::Route(_, c) => c.wanted().map(below_route).unwrap_or_default(),
+            Self::Address(..) | Self::Fdb(..) => vec![],
+        }
+    }
+
+    /// The entries that what was there still uses: they must stay when this step fails.
+    #[must_use]
+    pub fn holds(&self) -> Vec<Key> {
+        match self {
+            Self::Neighbour(dev, _, c) => c.found().map(|mac| vec![Key::Fdb(dev.clone(), *mac)]).unwrap_or_default(),
+            Self::Nexthop(_, c) => c.found().map(over_vtep).unwrap_or_default(),
+            Self::Route(_, c) => c.found().map(below_route).unwrap_or_default(),
+            _ => vec![],
+        }
+    }
+
+    /// Steps of one rank may go to the kernel together; ranks go in order.
+    fn rank(&self) -> u8 {
+        let height = match self {
+            Self::Link(..) => 0,
+            Self::Sysctl(..) => 1,
+            Self::Address(..) => 2,
+            Self::Fdb(..) => 3,
+            Self::Neighbour(..) => 4,
+            Self::Nexthop(..) => 5,
+            Self::Route(..) => 6,
+        };
+        if self.is_delete() { 20 - height } else { 10 + height }
+    }
+}
+
+fn over_vtep(nexthop: &Nexthop) -> Vec<Key> {
+    vec![Key::Link(nexthop.dev.clone()), Key::Neighbour(nexthop.dev.clone(), nexthop.gateway)]
+}
+
+fn below_route(via: &Via) -> Vec<Key> {
+    match via {
+        Via::Nexthop(id) => vec![Key::Nexthop(*id)],
+        Via::Gateway(nexthop) => over_vtep(nexthop),
+        Via::Direct(_) => vec![],
+    }
+}
+
+/// Steps in the order in which they are to be taken.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    ops: Vec<Op>,
+    first: usize,
+}
+
+impl Plan {
+    /// All steps.
+    #[must_use]
+    pub fn ops(&self) -> &[Op] {
+        &self.ops
+    }
+
+    /// True when nothing is to be done.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.ops.is_empty()
+    }
+
+    /// The steps in groups: those of one group don't depend on each other.
+    pub fn stages(&self) -> impl Iterator<Item = &[Op]> {
+        let (first, rest) = self.ops.split_at(self.first);
+        std::iter::once(first).filter(|ops| !ops.is_empty()).chain(rest.chunk_by(|a, b| a.rank() == b.rank()))
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.ops.iter().try_for_each(|op| writeln!(f, "{op}"))
+    }
+}
+
+/// The steps from `have` to `want`. Over the union of both: what nobody wants any more goes too.
+#[must_use]
+pub fn diff(want: &KernelState, have: &KernelState) -> Plan {
+    // A device that can't become what is wanted goes first, and the kernel takes all that hangs on it along.
+    let outgrown: BTreeSet<&IfName> = have
+        .links
+        .iter()
+        .filter(|(name, link)| want.links.get(*name).is_some_and(|want| !link.can_become(want)))
+        .map(|(name, _)| name)
+        .collect();
+    let (have, first) = if outgrown.is_empty() {
+        (std::borrow::Cow::Borrowed(have), vec![])
+    } else {
+        let gone = outgrown.iter().map(|name| Op::Link((*name).clone(), Change::Delete(have.links[*name].clone())));
+        (std::borrow::Cow::Owned(without(have, |name| outgrown.contains(name))), gone.collect())
+    };
+
+    let addresses = |state: &KernelState| -> BTreeMap<(IfName, Subnet), Subnet> {
+        state.addresses.iter().map(|(dev, a)| ((dev.clone(), *a), *a)).collect()
+    };
+    let mut ops = Vec::new();
+    ops.extend(changes(&want.links, &have.links).map(|(name, c)| Op::Link(name, c)));
+    ops.extend(
+        want.sysctls.iter().filter(|(k, v)| have.sysctls.get(k) != Some(v)).map(|(k, v)| Op::Sysctl(k.clone(), *v)),
+    );
+    ops.extend(changes(&addresses(want), &addresses(&have)).map(|((dev, _), c)| Op::Address(dev, c)));
+    ops.extend(changes(&want.fdb, &have.fdb).map(|((dev, mac), c)| Op::Fdb(dev, mac, c)));
+    ops.extend(changes(&want.neighbours, &have.neighbours).map(|((dev, ip), c)| Op::Neighbour(dev, ip, c)));
+    ops.extend(changes(&want.nexthops, &have.nexthops).map(|(id, c)| Op::Nexthop(id, c)));
+    ops.extend(changes(&want.routes, &have.routes).map(|(dst, c)| Op::Route(dst, c)));
+    ops.sort_by_key(Op::rank);
+    let mut plan = Plan { first: first.len(), ops: first };
+    plan.ops.append(&mut ops);
+    plan
+}
+
+/// `state` after the kernel removed the devices for which `gone` says so: all that hangs on them goes along.
+#[must_use]
+pub fn without(state: &KernelState, gone: impl Fn(&IfName) -> bool) -> KernelState {
+    let mut left = state.clone();
+    left.links.retain(|name, _| !gone(name));
+    left.addresses.retain(|(dev, _)| !gone(dev));
+    left.fdb.retain(|(dev, _), _| !gone(dev));
+    left.neighbours.retain(|(dev, _), _| !gone(dev));
+    left.nexthops.retain(|_, nexthop| !gone(&nexthop.dev));
+    left.sysctls.retain(|sysctl, _| !matches!(sysctl, Sysctl::AcceptRa(dev) if gone(dev)));
+    let nexthops = &left.nexthops;
+    left.routes.retain(|_, via| match via {
+        Via::Nexthop(id) => nexthops.contains_key(id),
+        Via::Gateway(nexthop) | Via::Direct(nexthop) => !gone(&nexthop.dev),
+    });
+    left
+}
+
+fn changes<K: Ord + Clone, V: PartialEq + Clone>(
+    want: &BTreeMap<K, V>,
+    have: &BTreeMap<K, V>,
+) -> impl Iterator<Item = (K, Change<V>)> {
+    let wanted = want.iter().filter_map(|(key, now)| match have.get(key) {
+        None => Some((key.clone(), Change::Create(now.clone()))),
+        Some(was) if was != now => Some((key.clone(), Change::Replace { was: was.clone(), now: now.clone() })),
+        Some(_) => None,
+    });
+    let unwanted = have.iter().filter(|(key, _)| !want.contains_key(key));
+    wanted.chain(unwanted.map(|(key, was)| (key.clone(), Change::Delete(was.clone()))))
+}
+
+/// Decides which steps still make sense after some have failed.
+#[derive(Debug, Default)]
+pub struct Gate {
+    broken: BTreeSet<Key>,
+    held: BTreeSet<Key>,
+}
+
+impl Gate {
+    /// Whether `op` should be taken; an op that is turned away counts as failed.
+    pub fn admits(&mut self, op: &Op) -> bool {
+        let blocked = (!self.broken.is_empty() && op.needs().iter().any(|key| self.broken.contains(key)))
+            || (!self.held.is_empty() && op.is_delete() && self.held.contains(&op.key()));
+        if blocked {
+            self.failed(op);
+        }
+        !blocked
+    }
+
+    /// Takes note that `op` failed.
+    pub fn failed(&mut self, op: &Op) {
+        self.broken.insert(op.key());
+        self.held.extend(op.holds());
+    }
+}
+
+impl fmt::Display for Op {
+    /// The step as a line of iproute2, behind `+` (made), `~` (changed) or `-` (removed).
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Link(name, change) => link_line(f, name, change),
+            Self::Sysctl(sysctl, value) => write!(f, "~ sysctl -w net.{}={value}", sysctl.path().replace('/', ".")),
+            Self::Address(dev, change) => {
+                let (verb, address) = match change {
+                    Change::Create(now) | Change::Replace { now, .. } => ("add", now),
+                    Change::Delete(was) => ("del", was),
+                };
+                let nodad = if address.family() == Family::V6 && verb == "add" { " nodad" } else { "" };
+                write!(f, "{} ip address {verb} {address} dev {dev}{nodad}", change.sign())
+            }
+            Self::Fdb(dev, mac, change) => match change.wanted() {
+                Some(dst) => write!(f, "{} bridge fdb replace {mac} dev {dev} dst {dst} self permanent", change.sign()),
+                None => write!(f, "- bridge fdb del {mac} dev {dev} self"),
+            },
+            Self::Neighbour(dev, ip, change) => match change.wanted() {
+                Some(mac) => {
+                    write!(f, "{} ip neighbour replace {ip} lladdr {mac} dev {dev} nud permanent", change.sign())
+                }
+                None => write!(f, "- ip neighbour del {ip} dev {dev}"),
+            },
+            Self::Nexthop(id, change) => match change {
+                Change::Create(nexthop) => write!(f, "+ ip nexthop add id {id} {}", Onlink(nexthop)),
+                Change::Replace { now, .. } => write!(f, "~ ip nexthop replace id {id} {}", Onlink(now)),
+                Change::Delete(_) => write!(f, "- ip nexthop del id {id}"),
+            },
+            Self::Route(dst, change) => {
+                let (verb, via) = match change {
+                    Change::Create(via) => ("add", via),
+                    Change::Replace { now, .. } => ("replace", now),
+                    Change::Delete(via) => ("del", via),
+                };
+                write!(f, "{} ip route {verb} {dst} ", change.sign())?;
+                match via {
+                    Via::Nexthop(id) => write!(f, "nhid {id} proto {ROUTE_PROTOCOL}"),
+                    Via::Gateway(nexthop) => Onlink(nexthop).fmt(f),
+                    Via::Direct(Nexthop { gateway, dev }) => {
+                        write!(f, "via {gateway} dev {dev} proto {ROUTE_PROTOCOL}")
+                    }
+                }
+            }
+        }
+    }
+}
+
+struct Onlink<'a>(&'a Nexthop);
+
+impl fmt::Display for Onlink<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "via {} dev {} onlink proto {ROUTE_PROTOCOL}", self.0.gateway, self.0.dev)
+    }
+}
+
+fn link_line(f: &mut fmt::Formatter<'_>, name: &IfName, change: &Change<VxlanLink>) -> fmt::Result {
+    let on = |value: bool, word| if value { word } else { "" };
+    match change {
+        Change::Create(link) => write!(
+            f,
+            "+ ip link add {name} address {} mtu {}{} type vxlan id {} dstport {} local {} {}{}",
+            link.mac,
+            link.mtu,
+            on(link.up, " up"),
+            link.vni,
+            link.port,
+            link.local,
+            if link.learning { "learning" } else { "nolearning" },
+            on(link.gbp, " gbp"),
+        ),
+        Change::Replace { was, now } => {
+            write!(f, "~ ip link set {name}")?;
+            if was.mac != now.mac {
+                write!(f, " address {}", now.mac)?;
+            }
+            if was.mtu != now.mtu {
+                write!(f, " mtu {}", now.mtu)?;
+            }
+            if was.up != now.up {
+                f.write_str(if now.up { " up" } else { " down" })?;
+            }
+            if (was.local, was.learning) != (now.local, now.learning) {
+                write!(f, " type vxlan local {} {}", now.local, if now.learning { "learning" } else { "nolearning" })?;
+            }
+            Ok(())
+        }
+        Change::Delete(_) => write!(f, "- ip link del {name}"),
+    }
+}

@@ -1,0 +1,194 @@
+//! What the daemon tells its CNI plugin, and others, through files.
+//!
+//! `node.json` is for `fabric-cni`, which reads nothing else. `subnet.env` is flannel's file, for programs
+//! that expect it. Both are replaced by rename, so a reader sees an old one or a new one, whole.
+
+use std::fmt::Write as _;
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::{NodeName, PerFamily, Subnet};
+
+/// Version of `node.json` that this code writes.
+pub const NODE_FILE_VERSION: u32 = 1;
+
+/// Default folder of both files. It is memory: after a reboot there is none until the daemon is ready.
+pub const RUN_DIR: &str = "/run/fabric";
+
+/// Name of the file in the run folder.
+pub const NODE_FILE: &str = "node.json";
+
+/// Why `node.json` can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum HandoffError {
+    /// Not the JSON that the daemon writes.
+    #[error("not a node file: {0}")]
+    Json(#[from] serde_json::Error),
+    /// Written by a newer daemon in a form that this code doesn't know.
+    #[error(
+        "version {0} is newer than {NODE_FILE_VERSION}, the newest known here; install the fabric-cni of the same release"
+    )]
+    Version(u32),
+    /// Says ready but names no subnet.
+    #[error("it says ready but names no subnet")]
+    NoSubnet,
+}
+
+/// Whether pods may be added to this node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum Readiness {
+    /// Yes.
+    Ready,
+    /// No; running pods are not touched.
+    NotReady {
+        /// What kind of trouble.
+        code: NotReady,
+        /// In words, with the way out.
+        reason: String,
+    },
+}
+
+/// Kinds of trouble that keep pods from being added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NotReady {
+    /// Not everything has been set up yet.
+    Starting,
+    /// The lease of this node is gone or another's: running pods go on, no address is handed out.
+    Quarantine,
+    /// Something must be mended by a person first.
+    Failed,
+    /// Of a newer version.
+    #[serde(other)]
+    Other,
+}
+
+/// One family of this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeSubnet {
+    /// The whole network; pods get a route to it.
+    pub network: Subnet,
+    /// This node's slice, which pods get their addresses from.
+    pub subnet: Subnet,
+}
+
+/// The content of `node.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeFile {
+    /// Version of this format.
+    pub version: u32,
+    /// This node.
+    pub node: NodeName,
+    /// Whether pods may be added.
+    #[serde(flatten)]
+    pub readiness: Readiness,
+    /// The IPv4 subnet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv4: Option<NodeSubnet>,
+    /// The IPv6 subnet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv6: Option<NodeSubnet>,
+    /// MTU of pods' interfaces in bytes.
+    pub mtu: u32,
+    /// Rises with every claim of a lease.
+    pub epoch: u64,
+}
+
+impl NodeFile {
+    /// Reads `node.json`.
+    ///
+    /// # Errors
+    /// [`HandoffError`]; the file is then as good as missing.
+    pub fn decode(json: &[u8]) -> Result<Self, HandoffError> {
+        #[derive(Deserialize)]
+        struct Version {
+            version: u32,
+        }
+        let Version { version } = serde_json::from_slice(json)?;
+        if version > NODE_FILE_VERSION {
+            return Err(HandoffError::Version(version));
+        }
+        let file: Self = serde_json::from_slice(json)?;
+        if file.readiness == Readiness::Ready && file.subnets().is_empty() {
+            return Err(HandoffError::NoSubnet);
+        }
+        Ok(file)
+    }
+
+    /// The file's content.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut json = serde_json::to_vec_pretty(self).expect("plain members");
+        json.push(b'\n');
+        json
+    }
+
+    /// Both families.
+    #[must_use]
+    pub fn subnets(&self) -> PerFamily<NodeSubnet> {
+        PerFamily { v4: self.ipv4, v6: self.ipv6 }
+    }
+
+    /// The same facts as flannel's `subnet.env`: addresses are those of the gateway.
+    #[must_use]
+    pub fn subnet_env(&self, masquerade: bool) -> String {
+        let mut env = String::new();
+        for (names, subnet) in [("", self.ipv4), ("IPV6_", self.ipv6)] {
+            if let Some(NodeSubnet { network, subnet }) = subnet {
+                let _ = writeln!(env, "FLANNEL_{names}NETWORK={network}");
+                let _ = writeln!(env, "FLANNEL_{names}SUBNET={}/{}", subnet.gateway(), subnet.prefix_len());
+            }
+        }
+        let _ = write!(env, "FLANNEL_MTU={}\nFLANNEL_IPMASQ={masquerade}\n", self.mtu);
+        env
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dual_stack() -> NodeFile {
+        let subnet = |network: &str, subnet: &str| NodeSubnet {
+            network: network.parse().expect("valid"),
+            subnet: subnet.parse().expect("valid"),
+        };
+        NodeFile {
+            version: NODE_FILE_VERSION,
+            node: "node-1".parse().expect("valid"),
+            readiness: Readiness::Ready,
+            ipv4: Some(subnet("10.244.0.0/16", "10.244.3.0/24")),
+            ipv6: Some(subnet("fd00:10:244::/48", "fd00:10:244:3::/64")),
+            mtu: 1430,
+            epoch: 7,
+        }
+    }
+
+    #[test]
+    fn node_file_round_trips() {
+        let mut file = dual_stack();
+        assert_eq!(NodeFile::decode(&file.encode()).expect("readable"), file);
+        file.readiness = Readiness::NotReady { code: NotReady::Quarantine, reason: "the lease is node-2's".into() };
+        assert_eq!(NodeFile::decode(&file.encode()).expect("readable"), file);
+    }
+
+    #[test]
+    fn subnet_env_is_flannels() {
+        let want = "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.3.1/24\n\
+                    FLANNEL_IPV6_NETWORK=fd00:10:244::/48\nFLANNEL_IPV6_SUBNET=fd00:10:244:3::1/64\n\
+                    FLANNEL_MTU=1430\nFLANNEL_IPMASQ=false\n";
+        assert_eq!(dual_stack().subnet_env(false), want);
+    }
+
+    #[test]
+    fn empty_cut_and_newer_files_are_refused() {
+        let whole = dual_stack().encode();
+        for cut in [0, 1, whole.len() / 2, whole.len() - 3] {
+            assert!(NodeFile::decode(&whole[..cut]).is_err(), "cut at {cut}");
+        }
+        assert!(matches!(NodeFile::decode(br#"{"version":99}"#), Err(HandoffError::Version(99))));
+        let nobody = NodeFile { ipv4: None, ipv6: None, ..dual_stack() };
+        assert!(matches!(NodeFile::decode(&nobody.encode()), Err(HandoffError::NoSubnet)));
+    }
+}

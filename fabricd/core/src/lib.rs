@@ -1,0 +1,18 @@
+//! The pure half of fabricd.
+//!
+//! Nothing here reads a clock, draws a random number, opens a file or waits. The daemon hands in
+//! what it knows (leases from the store, facts from the kernel) and gets back what the kernel
+//! should hold and the steps that lead there:
+//!
+//! ```text
+//! records ──> LeaseSet ──> desired() ──> KernelState ──> diff() ──> Plan
+//!                 facts ──────┘          observed state ───┘
+//! ```
+
+pub mod diff;
+pub mod handoff;
+pub mod leases;
+pub mod model;
+pub mod network;
+pub mod record;
+pub mod state;

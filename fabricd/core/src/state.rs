@@ -1,0 +1,159 @@
+//! [`KernelState`]: what fabricd keeps in the kernel, one ordered map per kernel table, each keyed as the
+//! kernel keys that table. It describes what should be and what is alike; [`crate::diff`] compares the two.
+//!
+//! docs/kernel-state.md says for every table how an entry is recognised as ours.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use crate::model::{Family, IfName, MacAddr, Subnet, Vni};
+
+/// Protocol number that marks our routes and nexthop objects (`RTA_PROTOCOL`, `nh_protocol`): free in
+/// iproute2's `rt_protos` and in the numbers that FRR, BIRD, Calico and Cilium use.
+pub const ROUTE_PROTOCOL: u8 = 250;
+
+/// Our nexthop objects have ids from here up; one flat space per network namespace is shared with everybody.
+pub const NEXTHOP_ID_BASE: u32 = 0xFA00_0000;
+
+/// A VXLAN device. The fields above `mac` can't change without making the device anew.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VxlanLink {
+    /// VXLAN network identifier.
+    pub vni: Vni,
+    /// UDP destination port.
+    pub port: u16,
+    /// Group policy extension.
+    pub gbp: bool,
+    /// Address of the device.
+    pub mac: MacAddr,
+    /// Source address of the outer packets; its family is the underlay's.
+    pub local: IpAddr,
+    /// The MTU of what is inside, in bytes.
+    pub mtu: u32,
+    /// Whether the kernel adds FDB entries by what it receives.
+    pub learning: bool,
+    /// Administratively up.
+    pub up: bool,
+}
+
+impl VxlanLink {
+    /// True when a device like `self` becomes one like `want` without being made anew.
+    #[must_use]
+    pub fn can_become(&self, want: &Self) -> bool {
+        let family = |link: &Self| Family::of(link.local);
+        (self.vni, self.port, self.gbp, family(self)) == (want.vni, want.port, want.gbp, family(want))
+    }
+}
+
+/// A nexthop object: how to reach a peer's subnet.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Nexthop {
+    /// The peer's overlay address.
+    pub gateway: IpAddr,
+    /// Our VXLAN device.
+    pub dev: IfName,
+}
+
+/// Id of a nexthop object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NexthopId(pub u32);
+
+impl fmt::Display for NexthopId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Where a route leads.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Via {
+    /// Through a nexthop object (IPv4 from kernel 5.3 on).
+    Nexthop(NexthopId),
+    /// To an overlay address on our device, on-link (IPv6, and IPv4 before 5.3).
+    Gateway(Nexthop),
+    /// To an underlay address on an underlay link, without encapsulation.
+    Direct(Nexthop),
+}
+
+/// A kernel setting below `/proc/sys/net`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Sysctl {
+    /// `ipv4/ip_forward`: this host forwards IPv4.
+    Ipv4Forward,
+    /// `ipv6/conf/all/forwarding`: this host forwards IPv6.
+    Ipv6Forward,
+    /// `ipv6/conf/<dev>/accept_ra`: router advertisements on our device.
+    AcceptRa(IfName),
+}
+
+impl Sysctl {
+    /// The file below `/proc/sys/net`.
+    #[must_use]
+    pub fn path(&self) -> String {
+        match self {
+            Self::Ipv4Forward => "ipv4/ip_forward".into(),
+            Self::Ipv6Forward => "ipv6/conf/all/forwarding".into(),
+            Self::AcceptRa(dev) => format!("ipv6/conf/{dev}/accept_ra"),
+        }
+    }
+}
+
+/// All that fabricd keeps in the kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KernelState {
+    /// VXLAN devices by name.
+    pub links: BTreeMap<IfName, VxlanLink>,
+    /// Addresses on our devices, kernel-made link-local ones left out.
+    pub addresses: BTreeSet<(IfName, Subnet)>,
+    /// FDB: where a peer's VTEP is reached on the underlay. By device and MAC address.
+    pub fdb: BTreeMap<(IfName, MacAddr), IpAddr>,
+    /// Permanent neighbours: which VTEP has an overlay address. By device and address.
+    pub neighbours: BTreeMap<(IfName, IpAddr), MacAddr>,
+    /// Nexthop objects by id.
+    pub nexthops: BTreeMap<NexthopId, Nexthop>,
+    /// Routes of the main table with metric 0 (IPv6: the kernel's default, 1024), by destination.
+    pub routes: BTreeMap<Subnet, Via>,
+    /// Settings that we need; those found to hold something else are what `diff` writes.
+    pub sysctls: BTreeMap<Sysctl, u32>,
+}
+
+impl KernelState {
+    /// How many entries there are, over all tables.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.links.len()
+            + self.addresses.len()
+            + self.fdb.len()
+            + self.neighbours.len()
+            + self.nexthops.len()
+            + self.routes.len()
+            + self.sysctls.len()
+    }
+
+    /// True when every table is empty.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// What the kernel holds of others that our plans must step around.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Foreign {
+    /// Ids of nexthop objects that are not ours.
+    pub nexthop_ids: BTreeSet<NexthopId>,
+    /// Routes of the main table with our metric that are not ours, by destination, each as `ip route` prints it.
+    pub routes: BTreeMap<Subnet, String>,
+    /// Every other interface: name, and what it is when it is a VXLAN device.
+    pub links: BTreeMap<IfName, ForeignLink>,
+}
+
+/// An interface that is not ours, as far as it can stand in our way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ForeignLink {
+    /// The kernel's name for its type: `veth`, `bridge`, `vxlan`; empty for a physical one.
+    pub kind: String,
+    /// VNI, port and underlay family when it is a VXLAN device. Two devices can't share all three.
+    pub vxlan: Option<(u32, u16, Family)>,
+}

@@ -1,0 +1,99 @@
+//! The kernel's side: what it holds, and writing to it.
+//!
+//! [`Kernel`] is what the reconcile loop sees. [`netlink::Netlink`] is the real one; the test crate has a fake that
+//! behaves alike, and one conformance suite runs on both. Only this folder names netlink.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+
+use fabric_core::diff::Op;
+use fabric_core::state::{Foreign, KernelState};
+
+use crate::underlay::Host;
+
+/// What one look at the kernel found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// What is ours, by the marks of docs/kernel-state.md.
+    pub ours: KernelState,
+    /// What is not ours, as far as plans must step around it.
+    pub foreign: Foreign,
+    /// The host's links, addresses and default routes: what the underlay is chosen from.
+    pub host: Host,
+    /// Whether the kernel knows nexthop objects (5.3 and later).
+    pub nexthop_objects: bool,
+    /// Chains of others that drop forwarded packets unless a rule accepts them.
+    pub forward_drops: Vec<ForwardDrop>,
+}
+
+/// A base chain on the forward hook whose policy is drop.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ForwardDrop {
+    /// Where it is, as `nft` or `iptables` names it: `ip filter FORWARD`, `iptables-legacy FORWARD`.
+    pub chain: String,
+    /// Commands that let the pods' packets through, one a line, with `{network}` for the network's prefix.
+    pub remedy: String,
+}
+
+/// What has changed in the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Touched {
+    /// Something that [`Observed`] shows may have changed.
+    State,
+    /// Notifications were lost: anything may have changed.
+    Everything,
+}
+
+/// Why the kernel could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// The kernel refused a write.
+    #[error("{op}: {source}{}", detail.as_deref().map(|d| format!(" ({d})")).unwrap_or_default())]
+    Refused {
+        /// The write, as iproute2 would put it.
+        op: String,
+        /// Its errno.
+        source: io::Error,
+        /// The kernel's own words (`NLMSGERR_ATTR_MSG`), or what else is known, with the way out.
+        detail: Option<String>,
+    },
+    /// A table could not be read.
+    #[error("cannot read the kernel's {table}: {source}")]
+    Dump {
+        /// Which table.
+        table: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The connection to the kernel is gone.
+    #[error("the netlink connection is gone: {0}")]
+    Disconnected(String),
+}
+
+impl KernelError {
+    /// The errno, where there is one.
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Refused { source, .. } | Self::Dump { source, .. } => source.raw_os_error(),
+            Self::Disconnected(_) => None,
+        }
+    }
+}
+
+/// A kernel that fabricd can look at and write to.
+pub trait Kernel: Send {
+    /// What the kernel holds now. Cheap when nothing was touched since the last look.
+    ///
+    /// # Errors
+    /// When a table can't be read; nothing is known then.
+    fn observe(&mut self) -> impl Future<Output = Result<Arc<Observed>, KernelError>> + Send;
+
+    /// Takes steps that don't depend on each other: one result for each, in their order. What is already as wanted is
+    /// no error (deleting what is gone, creating what is there alike).
+    fn apply(&mut self, ops: &[Op]) -> impl Future<Output = Vec<Result<(), KernelError>>> + Send;
+
+    /// Waits until something that [`Kernel::observe`] shows has changed since the last observe. Cancel-safe.
+    fn changed(&mut self) -> impl Future<Output = Touched> + Send;
+}

@@ -1,0 +1,145 @@
+//! The lease store: where the network config lies and the nodes' leases live.
+//!
+//! [`LeaseStore`] is what the daemon sees. [`etcd::Etcd`] is the real one; the test crate has one in memory, and one
+//! conformance suite runs on both.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fabric_core::leases::LeaseSet;
+use fabric_core::model::NodeName;
+use fabric_core::network::{ConfigError, NetworkConfig};
+use fabric_core::record::{LeaseKey, Record};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+/// What is known of the network config.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Network {
+    /// The store has not answered yet.
+    #[default]
+    Unknown,
+    /// The store has no config.
+    Missing,
+    /// The store's config can't be used.
+    Invalid(ConfigError),
+    /// The config.
+    Valid(NetworkConfig),
+}
+
+/// How the connection to the store is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Connection {
+    /// Not tried yet.
+    Unknown,
+    /// The watch is running.
+    Up,
+    /// It can't be reached; being retried.
+    Down(String),
+}
+
+/// What a node asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// The node.
+    pub node: NodeName,
+    /// The subnets.
+    pub key: LeaseKey,
+    /// What to say there.
+    pub record: Record,
+    /// What must be true of the key, else the claim is lost.
+    pub expect: Expect,
+    /// The revision of the [`LeaseSet`] that the choice was made on: nothing may have been leased since.
+    pub seen_revision: i64,
+    /// Time to live of the lease, in whole seconds.
+    pub ttl: Duration,
+}
+
+/// The state of the key that a claim was decided on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// Nobody has it.
+    Absent,
+    /// It was last changed at this revision: it is ours to take over.
+    Revision(i64),
+}
+
+/// A lease that is held.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// Its subnets.
+    pub key: LeaseKey,
+    /// Revision of our last write; a later one in the watch is somebody else's.
+    pub mod_revision: i64,
+    /// The store's lease that the key hangs on.
+    pub lease_id: i64,
+    /// When it ends unless it is kept alive, by the local monotonic clock, counted from before the request was sent.
+    pub expires: Instant,
+    /// The time to live that the store granted.
+    pub ttl: Duration,
+}
+
+/// Why the store did not do what was asked.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// Somebody else was faster, or the key is not as expected. Decide anew on the next [`LeaseSet`].
+    #[error("{key} was changed by somebody else meanwhile")]
+    Lost {
+        /// What was asked for.
+        key: LeaseKey,
+    },
+    /// The store's lease is gone: expired or revoked.
+    #[error("the lease {lease_id:x} has expired or was revoked")]
+    Expired {
+        /// Its id in the store.
+        lease_id: i64,
+    },
+    /// No endpoint answers. Whether a write happened is not known.
+    #[error("cannot reach the store at {endpoints}: {reason}")]
+    Unreachable {
+        /// All that were tried.
+        endpoints: String,
+        /// What the last one said.
+        reason: String,
+    },
+    /// The store answers, and refuses.
+    #[error("the store refused to {operation}: {reason}")]
+    Refused {
+        /// What was asked for.
+        operation: &'static str,
+        /// What it said.
+        reason: String,
+    },
+}
+
+/// A place that holds leases.
+pub trait LeaseStore: Send + Sync + 'static {
+    /// The network config, and every change of it.
+    fn network(&self) -> watch::Receiver<Network>;
+
+    /// All leases, always the whole latest set; `None` until a full snapshot has come. While the store can't be
+    /// reached it keeps the last set.
+    fn leases(&self) -> watch::Receiver<Option<Arc<LeaseSet>>>;
+
+    /// How the connection is.
+    fn connection(&self) -> watch::Receiver<Connection>;
+
+    /// Takes a lease, or rewrites the one that is held, in one transaction.
+    ///
+    /// # Errors
+    /// [`StoreError::Lost`], `Unreachable` or `Refused`.
+    fn claim(&self, claim: &Claim) -> impl Future<Output = Result<Grant, StoreError>> + Send;
+
+    /// Keeps a lease alive: gives the grant with its new expiry. Writes nothing under the prefix.
+    ///
+    /// # Errors
+    /// [`StoreError::Expired`], `Unreachable` or `Refused`.
+    fn keep_alive(&self, grant: &Grant) -> impl Future<Output = Result<Grant, StoreError>> + Send;
+
+    /// Gives a lease back. A lease that is gone or another's by now is no error and is not touched.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreachable`] or `Refused`.
+    fn release(&self, grant: &Grant) -> impl Future<Output = Result<(), StoreError>> + Send;
+}
