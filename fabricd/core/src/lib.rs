@@ -9,10 +9,12 @@
 //!                 facts ──────┘          observed state ───┘
 //! ```
 
+pub mod alloc;
 pub mod diff;
 pub mod handoff;
 pub mod leases;
 pub mod model;
 pub mod network;
+pub mod plan;
 pub mod record;
 pub mod state;

@@ -1,0 +1,348 @@
+//! [`desired`]: what the kernel of one node should hold, given the leases of all.
+//!
+//! A packet for a peer's pod meets, in this order: the route of the peer's subnet, which names a nexthop (the
+//! peer's overlay address on our VXLAN device); the neighbour entry, which turns that address into the MAC of
+//! the peer's VTEP; and the FDB entry, which turns that MAC into the underlay address that the packet is
+//! sent to. So a peer costs four entries (three in IPv6), and all of them are made here from its lease.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use crate::leases::{Lease, LeaseSet};
+use crate::model::{Family, IfName, MacAddr, PerFamily, Subnet, Vni};
+use crate::network::NetworkConfig;
+use crate::record::{Backend, Endpoint, LeaseKey};
+use crate::state::{Foreign, KernelState, NEXTHOP_ID_BASE, Nexthop, NexthopId, Sysctl, Via, VxlanLink};
+
+/// This node's end of the tunnels in one family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vtep {
+    /// Address of the VXLAN device, as published.
+    pub mac: MacAddr,
+    /// Underlay address that packets are sent from.
+    pub local: IpAddr,
+    /// MTU of the VXLAN device in bytes.
+    pub mtu: u32,
+}
+
+/// What the planner has to know of this host; everything is derived, nothing asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// The kernel has nexthop objects (5.3 and later).
+    pub nexthop_objects: bool,
+    /// Prefixes that an underlay link reaches without a gateway, with the link.
+    pub on_link: Vec<(Subnet, IfName)>,
+}
+
+/// All that decides what the kernel should hold.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a> {
+    /// The cluster's config.
+    pub network: &'a NetworkConfig,
+    /// The subnets that this node holds.
+    pub own: &'a LeaseKey,
+    /// Its VTEPs.
+    pub vteps: &'a PerFamily<Vtep>,
+    /// Everybody's leases, our own among them.
+    pub leases: &'a LeaseSet,
+    /// The host.
+    pub facts: &'a Facts,
+    /// What the kernel has of ours: a nexthop keeps its id.
+    pub have: &'a KernelState,
+    /// What the kernel has of others.
+    pub foreign: &'a Foreign,
+}
+
+/// What the kernel should hold, and what was left out of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Desired {
+    /// Every entry.
+    pub state: KernelState,
+    /// Peers that are programmed.
+    pub peers: usize,
+    /// Leases that are not, with the reason.
+    pub refused: BTreeMap<LeaseKey, Refusal>,
+    /// Objects of others that stand in our way; they are not touched.
+    pub conflicts: Vec<Conflict>,
+}
+
+/// Why a lease of another node is not programmed. Nothing of it is; others go on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The peer speaks something else.
+    #[error("its backend is {0:?}, not vxlan")]
+    Backend(String),
+    /// The peer is in another VXLAN network.
+    #[error("its VNI is {0}, ours is {1}")]
+    Vni(Vni, Vni),
+    /// Not a slice of the network.
+    #[error("its subnet {0} is not a part of the network {1}")]
+    OutsideNetwork(Subnet, Subnet),
+    /// The same addresses are ours.
+    #[error("its subnet {0} overlaps our own, {1}")]
+    OverlapsOurs(Subnet, Subnet),
+    /// The same addresses belong to an older lease.
+    #[error("its subnet {0} overlaps that of {1}, which is older")]
+    Overlaps(Subnet, String),
+    /// Packets for it would come to us.
+    #[error("its underlay address {0} is our own")]
+    OurAddress(IpAddr),
+    /// The MAC address is ours or an older lease's.
+    #[error("its VTEP address {0} is also that of {1}")]
+    SameMac(MacAddr, String),
+}
+
+/// An object that is not ours where one of ours should be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Conflict {
+    /// An interface has our device's name.
+    #[error("the interface {name} exists and is not ours ({what}); rename it or remove it with: ip link del {name}")]
+    Name {
+        /// The name.
+        name: IfName,
+        /// What it is.
+        what: String,
+    },
+    /// A VXLAN device has our VNI and port.
+    #[error(
+        "the interface {name} already uses VNI {vni} on UDP port {port}; remove it with: ip link del {name}, \
+         or choose another VNI or Port in the network config"
+    )]
+    Vni {
+        /// The interface.
+        name: IfName,
+        /// Our VNI.
+        vni: Vni,
+        /// Our port.
+        port: u16,
+    },
+    /// A route leads to a peer's subnet already.
+    #[error("a route that is not ours leads to {dst} ({route}); remove it with: ip route del {route}")]
+    Route {
+        /// The peer's subnet.
+        dst: Subnet,
+        /// The route as `ip route` prints it.
+        route: String,
+    },
+}
+
+/// Name of the VXLAN device: `fabric.<VNI>`, `fabric6.<VNI>`.
+#[must_use]
+pub fn device_name(family: Family, vni: Vni) -> IfName {
+    let stem = match family {
+        Family::V4 => "fabric",
+        Family::V6 => "fabric6",
+    };
+    format!("{stem}.{vni}").parse().expect("16777215 leaves room in 15 bytes")
+}
+
+/// What the kernel should hold.
+#[must_use]
+pub fn desired(inputs: &Inputs<'_>) -> Desired {
+    let mut desired = Desired::default();
+    for (family, vtep) in inputs.vteps.iter() {
+        let (Some(own), Some(_)) = (inputs.own.subnets().get(family), inputs.network.spaces.get(family)) else {
+            continue;
+        };
+        match own_device(inputs, family, vtep) {
+            Ok(dev) => {
+                own_entries(&mut desired.state, family, *own, &dev);
+                desired.state.links.insert(dev, own_link(inputs.network, *vtep));
+            }
+            Err(conflict) => desired.conflicts.push(conflict),
+        }
+    }
+
+    let mut accepted = Accepted::new(inputs);
+    let mut nexthop_ids = NexthopIds::new(inputs);
+    // Of two leases that clash the older one counts, whatever order they are listed in.
+    let mut peers: Vec<&Lease> = inputs.leases.iter().map(AsRef::as_ref).filter(|l| l.key != *inputs.own).collect();
+    peers.sort_by_key(|lease| (lease.create_revision, lease.key));
+    for lease in peers {
+        match accepted.check(inputs, lease) {
+            Ok(endpoints) => {
+                desired.peers += 1;
+                for (family, endpoint) in endpoints.iter() {
+                    let dev = device_name(family, inputs.network.vxlan.vni);
+                    if let (Some(subnet), true) =
+                        (lease.key.subnets().get(family), desired.state.links.contains_key(&dev))
+                    {
+                        peer_entries(&mut desired, inputs, &mut nexthop_ids, *subnet, endpoint, dev);
+                    }
+                }
+            }
+            Err(refusal) => {
+                desired.refused.insert(lease.key, refusal);
+            }
+        }
+    }
+    desired
+}
+
+fn own_device(inputs: &Inputs<'_>, family: Family, vtep: &Vtep) -> Result<IfName, Conflict> {
+    let vxlan = &inputs.network.vxlan;
+    let name = device_name(family, vxlan.vni);
+    if let Some(link) = inputs.foreign.links.get(&name) {
+        let what = match link.vxlan {
+            Some((vni, port, _)) => format!("vxlan with VNI {vni}, UDP port {port}"),
+            None if link.kind.is_empty() => "a physical interface".into(),
+            None => link.kind.clone(),
+        };
+        return Err(Conflict::Name { name, what });
+    }
+    let same = (vxlan.vni.get(), vxlan.port, Family::of(vtep.local));
+    match inputs.foreign.links.iter().find(|(_, link)| link.vxlan == Some(same)) {
+        Some((other, _)) => Err(Conflict::Vni { name: other.clone(), vni: vxlan.vni, port: vxlan.port }),
+        None => Ok(name),
+    }
+}
+
+fn own_link(network: &NetworkConfig, vtep: Vtep) -> VxlanLink {
+    let vxlan = &network.vxlan;
+    VxlanLink {
+        vni: vxlan.vni,
+        port: vxlan.port,
+        gbp: vxlan.gbp,
+        mac: vtep.mac,
+        local: vtep.local,
+        mtu: vtep.mtu,
+        learning: vxlan.learning,
+        up: true,
+    }
+}
+
+fn own_entries(state: &mut KernelState, family: Family, own: Subnet, dev: &IfName) {
+    state.addresses.insert((dev.clone(), Subnet::host(own.base())));
+    state.sysctls.insert(Sysctl::AcceptRa(dev.clone()), 0);
+    let forward = match family {
+        Family::V4 => Sysctl::Ipv4Forward,
+        Family::V6 => Sysctl::Ipv6Forward,
+    };
+    state.sysctls.insert(forward, 1);
+}
+
+fn peer_entries(
+    desired: &mut Desired,
+    inputs: &Inputs<'_>,
+    nexthop_ids: &mut NexthopIds<'_>,
+    subnet: Subnet,
+    endpoint: &Endpoint,
+    dev: IfName,
+) {
+    if let Some(route) = inputs.foreign.routes.get(&subnet) {
+        desired.conflicts.push(Conflict::Route { dst: subnet, route: route.clone() });
+        return;
+    }
+    let state = &mut desired.state;
+    state.fdb.insert((dev.clone(), endpoint.vtep_mac), endpoint.public_ip);
+    state.neighbours.insert((dev.clone(), subnet.base()), endpoint.vtep_mac);
+    let via = match direct_link(inputs, endpoint.public_ip) {
+        Some(link) => Via::Direct(Nexthop { gateway: endpoint.public_ip, dev: link }),
+        None => {
+            let nexthop = Nexthop { gateway: subnet.base(), dev };
+            // IPv6 routes cost the kernel the same with and without nexthop objects.
+            if subnet.family() == Family::V4 && inputs.facts.nexthop_objects {
+                let id = nexthop_ids.of(&nexthop);
+                state.nexthops.insert(id, nexthop);
+                Via::Nexthop(id)
+            } else {
+                Via::Gateway(nexthop)
+            }
+        }
+    };
+    state.routes.insert(subnet, via);
+}
+
+fn direct_link(inputs: &Inputs<'_>, peer: IpAddr) -> Option<IfName> {
+    if !inputs.network.vxlan.direct_routing {
+        return None;
+    }
+    let links = inputs.facts.on_link.iter().filter(|(prefix, _)| prefix.contains(peer));
+    links.max_by_key(|(prefix, _)| prefix.prefix_len()).map(|(_, link)| link.clone())
+}
+
+/// What earlier leases have claimed, so that a later one can't take it from them.
+struct Accepted {
+    subnets: BTreeMap<IpAddr, (Subnet, String)>,
+    macs: BTreeMap<(Family, MacAddr), String>,
+}
+
+impl Accepted {
+    fn new(inputs: &Inputs<'_>) -> Self {
+        let macs = inputs.vteps.iter().map(|(family, vtep)| ((family, vtep.mac), "this node".to_owned())).collect();
+        Self { subnets: BTreeMap::new(), macs }
+    }
+
+    /// The endpoints of `lease` in the families that are in use here, or why none of it is to be programmed.
+    fn check(&mut self, inputs: &Inputs<'_>, lease: &Lease) -> Result<PerFamily<Endpoint>, Refusal> {
+        let endpoints = match &lease.record.backend {
+            Backend::Vxlan(endpoints) => *endpoints,
+            Backend::Other(name) => return Err(Refusal::Backend(name.clone())),
+        };
+        for (family, subnet) in lease.key.subnets().iter() {
+            let (Some(space), Some(endpoint)) = (inputs.network.spaces.get(family), endpoints.get(family)) else {
+                continue;
+            };
+            if !space.network.covers(*subnet) || subnet.prefix_len() < space.network.prefix_len() + 2 {
+                return Err(Refusal::OutsideNetwork(*subnet, space.network));
+            }
+            if let Some(own) = inputs.own.subnets().get(family).filter(|own| own.overlaps(*subnet)) {
+                return Err(Refusal::OverlapsOurs(*subnet, *own));
+            }
+            // Subnets nest or lie apart, so only the nearest ones before and after can overlap.
+            let before = self.subnets.range(..=subnet.base()).next_back();
+            let after = self.subnets.range(subnet.base()..).next();
+            if let Some((_, (_, holder))) =
+                [before, after].into_iter().flatten().find(|(_, (other, _))| other.overlaps(*subnet))
+            {
+                return Err(Refusal::Overlaps(*subnet, holder.clone()));
+            }
+            let ours = inputs.vteps.values().any(|vtep| vtep.local == endpoint.public_ip);
+            if ours {
+                return Err(Refusal::OurAddress(endpoint.public_ip));
+            }
+            if endpoint.vni != inputs.network.vxlan.vni {
+                return Err(Refusal::Vni(endpoint.vni, inputs.network.vxlan.vni));
+            }
+            if let Some(holder) = self.macs.get(&(family, endpoint.vtep_mac)) {
+                return Err(Refusal::SameMac(endpoint.vtep_mac, holder.clone()));
+            }
+        }
+        for (family, subnet) in lease.key.subnets().iter() {
+            self.subnets.insert(subnet.base(), (*subnet, lease.holder()));
+            if let Some(endpoint) = endpoints.get(family) {
+                self.macs.insert((family, endpoint.vtep_mac), lease.holder());
+            }
+        }
+        Ok(endpoints)
+    }
+}
+
+/// Gives every nexthop an id: the one it has, else the lowest that nobody uses.
+struct NexthopIds<'a> {
+    held: BTreeMap<&'a Nexthop, NexthopId>,
+    used: BTreeSet<NexthopId>,
+    next: u32,
+}
+
+impl<'a> NexthopIds<'a> {
+    fn new(inputs: &Inputs<'a>) -> Self {
+        Self {
+            // Of doubles (another daemon's doing) the lowest id stays, the others are swept.
+            held: inputs.have.nexthops.iter().rev().map(|(id, nexthop)| (nexthop, *id)).collect(),
+            used: inputs.have.nexthops.keys().chain(&inputs.foreign.nexthop_ids).copied().collect(),
+            next: NEXTHOP_ID_BASE,
+        }
+    }
+
+    fn of(&mut self, nexthop: &Nexthop) -> NexthopId {
+        if let Some(id) = self.held.get(nexthop) {
+            return *id;
+        }
+        while self.used.contains(&NexthopId(self.next)) {
+            self.next += 1;
+        }
+        self.next += 1;
+        NexthopId(self.next - 1)
+    }
+}

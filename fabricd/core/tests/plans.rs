@@ -1,0 +1,289 @@
+//! Golden plans: given leases and a kernel, the exact steps, as an operator would type them.
+
+use std::sync::Arc;
+
+use fabric_core::diff::diff;
+use fabric_core::leases::{Entry, LeaseSet};
+use fabric_core::model::{Family, PerFamily, Subnet};
+use fabric_core::network::NetworkConfig;
+use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Refusal, Vtep, desired};
+use fabric_core::record::LeaseKey;
+use fabric_core::state::{Foreign, ForeignLink, KernelState, NEXTHOP_ID_BASE, NexthopId};
+
+/// node-1, with 10.244.1.0/24 and fd00:10:244:1::/64 on 192.0.2.1 and 2001:db8::1.
+struct Node {
+    network: NetworkConfig,
+    own: LeaseKey,
+    vteps: PerFamily<Vtep>,
+    facts: Facts,
+    foreign: Foreign,
+}
+
+const V4: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
+const DIRECT: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}"#;
+const V6: &str =
+    r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:10:244::/48","Backend":{"Type":"vxlan"}}"#;
+
+impl Node {
+    fn new(config: &str) -> Self {
+        let network = NetworkConfig::decode(config.as_bytes()).expect("valid config");
+        let own = network.spaces.map(|family, _| match family {
+            Family::V4 => subnet("10.244.1.0/24"),
+            Family::V6 => subnet("fd00:10:244:1::/64"),
+        });
+        let vteps = network.spaces.map(|family, _| match family {
+            Family::V4 => {
+                Vtep { mac: "02:42:c0:00:02:01".parse().unwrap(), local: "192.0.2.1".parse().unwrap(), mtu: 1450 }
+            }
+            Family::V6 => {
+                Vtep { mac: "02:42:c0:00:06:01".parse().unwrap(), local: "2001:db8::1".parse().unwrap(), mtu: 1430 }
+            }
+        });
+        let facts = Facts { nexthop_objects: true, on_link: vec![(subnet("192.0.2.0/24"), "eth0".parse().unwrap())] };
+        Self { network, own: LeaseKey::new(own).expect("a family"), vteps, facts, foreign: Foreign::default() }
+    }
+
+    fn desired(&self, leases: &LeaseSet, have: &KernelState) -> Desired {
+        let Self { network, own, vteps, facts, foreign } = self;
+        desired(&Inputs { network, own, vteps, leases, facts, have, foreign })
+    }
+
+    fn plan(&self, leases: &LeaseSet, have: &KernelState) -> String {
+        diff(&self.desired(leases, have).state, have).to_string()
+    }
+}
+
+fn subnet(text: &str) -> Subnet {
+    text.parse().expect(text)
+}
+
+fn leases(entries: &[(&str, String)]) -> LeaseSet {
+    let entry = |(revision, (key, value)): (usize, &(&str, String))| {
+        let revision = i64::try_from(revision).unwrap() + 1;
+        Entry {
+            key: (*key).into(),
+            value: value.clone().into_bytes(),
+            create_revision: revision,
+            mod_revision: revision,
+        }
+    };
+    let set = LeaseSet::snapshot(&LeaseSet::default(), entries.iter().enumerate().map(entry).collect(), 100);
+    assert_eq!(set.unreadable().len(), 0, "{:?}", set.unreadable());
+    set
+}
+
+fn v4_peer(ip: &str, mac: &str) -> String {
+    format!(r#"{{"PublicIP":"{ip}","BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"{mac}"}}}}"#)
+}
+
+fn v6_peer(ip: &str, mac: &str) -> String {
+    format!(
+        r#"{{"PublicIP":"0.0.0.0","PublicIPv6":"{ip}","BackendType":"vxlan","BackendV6Data":{{"VNI":1,"VtepMAC":"{mac}"}}}}"#
+    )
+}
+
+fn node_2() -> (&'static str, String) {
+    ("10.244.2.0-24", v4_peer("192.0.2.2", "02:42:c0:00:02:02"))
+}
+
+/// The plan of a text block: its indentation is not part of it.
+fn steps(text: &str) -> String {
+    text.lines().map(str::trim).filter(|line| !line.is_empty()).fold(String::new(), |all, line| all + line + "\n")
+}
+
+#[test]
+fn a_new_node_builds_its_device_and_one_peer_from_the_bottom_up() {
+    let node = Node::new(V4);
+    let want = "
+        + ip link add fabric.1 address 02:42:c0:00:02:01 mtu 1450 up type vxlan id 1 dstport 8472 local 192.0.2.1 nolearning
+        ~ sysctl -w net.ipv4.ip_forward=1
+        ~ sysctl -w net.ipv6.conf.fabric.1.accept_ra=0
+        + ip address add 10.244.1.0/32 dev fabric.1
+        + bridge fdb replace 02:42:c0:00:02:02 dev fabric.1 dst 192.0.2.2 self permanent
+        + ip neighbour replace 10.244.2.0 lladdr 02:42:c0:00:02:02 dev fabric.1 nud permanent
+        + ip nexthop add id 4194304000 via 10.244.2.0 dev fabric.1 onlink proto 250
+        + ip route add 10.244.2.0/24 nhid 4194304000 proto 250";
+    assert_eq!(node.plan(&leases(&[node_2()]), &KernelState::default()), steps(want));
+}
+
+#[test]
+fn ipv6_needs_no_nexthop_object() {
+    let node = Node::new(V6);
+    let peers = leases(&[("0.0.0.0-0&fd00:10:244:2::-64", v6_peer("2001:db8::2", "02:42:c0:00:06:02"))]);
+    let want = "
+        + ip link add fabric6.1 address 02:42:c0:00:06:01 mtu 1430 up type vxlan id 1 dstport 8472 local 2001:db8::1 nolearning
+        ~ sysctl -w net.ipv6.conf.all.forwarding=1
+        ~ sysctl -w net.ipv6.conf.fabric6.1.accept_ra=0
+        + ip address add fd00:10:244:1::/128 dev fabric6.1 nodad
+        + bridge fdb replace 02:42:c0:00:06:02 dev fabric6.1 dst 2001:db8::2 self permanent
+        + ip neighbour replace fd00:10:244:2:: lladdr 02:42:c0:00:06:02 dev fabric6.1 nud permanent
+        + ip route add fd00:10:244:2::/64 via fd00:10:244:2:: dev fabric6.1 onlink proto 250";
+    assert_eq!(node.plan(&peers, &KernelState::default()), steps(want));
+}
+
+#[test]
+fn kernel_without_nexthop_objects_gets_plain_onlink_routes() {
+    let mut node = Node::new(V4);
+    node.facts.nexthop_objects = false;
+    let plan = node.plan(&leases(&[node_2()]), &KernelState::default());
+    assert!(plan.ends_with("+ ip route add 10.244.2.0/24 via 10.244.2.0 dev fabric.1 onlink proto 250\n"), "{plan}");
+    assert!(!plan.contains("nexthop"), "{plan}");
+}
+
+#[test]
+fn peer_on_the_same_link_is_routed_directly_when_the_config_says_so() {
+    let node = Node::new(DIRECT);
+    let far = ("10.244.3.0-24", v4_peer("198.51.100.3", "02:42:c0:00:02:03"));
+    let plan = node.plan(&leases(&[node_2(), far]), &KernelState::default());
+    assert!(plan.contains("+ ip route add 10.244.2.0/24 via 192.0.2.2 dev eth0 proto 250\n"), "{plan}");
+    assert!(plan.contains("+ ip route add 10.244.3.0/24 nhid 4194304000 proto 250\n"), "{plan}");
+}
+
+#[test]
+fn changed_vtep_mac_replaces_the_neighbour_before_the_old_fdb_entry_goes() {
+    let node = Node::new(V4);
+    let have = node.desired(&leases(&[node_2()]), &KernelState::default()).state;
+    let reborn = leases(&[("10.244.2.0-24", v4_peer("192.0.2.2", "02:42:c0:00:02:99"))]);
+    let want = "
+        + bridge fdb replace 02:42:c0:00:02:99 dev fabric.1 dst 192.0.2.2 self permanent
+        ~ ip neighbour replace 10.244.2.0 lladdr 02:42:c0:00:02:99 dev fabric.1 nud permanent
+        - bridge fdb del 02:42:c0:00:02:02 dev fabric.1 self";
+    assert_eq!(node.plan(&reborn, &have), steps(want));
+}
+
+#[test]
+fn changed_underlay_address_of_a_peer_is_one_step() {
+    let node = Node::new(V4);
+    let have = node.desired(&leases(&[node_2()]), &KernelState::default()).state;
+    let moved = leases(&[("10.244.2.0-24", v4_peer("192.0.2.22", "02:42:c0:00:02:02"))]);
+    let want = "~ bridge fdb replace 02:42:c0:00:02:02 dev fabric.1 dst 192.0.2.22 self permanent";
+    assert_eq!(node.plan(&moved, &have), steps(want));
+}
+
+#[test]
+fn leases_that_ended_while_the_daemon_was_down_are_swept_from_the_top_down() {
+    let node = Node::new(V4);
+    let have = node.desired(&leases(&[node_2()]), &KernelState::default()).state;
+    let want = "
+        - ip route del 10.244.2.0/24 nhid 4194304000 proto 250
+        - ip nexthop del id 4194304000
+        - ip neighbour del 10.244.2.0 dev fabric.1
+        - bridge fdb del 02:42:c0:00:02:02 dev fabric.1 self";
+    assert_eq!(node.plan(&LeaseSet::default(), &have), steps(want));
+}
+
+#[test]
+fn own_address_change_is_made_in_place() {
+    let mut node = Node::new(V4);
+    let have = node.desired(&leases(&[node_2()]), &KernelState::default()).state;
+    node.vteps.v4.as_mut().unwrap().local = "192.0.2.100".parse().unwrap();
+    node.vteps.v4.as_mut().unwrap().mtu = 8950;
+    let want = "~ ip link set fabric.1 mtu 8950 type vxlan local 192.0.2.100 nolearning";
+    assert_eq!(node.plan(&leases(&[node_2()]), &have), steps(want));
+}
+
+#[test]
+fn device_with_another_port_is_made_anew_with_all_that_hangs_on_it() {
+    let node = Node::new(V4);
+    let mut have = node.desired(&leases(&[node_2()]), &KernelState::default()).state;
+    let fresh =
+        node.plan(&leases(&[node_2()]), &KernelState { sysctls: have.sysctls.clone(), ..KernelState::default() });
+    have.links.values_mut().for_each(|link| link.port = 4789);
+    // The new device has a setting of its own, so that one is written again too.
+    let plan = node.plan(&leases(&[node_2()]), &have);
+    let (first, rest) = plan.split_once('\n').unwrap();
+    assert_eq!(first, "- ip link del fabric.1");
+    assert_eq!(rest.replace("~ sysctl -w net.ipv6.conf.fabric.1.accept_ra=0\n", ""), fresh);
+    assert!(rest.contains("accept_ra=0"));
+}
+
+#[test]
+fn restart_with_nothing_changed_plans_nothing_and_keeps_nexthop_ids() {
+    let mut node = Node::new(V4);
+    // Somebody else's id pushed ours up when it was made; that they are gone now moves nothing.
+    node.foreign.nexthop_ids.insert(NexthopId(NEXTHOP_ID_BASE));
+    let have = node.desired(&leases(&[node_2()]), &KernelState::default()).state;
+    assert!(have.nexthops.contains_key(&NexthopId(NEXTHOP_ID_BASE + 1)));
+    node.foreign.nexthop_ids.clear();
+    assert_eq!(node.plan(&leases(&[node_2()]), &have), "");
+}
+
+#[test]
+fn hostile_leases_are_refused_each_by_itself() {
+    let node = Node::new(V4);
+    let mac = "02:42:c0:00:02:66";
+    let hostile = [
+        node_2(),
+        ("10.244.0.0-16", v4_peer("192.0.2.66", mac)),
+        ("10.244.1.0-24", v4_peer("192.0.2.66", mac)),
+        ("10.244.1.128-25", v4_peer("192.0.2.66", mac)),
+        ("10.244.2.64-26", v4_peer("192.0.2.66", mac)),
+        ("10.99.0.0-24", v4_peer("192.0.2.66", mac)),
+        ("10.244.6.0-24", v4_peer("192.0.2.1", mac)),
+        ("10.244.7.0-24", v4_peer("192.0.2.66", "02:42:c0:00:02:02")),
+        ("10.244.8.0-24", v4_peer("192.0.2.66", "02:42:c0:00:02:01")),
+        ("10.244.9.0-24", v4_peer("192.0.2.66", mac).replace(r#""VNI":1"#, r#""VNI":2"#)),
+        ("10.244.10.0-24", r#"{"PublicIP":"192.0.2.66","BackendType":"host-gw"}"#.into()),
+    ];
+    let desired = node.desired(&leases(&hostile), &KernelState::default());
+    assert_eq!(desired.state, node.desired(&leases(&[node_2()]), &KernelState::default()).state);
+    assert_eq!(desired.peers, 1);
+    // Our own key is ours whatever it says there; that somebody wrote it is the lease keeper's business.
+    let refused: Vec<String> = desired.refused.iter().map(|(key, why)| format!("{key}: {why}")).collect();
+    assert_eq!(
+        refused,
+        [
+            "10.99.0.0-24: its subnet 10.99.0.0/24 is not a part of the network 10.244.0.0/16",
+            "10.244.0.0-16: its subnet 10.244.0.0/16 is not a part of the network 10.244.0.0/16",
+            "10.244.1.128-25: its subnet 10.244.1.128/25 overlaps our own, 10.244.1.0/24",
+            "10.244.2.64-26: its subnet 10.244.2.64/26 overlaps that of 192.0.2.2, which is older",
+            "10.244.6.0-24: its underlay address 192.0.2.1 is our own",
+            "10.244.7.0-24: its VTEP address 02:42:c0:00:02:02 is also that of 192.0.2.2",
+            "10.244.8.0-24: its VTEP address 02:42:c0:00:02:01 is also that of this node",
+            "10.244.9.0-24: its VNI is 2, ours is 1",
+            "10.244.10.0-24: its backend is \"host-gw\", not vxlan",
+        ]
+    );
+}
+
+#[test]
+fn objects_of_others_in_our_way_are_named_and_left_alone() {
+    let mut node = Node::new(V4);
+    let other = |kind: &str, vxlan| ForeignLink { kind: kind.into(), vxlan };
+    node.foreign.routes.insert(subnet("10.244.2.0/24"), "10.244.2.0/24 via 192.0.2.9 dev eth0 proto static".into());
+    let desired = node.desired(&leases(&[node_2()]), &KernelState::default());
+    assert!(matches!(desired.conflicts[..], [Conflict::Route { .. }]));
+    assert!(desired.state.routes.is_empty() && desired.state.fdb.is_empty());
+
+    node.foreign.links.insert("fabric.1".parse().unwrap(), other("vxlan", Some((2, 8472, Family::V4))));
+    let name = &node.desired(&leases(&[node_2()]), &KernelState::default()).conflicts[0];
+    assert!(
+        name.to_string().starts_with("the interface fabric.1 exists and is not ours (vxlan with VNI 2, UDP port 8472)")
+    );
+
+    node.foreign.links = [("flannel.1".parse().unwrap(), other("vxlan", Some((1, 8472, Family::V4))))].into();
+    let vni = &node.desired(&leases(&[node_2()]), &KernelState::default()).conflicts[0];
+    assert!(vni.to_string().starts_with("the interface flannel.1 already uses VNI 1 on UDP port 8472"));
+    // The other family's underlay is another device space.
+    node.foreign.links = [("other".parse().unwrap(), other("vxlan", Some((1, 8472, Family::V6))))].into();
+    node.foreign.routes.clear();
+    assert_eq!(node.desired(&leases(&[node_2()]), &KernelState::default()).conflicts, []);
+}
+
+#[test]
+fn refusal_of_one_lease_frees_what_it_would_have_taken() {
+    // The older lease is refused for its VNI; the younger one of the same subnet part is good.
+    let node = Node::new(V4);
+    let old = ("10.244.2.0-24", v4_peer("192.0.2.66", "02:42:c0:00:02:66").replace(r#""VNI":1"#, r#""VNI":9"#));
+    let young = ("10.244.2.0-25", v4_peer("192.0.2.2", "02:42:c0:00:02:02"));
+    let desired = node.desired(&leases(&[old, young]), &KernelState::default());
+    assert_eq!(desired.peers, 1);
+    assert!(matches!(desired.refused.values().collect::<Vec<_>>()[..], [Refusal::Vni(..)]));
+}
+
+#[test]
+fn sharing_a_lease_set_costs_no_copy_of_the_leases() {
+    let set = leases(&[node_2()]);
+    let copy = set.clone();
+    assert!(Arc::ptr_eq(set.iter().next().unwrap(), copy.iter().next().unwrap()));
+}
