@@ -12,6 +12,7 @@
 pub mod alloc;
 pub mod diff;
 pub mod handoff;
+pub mod holding;
 pub mod leases;
 pub mod model;
 pub mod network;

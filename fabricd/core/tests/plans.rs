@@ -1,5 +1,7 @@
 //! Golden plans: given leases and a kernel, the exact steps, as an operator would type them.
 
+#![allow(clippy::unwrap_used, reason = "a test that unwraps says where it broke")]
+
 use std::sync::Arc;
 
 use fabric_core::diff::diff;

@@ -1,5 +1,7 @@
 //! Properties of the diff over arbitrary states, with a model of what each step does.
 
+#![allow(clippy::unwrap_used, reason = "a test that unwraps says where it broke")]
+
 use std::net::IpAddr;
 
 use fabric_core::diff::{Change, Gate, Key, Op, diff, without};

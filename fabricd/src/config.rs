@@ -1,0 +1,352 @@
+//! The settings of one node: flags, environment variables `FABRICD_*` and a TOML file, in that order of precedence.
+//!
+//! The file has the flags' names with `_` for `-`, as in `etcd_endpoints = ["http://192.0.2.1:2379"]`.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Arg, ArgAction, CommandFactory, FromArgMatches, Parser, ValueEnum};
+use fabric_core::model::{Family, NodeName, PerFamily};
+use regex::Regex;
+
+use crate::underlay::Selector;
+
+/// Node daemon of the fabricd overlay network.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "fabricd", version, after_help = AFTER_HELP)]
+pub struct Config {
+    /// Name of this node: its identity in the store [default: the host's name]
+    #[arg(long, env = "FABRICD_NODE_NAME", value_name = "NAME")]
+    pub node_name: Option<NodeName>,
+
+    /// File with settings, in TOML [default: /etc/fabric/fabricd.toml, if it exists]
+    #[arg(long, env = "FABRICD_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Addresses of etcd's members
+    #[arg(
+        long,
+        env = "FABRICD_ETCD_ENDPOINTS",
+        value_name = "URL,…",
+        value_delimiter = ',',
+        default_value = "http://127.0.0.1:2379"
+    )]
+    pub etcd_endpoints: Vec<String>,
+
+    /// Where the network lies in etcd
+    #[arg(long, env = "FABRICD_ETCD_PREFIX", value_name = "PATH", default_value = "/coreos.com/network")]
+    pub etcd_prefix: String,
+
+    /// Certificate authority of etcd's members, in PEM
+    #[arg(long, env = "FABRICD_ETCD_CAFILE", value_name = "FILE")]
+    pub etcd_cafile: Option<PathBuf>,
+
+    /// Certificate to show to etcd, in PEM
+    #[arg(long, env = "FABRICD_ETCD_CERTFILE", value_name = "FILE", requires = "etcd_keyfile")]
+    pub etcd_certfile: Option<PathBuf>,
+
+    /// Key of that certificate, in PEM
+    #[arg(long, env = "FABRICD_ETCD_KEYFILE", value_name = "FILE", requires = "etcd_certfile")]
+    pub etcd_keyfile: Option<PathBuf>,
+
+    /// User of etcd
+    #[arg(long, env = "FABRICD_ETCD_USERNAME", value_name = "NAME", requires = "etcd_password_file")]
+    pub etcd_username: Option<String>,
+
+    /// File with that user's password
+    #[arg(long, env = "FABRICD_ETCD_PASSWORD_FILE", value_name = "FILE", requires = "etcd_username")]
+    pub etcd_password_file: Option<PathBuf>,
+
+    /// How long the lease outlives a node that is gone, as in 90s, 30m, 24h
+    #[arg(long, env = "FABRICD_LEASE_TTL", value_name = "TIME", default_value = "24h", value_parser = parse_duration)]
+    pub lease_ttl: Duration,
+
+    /// Underlay interface, by name or address; repeatable, the first that fits is taken [default: that of the default route]
+    #[arg(long, env = "FABRICD_IFACE", value_name = "NAME|IP", value_delimiter = ',')]
+    pub iface: Vec<String>,
+
+    /// Underlay interface, by a regular expression for its name or address; repeatable, tried after --iface
+    #[arg(long, env = "FABRICD_IFACE_REGEX", value_name = "REGEX")]
+    pub iface_regex: Vec<Regex>,
+
+    /// Underlay interface, as the one that leads to this address; tried last
+    #[arg(long, env = "FABRICD_IFACE_CAN_REACH", value_name = "IP", value_delimiter = ',')]
+    pub iface_can_reach: Vec<IpAddr>,
+
+    /// IPv4 address that peers send to, if it is another than the interface's (NAT)
+    #[arg(long, env = "FABRICD_PUBLIC_IP", value_name = "IPV4")]
+    pub public_ip: Option<Ipv4Addr>,
+
+    /// IPv6 address that peers send to, if it is another than the interface's
+    #[arg(long, env = "FABRICD_PUBLIC_IPV6", value_name = "IPV6")]
+    pub public_ipv6: Option<Ipv6Addr>,
+
+    /// Folder of node.json, which fabric-cni reads
+    #[arg(long, env = "FABRICD_RUN_DIR", value_name = "DIR", default_value = fabric_core::handoff::RUN_DIR)]
+    pub run_dir: PathBuf,
+
+    /// flannel's file with the node's subnet, for others
+    #[arg(long, env = "FABRICD_SUBNET_FILE", value_name = "FILE", default_value = "/run/flannel/subnet.env")]
+    pub subnet_file: PathBuf,
+
+    /// Where /proc/sys/net is mounted, writable
+    #[arg(long, env = "FABRICD_SYSCTL_ROOT", value_name = "DIR", default_value = "/proc/sys/net")]
+    pub sysctl_root: PathBuf,
+
+    /// Unix socket of the gRPC API
+    #[arg(long, env = "FABRICD_SOCKET", value_name = "FILE", default_value = DEFAULT_SOCKET)]
+    pub socket: PathBuf,
+
+    /// Where /healthz and /readyz answer; "off" for nowhere
+    #[arg(long, env = "FABRICD_HEALTH_ADDR", value_name = "IP:PORT", default_value = "127.0.0.1:9472", value_parser = parse_address)]
+    pub health_addr: Address,
+
+    /// Form of the log
+    #[arg(long, env = "FABRICD_LOG_FORMAT", value_name = "FORM", default_value = "text")]
+    pub log_format: LogFormat,
+
+    /// What to log, as in info, debug or warn,fabricd::kernel=debug
+    #[arg(long, env = "FABRICD_LOG_LEVEL", value_name = "LEVEL", default_value = "info")]
+    pub log_level: String,
+
+    /// Remove all that fabricd made on this node, give the lease back, and end
+    #[arg(long)]
+    pub cleanup: bool,
+}
+
+/// Default path of the gRPC socket.
+pub const DEFAULT_SOCKET: &str = "/run/fabric/fabricd.sock";
+
+const DEFAULT_FILE: &str = "/etc/fabric/fabricd.toml";
+
+const AFTER_HELP: &str =
+    "The network that all nodes share is described in the store: see fabricctl network init --help.";
+
+/// Form of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// An address to listen on, or none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Address(pub Option<SocketAddr>);
+
+/// Why the settings can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The flags or environment; clap says it best, and `--help` and `--version` come this way too.
+    #[error(transparent)]
+    Flags(#[from] clap::Error),
+    /// The file can't be read.
+    #[error("cannot read the settings in {}: {source}", .file.display())]
+    File {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is no TOML, or has a setting that there isn't.
+    #[error("{}: {reason}", .file.display())]
+    Setting {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The host's name can't be a node's name.
+    #[error("cannot take the host's name for the node's: {0}; name the node with --node-name")]
+    NodeName(String),
+}
+
+impl Config {
+    /// Reads flags, environment and file.
+    ///
+    /// # Errors
+    /// [`ConfigError`], which says what, where, and what would be right.
+    pub fn load(args: impl IntoIterator<Item = OsString>) -> Result<Self, ConfigError> {
+        let args: Vec<OsString> = args.into_iter().collect();
+        let first = Self::try_parse_from(&args)?;
+        let file = first.config.clone().or_else(|| Path::new(DEFAULT_FILE).exists().then(|| DEFAULT_FILE.into()));
+        let mut config = match file {
+            Some(file) => Self::with_file(&args, &file)?,
+            None => first,
+        };
+        if config.node_name.is_none() {
+            let name = std::fs::read_to_string("/proc/sys/kernel/hostname");
+            let name = name.map_err(|e| ConfigError::NodeName(e.to_string()))?;
+            let name = name.trim().to_lowercase().parse();
+            config.node_name =
+                Some(name.map_err(|e: fabric_core::model::Invalid| ConfigError::NodeName(e.to_string()))?);
+        }
+        Ok(config)
+    }
+
+    /// The file's settings become the flags' defaults, so that clap checks them by the same rules.
+    fn with_file(args: &[OsString], file: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(file).map_err(|source| ConfigError::File { file: file.into(), source })?;
+        let wrong = |reason: String| ConfigError::Setting { file: file.into(), reason };
+        let table: toml::Table = text.parse().map_err(|e: toml::de::Error| wrong(e.to_string()))?;
+
+        let mut command = Self::command();
+        for (name, value) in table {
+            let settable =
+                |arg: &&Arg| arg.get_id() == name.as_str() && !["config", "cleanup"].contains(&name.as_str());
+            let Some(arg) = command.get_arguments().find(settable) else {
+                let known = command.get_arguments().map(|arg| arg.get_id().as_str());
+                let known: Vec<&str> =
+                    known.filter(|id| !["config", "cleanup", "help", "version"].contains(id)).collect();
+                return Err(wrong(format!("there is no setting {name:?}; there are {}", known.join(", "))));
+            };
+            let values = match value {
+                toml::Value::Array(_) if !matches!(arg.get_action(), ArgAction::Append) => {
+                    return Err(wrong(format!("{name} takes one value, not a list")));
+                }
+                toml::Value::Array(values) => values.into_iter().map(scalar).collect::<Result<Vec<_>, _>>(),
+                value => scalar(value).map(|value| vec![value]),
+            };
+            let values = values.map_err(|kind| wrong(format!("{name} is a {kind}; expected a string")))?;
+            command = command.mut_arg(&name, |arg| arg.default_values(values));
+        }
+        let matches = command.try_get_matches_from(args).map_err(|e| wrong(e.to_string()))?;
+        Ok(Self::from_arg_matches(&matches)?)
+    }
+
+    /// This node's name.
+    #[must_use]
+    pub fn node(&self) -> &NodeName {
+        self.node_name.as_ref().expect("load() fills it in")
+    }
+
+    /// How the underlay interface is chosen.
+    #[must_use]
+    pub fn selectors(&self) -> Vec<Selector> {
+        let names = self.iface.iter().cloned().map(Selector::Iface);
+        let regexes = self.iface_regex.iter().cloned().map(Selector::Matching);
+        let targets = self.iface_can_reach.iter().copied().map(Selector::CanReach);
+        names.chain(regexes).chain(targets).collect()
+    }
+
+    /// The addresses that peers send to, where they are not the interface's.
+    #[must_use]
+    pub fn public_ips(&self) -> PerFamily<IpAddr> {
+        let given = [(Family::V4, self.public_ip.map(IpAddr::V4)), (Family::V6, self.public_ipv6.map(IpAddr::V6))];
+        given.into_iter().filter_map(|(family, ip)| Some((family, ip?))).collect()
+    }
+}
+
+fn scalar(value: toml::Value) -> Result<String, &'static str> {
+    match value {
+        toml::Value::String(text) => Ok(text),
+        toml::Value::Integer(number) => Ok(number.to_string()),
+        toml::Value::Boolean(value) => Ok(value.to_string()),
+        other => Err(other.type_str()),
+    }
+}
+
+/// Reads a time such as `90s`, `30m` or `24h`.
+///
+/// # Errors
+/// When it is none, or no whole number of seconds from 5 s to a year (etcd's leases count in seconds).
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let wrong = || "expected a number and a unit, as in 90s, 30m or 24h; from 5s to 8760h".to_owned();
+    let unit = text.chars().last().and_then(|unit| match unit {
+        's' => Some(1),
+        'm' => Some(60),
+        'h' => Some(3600),
+        _ => None,
+    });
+    let unit: u64 = unit.ok_or_else(wrong)?;
+    let number: u64 = text[..text.len() - 1].parse().map_err(|_| wrong())?;
+    let seconds = number.checked_mul(unit).filter(|s| (5..=8760 * 3600).contains(s)).ok_or_else(wrong)?;
+    Ok(Duration::from_secs(seconds))
+}
+
+fn parse_address(text: &str) -> Result<Address, String> {
+    if text == "off" {
+        return Ok(Address(None));
+    }
+    let address =
+        text.parse().map_err(|_| "expected an address and a port, as in 127.0.0.1:9472, or off".to_owned())?;
+    Ok(Address(Some(address)))
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(address) => address.fmt(f),
+            None => f.write_str("off"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(args: &[&str], file: Option<&str>) -> Result<Config, String> {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let path = dir.path().join("fabricd.toml");
+        let mut all = vec![OsString::from("fabricd")];
+        if let Some(text) = file {
+            std::fs::write(&path, text).expect("written");
+            all.extend(["--config".into(), path.into()]);
+        }
+        all.extend(args.iter().map(OsString::from));
+        Config::load(all).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_defaults() {
+        let file =
+            "etcd_endpoints = ['http://192.0.2.1:2379', 'http://192.0.2.2:2379']\nlease_ttl = '1h'\niface = 'eth1'\n";
+        let config = load(&["--lease-ttl", "30m"], Some(file)).expect("valid");
+        assert_eq!(config.etcd_endpoints, ["http://192.0.2.1:2379", "http://192.0.2.2:2379"]);
+        assert_eq!(config.lease_ttl, Duration::from_secs(1800));
+        assert_eq!(config.iface, ["eth1"]);
+        assert_eq!(config.etcd_prefix, "/coreos.com/network");
+    }
+
+    #[test]
+    fn mistakes_in_the_file_are_named() {
+        for (file, told) in [
+            ("colour = 'red'", "there is no setting \"colour\"; there are node_name, etcd_endpoints"),
+            ("cleanup = true", "there is no setting \"cleanup\""),
+            ("lease_ttl = 'soon'", "from 5s to 8760h"),
+            ("lease_ttl = ['1h']", "lease_ttl takes one value"),
+            ("run_dir = 1.5", "run_dir is a float"),
+            ("=", "TOML parse error"),
+        ] {
+            let error = load(&[], Some(file)).expect_err(file);
+            assert!(error.contains(told) && error.contains("fabricd.toml"), "{file}: {error}");
+        }
+        let error = load(&["--config", "/nonexistent.toml"], None).expect_err("no file");
+        assert!(error.starts_with("cannot read the settings in /nonexistent.toml"), "{error}");
+    }
+
+    #[test]
+    fn half_a_key_pair_is_refused() {
+        assert!(load(&["--etcd-certfile", "a.pem"], None).expect_err("no key").contains("--etcd-keyfile"));
+    }
+
+    #[test]
+    fn help_shows_every_setting_with_its_variable() {
+        let help = Config::command().render_long_help().to_string();
+        for arg in Config::command().get_arguments().filter(|arg| arg.get_id() != "cleanup") {
+            let variable = format!("FABRICD_{}", arg.get_id().as_str().to_uppercase());
+            assert!(help.contains(&variable), "{variable}");
+        }
+    }
+
+    #[test]
+    fn node_name_comes_from_the_host() {
+        let config = load(&[], None).expect("this host has a name");
+        assert!(!config.node().as_str().is_empty());
+    }
+}
