@@ -1,6 +1,21 @@
 //! fabricd, the node daemon.
+//!
+//! ```text
+//!   store ──watch──> LeaseSet ──┐
+//!     ▲                         ▼
+//!   lease <──wanted── reconcile ──plan──> kernel
+//!   (keeper) ─holding─>   │   <──observed──┘
+//!                         ├──> files (node.json, subnet.env)
+//!                         └──> view ──> status (gRPC), health
+//! ```
+//!
+//! Store and kernel never see each other. docs/architecture.md tells the whole story.
 
 pub mod config;
+pub mod files;
 pub mod kernel;
+pub mod lease;
+pub mod reconcile;
 pub mod store;
 pub mod underlay;
+pub mod view;

@@ -64,6 +64,10 @@ pub enum Step {
     Keep,
     /// Ask the store for this.
     Claim(Bid),
+    /// The lease is ours and should say this instead.
+    Rewrite(Record),
+    /// A record of ours no longer fits the config: claim it, give it back, then decide again.
+    Withdraw(Bid),
     /// The lease that we held is not ours any more. Stop handing out addresses, then decide again without it.
     Lost(Loss),
     /// There is nothing to ask for, until something changes.
@@ -79,8 +83,6 @@ pub struct Bid {
     pub record: Record,
     /// What must be true of the key.
     pub expect: Expect,
-    /// A record of ours that no longer fits, with its revision: it goes in the same transaction.
-    pub replaces: Option<(LeaseKey, i64)>,
 }
 
 /// How a lease was lost.
@@ -136,18 +138,11 @@ pub fn next_step(now: &Situation<'_>) -> Step {
 fn keep(now: &Situation<'_>, held: Held) -> Step {
     match now.leases.get(&held.key) {
         Some(lease) if lease.mod_revision == held.mod_revision => {
-            if says_what_it_should(now, lease) {
+            let endpoints = endpoints(now, Some(lease));
+            if lease.record.endpoints() == endpoints {
                 Step::Keep
             } else {
-                let endpoints = endpoints(now, Some(lease));
-                Step::Claim(bid(
-                    now,
-                    held.key,
-                    endpoints,
-                    Expect::Revision(lease.mod_revision),
-                    Some(lease),
-                    lease.record.owner.as_ref().map_or(1, |o| o.epoch),
-                ))
+                Step::Rewrite(Record { backend: Backend::Vxlan(endpoints), ..lease.record.clone() })
             }
         }
         // The set shows the time before our write.
@@ -157,26 +152,17 @@ fn keep(now: &Situation<'_>, held: Held) -> Step {
     }
 }
 
-fn says_what_it_should(now: &Situation<'_>, lease: &Lease) -> bool {
-    lease.record.endpoints() == endpoints(now, Some(lease))
-}
-
 fn acquire(now: &Situation<'_>) -> Step {
     let mine = now.leases.of_node(now.node).or_else(|| flannels_lease_of_this_node(now));
     if let Some(obstacle) = same_address(now, mine.map(AsRef::as_ref)) {
         return Step::Wait(obstacle);
     }
-    let epoch = mine.and_then(|lease| lease.record.owner.as_ref()).map_or(0, |owner| owner.epoch) + 1;
-    let endpoints = endpoints(now, mine.map(AsRef::as_ref));
-    if let Some(lease) = mine.filter(|lease| fits(now.network, &lease.key)) {
-        return Step::Claim(bid(now, lease.key, endpoints, Expect::Revision(lease.mod_revision), Some(lease), epoch));
+    if let Some(lease) = mine {
+        let bid = bid(now, lease.key, Expect::Revision(lease.mod_revision), Some(lease));
+        return if fits(now.network, &lease.key) { Step::Claim(bid) } else { Step::Withdraw(bid) };
     }
     match free_key(now) {
-        Ok(key) => {
-            let mut bid = bid(now, key, endpoints, Expect::Absent, mine.map(AsRef::as_ref), epoch);
-            bid.replaces = mine.map(|lease| (lease.key, lease.mod_revision));
-            Step::Claim(bid)
-        }
+        Ok(key) => Step::Claim(bid(now, key, Expect::Absent, None)),
         Err(obstacle) => Step::Wait(obstacle),
     }
 }
@@ -234,26 +220,21 @@ fn endpoints(now: &Situation<'_>, published: Option<&Lease>) -> PerFamily<Endpoi
     })
 }
 
-fn bid(
-    now: &Situation<'_>,
-    key: LeaseKey,
-    endpoints: PerFamily<Endpoint>,
-    expect: Expect,
-    before: Option<&Lease>,
-    epoch: u64,
-) -> Bid {
+/// A claim of `key`. What the record there says today, `before`, stays where we have nothing to say.
+fn bid(now: &Situation<'_>, key: LeaseKey, expect: Expect, before: Option<&Lease>) -> Bid {
+    let endpoints = endpoints(now, before);
     let before = before.map(|lease| &lease.record);
+    let owner = before.and_then(|record| record.owner.as_ref());
     let owner = Owner {
         version: Owner::VERSION,
         node: now.node.clone(),
         boot: now.instance.boot.clone(),
         netns: now.instance.netns,
-        epoch,
-        unknown: before.and_then(|r| r.owner.as_ref()).map(|owner| owner.unknown.clone()).unwrap_or_default(),
+        epoch: owner.map_or(0, |owner| owner.epoch) + 1,
+        unknown: owner.map(|owner| owner.unknown.clone()).unwrap_or_default(),
     };
     let unknown = before.map(|record| record.unknown.clone()).unwrap_or_default();
-    let record = Record { backend: Backend::Vxlan(endpoints), owner: Some(owner), unknown };
-    Bid { key, record, expect, replaces: None }
+    Bid { key, record: Record { backend: Backend::Vxlan(endpoints), owner: Some(owner), unknown }, expect }
 }
 
 #[cfg(test)]
@@ -336,7 +317,7 @@ mod tests {
         let node = Node::new();
         let bid = node.bid(&LeaseSet::default());
         assert_eq!(bid, node.bid(&LeaseSet::default()));
-        assert_eq!((bid.expect, bid.replaces), (Expect::Absent, None));
+        assert_eq!(bid.expect, Expect::Absent);
         let owner = bid.record.owner.expect("named");
         assert_eq!((owner.epoch, owner.boot.as_str()), (1, "boot"));
     }
@@ -367,10 +348,10 @@ mod tests {
     }
 
     #[test]
-    fn record_that_no_longer_fits_the_config_is_replaced() {
-        let bid = Node::new().bid(&set(&[("10.99.9.0-24", fabric("node-1", "192.0.2.1"), 5)], 5));
-        assert_eq!(bid.replaces, Some((key("10.99.9.0-24"), 5)));
-        assert_eq!(bid.expect, Expect::Absent);
+    fn record_that_no_longer_fits_the_config_is_withdrawn_first() {
+        let step = Node::new().step(&set(&[("10.99.9.0-24", fabric("node-1", "192.0.2.1"), 5)], 5));
+        let Step::Withdraw(bid) = step else { panic!("{step:?}") };
+        assert_eq!((bid.key, bid.expect), (key("10.99.9.0-24"), Expect::Revision(5)));
     }
 
     #[test]
@@ -399,9 +380,10 @@ mod tests {
         let leases = set(&[("10.244.9.0-24", fabric("node-1", "192.0.2.1"), 5)], 6);
         assert_eq!(node.step(&leases), Step::Keep);
         node.public_ips.v4 = Some("192.0.2.100".parse().expect("ip"));
-        let bid = node.bid(&leases);
-        assert_eq!((bid.key, bid.expect), (key("10.244.9.0-24"), Expect::Revision(5)));
-        assert_eq!(bid.record.owner.expect("named").epoch, 4, "moving is no new claim");
+        let step = node.step(&leases);
+        let Step::Rewrite(record) = step else { panic!("{step:?}") };
+        assert_eq!(record.endpoints().v4.expect("IPv4").public_ip.to_string(), "192.0.2.100");
+        assert_eq!(record.owner.expect("named").epoch, 4, "moving is no new claim");
     }
 
     #[test]

@@ -96,4 +96,7 @@ pub trait Kernel: Send {
 
     /// Waits until something that [`Kernel::observe`] shows has changed since the last observe. Cancel-safe.
     fn changed(&mut self) -> impl Future<Output = Touched> + Send;
+
+    /// Makes the next observe read everything anew.
+    fn distrust(&mut self);
 }

@@ -7,6 +7,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use fabric_core::holding::Expect;
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::NodeName;
 use fabric_core::network::{ConfigError, NetworkConfig};
@@ -54,15 +55,6 @@ pub struct Claim {
     pub seen_revision: i64,
     /// Time to live of the lease, in whole seconds.
     pub ttl: Duration,
-}
-
-/// The state of the key that a claim was decided on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Expect {
-    /// Nobody has it.
-    Absent,
-    /// It was last changed at this revision: it is ours to take over.
-    Revision(i64),
 }
 
 /// A lease that is held.

@@ -1,0 +1,172 @@
+//! The files that this node hands to others: `node.json` for `fabric-cni`, `subnet.env` for whoever expects flannel's.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+
+use fabric_core::handoff::{NODE_FILE, NODE_FILE_VERSION, NodeFile, NotReady, Readiness};
+
+/// Where the files lie.
+#[derive(Clone, Debug)]
+pub struct Files {
+    /// `node.json`.
+    pub node: PathBuf,
+    /// `subnet.env`.
+    pub subnet: PathBuf,
+}
+
+/// A file could not be written or removed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write {}: {source}", .file.display())]
+pub struct FileError {
+    /// The file.
+    pub file: PathBuf,
+    /// Why.
+    pub source: io::Error,
+}
+
+impl Files {
+    /// The files in `run_dir` and at `subnet`.
+    #[must_use]
+    pub fn new(run_dir: &Path, subnet: &Path) -> Self {
+        Self { node: run_dir.join(NODE_FILE), subnet: subnet.into() }
+    }
+
+    /// What `node.json` says now; `None` when there is none that can be read, as after a reboot.
+    #[must_use]
+    pub fn read(&self) -> Option<NodeFile> {
+        NodeFile::decode(&fs::read(&self.node).ok()?).ok()
+    }
+
+    /// Brings both files up to date. What they say already is not written again.
+    ///
+    /// A daemon that is merely starting doesn't take back the word of the one before it: pods go on being added.
+    ///
+    /// # Errors
+    /// [`FileError`], with the file; the other one may have been written.
+    pub fn publish(&self, content: &NodeFile) -> Result<(), FileError> {
+        let starting = matches!(content.readiness, Readiness::NotReady { code: NotReady::Starting, .. });
+        if starting && self.read().is_some_and(|before| before.readiness == Readiness::Ready) {
+            return Ok(());
+        }
+        // subnet.env first: when node.json says ready, both are there.
+        if content.readiness == Readiness::Ready {
+            replace(&self.subnet, content.subnet_env(false).as_bytes())?;
+        }
+        replace(&self.node, &content.encode())
+    }
+
+    /// Removes both files; that one is missing is no error.
+    ///
+    /// # Errors
+    /// [`FileError`], with the file.
+    pub fn remove(&self) -> Result<(), FileError> {
+        for file in [&self.node, &self.subnet] {
+            match fs::remove_file(file) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(FileError { file: file.clone(), source });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The content of a `node.json` that says no more than why there is nothing.
+#[must_use]
+pub fn not_ready(node: fabric_core::model::NodeName, code: NotReady, reason: String) -> NodeFile {
+    let readiness = Readiness::NotReady { code, reason };
+    NodeFile { version: NODE_FILE_VERSION, node, readiness, ipv4: None, ipv6: None, mtu: 0, epoch: 0 }
+}
+
+/// Puts `content` in the place of `file`, so that a reader sees the old one or the new one, whole, and so does the next
+/// boot. A file that has this content already is left alone.
+fn replace(file: &Path, content: &[u8]) -> Result<(), FileError> {
+    let write = || {
+        if fs::read(file).is_ok_and(|now| now == content) {
+            return Ok(());
+        }
+        let dir = file.parent().unwrap_or(Path::new("/"));
+        fs::create_dir_all(dir)?;
+        let mut fresh = tempfile::Builder::new()
+            .prefix(".fabric-")
+            .permissions(fs::Permissions::from_mode(0o644))
+            .tempfile_in(dir)?;
+        fresh.write_all(content)?;
+        fresh.as_file().sync_all()?;
+        fresh.persist(file).map_err(|e| e.error)?;
+        fs::File::open(dir)?.sync_all()
+    };
+    write().map_err(|source| FileError { file: file.into(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fabric_core::handoff::NodeSubnet;
+
+    fn ready() -> NodeFile {
+        let ipv4 = NodeSubnet { network: "10.244.0.0/16".parse().unwrap(), subnet: "10.244.3.0/24".parse().unwrap() };
+        let node = "node-1".parse().unwrap();
+        NodeFile {
+            version: NODE_FILE_VERSION,
+            node,
+            readiness: Readiness::Ready,
+            ipv4: Some(ipv4),
+            ipv6: None,
+            mtu: 1450,
+            epoch: 1,
+        }
+    }
+
+    fn files(dir: &tempfile::TempDir) -> Files {
+        Files::new(&dir.path().join("run"), &dir.path().join("flannel/subnet.env"))
+    }
+
+    #[test]
+    fn ready_node_has_both_files_and_no_leftovers() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = files(&dir);
+        files.publish(&ready()).unwrap();
+        assert_eq!(files.read(), Some(ready()));
+        assert!(fs::read_to_string(&files.subnet).unwrap().contains("FLANNEL_SUBNET=10.244.3.1/24"));
+        assert_eq!(fs::read_dir(dir.path().join("run")).unwrap().count(), 1);
+        assert_eq!(fs::metadata(&files.node).unwrap().permissions().mode() & 0o777, 0o644);
+        files.remove().unwrap();
+        files.remove().unwrap();
+        assert!(!files.node.exists() && !files.subnet.exists());
+    }
+
+    #[test]
+    fn starting_daemon_keeps_the_word_of_the_one_before_it_but_a_quarantine_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = files(&dir);
+        let state = |code| not_ready("node-1".parse().unwrap(), code, "why".into());
+        files.publish(&state(NotReady::Starting)).unwrap();
+        assert_eq!(files.read(), Some(state(NotReady::Starting)), "after a reboot it says why");
+        files.publish(&ready()).unwrap();
+        files.publish(&state(NotReady::Starting)).unwrap();
+        assert_eq!(files.read(), Some(ready()));
+        files.publish(&state(NotReady::Quarantine)).unwrap();
+        assert_eq!(files.read(), Some(state(NotReady::Quarantine)));
+    }
+
+    #[test]
+    fn same_content_is_not_written_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = files(&dir);
+        files.publish(&ready()).unwrap();
+        let inode = |file: &Path| std::os::unix::fs::MetadataExt::ino(&fs::metadata(file).unwrap());
+        let before = (inode(&files.node), inode(&files.subnet));
+        files.publish(&ready()).unwrap();
+        assert_eq!((inode(&files.node), inode(&files.subnet)), before);
+    }
+
+    #[test]
+    fn folder_that_cannot_be_written_is_named() {
+        let files = Files::new(Path::new("/proc/nowhere"), Path::new("/proc/nowhere/subnet.env"));
+        assert!(files.publish(&ready()).unwrap_err().to_string().starts_with("cannot write /proc/nowhere/subnet.env"));
+    }
+}

@@ -1,0 +1,437 @@
+//! The reconcile loop: makes the kernel hold what the leases say, and says how far it has come.
+//!
+//! One pass looks at the kernel, plans from everything that is known now, writes the difference, and publishes a
+//! [`View`]. It never acts on an event as such: an event, of the kernel or of the store, only wakes it. So what was
+//! missed, lost or done by hand is put right by the next pass, and a pass that finds nothing to do writes nothing.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fabric_core::diff::{Gate, Key, Op, Plan, diff};
+use fabric_core::handoff::{NODE_FILE_VERSION, NodeFile, NodeSubnet, NotReady, Readiness};
+use fabric_core::leases::{Lease, LeaseSet};
+use fabric_core::model::{Family, MacAddr, NodeName, PerFamily, Subnet};
+use fabric_core::network::NetworkConfig;
+use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep, desired, device_name};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
+use tracing::{debug, info, warn};
+
+use crate::files::{Files, not_ready};
+use crate::kernel::{Kernel, KernelError, Observed};
+use crate::lease::{Holding, Own, Wanted};
+use crate::store::{LeaseStore, Network};
+use crate::underlay::{self, Selector, Underlay};
+use crate::view::{PeerTrouble, View, VtepView};
+
+/// How often everything is looked at although nothing has happened.
+const AUDIT: Duration = Duration::from_secs(10);
+
+/// The settings of this node that the loop needs.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// Its name.
+    pub name: NodeName,
+    /// How its underlay interface is chosen.
+    pub selectors: Vec<Selector>,
+    /// Addresses to publish instead of the interface's.
+    pub public_ips: PerFamily<IpAddr>,
+    /// The prefix in the store, for messages.
+    pub prefix: String,
+}
+
+/// The loop of one node.
+#[derive(Debug)]
+pub struct Reconciler<S, K> {
+    node: Node,
+    store: Arc<S>,
+    kernel: K,
+    files: Files,
+    wanted: watch::Sender<Option<Wanted>>,
+    view: watch::Sender<Arc<View>>,
+    applied: Option<NetworkConfig>,
+    failures: u32,
+}
+
+/// Why a pass ended before there was anything to write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Blocked {
+    code: NotReady,
+    reason: String,
+}
+
+fn starting(reason: impl Into<String>) -> Blocked {
+    Blocked { code: NotReady::Starting, reason: reason.into() }
+}
+
+fn failed(reason: impl ToString) -> Blocked {
+    Blocked { code: NotReady::Failed, reason: reason.to_string() }
+}
+
+impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
+    /// A loop that has not looked at anything yet.
+    pub fn new(node: Node, store: Arc<S>, kernel: K, files: Files) -> Self {
+        let view = View::new(node.name.clone());
+        Self {
+            node,
+            store,
+            kernel,
+            files,
+            wanted: watch::channel(None).0,
+            view: watch::channel(Arc::new(view)).0,
+            applied: None,
+            failures: 0,
+        }
+    }
+
+    /// What the lease should say, for the keeper.
+    pub fn wanted(&self) -> watch::Receiver<Option<Wanted>> {
+        self.wanted.subscribe()
+    }
+
+    /// What is known, after every pass.
+    pub fn view(&self) -> watch::Receiver<Arc<View>> {
+        self.view.subscribe()
+    }
+
+    /// Runs until the lease keeper or the store is gone. The kernel keeps what it has.
+    pub async fn run(mut self, mut holding: watch::Receiver<Holding>) {
+        let mut leases = self.store.leases();
+        let mut network = self.store.network();
+        let mut connection = self.store.connection();
+        let mut audit = Instant::now() + AUDIT;
+        loop {
+            let mut view =
+                View { connection: connection.borrow_and_update().clone(), ..View::new(self.node.name.clone()) };
+            let now = (
+                network.borrow_and_update().clone(),
+                leases.borrow_and_update().clone(),
+                holding.borrow_and_update().clone(),
+            );
+            let again = self.pass(&mut view, now).await;
+            self.publish(view);
+
+            let retry = again.map(|delay| Instant::now() + delay);
+            tokio::select! {
+                _ = self.kernel.changed() => {}
+                changed = leases.changed() => if changed.is_err() { return },
+                changed = network.changed() => if changed.is_err() { return },
+                changed = connection.changed() => if changed.is_err() { return },
+                changed = holding.changed() => if changed.is_err() { return },
+                () = sleep_until(retry.unwrap_or(audit)), if retry.is_some() => {}
+                () = sleep_until(audit) => {
+                    self.kernel.distrust();
+                    audit = Instant::now() + AUDIT;
+                }
+            }
+        }
+    }
+
+    /// One pass. Gives the delay after which to try again, if something failed.
+    async fn pass(&mut self, view: &mut View, now: (Network, Option<Arc<LeaseSet>>, Holding)) -> Option<Duration> {
+        let (network, leases, holding) = now;
+        view.leases = leases.clone();
+        view.holding = holding.clone();
+        let outcome = match self.prepare(view, &network, &holding).await {
+            Ok((observed, network, own, underlays)) => match &leases {
+                Some(leases) => self.converge(view, &observed, &network, &own, &underlays, leases).await,
+                None => Err(starting("waiting for the leases of the other nodes from the store")),
+            },
+            Err(blocked) => Err(blocked),
+        };
+        let troubled = match outcome {
+            Ok(clean) => {
+                view.readiness = match &holding.trouble {
+                    Some((code, reason)) => Readiness::NotReady { code: *code, reason: reason.clone() },
+                    None => Readiness::Ready,
+                };
+                !clean
+            }
+            Err(Blocked { code, reason }) => {
+                let retry = code == NotReady::Failed;
+                view.readiness = Readiness::NotReady { code, reason };
+                retry
+            }
+        };
+        let troubled = self.hand_off(view).is_err() || troubled;
+        self.failures = if troubled { self.failures + 1 } else { 0 };
+        troubled.then(|| Duration::from_millis(250 << self.failures.min(6)).min(AUDIT))
+    }
+
+    /// Everything that must be known before anything can be planned; what is missing is said with the way out.
+    async fn prepare(
+        &mut self,
+        view: &mut View,
+        network: &Network,
+        holding: &Holding,
+    ) -> Result<(Arc<Observed>, NetworkConfig, Own, PerFamily<Underlay>), Blocked> {
+        let network = self.network_in_force(view, network)?;
+        view.network = Some(network);
+        let observed = self.kernel.observe().await.map_err(failed)?;
+        let underlays = network
+            .spaces
+            .try_map(|family, _| underlay::choose(&self.node.selectors, &observed.host, family))
+            .map_err(failed)?;
+        if let Some((space, link)) =
+            network.overlap(&on_link(&observed, &underlays).map(|(s, _)| s).collect::<Vec<_>>())
+        {
+            return Err(failed(format!(
+                "the network {space} overlaps {link}, which this node's underlay interface reaches directly; \
+                 choose another network with: fabricctl network init --force --network …"
+            )));
+        }
+        let public_ips = underlays.map(|family, u| self.node.public_ips.get(family).copied().unwrap_or(u.local));
+        let wanted = Some(Wanted { network, public_ips });
+        self.wanted.send_if_modified(|current| {
+            let differs = *current != wanted;
+            *current = wanted;
+            differs
+        });
+        for drop in &observed.forward_drops {
+            let spaces = network.spaces.values().map(|s| drop.remedy.replace("{network}", &s.network.to_string()));
+            let remedy: Vec<String> = spaces.collect();
+            view.warnings.push(format!(
+                "{} drops forwarded packets unless a rule accepts them; let the pods' through with: {}",
+                drop.chain,
+                remedy.join("; ").replace('\n', "; ")
+            ));
+        }
+        let own = holding.own.clone().ok_or_else(|| match &holding.trouble {
+            Some((code, reason)) => Blocked { code: *code, reason: reason.clone() },
+            None => starting("waiting for a lease"),
+        })?;
+        if own.key.subnets().families().ne(network.spaces.families()) {
+            return Err(starting("waiting for a lease of the network's address families"));
+        }
+        Ok((observed, network, own, underlays))
+    }
+
+    /// The config that counts: the first valid one, with what can change under running pods kept up to date.
+    fn network_in_force(&mut self, view: &mut View, network: &Network) -> Result<NetworkConfig, Blocked> {
+        let key = format!("{}/config", self.node.prefix);
+        let trouble = match (network, self.applied) {
+            (Network::Valid(config), None) => {
+                self.applied = Some(*config);
+                return Ok(*config);
+            }
+            (Network::Valid(config), Some(applied)) => {
+                let live = |c: &NetworkConfig| {
+                    (c.spaces.map(|_, s| (s.network, s.subnet_len)), c.vxlan.vni, c.vxlan.port, c.vxlan.gbp)
+                };
+                if live(config) == live(&applied) {
+                    self.applied = Some(*config);
+                    return Ok(*config);
+                }
+                "the network config has changed in what only a restart applies; restart fabricd on this node".into()
+            }
+            (Network::Unknown, _) => format!("waiting for the network config at {key}"),
+            (Network::Missing, _) => format!(
+                "there is no network config at {key}; make one with: fabricctl network init --network 10.244.0.0/16"
+            ),
+            (Network::Invalid(error), _) => format!("the network config at {key} can't be used: {error}"),
+        };
+        let Some(applied) = self.applied else { return Err(starting(trouble)) };
+        view.warnings.push(trouble);
+        Ok(applied)
+    }
+
+    /// Writes what the kernel lacks. True when nothing failed.
+    async fn converge(
+        &mut self,
+        view: &mut View,
+        observed: &Observed,
+        network: &NetworkConfig,
+        own: &Own,
+        underlays: &PerFamily<Underlay>,
+        leases: &LeaseSet,
+    ) -> Result<bool, Blocked> {
+        let vteps = vteps(network, own, underlays);
+        view.mtu = vteps.values().map(|vtep| vtep.mtu).min().unwrap_or_default();
+        view.vteps = vteps
+            .iter()
+            .filter_map(|(family, vtep)| {
+                Some(VtepView {
+                    device: device_name(family, network.vxlan.vni),
+                    underlay: underlays.get(family)?.dev.clone(),
+                    public_ip: own.endpoints.get(family)?.public_ip,
+                    vtep: *vtep,
+                })
+            })
+            .collect();
+        let facts =
+            Facts { nexthop_objects: observed.nexthop_objects, on_link: on_link(observed, underlays).collect() };
+        let (have, foreign) = (&observed.ours, &observed.foreign);
+        let Desired { state, refused, conflicts, .. } =
+            desired(&Inputs { network, own: &own.key, vteps: &vteps, leases, facts: &facts, have, foreign });
+
+        let plan = diff(&state, have);
+        let failures = self.execute(&plan).await;
+        view.peers = leases.iter().filter(|lease| lease.key != own.key).cloned().collect();
+        view.troubles = refused.into_iter().map(|(key, refusal)| (key, PeerTrouble::Refused(refusal))).collect();
+        let pending = Pending::new(&failures, &conflicts);
+        for peer in &view.peers {
+            if let Some(reason) = pending.of(peer) {
+                view.troubles.entry(peer.key).or_insert(PeerTrouble::Pending(reason));
+            }
+        }
+        if let Some(conflict) = conflicts.iter().find(|c| !matches!(c, Conflict::Route { .. })) {
+            return Err(failed(conflict));
+        }
+        // A peer's trouble is that peer's alone; without our own device nobody is reached.
+        let fatal = failures.iter().find(|(op, _)| matches!(op, Op::Link(..) | Op::Address(..) | Op::Sysctl(..)));
+        match fatal {
+            Some((_, why)) => Err(failed(why)),
+            None => Ok(failures.is_empty()),
+        }
+    }
+
+    /// Takes the steps of a plan, stage by stage. Gives those that failed or were left out, with the reason.
+    async fn execute(&mut self, plan: &Plan) -> Vec<(Op, String)> {
+        let mut gate = Gate::default();
+        let mut failures = Vec::new();
+        for stage in plan.stages() {
+            let (go, wait): (Vec<&Op>, Vec<&Op>) = stage.iter().partition(|op| gate.admits(op));
+            failures
+                .extend(wait.into_iter().map(|op| (op.clone(), format!("{op}: left out, what it needs has failed"))));
+            let go: Vec<Op> = go.into_iter().cloned().collect();
+            for (op, result) in go.iter().zip(self.kernel.apply(&go).await) {
+                debug!(%op, ok = result.is_ok(), "kernel write");
+                if let Err(error) = result {
+                    gate.failed(op);
+                    failures.push((op.clone(), explain(&error)));
+                }
+            }
+        }
+        if !plan.is_empty() {
+            info!(ops = plan.ops().len(), failed = failures.len(), "kernel brought up to date");
+        }
+        if let Some((_, first)) = failures.first() {
+            warn!(error = first, failed = failures.len(), "kernel writes failed, retrying");
+        }
+        failures
+    }
+
+    /// Writes the files that others read. A file that can't be written makes the node not ready.
+    fn hand_off(&self, view: &mut View) -> Result<(), ()> {
+        let file = match (&view.network, &view.holding.own) {
+            (Some(network), Some(own)) if view.mtu != 0 => {
+                let subnet = |family| {
+                    let (space, subnet) = (network.spaces.get(family)?, own.key.subnets().get(family)?);
+                    Some(NodeSubnet { network: space.network, subnet: *subnet })
+                };
+                NodeFile {
+                    version: NODE_FILE_VERSION,
+                    node: self.node.name.clone(),
+                    readiness: view.readiness.clone(),
+                    ipv4: subnet(Family::V4),
+                    ipv6: subnet(Family::V6),
+                    mtu: view.mtu,
+                    epoch: own.epoch,
+                }
+            }
+            _ => match &view.readiness {
+                Readiness::NotReady { code, reason } => not_ready(self.node.name.clone(), *code, reason.clone()),
+                Readiness::Ready => unreachable!("a node without a subnet is never ready"),
+            },
+        };
+        self.files.publish(&file).map_err(|error| {
+            warn!(%error, "files for others not written");
+            view.readiness = Readiness::NotReady { code: NotReady::Failed, reason: error.to_string() };
+        })
+    }
+
+    /// Publishes what is known, and logs the transitions in it.
+    fn publish(&self, view: View) {
+        self.view.send_if_modified(|current| {
+            match (&current.readiness, &view.readiness) {
+                (before, now) if before == now => {}
+                (_, Readiness::Ready) => info!(peers = view.peers.len(), mtu = view.mtu, "ready"),
+                (_, Readiness::NotReady { code: NotReady::Starting, reason }) => info!(reason, "not ready"),
+                (_, Readiness::NotReady { reason, .. }) => warn!(reason, "not ready"),
+            }
+            for warning in view.warnings.iter().filter(|warning| !current.warnings.contains(warning)) {
+                warn!(warning, "to be looked at");
+            }
+            for (key, trouble) in
+                view.troubles.iter().filter(|(key, trouble)| current.troubles.get(key) != Some(trouble))
+            {
+                warn!(peer = %key, reason = %trouble, "peer not reachable");
+            }
+            let differs = **current != view;
+            *current = Arc::new(view);
+            differs
+        });
+    }
+}
+
+fn explain(error: &KernelError) -> String {
+    match error.errno() {
+        Some(libc::EPERM | libc::EACCES) => format!("{error}; does fabricd have CAP_NET_ADMIN?"),
+        _ => error.to_string(),
+    }
+}
+
+fn vteps(network: &NetworkConfig, own: &Own, underlays: &PerFamily<Underlay>) -> PerFamily<Vtep> {
+    let vtep = |(family, underlay): (Family, &Underlay)| {
+        let endpoint = own.endpoints.get(family)?;
+        let underlay_mtu = network.vxlan.underlay_mtu.map_or(underlay.mtu, |mtu| mtu.min(underlay.mtu));
+        // 1500 less what VXLAN needs is what any link can do; a link below that is the kernel's to refuse.
+        let mtu = underlay_mtu.saturating_sub(family.vxlan_overhead());
+        Some((family, Vtep { mac: endpoint.vtep_mac, local: underlay.local, mtu }))
+    };
+    underlays.iter().filter_map(vtep).collect()
+}
+
+/// The prefixes that the chosen underlay interfaces reach without a gateway.
+fn on_link<'a>(
+    observed: &'a Observed,
+    underlays: &'a PerFamily<Underlay>,
+) -> impl Iterator<Item = (Subnet, fabric_core::model::IfName)> + 'a {
+    let chosen: BTreeSet<_> = underlays.values().map(|underlay| &underlay.dev).collect();
+    let links = observed.host.links.iter().filter(move |link| chosen.contains(&link.name));
+    links.flat_map(|link| link.addresses.iter().map(|(_, prefix)| (*prefix, link.name.clone())))
+}
+
+/// Which peers are touched by failed writes.
+struct Pending<'a> {
+    subnets: Vec<(Subnet, &'a str)>,
+    overlay: Vec<(IpAddr, &'a str)>,
+    macs: Vec<(MacAddr, &'a str)>,
+    conflicts: Vec<(Subnet, String)>,
+}
+
+impl<'a> Pending<'a> {
+    fn new(failures: &'a [(Op, String)], conflicts: &[Conflict]) -> Self {
+        let mut pending = Self { subnets: vec![], overlay: vec![], macs: vec![], conflicts: vec![] };
+        for (op, why) in failures.iter().filter(|(op, _)| !op.is_delete()) {
+            match (op, op.key()) {
+                (_, Key::Route(subnet)) => pending.subnets.push((subnet, why)),
+                (_, Key::Neighbour(_, ip)) => pending.overlay.push((ip, why)),
+                (Op::Nexthop(_, change), _) => {
+                    pending.overlay.extend(change.wanted().map(|n| (n.gateway, why.as_str())))
+                }
+                (_, Key::Fdb(_, mac)) => pending.macs.push((mac, why)),
+                _ => {}
+            }
+        }
+        pending.conflicts.extend(conflicts.iter().filter_map(|conflict| match conflict {
+            Conflict::Route { dst, .. } => Some((*dst, conflict.to_string())),
+            _ => None,
+        }));
+        pending
+    }
+
+    fn of(&self, lease: &Lease) -> Option<String> {
+        let endpoints = lease.record.endpoints();
+        lease.key.subnets().iter().find_map(|(family, subnet)| {
+            let mac = endpoints.get(family).map(|e| e.vtep_mac);
+            let why = self.macs.iter().find(|(m, _)| Some(*m) == mac).map(|(_, why)| *why);
+            let why = why.or_else(|| self.overlay.iter().find(|(ip, _)| *ip == subnet.base()).map(|(_, why)| *why));
+            let why = why.or_else(|| self.subnets.iter().find(|(s, _)| s == subnet).map(|(_, why)| *why));
+            why.or_else(|| self.conflicts.iter().find(|(s, _)| s == subnet).map(|(_, why)| why.as_str()))
+                .map(str::to_owned)
+        })
+    }
+}

@@ -1,0 +1,86 @@
+//! [`View`]: what the daemon knows, as the reconcile loop saw it last. The API, readiness and metrics only read it.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use fabric_core::handoff::{NotReady, Readiness};
+use fabric_core::leases::{Lease, LeaseSet};
+use fabric_core::model::{IfName, NodeName};
+use fabric_core::network::NetworkConfig;
+use fabric_core::plan::{Refusal, Vtep};
+use fabric_core::record::LeaseKey;
+
+use crate::lease::Holding;
+use crate::store::Connection;
+
+/// What is known after one pass.
+#[derive(Clone, Debug, PartialEq)]
+pub struct View {
+    /// This node.
+    pub node: NodeName,
+    /// Whether pods may be added.
+    pub readiness: Readiness,
+    /// The connection to the store.
+    pub connection: Connection,
+    /// The config in force.
+    pub network: Option<NetworkConfig>,
+    /// The lease that is held.
+    pub holding: Holding,
+    /// All leases.
+    pub leases: Option<Arc<LeaseSet>>,
+    /// This node's ends of the tunnels.
+    pub vteps: Vec<VtepView>,
+    /// MTU of the pods' interfaces in bytes; 0 until it is known.
+    pub mtu: u32,
+    /// All leases but ours.
+    pub peers: Vec<Arc<Lease>>,
+    /// Peers that are not fully programmed.
+    pub troubles: BTreeMap<LeaseKey, PeerTrouble>,
+    /// What an operator should know, each with the way out.
+    pub warnings: Vec<String>,
+}
+
+/// One end of the tunnels, with what surrounds it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VtepView {
+    /// The VXLAN device.
+    pub device: IfName,
+    /// The underlay interface.
+    pub underlay: IfName,
+    /// The address that peers send to.
+    pub public_ip: IpAddr,
+    /// The rest.
+    pub vtep: Vtep,
+}
+
+/// Why a peer is not fully programmed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PeerTrouble {
+    /// Its lease can't be used.
+    #[error(transparent)]
+    Refused(Refusal),
+    /// A write failed and is being retried.
+    #[error("{0}")]
+    Pending(String),
+}
+
+impl View {
+    /// What a daemon knows that has just begun.
+    #[must_use]
+    pub fn new(node: NodeName) -> Self {
+        Self {
+            node,
+            readiness: Readiness::NotReady { code: NotReady::Starting, reason: "starting".into() },
+            connection: Connection::Unknown,
+            network: None,
+            holding: Holding::default(),
+            leases: None,
+            vteps: vec![],
+            mtu: 0,
+            peers: vec![],
+            troubles: BTreeMap::new(),
+            warnings: vec![],
+        }
+    }
+}
