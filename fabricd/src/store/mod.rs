@@ -3,6 +3,8 @@
 //! [`LeaseStore`] is what the daemon sees. [`etcd::Etcd`] is the real one; the test crate has one in memory, and one
 //! conformance suite runs on both.
 
+pub mod etcd;
+
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,7 +53,8 @@ pub struct Claim {
     pub record: Record,
     /// What must be true of the key, else the claim is lost.
     pub expect: Expect,
-    /// The revision of the [`LeaseSet`] that the choice was made on: nothing may have been leased since.
+    /// The revision of the [`LeaseSet`] that the choice was made on. When the key is expected absent, nothing may have
+    /// been leased or rewritten since.
     pub seen_revision: i64,
     /// Time to live of the lease, in whole seconds.
     pub ttl: Duration,
@@ -117,11 +120,23 @@ pub trait LeaseStore: Send + Sync + 'static {
     /// How the connection is.
     fn connection(&self) -> watch::Receiver<Connection>;
 
-    /// Takes a lease, or rewrites the one that is held, in one transaction.
+    /// How often the store turned out to be another one, or an older copy of itself, since the start. All revisions
+    /// and grants from before are void then. It rises before the first set of the new store is published.
+    fn replaced(&self) -> watch::Receiver<u64>;
+
+    /// Takes a lease in one transaction. It hangs on a fresh lease of the store's, whatever it hung on before.
     ///
     /// # Errors
-    /// [`StoreError::Lost`], `Unreachable` or `Refused`.
+    /// [`StoreError::Lost`], `Expired`, `Unreachable` or `Refused`. After `Unreachable` the record may be there all the
+    /// same: the watch tells, and the node then claims it by its revision.
     fn claim(&self, claim: &Claim) -> impl Future<Output = Result<Grant, StoreError>> + Send;
+
+    /// Writes another record on a lease that is held. Its end stays where it is; only [`LeaseStore::keep_alive`] moves
+    /// it.
+    ///
+    /// # Errors
+    /// [`StoreError::Lost`] when the record is not the one that the grant wrote, `Expired`, `Unreachable` or `Refused`.
+    fn rewrite(&self, grant: &Grant, record: &Record) -> impl Future<Output = Result<Grant, StoreError>> + Send;
 
     /// Keeps a lease alive: gives the grant with its new expiry. Writes nothing under the prefix.
     ///
@@ -129,7 +144,8 @@ pub trait LeaseStore: Send + Sync + 'static {
     /// [`StoreError::Expired`], `Unreachable` or `Refused`.
     fn keep_alive(&self, grant: &Grant) -> impl Future<Output = Result<Grant, StoreError>> + Send;
 
-    /// Gives a lease back. A lease that is gone or another's by now is no error and is not touched.
+    /// Gives a lease back: the record and its guards go, as far as they still hang on it. A lease that is gone is no
+    /// error, and a record that somebody else wrote meanwhile is not touched.
     ///
     /// # Errors
     /// [`StoreError::Unreachable`] or `Refused`.

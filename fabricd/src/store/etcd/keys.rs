@@ -1,0 +1,114 @@
+//! Where everything lies in etcd.
+//!
+//! ```text
+//! <prefix>/config                                 the network config          flannel's
+//! <prefix>/subnets/10.244.3.0-24&fd00:3::-64      a lease                     flannel's
+//! <prefix>/fabric/guard/4/10.244.3.0-24           the node that has the subnet    ours
+//! <prefix>/fabric/guard/6/fd00:3::-64             the node that has the subnet    ours
+//! ```
+//!
+//! flannel's key is the pair of subnets, so two different keys can hold the same IPv4 or IPv6 subnet. A guard is one
+//! subnet alone: a transaction that must create both guards can't create such a pair. Keys of ours never begin with
+//! `<prefix>/subnets`, which flannel lists as a plain string.
+
+use fabric_core::model::Family;
+use fabric_core::record::LeaseKey;
+
+/// The keys under one prefix.
+#[derive(Clone, Debug)]
+pub(super) struct Keys {
+    prefix: String,
+}
+
+/// What a key stands for.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// The network config.
+    Config,
+    /// A lease; the key's last part.
+    Lease(String),
+    /// A guard, or nothing that we know.
+    Other,
+}
+
+impl Keys {
+    /// The keys under `prefix`, with or without a slash at its end.
+    pub(super) fn new(prefix: &str) -> Self {
+        Self { prefix: prefix.trim_end_matches('/').to_owned() }
+    }
+
+    /// What all keys begin with.
+    pub(super) fn all(&self) -> String {
+        format!("{}/", self.prefix)
+    }
+
+    /// The network config's key.
+    pub(super) fn config(&self) -> String {
+        format!("{}/config", self.prefix)
+    }
+
+    /// What the keys of all leases begin with.
+    pub(super) fn subnets(&self) -> String {
+        format!("{}/subnets/", self.prefix)
+    }
+
+    /// A lease's key.
+    pub(super) fn lease(&self, key: &LeaseKey) -> String {
+        format!("{}/subnets/{key}", self.prefix)
+    }
+
+    /// The keys of a lease's guards, one for each family.
+    pub(super) fn guards(&self, key: &LeaseKey) -> Vec<String> {
+        let guard = |(family, subnet): (Family, &fabric_core::model::Subnet)| {
+            let digit = match family {
+                Family::V4 => 4,
+                Family::V6 => 6,
+            };
+            format!("{}/fabric/guard/{digit}/{}-{}", self.prefix, subnet.base(), subnet.prefix_len())
+        };
+        key.subnets().iter().map(guard).collect()
+    }
+
+    /// What `key` stands for. A key that is not text is a lease that can't be read.
+    pub(super) fn place(&self, key: &[u8]) -> Place {
+        match key.strip_prefix(self.all().as_bytes()) {
+            Some(b"config") => Place::Config,
+            Some(rest) => match rest.strip_prefix(b"subnets/") {
+                Some(lease) => Place::Lease(String::from_utf8_lossy(lease).into_owned()),
+                None => Place::Other,
+            },
+            None => Place::Other,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lease_has_one_guard_for_each_family() {
+        let keys = Keys::new("/coreos.com/network/");
+        let key = |text| LeaseKey::decode(text).expect(text);
+        assert_eq!(
+            keys.guards(&key("10.244.3.0-24&fd00:3::-64")),
+            ["/coreos.com/network/fabric/guard/4/10.244.3.0-24", "/coreos.com/network/fabric/guard/6/fd00:3::-64"]
+        );
+        assert_eq!(keys.guards(&key("0.0.0.0-0&fd00:3::-64")), ["/coreos.com/network/fabric/guard/6/fd00:3::-64"]);
+    }
+
+    #[test]
+    fn keys_beside_the_leases_are_told_apart() {
+        let keys = Keys::new("/p");
+        for (key, place) in [
+            ("/p/config", Place::Config),
+            ("/p/subnets/10.244.3.0-24", Place::Lease("10.244.3.0-24".into())),
+            ("/p/config/x", Place::Other),
+            ("/p/subnets", Place::Other),
+            ("/p/fabric/guard/4/10.244.3.0-24", Place::Other),
+            ("/pq/config", Place::Other),
+        ] {
+            assert_eq!(keys.place(key.as_bytes()), place, "{key}");
+        }
+    }
+}

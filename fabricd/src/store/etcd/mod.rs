@@ -1,0 +1,142 @@
+//! The lease store in etcd, in the layout of flannel's etcd v3 registry.
+//!
+//! ```text
+//!                 ┌──────────── watch: list, then follow ──────────► network(), leases(), connection()
+//! etcd ◄── connect┤
+//!  one endpoint   └──────────── txn: claim, rewrite, keep alive, release ◄── the lease's keeper
+//!  at a time            │
+//!                       └── identity: is it still the same store? ──► replaced()
+//! ```
+//!
+//! One task follows the store and publishes what it sees; calls go out on the task that makes them, over the same
+//! connection. Nothing here fails because etcd is away: the task retries for ever, a call says `Unreachable`.
+
+mod connect;
+mod identity;
+mod keys;
+mod outage;
+mod txn;
+mod watch;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use fabric_core::leases::LeaseSet;
+use fabric_core::record::Record;
+use tokio::sync::watch::{Receiver, Sender};
+use tokio::task::JoinSet;
+
+use self::connect::Connector;
+pub use self::connect::{Options, Tls, User};
+use self::keys::Keys;
+use super::{Claim, Connection, Grant, LeaseStore, Network, StoreError};
+
+/// The lease store in etcd. Dropping it ends its task.
+pub struct Etcd {
+    store: Arc<Store>,
+    /// Holds the one task that follows the store.
+    _following: JoinSet<()>,
+}
+
+/// What the task and the calls share.
+struct Store {
+    keys: Keys,
+    connector: Connector,
+    network: Sender<Network>,
+    leases: Sender<Option<Arc<LeaseSet>>>,
+    connection: Sender<Connection>,
+    /// The generation of the store, counted as in [`LeaseStore::replaced`], that the published leases came from.
+    listed_of: AtomicU64,
+}
+
+/// The network config as it lies in the store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredConfig {
+    /// The JSON.
+    pub json: Vec<u8>,
+    /// Store revision of its last change.
+    pub mod_revision: i64,
+}
+
+/// What became of a network config that was to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Init {
+    /// There was none; now there is.
+    Created,
+    /// It replaced this one.
+    Replaced(StoredConfig),
+    /// The very same was there already.
+    Unchanged,
+    /// Another one is there, and stays.
+    Exists(StoredConfig),
+}
+
+impl Etcd {
+    /// Starts to follow the store, and returns at once. Whether it can be reached is told by
+    /// [`LeaseStore::connection`]. Must be called within a tokio runtime.
+    #[must_use]
+    pub fn start(options: Options) -> Self {
+        let store = Arc::new(Store {
+            keys: Keys::new(&options.prefix),
+            connector: Connector::new(options),
+            network: Sender::new(Network::Unknown),
+            leases: Sender::new(None),
+            connection: Sender::new(Connection::Unknown),
+            listed_of: AtomicU64::new(0),
+        });
+        let mut following = JoinSet::new();
+        following.spawn(watch::follow_for_ever(store.clone()));
+        Self { store, _following: following }
+    }
+
+    /// Reads the network config, linearizably.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreachable`] or `Refused`.
+    pub async fn read_config(&self) -> Result<Option<StoredConfig>, StoreError> {
+        self.store.read_config().await
+    }
+
+    /// Writes the network config, if there is none or with `force`, by compare-and-swap. The JSON is taken as it is:
+    /// the caller has validated it.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreachable`] or `Refused`.
+    pub async fn network_init(&self, json: &[u8], force: bool) -> Result<Init, StoreError> {
+        self.store.network_init(json, force).await
+    }
+}
+
+impl LeaseStore for Etcd {
+    fn network(&self) -> Receiver<Network> {
+        self.store.network.subscribe()
+    }
+
+    fn leases(&self) -> Receiver<Option<Arc<LeaseSet>>> {
+        self.store.leases.subscribe()
+    }
+
+    fn connection(&self) -> Receiver<Connection> {
+        self.store.connection.subscribe()
+    }
+
+    fn replaced(&self) -> Receiver<u64> {
+        self.store.connector.identity.replaced()
+    }
+
+    async fn claim(&self, claim: &Claim) -> Result<Grant, StoreError> {
+        self.store.claim(claim).await
+    }
+
+    async fn rewrite(&self, grant: &Grant, record: &Record) -> Result<Grant, StoreError> {
+        self.store.rewrite(grant, record).await
+    }
+
+    async fn keep_alive(&self, grant: &Grant) -> Result<Grant, StoreError> {
+        self.store.keep_alive(grant).await
+    }
+
+    async fn release(&self, grant: &Grant) -> Result<(), StoreError> {
+        self.store.release(grant).await
+    }
+}

@@ -1,0 +1,308 @@
+//! What a node writes: its lease, and through `fabricctl` the network config. Every write is one transaction that
+//! compares what it was decided on, so whatever happened meanwhile, it does all of it or nothing.
+//!
+//! A claim compares four things and puts two:
+//!
+//! ```text
+//! if   the record is absent              or, to take over: is still at the revision that was seen
+//!      no record changed since the revision that was seen      (only when it was absent)
+//!      each guard is absent, or already this node's
+//! then put the record and the guards, all on one lease of etcd's, so that they go together
+//! else read them all
+//! ```
+//!
+//! The node that a guard names may take it again: after somebody deleted the record by hand, or a flannel node wrote
+//! over it and went away, the old guard lives on for up to a whole TTL, and must keep off all but its owner.
+//!
+//! A transaction that timed out may have been carried out. It is sent again as it is; then its comparison fails, and
+//! what it reads back tells: a record on our etcd lease can only be ours.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use etcd_client::{Compare, CompareOp, GetOptions, KeyValue, PutOptions, ResponseHeader, Txn, TxnOp, TxnOpResponse};
+use fabric_core::model::NodeName;
+use fabric_core::record::Record;
+use tokio::time::Instant;
+use tracing::debug;
+
+use super::connect::lease_is_gone;
+use super::{Init, Store, StoredConfig};
+use crate::store::{Claim, Expect, Grant, StoreError};
+
+/// A lease in etcd's sense: what keys hang on, and go with.
+struct EtcdLease {
+    id: i64,
+    ttl: Duration,
+    expires: Instant,
+}
+
+/// What a transaction found instead of doing its work.
+enum Outcome {
+    /// It did its work, at this revision.
+    Done(i64),
+    /// Comparisons failed; the values of the keys that it was about.
+    Failed(Vec<Option<KeyValue>>),
+    /// The etcd lease to hang the keys on is gone.
+    LeaseGone,
+}
+
+/// Whom a guard belongs to, as far as it may be written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Guard {
+    Nobodys,
+    Ours,
+}
+
+impl Guard {
+    fn found(kv: Option<&KeyValue>, node: &NodeName) -> Option<Self> {
+        match kv {
+            None => Some(Self::Nobodys),
+            Some(kv) if kv.value() == node.as_str().as_bytes() => Some(Self::Ours),
+            Some(_) => None,
+        }
+    }
+
+    fn compare(self, key: &str, node: &NodeName) -> Compare {
+        match self {
+            Self::Nobodys => Compare::version(key, CompareOp::Equal, 0),
+            Self::Ours => Compare::value(key, CompareOp::Equal, node.as_str()),
+        }
+    }
+}
+
+impl Store {
+    pub(super) async fn claim(&self, claim: &Claim) -> Result<Grant, StoreError> {
+        let lease = self.grant(claim.ttl).await?;
+        if !self.is_current(claim.seen_revision) {
+            self.discard(lease.id).await;
+            return Err(StoreError::Lost { key: claim.key });
+        }
+        match self.write(claim, lease.id).await {
+            Ok(mod_revision) => {
+                let EtcdLease { id: lease_id, ttl, expires } = lease;
+                Ok(Grant { key: claim.key, mod_revision, lease_id, expires, ttl })
+            }
+            Err(error) => {
+                // Unreachable: it may have been written after all, and could not be revoked either.
+                if !matches!(error, StoreError::Unreachable { .. }) {
+                    self.discard(lease.id).await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// True when `seen_revision` is a revision of the store that answers now. One of a store that was replaced since
+    /// would make the comparison with it meaningless.
+    fn is_current(&self, seen_revision: i64) -> bool {
+        let published = self.leases.borrow().as_ref().map_or(0, |set| set.revision());
+        let generation = *self.connector.identity.replaced().borrow();
+        seen_revision <= published && self.listed_of.load(Ordering::Acquire) == generation
+    }
+
+    /// Writes record and guards on the etcd lease `lease_id`; gives the revision of the write.
+    async fn write(&self, claim: &Claim, lease_id: i64) -> Result<i64, StoreError> {
+        let (record, guards) = (self.keys.lease(&claim.key), self.keys.guards(&claim.key));
+        let keys: Vec<String> = [vec![record.clone()], guards.clone()].concat();
+        let value = claim.record.encode();
+        let lost = StoreError::Lost { key: claim.key };
+
+        let (undisturbed, usual) = match claim.expect {
+            Expect::Absent => (
+                vec![
+                    Compare::version(record.clone(), CompareOp::Equal, 0),
+                    Compare::mod_revision(self.keys.subnets(), CompareOp::Less, claim.seen_revision + 1).with_prefix(),
+                ],
+                Guard::Nobodys,
+            ),
+            Expect::Revision(revision) => {
+                (vec![Compare::mod_revision(record.clone(), CompareOp::Equal, revision)], Guard::Ours)
+            }
+        };
+        let on_lease = || Some(PutOptions::new().with_lease(lease_id));
+        let puts: Vec<TxnOp> = std::iter::once(TxnOp::put(record, value, on_lease()))
+            .chain(guards.iter().map(|guard| TxnOp::put(guard.clone(), claim.node.as_str(), on_lease())))
+            .collect();
+
+        // The first attempt takes the guards to be as usual; the next ones know.
+        let mut expected = vec![usual; guards.len()];
+        for _ in 0..3 {
+            let compare_guards = guards.iter().zip(&expected).map(|(key, guard)| guard.compare(key, &claim.node));
+            let compares = undisturbed.iter().cloned().chain(compare_guards).collect::<Vec<_>>();
+            let found = match self.transact("claim a lease", compares, puts.clone(), &keys).await? {
+                Outcome::Done(revision) => return Ok(revision),
+                Outcome::LeaseGone => return Err(StoreError::Expired { lease_id }),
+                Outcome::Failed(found) => found,
+            };
+            let (record, guards) =
+                found.split_first().map_or((None, &[][..]), |(record, rest)| (record.as_ref(), rest));
+            if let Some(ours) = record.filter(|record| record.lease() == lease_id) {
+                return Ok(ours.mod_revision());
+            }
+            let as_they_are: Option<Vec<Guard>> =
+                guards.iter().map(|guard| Guard::found(guard.as_ref(), &claim.node)).collect();
+            match as_they_are {
+                Some(guards) if guards != expected => expected = guards,
+                _ => return Err(lost),
+            }
+        }
+        Err(lost)
+    }
+
+    pub(super) async fn rewrite(&self, grant: &Grant, record: &Record) -> Result<Grant, StoreError> {
+        let (key, value, lease_id) = (self.keys.lease(&grant.key), record.encode(), grant.lease_id);
+        let outcome = self
+            .transact(
+                "rewrite the lease",
+                vec![
+                    Compare::mod_revision(key.clone(), CompareOp::Equal, grant.mod_revision),
+                    Compare::lease(key.clone(), CompareOp::Equal, lease_id),
+                ],
+                vec![TxnOp::put(key.clone(), value.clone(), Some(PutOptions::new().with_lease(lease_id)))],
+                &[key],
+            )
+            .await?;
+        let mod_revision = match outcome {
+            Outcome::Done(revision) => revision,
+            Outcome::LeaseGone => return Err(StoreError::Expired { lease_id }),
+            Outcome::Failed(found) => match found.into_iter().flatten().next() {
+                Some(kv) if kv.lease() == lease_id && kv.value() == value => kv.mod_revision(),
+                _ => return Err(StoreError::Lost { key: grant.key }),
+            },
+        };
+        Ok(Grant { mod_revision, ..grant.clone() })
+    }
+
+    pub(super) async fn keep_alive(&self, grant: &Grant) -> Result<Grant, StoreError> {
+        let lease_id = grant.lease_id;
+        let asked = Instant::now();
+        let alive = self
+            .connector
+            .send("keep the lease alive", |client| async move {
+                // The first response, which the crate keeps to itself, is the renewal.
+                match client.lease_client().keep_alive(lease_id).await {
+                    Ok(_) => Ok(true),
+                    Err(error) if lease_is_gone(&error) => Ok(false),
+                    Err(error) => Err(error),
+                }
+            })
+            .await?;
+        if alive {
+            Ok(Grant { expires: asked + grant.ttl, ..grant.clone() })
+        } else {
+            Err(StoreError::Expired { lease_id })
+        }
+    }
+
+    /// Revokes the etcd lease: what still hangs on it goes with it, and that is ours by nature. Whoever wrote over our
+    /// record took it off our lease.
+    pub(super) async fn release(&self, grant: &Grant) -> Result<(), StoreError> {
+        self.revoke(grant.lease_id).await
+    }
+
+    async fn grant(&self, ttl: Duration) -> Result<EtcdLease, StoreError> {
+        let seconds = i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX).max(1);
+        let asked = Instant::now();
+        let (response, _) = self
+            .connector
+            .ask("grant a lease", |client| async move { client.lease_client().grant(seconds, None).await })
+            .await?;
+        // etcd may lengthen a very short one.
+        let ttl = Duration::from_secs(response.ttl().try_into().unwrap_or_default());
+        Ok(EtcdLease { id: response.id(), ttl, expires: asked + ttl })
+    }
+
+    async fn revoke(&self, lease_id: i64) -> Result<(), StoreError> {
+        self.connector
+            .send("revoke the lease", |client| async move {
+                match client.lease_client().revoke(lease_id).await {
+                    Ok(_) => Ok(()),
+                    Err(error) if lease_is_gone(&error) => Ok(()),
+                    Err(error) => Err(error),
+                }
+            })
+            .await
+    }
+
+    /// Revokes a lease that nothing came to hang on. One that is left over harms nobody and ends by itself.
+    async fn discard(&self, lease_id: i64) {
+        if let Err(error) = self.revoke(lease_id).await {
+            debug!(lease = format_args!("{lease_id:x}"), %error, "unused lease left to expire");
+        }
+    }
+
+    /// One transaction; when a comparison fails it reads `keys` instead.
+    async fn transact(
+        &self,
+        operation: &'static str,
+        compares: Vec<Compare>,
+        puts: Vec<TxnOp>,
+        keys: &[String],
+    ) -> Result<Outcome, StoreError> {
+        let gets: Vec<TxnOp> = keys.iter().map(|key| TxnOp::get(key.clone(), Some(GetOptions::new()))).collect();
+        let txn = Txn::new().when(compares).and_then(puts).or_else(gets);
+        let (response, _) = self
+            .connector
+            .ask(operation, |client| {
+                let txn = txn.clone();
+                async move {
+                    match client.kv_client().txn(txn).await {
+                        Err(error) if lease_is_gone(&error) => Ok(None),
+                        other => other.map(Some),
+                    }
+                }
+            })
+            .await?;
+        let Some(response) = response else { return Ok(Outcome::LeaseGone) };
+        if response.succeeded() {
+            return Ok(Outcome::Done(response.header().map_or(0, ResponseHeader::revision)));
+        }
+        let found = response.op_responses().into_iter().map(|response| match response {
+            TxnOpResponse::Get(mut range) => range.take_kvs().into_iter().next(),
+            _ => None,
+        });
+        Ok(Outcome::Failed(found.collect()))
+    }
+
+    pub(super) async fn read_config(&self) -> Result<Option<StoredConfig>, StoreError> {
+        let key = self.keys.config();
+        let (mut response, _) = self
+            .connector
+            .ask("read the network config", |client| {
+                let key = key.clone();
+                async move { client.kv_client().get(key, None).await }
+            })
+            .await?;
+        Ok(response.take_kvs().into_iter().next().map(StoredConfig::from))
+    }
+
+    pub(super) async fn network_init(&self, json: &[u8], force: bool) -> Result<Init, StoreError> {
+        let key = self.keys.config();
+        let mut before = None;
+        for _ in 0..3 {
+            let revision = before.as_ref().map_or(0, |config: &StoredConfig| config.mod_revision);
+            let unchanged = Compare::mod_revision(key.clone(), CompareOp::Equal, revision);
+            let put = TxnOp::put(key.clone(), json, None);
+            let keys = std::slice::from_ref(&key);
+            let found = match self.transact("write the network config", vec![unchanged], vec![put], keys).await? {
+                Outcome::Done(_) => return Ok(before.map_or(Init::Created, Init::Replaced)),
+                Outcome::LeaseGone => None,
+                Outcome::Failed(found) => found.into_iter().flatten().next().map(StoredConfig::from),
+            };
+            match found {
+                Some(config) if config.json == json => return Ok(Init::Unchanged),
+                Some(config) if !force => return Ok(Init::Exists(config)),
+                found => before = found,
+            }
+        }
+        let reason = "somebody else keeps changing it; try again".to_owned();
+        Err(StoreError::Refused { operation: "write the network config", reason })
+    }
+}
+
+impl From<KeyValue> for StoredConfig {
+    fn from(kv: KeyValue) -> Self {
+        Self { mod_revision: kv.mod_revision(), json: kv.into_key_value().1 }
+    }
+}

@@ -1,0 +1,291 @@
+//! Follows the store: a list, then every change after it, and again from the start when that breaks.
+//!
+//! ```text
+//! list config and leases at revision R ──► publish ──► watch from R+1 ──► fold each batch in, publish ─┐
+//!   ▲                                        │                               ▲                         │
+//!   │                                        └── most leases gone? look      └─────────────────────────┘
+//!   │                                            again before believing it
+//!   └── stream broken, history compacted, store replaced, most leases gone at once
+//! ```
+//!
+//! A list is always right and takes milliseconds, so there is one way back for everything that can go wrong. Nothing is
+//! ever published but a whole list, or one with events folded in; while the store can't be reached, the last set stays.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use etcd_client::{
+    EventType, GetOptions, KeyValue, Txn, TxnOp, TxnOpResponse, WatchOptions, WatchResponse, WatchStream,
+};
+use fabric_core::leases::{Entry, Event, LeaseSet};
+use fabric_core::network::NetworkConfig;
+use futures::FutureExt as _;
+use tokio::sync::watch::Sender;
+use tokio::time::{Instant, sleep, timeout};
+use tracing::warn;
+
+use super::Store;
+use super::connect::reason;
+use super::identity::{Replaced, Seen};
+use super::keys::Place;
+use super::outage::Outage;
+use crate::store::{Connection, Network, StoreError};
+
+/// The largest response that is taken, in bytes: 50,000 leases are about 15 MB.
+const MAX_RESPONSE: usize = 256 << 20;
+
+/// A watch that says nothing for so long is asked whether it is still there.
+const QUIET: Duration = Duration::from_secs(20);
+
+/// How long the disappearance of most leases waits for a second look.
+const SECOND_LOOK: Duration = Duration::from_millis(1500);
+
+/// Of fewer leases than these, any number may go at once.
+const FEW: usize = 4;
+
+/// Why following came to an end, to begin anew.
+enum Interrupted {
+    /// The store could not be asked.
+    Failed(StoreError),
+    /// The watch ended or can't be trusted.
+    Relist(String),
+}
+
+impl From<StoreError> for Interrupted {
+    fn from(error: StoreError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// Config and leases at one revision.
+struct Listing {
+    config: Option<Vec<u8>>,
+    entries: Vec<Entry>,
+    revision: i64,
+    /// The store that this came from.
+    seen: Seen,
+}
+
+/// Follows the store until the task is dropped.
+pub(super) async fn follow_for_ever(store: Arc<Store>) {
+    let mut outage = Outage::default();
+    loop {
+        let began = Instant::now();
+        let Err(interrupted) = follow(&store, &mut outage).await;
+        outage.lasted(began.elapsed());
+        match interrupted {
+            Interrupted::Failed(error) => {
+                outage.failed(&error);
+                publish(&store.connection, Connection::Down(error.to_string()));
+            }
+            Interrupted::Relist(reason) => outage.relisting(&reason),
+        }
+        sleep(outage.delay()).await;
+    }
+}
+
+async fn follow(store: &Store, outage: &mut Outage) -> Result<Infallible, Interrupted> {
+    let mut replaced = store.connector.identity.replaced();
+    let listing = list(store).await?;
+    replaced.mark_unchanged();
+    let (mut set, seen) = believe(store, listing).await?;
+    let mut stream = watch(store, set.revision() + 1).await?;
+    loop {
+        let response = tokio::select! {
+            response = next(store, &mut stream) => response?,
+            Ok(()) = replaced.changed() => return Err(was_replaced()),
+        };
+        take_in(store, &mut set, seen, &response)?;
+        // What has come in meanwhile is folded in before anybody is told.
+        while let Some(more) = stream.message().now_or_never() {
+            take_in(store, &mut set, seen, &more.map_err(broken)?.ok_or_else(ended)?)?;
+        }
+        publish_leases(store, &set)?;
+        outage.over();
+        publish(&store.connection, Connection::Up);
+    }
+}
+
+/// Reads config and leases at one revision, by a linearizable read: one transaction with two ranges.
+async fn list(store: &Store) -> Result<Listing, StoreError> {
+    let ranges = Txn::new().and_then([
+        TxnOp::get(store.keys.config(), None),
+        TxnOp::get(store.keys.subnets(), Some(GetOptions::new().with_prefix())),
+    ]);
+    let (response, seen) = store
+        .connector
+        .ask("list the leases", |client| {
+            let (mut kv, ranges) = (client.kv_client().max_decoding_message_size(MAX_RESPONSE), ranges.clone());
+            async move { kv.txn(ranges).await }
+        })
+        .await?;
+    let revision = response.header().map_or(0, etcd_client::ResponseHeader::revision);
+    let mut ranges = response.op_responses().into_iter().map(|range| match range {
+        TxnOpResponse::Get(mut range) => range.take_kvs(),
+        _ => Vec::new(),
+    });
+    let config = ranges.next().unwrap_or_default().into_iter().next().map(|kv| kv.value().to_vec());
+    let entries = ranges.next().unwrap_or_default().iter().filter_map(|kv| entry(store, kv)).collect();
+    Ok(Listing { config, entries, revision, seen })
+}
+
+fn entry(store: &Store, kv: &KeyValue) -> Option<Entry> {
+    let Place::Lease(key) = store.keys.place(kv.key()) else { return None };
+    let (create_revision, mod_revision) = (kv.create_revision(), kv.mod_revision());
+    Some(Entry { key, value: kv.value().to_vec(), create_revision, mod_revision })
+}
+
+/// Publishes a listing; one in which most of the known leases are missing only when a second look shows the same.
+/// An operator's slip, a half-restored backup and a store that is being rebuilt look like that for a moment, and each
+/// lease that goes takes a node's routes along.
+async fn believe(store: &Store, listing: Listing) -> Result<(LeaseSet, Seen), StoreError> {
+    let before = store.leases.borrow().clone().unwrap_or_default();
+    let read = |listing: Listing| {
+        publish_network(store, listing.config.as_deref());
+        (LeaseSet::snapshot(&before, listing.entries, listing.revision), listing.seen)
+    };
+    let (mut set, mut seen) = read(listing);
+    if removes_most(&before, &set) {
+        warn!(known = before.len(), left = set.len(), "most leases are gone; held back until a second look");
+        sleep(SECOND_LOOK).await;
+        (set, seen) = read(list(store).await?);
+        let gone = removes_most(&before, &set);
+        warn!(known = before.len(), left = set.len(), gone, "second look at the leases taken; published");
+    }
+    publish(&store.leases, Some(Arc::new(set.clone())));
+    store.listed_of.store(seen.generation, Ordering::Release);
+    Ok((set, seen))
+}
+
+/// True when more than half of the leases known are not there any more.
+fn removes_most(before: &LeaseSet, after: &LeaseSet) -> bool {
+    let gone = before.iter().filter(|lease| after.get(&lease.key).is_none()).count();
+    before.len() >= FEW && gone * 2 > before.len()
+}
+
+/// Watches everything under the prefix from `revision` on.
+async fn watch(store: &Store, revision: i64) -> Result<WatchStream, StoreError> {
+    let options = WatchOptions::new().with_prefix().with_start_revision(revision);
+    let prefix = store.keys.all();
+    store
+        .connector
+        .send("watch the leases", |client| {
+            let (prefix, options) = (prefix.clone(), options.clone());
+            async move { client.watch_client().max_decoding_message_size(MAX_RESPONSE).watch(prefix, Some(options)).await }
+        })
+        .await
+}
+
+/// The next response. A watch that is silent is asked for its progress, which it must answer: one on a member that
+/// lost its memory would stay silent for ever.
+async fn next(store: &Store, stream: &mut WatchStream) -> Result<WatchResponse, Interrupted> {
+    let message = match timeout(QUIET, stream.message()).await {
+        Ok(message) => message,
+        Err(_) => {
+            stream.request_progress().await.map_err(broken)?;
+            let answer = timeout(store.connector.request_timeout(), stream.message()).await;
+            answer.map_err(|_| Interrupted::Relist("the watch is silent".into()))?
+        }
+    };
+    message.map_err(broken)?.ok_or_else(ended)
+}
+
+fn broken(error: etcd_client::Error) -> Interrupted {
+    Interrupted::Relist(format!("the watch broke: {}", reason(&error)))
+}
+
+fn was_replaced() -> Interrupted {
+    Interrupted::Relist("the store was replaced".into())
+}
+
+fn ended() -> Interrupted {
+    Interrupted::Relist("the store ended the watch".into())
+}
+
+/// Folds one response in.
+fn take_in(store: &Store, set: &mut LeaseSet, seen: Seen, response: &WatchResponse) -> Result<(), Interrupted> {
+    if let Some(header) = response.header() {
+        store.connector.identity.check_cluster(seen, header).map_err(|Replaced| was_replaced())?;
+    }
+    if response.canceled() {
+        let reason = match response.compact_revision() {
+            0 => format!("the store cancelled the watch: {}", response.cancel_reason()),
+            revision => format!("history before revision {revision} was compacted"),
+        };
+        return Err(Interrupted::Relist(reason));
+    }
+    for event in response.events() {
+        let Some(kv) = event.kv() else { continue };
+        let deleted = event.event_type() == EventType::Delete;
+        match store.keys.place(kv.key()) {
+            Place::Config => publish_network(store, (!deleted).then(|| kv.value())),
+            // Not the header's revision: while a watch catches up, that is ahead of the events.
+            Place::Lease(key) if deleted => set.apply(Event::Delete { key }, kv.mod_revision()),
+            Place::Lease(_) => {
+                if let Some(entry) = entry(store, kv) {
+                    set.apply(Event::Put(entry), kv.mod_revision());
+                }
+            }
+            Place::Other => {}
+        }
+    }
+    Ok(())
+}
+
+/// Publishes a set with events folded in, unless they removed most of it: then a list has to confirm it.
+fn publish_leases(store: &Store, set: &LeaseSet) -> Result<(), Interrupted> {
+    let suspicious = store.leases.borrow().as_ref().is_some_and(|before| removes_most(before, set));
+    if suspicious {
+        return Err(Interrupted::Relist("most leases were removed at once".into()));
+    }
+    publish(&store.leases, Some(Arc::new(set.clone())));
+    Ok(())
+}
+
+fn publish_network(store: &Store, config: Option<&[u8]>) {
+    let network = match config.map(NetworkConfig::decode) {
+        None => Network::Missing,
+        Some(Ok(config)) => Network::Valid(config),
+        Some(Err(error)) => Network::Invalid(error),
+    };
+    publish(&store.network, network);
+}
+
+/// Tells the receivers, if there is something to tell.
+fn publish<T: PartialEq>(channel: &Sender<T>, value: T) {
+    channel.send_if_modified(|published| {
+        let changed = *published != value;
+        *published = value;
+        changed
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(keys: std::ops::Range<u8>) -> LeaseSet {
+        let entry = |n| {
+            Entry {
+            key: format!("10.244.{n}.0-24"),
+            value: format!(
+                r#"{{"PublicIP":"192.0.2.{n}","BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"02:42:c0:00:02:07"}}}}"#
+            )
+            .into_bytes(),
+            create_revision: 1,
+            mod_revision: 1,
+        }
+        };
+        LeaseSet::snapshot(&LeaseSet::default(), keys.map(entry).collect(), 1)
+    }
+
+    #[test]
+    fn more_than_half_of_four_leases_need_a_second_look() {
+        for (known, left, most) in [(4, 1, true), (4, 2, false), (3, 0, false), (100, 49, true), (100, 50, false)] {
+            assert_eq!(removes_most(&set(1..known + 1), &set(1..left + 1)), most, "{known} → {left}");
+        }
+        assert!(removes_most(&set(1..5), &set(10..20)), "others in their place are no comfort");
+    }
+}
