@@ -7,14 +7,18 @@ use std::time::Duration;
 
 use fabric_core::handoff::NotReady;
 use fabric_core::holding::{Bid, Held, Instance, Situation, Step, next_step};
+use fabric_core::leases::LeaseSet;
 use fabric_core::model::{NodeName, PerFamily};
 use fabric_core::network::NetworkConfig;
-use fabric_core::record::{Endpoint, LeaseKey};
+use fabric_core::record::{Endpoint, LeaseKey, Record};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::{debug, error, info, warn};
 
 use crate::store::{Claim, Grant, LeaseStore, StoreError};
+
+/// How long nothing is looked at when only a change can help; changes wake the keeper at once.
+const REST: Duration = Duration::from_secs(3600);
 
 /// What the reconcile loop wants the lease to say.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,92 +80,111 @@ impl<S: LeaseStore> Keeper<S> {
     /// Runs until the other end of `wanted` is gone. The lease stays: a restart is no reason to lose it.
     pub async fn run(mut self, mut wanted: watch::Receiver<Option<Wanted>>) {
         let mut leases = self.store.leases();
+        let mut replaced = self.store.replaced();
         loop {
-            let wake = self.advance(&mut wanted, &mut leases).await;
+            let want = wanted.borrow_and_update().clone();
+            let set = leases.borrow_and_update().clone();
+            let wake = match (want, set) {
+                (Some(want), Some(set)) => self.advance(&want, &set).await,
+                _ => self.renew_if_due().await,
+            };
             tokio::select! {
                 changed = wanted.changed() => if changed.is_err() { return },
                 changed = leases.changed() => if changed.is_err() { return },
+                changed = replaced.changed() => match changed {
+                    Ok(()) => self.lose("the store was replaced by another one or an older copy of itself"),
+                    Err(_) => return,
+                },
                 () = sleep_until(wake) => {}
             }
         }
     }
 
     /// Does what is to be done now, and says when to look again should nothing change until then.
-    async fn advance(
-        &mut self,
-        wanted: &mut watch::Receiver<Option<Wanted>>,
-        leases: &mut watch::Receiver<Option<Arc<fabric_core::leases::LeaseSet>>>,
-    ) -> Instant {
-        loop {
-            let want = wanted.borrow_and_update().clone();
-            let set = leases.borrow_and_update().clone();
-            let (Some(want), Some(set)) = (want, set) else { return self.renew_if_due().await };
-            let step = next_step(&Situation {
-                node: &self.node,
-                instance: &self.instance,
-                network: &want.network,
-                leases: &set,
-                public_ips: &want.public_ips,
-                held: self.grant.as_ref().map(|g| Held { key: g.key, mod_revision: g.mod_revision }),
-                previous: self.previous,
-            });
-            match step {
-                Step::Keep => return self.renew_if_due().await,
-                Step::Claim(bid) => match self.claim(bid, set.revision()).await {
-                    Ok(()) => {}
-                    Err(wake) => return wake,
-                },
-                Step::Lost(loss) => self.lose(&loss.to_string()),
-                Step::Wait(obstacle) => {
-                    self.hinder(obstacle.to_string());
-                    return Instant::now() + Duration::from_secs(3600);
-                }
+    async fn advance(&mut self, want: &Wanted, leases: &LeaseSet) -> Instant {
+        let step = next_step(&Situation {
+            node: &self.node,
+            instance: &self.instance,
+            network: &want.network,
+            leases,
+            public_ips: &want.public_ips,
+            held: self.grant.as_ref().map(|g| Held { key: g.key, mod_revision: g.mod_revision }),
+            previous: self.previous,
+        });
+        let outcome = match step {
+            Step::Keep => return self.renew_if_due().await,
+            Step::Wait(obstacle) => {
+                self.hinder(obstacle.to_string());
+                return Instant::now() + REST;
+            }
+            Step::Lost(loss) => {
+                self.lose(&loss.to_string());
+                return Instant::now();
+            }
+            Step::Claim(bid) => self.claim(bid, leases.revision()).await,
+            Step::Rewrite(record) => self.rewrite(record).await,
+            Step::Withdraw(bid) => self.withdraw(bid, leases.revision()).await,
+        };
+        match outcome {
+            Ok(()) => {
+                self.retry.reset();
+                Instant::now()
+            }
+            // Who was faster shows in the watch, which wakes us; the delay is for the case that it has come already.
+            Err(StoreError::Lost { key }) => {
+                debug!(subnet = %key, "somebody else was faster, deciding anew");
+                Instant::now() + self.retry.next()
+            }
+            Err(StoreError::Expired { .. }) => {
+                self.lose("its time has run out in the store");
+                Instant::now()
+            }
+            Err(error) => {
+                self.hinder(error.to_string());
+                Instant::now() + self.retry.next()
             }
         }
     }
 
-    async fn claim(&mut self, bid: Bid, seen_revision: i64) -> Result<(), Instant> {
-        let epoch = bid.record.owner.as_ref().map_or(0, |owner| owner.epoch);
+    async fn claim(&mut self, bid: Bid, seen_revision: i64) -> Result<(), StoreError> {
         let endpoints = bid.record.endpoints();
-        let claim = Claim {
-            node: self.node.clone(),
-            key: bid.key,
-            record: bid.record,
-            expect: bid.expect,
-            replaces: bid.replaces,
-            seen_revision,
-            lease_id: self.grant.as_ref().map(|grant| grant.lease_id),
-            ttl: self.ttl,
-        };
-        match self.store.claim(&claim).await {
-            Ok(grant) => {
-                info!(subnet = %grant.key, epoch, ttl = ?grant.ttl, "lease held");
-                self.retry.reset();
-                self.previous = Some(grant.key);
-                let own = Own { key: grant.key, endpoints, epoch };
-                self.holding.send_replace(Holding { own: Some(own), trouble: None, expires: Some(grant.expires) });
-                self.grant = Some(grant);
-                Ok(())
+        let epoch = bid.record.owner.as_ref().map_or(0, |owner| owner.epoch);
+        let grant = self.store.claim(&self.as_claim(bid, seen_revision)).await?;
+        info!(subnet = %grant.key, epoch, ttl = ?grant.ttl, "lease held");
+        self.previous = Some(grant.key);
+        let own = Own { key: grant.key, endpoints, epoch };
+        self.holding.send_replace(Holding { own: Some(own), trouble: None, expires: Some(grant.expires) });
+        self.grant = Some(grant);
+        Ok(())
+    }
+
+    async fn rewrite(&mut self, record: Record) -> Result<(), StoreError> {
+        let Some(grant) = &self.grant else { return Ok(()) };
+        let grant = self.store.rewrite(grant, &record).await?;
+        info!(subnet = %grant.key, "lease rewritten, this node's addresses have changed");
+        self.grant = Some(grant);
+        self.holding.send_modify(|holding| {
+            if let Some(own) = &mut holding.own {
+                own.endpoints = record.endpoints();
             }
-            Err(StoreError::Lost { key }) => {
-                // Who was faster shows in the watch, which wakes us; the delay is for the case that it has come already.
-                debug!(subnet = %key, "claim lost, deciding anew");
-                Err(Instant::now() + self.retry.next())
-            }
-            Err(StoreError::Expired { .. }) => {
-                self.lose("its time has run out in the store");
-                Ok(())
-            }
-            Err(error) => {
-                self.hinder(error.to_string());
-                Err(Instant::now() + self.retry.next())
-            }
-        }
+        });
+        Ok(())
+    }
+
+    async fn withdraw(&mut self, bid: Bid, seen_revision: i64) -> Result<(), StoreError> {
+        let grant = self.store.claim(&self.as_claim(bid, seen_revision)).await?;
+        info!(subnet = %grant.key, "lease given back, it no longer fits the network config");
+        self.store.release(&grant).await
+    }
+
+    fn as_claim(&self, bid: Bid, seen_revision: i64) -> Claim {
+        let Bid { key, record, expect } = bid;
+        Claim { node: self.node.clone(), key, record, expect, seen_revision, ttl: self.ttl }
     }
 
     /// Keeps the lease alive when a third of its time has passed, and stops acting as its owner when all has.
     async fn renew_if_due(&mut self) -> Instant {
-        let Some(grant) = &self.grant else { return Instant::now() + Duration::from_secs(3600) };
+        let Some(grant) = &self.grant else { return Instant::now() + REST };
         let due = grant.expires - grant.ttl * 2 / 3;
         if Instant::now() < due {
             return due;

@@ -13,9 +13,12 @@
 
 pub mod config;
 pub mod files;
+pub mod health;
 pub mod kernel;
 pub mod lease;
+pub mod pending;
 pub mod reconcile;
+pub mod status;
 pub mod store;
 pub mod underlay;
 pub mod view;

@@ -9,10 +9,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fabric_core::diff::{Gate, Key, Op, Plan, diff};
+use fabric_core::diff::{Gate, Op, Plan, diff};
 use fabric_core::handoff::{NODE_FILE_VERSION, NodeFile, NodeSubnet, NotReady, Readiness};
-use fabric_core::leases::{Lease, LeaseSet};
-use fabric_core::model::{Family, MacAddr, NodeName, PerFamily, Subnet};
+use fabric_core::leases::LeaseSet;
+use fabric_core::model::{Family, NodeName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep, desired, device_name};
 use tokio::sync::watch;
@@ -22,6 +22,7 @@ use tracing::{debug, info, warn};
 use crate::files::{Files, not_ready};
 use crate::kernel::{Kernel, KernelError, Observed};
 use crate::lease::{Holding, Own, Wanted};
+use crate::pending::Pending;
 use crate::store::{LeaseStore, Network};
 use crate::underlay::{self, Selector, Underlay};
 use crate::view::{PeerTrouble, View, VtepView};
@@ -272,8 +273,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         view.troubles = refused.into_iter().map(|(key, refusal)| (key, PeerTrouble::Refused(refusal))).collect();
         let pending = Pending::new(&failures, &conflicts);
         for peer in &view.peers {
-            if let Some(reason) = pending.of(peer) {
-                view.troubles.entry(peer.key).or_insert(PeerTrouble::Pending(reason));
+            if let Some(reason) = pending.reason(peer) {
+                view.troubles.entry(peer.key).or_insert_with(|| PeerTrouble::Pending(reason.into()));
             }
         }
         if let Some(conflict) = conflicts.iter().find(|c| !matches!(c, Conflict::Route { .. })) {
@@ -392,46 +393,4 @@ fn on_link<'a>(
     let chosen: BTreeSet<_> = underlays.values().map(|underlay| &underlay.dev).collect();
     let links = observed.host.links.iter().filter(move |link| chosen.contains(&link.name));
     links.flat_map(|link| link.addresses.iter().map(|(_, prefix)| (*prefix, link.name.clone())))
-}
-
-/// Which peers are touched by failed writes.
-struct Pending<'a> {
-    subnets: Vec<(Subnet, &'a str)>,
-    overlay: Vec<(IpAddr, &'a str)>,
-    macs: Vec<(MacAddr, &'a str)>,
-    conflicts: Vec<(Subnet, String)>,
-}
-
-impl<'a> Pending<'a> {
-    fn new(failures: &'a [(Op, String)], conflicts: &[Conflict]) -> Self {
-        let mut pending = Self { subnets: vec![], overlay: vec![], macs: vec![], conflicts: vec![] };
-        for (op, why) in failures.iter().filter(|(op, _)| !op.is_delete()) {
-            match (op, op.key()) {
-                (_, Key::Route(subnet)) => pending.subnets.push((subnet, why)),
-                (_, Key::Neighbour(_, ip)) => pending.overlay.push((ip, why)),
-                (Op::Nexthop(_, change), _) => {
-                    pending.overlay.extend(change.wanted().map(|n| (n.gateway, why.as_str())))
-                }
-                (_, Key::Fdb(_, mac)) => pending.macs.push((mac, why)),
-                _ => {}
-            }
-        }
-        pending.conflicts.extend(conflicts.iter().filter_map(|conflict| match conflict {
-            Conflict::Route { dst, .. } => Some((*dst, conflict.to_string())),
-            _ => None,
-        }));
-        pending
-    }
-
-    fn of(&self, lease: &Lease) -> Option<String> {
-        let endpoints = lease.record.endpoints();
-        lease.key.subnets().iter().find_map(|(family, subnet)| {
-            let mac = endpoints.get(family).map(|e| e.vtep_mac);
-            let why = self.macs.iter().find(|(m, _)| Some(*m) == mac).map(|(_, why)| *why);
-            let why = why.or_else(|| self.overlay.iter().find(|(ip, _)| *ip == subnet.base()).map(|(_, why)| *why));
-            let why = why.or_else(|| self.subnets.iter().find(|(s, _)| s == subnet).map(|(_, why)| *why));
-            why.or_else(|| self.conflicts.iter().find(|(s, _)| s == subnet).map(|(_, why)| why.as_str()))
-                .map(str::to_owned)
-        })
-    }
 }

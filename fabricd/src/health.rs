@@ -1,0 +1,52 @@
+//! `/healthz` and `/readyz` over HTTP, for probes.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::routing::get;
+use fabric_core::handoff::Readiness;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::view::View;
+
+/// Answers on `listener` until the process ends.
+///
+/// `/healthz` is 200 while the reconcile loop lives, 500 when it has ended. `/readyz` is 200 when pods may be added,
+/// else 503 with the reason in the body.
+///
+/// # Errors
+/// When the listener breaks.
+pub async fn serve(listener: TcpListener, view: watch::Receiver<Arc<View>>) -> std::io::Result<()> {
+    let router = Router::new().route("/healthz", get(healthz)).route("/readyz", get(readyz)).with_state(view);
+    axum::serve(listener, router).await
+}
+
+/// Opens the address of `--health-addr`.
+///
+/// # Errors
+/// When it is taken or not this host's, with the way out.
+pub async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    use anyhow::Context as _;
+    let told =
+        || format!("cannot listen on {address} for /healthz and /readyz; choose another with --health-addr, or off");
+    TcpListener::bind(address).await.with_context(told)
+}
+
+async fn healthz(State(view): State<watch::Receiver<Arc<View>>>) -> (StatusCode, &'static str) {
+    // The loop owns the sending half.
+    match view.has_changed() {
+        Ok(_) => (StatusCode::OK, "ok\n"),
+        Err(_) => (StatusCode::INTERNAL_SERVER_ERROR, "the reconcile loop has ended\n"),
+    }
+}
+
+async fn readyz(State(view): State<watch::Receiver<Arc<View>>>) -> (StatusCode, String) {
+    match &view.borrow().readiness {
+        Readiness::Ready => (StatusCode::OK, "ready\n".into()),
+        Readiness::NotReady { reason, .. } => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {reason}\n")),
+    }
+}
