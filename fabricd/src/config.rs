@@ -8,10 +8,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::{Arg, ArgAction, CommandFactory, FromArgMatches, Parser, ValueEnum};
+use clap::{Arg, ArgAction, Args, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use fabric_core::model::{Family, NodeName, PerFamily};
 use regex::Regex;
 
+use crate::store::etcd::{Options, Tls, User};
 use crate::underlay::Selector;
 
 /// Node daemon of the fabricd overlay network.
@@ -26,39 +27,9 @@ pub struct Config {
     #[arg(long, env = "FABRICD_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
 
-    /// Addresses of etcd's members
-    #[arg(
-        long,
-        env = "FABRICD_ETCD_ENDPOINTS",
-        value_name = "URL,…",
-        value_delimiter = ',',
-        default_value = "http://127.0.0.1:2379"
-    )]
-    pub etcd_endpoints: Vec<String>,
-
-    /// Where the network lies in etcd
-    #[arg(long, env = "FABRICD_ETCD_PREFIX", value_name = "PATH", default_value = "/coreos.com/network")]
-    pub etcd_prefix: String,
-
-    /// Certificate authority of etcd's members, in PEM
-    #[arg(long, env = "FABRICD_ETCD_CAFILE", value_name = "FILE")]
-    pub etcd_cafile: Option<PathBuf>,
-
-    /// Certificate to show to etcd, in PEM
-    #[arg(long, env = "FABRICD_ETCD_CERTFILE", value_name = "FILE", requires = "etcd_keyfile")]
-    pub etcd_certfile: Option<PathBuf>,
-
-    /// Key of that certificate, in PEM
-    #[arg(long, env = "FABRICD_ETCD_KEYFILE", value_name = "FILE", requires = "etcd_certfile")]
-    pub etcd_keyfile: Option<PathBuf>,
-
-    /// User of etcd
-    #[arg(long, env = "FABRICD_ETCD_USERNAME", value_name = "NAME", requires = "etcd_password_file")]
-    pub etcd_username: Option<String>,
-
-    /// File with that user's password
-    #[arg(long, env = "FABRICD_ETCD_PASSWORD_FILE", value_name = "FILE", requires = "etcd_username")]
-    pub etcd_password_file: Option<PathBuf>,
+    /// Where the leases are.
+    #[command(flatten)]
+    pub etcd: EtcdArgs,
 
     /// How long the lease outlives a node that is gone, as in 90s, 30m, 24h
     #[arg(long, env = "FABRICD_LEASE_TTL", value_name = "TIME", default_value = "24h", value_parser = parse_duration)]
@@ -115,6 +86,96 @@ pub struct Config {
     /// Remove all that fabricd made on this node, give the lease back, and end
     #[arg(long)]
     pub cleanup: bool,
+}
+
+/// How etcd is reached; `fabricctl` takes the same.
+#[derive(Clone, Debug, Args)]
+pub struct EtcdArgs {
+    /// Addresses of etcd's members
+    #[arg(
+        id = "etcd_endpoints",
+        long = "etcd-endpoints",
+        env = "FABRICD_ETCD_ENDPOINTS",
+        value_name = "URL,…",
+        value_delimiter = ',',
+        default_value = "http://127.0.0.1:2379"
+    )]
+    pub endpoints: Vec<String>,
+
+    /// Where the network lies in etcd
+    #[arg(
+        id = "etcd_prefix",
+        long = "etcd-prefix",
+        env = "FABRICD_ETCD_PREFIX",
+        value_name = "PATH",
+        default_value = "/coreos.com/network"
+    )]
+    pub prefix: String,
+
+    /// Certificate authority of etcd's members, in PEM
+    #[arg(id = "etcd_cafile", long = "etcd-cafile", env = "FABRICD_ETCD_CAFILE", value_name = "FILE")]
+    pub cafile: Option<PathBuf>,
+
+    /// Certificate to show to etcd, in PEM
+    #[arg(
+        id = "etcd_certfile",
+        long = "etcd-certfile",
+        env = "FABRICD_ETCD_CERTFILE",
+        value_name = "FILE",
+        requires = "etcd_keyfile"
+    )]
+    pub certfile: Option<PathBuf>,
+
+    /// Key of that certificate, in PEM
+    #[arg(
+        id = "etcd_keyfile",
+        long = "etcd-keyfile",
+        env = "FABRICD_ETCD_KEYFILE",
+        value_name = "FILE",
+        requires = "etcd_certfile"
+    )]
+    pub keyfile: Option<PathBuf>,
+
+    /// User of etcd
+    #[arg(
+        id = "etcd_username",
+        long = "etcd-username",
+        env = "FABRICD_ETCD_USERNAME",
+        value_name = "NAME",
+        requires = "etcd_password_file"
+    )]
+    pub username: Option<String>,
+
+    /// File with that user's password
+    #[arg(
+        id = "etcd_password_file",
+        long = "etcd-password-file",
+        env = "FABRICD_ETCD_PASSWORD_FILE",
+        value_name = "FILE",
+        requires = "etcd_username"
+    )]
+    pub password_file: Option<PathBuf>,
+}
+
+impl EtcdArgs {
+    /// These settings as the store takes them. The password is read from its file here.
+    ///
+    /// # Errors
+    /// When that file can't be read.
+    pub fn options(&self) -> Result<Options, ConfigError> {
+        let user = match self.username.clone().zip(self.password_file.as_ref()) {
+            Some((name, file)) => {
+                let password = std::fs::read_to_string(file);
+                let password = password.map_err(|source| ConfigError::File { file: file.clone(), source })?;
+                Some(User { name, password: password.trim_end_matches('\n').to_owned() })
+            }
+            None => None,
+        };
+        let client = self.certfile.clone().zip(self.keyfile.clone());
+        let tls = Tls { ca: self.cafile.clone(), client };
+        let prefix = self.prefix.trim_end_matches('/').to_owned();
+        Ok(Options { prefix, tls, user, ..Options::new(self.endpoints.clone()) })
+    }
 }
 
 /// Default path of the gRPC socket.
@@ -307,10 +368,10 @@ mod tests {
         let file =
             "etcd_endpoints = ['http://192.0.2.1:2379', 'http://192.0.2.2:2379']\nlease_ttl = '1h'\niface = 'eth1'\n";
         let config = load(&["--lease-ttl", "30m"], Some(file)).expect("valid");
-        assert_eq!(config.etcd_endpoints, ["http://192.0.2.1:2379", "http://192.0.2.2:2379"]);
+        assert_eq!(config.etcd.endpoints, ["http://192.0.2.1:2379", "http://192.0.2.2:2379"]);
         assert_eq!(config.lease_ttl, Duration::from_secs(1800));
         assert_eq!(config.iface, ["eth1"]);
-        assert_eq!(config.etcd_prefix, "/coreos.com/network");
+        assert_eq!(config.etcd.prefix, "/coreos.com/network");
     }
 
     #[test]

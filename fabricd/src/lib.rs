@@ -12,6 +12,7 @@
 //! Store and kernel never see each other. docs/architecture.md tells the whole story.
 
 pub mod config;
+pub mod daemon;
 pub mod files;
 pub mod health;
 pub mod kernel;

@@ -1,2 +1,42 @@
-//! x
-fn main() {}
+//! `fabricd`: reads the settings, sets up the log, and runs the daemon.
+
+use std::process::ExitCode;
+
+use fabricd::config::{Config, ConfigError, LogFormat};
+use fabricd::daemon;
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let config = match Config::load(std::env::args_os()) {
+        Ok(config) => config,
+        Err(ConfigError::Flags(error)) => error.exit(),
+        Err(error) => return fail(&error),
+    };
+    let filter = match EnvFilter::try_new(&config.log_level) {
+        Ok(filter) => filter,
+        Err(error) => {
+            return fail(&format!("--log-level {}: {error}; as in info or warn,fabricd=debug", config.log_level));
+        }
+    };
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match config.log_format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+    // Two workers are plenty: what takes time is the kernel's work, and that has a thread of its own.
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&error),
+    };
+    let outcome = runtime
+        .block_on(async { if config.cleanup { daemon::cleanup(config).await } else { daemon::run(config).await } });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&format!("{error:#}")),
+    }
+}
+
+fn fail(error: &dyn std::fmt::Display) -> ExitCode {
+    eprintln!("fabricd: {error}");
+    ExitCode::FAILURE
+}

@@ -176,7 +176,7 @@ fn below_route(via: &Via) -> Vec<Key> {
     match via {
         Via::Nexthop(id) => vec![Key::Nexthop(*id)],
         Via::Gateway(nexthop) => over_vtep(nexthop),
-        Via::Direct(_) => vec![],
+        Via::Direct(_) | Via::Other(_) => vec![],
     }
 }
 
@@ -263,6 +263,7 @@ pub fn without(state: &KernelState, gone: impl Fn(&IfName) -> bool) -> KernelSta
     left.routes.retain(|_, via| match via {
         Via::Nexthop(id) => nexthops.contains_key(id),
         Via::Gateway(nexthop) | Via::Direct(nexthop) => !gone(&nexthop.dev),
+        Via::Other(_) => true,
     });
     left
 }
@@ -347,6 +348,7 @@ impl fmt::Display for Op {
                     Via::Direct(Nexthop { gateway, dev }) => {
                         write!(f, "via {gateway} dev {dev} proto {ROUTE_PROTOCOL}")
                     }
+                    Via::Other(words) => write!(f, "{words} proto {ROUTE_PROTOCOL}"),
                 }
             }
         }

@@ -74,6 +74,9 @@ pub enum Via {
     Gateway(Nexthop),
     /// To an underlay address on an underlay link, without encapsulation.
     Direct(Nexthop),
+    /// Somewhere fabricd never leads a route (multipath, blackhole, a source address …), as `ip route` prints it:
+    /// somebody changed ours. Found only, never wanted, so that the diff puts it right.
+    Other(String),
 }
 
 /// A kernel setting below `/proc/sys/net`.

@@ -1,13 +1,38 @@
 //! The kernel's side: what it holds, and writing to it.
 //!
 //! [`Kernel`] is what the reconcile loop sees. [`netlink::Netlink`] is the real one; the test crate has a fake that
-//! behaves alike, and one conformance suite runs on both. Only this folder names netlink.
+//! behaves alike, and one conformance suite runs on both. Only this folder names netlink:
+//!
+//! ```text
+//!              apply(ops)                        observe()                       changed()
+//!                  │                                 │                               ▲
+//!   encode (nexthop) ▸ Request            tables, routes, forward, sysctl            │
+//!                  │                                 ▲  (only what is stale)         │
+//!                  ▼                                 │                               │
+//!            socket: one send per 64 KiB, or one dump of a table        monitor: a socket of its own,
+//!                  │                                 ▲                  keeps the set of stale tables
+//!                  ▼                                 │                               ▲
+//!            ────────────────────────────────────  kernel  ──────────────────────────────────────
+//! ```
+
+mod encode;
+mod forward;
+mod iptables_legacy;
+mod monitor;
+pub mod netlink;
+mod nexthop;
+mod routes;
+mod socket;
+mod sysctl;
+mod tables;
+mod wire;
 
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
 
 use fabric_core::diff::Op;
+use fabric_core::model::IfName;
 use fabric_core::state::{Foreign, KernelState};
 
 use crate::underlay::Host;
@@ -82,6 +107,14 @@ impl KernelError {
     }
 }
 
+/// Whether a VXLAN device is ours: it is named `fabric.VNI` or `fabric6.VNI`, with its own VNI.
+#[must_use]
+pub fn is_our_name(name: &IfName, vni: u32) -> bool {
+    ["fabric.", "fabric6."]
+        .iter()
+        .any(|prefix| name.as_str().strip_prefix(prefix).is_some_and(|number| number == vni.to_string()))
+}
+
 /// A kernel that fabricd can look at and write to.
 pub trait Kernel: Send {
     /// What the kernel holds now. Cheap when nothing was touched since the last look.
@@ -90,13 +123,18 @@ pub trait Kernel: Send {
     /// When a table can't be read; nothing is known then.
     fn observe(&mut self) -> impl Future<Output = Result<Arc<Observed>, KernelError>> + Send;
 
-    /// Takes steps that don't depend on each other: one result for each, in their order. What is already as wanted is
-    /// no error (deleting what is gone, creating what is there alike).
+    /// Takes steps that don't depend on each other: one result for each, in their order.
+    ///
+    /// What is already as wanted is no error: deleting what is gone, adding an address, an FDB entry or a neighbour
+    /// that is there. Creating a device, a nexthop object or a route where there is one is an error (`EEXIST`): it may
+    /// be somebody else's.
     fn apply(&mut self, ops: &[Op]) -> impl Future<Output = Vec<Result<(), KernelError>>> + Send;
 
-    /// Waits until something that [`Kernel::observe`] shows has changed since the last observe. Cancel-safe.
+    /// Waits until something that [`Kernel::observe`] shows may have changed since the last observe began, be it by
+    /// [`Kernel::apply`]; that observe failed wakes nobody. Cancel-safe.
     fn changed(&mut self) -> impl Future<Output = Touched> + Send;
 
-    /// Makes the next observe read everything anew.
+    /// Makes the next observe read everything anew: for the audit, since not all changes are announced (a chain that
+    /// begins to drop, `accept_ra`).
     fn distrust(&mut self);
 }

@@ -1,0 +1,62 @@
+//! `fabricctl`: shows what the daemon of this node sees, and sets up the network in the store.
+
+mod network;
+mod status;
+mod table;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use fabricd::config::DEFAULT_SOCKET;
+
+/// Shows and sets up the fabricd overlay network.
+#[derive(Debug, Parser)]
+#[command(name = "fabricctl", version, after_help = EXIT_CODES)]
+struct Cli {
+    /// Unix socket of the daemon
+    #[arg(long, global = true, env = "FABRICD_SOCKET", value_name = "FILE", default_value = DEFAULT_SOCKET)]
+    socket: PathBuf,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 fine, 1 an error, 2 wrong usage, 3 the node is not ready.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// This node and its peers, as the daemon sees them
+    Status {
+        /// Form of the output
+        #[arg(short, long, default_value = "table")]
+        output: Output,
+    },
+    /// The network config that all nodes share
+    #[command(subcommand)]
+    Network(Box<network::Command>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For people.
+    Table,
+    /// For programs: the members of `fabric.v1.GetStatusResponse`.
+    Json,
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = match cli.command {
+        Command::Status { output } => status::show(&cli.socket, output == Output::Json).await,
+        Command::Network(command) => network::run(*command).await,
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("fabricctl: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

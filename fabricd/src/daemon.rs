@@ -1,0 +1,156 @@
+//! The daemon put together: store, lease keeper, reconcile loop, and those who tell about them.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use fabric_core::diff::diff;
+use fabric_core::handoff::NodeFile;
+use fabric_core::holding::{Expect, Instance};
+use fabric_core::leases::LeaseSet;
+use fabric_core::record::LeaseKey;
+use fabric_core::state::KernelState;
+use nix::fcntl::{Flock, FlockArg};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::timeout;
+use tracing::{info, warn};
+
+use crate::config::Config;
+use crate::files::Files;
+use crate::kernel::Kernel as _;
+use crate::kernel::netlink::{self, Netlink};
+use crate::lease::Keeper;
+use crate::reconcile::{Node, Reconciler};
+use crate::store::etcd::Etcd;
+use crate::store::{Claim, LeaseStore as _};
+use crate::{health, status};
+
+/// How long `--cleanup` waits for the store before it leaves the lease to end by itself.
+const GIVE_UP: Duration = Duration::from_secs(10);
+
+/// Runs until SIGTERM or SIGINT. The data plane stays as it is: pods go on talking without a daemon.
+///
+/// # Errors
+/// What keeps it from starting at all. Whatever can pass by itself (no store, no interface yet) is waited for instead.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let _lock = lock(&config.run_dir)?;
+    info!(node = %config.node(), version = env!("CARGO_PKG_VERSION"), endpoints = ?config.etcd.endpoints, "fabricd starts");
+    let health = match config.health_addr.0 {
+        Some(address) => Some(health::listen(address).await?),
+        None => None,
+    };
+    let api =
+        status::listen(&config.socket).with_context(|| format!("cannot listen on {}", config.socket.display()))?;
+
+    let store = Arc::new(Etcd::start(config.etcd.options()?));
+    let files = Files::new(&config.run_dir, &config.subnet_file);
+    let previous = files.read().and_then(|file| subnets_of(&file));
+    let keeper = Keeper::new(store.clone(), config.node().clone(), instance()?, config.lease_ttl, previous);
+    let node = Node {
+        name: config.node().clone(),
+        selectors: config.selectors(),
+        public_ips: config.public_ips(),
+        prefix: config.etcd.prefix.trim_end_matches('/').to_owned(),
+    };
+    let reconciler = Reconciler::new(node, store, open_kernel(&config)?, files);
+    let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
+
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let http_view = view.clone();
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        () = keeper.run(wanted) => bail!("the lease keeper has ended"),
+        () = reconciler.run(holding) => bail!("the reconcile loop has ended"),
+        ended = status::serve(api, view) => ended.context("the gRPC API has ended")?,
+        ended = async { match health { Some(listener) => health::serve(listener, http_view).await, None => std::future::pending().await } } =>
+            ended.context("the health endpoint has ended")?,
+    }
+    info!("fabricd ends, the data plane stays");
+    Ok(())
+}
+
+/// Removes all that fabricd made on this node, and gives its lease back.
+///
+/// # Errors
+/// When the kernel refuses to let something go, or a file can't be removed. What could be removed is.
+pub async fn cleanup(config: Config) -> anyhow::Result<()> {
+    let _lock = lock(&config.run_dir)?;
+    let mut kernel = open_kernel(&config)?;
+    // No pod may be added while the rest goes.
+    Files::new(&config.run_dir, &config.subnet_file).remove()?;
+
+    let observed = kernel.observe().await?;
+    // Forwarding and the like stay: others may need them by now.
+    let plan = diff(&KernelState::default(), &observed.ours);
+    let mut refused = vec![];
+    for stage in plan.stages() {
+        for (op, result) in stage.iter().zip(kernel.apply(stage).await) {
+            println!("{op}");
+            refused.extend(result.err());
+        }
+    }
+    println!("{} kernel entries removed", plan.ops().len() - refused.len());
+
+    match timeout(GIVE_UP, release(&config)).await {
+        Ok(Ok(Some(key))) => println!("lease of {key} given back"),
+        Ok(Ok(None)) => println!("this node, {}, holds no lease", config.node()),
+        Ok(Err(error)) => warn!(%error, "lease not given back, it ends by itself"),
+        Err(_) => warn!(endpoints = ?config.etcd.endpoints, "store not reached, the lease ends by itself"),
+    }
+    match refused.into_iter().next() {
+        Some(first) => Err(first).context("not everything could be removed"),
+        None => Ok(()),
+    }
+}
+
+/// Claims this node's record, whoever wrote it last, to give it back: so it goes only as long as it is this node's.
+async fn release(config: &Config) -> anyhow::Result<Option<LeaseKey>> {
+    let store = Etcd::start(config.etcd.options()?);
+    let mut leases = store.leases();
+    let leases: Arc<LeaseSet> = leases.wait_for(Option::is_some).await?.clone().expect("waited for");
+    let Some(lease) = leases.of_node(config.node()) else { return Ok(None) };
+    let claim = Claim {
+        node: config.node().clone(),
+        key: lease.key,
+        record: lease.record.clone(),
+        expect: Expect::Revision(lease.mod_revision),
+        seen_revision: leases.revision(),
+        ttl: config.lease_ttl,
+    };
+    let grant = store.claim(&claim).await?;
+    store.release(&grant).await?;
+    Ok(Some(lease.key))
+}
+
+fn open_kernel(config: &Config) -> anyhow::Result<Netlink> {
+    let options =
+        netlink::Options { can_reach: config.iface_can_reach.clone(), sysctl_root: config.sysctl_root.clone() };
+    Netlink::new(options).context("cannot talk to the kernel over netlink")
+}
+
+/// Makes sure that no other fabricd works on this node: two would undo each other's work.
+fn lock(run_dir: &Path) -> anyhow::Result<Flock<fs::File>> {
+    let path = run_dir.join("fabricd.lock");
+    let open = || {
+        fs::create_dir_all(run_dir)?;
+        fs::File::options().create(true).append(true).open(&path)
+    };
+    let file = open().with_context(|| format!("cannot open {}; is the folder writable?", path.display()))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|(_, errno)| anyhow::Error::from(errno))
+        .with_context(|| format!("another fabricd holds {}; end it first", path.display()))
+}
+
+fn instance() -> anyhow::Result<Instance> {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").context("cannot read this machine's boot id")?;
+    let netns = fs::metadata("/proc/self/ns/net").context("cannot look at this network namespace")?.ino();
+    Ok(Instance { boot: boot.trim().to_owned(), netns })
+}
+
+fn subnets_of(file: &NodeFile) -> Option<LeaseKey> {
+    LeaseKey::new(file.subnets().map(|_, subnet| subnet.subnet))
+}

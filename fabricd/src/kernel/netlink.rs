@@ -1,0 +1,386 @@
+//! [`Netlink`]: the kernel of this network namespace.
+//!
+//! Reading and writing block (on the kernel's own lock above all), so they run on tokio's blocking threads, one at a
+//! time, each call bounded. What was read is kept by table; the monitor tells which tables are stale.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use fabric_core::diff::{Change, Op};
+use fabric_core::model::{IfName, MacAddr, Subnet};
+use fabric_core::state::{Foreign, ForeignLink, KernelState, Sysctl, Via};
+use netlink_sys::protocols::NETLINK_ROUTE;
+use tokio::task::JoinHandle;
+
+use super::encode::{Device, Unsendable, encode};
+use super::monitor::{Interest, Monitor, Table};
+use super::routes::{self, HostRoutes};
+use super::socket::{Refusal, RequestSocket};
+use super::tables::{self, Address, Link, Links, Nexthops};
+use super::{ForwardDrop, Kernel, KernelError, Observed, Touched, forward, sysctl};
+use crate::underlay::{Host, HostLink};
+
+/// A call that takes longer has a kernel that hangs: the largest plans take a second.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// What [`Netlink`] has to know.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Addresses for which the kernel is asked how it would reach them (`--iface-can-reach`).
+    pub can_reach: Vec<IpAddr>,
+    /// Where the settings are: `/proc/sys/net`.
+    pub sysctl_root: PathBuf,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { can_reach: vec![], sysctl_root: "/proc/sys/net".into() }
+    }
+}
+
+/// The kernel, over netlink.
+pub struct Netlink {
+    worker: Arc<Mutex<Worker>>,
+    monitor: Arc<Monitor>,
+    listener: JoinHandle<()>,
+}
+
+impl Netlink {
+    /// Opens the kernel of this thread's network namespace. Must be called within a tokio runtime whose threads are in
+    /// the same namespace, since settings are files that show the reader's own.
+    ///
+    /// # Errors
+    /// When a netlink socket can't be opened.
+    pub fn new(options: Options) -> Result<Self, KernelError> {
+        let gone = |error: io::Error| KernelError::Disconnected(error.to_string());
+        // The monitor first, so that nothing happens between a look and listening.
+        let (monitor, listener) = Monitor::start().map_err(gone)?;
+        let worker = Worker {
+            socket: RequestSocket::open(NETLINK_ROUTE).map_err(gone)?,
+            monitor: Arc::clone(&monitor),
+            options,
+            stale: BTreeSet::new(),
+            seen: Seen::default(),
+            observed: Arc::default(),
+        };
+        Ok(Self { worker: Arc::new(Mutex::new(worker)), monitor, listener })
+    }
+
+    /// Runs `job` on a blocking thread. When it is cancelled or takes too long, the job is still finished, and the next
+    /// one waits for it.
+    async fn work<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Worker) -> T + Send + 'static,
+    ) -> Result<T, KernelError> {
+        let worker = Arc::clone(&self.worker);
+        let job = tokio::task::spawn_blocking(move || job(&mut worker.lock().unwrap_or_else(PoisonError::into_inner)));
+        match tokio::time::timeout(LIMIT, job).await {
+            Ok(Ok(result)) => Ok(result),
+            Ok(Err(error)) => Err(KernelError::Disconnected(error.to_string())),
+            Err(_) => Err(KernelError::Disconnected(format!("no answer for {} s", LIMIT.as_secs()))),
+        }
+    }
+}
+
+impl Drop for Netlink {
+    fn drop(&mut self) {
+        self.listener.abort();
+    }
+}
+
+impl Kernel for Netlink {
+    async fn observe(&mut self) -> Result<Arc<Observed>, KernelError> {
+        self.work(Worker::observe).await?
+    }
+
+    async fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>> {
+        let steps = ops.to_vec();
+        match self.work(move |worker| worker.apply(&steps)).await {
+            Ok(results) => results,
+            Err(error) => ops.iter().map(|_| Err(KernelError::Disconnected(error.to_string()))).collect(),
+        }
+    }
+
+    async fn changed(&mut self) -> Touched {
+        self.monitor.changed().await
+    }
+
+    fn distrust(&mut self) {
+        self.monitor.distrust(Table::ALL);
+    }
+}
+
+/// The blocking half.
+struct Worker {
+    socket: RequestSocket,
+    monitor: Arc<Monitor>,
+    options: Options,
+    /// Tables whose reading failed last time.
+    stale: BTreeSet<Table>,
+    seen: Seen,
+    observed: Arc<Observed>,
+}
+
+/// The tables as they were last read.
+#[derive(Default)]
+struct Seen {
+    links: Links,
+    addresses: Vec<Address>,
+    fdb: BTreeMap<(IfName, MacAddr), IpAddr>,
+    neighbours: BTreeMap<(IfName, IpAddr), MacAddr>,
+    /// `None` when the kernel knows no nexthop objects.
+    nexthops: Option<Nexthops>,
+    routes: BTreeMap<Subnet, Via>,
+    host_routes: HostRoutes,
+    reaches: Vec<(IpAddr, IfName, IpAddr)>,
+    sysctls: BTreeMap<Sysctl, u32>,
+    forward_drops: Vec<ForwardDrop>,
+}
+
+impl Worker {
+    fn observe(&mut self) -> Result<Arc<Observed>, KernelError> {
+        self.stale.append(&mut self.monitor.take());
+        if !self.stale.is_empty() {
+            self.read()?;
+            self.stale.clear();
+            self.monitor.mind(self.seen.interest(!self.options.can_reach.is_empty()));
+            self.observed = Arc::new(self.seen.observed());
+        }
+        Ok(Arc::clone(&self.observed))
+    }
+
+    /// Reads what is stale.
+    fn read(&mut self) -> Result<(), KernelError> {
+        let Self { socket, seen, stale, options, .. } = self;
+        if stale.contains(&Table::Links) {
+            let links = tables::links(socket)?;
+            let ours = |links: &Links| -> Vec<(u32, IfName)> {
+                links.values().filter(|l| l.ours.is_some()).map(|l| (l.index, l.name.clone())).collect()
+            };
+            // Whatever was said about a device before it was known to be ours has been passed over.
+            if ours(&links) != ours(&seen.links) {
+                stale.extend(Table::ON_OUR_DEVICES);
+            }
+            seen.links = links;
+        }
+        let ours: Vec<&Link> = seen.links.values().filter(|link| link.ours.is_some()).collect();
+        if stale.contains(&Table::Addresses) {
+            seen.addresses = tables::addresses(socket)?;
+        }
+        if stale.contains(&Table::Fdb) {
+            seen.fdb = tables::fdb(socket, &ours)?;
+        }
+        if stale.contains(&Table::Neighbours) {
+            seen.neighbours = tables::neighbours(socket, &ours)?;
+        }
+        if stale.contains(&Table::Nexthops) {
+            seen.nexthops = tables::nexthops(socket, &seen.links)?;
+        }
+        if stale.contains(&Table::Routes) {
+            seen.routes = routes::ours(socket, &seen.links)?;
+        }
+        if stale.contains(&Table::HostRoutes) {
+            seen.host_routes = routes::of_others(socket, &seen.links)?;
+        }
+        if [Table::Links, Table::Addresses, Table::HostRoutes].iter().any(|table| stale.contains(table)) {
+            seen.reaches.clear();
+            for ip in &options.can_reach {
+                let way = routes::reach(socket, &seen.links, *ip)?;
+                seen.reaches.extend(way.map(|(dev, source)| (*ip, dev, source)));
+            }
+        }
+        if stale.contains(&Table::Sysctls) {
+            let wanted = [Sysctl::Ipv4Forward, Sysctl::Ipv6Forward]
+                .into_iter()
+                .chain(ours.iter().map(|link| Sysctl::AcceptRa(link.name.clone())));
+            seen.sysctls.clear();
+            for setting in wanted {
+                let value = sysctl::read(&options.sysctl_root, &setting).map_err(tables::reading("settings"))?;
+                seen.sysctls.extend(value.map(|value| (setting, value)));
+            }
+        }
+        if stale.contains(&Table::ForwardDrops) {
+            seen.forward_drops = forward::drops()?;
+        }
+        Ok(())
+    }
+
+    fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>> {
+        let mut devices = BTreeMap::new();
+        let mut results = Vec::with_capacity(ops.len());
+        let mut requests = vec![];
+        // Which op each request belongs to: an op may take none or two.
+        let mut owners = vec![];
+        for (position, op) in ops.iter().enumerate() {
+            let refusal = match op {
+                Op::Sysctl(setting, value) => self.set(setting, *value).err(),
+                _ => match self.look_up(op, &mut devices) {
+                    Err(error) => Some(error.into()),
+                    Ok(()) => match encode(op, |name| devices.get(name).copied().flatten()) {
+                        Ok(messages) => {
+                            owners.extend(messages.iter().map(|_| position));
+                            requests.extend(messages);
+                            None
+                        }
+                        Err(why) => Some(unsendable(&why)),
+                    },
+                },
+            };
+            results.push(refusal.map_or(Ok(()), |refusal| Err(refused(op, refusal))));
+        }
+        for (answer, position) in self.socket.write(&requests).into_iter().zip(owners) {
+            let op = &ops[position];
+            match answer {
+                Err(refusal) if !is_as_wanted(op, &refusal) => results[position] = Err(refused(op, refusal)),
+                _ => {}
+            }
+        }
+        results
+    }
+
+    fn set(&mut self, setting: &Sysctl, value: u32) -> Result<(), Refusal> {
+        self.monitor.distrust([Table::Sysctls]);
+        sysctl::write(&self.options.sysctl_root, setting, value)
+            .map_err(|(error, words)| Refusal { error, words: Some(words) })
+    }
+
+    /// Asks for the device that `op` names: anew in each batch, since the one before may have made it.
+    fn look_up(&mut self, op: &Op, devices: &mut BTreeMap<IfName, Option<Device>>) -> io::Result<()> {
+        if let Some(name) = device_of(op)
+            && !devices.contains_key(name)
+        {
+            let link = tables::link_named(&mut self.socket, name)?;
+            let device = link.map(|link| Device { index: link.index, ours: link.ours.is_some() });
+            devices.insert(name.clone(), device);
+        }
+        Ok(())
+    }
+}
+
+/// The device whose index an op's message needs.
+fn device_of(op: &Op) -> Option<&IfName> {
+    match op {
+        Op::Sysctl(..) | Op::Link(_, Change::Create(_)) => None,
+        Op::Link(dev, _) | Op::Address(dev, _) | Op::Fdb(dev, _, _) | Op::Neighbour(dev, _, _) => Some(dev),
+        Op::Nexthop(_, Change::Create(to) | Change::Replace { now: to, .. }) => Some(&to.dev),
+        Op::Nexthop(_, Change::Delete(_)) => None,
+        Op::Route(_, Change::Create(via) | Change::Replace { now: via, .. } | Change::Delete(via)) => match via {
+            Via::Gateway(to) | Via::Direct(to) => Some(&to.dev),
+            Via::Nexthop(_) | Via::Other(_) => None,
+        },
+    }
+}
+
+/// True when the kernel refuses because there is nothing left to do.
+fn is_as_wanted(op: &Op, refusal: &Refusal) -> bool {
+    match refusal.error.raw_os_error() {
+        Some(libc::ENOENT | libc::ESRCH | libc::ENODEV | libc::EADDRNOTAVAIL) => op.is_delete(),
+        Some(libc::EEXIST) => matches!(op, Op::Address(..)),
+        _ => false,
+    }
+}
+
+fn unsendable(why: &Unsendable) -> Refusal {
+    match why {
+        Unsendable::NoDevice => Refusal {
+            error: io::Error::from_raw_os_error(libc::ENODEV),
+            words: Some("it is gone, or another device has its name".into()),
+        },
+        Unsendable::Senseless(words) => {
+            Refusal { error: io::Error::from_raw_os_error(libc::EINVAL), words: Some((*words).to_owned()) }
+        }
+    }
+}
+
+/// The error of an op: what was done, what the kernel said, and the way out where one is known.
+fn refused(op: &Op, refusal: Refusal) -> KernelError {
+    let advice = match (refusal.error.raw_os_error(), op) {
+        (Some(libc::EPERM), Op::Sysctl(..)) => None,
+        (Some(libc::EPERM), _) => Some("does fabricd have CAP_NET_ADMIN?"),
+        (Some(libc::EOPNOTSUPP), Op::Link(_, Change::Create(_))) => Some("does the kernel have the vxlan module?"),
+        (Some(libc::EEXIST), Op::Route(..)) => Some("a route of somebody else leads there: see `ip route`"),
+        (Some(libc::EEXIST), Op::Nexthop(..)) => {
+            Some("somebody else took the id meanwhile: the next pass takes another")
+        }
+        _ => None,
+    };
+    let words = refusal.words.into_iter().chain(advice.map(str::to_owned)).collect::<Vec<_>>().join("; ");
+    KernelError::Refused {
+        op: op.to_string().trim_start_matches(['+', '~', '-', ' ']).to_owned(),
+        source: refusal.error,
+        detail: Some(words).filter(|words| !words.is_empty()),
+    }
+}
+
+impl Seen {
+    fn interest(&self, every_route: bool) -> Interest {
+        let mut carriers: BTreeSet<u32> = self.host_routes.devices.iter().copied().collect();
+        let direct: BTreeSet<&IfName> = self
+            .routes
+            .values()
+            .filter_map(|via| if let Via::Direct(to) = via { Some(&to.dev) } else { None })
+            .collect();
+        carriers.extend(self.links.values().filter(|link| direct.contains(&link.name)).map(|link| link.index));
+        let ours = self.links.values().filter(|link| link.ours.is_some()).map(|link| link.index).collect();
+        Interest { ours, carriers, every_route }
+    }
+
+    fn observed(&self) -> Observed {
+        let nexthops = self.nexthops.clone().unwrap_or_default();
+        let is_ours = |index: u32| self.links.get(&index).filter(|link| link.ours.is_some());
+        Observed {
+            ours: KernelState {
+                links: self.links.values().filter_map(|l| Some((l.name.clone(), l.ours.clone()?))).collect(),
+                addresses: self
+                    .addresses
+                    .iter()
+                    .filter_map(|a| {
+                        // Ours are the first address of what they span; another is somebody's who put it there.
+                        let address = Subnet::holding(a.ip, a.prefix.prefix_len()).ok().filter(|s| s.base() == a.ip)?;
+                        Some((is_ours(a.index)?.name.clone(), address))
+                    })
+                    .collect(),
+                fdb: self.fdb.clone(),
+                neighbours: self.neighbours.clone(),
+                nexthops: nexthops.ours,
+                routes: self.routes.clone(),
+                sysctls: self.sysctls.clone(),
+            },
+            foreign: Foreign {
+                nexthop_ids: nexthops.foreign,
+                routes: self.host_routes.beside_ours.clone(),
+                links: self
+                    .others()
+                    .map(|l| (l.name.clone(), ForeignLink { kind: l.kind.clone(), vxlan: l.vxlan }))
+                    .collect(),
+            },
+            host: Host {
+                links: self.others().map(|link| self.host_link(link)).collect(),
+                default_routes: self.host_routes.defaults.clone(),
+                reaches: self.reaches.clone(),
+            },
+            nexthop_objects: self.nexthops.is_some(),
+            forward_drops: self.forward_drops.clone(),
+        }
+    }
+
+    fn others(&self) -> impl Iterator<Item = &Link> {
+        self.links.values().filter(|link| link.ours.is_none())
+    }
+
+    fn host_link(&self, link: &Link) -> HostLink {
+        let addresses = self.addresses.iter().filter(|address| address.index == link.index && address.lasting);
+        HostLink {
+            index: link.index,
+            name: link.name.clone(),
+            mtu: link.mtu,
+            up: link.up,
+            loopback: link.loopback,
+            addresses: addresses.map(|address| (address.ip, address.prefix)).collect(),
+        }
+    }
+}

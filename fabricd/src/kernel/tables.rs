@@ -1,0 +1,301 @@
+//! The kernel's tables as rows: links, addresses, FDB, neighbours and nexthop objects, each by one dump.
+//!
+//! Here it is decided what of them is ours (docs/kernel-state.md). Routes are in [`super::routes`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::IpAddr;
+
+use fabric_core::model::{Family, IfName, MacAddr, Subnet, Vni};
+use fabric_core::state::{NEXTHOP_ID_BASE, Nexthop, NexthopId, ROUTE_PROTOCOL, VxlanLink};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
+use netlink_packet_route::link::{
+    InfoData, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
+};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
+use rtnetlink::LinkUnspec;
+
+use super::socket::RequestSocket;
+use super::wire::{Frame, Request};
+use super::{KernelError, is_our_name, nexthop};
+
+/// A link.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Link {
+    pub(super) index: u32,
+    pub(super) name: IfName,
+    pub(super) mtu: u32,
+    pub(super) up: bool,
+    pub(super) loopback: bool,
+    pub(super) kind: String,
+    /// VNI, port and underlay family of a VXLAN device, whoever made it.
+    pub(super) vxlan: Option<(u32, u16, Family)>,
+    /// All of it when it is ours.
+    pub(super) ours: Option<VxlanLink>,
+}
+
+/// An address on a link, link-local and host-local ones left out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Address {
+    pub(super) index: u32,
+    pub(super) ip: IpAddr,
+    pub(super) prefix: Subnet,
+    /// Fit to be a source: global, and neither about to come nor about to go.
+    pub(super) lasting: bool,
+}
+
+/// Nexthop objects, ours and the ids of all others.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Nexthops {
+    pub(super) ours: BTreeMap<NexthopId, Nexthop>,
+    pub(super) foreign: BTreeSet<NexthopId>,
+}
+
+/// All links by index: what other tables refer to them by.
+pub(super) type Links = BTreeMap<u32, Link>;
+
+/// `ip -details link show`.
+pub(super) fn links(socket: &mut RequestSocket) -> Result<Links, KernelError> {
+    // Counters would be most of the answer.
+    let mut all = LinkMessage::default();
+    all.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+    let rows = socket.dump(&Request::new(&Rtnl::GetLink(all), 0), link_of).map_err(reading("links"))?;
+    Ok(rows.into_iter().map(|link| (link.index, link)).collect())
+}
+
+/// `ip -details link show dev NAME`; `None` when there is no such link.
+pub(super) fn link_named(socket: &mut RequestSocket, name: &IfName) -> io::Result<Option<Link>> {
+    let one = Request::new(&Rtnl::GetLink(LinkUnspec::new_with_name(name.as_str()).build()), 0);
+    match socket.ask(&one, link_of) {
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+        link => link,
+    }
+}
+
+fn link_of(frame: &Frame<'_>) -> Option<Link> {
+    match frame.route_message()? {
+        Rtnl::NewLink(message) => link(&message),
+        _ => None,
+    }
+}
+
+fn link(message: &LinkMessage) -> Option<Link> {
+    let mut link = Link {
+        index: message.header.index,
+        name: message.attributes.iter().find_map(|a| match a {
+            LinkAttribute::IfName(name) => name.parse().ok(),
+            _ => None,
+        })?,
+        mtu: 0,
+        up: message.header.flags.contains(LinkFlags::Up),
+        loopback: message.header.flags.contains(LinkFlags::Loopback),
+        kind: String::new(),
+        vxlan: None,
+        ours: None,
+    };
+    let mut mac = None;
+    let mut data: &[InfoVxlan] = &[];
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Address(bytes) => mac = mac_of(bytes),
+            LinkAttribute::LinkInfo(infos) => {
+                for info in infos {
+                    match info {
+                        LinkInfo::Kind(kind) => link.kind = kind.to_string(),
+                        LinkInfo::Data(InfoData::Vxlan(found)) => data = found,
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    if link.kind == "vxlan" {
+        let vxlan = vxlan(data, &link, mac);
+        link.vxlan = Some((vxlan.0, vxlan.1, Family::of(vxlan.2)));
+        link.ours = vxlan.3;
+    }
+    Some(link)
+}
+
+/// VNI, port and source of a VXLAN device, and all of it when its name is that of ours: `fabric.VNI` or `fabric6.VNI`
+/// with its own VNI. A device without a source address has the unspecified one; the kernel then goes by IPv4.
+fn vxlan(data: &[InfoVxlan], link: &Link, mac: Option<MacAddr>) -> (u32, u16, IpAddr, Option<VxlanLink>) {
+    let (mut vni, mut port, mut learning, mut gbp) = (0, 0, false, false);
+    let mut local = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
+    for info in data {
+        match info {
+            InfoVxlan::Id(id) => vni = *id,
+            InfoVxlan::Port(number) => port = *number,
+            InfoVxlan::Learning(on) => learning = *on,
+            InfoVxlan::Gbp => gbp = true,
+            InfoVxlan::Local(ip) => local = IpAddr::V4(*ip),
+            InfoVxlan::Local6(ip) => local = IpAddr::V6(*ip),
+            // Without a source the group or remote address tells the family.
+            InfoVxlan::Group6(_) if local.is_unspecified() => local = IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED),
+            _ => {}
+        }
+    }
+    let ours = Vni::try_from(vni)
+        .ok()
+        .filter(|_| is_our_name(&link.name, vni))
+        .and_then(|vni| Some(VxlanLink { vni, port, gbp, mac: mac?, local, mtu: link.mtu, learning, up: link.up }));
+    (vni, port, local, ours)
+}
+
+/// `ip address show`, without what the kernel makes of itself: link-local and host-local addresses.
+pub(super) fn addresses(socket: &mut RequestSocket) -> Result<Vec<Address>, KernelError> {
+    let all = Request::new(&Rtnl::GetAddress(AddressMessage::default()), 0);
+    let decode = |frame: &Frame<'_>| match frame.route_message()? {
+        Rtnl::NewAddress(message) => address(&message),
+        _ => None,
+    };
+    socket.dump(&all, decode).map_err(reading("addresses"))
+}
+
+fn address(message: &AddressMessage) -> Option<Address> {
+    /// `IFA_F_TEMPORARY`, which IPv4 calls secondary: a privacy address, replaced within a day.
+    const TEMPORARY: AddressFlags = AddressFlags::Secondary;
+    if matches!(message.header.scope, AddressScope::Link | AddressScope::Host | AddressScope::Nowhere) {
+        return None;
+    }
+    let (mut local, mut peer, mut flags) = (None, None, AddressFlags::empty());
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(ip) => local = Some(*ip),
+            AddressAttribute::Address(ip) => peer = Some(*ip),
+            AddressAttribute::Flags(all) => flags = *all,
+            _ => {}
+        }
+    }
+    let ip = local.or(peer)?;
+    let passing = AddressFlags::Tentative | AddressFlags::Deprecated | AddressFlags::Dadfailed;
+    Some(Address {
+        index: message.header.index,
+        ip,
+        // Of a point-to-point link the prefix is the other end's.
+        prefix: Subnet::holding(peer.unwrap_or(ip), message.header.prefix_len).ok()?,
+        lasting: message.header.scope == AddressScope::Universe
+            && !flags.intersects(passing)
+            && !(ip.is_ipv6() && flags.contains(TEMPORARY)),
+    })
+}
+
+/// `bridge fdb show dev DEV`: the permanent unicast entries with a destination, which are ours on a device of ours.
+///
+/// An entry of another daemon (`extern_learn`) and one with a port, VNI or device of its own are not; nor are the
+/// zero and multicast ones, to which the kernel floods.
+pub(super) fn fdb(
+    socket: &mut RequestSocket,
+    ours: &[&Link],
+) -> Result<BTreeMap<(IfName, MacAddr), IpAddr>, KernelError> {
+    let mut all = BTreeMap::new();
+    for device in ours {
+        // The kernel filters the FDB by the index in the header ...
+        let mut filter = NeighbourMessage::default();
+        filter.header.family = AddressFamily::Bridge;
+        filter.header.ifindex = device.index;
+        for entry in neighbour_dump(socket, filter, device.index, "FDB")? {
+            let made_as_ours = entry.header.flags.contains(NeighbourFlags::Own)
+                && !entry.header.flags.contains(NeighbourFlags::ExtLearned)
+                && !entry.attributes.iter().any(|a| {
+                    use NeighbourAttribute::{IfIndex, Port, SourceVni, Vni};
+                    matches!(a, Port(_) | Vni(_) | IfIndex(_) | SourceVni(_))
+                });
+            if let (true, Some(mac), Some(dst)) = (made_as_ours, lladdr(&entry), destination(&entry)) {
+                all.insert((device.name.clone(), mac), dst);
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// `ip neighbour show nud permanent dev DEV`, of both families: ours on a device of ours. The kernel's own entries
+/// (multicast and such) are `NOARP`.
+pub(super) fn neighbours(
+    socket: &mut RequestSocket,
+    ours: &[&Link],
+) -> Result<BTreeMap<(IfName, IpAddr), MacAddr>, KernelError> {
+    let mut all = BTreeMap::new();
+    for device in ours {
+        // ... and neighbours by an attribute, in one dump for both families.
+        let mut filter = NeighbourMessage::default();
+        filter.attributes.push(NeighbourAttribute::IfIndex(device.index));
+        for entry in neighbour_dump(socket, filter, device.index, "neighbours")? {
+            let of_ip = matches!(entry.header.family, AddressFamily::Inet | AddressFamily::Inet6);
+            if let (true, Some(mac), Some(ip)) = (of_ip, lladdr(&entry), destination(&entry)) {
+                all.insert((device.name.clone(), ip), mac);
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// The permanent entries of one device. Filtered here too: kernels before 4.20 don't filter for us.
+fn neighbour_dump(
+    socket: &mut RequestSocket,
+    filter: NeighbourMessage,
+    index: u32,
+    table: &'static str,
+) -> Result<Vec<NeighbourMessage>, KernelError> {
+    let decode = |frame: &Frame<'_>| match frame.route_message()? {
+        Rtnl::NewNeighbour(entry) => {
+            (entry.header.ifindex == index && entry.header.state == NeighbourState::Permanent).then_some(entry)
+        }
+        _ => None,
+    };
+    socket.dump(&Request::new(&Rtnl::GetNeighbour(filter), 0), decode).map_err(reading(table))
+}
+
+fn lladdr(entry: &NeighbourMessage) -> Option<MacAddr> {
+    entry.attributes.iter().find_map(|a| match a {
+        NeighbourAttribute::LinkLayerAddress(bytes) => mac_of(bytes),
+        _ => None,
+    })
+}
+
+fn destination(entry: &NeighbourMessage) -> Option<IpAddr> {
+    entry.attributes.iter().find_map(|a| match a {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => Some(IpAddr::V4(*ip)),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => Some(IpAddr::V6(*ip)),
+        // In the FDB the codec doesn't know which family an address has; its length says so.
+        NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => netlink_packet_core::parse_ip(bytes).ok(),
+        _ => None,
+    })
+}
+
+fn mac_of(bytes: &[u8]) -> Option<MacAddr> {
+    <[u8; 6]>::try_from(bytes).ok()?.try_into().ok()
+}
+
+/// `ip nexthop show`. Ours have our protocol, an id of our range and lead over a device of ours.
+///
+/// `None` when the kernel knows no nexthop objects (before 5.3).
+pub(super) fn nexthops(socket: &mut RequestSocket, links: &Links) -> Result<Option<Nexthops>, KernelError> {
+    let rows = match socket.dump(&nexthop::all(), nexthop::decode) {
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => return Ok(None),
+        rows => rows.map_err(reading("nexthop objects"))?,
+    };
+    let mut all = Nexthops::default();
+    for row in rows {
+        let device = row.device.and_then(|index| links.get(&index)).filter(|link| link.ours.is_some());
+        match (device, row.gateway) {
+            (Some(link), Some(gateway)) if row.protocol == ROUTE_PROTOCOL && row.id.0 >= NEXTHOP_ID_BASE => {
+                all.ours.insert(row.id, Nexthop { gateway, dev: link.name.clone() });
+            }
+            _ => {
+                all.foreign.insert(row.id);
+            }
+        }
+    }
+    Ok(Some(all))
+}
+
+/// Puts the table's name to an error.
+pub(super) fn reading(table: &'static str) -> impl Fn(io::Error) -> KernelError {
+    move |source| KernelError::Dump { table, source }
+}
