@@ -102,6 +102,7 @@ macro_rules! on_both_kernels {
 on_both_kernels! {
     what_is_wanted_is_made_and_seen
     every_entry_changes_in_place
+    route_changes_between_direct_and_encapsulated
     changed_port_makes_the_device_anew
     what_is_not_wanted_goes
     repeated_steps_are_no_error

@@ -31,6 +31,8 @@ pub(super) struct Device {
     pub(super) ours: bool,
 }
 
+const FAMILIES: Unsendable = Unsendable::Senseless("the gateway has another address family than the route");
+
 /// Why a step makes no message.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Unsendable {
@@ -72,9 +74,7 @@ pub(super) fn encode(op: &Op, device: impl Fn(&IfName) -> Option<Device>) -> Res
         Op::Route(dst, Change::Create(via)) => {
             route(*dst, via, index).map(|route| vec![Request::new(&Rtnl::NewRoute(route), NLM_F_CREATE | NLM_F_EXCL)])
         }
-        // ip route replace DST ... proto 250
-        Op::Route(dst, Change::Replace { now, .. }) => route(*dst, now, index)
-            .map(|route| vec![Request::new(&Rtnl::NewRoute(route), NLM_F_CREATE | NLM_F_REPLACE)]),
+        Op::Route(dst, Change::Replace { was, now }) => replace_route(*dst, was, now, index),
         // ip route del DST ... proto 250
         Op::Route(dst, Change::Delete(via)) => {
             route(*dst, via, index).map(|route| vec![Request::new(&Rtnl::DelRoute(route), 0)])
@@ -204,6 +204,34 @@ fn neighbour_request(message: NeighbourMessage, wanted: bool) -> Request {
     }
 }
 
+/// `ip route replace DST ... proto 250`.
+///
+/// IPv6 refuses an on-link gateway that its own table leads to over another device (`ip6_route_check_nh_onlink`), which
+/// the very route to be replaced does, since a peer's gateway lies in its subnet. So while such a route changes its
+/// device, a route for the gateway alone points to the new one. No packet finds its subnet's route missing.
+fn replace_route(
+    dst: Subnet,
+    was: &Via,
+    now: &Via,
+    index: impl Fn(&IfName) -> Result<u32, Unsendable>,
+) -> Result<Vec<Request>, Unsendable> {
+    let replace = Request::new(&Rtnl::NewRoute(route(dst, now, &index)?), NLM_F_CREATE | NLM_F_REPLACE);
+    match (was, now) {
+        (Via::Gateway(was), Via::Gateway(now)) if was.dev == now.dev => Ok(vec![replace]),
+        (_, Via::Gateway(now)) if dst.family() == Family::V6 => {
+            let gateway = RouteMessageBuilder::<IpAddr>::new()
+                .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
+                .destination_prefix(now.gateway, Family::V6.bits())
+                .map_err(|_| FAMILIES)?
+                .output_interface(index(&now.dev)?)
+                .build();
+            let point = Request::new(&Rtnl::NewRoute(gateway.clone()), NLM_F_CREATE | NLM_F_REPLACE);
+            Ok(vec![point, replace, Request::new(&Rtnl::DelRoute(gateway), 0)])
+        }
+        _ => Ok(vec![replace]),
+    }
+}
+
 /// `DST nhid ID proto 250`, `DST via IP dev DEV onlink proto 250` or `DST via IP dev DEV proto 250`, in the main table
 /// with the metric that a route without one gets.
 fn route(
@@ -211,7 +239,6 @@ fn route(
     via: &Via,
     index: impl Fn(&IfName) -> Result<u32, Unsendable>,
 ) -> Result<RouteMessage, Unsendable> {
-    const FAMILIES: Unsendable = Unsendable::Senseless("the gateway has another address family than the route");
     let mut route = RouteMessageBuilder::<IpAddr>::new()
         .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
         .destination_prefix(dst.base(), dst.prefix_len())

@@ -280,6 +280,8 @@ fn is_as_wanted(op: &Op, refusal: &Refusal) -> bool {
     match refusal.error.raw_os_error() {
         Some(libc::ENOENT | libc::ESRCH | libc::ENODEV | libc::EADDRNOTAVAIL) => op.is_delete(),
         Some(libc::EEXIST) => matches!(op, Op::Address(..)),
+        // The nexthop object of the route is gone, and took the route along.
+        Some(libc::EINVAL) => matches!(op, Op::Route(_, Change::Delete(Via::Nexthop(_)))),
         _ => false,
     }
 }
