@@ -516,3 +516,39 @@ impl Kernel for FakeKernel {
         self.woken.notify_one();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn forward(value: u32) -> Op {
+        Op::Sysctl(Sysctl::Ipv4Forward, value)
+    }
+
+    #[tokio::test]
+    async fn nth_write_fails_and_all_are_recorded() {
+        let mut kernel = FakeKernel::new(Tables::host(&[]));
+        let mut writes = 0;
+        kernel.fail(libc::ENOBUFS, move |_| {
+            writes += 1;
+            writes == 2
+        });
+        let results = kernel.apply(&[forward(1), forward(2), forward(3)]).await;
+        assert_eq!(results.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, false, true]);
+        assert_eq!(kernel.tables().sysctls[&Sysctl::Ipv4Forward], 3);
+        let written: Vec<_> = kernel.writes().into_iter().map(|write| write.result).collect();
+        assert_eq!(written, [Ok(()), Err(libc::ENOBUFS), Ok(())]);
+    }
+
+    #[tokio::test]
+    async fn change_whose_notification_is_lost_shows_after_the_overrun() {
+        let mut kernel = FakeKernel::new(Tables::host(&[]));
+        let before = kernel.observe().await.expect("readable");
+        kernel.lose_notifications();
+        kernel.edit(|tables| tables.links.clear());
+        assert_eq!(kernel.observe().await.expect("readable"), before);
+        kernel.overrun();
+        assert_eq!(kernel.changed().await, Touched::Everything);
+        assert!(kernel.observe().await.expect("readable").host.links.is_empty());
+    }
+}

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::state::{Nexthop, NexthopId, ROUTE_PROTOCOL, Via};
@@ -219,11 +219,12 @@ fn destination(route: &RouteMessage) -> Option<Subnet> {
         RouteAttribute::Destination(address) => ip(address),
         _ => None,
     });
-    let base = base.unwrap_or_else(|| match route.header.address_family {
-        AddressFamily::Inet6 => IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED),
-        _ => IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
-    });
-    Subnet::holding(base, route.header.destination_prefix_length).ok()
+    // A default route names no destination.
+    let any = match route.header.address_family {
+        AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        _ => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+    };
+    Subnet::holding(base.unwrap_or(any), route.header.destination_prefix_length).ok()
 }
 
 fn metric(route: &RouteMessage) -> u32 {

@@ -1,5 +1,7 @@
 //! The kernel of a fresh network namespace, with iproute2 as the other programs of its host.
 
+use std::time::{Duration, Instant};
+
 use fabric_core::model::IfName;
 use fabric_core::state::Nexthop;
 use fabricd::kernel::netlink::{Netlink, Options};
@@ -22,6 +24,11 @@ impl RealWorld {
         ip("link set eth0 up");
         for address in HOST {
             ip(&format!("address add {address} dev eth0{}", if address.contains("::") { " nodad" } else { "" }));
+        }
+        let began = Instant::now();
+        while !ip("link show dev eth0").contains("state UP") {
+            assert!(began.elapsed() < Duration::from_secs(10), "eth0 finds its carrier");
+            std::thread::yield_now();
         }
         Self(Netlink::new(options).expect("netlink opens"))
     }
