@@ -177,16 +177,6 @@ impl Tables {
         }
     }
 
-    /// IPv6 refuses an on-link gateway that a route leads to over another device.
-    fn check_onlink(&self, via: &Via) -> Result<(), i32> {
-        let Via::Gateway(Nexthop { gateway: IpAddr::V6(gateway), dev }) = via else { return Ok(()) };
-        let covering = self.routes.iter().filter(|(dst, _)| dst.contains((*gateway).into()) && dst.prefix_len() > 0);
-        match covering.max_by_key(|(dst, _)| dst.prefix_len()) {
-            Some((_, (_, Via::Gateway(to) | Via::Direct(to)))) if to.dev != *dev => Err(libc::EINVAL),
-            _ => Ok(()),
-        }
-    }
-
     /// One write, as the kernel takes it. Deleting what is gone is fine.
     fn write(&mut self, op: &Op) -> Result<(), i32> {
         match op {
@@ -249,7 +239,6 @@ impl Tables {
             Op::Nexthop(id, Change::Delete(_)) => self.delete_nexthop(*id),
             Op::Route(dst, Change::Create(via)) => {
                 self.check_route(*dst, via)?;
-                self.check_onlink(via)?;
                 if self.routes.contains_key(dst) {
                     return Err(libc::EEXIST);
                 }

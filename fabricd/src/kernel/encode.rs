@@ -70,11 +70,9 @@ pub(super) fn encode(op: &Op, device: impl Fn(&IfName) -> Option<Device>) -> Res
             index(&to.dev).map(|index| vec![nexthop::set(*id, to.gateway, index, true)])
         }
         Op::Nexthop(id, Change::Delete(_)) => Ok(vec![nexthop::delete(*id)]),
-        // ip route add DST ... proto 250; the kernel refuses when somebody else has a route there.
-        Op::Route(dst, Change::Create(via)) => {
-            route(*dst, via, index).map(|route| vec![Request::new(&Rtnl::NewRoute(route), NLM_F_CREATE | NLM_F_EXCL)])
-        }
-        Op::Route(dst, Change::Replace { was, now }) => replace_route(*dst, was, now, index),
+        // The kernel refuses when somebody else has a route there.
+        Op::Route(dst, Change::Create(via)) => set_route(*dst, None, via, index, NLM_F_EXCL),
+        Op::Route(dst, Change::Replace { was, now }) => set_route(*dst, Some(was), now, index, NLM_F_REPLACE),
         // ip route del DST ... proto 250
         Op::Route(dst, Change::Delete(via)) => {
             route(*dst, via, index).map(|route| vec![Request::new(&Rtnl::DelRoute(route), 0)])
@@ -204,31 +202,34 @@ fn neighbour_request(message: NeighbourMessage, wanted: bool) -> Request {
     }
 }
 
-/// `ip route replace DST ... proto 250`.
+/// `ip route add DST ... proto 250`, or `replace`.
 ///
-/// IPv6 refuses an on-link gateway that its own table leads to over another device (`ip6_route_check_nh_onlink`), which
-/// the very route to be replaced does, since a peer's gateway lies in its subnet. So while such a route changes its
-/// device, a route for the gateway alone points to the new one. No packet finds its subnet's route missing.
-fn replace_route(
+/// IPv6 refuses an on-link gateway to which its own table leads over another device (`ip6_route_check_nh_onlink`): by
+/// somebody's wider route, or by the very route to be replaced, in whose subnet the gateway lies. So for that moment a
+/// route for the gateway alone points to the right device; no packet to the subnet finds its route missing.
+fn set_route(
     dst: Subnet,
-    was: &Via,
+    was: Option<&Via>,
     now: &Via,
     index: impl Fn(&IfName) -> Result<u32, Unsendable>,
+    how: u16,
 ) -> Result<Vec<Request>, Unsendable> {
-    let replace = Request::new(&Rtnl::NewRoute(route(dst, now, &index)?), NLM_F_CREATE | NLM_F_REPLACE);
-    match (was, now) {
-        (Via::Gateway(was), Via::Gateway(now)) if was.dev == now.dev => Ok(vec![replace]),
-        (_, Via::Gateway(now)) if dst.family() == Family::V6 => {
-            let gateway = RouteMessageBuilder::<IpAddr>::new()
+    let set = Request::new(&Rtnl::NewRoute(route(dst, now, &index)?), NLM_F_CREATE | how);
+    match now {
+        Via::Gateway(to) if dst.family() == Family::V6 && dst.prefix_len() < Family::V6.bits() => {
+            if matches!(was, Some(Via::Gateway(was)) if was.dev == to.dev) {
+                return Ok(vec![set]);
+            }
+            let pointer = RouteMessageBuilder::<IpAddr>::new()
                 .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
-                .destination_prefix(now.gateway, Family::V6.bits())
+                .destination_prefix(to.gateway, Family::V6.bits())
                 .map_err(|_| FAMILIES)?
-                .output_interface(index(&now.dev)?)
+                .output_interface(index(&to.dev)?)
                 .build();
-            let point = Request::new(&Rtnl::NewRoute(gateway.clone()), NLM_F_CREATE | NLM_F_REPLACE);
-            Ok(vec![point, replace, Request::new(&Rtnl::DelRoute(gateway), 0)])
+            let point = Request::new(&Rtnl::NewRoute(pointer.clone()), NLM_F_CREATE | NLM_F_EXCL);
+            Ok(vec![point, set, Request::new(&Rtnl::DelRoute(pointer), 0)])
         }
-        _ => Ok(vec![replace]),
+        _ => Ok(vec![set]),
     }
 }
 

@@ -446,9 +446,15 @@ pub async fn place_that_others_took_is_refused(world: &mut impl World, family: F
             refused.extend(result.err().map(|error| (op.key(), error.errno())));
         }
     }
-    // IPv6 looks at the gateway first, and finds it behind the other route.
-    let errno = if family == Family::V4 { libc::EEXIST } else { libc::EINVAL };
-    assert_eq!(refused, [(Key::Route(subnet(family, 1)), Some(errno))]);
+    assert_eq!(refused, [(Key::Route(subnet(family, 1)), Some(libc::EEXIST))]);
+}
+
+/// A wider route of somebody else, under which all of the overlay lies, is no obstacle.
+pub async fn wider_route_of_others_is_no_obstacle(world: &mut impl World, family: Family) {
+    let wide: Subnet = v(if family == Family::V4 { "10.0.0.0/8" } else { "2001:db8::/32" });
+    world.act(&Act::AddRoute(wide, Nexthop { gateway: underlay(family, 200), dev: v("eth0") }));
+    settles(world.kernel(), &wanted(family, 4)).await;
+    assert!(look(world.kernel()).await.foreign.routes.contains_key(&wide));
 }
 
 /// A VXLAN device of somebody else with our VNI and port makes ours impossible, and nothing else is tried on it.
