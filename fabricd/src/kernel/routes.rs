@@ -68,30 +68,18 @@ pub(super) fn of_others(socket: &mut RequestSocket, links: &Links) -> Result<Hos
     Ok(found)
 }
 
-/// `ip route get IP`: the device and source address that the kernel would use; `None` when it sees no way.
-pub(super) fn reach(
-    socket: &mut RequestSocket,
-    links: &Links,
-    ip: IpAddr,
-) -> Result<Option<(IfName, IpAddr)>, KernelError> {
-    let mut question = RouteMessageBuilder::<IpAddr>::new()
-        .destination_prefix(ip, Family::of(ip).bits())
-        .map_err(|error| reading("route lookup")(std::io::Error::other(error)))?
-        .build();
+/// `ip route get IP`: the device and source address that the kernel would use; `None` when it sees no way, whatever it
+/// objects (unreachable, a blackhole, prohibited).
+pub(super) fn reach(socket: &mut RequestSocket, links: &Links, ip: IpAddr) -> Option<(IfName, IpAddr)> {
+    let mut question = RouteMessageBuilder::<IpAddr>::new().destination_prefix(ip, Family::of(ip).bits()).ok()?.build();
     // Strict checking takes a lookup without any of the header fields that describe a route.
     question.header = RouteHeader {
         address_family: question.header.address_family,
         destination_prefix_length: question.header.destination_prefix_length,
         ..RouteHeader::default()
     };
-    let answer = socket.ask(&Request::new(&Rtnl::GetRoute(question), 0), route_of);
-    let answer = match answer {
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES)) => {
-            None
-        }
-        answer => answer.map_err(reading("route lookup"))?,
-    };
-    Ok(answer.and_then(|route| Some((links.get(&device(&route)?)?.name.clone(), source(&route)?))))
+    let route = socket.ask(&Request::new(&Rtnl::GetRoute(question), 0), route_of).ok()??;
+    Some((links.get(&device(&route)?)?.name.clone(), source(&route)?))
 }
 
 /// True for a route that has our mark: our protocol, in the main table.
