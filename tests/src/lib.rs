@@ -1,1 +1,5 @@
-//! x
+//! The Lab, the fakes and the suites that run on them.
+
+pub mod conformance;
+pub mod fake_kernel;
+pub mod netns;

@@ -4,6 +4,7 @@
 //! neighbour, nexthop, route), what is no longer wanted goes from the top down, after that. A step names what
 //! it builds on, so that when one fails only those above it wait: see [`Gate`].
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
@@ -223,11 +224,21 @@ pub fn diff(want: &KernelState, have: &KernelState) -> Plan {
         .filter(|(name, link)| want.links.get(*name).is_some_and(|want| !link.can_become(want)))
         .map(|(name, _)| name)
         .collect();
-    let (have, first) = if outgrown.is_empty() {
-        (std::borrow::Cow::Borrowed(have), vec![])
+    let first: Vec<Op> =
+        outgrown.iter().map(|name| Op::Link((*name).clone(), Change::Delete(have.links[*name].clone()))).collect();
+    // A new MAC address costs a device its permanent neighbours (`neigh_changeaddr`).
+    let renamed: BTreeSet<&IfName> = have
+        .links
+        .iter()
+        .filter(|(name, link)| want.links.get(*name).is_some_and(|want| link.mac != want.mac))
+        .map(|(name, _)| name)
+        .collect();
+    let have = if outgrown.is_empty() && renamed.is_empty() {
+        Cow::Borrowed(have)
     } else {
-        let gone = outgrown.iter().map(|name| Op::Link((*name).clone(), Change::Delete(have.links[*name].clone())));
-        (std::borrow::Cow::Owned(without(have, |name| outgrown.contains(name))), gone.collect())
+        let mut left = without(have, |name| outgrown.contains(name));
+        left.neighbours.retain(|(dev, _), _| !renamed.contains(dev));
+        Cow::Owned(left)
     };
 
     let addresses = |state: &KernelState| -> BTreeMap<(IfName, Subnet), Subnet> {

@@ -31,6 +31,8 @@ pub(super) struct Device {
     pub(super) ours: bool,
 }
 
+const FAMILIES: Unsendable = Unsendable::Senseless("the gateway has another address family than the route");
+
 /// Why a step makes no message.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Unsendable {
@@ -68,13 +70,9 @@ pub(super) fn encode(op: &Op, device: impl Fn(&IfName) -> Option<Device>) -> Res
             index(&to.dev).map(|index| vec![nexthop::set(*id, to.gateway, index, true)])
         }
         Op::Nexthop(id, Change::Delete(_)) => Ok(vec![nexthop::delete(*id)]),
-        // ip route add DST ... proto 250; the kernel refuses when somebody else has a route there.
-        Op::Route(dst, Change::Create(via)) => {
-            route(*dst, via, index).map(|route| vec![Request::new(&Rtnl::NewRoute(route), NLM_F_CREATE | NLM_F_EXCL)])
-        }
-        // ip route replace DST ... proto 250
-        Op::Route(dst, Change::Replace { now, .. }) => route(*dst, now, index)
-            .map(|route| vec![Request::new(&Rtnl::NewRoute(route), NLM_F_CREATE | NLM_F_REPLACE)]),
+        // The kernel refuses when somebody else has a route there.
+        Op::Route(dst, Change::Create(via)) => set_route(*dst, None, via, index, NLM_F_EXCL),
+        Op::Route(dst, Change::Replace { was, now }) => set_route(*dst, Some(was), now, index, NLM_F_REPLACE),
         // ip route del DST ... proto 250
         Op::Route(dst, Change::Delete(via)) => {
             route(*dst, via, index).map(|route| vec![Request::new(&Rtnl::DelRoute(route), 0)])
@@ -204,6 +202,37 @@ fn neighbour_request(message: NeighbourMessage, wanted: bool) -> Request {
     }
 }
 
+/// `ip route add DST ... proto 250`, or `replace`.
+///
+/// IPv6 refuses an on-link gateway to which its own table leads over another device (`ip6_route_check_nh_onlink`): by
+/// somebody's wider route, or by the very route to be replaced, in whose subnet the gateway lies. So for that moment a
+/// route for the gateway alone points to the right device; no packet to the subnet finds its route missing.
+fn set_route(
+    dst: Subnet,
+    was: Option<&Via>,
+    now: &Via,
+    index: impl Fn(&IfName) -> Result<u32, Unsendable>,
+    how: u16,
+) -> Result<Vec<Request>, Unsendable> {
+    let set = Request::new(&Rtnl::NewRoute(route(dst, now, &index)?), NLM_F_CREATE | how);
+    match now {
+        Via::Gateway(to) if dst.family() == Family::V6 && dst.prefix_len() < Family::V6.bits() => {
+            if matches!(was, Some(Via::Gateway(was)) if was.dev == to.dev) {
+                return Ok(vec![set]);
+            }
+            let pointer = RouteMessageBuilder::<IpAddr>::new()
+                .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
+                .destination_prefix(to.gateway, Family::V6.bits())
+                .map_err(|_| FAMILIES)?
+                .output_interface(index(&to.dev)?)
+                .build();
+            let point = Request::new(&Rtnl::NewRoute(pointer.clone()), NLM_F_CREATE | NLM_F_EXCL);
+            Ok(vec![point, set, Request::new(&Rtnl::DelRoute(pointer), 0)])
+        }
+        _ => Ok(vec![set]),
+    }
+}
+
 /// `DST nhid ID proto 250`, `DST via IP dev DEV onlink proto 250` or `DST via IP dev DEV proto 250`, in the main table
 /// with the metric that a route without one gets.
 fn route(
@@ -211,7 +240,6 @@ fn route(
     via: &Via,
     index: impl Fn(&IfName) -> Result<u32, Unsendable>,
 ) -> Result<RouteMessage, Unsendable> {
-    const FAMILIES: Unsendable = Unsendable::Senseless("the gateway has another address family than the route");
     let mut route = RouteMessageBuilder::<IpAddr>::new()
         .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
         .destination_prefix(dst.base(), dst.prefix_len())

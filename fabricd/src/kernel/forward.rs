@@ -6,6 +6,7 @@
 
 use std::io;
 
+use fabric_core::model::Family;
 use netlink_packet_core::parse_u32_be;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
@@ -48,15 +49,16 @@ fn nftables() -> io::Result<Vec<ForwardDrop>> {
     match socket.dump(&Request::raw(GET_CHAIN, 0, vec![0; 4]), chain) {
         // Nor does one without nftables, whose module nobody has loaded.
         Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => Ok(vec![]),
-        found => found,
+        found => Ok(found?.into_iter().flatten().collect()),
     }
 }
 
-fn chain(frame: &Frame<'_>) -> Option<ForwardDrop> {
-    let family = match i32::from(*frame.body.first()?) {
-        1 => "inet",
-        libc::AF_INET => "ip",
-        libc::AF_INET6 => "ip6",
+/// What a chain drops: nothing, or what it drops of each of its families.
+fn chain(frame: &Frame<'_>) -> Option<Vec<ForwardDrop>> {
+    let (word, families): (_, &[Family]) = match i32::from(*frame.body.first()?) {
+        libc::NFPROTO_INET => ("inet", &Family::ALL),
+        libc::NFPROTO_IPV4 => ("ip", &[Family::V4]),
+        libc::NFPROTO_IPV6 => ("ip6", &[Family::V6]),
         _ => return None,
     };
     let body = frame.body.get(4..)?;
@@ -65,23 +67,25 @@ fn chain(frame: &Frame<'_>) -> Option<ForwardDrop> {
     let (table, name) = (text(TABLE)?, text(NAME)?);
     let hook = attributes(value(HOOK)?).find(|(kind, _)| *kind == HOOK_NUMBER).and_then(|(_, v)| parse_u32_be(v).ok());
     let policy = value(POLICY).and_then(|v| parse_u32_be(v).ok());
-    (hook == Some(FORWARD) && policy == Some(DROP) && table != OURS)
-        .then(|| ForwardDrop { chain: format!("{family} {table} {name}"), remedy: remedy(family, table, name) })
+    let drops = hook == Some(FORWARD) && policy == Some(DROP) && table != OURS;
+    let chain = format!("{word} {table} {name}");
+    drops.then(|| {
+        families
+            .iter()
+            .map(|family| ForwardDrop { family: *family, chain: chain.clone(), remedy: remedy(&chain, *family) })
+            .collect()
+    })
 }
 
 /// In the words of the tool that made the chain: `filter FORWARD` of one family is iptables-nft's.
-fn remedy(family: &str, table: &str, chain: &str) -> String {
-    match (family, table, chain) {
-        ("ip", "filter", "FORWARD") => iptables("iptables"),
-        ("ip6", "filter", "FORWARD") => iptables("ip6tables"),
-        _ => {
-            // In an `inet` chain a packet's family is matched by the address itself.
-            let address = if family == "ip6" { "ip6" } else { "ip" };
-            ["saddr", "daddr"]
-                .map(|end| format!("nft insert rule {family} {table} {chain} {address} {end} {{network}} accept"))
-                .join("\n")
-        }
-    }
+fn remedy(chain: &str, family: Family) -> String {
+    let address = match (chain, family) {
+        ("ip filter FORWARD", _) => return iptables("iptables"),
+        ("ip6 filter FORWARD", _) => return iptables("ip6tables"),
+        (_, Family::V4) => "ip",
+        (_, Family::V6) => "ip6",
+    };
+    ["saddr", "daddr"].map(|end| format!("nft insert rule {chain} {address} {end} {{network}} accept")).join("\n")
 }
 
 /// Two rules at the head of iptables' FORWARD chain.

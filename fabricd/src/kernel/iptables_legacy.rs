@@ -8,6 +8,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use fabric_core::model::Family;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use super::ForwardDrop;
@@ -24,7 +25,8 @@ const TABLE_NAME: [u8; 32] = {
 
 /// Where one family has it: the socket options' numbers and the sizes of `struct ipt_entry` and `struct ip6t_entry`.
 struct Protocol {
-    family: AddressFamily,
+    family: Family,
+    sockets: AddressFamily,
     level: i32,
     command: &'static str,
     in_use: &'static str,
@@ -33,14 +35,16 @@ struct Protocol {
 
 const PROTOCOLS: [Protocol; 2] = [
     Protocol {
-        family: AddressFamily::Inet,
+        family: Family::V4,
+        sockets: AddressFamily::Inet,
         level: libc::IPPROTO_IP,
         command: "iptables-legacy",
         in_use: "/proc/thread-self/net/ip_tables_names",
         entry: 112,
     },
     Protocol {
-        family: AddressFamily::Inet6,
+        family: Family::V6,
+        sockets: AddressFamily::Inet6,
         level: libc::IPPROTO_IPV6,
         command: "ip6tables-legacy",
         in_use: "/proc/thread-self/net/ip6_tables_names",
@@ -68,7 +72,7 @@ pub(super) fn drops() -> io::Result<Vec<ForwardDrop>> {
     for protocol in &PROTOCOLS {
         if in_use(protocol) && policy(protocol)? == Some(DROP) {
             let chain = format!("{} FORWARD", protocol.command);
-            found.push(ForwardDrop { chain, remedy: iptables(protocol.command) });
+            found.push(ForwardDrop { family: protocol.family, chain, remedy: iptables(protocol.command) });
         }
     }
     Ok(found)
@@ -81,7 +85,7 @@ fn in_use(protocol: &Protocol) -> bool {
 /// The verdict at the end of FORWARD, as the kernel stores it.
 fn policy(protocol: &Protocol) -> io::Result<Option<i32>> {
     // Any socket of the family takes these options; a raw one, which iptables itself uses, would need CAP_NET_RAW.
-    let socket = socket(protocol.family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let socket = socket(protocol.sockets, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     let mut info = [0; INFO_SIZE];
     info[..TABLE_NAME.len()].copy_from_slice(&TABLE_NAME);
     ask(&socket, protocol.level, GET_INFO, &mut info)?;

@@ -32,7 +32,7 @@ use std::io;
 use std::sync::Arc;
 
 use fabric_core::diff::Op;
-use fabric_core::model::IfName;
+use fabric_core::model::{Family, IfName};
 use fabric_core::state::{Foreign, KernelState};
 
 use crate::underlay::Host;
@@ -52,12 +52,14 @@ pub struct Observed {
     pub forward_drops: Vec<ForwardDrop>,
 }
 
-/// A base chain on the forward hook whose policy is drop.
+/// A base chain on the forward hook whose policy is drop; one of both families (`inet`) shows twice.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ForwardDrop {
+    /// The family whose packets it drops.
+    pub family: Family,
     /// Where it is, as `nft` or `iptables` names it: `ip filter FORWARD`, `iptables-legacy FORWARD`.
     pub chain: String,
-    /// Commands that let the pods' packets through, one a line, with `{network}` for the network's prefix.
+    /// Commands that let the pods' packets through, one a line, with `{network}` for the network of that family.
     pub remedy: String,
 }
 

@@ -16,7 +16,7 @@ use std::task::Poll;
 
 use futures::FutureExt as _;
 use netlink_packet_core::parse_i32;
-use netlink_packet_route::address::AddressScope;
+use netlink_packet_route::address::{AddressHeader, AddressScope};
 use netlink_packet_route::route::RouteMessage;
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -118,7 +118,7 @@ impl Monitor {
                 .or_else(|error| if group == NEXTHOP_GROUP { Ok(()) } else { Err(error) })?;
         }
         let heard = Heard { stale: Table::ALL.into(), overrun: false, interest: None, buffer: vec![] };
-        let monitor = Arc::new(Self { socket: socket, heard: Mutex::new(heard), woken: Notify::new() });
+        let monitor = Arc::new(Self { socket, heard: Mutex::new(heard), woken: Notify::new() });
         let listener = Arc::clone(&monitor);
         Ok((monitor, tokio::spawn(async move { listener.listen().await })))
     }
@@ -229,10 +229,7 @@ impl Monitor {
 enum Touch {
     Nothing,
     Link(u32),
-    Address {
-        index: u32,
-        own: bool,
-    },
+    Address(u32),
     Neighbour {
         index: u32,
         fdb: bool,
@@ -260,9 +257,10 @@ impl Touch {
                 AddressFamily::Unspec => Self::Link(link.header.index),
                 _ => Self::Nothing,
             },
-            Some(Rtnl::NewAddress(address) | Rtnl::DelAddress(address)) => Self::Address {
-                index: address.header.index,
-                own: matches!(address.header.scope, AddressScope::Link | AddressScope::Host),
+            // IPv6 link-local addresses come and go with every pod, and never show.
+            Some(Rtnl::NewAddress(address) | Rtnl::DelAddress(address)) => match address.header {
+                AddressHeader { family: AddressFamily::Inet6, scope: AddressScope::Link, .. } => Self::Nothing,
+                AddressHeader { index, .. } => Self::Address(index),
             },
             Some(Rtnl::NewNeighbour(entry) | Rtnl::DelNeighbour(entry)) => {
                 Self::Neighbour { index: entry.header.ifindex, fdb: entry.header.family == AddressFamily::Bridge }
@@ -285,10 +283,8 @@ impl Touch {
             Self::Link(index) if carrier(index) => vec![Links, Addresses, Routes, HostRoutes],
             Self::Link(_) => vec![Links],
             // With the last address of a link go its routes, with any address those that have it as their source.
-            Self::Address { index, .. } if ours(index) || carrier(index) => vec![Addresses, Routes, HostRoutes],
-            // Link-local ones come and go with every pod.
-            Self::Address { own: true, .. } => vec![],
-            Self::Address { .. } => vec![Addresses, HostRoutes],
+            Self::Address(index) if ours(index) || carrier(index) => vec![Addresses, Routes, HostRoutes],
+            Self::Address(_) => vec![Addresses, HostRoutes],
             Self::Neighbour { index, fdb: true } if ours(index) => vec![Fdb],
             Self::Neighbour { index, fdb: false } if ours(index) => vec![Neighbours],
             Self::Neighbour { .. } => vec![],

@@ -189,7 +189,7 @@ impl Worker {
         if [Table::Links, Table::Addresses, Table::HostRoutes].iter().any(|table| stale.contains(table)) {
             seen.reaches.clear();
             for ip in &options.can_reach {
-                let way = routes::reach(socket, &seen.links, *ip)?;
+                let way = routes::reach(socket, &seen.links, *ip);
                 seen.reaches.extend(way.map(|(dev, source)| (*ip, dev, source)));
             }
         }
@@ -204,7 +204,11 @@ impl Worker {
             }
         }
         if stale.contains(&Table::ForwardDrops) {
-            seen.forward_drops = forward::drops()?;
+            // A diagnosis: that it can't be made is no reason to do nothing.
+            seen.forward_drops = forward::drops().unwrap_or_else(|error| {
+                tracing::warn!(%error, "cannot tell which firewall chains drop forwarded packets");
+                vec![]
+            });
         }
         Ok(())
     }
@@ -213,7 +217,7 @@ impl Worker {
         let mut devices = BTreeMap::new();
         let mut results = Vec::with_capacity(ops.len());
         let mut requests = vec![];
-        // Which op each request belongs to: an op may take none or two.
+        // Which op each request belongs to: an op may take none or several.
         let mut owners = vec![];
         for (position, op) in ops.iter().enumerate() {
             let refusal = match op {
@@ -233,10 +237,11 @@ impl Worker {
             results.push(refusal.map_or(Ok(()), |refusal| Err(refused(op, refusal))));
         }
         for (answer, position) in self.socket.write(&requests).into_iter().zip(owners) {
-            let op = &ops[position];
-            match answer {
-                Err(refusal) if !is_as_wanted(op, &refusal) => results[position] = Err(refused(op, refusal)),
-                _ => {}
+            // Of several refusals the first tells why.
+            if let (Err(refusal), true) = (answer, results[position].is_ok())
+                && !is_as_wanted(&ops[position], &refusal)
+            {
+                results[position] = Err(refused(&ops[position], refusal));
             }
         }
         results
@@ -280,6 +285,8 @@ fn is_as_wanted(op: &Op, refusal: &Refusal) -> bool {
     match refusal.error.raw_os_error() {
         Some(libc::ENOENT | libc::ESRCH | libc::ENODEV | libc::EADDRNOTAVAIL) => op.is_delete(),
         Some(libc::EEXIST) => matches!(op, Op::Address(..)),
+        // The nexthop object of the route is gone, and took the route along.
+        Some(libc::EINVAL) => matches!(op, Op::Route(_, Change::Delete(Via::Nexthop(_)))),
         _ => false,
     }
 }

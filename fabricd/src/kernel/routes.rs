@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::state::{Nexthop, NexthopId, ROUTE_PROTOCOL, Via};
@@ -68,30 +68,18 @@ pub(super) fn of_others(socket: &mut RequestSocket, links: &Links) -> Result<Hos
     Ok(found)
 }
 
-/// `ip route get IP`: the device and source address that the kernel would use; `None` when it sees no way.
-pub(super) fn reach(
-    socket: &mut RequestSocket,
-    links: &Links,
-    ip: IpAddr,
-) -> Result<Option<(IfName, IpAddr)>, KernelError> {
-    let mut question = RouteMessageBuilder::<IpAddr>::new()
-        .destination_prefix(ip, Family::of(ip).bits())
-        .map_err(|error| reading("route lookup")(std::io::Error::other(error)))?
-        .build();
+/// `ip route get IP`: the device and source address that the kernel would use; `None` when it sees no way, whatever it
+/// objects (unreachable, a blackhole, prohibited).
+pub(super) fn reach(socket: &mut RequestSocket, links: &Links, ip: IpAddr) -> Option<(IfName, IpAddr)> {
+    let mut question = RouteMessageBuilder::<IpAddr>::new().destination_prefix(ip, Family::of(ip).bits()).ok()?.build();
     // Strict checking takes a lookup without any of the header fields that describe a route.
     question.header = RouteHeader {
         address_family: question.header.address_family,
         destination_prefix_length: question.header.destination_prefix_length,
         ..RouteHeader::default()
     };
-    let answer = socket.ask(&Request::new(&Rtnl::GetRoute(question), 0), route_of);
-    let answer = match answer {
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES)) => {
-            None
-        }
-        answer => answer.map_err(reading("route lookup"))?,
-    };
-    Ok(answer.and_then(|route| Some((links.get(&device(&route)?)?.name.clone(), source(&route)?))))
+    let route = socket.ask(&Request::new(&Rtnl::GetRoute(question), 0), route_of).ok()??;
+    Some((links.get(&device(&route)?)?.name.clone(), source(&route)?))
 }
 
 /// True for a route that has our mark: our protocol, in the main table.
@@ -219,11 +207,12 @@ fn destination(route: &RouteMessage) -> Option<Subnet> {
         RouteAttribute::Destination(address) => ip(address),
         _ => None,
     });
-    let base = base.unwrap_or_else(|| match route.header.address_family {
-        AddressFamily::Inet6 => IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED),
-        _ => IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
-    });
-    Subnet::holding(base, route.header.destination_prefix_length).ok()
+    // A default route names no destination.
+    let any = match route.header.address_family {
+        AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        _ => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+    };
+    Subnet::holding(base.unwrap_or(any), route.header.destination_prefix_length).ok()
 }
 
 fn metric(route: &RouteMessage) -> u32 {

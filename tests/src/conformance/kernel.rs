@@ -1,0 +1,548 @@
+//! What every [`Kernel`] must do, as cases that run on [`FakeKernel`](crate::fake_kernel::FakeKernel) and, in a network
+//! namespace, on [`Netlink`](fabricd::kernel::netlink::Netlink).
+//!
+//! A [`World`] is a kernel under test together with the other programs of its host, which act behind fabricd's back.
+//! Every world begins with `lo` and with `eth0`, up, with [`HOST`]'s addresses.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use fabric_core::diff::{Change, Gate, Key, Op, diff};
+use fabric_core::model::{Family, IfName, MacAddr, Subnet};
+use fabric_core::state::{KernelState, NEXTHOP_ID_BASE, Nexthop, NexthopId, Sysctl, Via, VxlanLink};
+use fabricd::kernel::{Kernel, KernelError, Observed, Touched};
+
+/// The host's addresses on `eth0`.
+pub const HOST: [&str; 2] = ["192.0.2.1/24", "2001:db8:ff::1/64"];
+
+/// Far more than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Something that another program of the host does.
+#[derive(Clone, Debug)]
+pub enum Act {
+    /// `ip link del DEV`.
+    DeleteLink(IfName),
+    /// `ip link set DEV down`.
+    LinkDown(IfName),
+    /// `ip link add NAME up type vxlan id VNI dstport PORT local IP`.
+    AddVxlan {
+        /// Name of the device.
+        name: IfName,
+        /// VNI.
+        vni: u32,
+        /// UDP port.
+        port: u16,
+    },
+    /// `ip nexthop add id ID via IP dev DEV onlink`.
+    AddNexthop(NexthopId, Nexthop),
+    /// `ip nexthop del id ID`.
+    DeleteNexthop(NexthopId),
+    /// `ip route add DST via IP dev DEV onlink proto static`.
+    AddRoute(Subnet, Nexthop),
+    /// `ip route change DST … proto 250`, to a shape that fabricd never gives a route: a blackhole.
+    SpoilRoute(Subnet),
+    /// `bridge fdb add MAC dev DEV dst IP self permanent`.
+    AddFdb(IfName, MacAddr, std::net::IpAddr),
+    /// `bridge fdb del MAC dev DEV`.
+    DeleteFdb(IfName, MacAddr, std::net::IpAddr),
+    /// `ip neighbour del IP dev DEV`.
+    DeleteNeighbour(IfName, std::net::IpAddr),
+}
+
+/// A kernel under test, and what else happens on its host.
+pub trait World {
+    /// The kernel's type.
+    type Kernel: Kernel;
+
+    /// The kernel under test.
+    fn kernel(&mut self) -> &mut Self::Kernel;
+
+    /// Another program acts.
+    fn act(&mut self, act: &Act);
+
+    /// How many FDB entries a device has, as somebody else counts them.
+    fn fdb_entries(&self, dev: &IfName) -> usize;
+}
+
+/// Text as a value of the domain.
+///
+/// # Panics
+/// When it is none: the text is a test's own.
+pub fn v<T: std::str::FromStr>(text: &str) -> T {
+    text.parse().unwrap_or_else(|_| panic!("{text} in a test is wrong"))
+}
+
+/// Our device of one family.
+#[must_use]
+pub fn device(family: Family) -> IfName {
+    v(match family {
+        Family::V4 => "fabric.1",
+        Family::V6 => "fabric6.1",
+    })
+}
+
+/// The id of the nexthop object of peer `n`.
+#[must_use]
+pub fn nexthop_id(n: u32) -> NexthopId {
+    NexthopId(NEXTHOP_ID_BASE + n)
+}
+
+/// The subnet of peer `n`.
+#[must_use]
+pub fn subnet(family: Family, n: u32) -> Subnet {
+    match family {
+        Family::V4 => v(&format!("10.{}.{}.0/24", 64 + n / 256, n % 256)),
+        Family::V6 => v(&format!("2001:db8:0:{n:x}::/64")),
+    }
+}
+
+/// The VTEP's MAC address of peer `n`.
+#[must_use]
+pub fn mac(n: u32) -> MacAddr {
+    v(&format!("02:42:00:00:{:02x}:{:02x}", n / 256, n % 256))
+}
+
+/// The underlay address of peer `n`.
+#[must_use]
+pub fn underlay(family: Family, n: u32) -> std::net::IpAddr {
+    match family {
+        Family::V4 => v(&format!("192.0.2.{}", n % 250 + 2)),
+        Family::V6 => v(&format!("2001:db8:ff::{:x}", n + 0x10)),
+    }
+}
+
+/// What a node with `peers` peers wants of one family; the last peer is reached directly.
+#[must_use]
+pub fn wanted(family: Family, peers: u32) -> KernelState {
+    let dev = device(family);
+    let mut state = KernelState::default();
+    state.links.insert(
+        dev.clone(),
+        VxlanLink {
+            vni: v::<u32>("1").try_into().expect("a VNI"),
+            port: 8472,
+            gbp: false,
+            mac: mac(0),
+            local: v(HOST[usize::from(family == Family::V6)].split('/').next().expect("an address")),
+            mtu: 1500 - family.vxlan_overhead(),
+            learning: false,
+            up: true,
+        },
+    );
+    state.sysctls.insert(Sysctl::AcceptRa(dev.clone()), 0);
+    state.sysctls.insert(if family == Family::V4 { Sysctl::Ipv4Forward } else { Sysctl::Ipv6Forward }, 1);
+    state.addresses.insert((dev.clone(), Subnet::host(subnet(family, 0).base())));
+    for n in 1..peers {
+        let dst = subnet(family, n);
+        let via = Nexthop { gateway: dst.base(), dev: dev.clone() };
+        state.fdb.insert((dev.clone(), mac(n)), underlay(family, n));
+        state.neighbours.insert((dev.clone(), dst.base()), mac(n));
+        let via = match family {
+            Family::V4 => {
+                state.nexthops.insert(nexthop_id(n), via);
+                Via::Nexthop(nexthop_id(n))
+            }
+            Family::V6 => Via::Gateway(via),
+        };
+        state.routes.insert(dst, via);
+    }
+    let direct = Nexthop { gateway: underlay(family, peers), dev: v("eth0") };
+    state.routes.insert(subnet(family, peers), Via::Direct(direct));
+    state
+}
+
+/// One look.
+///
+/// # Panics
+/// When the kernel can't be read.
+pub async fn look(kernel: &mut impl Kernel) -> Arc<Observed> {
+    let observed = tokio::time::timeout(PATIENCE, kernel.observe()).await.expect("observe answers");
+    observed.expect("the kernel can be read")
+}
+
+/// What is ours now, of the settings only those wanted at all.
+async fn ours(kernel: &mut impl Kernel, want: &KernelState) -> KernelState {
+    let mut ours = look(kernel).await.ours.clone();
+    ours.sysctls.retain(|setting, _| want.sysctls.contains_key(setting));
+    ours
+}
+
+/// Applies the plan from what is there to `want`: the steps taken.
+///
+/// # Panics
+/// When a step fails.
+pub async fn settle(kernel: &mut impl Kernel, want: &KernelState) -> String {
+    let plan = diff(want, &look(kernel).await.ours);
+    let mut gate = Gate::default();
+    for stage in plan.stages() {
+        assert!(stage.iter().all(|op| gate.admits(op)));
+        for (op, result) in stage.iter().zip(kernel.apply(stage).await) {
+            result.unwrap_or_else(|error| panic!("{op}: {error}"));
+        }
+    }
+    plan.to_string()
+}
+
+/// Applies the plan and checks that the kernel holds what is wanted then, with nothing left to do.
+async fn settles(kernel: &mut impl Kernel, want: &KernelState) -> String {
+    let steps = settle(kernel, want).await;
+    assert_eq!(ours(kernel, want).await, *want);
+    assert_eq!(settle(kernel, want).await, "", "a second pass writes nothing");
+    steps
+}
+
+/// Waits until the kernel says that something changed.
+///
+/// # Panics
+/// When it doesn't.
+pub async fn woken(kernel: &mut impl Kernel) -> Touched {
+    tokio::time::timeout(PATIENCE, kernel.changed()).await.expect("changed() wakes")
+}
+
+/// The errno of each refused step, by position.
+fn refusals(results: &[Result<(), KernelError>]) -> Vec<(usize, i32)> {
+    let errno = |error: &KernelError| error.errno().expect("a refusal has an errno");
+    results.iter().enumerate().filter_map(|(at, result)| Some((at, errno(result.as_ref().err()?)))).collect()
+}
+
+/// All that is wanted is made, seen again as it was wanted, and not written twice.
+pub async fn what_is_wanted_is_made_and_seen(world: &mut impl World, family: Family) {
+    let kernel = world.kernel();
+    let steps = settles(kernel, &wanted(family, 5)).await;
+    assert!(steps.lines().count() >= 15, "{steps}");
+}
+
+/// Each entry can take another value in place.
+pub async fn every_entry_changes_in_place(world: &mut impl World, family: Family) {
+    let kernel = world.kernel();
+    let dev = device(family);
+    settles(kernel, &wanted(family, 5)).await;
+    let mut want = wanted(family, 5);
+    let link = want.links.get_mut(&dev).expect("wanted");
+    (link.mac, link.mtu, link.learning) = (mac(99), 1300, true);
+    link.local = underlay(family, 70);
+    want.fdb.insert((dev.clone(), mac(1)), underlay(family, 71));
+    want.neighbours.insert((dev.clone(), subnet(family, 2).base()), mac(1));
+    if family == Family::V4 {
+        let other = Nexthop { gateway: subnet(family, 2).base(), dev: dev.clone() };
+        want.nexthops.insert(nexthop_id(1), other);
+    }
+    let first = want.routes[&subnet(family, 1)].clone();
+    want.routes.insert(subnet(family, 2), first);
+    let direct = want.routes[&subnet(family, 5)].clone();
+    want.routes.insert(subnet(family, 3), direct);
+    let steps = settles(kernel, &want).await;
+    // The new MAC address cost the neighbours.
+    let made: Vec<_> = steps.lines().filter(|step| !step.starts_with('~')).collect();
+    assert!(made.len() == 4 && made.iter().all(|step| step.starts_with("+ ip neighbour")), "{steps}");
+}
+
+/// A peer moves out of our layer-2 segment and back in: its route changes between direct and encapsulated.
+pub async fn route_changes_between_direct_and_encapsulated(world: &mut impl World, family: Family) {
+    let kernel = world.kernel();
+    let encapsulated = wanted(family, 3);
+    let mut direct = encapsulated.clone();
+    let through = encapsulated.routes[&subnet(family, 3)].clone();
+    direct.routes.insert(subnet(family, 1), through);
+    settles(kernel, &encapsulated).await;
+    for want in [&direct, &encapsulated] {
+        let steps = settles(kernel, want).await;
+        assert!(steps.starts_with("~ ip route replace") && steps.lines().count() == 1, "{steps}");
+    }
+}
+
+/// A device that can't become what is wanted is made anew, with all that hung on it.
+pub async fn changed_port_makes_the_device_anew(world: &mut impl World, family: Family) {
+    let kernel = world.kernel();
+    settles(kernel, &wanted(family, 3)).await;
+    let mut want = wanted(family, 3);
+    want.links.get_mut(&device(family)).expect("wanted").port = 4789;
+    let steps = settles(kernel, &want).await;
+    assert!(steps.starts_with("- ip link del"), "{steps}");
+}
+
+/// All of it goes again.
+pub async fn what_is_not_wanted_goes(world: &mut impl World, family: Family) {
+    let kernel = world.kernel();
+    settles(kernel, &wanted(family, 5)).await;
+    settles(kernel, &wanted(family, 2)).await;
+    settles(kernel, &KernelState::default()).await;
+}
+
+/// What is gone already is no error to delete, and an address that is there none to make.
+pub async fn repeated_steps_are_no_error(world: &mut impl World, family: Family) {
+    let kernel = world.kernel();
+    let want = wanted(family, 3);
+    settles(kernel, &want).await;
+    let dev = device(family);
+    let again: Vec<Op> = want
+        .addresses
+        .iter()
+        .map(|(dev, address)| Op::Address(dev.clone(), Change::Create(*address)))
+        .chain(want.fdb.iter().map(|((dev, mac), dst)| Op::Fdb(dev.clone(), *mac, Change::Create(*dst))))
+        .chain(want.neighbours.iter().map(|((d, ip), mac)| Op::Neighbour(d.clone(), *ip, Change::Create(*mac))))
+        .collect();
+    assert_eq!(refusals(&kernel.apply(&again).await), []);
+    let link = want.links[&dev].clone();
+    let mut deletions: Vec<Op> =
+        want.routes.iter().map(|(dst, via)| Op::Route(*dst, Change::Delete(via.clone()))).collect();
+    deletions.extend(want.nexthops.iter().map(|(id, to)| Op::Nexthop(*id, Change::Delete(to.clone()))));
+    deletions.extend(want.neighbours.iter().map(|((d, ip), mac)| Op::Neighbour(d.clone(), *ip, Change::Delete(*mac))));
+    deletions.extend(want.fdb.iter().map(|((d, mac), dst)| Op::Fdb(d.clone(), *mac, Change::Delete(*dst))));
+    deletions.extend(want.addresses.iter().map(|(d, address)| Op::Address(d.clone(), Change::Delete(*address))));
+    for _ in 0..2 {
+        assert_eq!(refusals(&kernel.apply(&deletions).await), []);
+    }
+    deletions.push(Op::Link(dev.clone(), Change::Delete(link)));
+    for _ in 0..2 {
+        assert_eq!(refusals(&kernel.apply(&deletions).await), []);
+    }
+    settles(kernel, &want).await;
+}
+
+/// The first entries of a table that exclude each other are not made twice.
+pub async fn device_nexthop_or_route_that_is_there_is_not_made_again(world: &mut impl World, family: Family) {
+    let kernel = world.kernel();
+    let want = wanted(family, 2);
+    settles(kernel, &want).await;
+    let dev = device(family);
+    let mut ops = vec![Op::Link(dev.clone(), Change::Create(want.links[&dev].clone()))];
+    ops.extend(want.nexthops.iter().map(|(id, to)| Op::Nexthop(*id, Change::Create(to.clone()))));
+    ops.extend(want.routes.iter().map(|(dst, via)| Op::Route(*dst, Change::Create(via.clone()))));
+    let refused = refusals(&kernel.apply(&ops).await);
+    assert_eq!(refused, (0..ops.len()).map(|at| (at, libc::EEXIST)).collect::<Vec<_>>());
+}
+
+/// A deleted device takes all along, and it comes back.
+pub async fn deleted_device_is_noticed_with_all_that_hung_on_it(world: &mut impl World, family: Family) {
+    let want = wanted(family, 4);
+    settles(world.kernel(), &want).await;
+    world.act(&Act::DeleteLink(device(family)));
+    woken(world.kernel()).await;
+    let left = look(world.kernel()).await.ours.clone();
+    assert_eq!((left.links.len(), left.fdb.len(), left.neighbours.len(), left.nexthops.len()), (0, 0, 0, 0));
+    assert_eq!(left.routes.keys().collect::<Vec<_>>(), [&subnet(family, 4)], "the direct route alone");
+    settles(world.kernel(), &want).await;
+}
+
+/// A device set down loses routes, nexthop objects and neighbours in silence.
+pub async fn device_set_down_is_noticed_with_what_it_lost(world: &mut impl World, family: Family) {
+    let want = wanted(family, 4);
+    settles(world.kernel(), &want).await;
+    world.act(&Act::LinkDown(device(family)));
+    woken(world.kernel()).await;
+    let left = look(world.kernel()).await.ours.clone();
+    assert!(!left.links[&device(family)].up);
+    assert_eq!((left.fdb.len(), left.neighbours.len(), left.nexthops.len()), (3, 0, 0), "FDB entries stay");
+    assert_eq!(left.routes.keys().collect::<Vec<_>>(), [&subnet(family, 4)], "the direct route alone");
+    settles(world.kernel(), &want).await;
+}
+
+/// The underlay interface set down takes the direct routes in silence.
+pub async fn underlay_set_down_is_noticed_with_its_direct_routes(world: &mut impl World, family: Family) {
+    let want = wanted(family, 3);
+    settles(world.kernel(), &want).await;
+    world.act(&Act::LinkDown(v("eth0")));
+    woken(world.kernel()).await;
+    let left = look(world.kernel()).await.ours.clone();
+    assert!(!left.routes.contains_key(&subnet(family, 3)));
+    assert_eq!(left.routes.len(), 2, "those over the VTEP stay");
+}
+
+/// A deleted nexthop object takes its route in silence.
+pub async fn deleted_nexthop_is_noticed_with_its_route(world: &mut impl World, family: Family) {
+    if family == Family::V6 {
+        return; // IPv6 needs no nexthop objects.
+    }
+    let want = wanted(family, 3);
+    settles(world.kernel(), &want).await;
+    world.act(&Act::DeleteNexthop(nexthop_id(1)));
+    woken(world.kernel()).await;
+    let steps = settles(world.kernel(), &want).await;
+    assert_eq!(
+        steps,
+        format!(
+            "+ ip nexthop add id {id} via 10.64.1.0 dev fabric.1 onlink proto 250\n\
+             + ip route add 10.64.1.0/24 nhid {id} proto 250\n",
+            id = nexthop_id(1)
+        )
+    );
+}
+
+/// An FDB entry or neighbour that somebody deleted comes back.
+pub async fn deleted_fdb_entry_and_neighbour_are_noticed(world: &mut impl World, family: Family) {
+    let want = wanted(family, 3);
+    let dev = device(family);
+    settles(world.kernel(), &want).await;
+    for act in [
+        Act::DeleteFdb(dev.clone(), mac(1), underlay(family, 1)),
+        Act::DeleteNeighbour(dev.clone(), subnet(family, 2).base()),
+    ] {
+        world.act(&act);
+        woken(world.kernel()).await;
+        let steps = settles(world.kernel(), &want).await;
+        assert_eq!(steps.lines().count(), 1, "{steps}");
+    }
+}
+
+/// A route with our mark that somebody bent is seen as ours and put right.
+pub async fn route_of_ours_in_a_strange_shape_is_put_right(world: &mut impl World, family: Family) {
+    let want = wanted(family, 3);
+    settles(world.kernel(), &want).await;
+    world.act(&Act::SpoilRoute(subnet(family, 1)));
+    woken(world.kernel()).await;
+    let bent = look(world.kernel()).await.ours.routes[&subnet(family, 1)].clone();
+    assert!(matches!(&bent, Via::Other(words) if words.contains("blackhole")), "{bent:?}");
+    let steps = settles(world.kernel(), &want).await;
+    assert!(steps.starts_with("~ ip route replace"), "{steps}");
+    world.act(&Act::SpoilRoute(subnet(family, 1)));
+    settles(world.kernel(), &KernelState::default()).await;
+}
+
+/// What others made is seen as theirs and is still there after all of ours is gone.
+pub async fn what_others_made_stays_theirs(world: &mut impl World, family: Family) {
+    let want = wanted(family, 3);
+    let dev = device(family);
+    settles(world.kernel(), &want).await;
+    let elsewhere: IfName = v("vxlan7");
+    let (route, foreign_id) = (subnet(family, 200), NexthopId(7));
+    let over_eth0 = Nexthop { gateway: underlay(family, 200), dev: v("eth0") };
+    world.act(&Act::AddVxlan { name: elsewhere.clone(), vni: 7, port: 8472 });
+    world.act(&Act::AddVxlan { name: v("fabric.2"), vni: 3, port: 8472 });
+    world.act(&Act::AddFdb(elsewhere.clone(), mac(150), underlay(Family::V4, 50)));
+    world.act(&Act::AddNexthop(foreign_id, over_eth0.clone()));
+    world.act(&Act::AddNexthop(nexthop_id(99), over_eth0.clone()));
+    world.act(&Act::AddRoute(route, Nexthop { gateway: subnet(family, 1).base(), dev }));
+    woken(world.kernel()).await;
+    assert_eq!(ours(world.kernel(), &want).await, want);
+    let foreign = look(world.kernel()).await.foreign.clone();
+    assert!(foreign.routes.contains_key(&route), "{foreign:?}");
+    assert!(foreign.nexthop_ids.contains(&foreign_id) && foreign.nexthop_ids.contains(&nexthop_id(99)));
+    assert_eq!(foreign.links[&elsewhere].vxlan, Some((7, 8472, Family::V4)));
+    assert_eq!(foreign.links[&v::<IfName>("fabric.2")].vxlan, Some((3, 8472, Family::V4)), "not its own VNI");
+    assert_eq!(foreign.links[&v::<IfName>("eth0")].kind, "veth");
+
+    // The route leads over our device, so that it stays only as long as this does.
+    let mut bare = wanted(family, 0);
+    bare.routes.clear();
+    settles(world.kernel(), &bare).await;
+    let left = look(world.kernel()).await.foreign.clone();
+    assert_eq!(left, foreign);
+    assert_eq!(world.fdb_entries(&elsewhere), 1);
+    settles(world.kernel(), &KernelState::default()).await;
+    assert_eq!(world.fdb_entries(&elsewhere), 1);
+}
+
+/// A route or a nexthop object of somebody else where ours should be is not overwritten.
+pub async fn place_that_others_took_is_refused(world: &mut impl World, family: Family) {
+    let want = wanted(family, 3);
+    let over_eth0 = Nexthop { gateway: underlay(family, 200), dev: v("eth0") };
+    world.act(&Act::AddRoute(subnet(family, 1), over_eth0));
+    let plan = diff(&want, &look(world.kernel()).await.ours);
+    let mut refused = vec![];
+    for stage in plan.stages() {
+        for (op, result) in stage.iter().zip(world.kernel().apply(stage).await) {
+            refused.extend(result.err().map(|error| (op.key(), error.errno())));
+        }
+    }
+    assert_eq!(refused, [(Key::Route(subnet(family, 1)), Some(libc::EEXIST))]);
+}
+
+/// A wider route of somebody else, under which all of the overlay lies, is no obstacle.
+pub async fn wider_route_of_others_is_no_obstacle(world: &mut impl World, family: Family) {
+    let wide: Subnet = v(if family == Family::V4 { "10.0.0.0/8" } else { "2001:db8::/32" });
+    world.act(&Act::AddRoute(wide, Nexthop { gateway: underlay(family, 200), dev: v("eth0") }));
+    settles(world.kernel(), &wanted(family, 4)).await;
+    assert!(look(world.kernel()).await.foreign.routes.contains_key(&wide));
+}
+
+/// A VXLAN device of somebody else with our VNI and port makes ours impossible, and nothing else is tried on it.
+pub async fn vxlan_of_others_with_our_vni_stays(world: &mut impl World, family: Family) {
+    if family == Family::V6 {
+        return; // The two families don't collide.
+    }
+    let want = wanted(family, 2);
+    let taken: IfName = v("flannel.1");
+    world.act(&Act::AddVxlan { name: taken.clone(), vni: 1, port: 8472 });
+    let observed = look(world.kernel()).await;
+    assert!(observed.ours.links.is_empty());
+    assert_eq!(observed.foreign.links[&taken].vxlan, Some((1, 8472, Family::V4)));
+    let dev = device(family);
+    let create = Op::Link(dev.clone(), Change::Create(want.links[&dev].clone()));
+    assert_eq!(refusals(&world.kernel().apply(&[create]).await), [(0, libc::EEXIST)]);
+}
+
+/// Steps on a device that isn't there, on a nexthop object that isn't there, or without a way to the gateway.
+pub async fn step_without_its_base_is_refused_alone(world: &mut impl World, family: Family) {
+    let kernel = world.kernel();
+    let want = wanted(family, 2);
+    settles(kernel, &want).await;
+    let nowhere: IfName = v("fabric.9");
+    let to = |dev: &IfName| Nexthop { gateway: subnet(family, 8).base(), dev: dev.clone() };
+    let ops = [
+        Op::Fdb(nowhere.clone(), mac(8), Change::Create(underlay(family, 8))),
+        Op::Fdb(device(family), mac(8), Change::Create(underlay(family, 8))),
+        Op::Neighbour(nowhere.clone(), subnet(family, 8).base(), Change::Create(mac(8))),
+        Op::Nexthop(nexthop_id(8), Change::Create(to(&nowhere))),
+        Op::Route(subnet(family, 8), Change::Create(Via::Nexthop(nexthop_id(77)))),
+        Op::Fdb(nowhere, mac(9), Change::Delete(underlay(family, 9))),
+    ];
+    let refused = refusals(&kernel.apply(&ops).await);
+    assert_eq!(refused, [(0, libc::ENODEV), (2, libc::ENODEV), (3, libc::ENODEV), (4, libc::EINVAL)]);
+    let off_link =
+        Nexthop { gateway: v(if family == Family::V4 { "198.51.100.1" } else { "2001:db8:99::1" }), dev: v("eth0") };
+    let direct = Op::Route(subnet(family, 8), Change::Create(Via::Direct(off_link)));
+    let unreachable = if family == Family::V4 { libc::ENETUNREACH } else { libc::EHOSTUNREACH };
+    assert_eq!(refusals(&kernel.apply(&[direct]).await), [(0, unreachable)]);
+}
+
+/// Of a large batch exactly the steps that fail are reported.
+pub async fn batch_of_600_reports_exactly_the_three_that_fail(world: &mut impl World, family: Family) {
+    let kernel = world.kernel();
+    settles(kernel, &wanted(family, 1)).await;
+    let dev = device(family);
+    let mut ops: Vec<Op> =
+        (1..=600).map(|n| Op::Neighbour(dev.clone(), subnet(family, n).base(), Change::Create(mac(n)))).collect();
+    for at in [2, 299, 599] {
+        ops[at] = Op::Route(subnet(family, 9), Change::Create(Via::Nexthop(nexthop_id(77))));
+    }
+    assert_eq!(refusals(&kernel.apply(&ops).await), [(2, libc::EINVAL), (299, libc::EINVAL), (599, libc::EINVAL)]);
+    assert_eq!(look(kernel).await.ours.neighbours.len(), 597);
+}
+
+/// Thousands of refusals don't lose each other.
+pub async fn batch_in_which_all_fail_reports_all(world: &mut impl World, family: Family) {
+    let kernel = world.kernel();
+    let ops: Vec<Op> =
+        (0..3000).map(|n| Op::Route(subnet(family, n % 1000), Change::Create(Via::Nexthop(nexthop_id(77))))).collect();
+    assert_eq!(refusals(&kernel.apply(&ops).await).len(), 3000);
+}
+
+/// A look at a kernel that nothing happened to shows the same once more, and nobody is woken.
+pub async fn silence_wakes_nobody(world: &mut impl World, family: Family) {
+    let kernel = world.kernel();
+    settles(kernel, &wanted(family, 2)).await;
+    let falls_silent = async {
+        loop {
+            let before = look(kernel).await;
+            // Polled once: nothing is there to be waited for. A link just made may still be busy with itself.
+            let silent = tokio::time::timeout(Duration::ZERO, kernel.changed()).await.is_err();
+            if silent && Arc::ptr_eq(&before, &look(kernel).await) {
+                break;
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, falls_silent).await.expect("nothing is read again and nobody woken");
+}
+
+/// An audit looks at everything anew.
+pub async fn audit_reads_everything_again(world: &mut impl World, family: Family) {
+    let kernel = world.kernel();
+    settles(kernel, &wanted(family, 2)).await;
+    let before = look(kernel).await;
+    kernel.distrust();
+    let after = look(kernel).await;
+    assert!(!Arc::ptr_eq(&before, &after));
+    assert_eq!(before, after);
+}

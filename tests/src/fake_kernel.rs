@@ -1,0 +1,543 @@
+//! [`FakeKernel`]: a kernel in memory that behaves as Linux does where fabricd can tell the difference.
+//!
+//! [`Tables`] is what it holds, whoever made it, with the kernel's rules: what an entry needs to exist, and what goes
+//! in silence when a link goes down, a link or a nexthop object is deleted. A test plays the other programs of the host
+//! by [`FakeKernel::edit`], breaks writes by [`FakeKernel::fail`], and reads what was written from
+//! [`FakeKernel::writes`]. The conformance suite keeps it honest: the same cases run on it and on the real kernel.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::io;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use fabric_core::diff::{Change, Op};
+use fabric_core::model::{Family, IfName, MacAddr, Subnet};
+use fabric_core::state::{
+    Foreign, ForeignLink, KernelState, NEXTHOP_ID_BASE, Nexthop, NexthopId, ROUTE_PROTOCOL, Sysctl, Via, VxlanLink,
+};
+use fabricd::kernel::{ForwardDrop, Kernel, KernelError, Observed, Touched, is_our_name};
+use fabricd::underlay::{DefaultRoute, Host, HostLink};
+use tokio::sync::Notify;
+
+/// `RTPROT_STATIC`: what an administrator's `ip route add … proto static` has.
+pub const STATIC: u8 = 4;
+
+/// A link.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Interface index, never used again.
+    pub index: u32,
+    /// Type: `veth`, `vxlan`, …
+    pub kind: String,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// Administratively up.
+    pub up: bool,
+    /// All of it when it is a VXLAN device.
+    pub vxlan: Option<VxlanLink>,
+}
+
+/// Everything that the kernel holds, ours and others'.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tables {
+    /// Links by name.
+    pub links: BTreeMap<IfName, Link>,
+    /// Addresses with the prefix that they make reachable.
+    pub addresses: BTreeSet<(IfName, IpAddr, Subnet)>,
+    /// FDB entries of VXLAN devices.
+    pub fdb: BTreeMap<(IfName, MacAddr), IpAddr>,
+    /// Permanent neighbours.
+    pub neighbours: BTreeMap<(IfName, IpAddr), MacAddr>,
+    /// Nexthop objects with their protocol.
+    pub nexthops: BTreeMap<NexthopId, (u8, Nexthop)>,
+    /// Routes of the main table with our metric, with their protocol.
+    pub routes: BTreeMap<Subnet, (u8, Via)>,
+    /// Default routes.
+    pub default_routes: Vec<DefaultRoute>,
+    /// Answers to `--iface-can-reach`.
+    pub reaches: Vec<(IpAddr, IfName, IpAddr)>,
+    /// Settings.
+    pub sysctls: BTreeMap<Sysctl, u32>,
+    /// Chains that drop what is forwarded.
+    pub forward_drops: Vec<ForwardDrop>,
+    /// Whether nexthop objects are unknown (a kernel before 5.3).
+    pub without_nexthop_objects: bool,
+    last_index: u32,
+}
+
+impl Tables {
+    /// A host with one interface: `eth0`, up, with these addresses.
+    #[must_use]
+    pub fn host(addresses: &[(IpAddr, Subnet)]) -> Self {
+        let mut tables = Self::default();
+        let eth0: IfName = "eth0".parse().expect("valid");
+        tables.add_link(eth0.clone(), "veth", 1500);
+        tables.addresses = addresses.iter().map(|(ip, prefix)| (eth0.clone(), *ip, *prefix)).collect();
+        tables.sysctls = [(Sysctl::Ipv4Forward, 0), (Sysctl::Ipv6Forward, 0)].into();
+        tables
+    }
+
+    /// `ip link add NAME mtu MTU up type KIND`.
+    pub fn add_link(&mut self, name: IfName, kind: &str, mtu: u32) {
+        self.last_index += 1;
+        self.links.insert(name, Link { index: self.last_index, kind: kind.into(), mtu, up: true, vxlan: None });
+    }
+
+    /// `ip link add NAME type vxlan …`.
+    ///
+    /// # Errors
+    /// `EEXIST` when the name, or the VNI and port, are taken.
+    pub fn add_vxlan(&mut self, name: IfName, vxlan: VxlanLink) -> Result<(), i32> {
+        let same = |other: &VxlanLink| {
+            (other.vni, other.port, Family::of(other.local)) == (vxlan.vni, vxlan.port, Family::of(vxlan.local))
+        };
+        if self.links.contains_key(&name) || self.links.values().filter_map(|l| l.vxlan.as_ref()).any(same) {
+            return Err(libc::EEXIST);
+        }
+        self.add_link(name.clone(), "vxlan", vxlan.mtu);
+        self.sysctls.insert(Sysctl::AcceptRa(name.clone()), 1);
+        let link = self.links.get_mut(&name).expect("just added");
+        link.up = vxlan.up;
+        link.vxlan = Some(vxlan);
+        Ok(())
+    }
+
+    /// `ip link del DEV`: takes all that hangs on it along.
+    pub fn delete_link(&mut self, dev: &IfName) {
+        self.set_down(dev);
+        self.links.remove(dev);
+        self.addresses.retain(|(d, _, _)| d != dev);
+        self.fdb.retain(|(d, _), _| d != dev);
+        self.sysctls.remove(&Sysctl::AcceptRa(dev.clone()));
+    }
+
+    /// `ip link set DEV down`: routes, nexthop objects, permanent neighbours and IPv6 addresses go; FDB entries and
+    /// IPv4 addresses stay.
+    pub fn set_down(&mut self, dev: &IfName) {
+        if let Some(link) = self.links.get_mut(dev) {
+            link.up = false;
+            if let Some(vxlan) = &mut link.vxlan {
+                vxlan.up = false;
+            }
+        }
+        self.addresses.retain(|(d, ip, _)| d != dev || ip.is_ipv4());
+        self.neighbours.retain(|(d, _), _| d != dev);
+        self.nexthops.retain(|_, (_, nexthop)| nexthop.dev != *dev);
+        self.routes.retain(|_, (_, via)| !matches!(via, Via::Gateway(to) | Via::Direct(to) if to.dev == *dev));
+        self.default_routes.retain(|route| route.dev != *dev);
+        self.drop_routes_without_nexthop();
+    }
+
+    /// `ip nexthop del id ID`: takes the routes through it along.
+    pub fn delete_nexthop(&mut self, id: NexthopId) {
+        self.nexthops.remove(&id);
+        self.drop_routes_without_nexthop();
+    }
+
+    fn drop_routes_without_nexthop(&mut self) {
+        let nexthops = &self.nexthops;
+        self.routes.retain(|_, (_, via)| !matches!(via, Via::Nexthop(id) if !nexthops.contains_key(id)));
+    }
+
+    /// A VXLAN device whose name says that it is ours.
+    fn our_link(&self, dev: &IfName) -> Option<&VxlanLink> {
+        self.links.get(dev)?.vxlan.as_ref().filter(|vxlan| is_our_name(dev, vxlan.vni.get()))
+    }
+
+    fn is_our_nexthop(&self, id: NexthopId, protocol: u8, nexthop: &Nexthop) -> bool {
+        protocol == ROUTE_PROTOCOL && id.0 >= NEXTHOP_ID_BASE && self.our_link(&nexthop.dev).is_some()
+    }
+
+    /// A device that something can be led out of.
+    fn usable(&self, dev: &IfName) -> Result<(), i32> {
+        match self.links.get(dev) {
+            None => Err(libc::ENODEV),
+            Some(link) if !link.up => Err(libc::ENETDOWN),
+            Some(_) => Ok(()),
+        }
+    }
+
+    fn present(&self, dev: &IfName) -> Result<(), i32> {
+        self.links.contains_key(dev).then_some(()).ok_or(libc::ENODEV)
+    }
+
+    fn check_route(&self, dst: Subnet, via: &Via) -> Result<(), i32> {
+        match via {
+            Via::Nexthop(id) => self.nexthops.contains_key(id).then_some(()).ok_or(libc::EINVAL),
+            Via::Gateway(to) => self.usable(&to.dev),
+            Via::Direct(to) => {
+                self.usable(&to.dev)?;
+                let on_link =
+                    |(dev, _, prefix): &(IfName, IpAddr, Subnet)| *dev == to.dev && prefix.contains(to.gateway);
+                let unreachable = if dst.family() == Family::V4 { libc::ENETUNREACH } else { libc::EHOSTUNREACH };
+                self.addresses.iter().any(on_link).then_some(()).ok_or(unreachable)
+            }
+            Via::Other(_) => Err(libc::EINVAL),
+        }
+    }
+
+    /// One write, as the kernel takes it. Deleting what is gone is fine.
+    fn write(&mut self, op: &Op) -> Result<(), i32> {
+        match op {
+            Op::Link(name, Change::Create(link)) => self.add_vxlan(name.clone(), link.clone())?,
+            Op::Link(name, Change::Replace { now, .. }) => {
+                let was = self.our_link(name).ok_or(libc::ENODEV)?.clone();
+                if !was.can_become(now) {
+                    return Err(libc::EOPNOTSUPP);
+                }
+                if was.up && !now.up {
+                    self.set_down(name);
+                }
+                if was.mac != now.mac {
+                    self.neighbours.retain(|(dev, _), _| dev != name);
+                }
+                let link = self.links.get_mut(name).expect("just seen");
+                (link.up, link.mtu, link.vxlan) = (now.up, now.mtu, Some(now.clone()));
+            }
+            Op::Link(name, Change::Delete(_)) => {
+                if self.our_link(name).is_some() {
+                    self.delete_link(name);
+                }
+            }
+            Op::Sysctl(setting, value) => {
+                *self.sysctls.get_mut(setting).ok_or(libc::ENOENT)? = *value;
+            }
+            Op::Address(dev, Change::Create(address) | Change::Replace { now: address, .. }) => {
+                self.present(dev)?;
+                self.addresses.insert((dev.clone(), address.base(), *address));
+            }
+            Op::Address(dev, Change::Delete(address)) => {
+                self.addresses.remove(&(dev.clone(), address.base(), *address));
+            }
+            Op::Fdb(dev, mac, Change::Create(dst) | Change::Replace { now: dst, .. }) => {
+                self.present(dev)?;
+                self.fdb.insert((dev.clone(), *mac), *dst);
+            }
+            Op::Fdb(dev, mac, Change::Delete(_)) => {
+                self.fdb.remove(&(dev.clone(), *mac));
+            }
+            Op::Neighbour(dev, ip, Change::Create(mac) | Change::Replace { now: mac, .. }) => {
+                self.present(dev)?;
+                self.neighbours.insert((dev.clone(), *ip), *mac);
+            }
+            Op::Neighbour(dev, ip, Change::Delete(_)) => {
+                self.neighbours.remove(&(dev.clone(), *ip));
+            }
+            Op::Nexthop(..) if self.without_nexthop_objects => return Err(libc::EOPNOTSUPP),
+            Op::Nexthop(id, Change::Create(to)) => {
+                self.usable(&to.dev)?;
+                if self.nexthops.contains_key(id) {
+                    return Err(libc::EEXIST);
+                }
+                self.nexthops.insert(*id, (ROUTE_PROTOCOL, to.clone()));
+            }
+            Op::Nexthop(id, Change::Replace { now: to, .. }) => {
+                self.usable(&to.dev)?;
+                self.nexthops.insert(*id, (ROUTE_PROTOCOL, to.clone()));
+            }
+            Op::Nexthop(id, Change::Delete(_)) => self.delete_nexthop(*id),
+            Op::Route(dst, Change::Create(via)) => {
+                self.check_route(*dst, via)?;
+                if self.routes.contains_key(dst) {
+                    return Err(libc::EEXIST);
+                }
+                self.routes.insert(*dst, (ROUTE_PROTOCOL, via.clone()));
+            }
+            Op::Route(dst, Change::Replace { now: via, .. }) => {
+                self.check_route(*dst, via)?;
+                self.routes.insert(*dst, (ROUTE_PROTOCOL, via.clone()));
+            }
+            Op::Route(dst, Change::Delete(via)) => {
+                if self.routes.get(dst) == Some(&(ROUTE_PROTOCOL, via.clone())) {
+                    self.routes.remove(dst);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What an observer sees of it.
+    #[must_use]
+    pub fn observed(&self) -> Observed {
+        let ours = |dev: &IfName| self.our_link(dev).is_some();
+        let others = || self.links.iter().filter(|(name, _)| !ours(name));
+        Observed {
+            ours: KernelState {
+                links: self.links.keys().filter_map(|dev| Some((dev.clone(), self.our_link(dev)?.clone()))).collect(),
+                addresses: self
+                    .addresses
+                    .iter()
+                    .filter(|(dev, ip, prefix)| ours(dev) && *ip == prefix.base())
+                    .map(|(dev, _, prefix)| (dev.clone(), *prefix))
+                    .collect(),
+                fdb: self.fdb.iter().filter(|((dev, _), _)| ours(dev)).map(|(k, v)| (k.clone(), *v)).collect(),
+                neighbours: self
+                    .neighbours
+                    .iter()
+                    .filter(|((dev, _), _)| ours(dev))
+                    .map(|(k, v)| (k.clone(), *v))
+                    .collect(),
+                nexthops: self
+                    .nexthops
+                    .iter()
+                    .filter(|(id, (protocol, nexthop))| self.is_our_nexthop(**id, *protocol, nexthop))
+                    .map(|(id, (_, nexthop))| (*id, nexthop.clone()))
+                    .collect(),
+                routes: self
+                    .routes
+                    .iter()
+                    .filter(|(_, (protocol, _))| *protocol == ROUTE_PROTOCOL)
+                    .map(|(dst, (_, via))| (*dst, via.clone()))
+                    .collect(),
+                sysctls: self
+                    .sysctls
+                    .iter()
+                    .filter(|(setting, _)| !matches!(setting, Sysctl::AcceptRa(dev) if !ours(dev)))
+                    .map(|(setting, value)| (setting.clone(), *value))
+                    .collect(),
+            },
+            foreign: Foreign {
+                nexthop_ids: self
+                    .nexthops
+                    .iter()
+                    .filter(|(id, (protocol, nexthop))| !self.is_our_nexthop(**id, *protocol, nexthop))
+                    .map(|(id, _)| *id)
+                    .collect(),
+                routes: self
+                    .routes
+                    .iter()
+                    .filter(|(_, (protocol, _))| *protocol != ROUTE_PROTOCOL)
+                    .map(|(dst, (protocol, via))| (*dst, format!("{dst} {via:?} proto {protocol}")))
+                    .collect(),
+                links: others()
+                    .map(|(name, link)| {
+                        let vxlan = link.vxlan.as_ref().map(|v| (v.vni.get(), v.port, Family::of(v.local)));
+                        (name.clone(), ForeignLink { kind: link.kind.clone(), vxlan })
+                    })
+                    .collect(),
+            },
+            host: Host {
+                links: others()
+                    .map(|(name, link)| HostLink {
+                        index: link.index,
+                        name: name.clone(),
+                        mtu: link.mtu,
+                        up: link.up,
+                        loopback: name.as_str() == "lo",
+                        addresses: self
+                            .addresses
+                            .iter()
+                            .filter(|(dev, _, _)| dev == name)
+                            .map(|(_, ip, prefix)| (*ip, *prefix))
+                            .collect(),
+                    })
+                    .collect(),
+                default_routes: self.default_routes.clone(),
+                reaches: self.reaches.clone(),
+            },
+            nexthop_objects: !self.without_nexthop_objects,
+            forward_drops: self.forward_drops.clone(),
+        }
+    }
+}
+
+/// One write that was asked for, and what came of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Write {
+    /// The step.
+    pub op: Op,
+    /// The errno when it was refused.
+    pub result: Result<(), i32>,
+}
+
+impl fmt::Display for Write {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.result {
+            Ok(()) => self.op.fmt(f),
+            Err(errno) => write!(f, "{}: {}", self.op, io::Error::from_raw_os_error(errno)),
+        }
+    }
+}
+
+type Matches = Box<dyn FnMut(&Op) -> bool + Send>;
+
+#[derive(Default)]
+struct State {
+    tables: Tables,
+    writes: Vec<Write>,
+    faults: Vec<(Matches, i32)>,
+    unreadable: Option<i32>,
+    observed: Arc<Observed>,
+    stale: bool,
+    overrun: bool,
+    muted: bool,
+}
+
+/// A kernel in memory. Clones are handles of the same one: the daemon gets one, the test keeps another.
+#[derive(Clone)]
+pub struct FakeKernel {
+    state: Arc<Mutex<State>>,
+    woken: Arc<Notify>,
+}
+
+impl FakeKernel {
+    /// A kernel that holds this.
+    #[must_use]
+    pub fn new(tables: Tables) -> Self {
+        let state = State { tables, stale: true, ..State::default() };
+        Self { state: Arc::new(Mutex::new(state)), woken: Arc::new(Notify::new()) }
+    }
+
+    /// What it holds now.
+    #[must_use]
+    pub fn tables(&self) -> Tables {
+        self.state().tables.clone()
+    }
+
+    /// Another program of the host changes something.
+    pub fn edit(&self, change: impl FnOnce(&mut Tables)) {
+        let mut state = self.state();
+        change(&mut state.tables);
+        self.announce(&mut state);
+    }
+
+    /// Every write asked for since the last call, in order.
+    #[must_use]
+    pub fn writes(&self) -> Vec<Write> {
+        std::mem::take(&mut self.state().writes)
+    }
+
+    /// From now on writes for which `matches` says so fail with `errno`. It is asked once for each write, so that it
+    /// can count: `move |_| { n += 1; n == 3 }`.
+    pub fn fail(&self, errno: i32, matches: impl FnMut(&Op) -> bool + Send + 'static) {
+        self.state().faults.push((Box::new(matches), errno));
+    }
+
+    /// From now on nothing can be read (`Some`), or all can be again (`None`).
+    pub fn fail_reads(&self, errno: Option<i32>) {
+        self.state().unreadable = errno;
+    }
+
+    /// Takes all faults away.
+    pub fn heal(&self) {
+        let mut state = self.state();
+        state.faults.clear();
+        state.unreadable = None;
+    }
+
+    /// Changes go unannounced from now on: neither does `changed` wake nor `observe` show them.
+    pub fn lose_notifications(&self) {
+        self.state().muted = true;
+    }
+
+    /// The monitor learns that notifications were lost, and hears again from now on.
+    pub fn overrun(&self) {
+        let mut state = self.state();
+        state.muted = false;
+        state.overrun = true;
+        self.announce(&mut state);
+    }
+
+    fn announce(&self, state: &mut State) {
+        if !state.muted {
+            state.stale = true;
+            self.woken.notify_one();
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Kernel for FakeKernel {
+    async fn observe(&mut self) -> Result<Arc<Observed>, KernelError> {
+        let mut state = self.state();
+        if let Some(errno) = state.unreadable {
+            return Err(KernelError::Dump { table: "tables", source: io::Error::from_raw_os_error(errno) });
+        }
+        state.overrun = false;
+        if std::mem::take(&mut state.stale) {
+            state.observed = Arc::new(state.tables.observed());
+        }
+        Ok(Arc::clone(&state.observed))
+    }
+
+    async fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>> {
+        let mut state = self.state();
+        let mut results = vec![];
+        for op in ops {
+            // Each fault is asked, so that each counts every write.
+            let State { faults, tables, .. } = &mut *state;
+            let faults: Vec<i32> = faults.iter_mut().filter_map(|(hits, errno)| hits(op).then_some(*errno)).collect();
+            let result = faults.first().map_or_else(|| tables.write(op), |errno| Err(*errno));
+            if result.is_ok() {
+                self.announce(&mut state);
+            }
+            state.writes.push(Write { op: op.clone(), result });
+            results.push(result.map_err(|errno| KernelError::Refused {
+                op: op.to_string(),
+                source: io::Error::from_raw_os_error(errno),
+                detail: None,
+            }));
+        }
+        results
+    }
+
+    async fn changed(&mut self) -> Touched {
+        loop {
+            {
+                let state = self.state();
+                if state.overrun {
+                    return Touched::Everything;
+                } else if state.stale {
+                    return Touched::State;
+                }
+            }
+            self.woken.notified().await;
+        }
+    }
+
+    fn distrust(&mut self) {
+        let mut state = self.state();
+        state.stale = true;
+        self.woken.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn forward(value: u32) -> Op {
+        Op::Sysctl(Sysctl::Ipv4Forward, value)
+    }
+
+    #[tokio::test]
+    async fn nth_write_fails_and_all_are_recorded() {
+        let mut kernel = FakeKernel::new(Tables::host(&[]));
+        let mut writes = 0;
+        kernel.fail(libc::ENOBUFS, move |_| {
+            writes += 1;
+            writes == 2
+        });
+        let results = kernel.apply(&[forward(1), forward(2), forward(3)]).await;
+        assert_eq!(results.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, false, true]);
+        assert_eq!(kernel.tables().sysctls[&Sysctl::Ipv4Forward], 3);
+        let written: Vec<_> = kernel.writes().into_iter().map(|write| write.result).collect();
+        assert_eq!(written, [Ok(()), Err(libc::ENOBUFS), Ok(())]);
+    }
+
+    #[tokio::test]
+    async fn change_whose_notification_is_lost_shows_after_the_overrun() {
+        let mut kernel = FakeKernel::new(Tables::host(&[]));
+        let before = kernel.observe().await.expect("readable");
+        kernel.lose_notifications();
+        kernel.edit(|tables| tables.links.clear());
+        assert_eq!(kernel.observe().await.expect("readable"), before);
+        kernel.overrun();
+        assert_eq!(kernel.changed().await, Touched::Everything);
+        assert!(kernel.observe().await.expect("readable").host.links.is_empty());
+    }
+}
