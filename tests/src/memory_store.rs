@@ -27,6 +27,8 @@ pub struct MemoryCluster {
 
 #[derive(Default)]
 struct State {
+    /// How many stores came before this one.
+    generation: u64,
     revision: i64,
     pairs: BTreeMap<String, Pair>,
     leases: BTreeMap<i64, HeldLease>,
@@ -53,6 +55,8 @@ struct Node {
     leases: Sender<Option<Arc<LeaseSet>>>,
     connection: Sender<Connection>,
     replaced: Sender<u64>,
+    /// The store's generation when the node came.
+    since: u64,
     faults: Mutex<Faults>,
 }
 
@@ -73,14 +77,17 @@ impl MemoryCluster {
     /// One more node's handle. It sees the store as soon as the runtime gets to it.
     #[must_use]
     pub fn node(&self) -> MemoryStore {
+        let mut state = self.lock();
         let node = Arc::new(Node {
             network: Sender::new(Network::Unknown),
             leases: Sender::new(None),
             connection: Sender::new(Connection::Unknown),
             replaced: Sender::new(0),
+            since: state.generation,
             faults: Mutex::default(),
         });
-        self.lock().nodes.push(Arc::downgrade(&node));
+        state.nodes.push(Arc::downgrade(&node));
+        drop(state);
         let (cluster, connecting) = (self.clone(), Arc::downgrade(&node));
         tokio::spawn(async move {
             if let Some(node) = connecting.upgrade() {
@@ -122,10 +129,10 @@ impl MemoryCluster {
     /// Puts an empty store in its place.
     pub fn replace(&self) {
         let mut state = self.lock();
-        let (nodes, last_lease) = (std::mem::take(&mut state.nodes), state.last_lease);
-        *state = State { nodes, last_lease, ..State::default() };
+        let (generation, last_lease, nodes) =
+            (state.generation + 1, state.last_lease, std::mem::take(&mut state.nodes));
+        *state = State { generation, last_lease, nodes, ..State::default() };
         for node in state.nodes() {
-            node.replaced.send_modify(|count| *count += 1);
             state.list(&node);
         }
     }
@@ -213,6 +220,8 @@ impl State {
         if node.faults().unreachable {
             return;
         }
+        let generation = self.generation - node.since;
+        node.replaced.send_if_modified(|known| std::mem::replace(known, generation) != generation);
         node.publish_network(self.pairs.get("config"));
         let entries =
             self.pairs.iter().filter_map(|(key, pair)| Some(entry(key.strip_prefix(SUBNETS)?, pair))).collect();
@@ -232,7 +241,9 @@ impl State {
         };
         let ours =
             |guard: &String| self.pairs.get(guard).is_none_or(|pair| pair.value == claim.node.as_str().as_bytes());
-        as_expected && guard_keys(&claim.key).iter().all(ours)
+        // A revision that this store never reached is another store's.
+        let current = claim.seen_revision <= self.revision;
+        current && as_expected && guard_keys(&claim.key).iter().all(ours)
     }
 
     fn changed_since(&self, revision: i64) -> bool {
@@ -389,5 +400,55 @@ impl LeaseStore for MemoryStore {
         self.reach().await?;
         self.cluster.revoke(grant.lease_id);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conformance::store::{claim, flannel_value, key, leases, now, shows};
+
+    #[tokio::test(start_paused = true)]
+    async fn node_that_is_cut_off_keeps_what_it_knew_and_catches_up() {
+        let cluster = MemoryCluster::default();
+        let store = cluster.node();
+        cluster.put("subnets/10.244.1.0-24", flannel_value("192.0.2.1").as_bytes());
+        leases(&store, "a lease", |set| set.len() == 1).await;
+        store.set_reachable(false);
+        cluster.delete("subnets/10.244.1.0-24");
+        assert_eq!(now(&store).await.len(), 1);
+        let answer = store.claim(&claim(2, "10.244.2.0-24", &*now(&store).await)).await;
+        assert!(matches!(answer, Err(StoreError::Unreachable { .. })));
+        store.set_reachable(true);
+        leases(&store, "no lease", LeaseSet::is_empty).await;
+        shows(&mut store.connection(), "a connection", |connection| *connection == Connection::Up).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn races_and_answers_are_lost_as_often_as_asked() {
+        let cluster = MemoryCluster::default();
+        let store = cluster.node();
+        let claim = claim(1, "10.244.1.0-24", &*now(&store).await);
+        store.lose_claims(1);
+        assert!(matches!(store.claim(&claim).await, Err(StoreError::Lost { .. })));
+        assert!(cluster.get("subnets/10.244.1.0-24").is_none());
+        store.lose_answers(1);
+        assert!(matches!(store.claim(&claim).await, Err(StoreError::Unreachable { .. })));
+        let set = leases(&store, "the record all the same", |set| set.len() == 1).await;
+        let expect = Expect::Revision(set.get(&key("10.244.1.0-24")).expect("there").mod_revision);
+        store.claim(&Claim { expect, ..claim }).await.expect("its own record");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn replaced_store_is_empty_and_refuses_old_revisions() {
+        let cluster = MemoryCluster::default();
+        let store = cluster.node();
+        cluster.put("subnets/10.244.1.0-24", flannel_value("192.0.2.1").as_bytes());
+        let old = leases(&store, "a lease", |set| set.len() == 1).await;
+        cluster.replace();
+        let empty = leases(&store, "no lease", LeaseSet::is_empty).await;
+        assert_eq!(*store.replaced().borrow(), 1);
+        assert!(matches!(store.claim(&claim(2, "10.244.2.0-24", &old)).await, Err(StoreError::Lost { .. })));
+        store.claim(&claim(2, "10.244.2.0-24", &empty)).await.expect("decided on the new store");
     }
 }

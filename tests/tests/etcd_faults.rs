@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use etcd_client::{DeleteOptions, Txn, TxnOp};
 use fabric_tests::conformance::store::{claim, flannel_value, key, leases, now, shows};
 use fabric_tests::etcd::EtcdServer;
 use fabric_tests::tcp_proxy::{Link, TcpProxy};
@@ -11,7 +12,7 @@ use fabricd::store::etcd::{Etcd, Init, Options, User};
 use fabricd::store::{Connection, Expect, LeaseStore, Network, StoreError};
 use tokio::time::Instant;
 
-/// Nobody listens there: a port that was free a moment ago, on an address of loopback that nobody uses.
+/// Nobody listens there.
 const DEAD: &str = "http://127.9.9.9:9";
 
 async fn etcd() -> EtcdServer {
@@ -129,6 +130,22 @@ async fn half_open_connection_is_found_and_left() {
 }
 
 #[tokio::test]
+async fn frozen_endpoint_is_left_for_another() {
+    let etcd = etcd().await;
+    let target = etcd.endpoint().trim_start_matches("http://");
+    let proxies = [TcpProxy::start(target).await.expect("a proxy"), TcpProxy::start(target).await.expect("a proxy")];
+    let store = store(&[&format!("http://{}", proxies[0].address()), &format!("http://{}", proxies[1].address())]);
+    is_up(&store).await;
+    // Whichever it uses, one of these rounds freezes it.
+    for (n, frozen) in (1..).zip(&proxies) {
+        frozen.set(Link::Frozen);
+        put_flannel_leases(&etcd, n..=n).await;
+        leases(&store, "a lease through the other endpoint", |set| set.len() == usize::from(n)).await;
+        frozen.set(Link::Up);
+    }
+}
+
+#[tokio::test]
 async fn paused_etcd_is_down_until_it_goes_on() {
     let etcd = etcd().await;
     let store = store(&[etcd.endpoint()]);
@@ -189,8 +206,11 @@ async fn leases_that_come_back_before_the_second_look_were_never_away() {
             seen.fetch_min(count, Ordering::Relaxed);
         }
     });
-    etcd.ctl(&["del", "--prefix", &at("subnets/")]).await;
-    put_flannel_leases(&etcd, 1..=7).await;
+    let mut client = etcd_client::Client::connect([etcd.endpoint()], None).await.expect("an endpoint");
+    let gone = TxnOp::delete(at("subnets/"), Some(DeleteOptions::new().with_prefix()));
+    client.txn(Txn::new().and_then([gone])).await.expect("deleted");
+    let back = (1..=7).map(|n| TxnOp::put(at(&format!("subnets/10.244.{n}.0-24")), flannel_value("192.0.2.7"), None));
+    client.txn(Txn::new().and_then(back.collect::<Vec<_>>())).await.expect("restored");
     leases(&store, "all leases and one more", |set| set.len() == 7).await;
     drop(store);
     counting.await.expect("ends with the store");
