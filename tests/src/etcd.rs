@@ -3,6 +3,7 @@
 //!
 //! What a test writes by hand goes through `etcdctl`: a witness that shares no code with ours.
 
+use std::ffi::OsString;
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -15,6 +16,8 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
 
+use crate::certificates::Certificates;
+
 /// How long etcd may take to start, on a busy machine.
 const START: Duration = Duration::from_secs(30);
 
@@ -23,6 +26,7 @@ pub struct EtcdServer {
     dir: TempDir,
     client: String,
     peer: String,
+    tls: Option<Certificates>,
     /// Part of the cluster's identity: another number makes another cluster id.
     cluster: u32,
     process: Option<Process>,
@@ -34,15 +38,35 @@ impl EtcdServer {
     /// # Errors
     /// When `etcd` is not on the PATH, or doesn't answer.
     pub async fn start() -> anyhow::Result<Self> {
+        Self::start_with(None).await
+    }
+
+    /// Starts one that speaks TLS, and only to clients with a certificate.
+    ///
+    /// # Errors
+    /// As [`EtcdServer::start`].
+    pub async fn start_with_tls(certificates: Certificates) -> anyhow::Result<Self> {
+        Self::start_with(Some(certificates)).await
+    }
+
+    async fn start_with(tls: Option<Certificates>) -> anyhow::Result<Self> {
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let mut server = Self {
             dir: tempfile::tempdir().context("cannot make a directory for etcd's data")?,
-            client: format!("http://{}", free_port()?),
+            client: format!("{scheme}://{}", free_port()?),
             peer: format!("http://{}", free_port()?),
+            tls,
             cluster: 1,
             process: None,
         };
         server.restart().await?;
         Ok(server)
+    }
+
+    /// The certificates of one that speaks TLS.
+    #[must_use]
+    pub fn certificates(&self) -> Option<&Certificates> {
+        self.tls.as_ref()
     }
 
     /// The URL that clients use.
@@ -73,6 +97,7 @@ impl EtcdServer {
             .args(["--initial-cluster-token", &format!("test-{}", self.cluster)])
             // The shortest lease follows from these: one second.
             .args(["--heartbeat-interval", "50", "--election-timeout", "500"])
+            .args(self.tls.iter().flat_map(server_tls))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
@@ -129,6 +154,7 @@ impl EtcdServer {
         let output = tokio::process::Command::new("etcdctl")
             .env("ETCDCTL_API", "3")
             .args(["--endpoints", &self.client, "--command-timeout", "5s"])
+            .args(self.tls.iter().flat_map(client_tls))
             .args(args)
             .kill_on_drop(true)
             .output()
@@ -143,6 +169,21 @@ impl EtcdServer {
     fn log(&self) -> PathBuf {
         self.dir.path().join("etcd.log")
     }
+}
+
+fn server_tls(certificates: &Certificates) -> Vec<OsString> {
+    let (certificate, key) = certificates.server();
+    let files = [("--cert-file", certificate), ("--key-file", key), ("--trusted-ca-file", certificates.ca())];
+    std::iter::once("--client-cert-auth".into()).chain(options(files)).collect()
+}
+
+fn client_tls(certificates: &Certificates) -> Vec<OsString> {
+    let (certificate, key) = certificates.client();
+    options([("--cert", certificate), ("--key", key), ("--cacert", certificates.ca())]).collect()
+}
+
+fn options(files: [(&'static str, PathBuf); 3]) -> impl Iterator<Item = OsString> {
+    files.into_iter().flat_map(|(option, file)| [option.into(), file.into()])
 }
 
 /// `127.0.0.1:PORT` with a port that nobody uses now.

@@ -1,14 +1,16 @@
 //! What can happen to an etcd and to the way to it, and what the store makes of it.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use etcd_client::{DeleteOptions, Txn, TxnOp};
+use fabric_tests::certificates::Certificates;
 use fabric_tests::conformance::store::{claim, flannel_value, key, leases, now, shows};
 use fabric_tests::etcd::EtcdServer;
 use fabric_tests::tcp_proxy::{Link, TcpProxy};
-use fabricd::store::etcd::{Etcd, Init, Options, User};
+use fabricd::store::etcd::{Etcd, Init, Options, Tls, User};
 use fabricd::store::{Connection, Expect, LeaseStore, Network, StoreError};
 use tokio::time::Instant;
 
@@ -290,6 +292,52 @@ async fn user_and_password_are_used_and_a_wrong_one_is_named() {
     {
         let reason = is_down(&wrong).await;
         assert!(reason.contains(told), "{reason}");
+    }
+}
+
+#[tokio::test]
+async fn watch_that_is_not_permitted_is_named() {
+    let etcd = etcd().await;
+    let (config, subnets) = (at("config"), at("subnets/"));
+    for args in [
+        &["role", "add", "lister"][..],
+        &["role", "grant-permission", "lister", "read", &config],
+        &["role", "grant-permission", "--prefix", "lister", "read", &subnets],
+        &["user", "add", "root:secret"],
+        &["user", "grant-role", "root", "root"],
+        &["user", "add", "node:secret"],
+        &["user", "grant-role", "node", "lister"],
+        &["auth", "enable"],
+    ] {
+        etcd.ctl(args).await;
+    }
+    let user = User { name: "node".into(), password: "secret".into() };
+    let store = Etcd::start(Options { user: Some(user), ..Options::new(vec![etcd.endpoint().into()]) });
+    let reason = is_down(&store).await;
+    assert!(reason.contains("refused to watch the leases") && reason.contains("permission denied"), "{reason}");
+}
+
+#[tokio::test]
+async fn certificates_are_used_and_a_wrong_or_missing_one_is_named() {
+    let [certificates, others] = [(); 2].map(|()| Certificates::create().expect("certificates"));
+    let (ca, client) = (certificates.ca(), certificates.client());
+    let etcd = EtcdServer::start_with_tls(certificates).await.expect("a real etcd");
+    let with = |ca: Option<PathBuf>, client: Option<(PathBuf, PathBuf)>| {
+        Etcd::start(Options { tls: Tls { ca, client }, ..Options::new(vec![etcd.endpoint().into()]) })
+    };
+    let right = with(Some(ca.clone()), Some(client.clone()));
+    right.claim(&claim(1, "10.244.1.0-24", &*now(&right).await)).await.expect("let in");
+
+    let absent = others.ca().with_file_name("absent.pem");
+    for (wrong, told) in [
+        (with(None, None), "needs the CA certificate"),
+        (with(Some(absent), None), "absent.pem: No such file"),
+        (with(Some(others.ca()), Some(client)), "invalid peer certificate"),
+        (with(Some(ca.clone()), None), "does etcd ask for a client certificate?"),
+        (with(Some(ca), Some(others.client())), "is the client certificate one that etcd trusts?"),
+    ] {
+        let reason = is_down(&wrong).await;
+        assert!(reason.contains(told), "{reason}\n  should tell: {told}");
     }
 }
 
