@@ -1,5 +1,9 @@
-//! The Lab, the fakes and the suites that run on them.
+//! What the tests stand on: the Lab, the fakes and the suites that run on them.
 
+pub mod certificates;
 pub mod conformance;
+pub mod etcd;
 pub mod fake_kernel;
+pub mod memory_store;
 pub mod netns;
+pub mod tcp_proxy;

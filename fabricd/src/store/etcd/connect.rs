@@ -26,6 +26,9 @@ use crate::store::StoreError;
 /// found after the sum of both.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(2));
 
+/// What a TLS server that shuts the door looks like from outside.
+const TURNED_AWAY: [&str; 4] = ["connection closed", "fatal alert", "reset by peer", "broken pipe"];
+
 /// Where etcd is and how to get in.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -198,11 +201,28 @@ impl Connector {
             Ok(Err(error)) => failure(operation, &error),
             Err(_) => Failure::Connection(format!("{} did not answer within {limit:?}", self.endpoint(turn))),
         };
+        let failure = self.explain(turn, failure);
         if let Failure::Connection(error) = &failure {
             debug!(endpoint = self.endpoint(turn), op = operation, error, "etcd endpoint failed");
             self.leave(turn).await;
         }
         Err(failure)
+    }
+
+    /// Adds the way out where etcd doesn't say: a client whose certificate it doesn't like, or misses, it turns away by
+    /// closing the connection, and the alert that tells why is often lost in that.
+    fn explain(&self, turn: usize, failure: Failure) -> Failure {
+        let turned_away = |reason: &str| TURNED_AWAY.iter().any(|sign| reason.to_lowercase().contains(sign));
+        match failure {
+            Failure::Connection(reason) if self.endpoint(turn).starts_with("https://") && turned_away(&reason) => {
+                let hint = match self.options.tls.client {
+                    None => "does etcd ask for a client certificate?",
+                    Some(_) => "is the client certificate one that etcd trusts?",
+                };
+                Failure::Connection(format!("{reason}; {hint}"))
+            }
+            other => other,
+        }
     }
 
     fn endpoint(&self, turn: usize) -> &str {

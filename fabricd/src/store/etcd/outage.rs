@@ -31,7 +31,7 @@ impl Outage {
         if self.logged.is_none_or(|logged| now - logged >= LOG_EVERY) {
             self.logged = Some(now);
             let seconds = (now - since).as_secs();
-            warn!(%error, failures = self.failures, seconds, "store unreachable; all leases stay as they are");
+            warn!(%error, failures = self.failures, seconds, "cannot follow the store; the leases stay as they are");
         }
     }
 
@@ -47,7 +47,7 @@ impl Outage {
     /// Notes that the store answers.
     pub(super) fn over(&mut self) {
         if let Some(since) = self.since.take() {
-            info!(failures = self.failures, seconds = since.elapsed().as_secs(), "store reachable again");
+            info!(failures = self.failures, seconds = since.elapsed().as_secs(), "following the store again");
         }
         self.failures = 0;
         self.logged = None;

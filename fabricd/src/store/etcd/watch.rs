@@ -45,6 +45,9 @@ const SECOND_LOOK: Duration = Duration::from_millis(1500);
 /// Of fewer leases than these, any number may go at once.
 const FEW: usize = 4;
 
+/// What is done here, in errors.
+const WATCH: &str = "watch the leases";
+
 /// Why following came to an end, to begin anew.
 enum Interrupted {
     /// The store could not be asked.
@@ -171,7 +174,7 @@ async fn watch(store: &Store, revision: i64) -> Result<WatchStream, StoreError> 
     let prefix = store.keys.all();
     store
         .connector
-        .send("watch the leases", |client| {
+        .send(WATCH, |client| {
             let (prefix, options) = (prefix.clone(), options.clone());
             async move { client.watch_client().max_decoding_message_size(MAX_RESPONSE).watch(prefix, Some(options)).await }
         })
@@ -210,11 +213,10 @@ fn take_in(store: &Store, set: &mut LeaseSet, seen: Seen, response: &WatchRespon
         store.connector.identity.check_cluster(seen, header).map_err(|Replaced| was_replaced())?;
     }
     if response.canceled() {
-        let reason = match response.compact_revision() {
-            0 => format!("the store cancelled the watch: {}", response.cancel_reason()),
-            revision => format!("history before revision {revision} was compacted"),
-        };
-        return Err(Interrupted::Relist(reason));
+        return Err(match response.compact_revision() {
+            0 => StoreError::Refused { operation: WATCH, reason: response.cancel_reason().to_owned() }.into(),
+            revision => Interrupted::Relist(format!("history before revision {revision} was compacted")),
+        });
     }
     for event in response.events() {
         let Some(kv) = event.kv() else { continue };

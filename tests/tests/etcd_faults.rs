@@ -1,0 +1,352 @@
+//! What can happen to an etcd and to the way to it, and what the store makes of it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use etcd_client::{DeleteOptions, Txn, TxnOp};
+use fabric_tests::certificates::Certificates;
+use fabric_tests::conformance::store::{claim, flannel_value, key, leases, now, shows};
+use fabric_tests::etcd::EtcdServer;
+use fabric_tests::tcp_proxy::{Link, TcpProxy};
+use fabricd::store::etcd::{Etcd, Init, Options, Tls, User};
+use fabricd::store::{Connection, Expect, LeaseStore, Network, StoreError};
+use tokio::time::Instant;
+
+/// Nobody listens there.
+const DEAD: &str = "http://127.9.9.9:9";
+
+async fn etcd() -> EtcdServer {
+    EtcdServer::start().await.expect("a real etcd")
+}
+
+fn store(endpoints: &[&str]) -> Etcd {
+    Etcd::start(Options::new(endpoints.iter().map(ToString::to_string).collect()))
+}
+
+/// An etcd behind a proxy, and a store that goes through it.
+async fn proxied() -> (EtcdServer, TcpProxy, Etcd) {
+    let etcd = etcd().await;
+    let proxy = TcpProxy::start(etcd.endpoint().trim_start_matches("http://")).await.expect("a proxy");
+    let store = store(&[&format!("http://{}", proxy.address())]);
+    (etcd, proxy, store)
+}
+
+fn at(key: &str) -> String {
+    format!("{}/{key}", Options::DEFAULT_PREFIX)
+}
+
+async fn put_flannel_leases(etcd: &EtcdServer, numbers: std::ops::RangeInclusive<u8>) {
+    for n in numbers {
+        etcd.ctl(&["put", &at(&format!("subnets/10.244.{n}.0-24")), &flannel_value(&format!("192.0.2.{n}"))]).await;
+    }
+}
+
+async fn is_up(store: &Etcd) {
+    shows(&mut store.connection(), "a connection", |connection| *connection == Connection::Up).await;
+}
+
+async fn is_down(store: &Etcd) -> String {
+    let down = |connection: &Connection| matches!(connection, Connection::Down(_));
+    match shows(&mut store.connection(), "a lost connection", down).await {
+        Connection::Down(reason) => reason,
+        other => unreachable!("{other:?} was just matched"),
+    }
+}
+
+#[tokio::test]
+async fn unreachable_store_names_its_endpoints_and_is_found_when_it_comes() {
+    let mut etcd = etcd().await;
+    etcd.kill();
+    let store = store(&[DEAD, etcd.endpoint()]);
+    let reason = is_down(&store).await;
+    assert!(reason.contains(DEAD) && reason.contains(etcd.endpoint()) && reason.contains("refused"), "{reason}");
+    assert!(store.leases().borrow().is_none());
+    let claim = claim(1, "10.244.1.0-24", &fabric_core::leases::LeaseSet::default());
+    assert!(matches!(store.claim(&claim).await, Err(StoreError::Unreachable { .. })));
+    etcd.restart().await.expect("starts");
+    is_up(&store).await;
+    assert!(now(&store).await.is_empty());
+}
+
+#[tokio::test]
+async fn dead_endpoints_fail_no_request() {
+    let etcd = etcd().await;
+    // Several, since each begins at an endpoint of its own.
+    for number in 1..=6 {
+        let store = store(&[DEAD, "http://127.9.9.9:10", etcd.endpoint()]);
+        let subnets = format!("10.244.{number}.0-24");
+        let grant = store.claim(&claim(number, &subnets, &*now(&store).await)).await.expect("one is alive");
+        store.keep_alive(&grant).await.expect("one is alive");
+    }
+}
+
+#[tokio::test]
+async fn restart_of_etcd_loses_nothing() {
+    let mut etcd = etcd().await;
+    let store = store(&[etcd.endpoint()]);
+    let grant = store.claim(&claim(1, "10.244.1.0-24", &*now(&store).await)).await.expect("free");
+    leases(&store, "the lease", |set| set.len() == 1).await;
+    etcd.kill();
+    is_down(&store).await;
+    assert_eq!(now(&store).await.len(), 1, "an unreachable store deletes nothing");
+    assert!(matches!(store.keep_alive(&grant).await, Err(StoreError::Unreachable { .. })));
+    etcd.restart().await.expect("starts");
+    is_up(&store).await;
+    store.keep_alive(&grant).await.expect("etcd remembers it");
+    put_flannel_leases(&etcd, 2..=2).await;
+    leases(&store, "a lease after the restart", |set| set.len() == 2).await;
+    assert_eq!(*store.replaced().borrow(), 0);
+}
+
+#[tokio::test]
+async fn changes_during_a_disconnection_are_found_though_history_is_compacted() {
+    let (etcd, proxy, store) = proxied().await;
+    put_flannel_leases(&etcd, 1..=3).await;
+    leases(&store, "three leases", |set| set.len() == 3).await;
+    proxy.set(Link::Cut);
+    is_down(&store).await;
+    etcd.ctl(&["del", &at("subnets/10.244.1.0-24")]).await;
+    put_flannel_leases(&etcd, 4..=5).await;
+    let printed = etcd.ctl(&["get", "-w", "json", "nothing"]).await;
+    let answer: serde_json::Value = serde_json::from_str(&printed).expect("JSON");
+    etcd.ctl(&["compact", "--physical", &answer["header"]["revision"].to_string()]).await;
+    assert_eq!(now(&store).await.len(), 3, "an unreachable store deletes nothing");
+    proxy.set(Link::Up);
+    let set = leases(&store, "four other leases", |set| set.len() == 4).await;
+    assert!(set.get(&key("10.244.1.0-24")).is_none());
+}
+
+#[tokio::test]
+async fn half_open_connection_is_found_and_left() {
+    let (etcd, proxy, store) = proxied().await;
+    is_up(&store).await;
+    proxy.set(Link::Frozen);
+    let began = Instant::now();
+    is_down(&store).await;
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    put_flannel_leases(&etcd, 1..=1).await;
+    proxy.set(Link::Up);
+    leases(&store, "what was written meanwhile", |set| set.len() == 1).await;
+}
+
+#[tokio::test]
+async fn frozen_endpoint_is_left_for_another() {
+    let etcd = etcd().await;
+    let target = etcd.endpoint().trim_start_matches("http://");
+    let proxies = [TcpProxy::start(target).await.expect("a proxy"), TcpProxy::start(target).await.expect("a proxy")];
+    let store = store(&[&format!("http://{}", proxies[0].address()), &format!("http://{}", proxies[1].address())]);
+    is_up(&store).await;
+    // Whichever it uses, one of these rounds freezes it.
+    for (n, frozen) in (1..).zip(&proxies) {
+        frozen.set(Link::Frozen);
+        put_flannel_leases(&etcd, n..=n).await;
+        leases(&store, "a lease through the other endpoint", |set| set.len() == usize::from(n)).await;
+        frozen.set(Link::Up);
+    }
+}
+
+#[tokio::test]
+async fn paused_etcd_is_down_until_it_goes_on() {
+    let etcd = etcd().await;
+    let store = store(&[etcd.endpoint()]);
+    is_up(&store).await;
+    etcd.pause();
+    let reason = is_down(&store).await;
+    assert!(reason.contains(etcd.endpoint()), "{reason}");
+    etcd.resume();
+    is_up(&store).await;
+}
+
+#[tokio::test]
+async fn store_replaced_by_an_empty_one_is_recognised() {
+    for new_identity in [true, false] {
+        let mut etcd = etcd().await;
+        let store = store(&[etcd.endpoint()]);
+        let first = claim(1, "10.244.1.0-24", &*now(&store).await);
+        let grant = store.claim(&first).await.expect("free");
+        let old = leases(&store, "the lease", |set| set.len() == 1).await;
+
+        etcd.replace(new_identity).await.expect("starts");
+        shows(&mut store.replaced(), "the replacement", |count| *count == 1).await;
+        let empty = leases(&store, "the empty store", |set| set.is_empty()).await;
+        assert!(empty.revision() < old.revision());
+        assert!(matches!(store.keep_alive(&grant).await, Err(StoreError::Expired { .. })));
+        assert!(matches!(store.rewrite(&grant, &first.record).await, Err(StoreError::Lost { .. })));
+        let on_the_old_set = claim(2, "10.244.2.0-24", &old);
+        assert!(matches!(store.claim(&on_the_old_set).await, Err(StoreError::Lost { .. })), "revisions are void");
+        store.claim(&claim(1, "10.244.1.0-24", &empty)).await.expect("decided on the new store");
+        leases(&store, "the lease in the new store", |set| set.len() == 1).await;
+        assert_eq!(*store.replaced().borrow(), 1);
+    }
+}
+
+#[tokio::test]
+async fn most_leases_vanish_only_after_a_second_look() {
+    let etcd = etcd().await;
+    put_flannel_leases(&etcd, 1..=6).await;
+    let store = store(&[etcd.endpoint()]);
+    is_up(&store).await;
+    let began = Instant::now();
+    etcd.ctl(&["del", "--prefix", &at("subnets/")]).await;
+    leases(&store, "no leases", |set| set.is_empty()).await;
+    assert!(began.elapsed() >= Duration::from_millis(1500), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn leases_that_come_back_before_the_second_look_were_never_away() {
+    let etcd = etcd().await;
+    put_flannel_leases(&etcd, 1..=6).await;
+    let store = store(&[etcd.endpoint()]);
+    is_up(&store).await;
+    let fewest = Arc::new(AtomicUsize::new(usize::MAX));
+    let (seen, mut receiver) = (fewest.clone(), store.leases());
+    let counting = tokio::spawn(async move {
+        while receiver.changed().await.is_ok() {
+            let count = receiver.borrow_and_update().as_ref().map_or(0, |set| set.len());
+            seen.fetch_min(count, Ordering::Relaxed);
+        }
+    });
+    let mut client = etcd_client::Client::connect([etcd.endpoint()], None).await.expect("an endpoint");
+    let gone = TxnOp::delete(at("subnets/"), Some(DeleteOptions::new().with_prefix()));
+    client.txn(Txn::new().and_then([gone])).await.expect("deleted");
+    let back = (1..=7).map(|n| TxnOp::put(at(&format!("subnets/10.244.{n}.0-24")), flannel_value("192.0.2.7"), None));
+    client.txn(Txn::new().and_then(back.collect::<Vec<_>>())).await.expect("restored");
+    leases(&store, "all leases and one more", |set| set.len() == 7).await;
+    drop(store);
+    counting.await.expect("ends with the store");
+    assert!(fewest.load(Ordering::Relaxed) >= 4, "{fewest:?}");
+}
+
+#[tokio::test]
+async fn answer_that_was_lost_is_read_back() {
+    let (etcd, proxy, store) = proxied().await;
+    let first = claim(1, "10.244.1.0-24", &*now(&store).await);
+    let grant = store.claim(&first).await.expect("free");
+    let mut record = first.record.clone();
+    record.owner.as_mut().expect("ours").epoch = 2;
+    proxy.set(Link::Mute);
+    let (rewriting, cutting) = (store.rewrite(&grant, &record), async {
+        while !etcd.ctl(&["get", &at("subnets/10.244.1.0-24")]).await.contains(r#""epoch":2"#) {}
+        proxy.set(Link::Cut);
+        proxy.set(Link::Up);
+    });
+    let (rewritten, ()) = tokio::join!(rewriting, cutting);
+    let rewritten = rewritten.expect("it was carried out");
+    let written = leases(&store, "the record", |set| {
+        set.get(&grant.key).is_some_and(|lease| lease.mod_revision == rewritten.mod_revision)
+    });
+    assert_eq!(written.await.get(&grant.key).expect("there").record, record);
+}
+
+#[tokio::test]
+async fn list_larger_than_grpcs_usual_limit_is_read() {
+    let etcd = etcd().await;
+    let padding = "x".repeat(15_000);
+    let value = flannel_value("192.0.2.1").replacen('{', &format!(r#"{{"Padding":"{padding}","#), 1);
+    let mut client = etcd_client::Client::connect([etcd.endpoint()], None).await.expect("an endpoint");
+    for n in 0..300 {
+        let subnet = at(&format!("subnets/10.{}.{}.0-24", n / 200, n % 200));
+        client.put(subnet, value.clone(), None).await.expect("written");
+    }
+    let store = store(&[etcd.endpoint()]);
+    assert_eq!(now(&store).await.len(), 300);
+}
+
+#[tokio::test]
+async fn network_config_is_written_once_and_replaced_by_force() {
+    let etcd = etcd().await;
+    let store = store(&[etcd.endpoint()]);
+    let [one, two] = [16, 12].map(|len| format!(r#"{{"Network":"10.240.0.0/{len}","Backend":{{"Type":"vxlan"}}}}"#));
+    let init = async |json: &str, force| store.network_init(json.as_bytes(), force).await.expect("reachable");
+    assert_eq!(store.read_config().await.expect("reachable"), None);
+    assert_eq!(init(&one, false).await, Init::Created);
+    assert_eq!(init(&one, false).await, Init::Unchanged);
+    let stored = store.read_config().await.expect("reachable").expect("written");
+    assert_eq!(stored.json, one.as_bytes());
+    assert_eq!(init(&two, false).await, Init::Exists(stored.clone()));
+    assert_eq!(init(&two, true).await, Init::Replaced(stored));
+    assert_eq!(etcd.ctl(&["get", "--print-value-only", &at("config")]).await.trim_end(), two);
+    let network = shows(&mut store.network(), "the config", |network| matches!(network, Network::Valid(_))).await;
+    assert!(matches!(network, Network::Valid(config) if config.spaces.v4.is_some()));
+}
+
+#[tokio::test]
+async fn user_and_password_are_used_and_a_wrong_one_is_named() {
+    let etcd = etcd().await;
+    for args in [&["user", "add", "root:secret"][..], &["user", "grant-role", "root", "root"], &["auth", "enable"]] {
+        etcd.ctl(args).await;
+    }
+    let as_user = |password: &str| {
+        let user = User { name: "root".into(), password: password.into() };
+        Etcd::start(Options { user: Some(user), ..Options::new(vec![etcd.endpoint().into()]) })
+    };
+    let right = as_user("secret");
+    let grant = right.claim(&claim(1, "10.244.1.0-24", &*now(&right).await)).await.expect("allowed");
+    right.keep_alive(&grant).await.expect("allowed");
+    leases(&right, "the lease", |set| set.len() == 1).await;
+
+    for (wrong, told) in
+        [(as_user("guess"), "authentication failed"), (store(&[etcd.endpoint()]), "user name is empty")]
+    {
+        let reason = is_down(&wrong).await;
+        assert!(reason.contains(told), "{reason}");
+    }
+}
+
+#[tokio::test]
+async fn watch_that_is_not_permitted_is_named() {
+    let etcd = etcd().await;
+    let (config, subnets) = (at("config"), at("subnets/"));
+    for args in [
+        &["role", "add", "lister"][..],
+        &["role", "grant-permission", "lister", "read", &config],
+        &["role", "grant-permission", "--prefix", "lister", "read", &subnets],
+        &["user", "add", "root:secret"],
+        &["user", "grant-role", "root", "root"],
+        &["user", "add", "node:secret"],
+        &["user", "grant-role", "node", "lister"],
+        &["auth", "enable"],
+    ] {
+        etcd.ctl(args).await;
+    }
+    let user = User { name: "node".into(), password: "secret".into() };
+    let store = Etcd::start(Options { user: Some(user), ..Options::new(vec![etcd.endpoint().into()]) });
+    let reason = is_down(&store).await;
+    assert!(reason.contains("refused to watch the leases") && reason.contains("permission denied"), "{reason}");
+}
+
+#[tokio::test]
+async fn certificates_are_used_and_a_wrong_or_missing_one_is_named() {
+    let [certificates, others] = [(); 2].map(|()| Certificates::create().expect("certificates"));
+    let (ca, client) = (certificates.ca(), certificates.client());
+    let etcd = EtcdServer::start_with_tls(certificates).await.expect("a real etcd");
+    let with = |ca: Option<PathBuf>, client: Option<(PathBuf, PathBuf)>| {
+        Etcd::start(Options { tls: Tls { ca, client }, ..Options::new(vec![etcd.endpoint().into()]) })
+    };
+    let right = with(Some(ca.clone()), Some(client.clone()));
+    right.claim(&claim(1, "10.244.1.0-24", &*now(&right).await)).await.expect("let in");
+
+    let absent = others.ca().with_file_name("absent.pem");
+    for (wrong, told) in [
+        (with(None, None), "needs the CA certificate"),
+        (with(Some(absent), None), "absent.pem: No such file"),
+        (with(Some(others.ca()), Some(client)), "invalid peer certificate"),
+        (with(Some(ca.clone()), None), "does etcd ask for a client certificate?"),
+        (with(Some(ca), Some(others.client())), "is the client certificate one that etcd trusts?"),
+    ] {
+        let reason = is_down(&wrong).await;
+        assert!(reason.contains(told), "{reason}\n  should tell: {told}");
+    }
+}
+
+#[tokio::test]
+async fn claim_by_a_revision_that_never_was_is_lost() {
+    let etcd = etcd().await;
+    let store = store(&[etcd.endpoint()]);
+    let claim = claim(1, "10.244.1.0-24", &*now(&store).await);
+    let answer = store.claim(&fabricd::store::Claim { expect: Expect::Revision(7), ..claim }).await;
+    assert!(matches!(answer, Err(StoreError::Lost { .. })), "{answer:?}");
+    assert_eq!(etcd.ctl(&["lease", "list"]).await.trim(), "found 0 leases", "the unused lease was revoked");
+}
