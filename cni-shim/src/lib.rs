@@ -30,3 +30,6 @@ pub mod request;
 pub mod state;
 pub mod verbs;
 pub mod version;
+
+#[cfg(test)]
+mod testing;

@@ -235,7 +235,7 @@ impl Request {
     pub fn read(env: impl Fn(&str) -> Option<OsString>, stdin: impl Read) -> Result<Self, CniError> {
         // An empty variable counts as a missing one, as in the reference implementation.
         let env = |name: &str| env(name).filter(|value| !value.is_empty());
-        let verb = read_verb(&env)?;
+        let verb = read_verb(env)?;
         let missing: Vec<_> = verb.required().iter().copied().filter(|name| env(name).is_none()).collect();
         if !missing.is_empty() {
             return Err(environment(format!("{verb} needs {}, which the runtime has not set", missing.join(", "))));
@@ -247,7 +247,7 @@ impl Request {
 
         let conf = PluginConf::decode(&json, verb)?;
         let attachment = || -> Result<Attachment, CniError> {
-            Ok(Attachment { id: read_id(&env)?, netns: env("CNI_NETNS").map(PathBuf::from) })
+            Ok(Attachment { id: read_id(env)?, netns: env("CNI_NETNS").map(PathBuf::from) })
         };
         let action = match verb {
             Verb::Add => Action::Add(attachment()?),
