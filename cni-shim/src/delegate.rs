@@ -40,7 +40,12 @@ pub fn render(conf: &PluginConf, node: Option<&NodeFile>) -> Map<String, Value> 
         Some(node) => node
             .subnets()
             .values()
-            .map(|ours| (json!([{ "subnet": ours.subnet }]), json!({ "dst": ours.network })))
+            .map(|ours| {
+                // The gateway is what host-local would take by itself, but bridge's CHECK looks for a route without
+                // one unless the result says so.
+                let route = json!({ "dst": ours.network, "gw": ours.subnet.gateway() });
+                (json!([{ "subnet": ours.subnet }]), route)
+            })
             .unzip(),
         // TEST-NET-1 of RFC 5737.
         None => (vec![json!([{ "subnet": "192.0.2.0/24" }])], Vec::new()),

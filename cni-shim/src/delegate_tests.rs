@@ -21,7 +21,10 @@ fn delegate_is_told_subnets_routes_and_mtu_of_both_families() {
             "ipam": {
                 "type": "host-local",
                 "ranges": [[{"subnet": "10.244.3.0/24"}], [{"subnet": "fd00:10:244:3::/64"}]],
-                "routes": [{"dst": "10.244.0.0/16"}, {"dst": "fd00:10:244::/48"}],
+                "routes": [
+                    {"dst": "10.244.0.0/16", "gw": "10.244.3.1"},
+                    {"dst": "fd00:10:244::/48", "gw": "fd00:10:244:3::1"},
+                ],
             },
         })
     );

@@ -26,7 +26,7 @@ fn what_was_saved_is_read_back_listed_and_forgotten() {
     drop(all.create(&saved(&id)).expect("saved"));
     let held = all.open(&id, Duration::ZERO).expect("opened").expect("there");
     assert_eq!(held.saved(), Some(saved(&id)));
-    assert_eq!(all.all().expect("listed"), [id.clone()]);
+    assert_eq!(all.all().expect("listed"), std::slice::from_ref(&id));
     held.forget().expect("removed");
     assert!(all.open(&id, Duration::ZERO).expect("no error").is_none());
     assert!(all.all().expect("listed").is_empty());
