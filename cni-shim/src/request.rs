@@ -1,0 +1,424 @@
+//! What the runtime asks, read from the environment and stdin: CNI spec section 2, "Parameters".
+//!
+//! [`Request::read`] turns both into a value in which everything has been checked, so that the rest of the
+//! shim neither reads the environment nor meets a name that could be a path. Checks run in the order of the
+//! spec's error codes that a runtime relies on: the environment (4), reading (5), JSON (6), the version (1),
+//! the network configuration (7, 2).
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fmt;
+use std::io::Read;
+use std::path::PathBuf;
+
+use fabric_core::handoff::{NODE_FILE, RUN_DIR};
+use fabric_core::model::{IfName, Invalid};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::error::{CniError, Code};
+use crate::version::SpecVersion;
+
+/// The largest network configuration that is read, in bytes. Real ones have a few thousand.
+pub const MAX_STDIN: u64 = 1024 * 1024;
+
+/// What the runtime may ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verb {
+    /// Attach a container.
+    Add,
+    /// Detach it. Succeeds when there is nothing to detach.
+    Del,
+    /// Is it still attached as it was?
+    Check,
+    /// Detach all but those named.
+    Gc,
+    /// Could a container be attached now?
+    Status,
+    /// Which versions of the spec are spoken?
+    Version,
+}
+
+impl Verb {
+    /// All of them.
+    pub const ALL: [Self; 6] = [Self::Add, Self::Del, Self::Check, Self::Gc, Self::Status, Self::Version];
+
+    /// As `CNI_COMMAND` has it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Add => "ADD",
+            Self::Del => "DEL",
+            Self::Check => "CHECK",
+            Self::Gc => "GC",
+            Self::Status => "STATUS",
+            Self::Version => "VERSION",
+        }
+    }
+
+    /// The first version of the spec that has it.
+    #[must_use]
+    pub fn since(self) -> SpecVersion {
+        match self {
+            Self::Add | Self::Del | Self::Version => SpecVersion::V0_3_0,
+            Self::Check => SpecVersion::V0_4_0,
+            Self::Gc | Self::Status => SpecVersion::V1_1_0,
+        }
+    }
+
+    /// The variables that the spec requires for it, besides `CNI_COMMAND`.
+    #[must_use]
+    pub fn required(self) -> &'static [&'static str] {
+        match self {
+            Self::Add | Self::Check => &["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_PATH"],
+            Self::Del => &["CNI_CONTAINERID", "CNI_IFNAME", "CNI_PATH"],
+            Self::Gc | Self::Status => &["CNI_PATH"],
+            Self::Version => &[],
+        }
+    }
+}
+
+impl fmt::Display for Verb {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// A name as the spec allows for networks and containers, and as plugins are called: a letter or digit, then
+/// letters, digits, `_`, `.` and `-`. So it is never a path, nor a hidden file.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Identifier(String);
+
+impl Identifier {
+    /// Longest one, in bytes: with an interface's name and a suffix it is still a file name.
+    const MAX: usize = 200;
+
+    /// The name as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for Identifier {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, String> {
+        let fine = (1..=Self::MAX).contains(&name.len())
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
+            && name.as_bytes()[0].is_ascii_alphanumeric();
+        fine.then(|| Self(name.clone())).ok_or_else(|| {
+            format!(
+                "{name:.80?} is not a valid name: use 1 to {} letters, digits, '_', '.' or '-', a letter or digit first",
+                Self::MAX
+            )
+        })
+    }
+}
+
+impl From<Identifier> for String {
+    fn from(name: Identifier) -> Self {
+        name.0
+    }
+}
+
+impl fmt::Display for Identifier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+/// Which attachment: the spec's key, unique within a network.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct AttachmentId {
+    /// The container.
+    #[serde(rename = "containerID")]
+    pub container: Identifier,
+    /// Its interface.
+    pub ifname: IfName,
+}
+
+impl fmt::Display for AttachmentId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "interface {} of container {}", self.ifname, self.container)
+    }
+}
+
+/// An attachment and where it ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    /// Which.
+    pub id: AttachmentId,
+    /// The container's network namespace; on DEL it may be gone.
+    pub netns: Option<PathBuf>,
+}
+
+/// A verb with what it works on.
+#[derive(Debug)]
+pub enum Action {
+    /// Attach.
+    Add(Attachment),
+    /// Detach.
+    Del(Attachment),
+    /// Compare with the result of ADD.
+    Check(Attachment, Value),
+    /// Detach all but these.
+    Gc(BTreeSet<AttachmentId>),
+    /// Tell whether ADD would work.
+    Status,
+}
+
+/// The network configuration, as the runtime passes it on stdin: CNI spec section 1, plus our keys.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PluginConf {
+    /// The version that the runtime speaks.
+    #[serde(rename = "cniVersion")]
+    pub version: SpecVersion,
+    /// The network's name; host-local's folder is called so, too.
+    pub name: Identifier,
+    /// How this plugin is called.
+    #[serde(rename = "type")]
+    pub plugin: Identifier,
+    /// Where the daemon puts `node.json`.
+    #[serde(default = "default_node_file")]
+    pub node_file: PathBuf,
+    /// Where attachments are remembered.
+    #[serde(default = "default_state_dir")]
+    pub state_dir: PathBuf,
+    /// Where host-local remembers addresses, if not at its default `/var/lib/cni/networks`.
+    pub data_dir: Option<PathBuf>,
+    /// The user's keys for the delegate; they win over ours.
+    #[serde(default)]
+    pub delegate: Map<String, Value>,
+    /// The result of the plugin before, or, on CHECK and DEL, of ADD.
+    pub prev_result: Option<Value>,
+    /// All other members, of which some go on to the delegate.
+    #[serde(flatten)]
+    pub others: Map<String, Value>,
+}
+
+fn default_node_file() -> PathBuf {
+    PathBuf::from(RUN_DIR).join(NODE_FILE)
+}
+
+fn default_state_dir() -> PathBuf {
+    "/var/lib/cni/fabric".into()
+}
+
+/// A request about a network.
+#[derive(Debug)]
+pub struct Call {
+    /// What is asked.
+    pub action: Action,
+    /// Of which network.
+    pub conf: PluginConf,
+    /// The folders of plugins, in order (`CNI_PATH`).
+    pub plugin_dirs: Vec<PathBuf>,
+}
+
+/// All that a runtime may ask.
+#[derive(Debug)]
+pub enum Request {
+    /// VERSION; the answer is in this version.
+    Version(SpecVersion),
+    /// Everything else.
+    Call(Box<Call>),
+}
+
+impl Request {
+    /// Reads a request from `env`, which looks a variable up, and `stdin`.
+    ///
+    /// # Errors
+    /// What the runtime is to be told, by the spec's code for it.
+    pub fn read(env: impl Fn(&str) -> Option<OsString>, stdin: impl Read) -> Result<Self, CniError> {
+        // An empty variable counts as a missing one, as in the reference implementation.
+        let env = |name: &str| env(name).filter(|value| !value.is_empty());
+        let verb = read_verb(env)?;
+        let missing: Vec<_> = verb.required().iter().copied().filter(|name| env(name).is_none()).collect();
+        if !missing.is_empty() {
+            return Err(environment(format!("{verb} needs {}, which the runtime has not set", missing.join(", "))));
+        }
+        let json = read_bounded(stdin)?;
+        if verb == Verb::Version {
+            return read_version_request(&json);
+        }
+
+        let conf = PluginConf::decode(&json, verb)?;
+        let attachment = || -> Result<Attachment, CniError> {
+            Ok(Attachment { id: read_id(env)?, netns: env("CNI_NETNS").map(PathBuf::from) })
+        };
+        let action = match verb {
+            Verb::Add => Action::Add(attachment()?),
+            Verb::Del => Action::Del(attachment()?),
+            Verb::Check => Action::Check(attachment()?, conf.required_prev_result()?),
+            Verb::Gc => Action::Gc(conf.valid_attachments()?),
+            Verb::Status | Verb::Version => Action::Status,
+        };
+        let plugin_dirs = env("CNI_PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default();
+        Ok(Self::Call(Box::new(Call { action, conf, plugin_dirs })))
+    }
+
+    /// The version to answer in.
+    #[must_use]
+    pub fn version(&self) -> SpecVersion {
+        match self {
+            Self::Version(version) => *version,
+            Self::Call(call) => call.conf.version,
+        }
+    }
+}
+
+impl PluginConf {
+    /// Decodes and checks the configuration of a request for `verb`.
+    fn decode(json: &[u8], verb: Verb) -> Result<Self, CniError> {
+        let object: Map<String, Value> = serde_json::from_slice(json).map_err(|e| {
+            CniError::new(Code::Decode, "the network configuration on stdin is not a JSON object").with_details(e)
+        })?;
+        let asked = object.get("cniVersion").and_then(Value::as_str).unwrap_or("none");
+        let version = SpecVersion::parse(asked).ok_or_else(|| {
+            incompatible(format!(
+                "cniVersion is {asked:.40}, spoken are {}",
+                SpecVersion::ALL.map(|v| v.as_str()).join(", ")
+            ))
+        })?;
+        if version < verb.since() {
+            return Err(incompatible(format!(
+                "cniVersion {version} has no {verb}; say \"cniVersion\": \"{}\" or newer in the network configuration",
+                verb.since()
+            )));
+        }
+        let conf: Self = serde_json::from_value(Value::Object(object))
+            .map_err(|e| invalid(format!("the network configuration can't be used: {e}")))?;
+        conf.check()?;
+        Ok(conf)
+    }
+
+    fn check(&self) -> Result<(), CniError> {
+        for (key, path) in [
+            ("nodeFile", Some(&self.node_file)),
+            ("stateDir", Some(&self.state_dir)),
+            ("dataDir", self.data_dir.as_ref()),
+        ] {
+            if let Some(path) = path.filter(|path| !path.is_absolute()) {
+                return Err(invalid(format!("{key} is {}, which is not an absolute path", path.display())));
+            }
+        }
+        for (key, value, reason) in [
+            ("ipam", self.others.get("ipam"), "fabricd leases the addresses"),
+            ("delegate.ipam", self.delegate.get("ipam"), "fabricd leases the addresses"),
+            ("delegate.name", self.delegate.get("name"), "the delegate's network has the name of this one"),
+            ("delegate.cniVersion", self.delegate.get("cniVersion"), "the version is negotiated with the delegate"),
+        ] {
+            if let Some(value) = value {
+                let value: String = value.to_string().chars().take(80).collect();
+                let msg = format!("{key} is {value}, but can't be set: {reason}; take it out");
+                return Err(CniError::new(Code::UnsupportedField, msg));
+            }
+        }
+        if self.delegate_type()? == self.plugin {
+            return Err(invalid(format!("delegate.type is {}, which is this plugin itself", self.plugin)));
+        }
+        Ok(())
+    }
+
+    /// The plugin that does the work: `delegate.type`, else `bridge`.
+    ///
+    /// # Errors
+    /// When it is no plugin's name.
+    pub fn delegate_type(&self) -> Result<Identifier, CniError> {
+        match self.delegate.get("type") {
+            None => "bridge".to_owned().try_into(),
+            Some(Value::String(plugin)) => plugin.clone().try_into(),
+            Some(_) => Err("it is not a string".to_owned()),
+        }
+        .map_err(|e| invalid(format!("delegate.type can't be used: {e}")))
+    }
+
+    fn required_prev_result(&self) -> Result<Value, CniError> {
+        self.prev_result.clone().ok_or_else(|| {
+            invalid("CHECK needs prevResult, the result of ADD, in the network configuration; the runtime left it out")
+        })
+    }
+
+    /// libcni writes the list under two names, since the spec's text and its code once differed.
+    fn valid_attachments(&self) -> Result<BTreeSet<AttachmentId>, CniError> {
+        let list = self.others.get("cni.dev/valid-attachments").or_else(|| self.others.get("cni.dev/attachments"));
+        // Without a list nothing is known to be valid, which must not read as "nothing is valid".
+        let list = list.ok_or_else(|| invalid("GC needs cni.dev/valid-attachments; the runtime left it out"))?;
+        serde_json::from_value(list.clone())
+            .map_err(|e| invalid(format!("cni.dev/valid-attachments can't be used: {e}")))
+    }
+}
+
+fn read_verb(env: impl Fn(&str) -> Option<OsString>) -> Result<Verb, CniError> {
+    let command = env("CNI_COMMAND").ok_or_else(|| {
+        environment(
+            "CNI_COMMAND is not set: this is a CNI plugin, which a container runtime starts; \
+             for a look at it run: echo '{}' | CNI_COMMAND=VERSION fabric-cni",
+        )
+    })?;
+    let known = Verb::ALL.into_iter().find(|verb| command == verb.as_str());
+    known.ok_or_else(|| {
+        let all = Verb::ALL.map(Verb::as_str).join(", ");
+        environment(format!("CNI_COMMAND is {:.80}, not one of {all}", command.display()))
+    })
+}
+
+fn read_id(env: impl Fn(&str) -> Option<OsString>) -> Result<AttachmentId, CniError> {
+    let wrong = |name: &str, e: &dyn fmt::Display| environment(format!("{name}: {e}"));
+    let text = |name| {
+        let text = env(name).unwrap_or_default().into_string();
+        text.map_err(|raw| wrong(name, &format_args!("{:.80} is not UTF-8", raw.display())))
+    };
+    let container = text("CNI_CONTAINERID")?.try_into().map_err(|e: String| wrong("CNI_CONTAINERID", &e))?;
+    let ifname = text("CNI_IFNAME")?.parse().map_err(|e: Invalid| wrong("CNI_IFNAME", &e))?;
+    Ok(AttachmentId { container, ifname })
+}
+
+fn read_bounded(stdin: impl Read) -> Result<Vec<u8>, CniError> {
+    let mut json = Vec::new();
+    stdin
+        .take(MAX_STDIN + 1)
+        .read_to_end(&mut json)
+        .map_err(|e| CniError::new(Code::Io, format!("cannot read the network configuration from stdin: {e}")))?;
+    if json.len() as u64 > MAX_STDIN {
+        let msg = format!("the network configuration on stdin has more than {MAX_STDIN} bytes");
+        return Err(CniError::new(Code::Decode, msg));
+    }
+    Ok(json)
+}
+
+/// VERSION is how a runtime finds out what is spoken, so no version is refused here, nor an empty stdin,
+/// which is what runtimes before spec 0.4.0 send.
+fn read_version_request(json: &[u8]) -> Result<Request, CniError> {
+    #[derive(Deserialize)]
+    struct Versioned {
+        #[serde(rename = "cniVersion")]
+        version: Option<String>,
+    }
+    if json.is_empty() {
+        return Ok(Request::Version(SpecVersion::NEWEST));
+    }
+    let asked: Versioned = serde_json::from_slice(json)
+        .map_err(|e| CniError::new(Code::Decode, "the request on stdin is not a JSON object").with_details(e))?;
+    let version = asked.version.as_deref().and_then(SpecVersion::parse);
+    Ok(Request::Version(version.unwrap_or(SpecVersion::NEWEST)))
+}
+
+fn environment(msg: impl Into<String>) -> CniError {
+    CniError::new(Code::InvalidEnvironment, msg)
+}
+
+fn incompatible(msg: impl Into<String>) -> CniError {
+    CniError::new(Code::IncompatibleVersion, msg)
+}
+
+fn invalid(msg: impl Into<String>) -> CniError {
+    CniError::new(Code::InvalidConfig, msg)
+}
+
+#[cfg(test)]
+#[path = "request_tests.rs"]
+mod tests;

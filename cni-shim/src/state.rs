@@ -1,0 +1,233 @@
+//! What was attached, remembered in files, so that DEL needs nothing else.
+//!
+//! ```text
+//! <stateDir>/<network>/<container>@<ifname>.json     one attachment; '@' is in no container ID
+//! <stateDir>/<network>/.<container>@<ifname>.<pid>   being written, or left by a crash; DEL and GC sweep it
+//! <stateDir>/.versions/<plugin>.json                 which spec versions a delegate speaks
+//! ```
+//!
+//! ADD writes the file before the delegate runs, to the disk, and gives it its name only when it is whole: so a
+//! crash leaves either no file and nothing attached, or a file from which DEL can undo whatever was done.
+//!
+//! The open file carries a lock (`flock`), and the delegate inherits it. When a runtime kills the shim in the
+//! middle of an ADD, the delegate goes on alone for a moment; a DEL that ran now would free an address that
+//! is only about to be taken. Since the delegate still holds the lock, DEL waits for its end.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::{FdFlags, fcntl_setfd};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::error::{CniError, Code};
+use crate::request::{AttachmentId, PluginConf};
+
+/// The largest state file that is read, in bytes: a network configuration and a little more.
+const MAX_STATE: u64 = 2 * 1024 * 1024;
+
+/// How long DEL waits for a delegate that a killed ADD left running. With the delegate's own deadline on top it
+/// is less than the two minutes that a kubelet waits.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What is remembered of an attachment.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Saved {
+    /// Which one.
+    #[serde(flatten)]
+    pub id: AttachmentId,
+    /// The container's network namespace.
+    pub netns: Option<PathBuf>,
+    /// What the delegate was told.
+    pub config: Map<String, Value>,
+}
+
+/// The attachments of one network.
+#[derive(Debug)]
+pub struct Attachments {
+    dir: PathBuf,
+}
+
+/// An attachment's file, open and locked.
+#[derive(Debug)]
+pub struct Held {
+    file: File,
+    path: PathBuf,
+}
+
+impl Attachments {
+    /// Those of the network that `conf` describes.
+    #[must_use]
+    pub fn of(conf: &PluginConf) -> Self {
+        Self { dir: conf.state_dir.join(conf.name.as_str()) }
+    }
+
+    fn path(&self, id: &AttachmentId) -> PathBuf {
+        self.dir.join(format!("{}@{}.json", id.container, id.ifname))
+    }
+
+    /// How the names of files that are being written for `id` begin.
+    fn draft_prefix(id: &AttachmentId) -> String {
+        format!(".{}@{}.", id.container, id.ifname)
+    }
+
+    /// Remembers an attachment that is about to be made.
+    ///
+    /// # Errors
+    /// Code 103 when there is one already, which stays as it is; 5 when the disk refuses.
+    pub fn create(&self, saved: &Saved) -> Result<Held, CniError> {
+        let path = self.path(&saved.id);
+        let draft = self.dir.join(format!("{}{}", Self::draft_prefix(&saved.id), std::process::id()));
+        let written = self.write(saved, &draft, &path);
+        written.map_err(|e| {
+            let _ = fs::remove_file(&draft);
+            if e.kind() == io::ErrorKind::AlreadyExists {
+                let msg = format!("{} is attached already; DEL it before the next ADD", saved.id);
+                return CniError::new(Code::AlreadyAttached, msg).with_details(format!("{} exists", path.display()));
+            }
+            let msg = format!("cannot save the attachment to {}: {e}; nothing was attached", path.display());
+            CniError::new(Code::Io, msg)
+        })
+    }
+
+    fn write(&self, saved: &Saved, draft: &Path, path: &Path) -> io::Result<Held> {
+        if path.try_exists()? {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        fs::create_dir_all(&self.dir)?;
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(draft)?;
+        file.lock()?;
+        file.write_all(&serde_json::to_vec(saved)?)?;
+        file.sync_data()?;
+        // A plain rename would replace the file of an ADD that runs at the same time.
+        renameat_with(CWD, draft, CWD, path, RenameFlags::NOREPLACE)?;
+        File::open(&self.dir)?.sync_all()?;
+        Held::inherited(file, path.to_owned())
+    }
+
+    /// The attachment's file if there is one, after waiting for whoever works on it, up to `patience`.
+    ///
+    /// # Errors
+    /// Code 11 when somebody works on it for longer; 5 when it can't be opened.
+    pub fn open(&self, id: &AttachmentId, patience: Duration) -> Result<Option<Held>, CniError> {
+        let path = self.path(id);
+        let failed = |e: io::Error| CniError::new(Code::Io, format!("cannot open {}: {e}", path.display()));
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(failed(e)),
+        };
+        let deadline = Instant::now() + patience;
+        loop {
+            match file.try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::Error(e)) => return Err(failed(e)),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(Duration::from_millis(10)),
+                Err(TryLockError::WouldBlock) => {
+                    let msg = format!("an earlier request for {id} has not ended after {patience:?}");
+                    let hint = format!("to see the processes that hold it: fuser -v {}", path.display());
+                    return Err(CniError::new(Code::TryAgainLater, msg).with_details(hint));
+                }
+            }
+        }
+        // Whoever held it before may have removed it.
+        if file.metadata().map_err(failed)?.nlink() == 0 {
+            return Ok(None);
+        }
+        Held::inherited(file, path.clone()).map(Some).map_err(failed)
+    }
+
+    /// What is saved of an attachment, without waiting for whoever works on it.
+    #[must_use]
+    pub fn read(&self, id: &AttachmentId) -> Option<Saved> {
+        decode(&File::open(self.path(id)).ok()?)
+    }
+
+    /// Which attachments are remembered, by the names of their files. Foreign names are passed over.
+    ///
+    /// # Errors
+    /// Code 5 when the folder can't be read. One that doesn't exist is empty.
+    pub fn all(&self) -> Result<Vec<AttachmentId>, CniError> {
+        Ok(self.file_names()?.iter().filter_map(|name| parse_stem(name.strip_suffix(".json")?)).collect())
+    }
+
+    /// Removes what crashes left half written, of one attachment or of all.
+    pub fn sweep_drafts(&self, id: Option<&AttachmentId>) {
+        let prefix = id.map_or_else(|| ".".to_owned(), Self::draft_prefix);
+        // What can't be listed or removed now is removed another time: nothing depends on it.
+        for name in self.file_names().unwrap_or_default().iter().filter(|name| name.starts_with(&prefix)) {
+            let path = self.dir.join(name);
+            if File::open(&path).is_ok_and(|file| file.try_lock().is_ok()) {
+                let _ = fs::remove_file(path);
+            }
+        }
+    }
+
+    fn file_names(&self) -> Result<Vec<String>, CniError> {
+        let entries = match fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(CniError::new(Code::Io, format!("cannot list {}: {e}", self.dir.display()))),
+        };
+        Ok(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
+    }
+}
+
+fn decode(file: &File) -> Option<Saved> {
+    let mut json = Vec::new();
+    file.take(MAX_STATE).read_to_end(&mut json).ok()?;
+    serde_json::from_slice(&json).ok()
+}
+
+fn parse_stem(stem: &str) -> Option<AttachmentId> {
+    let (container, ifname) = stem.split_once('@')?;
+    Some(AttachmentId { container: container.to_owned().try_into().ok()?, ifname: ifname.parse().ok()? })
+}
+
+impl Held {
+    /// Lets processes that are started from here on inherit the file and its lock.
+    fn inherited(file: File, path: PathBuf) -> io::Result<Self> {
+        fcntl_setfd(&file, FdFlags::empty())?;
+        Ok(Self { file, path })
+    }
+
+    /// What was saved; `None` when the file is cut, empty or something else.
+    #[must_use]
+    pub fn saved(&self) -> Option<Saved> {
+        decode(&self.file)
+    }
+
+    /// Removes the file: there is nothing left to undo.
+    ///
+    /// # Errors
+    /// Code 5 when the disk refuses.
+    pub fn forget(self) -> Result<(), CniError> {
+        fs::remove_file(&self.path).map_err(|e| {
+            let msg = format!("detached, but cannot remove {}: {e}; DEL again when it can be", self.path.display());
+            CniError::new(Code::Io, msg)
+        })
+    }
+}
+
+/// Replaces a small file by rename. For caches: it isn't forced to the disk.
+///
+/// # Errors
+/// What the file system says; the old file is then still there.
+pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir)?;
+    }
+    let draft = path.with_extension(std::process::id().to_string());
+    fs::write(&draft, content).and_then(|()| fs::rename(&draft, path)).inspect_err(|_| {
+        let _ = fs::remove_file(&draft);
+    })
+}
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+mod tests;

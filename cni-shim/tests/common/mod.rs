@@ -1,0 +1,147 @@
+//! A host of its own for a test: network and mount namespaces that go with the thread that made them, and the
+//! runtime's side of CNI with the real plugins.
+
+use std::fs;
+use std::io::Write;
+use std::panic::resume_unwind;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// Where Debian's containernetworking-plugins puts them.
+pub const PLUGINS: &str = "/usr/lib/cni";
+
+/// Runs `test` on a host of its own.
+pub fn on_a_host(test: impl FnOnce(&Host) + Send + 'static) {
+    // Threads and processes that are started from a thread are in its namespaces.
+    let host = thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("namespaces; this test has to run as root");
+        let none: Option<&str> = None;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("private mounts");
+        mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none).expect("a /run of its own");
+        for plugin in ["bridge", "host-local"] {
+            let missing = "apt install containernetworking-plugins";
+            assert!(Path::new(PLUGINS).join(plugin).exists(), "no {PLUGINS}/{plugin}: {missing}");
+        }
+        run("ip link set lo up");
+        test(&Host { dir: TempDir::new().expect("a folder") });
+    });
+    if let Err(panic) = host.join() {
+        resume_unwind(panic);
+    }
+}
+
+pub struct Host {
+    pub dir: TempDir,
+}
+
+impl Host {
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Writes a ready `node.json` with one subnet per family, given with its network.
+    pub fn ready(&self, v4: Option<(&str, &str)>, v6: Option<(&str, &str)>) {
+        let mut node = json!({"version": 1, "node": "node-1", "state": "ready", "mtu": 1430, "epoch": 1});
+        for (family, subnet) in [("ipv4", v4), ("ipv6", v6)] {
+            if let Some((network, subnet)) = subnet {
+                node[family] = json!({"network": network, "subnet": subnet});
+            }
+        }
+        fs::write(self.path("node.json"), node.to_string()).expect("a file");
+    }
+
+    pub fn ready_on_both(&self) {
+        self.ready(Some(("10.244.0.0/16", "10.244.3.0/24")), Some(("fd00:10:244::/48", "fd00:10:244:3::/64")));
+    }
+
+    pub fn conf(&self, version: &str) -> Value {
+        json!({
+            "cniVersion": version, "name": "fabric", "type": "fabric-cni", "nodeFile": self.path("node.json"),
+            "stateDir": self.path("state"), "dataDir": self.path("addresses"),
+        })
+    }
+
+    /// Starts the shim for interface eth0 of `pod`, whose namespace has its name.
+    pub fn start(&self, verb: &str, pod: &str, conf: &Value) -> Child {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_fabric-cni"))
+            .env("CNI_COMMAND", verb)
+            .env("CNI_CONTAINERID", pod)
+            .env("CNI_NETNS", format!("/run/netns/{pod}"))
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_PATH", PLUGINS)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the shim starts");
+        let mut stdin = child.stdin.take().expect("piped");
+        stdin.write_all(conf.to_string().as_bytes()).expect("it reads its configuration");
+        child
+    }
+
+    /// The shim's answer, `Err` by its exit code.
+    pub fn ask(&self, verb: &str, pod: &str, conf: &Value) -> Result<Value, Value> {
+        heard(self.start(verb, pod, conf).wait_with_output().expect("it ends"))
+    }
+
+    pub fn add(&self, pod: &str) -> Value {
+        run(&format!("ip netns add {pod}"));
+        // A runtime does this by the loopback plugin.
+        run(&format!("ip -n {pod} link set lo up"));
+        self.ask("ADD", pod, &self.conf("1.0.0")).expect("ADD succeeds")
+    }
+
+    /// Addresses that host-local holds.
+    pub fn addresses(&self) -> Vec<String> {
+        let names = |entry: fs::DirEntry| entry.file_name().into_string().expect("text");
+        let files = fs::read_dir(self.path("addresses/fabric")).into_iter().flatten();
+        let mut held: Vec<_> = files.map(|entry| names(entry.expect("an entry"))).collect();
+        held.retain(|name| name != "lock" && !name.starts_with("last_reserved_ip"));
+        held
+    }
+
+    /// No address, no state file, no end of a cable.
+    pub fn assert_clean(&self) {
+        assert_eq!(self.addresses(), [""; 0], "addresses left");
+        let files = fs::read_dir(self.path("state/fabric")).map_or(0, Iterator::count);
+        assert_eq!(files, 0, "state files left");
+        // `ip -j` prints nothing at all, or empty objects, where there are none.
+        assert_eq!(run("ip -o link show type veth"), "", "interfaces left");
+    }
+}
+
+fn heard(output: Output) -> Result<Value, Value> {
+    let text = String::from_utf8(output.stdout).expect("text");
+    let json = if text.is_empty() { Value::Null } else { serde_json::from_str(&text).expect("JSON") };
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    match output.status.code() {
+        Some(0) => Ok(json),
+        Some(1) => Err(json),
+        other => panic!("exit {other:?}: {text} {stderr}"),
+    }
+}
+
+/// All answers of shims that run at the same time.
+pub fn all(running: Vec<Child>) -> Vec<Result<Value, Value>> {
+    running.into_iter().map(|child| heard(child.wait_with_output().expect("it ends"))).collect()
+}
+
+/// Runs a command that must succeed.
+pub fn run(command: &str) -> String {
+    let mut words = command.split_whitespace();
+    let output = Command::new(words.next().expect("a command")).args(words).output().expect(command);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command}: {stderr}{}", String::from_utf8_lossy(&output.stdout));
+    String::from_utf8(output.stdout).expect("text")
+}
+
+/// What `ip -j` says.
+pub fn ip(arguments: &str) -> Value {
+    serde_json::from_str(&run(&format!("ip -j {arguments}"))).expect("JSON")
+}
