@@ -109,7 +109,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             return interactive(command_at(&Lab::open(&cli.name)?, place, &command)?);
         }
         Command::Shell { place } => {
-            return interactive(command_at(&Lab::open(&cli.name)?, place, &["bash"])?.env("PS1", &format!("{place}# ")));
+            return interactive(
+                command_at(&Lab::open(&cli.name)?, place, &["bash"])?.env("PS1", &format!("{place}# ")),
+            );
         }
         Command::AddNode { pods } => tour::add_node(&mut Lab::open(&cli.name)?, *pods)?,
         Command::Kill { node } => {

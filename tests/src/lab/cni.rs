@@ -153,7 +153,9 @@ fn succeeded(command: &str, plugin: &Value, output: Output) -> Result<String> {
         return Ok(output.stdout);
     }
     match serde_json::from_str::<CniError>(&output.stdout) {
-        Ok(error) => Err(error).with_context(|| format!("CNI {command} of {}: {}", plugin["type"], output.stderr.trim())),
+        Ok(error) => {
+            Err(error).with_context(|| format!("CNI {command} of {}: {}", plugin["type"], output.stderr.trim()))
+        }
         Err(_) => output.ok(),
     }
 }

@@ -46,11 +46,27 @@ impl Containerd {
     /// It doesn't start: the error shows what `ctr` said.
     pub fn run(&self, name: &str) -> Result<Pod> {
         // Not detached: then it is ctr that calls CNI DEL when the container has ended.
-        let argv = ["ctr", "run", "--rm", "--cni", "--null-io", "--cgroup", "", "--rootfs", ROOT, name, "sleep", "1000000"];
+        let argv = [
+            "ctr",
+            "run",
+            "--rm",
+            "--cni",
+            "--null-io",
+            "--cgroup",
+            "",
+            "--rootfs",
+            ROOT,
+            name,
+            "/bin/sleep",
+            "1000000",
+        ];
         self.node.start_service(&service(name), &argv, &[])?;
         wait_until("the container has an address", PATIENCE, || {
             let tasks = self.node.run(&["ctr", "task", "ls"])?;
-            let task = tasks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).find(|task| task.first() == Some(&name));
+            let task = tasks
+                .lines()
+                .map(|line| line.split_whitespace().collect::<Vec<_>>())
+                .find(|task| task.first() == Some(&name));
             let pid = task.and_then(|task| task.get(1).map(ToString::to_string)).context("no such task")?;
             let pod = self.node.adopt_pod(name, &format!("/proc/{pid}/ns/net"))?;
             pod.ips().first().context("no address yet")?;

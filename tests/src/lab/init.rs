@@ -28,6 +28,9 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{sethostname, setsid};
 
+/// What the first process is told on its standard input to outlive the process that started it.
+pub const STAY: &str = "stay";
+
 /// What the first process has to know.
 #[derive(Args, Debug)]
 pub struct Init {
@@ -40,9 +43,6 @@ pub struct Init {
     /// Folder of the binaries under test
     #[arg(long)]
     bin: PathBuf,
-    /// Live on when standard input closes
-    #[arg(long)]
-    stays: bool,
 }
 
 impl Init {
@@ -63,13 +63,15 @@ impl Init {
         let mut child_ended = SigSet::empty();
         child_ended.add(Signal::SIGCHLD);
         child_ended.thread_block()?;
-        if !self.stays {
-            // The other end of this pipe is held by the test. When that ends, however it ends, so do we.
-            thread::spawn(|| {
-                io::stdin().read_to_end(&mut Vec::new()).ok();
+        // The other end of this pipe is held by the test. When that ends, however it ends, so do we:
+        // unless it has said before that we are to stay.
+        thread::spawn(|| {
+            let mut word = String::new();
+            io::stdin().read_to_string(&mut word).ok();
+            if word != STAY {
                 std::process::exit(0);
-            });
-        }
+            }
+        });
         println!("{}", pid.display());
         loop {
             while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive) {}
@@ -127,7 +129,8 @@ fn plugins() -> Result<()> {
 
 /// `mount -t KIND -o OPTIONS KIND ON`
 fn mount_new(kind: &str, on: &str, options: &str) -> Result<()> {
-    mount(Some(kind), on, Some(kind), MsFlags::empty(), Some(options)).with_context(|| format!("cannot mount {kind} on {on}"))
+    mount(Some(kind), on, Some(kind), MsFlags::empty(), Some(options))
+        .with_context(|| format!("cannot mount {kind} on {on}"))
 }
 
 /// `mount --rbind SOURCE ON`, by descriptor, which also works where a mount covers the path by now.

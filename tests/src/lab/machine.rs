@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -21,9 +21,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
+use serde::{Deserialize, Serialize};
 
 use super::binaries;
 use super::exec::{Exec, Output};
+use super::init::STAY;
 use super::process::Process;
 use super::spaces::Spaces;
 
@@ -31,7 +33,7 @@ use super::spaces::Spaces;
 const POWER_OFF: Duration = Duration::from_secs(20);
 
 /// How long a process lives that nobody stops.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Lifetime {
     /// Until the process that started it ends, however that happens.
     OfTheTest,
@@ -61,7 +63,8 @@ impl Machine {
     /// A machine with its state in `dir`; on if another process has booted it. `env` is added to the
     /// environment of every command.
     pub(super) fn new(name: &str, dir: &Path, lifetime: Lifetime, env: Vec<(String, String)>) -> Self {
-        let known: Option<Process> = fs::read(dir.join("machine.json")).ok().and_then(|text| serde_json::from_slice(&text).ok());
+        let known: Option<Process> =
+            fs::read(dir.join("machine.json")).ok().and_then(|text| serde_json::from_slice(&text).ok());
         let running = known.filter(Process::is_alive).map(|init| Running { init, parent: None });
         Self { name: name.to_owned(), dir: dir.to_owned(), lifetime, env, running: Mutex::new(running) }
     }
@@ -76,14 +79,23 @@ impl Machine {
         fs::create_dir_all(self.dir.join("var-log"))?;
         let log = self.log_path("init");
         let mut command = Command::new("unshare");
-        command.args(["--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--propagation", "private", "--"]);
+        command.args([
+            "--net",
+            "--mount",
+            "--uts",
+            "--ipc",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--propagation",
+            "private",
+            "--",
+        ]);
         command.arg(binaries::lab()?).args(["init", "--name", &self.name]);
         command.arg("--dir").arg(&self.dir).arg("--bin").arg(binaries::folder()?);
-        match self.lifetime {
-            Lifetime::OfTheTest => command.stdin(Stdio::piped()),
-            Lifetime::Stays => command.stdin(Stdio::null()).arg("--stays").process_group(0),
-        };
-        let mut parent = command.stdout(Stdio::piped()).stderr(append(&log)?).spawn().context("cannot run unshare")?;
+        command.process_group(0); // Ctrl-C at the terminal isn't meant for it
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(append(&log)?);
+        let mut parent = command.spawn().context("cannot run unshare")?;
         let mut pid = String::new();
         BufReader::new(parent.stdout.take().context("no pipe")?).read_line(&mut pid)?;
         let Ok(pid) = pid.trim().parse() else {
@@ -92,6 +104,11 @@ impl Machine {
         };
         let init = Process::with_pid(pid)?;
         fs::write(self.dir.join("machine.json"), serde_json::to_string_pretty(&init)?)?;
+        if self.lifetime == Lifetime::Stays {
+            // Not before it is on record, or an interrupted `lab up` could leave a machine that nobody knows.
+            let mut pipe = parent.stdin.take().context("no pipe")?;
+            pipe.write_all(STAY.as_bytes())?;
+        }
         *running = Some(Running { init, parent: Some(parent) });
         Ok(())
     }
@@ -183,7 +200,7 @@ impl Machine {
     /// `/var/log/NAME.log`.
     ///
     /// # Errors
-    /// It runs already, or ended at once: the error shows its log.
+    /// It runs already, or has ended already: the error shows its log.
     pub fn start_service(&self, name: &str, argv: &[&str], env: &[(&str, &str)]) -> Result<Process> {
         ensure!(self.service(name).is_none(), "{name} runs on {} already", self.name);
         let script = format!("setsid \"$@\" >>/var/log/{name}.log 2>&1 </dev/null & echo $!");

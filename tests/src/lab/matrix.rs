@@ -56,12 +56,15 @@ impl Matrix {
         let wanted: Vec<(&Pod, &Pod, Family)> = Family::ALL
             .into_iter()
             .flat_map(pairs)
-            .filter(|(from, to, family)| from.full_name() != to.full_name() && from.ip(*family).is_ok() && to.ip(*family).is_ok())
+            .filter(|(from, to, family)| {
+                from.full_name() != to.full_name() && from.ip(*family).is_ok() && to.ip(*family).is_ok()
+            })
             .collect();
         let mut cells = vec![];
         for some in wanted.chunks(AT_ONCE) {
             thread::scope(|scope| {
-                let tries: Vec<_> = some.iter().map(|&(from, to, family)| scope.spawn(move || Cell::of(from, to, family))).collect();
+                let tries: Vec<_> =
+                    some.iter().map(|&(from, to, family)| scope.spawn(move || Cell::of(from, to, family))).collect();
                 tries.into_iter().try_for_each(|cell| {
                     cells.push(cell.join().map_err(|_| anyhow!("a ping panicked"))??);
                     anyhow::Ok(())
@@ -126,7 +129,7 @@ impl fmt::Display for Matrix {
             if cells.is_empty() {
                 continue;
             }
-            writeln!(f, "{:<width$}   {}", format!("{family}"), "lost/sent, from the left to the top")?;
+            writeln!(f, "{family}, lost/sent, from the left to the top")?;
             write!(f, "{:width$}", "")?;
             self.names.iter().try_for_each(|to| write!(f, "  {to:>width$}"))?;
             writeln!(f)?;
@@ -134,7 +137,8 @@ impl fmt::Display for Matrix {
                 write!(f, "{from:<width$}")?;
                 for to in &self.names {
                     let cell = cells.iter().find(|cell| cell.from == *from && cell.to == *to);
-                    let shown = cell.map_or("·".to_owned(), |cell| format!("{}/{}", cell.sent - cell.received, cell.sent));
+                    let shown =
+                        cell.map_or("·".to_owned(), |cell| format!("{}/{}", cell.sent - cell.received, cell.sent));
                     write!(f, "  {shown:>width$}")?;
                 }
                 writeln!(f)?;

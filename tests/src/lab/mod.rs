@@ -17,6 +17,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`machine`], [`init`], [`spaces`], [`process`], [`exec`] | namespaces with a first process, and commands in them |
+//! | [`builder`] | what a lab is to be, and its start |
 //! | [`underlay`], [`addresses`], [`etcd`] | what all nodes share |
 //! | [`node`], [`pod`], [`cni`], [`containerd`], [`plain`] | nodes, and the two kinds of pods on them |
 //! | [`stream`], [`connection`], [`matrix`], [`capture`], [`packet`] | traffic, counted and looked at |
@@ -43,6 +44,7 @@
 
 pub mod addresses;
 pub mod binaries;
+pub mod builder;
 pub mod capture;
 pub mod cni;
 pub mod connection;
@@ -72,9 +74,10 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde::{Deserialize, Serialize};
+use fabric_core::model::Family;
 
 pub use addresses::Families;
+pub use builder::{Builder, Wiring};
 pub use capture::Capture;
 pub use connection::Connection;
 pub use etcd::Etcd;
@@ -85,106 +88,6 @@ pub use pod::Pod;
 pub use stream::Stream;
 pub use underlay::Underlay;
 pub use wait::wait_until;
-
-/// How the pods of a lab are connected.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Wiring {
-    /// By fabricd and fabric-cni.
-    #[default]
-    Fabric,
-    /// By the bridge plugin and static routes, without fabricd.
-    Plain,
-}
-
-/// What a lab is to be.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Builder {
-    name: Option<String>,
-    nodes: u16,
-    families: Families,
-    etcd_members: u16,
-    wiring: Wiring,
-}
-
-impl Builder {
-    /// Its name: that of its folder. Otherwise the name of the running test.
-    #[must_use]
-    pub fn name(mut self, name: &str) -> Self {
-        self.name = Some(name.to_owned());
-        self
-    }
-
-    /// How many nodes it starts with, called `node-1` and so on.
-    #[must_use]
-    pub fn nodes(mut self, nodes: u16) -> Self {
-        self.nodes = nodes;
-        self
-    }
-
-    /// The address families, of the underlay and the pods alike; IPv4 otherwise.
-    #[must_use]
-    pub fn families(mut self, families: Families) -> Self {
-        self.families = families;
-        self
-    }
-
-    /// One or three etcd members; one otherwise.
-    #[must_use]
-    pub fn etcd_members(mut self, members: u16) -> Self {
-        self.etcd_members = members;
-        self
-    }
-
-    /// Pods by the plain bridge plugin and static routes, without fabricd.
-    #[must_use]
-    pub fn plain(mut self) -> Self {
-        self.wiring = Wiring::Plain;
-        self
-    }
-
-    /// Starts it: underlay, etcd, network configuration, all nodes with a fabricd that is ready.
-    ///
-    /// # Errors
-    /// It exists, a tool is missing, you aren't root, or a part of it doesn't start: the error shows its log.
-    pub fn start(self) -> Result<Lab> {
-        let nodes = self.nodes;
-        let mut lab = self.create(Lifetime::OfTheTest)?;
-        lab.etcd.start()?;
-        if lab.plan.wiring == Wiring::Fabric {
-            lab.init_network()?;
-        }
-        // All daemons start at once, as on a real cluster.
-        let added: Vec<Arc<Node>> = (0..nodes).map(|_| lab.boot_node()).collect::<Result<_>>()?;
-        if lab.plan.wiring == Wiring::Fabric {
-            added.iter().try_for_each(|node| node.start_fabricd())?;
-            added.iter().try_for_each(|node| node.wait_ready())?;
-        }
-        Ok(lab)
-    }
-
-    /// Only its folder and the underlay, without etcd and nodes.
-    ///
-    /// # Errors
-    /// It exists, a tool is missing, or you aren't root.
-    pub fn create(self, lifetime: Lifetime) -> Result<Lab> {
-        preflight::check()?;
-        let name = match &self.name {
-            Some(name) => name.clone(),
-            None => name_of_this_test()?,
-        };
-        let dir = dir_of(&name)?;
-        if dir.exists() {
-            let old = Lab::open_at(&name, Lifetime::Stays)?;
-            ensure!(!old.is_on(), "lab {name} is up already; `lab down --name {name}` stops it");
-            fs::remove_dir_all(&dir)?;
-        }
-        fs::create_dir_all(&dir)?;
-        fs::write(dir.join("lab.json"), serde_json::to_string_pretty(&self)?)?;
-        let lab = Lab::open_at(&name, lifetime)?;
-        lab.underlay.boot(self.etcd_members)?;
-        Ok(lab)
-    }
-}
 
 /// What every node of a lab has to know.
 #[derive(Debug)]
@@ -210,19 +113,20 @@ impl Lab {
     /// Describes a lab to be started: one node, IPv4, one etcd member unless told otherwise.
     #[must_use]
     pub fn builder() -> Builder {
-        Builder { name: None, nodes: 1, families: Families::V4, etcd_members: 1, wiring: Wiring::Fabric }
+        Builder::default()
     }
 
-    /// The lab of this name that `lab up` started.
+    /// A lab that another process has started.
     ///
     /// # Errors
-    /// There is none.
+    /// There is none of this name.
     pub fn open(name: &str) -> Result<Self> {
         ensure!(dir_of(name)?.exists(), "there is no lab {name}; `lab up --name {name}` makes it");
-        Self::open_at(name, Lifetime::Stays)
+        // Whatever it was meant to be, it doesn't end with this process.
+        Self::of(name, &Builder::read(name)?.stays())
     }
 
-    /// The names of all labs that are up.
+    /// The names of all labs that are up to stay; those of running tests are the tests' own business.
     ///
     /// # Errors
     /// The folder of all labs can't be read.
@@ -231,7 +135,8 @@ impl Lab {
         if binaries::labs()?.exists() {
             for entry in fs::read_dir(binaries::labs()?)? {
                 let name = entry?.file_name().to_string_lossy().into_owned();
-                if Self::open_at(&name, Lifetime::Stays).is_ok_and(|lab| lab.is_on()) {
+                let stays = Builder::read(&name).is_ok_and(|wanted| wanted.lifetime == Lifetime::Stays);
+                if stays && Self::open(&name)?.is_on() {
                     names.push(name);
                 }
             }
@@ -240,10 +145,8 @@ impl Lab {
         Ok(names)
     }
 
-    fn open_at(name: &str, lifetime: Lifetime) -> Result<Self> {
-        let dir = dir_of(name)?;
-        let lab_json = fs::read(dir.join("lab.json")).with_context(|| format!("{} is no lab", dir.display()))?;
-        let wanted: Builder = serde_json::from_slice(&lab_json)?;
+    fn of(name: &str, wanted: &Builder) -> Result<Self> {
+        let (dir, lifetime) = (dir_of(name)?, wanted.lifetime);
         let machine = Machine::new("underlay", &dir.join("underlay"), lifetime, vec![]);
         let underlay = Arc::new(Underlay::new(machine, wanted.families));
         let etcd = Etcd::new(Arc::clone(&underlay), wanted.families, wanted.etcd_members);
@@ -305,7 +208,9 @@ impl Lab {
     /// There is none: the error lists those that exist.
     pub fn node(&self, name: &str) -> Result<&Arc<Node>> {
         let names: Vec<&str> = self.nodes().map(|node| node.name.as_str()).collect();
-        self.nodes().find(|node| node.name == name).with_context(|| format!("no node {name}; there are: {}", names.join(" ")))
+        self.nodes()
+            .find(|node| node.name == name)
+            .with_context(|| format!("no node {name}; there are: {}", names.join(" ")))
     }
 
     /// A machine by name: a node, or the underlay.
@@ -333,8 +238,8 @@ impl Lab {
         let mut argv = vec!["fabricctl", "network", "init", "--etcd-endpoints", &self.plan.etcd_endpoints];
         for &family in self.plan.families.each() {
             argv.push(match family {
-                fabric_core::model::Family::V4 => "--network",
-                fabric_core::model::Family::V6 => "--ipv6-network",
+                Family::V4 => "--network",
+                Family::V6 => "--ipv6-network",
             });
             argv.push(addresses::pod_network(family));
         }
@@ -448,14 +353,4 @@ fn dir_of(name: &str) -> Result<PathBuf> {
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     ensure!(!name.is_empty() && !name.starts_with('.') && name.chars().all(fits), "{name:?} is no name for a lab");
     Ok(binaries::labs()?.join(name))
-}
-
-/// The test harness calls its threads by their tests. A second lab of the same test needs a name.
-fn name_of_this_test() -> Result<String> {
-    let program = std::env::current_exe()?;
-    let program = program.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-    let suite = program.rsplit_once('-').map_or(program.as_str(), |(suite, _hash)| suite);
-    let thread = thread::current();
-    let test = thread.name().context("a lab started outside of a test's own thread needs a name")?;
-    Ok(format!("{suite}.{}", test.replace("::", ".")))
 }

@@ -157,7 +157,8 @@ impl Node {
     /// # Errors
     /// fabricd doesn't answer.
     pub fn status(&self) -> Result<Value> {
-        serde_json::from_str(&self.run(&["fabricctl", "status", "-o", "json"])?).context("fabricctl prints malformed JSON")
+        serde_json::from_str(&self.run(&["fabricctl", "status", "-o", "json"])?)
+            .context("fabricctl prints malformed JSON")
     }
 
     /// Drops all packets between the node itself and an address, both ways, until [`Node::heal`]; nothing

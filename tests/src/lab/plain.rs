@@ -15,7 +15,8 @@ use super::node::Node;
 
 /// The conflist of one node.
 pub(super) fn conflist(index: u16, families: Families) -> Value {
-    let ranges: Vec<Value> = families.each().iter().map(|&family| json!([{ "subnet": subnet(family, index) }])).collect();
+    let ranges: Vec<Value> =
+        families.each().iter().map(|&family| json!([{ "subnet": subnet(family, index) }])).collect();
     json!({ "cniVersion": "1.0.0", "name": "plain", "plugins": [{
         "type": "bridge", "bridge": "cni0", "isGateway": true, "isDefaultGateway": true, "hairpinMode": true,
         "ipam": { "type": "host-local", "ranges": ranges },
@@ -50,4 +51,3 @@ fn subnet(family: Family, index: u16) -> String {
         Family::V6 => format!("fd00:10:244:{index:x}::/64"),
     }
 }
-

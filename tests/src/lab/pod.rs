@@ -4,6 +4,7 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result, ensure};
 use fabric_core::model::Family;
@@ -27,6 +28,8 @@ pub struct Pod {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Record {
     name: String,
+    /// CNI_CONTAINERID: never used twice, or what an earlier pod of this name leaked would stand in the way.
+    container: String,
     netns: String,
     ips: Vec<IpAddr>,
     /// The result of ADD, null for a pod that a real container runtime attached.
@@ -41,16 +44,18 @@ impl Node {
     pub fn add_pod(self: &Arc<Self>, name: &str) -> Result<Pod> {
         self.run(&["ip", "netns", "add", name])?;
         let netns = format!("/run/netns/{name}");
-        let added = cni::add(self, &Attachment { container: name, netns: &netns });
+        let container = format!("{name}-{:08x}", UNIX_EPOCH.elapsed()?.as_nanos());
+        let attachment = Attachment { container: &container, netns: &netns };
+        let added = cni::add(self, &attachment);
         if added.is_err() {
             // As a runtime does: whatever a failed ADD left is a DEL's to remove.
-            cni::del(self, &Attachment { container: name, netns: &netns }, &Value::Null).ok();
+            cni::del(self, &attachment, &Value::Null).ok();
             self.run(&["ip", "netns", "del", name])?;
         }
         let result = added.with_context(|| format!("cannot attach pod {name} on {}", self.name))?;
         self.run(&["ip", "-n", name, "link", "set", "lo", "up"])?;
         let ips = cni::addresses(&result)?;
-        self.register(Record { name: name.to_owned(), netns, ips, result })
+        self.register(Record { name: name.to_owned(), container, netns, ips, result })
     }
 
     /// A container of a real runtime, as a pod: its network namespace is at `netns` on the node.
@@ -58,7 +63,13 @@ impl Node {
     /// # Errors
     /// It has no addresses.
     pub(super) fn adopt_pod(self: &Arc<Self>, name: &str, netns: &str) -> Result<Pod> {
-        let record = Record { name: name.to_owned(), netns: netns.to_owned(), ips: vec![], result: Value::Null };
+        let record = Record {
+            name: name.to_owned(),
+            container: name.to_owned(),
+            netns: netns.to_owned(),
+            ips: vec![],
+            result: Value::Null,
+        };
         let mut pod = Pod { node: Arc::clone(self), record };
         pod.record.ips = pod.addresses_on_its_interface()?;
         self.register(pod.record)
@@ -72,7 +83,8 @@ impl Node {
         if !self.pods_dir().exists() {
             return Ok(vec![]);
         }
-        let records = fs::read_dir(self.pods_dir())?.map(|entry| Ok(serde_json::from_slice(&fs::read(entry?.path())?)?));
+        let records =
+            fs::read_dir(self.pods_dir())?.map(|entry| Ok(serde_json::from_slice(&fs::read(entry?.path())?)?));
         let mut records: Vec<Record> = records.collect::<Result<_>>()?;
         records.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(records.into_iter().map(|record| Pod { node: Arc::clone(self), record }).collect())
@@ -199,7 +211,7 @@ impl Pod {
     }
 
     fn attachment(&self) -> Attachment<'_> {
-        Attachment { container: self.name(), netns: &self.record.netns }
+        Attachment { container: &self.record.container, netns: &self.record.netns }
     }
 
     fn netns_path(&self) -> Result<PathBuf> {
@@ -207,8 +219,10 @@ impl Pod {
     }
 
     fn addresses_on_its_interface(&self) -> Result<Vec<IpAddr>> {
-        let shown: Value = serde_json::from_str(&self.run(&["ip", "-j", "address", "show", cni::INTERFACE, "scope", "global"])?)?;
-        let ips = shown[0]["addr_info"].as_array().context("ip shows no addresses")?.iter();
-        ips.map(|ip| Ok(ip["local"].as_str().context("ip shows an address without address")?.parse()?)).collect()
+        let shown = self.run(&["ip", "-j", "address", "show", cni::INTERFACE, "scope", "global"])?;
+        let shown: Value = serde_json::from_str(&shown)?;
+        let ips = shown[0]["addr_info"].as_array().context("ip shows no addresses")?;
+        // An address of another scope is listed too, as an empty object.
+        ips.iter().filter_map(|ip| ip["local"].as_str()).map(|ip| Ok(ip.parse()?)).collect()
     }
 }

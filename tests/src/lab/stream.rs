@@ -36,6 +36,7 @@ const RECEIVE_BUFFER: usize = 4 << 20;
 pub struct Stream {
     what: String,
     stop: Arc<AtomicBool>,
+    sent: Arc<AtomicU64>,
     received: Arc<AtomicU64>,
     sender: JoinHandle<Sent>,
     receiver: JoinHandle<Received>,
@@ -103,18 +104,25 @@ impl Stream {
 
         let stop = Arc::new(AtomicBool::new(false));
         let total = Arc::new(AtomicU64::new(u64::MAX));
-        let received = Arc::new(AtomicU64::new(0));
+        let (sent, received) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
         let sender = {
-            let (stop, total) = (Arc::clone(&stop), Arc::clone(&total));
-            thread::spawn(move || send(&source, target, Duration::from_secs(1) / rate, &stop, &total))
+            let (stop, sent, total) = (Arc::clone(&stop), Arc::clone(&sent), Arc::clone(&total));
+            let interval = Duration::from_secs(1) / rate;
+            thread::spawn(move || send(&source, target, interval, &stop, &sent, &total))
         };
         let receiver = {
             let (total, received) = (Arc::clone(&total), Arc::clone(&received));
             thread::spawn(move || receive(&sink, &total, &received))
         };
-        let stream = Self { what, stop, received, sender, receiver, total };
+        let stream = Self { what, stop, sent, received, sender, receiver, total };
         stream.wait_for(1, FIRST_PACKET)?;
         Ok(stream)
+    }
+
+    /// How many packets have been sent until now.
+    #[must_use]
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
     }
 
     /// How many packets have arrived until now.
@@ -158,7 +166,14 @@ impl Stream {
     }
 }
 
-fn send(socket: &UdpSocket, target: SocketAddr, interval: Duration, stop: &AtomicBool, total: &AtomicU64) -> Sent {
+fn send(
+    socket: &UdpSocket,
+    target: SocketAddr,
+    interval: Duration,
+    stop: &AtomicBool,
+    count: &AtomicU64,
+    total: &AtomicU64,
+) -> Sent {
     let mut sent = Sent::default();
     let mut number: u64 = 0;
     let mut due = Instant::now();
@@ -168,6 +183,7 @@ fn send(socket: &UdpSocket, target: SocketAddr, interval: Duration, stop: &Atomi
             sent.refusal.get_or_insert_with(|| error.to_string());
         }
         number += 1;
+        count.store(number, Ordering::Relaxed);
         due += interval;
         thread::sleep(due.saturating_duration_since(Instant::now()));
     }

@@ -9,7 +9,7 @@ use clap::Args;
 use fabric_core::model::Family;
 
 use super::addresses::Families;
-use super::machine::{Lifetime, Machine};
+use super::machine::Machine;
 use super::matrix::Matrix;
 use super::node::Node;
 use super::packet::{Packet, VXLAN_PORT};
@@ -58,7 +58,7 @@ impl Up {
     }
 
     fn create(&self, builder: Builder) -> Result<Lab> {
-        step("underlay: a bridge in a namespace of its own", || builder.create(Lifetime::Stays))
+        step("underlay: a bridge in a namespace of its own", || builder.stays().create())
     }
 
     fn fill(&self, lab: &mut Lab) -> Result<()> {
@@ -185,7 +185,8 @@ fn prove_vxlan(lab: &Lab, family: Family) -> Result<()> {
     let (source, target) = (a.ip(family)?, b.ip(family)?);
     let capture = lab.underlay().capture("node-1")?;
     a.run(&["ping", "-n", "-c", "1", "-W", "2", &target.to_string()])?;
-    let is_ours = |packet: &Packet| packet.inner().is_some_and(|inner| inner.source == source && inner.target == target);
+    let is_ours =
+        |packet: &Packet| packet.inner().is_some_and(|inner| inner.source == source && inner.target == target);
     let packet = capture.wait_for("the ping as a VXLAN packet on the underlay", Duration::from_secs(2), is_ours)?;
     let vxlan = packet.vxlan.as_ref().context("it is VXLAN")?;
     println!("\nThat ping on the underlay, at the port of node-1 ({family}):\n");
