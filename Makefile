@@ -1,1 +1,33 @@
-# fabricd: see README.md. `make lab` shows it, `make test` tests it.
+# fabricd: `make lab` shows it, `make test` tests it.
+
+# The lab that `lab` and `lab-down` are about; any number can be up side by side.
+NAME ?= fabric
+
+.DEFAULT_GOAL := help
+.PHONY: help deps build lab lab-down test lint
+
+help: ## List the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+deps: ## Install what is missing for the lab and the tests (apt; elsewhere: say what is missing)
+	@tests/deps
+
+build: ## Build all binaries
+	cargo build --workspace
+
+lab: root deps build ## Bring up a cluster of three nodes, show that it works, leave it up
+	@target/debug/lab --name $(NAME) up
+
+lab-down: root ## Take it down again
+	@target/debug/lab --name $(NAME) down
+
+test: root deps build ## Run all tests
+	cargo test --workspace --no-fail-fast
+
+lint: ## Check format and lints
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+.PHONY: root
+root:
+	@[ $$(id -u) = 0 ] || { echo 'network namespaces need root: sudo -E env "PATH=$$PATH" make $(MAKECMDGOALS)' >&2; exit 1; }

@@ -4,6 +4,7 @@ pub mod certificates;
 pub mod conformance;
 pub mod etcd;
 pub mod fake_kernel;
+pub mod lab;
 pub mod memory_store;
 pub mod netns;
 pub mod tcp_proxy;

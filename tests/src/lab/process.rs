@@ -1,0 +1,76 @@
+//! One process of this machine, told apart from a later one that was given the same number.
+//!
+//! The Lab remembers processes in files and signals them from other processes, later. A number alone
+//! would one day name a stranger; with the time of its start and the boot it belongs to it can't.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+use super::wait_until;
+
+/// A process, by number, start and boot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// The number in the namespace in which the Lab itself runs: `/proc/<pid>` is this process.
+    pub pid: i32,
+    start_time: String,
+    boot_id: String,
+}
+
+impl Process {
+    /// The process that has this number now.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn with_pid(pid: i32) -> Result<Self> {
+        let (_, start_time) = state_and_start(pid).with_context(|| format!("no process {pid}"))?;
+        Ok(Self { pid, start_time, boot_id: boot_id()? })
+    }
+
+    /// False once it has ended; a zombie has ended.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        let same_start = matches!(state_and_start(self.pid), Ok((state, start))
+            if start == self.start_time && !matches!(state.as_str(), "Z" | "X"));
+        same_start && boot_id().is_ok_and(|boot| boot == self.boot_id)
+    }
+
+    /// Sends a signal, if this is still the same process.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        ensure!(self.is_alive(), "process {} has ended", self.pid);
+        kill(Pid::from_raw(self.pid), signal).with_context(|| format!("cannot send {signal} to process {}", self.pid))
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// It lives on after `limit`.
+    pub fn wait_gone(&self, limit: Duration) -> Result<()> {
+        wait_until(&format!("process {} ends", self.pid), limit, || {
+            ensure!(!self.is_alive(), "still running");
+            Ok(())
+        })
+    }
+}
+
+/// Fields 3 and 22 of `/proc/<pid>/stat` (proc(5)); the name in field 2 may itself hold spaces.
+fn state_and_start(pid: i32) -> Result<(String, String)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let (_, after_name) = stat.rsplit_once(')').context("malformed stat")?;
+    let mut fields = after_name.split_whitespace();
+    let state = fields.next().context("malformed stat")?;
+    let start = fields.nth(18).context("malformed stat")?;
+    Ok((state.to_owned(), start.to_owned()))
+}
+
+fn boot_id() -> Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}

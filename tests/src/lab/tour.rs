@@ -1,0 +1,214 @@
+//! `lab up`: brings a lab up step by step, saying what it does, and shows that it works.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use fabric_core::model::Family;
+
+use super::addresses::Families;
+use super::machine::Machine;
+use super::matrix::Matrix;
+use super::node::Node;
+use super::packet::{Packet, VXLAN_PORT};
+use super::{Builder, Lab, Wiring};
+
+/// What lab to bring up.
+#[derive(Args, Debug)]
+pub struct Up {
+    /// How many nodes
+    #[arg(long, default_value_t = 3)]
+    nodes: u16,
+    /// How many pods on each
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(..=26))]
+    pods: u8,
+    /// Address families of underlay and pods
+    #[arg(long, value_enum, default_value_t)]
+    families: Families,
+    /// How many etcd members
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=3))]
+    etcd_members: u16,
+    /// Pods by the bridge plugin and static routes alone, without fabricd: the baseline
+    #[arg(long)]
+    plain: bool,
+}
+
+impl Up {
+    /// Brings it up, shows it, leaves it up. If anything fails the processes end and the logs stay.
+    ///
+    /// # Errors
+    /// A part doesn't start, or pods don't reach each other.
+    pub fn run(&self, name: &str) -> Result<()> {
+        let begin = Instant::now();
+        let mut builder = Lab::builder().name(name).families(self.families).etcd_members(self.etcd_members);
+        if self.plain {
+            builder = builder.plain();
+        }
+        println!("Lab {name}: {} nodes with {} pods each, {}", self.nodes, self.pods, self.families);
+        let mut lab = self.create(builder)?;
+        if let Err(error) = self.fill(&mut lab) {
+            lab.stop()?;
+            return Err(error.context(format!("the lab is down again; its logs are in {}", lab.dir().display())));
+        }
+        println!("\nUp after {:.1} s, and stays up.\n", begin.elapsed().as_secs_f64());
+        self.look_around(name);
+        Ok(())
+    }
+
+    fn create(&self, builder: Builder) -> Result<Lab> {
+        step("underlay: a bridge in a namespace of its own", || builder.stays().create())
+    }
+
+    fn fill(&self, lab: &mut Lab) -> Result<()> {
+        step(&format!("etcd: {} at {}", members(self.etcd_members), lab.etcd().endpoints()), || lab.etcd().start())?;
+        if !self.plain {
+            step("network configuration: fabricctl network init", || lab.init_network())?;
+        }
+        for _ in 0..self.nodes {
+            add_node(lab, self.pods)?;
+        }
+        if !self.plain {
+            println!("\nWhat node-1 knows of its peers (fabricctl status):\n");
+            print!("{}", lab.node("node-1")?.run(&["fabricctl", "status"])?);
+        }
+        println!("\nEvery pod pings every other:\n");
+        let matrix = Matrix::of(&lab.pods()?)?;
+        print!("{matrix}");
+        ensure!(matrix.is_perfect(), "pods don't reach each other");
+        if !self.plain && self.nodes > 1 && self.pods > 0 {
+            for &family in lab.families().each() {
+                prove_vxlan(lab, family)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn look_around(&self, name: &str) {
+        let program = std::env::args().next().unwrap_or_else(|| "lab".into());
+        let lab = if name == "fabric" { program } else { format!("{program} --name {name}") };
+        let mut lines = vec![("status", "machines, processes, pods"), ("ping", "the matrix again")];
+        if !self.plain {
+            lines.push(("exec node-1 fabricctl status", "what a daemon sees"));
+            lines.push(("exec node-1 ip route", "what it made: routes, also `bridge fdb`, `ip neigh`, `ip nexthop`"));
+            lines.push(("logs node-1", "what it says"));
+        }
+        lines.push(("exec node-1 etcdctl get --prefix /coreos.com/network", "the leases"));
+        lines.push(("exec node-1/pod-a ip address", "a pod from inside"));
+        lines.push(("capture node-1", "the packets at its port"));
+        lines.push(("shell node-1", "a shell there"));
+        lines.push(("add-node", "one more"));
+        lines.push(("kill node-2", "pull its plug; `boot node-2` switches it on again"));
+        lines.push(("down", "the end"));
+        println!("Look around:");
+        let width = lines.iter().map(|(command, _)| command.len()).max().unwrap_or(0);
+        for (command, what) in lines {
+            println!("  {lab} {command:<width$}  # {what}");
+        }
+    }
+}
+
+/// Adds a node with its fabricd and pods, saying so.
+///
+/// # Errors
+/// A part of it doesn't start.
+pub fn add_node(lab: &mut Lab, pods: u8) -> Result<()> {
+    let number = lab.nodes().map(|node| node.index).max().unwrap_or(0) + 1;
+    let node = step(&format!("node-{number}: namespaces, a cable to the underlay"), || lab.boot_node())?;
+    furnish(&node, lab.plan.wiring, pods)
+}
+
+/// Switches a node on again, with its fabricd and pods, saying so.
+///
+/// # Errors
+/// It is on, or a part of it doesn't start.
+pub fn boot_node(lab: &Lab, name: &str, pods: u8) -> Result<()> {
+    let node = lab.node(name)?;
+    step(&format!("{name}: namespaces, a cable to the underlay"), || lab.boot_again(node))?;
+    furnish(node, lab.plan.wiring, pods)
+}
+
+fn furnish(node: &Arc<Node>, wiring: Wiring, pods: u8) -> Result<()> {
+    if wiring == Wiring::Fabric {
+        step(&format!("{}: fabricd, until it is ready", node.name), || {
+            node.start_fabricd()?;
+            node.wait_ready()
+        })?;
+    }
+    for letter in ('a'..='z').take(pods.into()) {
+        let mut ips = vec![];
+        step(&format!("{}/pod-{letter}: a CNI ADD", node.name), || {
+            ips = node.add_pod(&format!("pod-{letter}"))?.ips().to_vec();
+            Ok(())
+        })?;
+        let ips: Vec<String> = ips.iter().map(ToString::to_string).collect();
+        println!("              {}", ips.join("  "));
+    }
+    Ok(())
+}
+
+/// Shows machines, processes and pods.
+///
+/// # Errors
+/// The lab's folder can't be read.
+pub fn print_status(lab: &Lab) -> Result<()> {
+    println!("Lab {} ({}), files in {}", lab.name(), lab.families(), lab.dir().display());
+    print_machine(&lab.underlay().machine)?;
+    for node in lab.nodes() {
+        print_machine(node)?;
+        for pod in if node.is_on() { node.pods()? } else { vec![] } {
+            let ips: Vec<String> = pod.ips().iter().map(ToString::to_string).collect();
+            println!("  {:<12} {}", pod.name(), ips.join("  "));
+        }
+    }
+    Ok(())
+}
+
+fn print_machine(machine: &Machine) -> Result<()> {
+    match machine.pid() {
+        Ok(pid) => println!("{:<14} pid {pid}", machine.name),
+        Err(_) => println!("{:<14} off", machine.name),
+    }
+    for (name, process) in machine.services()? {
+        match process {
+            Some(process) => println!("  {name:<12} pid {}", process.pid),
+            None => println!("  {name:<12} has ended; `lab logs {} {name}` may say why", machine.name),
+        }
+    }
+    Ok(())
+}
+
+/// Catches a ping between two nodes on the underlay and shows it.
+fn prove_vxlan(lab: &Lab, family: Family) -> Result<()> {
+    let (a, b) = (lab.node("node-1")?.pod("pod-a")?, lab.node("node-2")?.pod("pod-a")?);
+    let (source, target) = (a.ip(family)?, b.ip(family)?);
+    let capture = lab.underlay().capture("node-1")?;
+    a.run(&["ping", "-n", "-c", "1", "-W", "2", &target.to_string()])?;
+    let is_ours =
+        |packet: &Packet| packet.inner().is_some_and(|inner| inner.source == source && inner.target == target);
+    let packet = capture.wait_for("the ping as a VXLAN packet on the underlay", Duration::from_secs(2), is_ours)?;
+    let vxlan = packet.vxlan.as_ref().context("it is VXLAN")?;
+    println!("\nThat ping on the underlay, at the port of node-1 ({family}):\n");
+    println!("  outer  {} → {}  UDP port {VXLAN_PORT}  (the nodes)", packet.source, packet.target);
+    println!("  VXLAN  VNI {}", vxlan.vni);
+    println!("  inner  {source} → {target}  (the pods)");
+    Ok(())
+}
+
+fn members(count: u16) -> String {
+    if count == 1 { "one member".to_owned() } else { format!("{count} members") }
+}
+
+/// Says what is done while it is done, and how long it took.
+fn step<T>(what: &str, action: impl FnOnce() -> Result<T>) -> Result<T> {
+    print!("  {what:<64}");
+    io::stdout().flush()?;
+    let begin = Instant::now();
+    let result = action();
+    match &result {
+        Ok(_) => println!("{:>6.2} s", begin.elapsed().as_secs_f64()),
+        Err(_) => println!("failed"),
+    }
+    result
+}

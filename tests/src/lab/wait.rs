@@ -1,0 +1,38 @@
+//! Waiting without sleeping: a condition is tried again and again until it holds or its time is up.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+/// How often a condition is tried.
+const POLL: Duration = Duration::from_millis(10);
+
+/// Tries `condition` until it succeeds and returns what it found.
+///
+/// ```
+/// # use fabric_tests::lab::wait_until;
+/// # use std::time::Duration;
+/// let mut tries = 0;
+/// let found = wait_until("the third try", Duration::from_secs(5), || {
+///     tries += 1;
+///     anyhow::ensure!(tries == 3, "only {tries} so far");
+///     Ok(tries)
+/// });
+/// assert_eq!(found.ok(), Some(3));
+/// ```
+///
+/// # Errors
+/// It still fails after `limit`: names what was waited for and the last failure.
+pub fn wait_until<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> Result<T>) -> Result<T> {
+    let end = Instant::now() + limit;
+    loop {
+        match condition() {
+            Ok(found) => return Ok(found),
+            Err(error) if Instant::now() >= end => {
+                return Err(error).with_context(|| format!("waited {limit:?} in vain: {what}"));
+            }
+            Err(_) => thread::sleep(POLL),
+        }
+    }
+}
