@@ -15,6 +15,7 @@ use fabric_core::record::LeaseKey;
 use fabric_core::state::KernelState;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
@@ -58,16 +59,27 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let reconciler = Reconciler::new(node, store, open_kernel(&config)?, files);
     let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
 
+    // Each on a task of its own, so that none waits for another's turn.
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async {
+        keeper.run(wanted).await;
+        "the lease keeper has ended".to_owned()
+    });
+    tasks.spawn(async {
+        reconciler.run(holding).await;
+        "the reconcile loop has ended".to_owned()
+    });
+    if let Some(listener) = health {
+        let view = view.clone();
+        tasks.spawn(async { format!("the health endpoint has ended: {:?}", health::serve(listener, view).await) });
+    }
+    tasks.spawn(async { format!("the gRPC API has ended: {:?}", status::serve(api, view).await) });
+
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let http_view = view.clone();
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
-        () = keeper.run(wanted) => bail!("the lease keeper has ended"),
-        () = reconciler.run(holding) => bail!("the reconcile loop has ended"),
-        ended = status::serve(api, view) => ended.context("the gRPC API has ended")?,
-        ended = async { match health { Some(listener) => health::serve(listener, http_view).await, None => std::future::pending().await } } =>
-            ended.context("the health endpoint has ended")?,
+        Some(ended) = tasks.join_next() => bail!(ended?),
     }
     info!("fabricd ends, the data plane stays");
     Ok(())

@@ -12,7 +12,7 @@ fn main() -> ExitCode {
         Err(ConfigError::Flags(error)) => error.exit(),
         Err(error) => return fail(&error),
     };
-    let filter = match EnvFilter::try_new(&config.log_level) {
+    let filter = match EnvFilter::try_new(directives(&config.log_level)) {
         Ok(filter) => filter,
         Err(error) => {
             return fail(&format!("--log-level {}: {error}; as in info or warn,fabricd=debug", config.log_level));
@@ -34,6 +34,11 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&format!("{error:#}")),
     }
+}
+
+/// A bare level is ours: the libraries below (HTTP/2, gRPC) stay at warn, whose word for every frame drowns the rest.
+fn directives(level: &str) -> String {
+    if level.contains(['=', ',']) { level.to_owned() } else { format!("warn,fabricd={level}") }
 }
 
 fn fail(error: &dyn std::fmt::Display) -> ExitCode {

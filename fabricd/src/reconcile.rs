@@ -168,9 +168,10 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         network: &Network,
         holding: &Holding,
     ) -> Result<(Arc<Observed>, NetworkConfig, Own, PerFamily<Underlay>), Blocked> {
+        // Always looked at, since only what changes after a look wakes the loop.
+        let observed = self.kernel.observe().await.map_err(failed)?;
         let network = self.network_in_force(view, network)?;
         view.network = Some(network);
-        let observed = self.kernel.observe().await.map_err(failed)?;
         let underlays = network
             .spaces
             .try_map(|family, _| underlay::choose(&self.node.selectors, &observed.host, family))
@@ -191,13 +192,13 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             differs
         });
         for drop in &observed.forward_drops {
-            let spaces = network.spaces.values().map(|s| drop.remedy.replace("{network}", &s.network.to_string()));
-            let remedy: Vec<String> = spaces.collect();
-            view.warnings.push(format!(
-                "{} drops forwarded packets unless a rule accepts them; let the pods' through with: {}",
-                drop.chain,
-                remedy.join("; ").replace('\n', "; ")
-            ));
+            if let Some(space) = network.spaces.get(drop.family) {
+                let remedy = drop.remedy.replace("{network}", &space.network.to_string()).replace('\n', "; ");
+                view.warnings.push(format!(
+                    "{} drops forwarded {} packets unless a rule accepts them; let the pods' through with: {remedy}",
+                    drop.chain, drop.family
+                ));
+            }
         }
         let own = holding.own.clone().ok_or_else(|| match &holding.trouble {
             Some((code, reason)) => Blocked { code: *code, reason: reason.clone() },
