@@ -6,7 +6,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use fabric_core::model::Family;
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -51,6 +51,14 @@ impl Node {
     /// It is on already, or the machine can't be made.
     pub fn boot(&self) -> Result<()> {
         self.machine.boot()?;
+        let furnished = self.furnish();
+        if furnished.is_err() {
+            self.machine.power_off()?;
+        }
+        furnished
+    }
+
+    fn furnish(&self) -> Result<()> {
         self.forget_pods()?;
         self.underlay.connect(&self.machine, self.index)?;
         let (name, conflist) = match self.plan.wiring {
@@ -136,12 +144,19 @@ impl Node {
     /// # Errors
     /// It isn't after 15 seconds: the error shows why, and its log.
     pub fn wait_ready(&self) -> Result<()> {
-        wait_until(&format!("fabricd is ready on {}", self.name), Duration::from_secs(15), || {
+        let ready = wait_until(&format!("fabricd is ready on {}", self.name), Duration::from_secs(15), || {
+            if self.service(FABRICD).is_none() {
+                return Ok(false); // no use waiting
+            }
             let reply = self.http_get(9472, "/readyz")?;
             ensure!(reply.status == 200, "not ready: {}", reply.body);
-            Ok(())
-        })
-        .map_err(|error| error.context(self.log_tail(FABRICD)))
+            Ok(true)
+        });
+        match ready {
+            Ok(true) => Ok(()),
+            Ok(false) => bail!("fabricd has ended on {}:\n{}", self.name, self.log_tail(FABRICD)),
+            Err(error) => Err(error.context(self.log_tail(FABRICD))),
+        }
     }
 
     /// `GET http://127.0.0.1:PORT/PATH` on the node.
