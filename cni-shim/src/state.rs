@@ -27,8 +27,9 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::conf::PluginConf;
 use crate::error::{CniError, Code};
-use crate::request::{AttachmentId, PluginConf};
+use crate::request::AttachmentId;
 
 /// The largest state file that is read, in bytes: a network configuration and a little more.
 const MAX_STATE: u64 = 2 * 1024 * 1024;
