@@ -18,9 +18,10 @@ use fabric_core::handoff::NodeFile;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::conf::PluginConf;
 use crate::error::{CniError, Code};
 use crate::exec::{Exec, ExecError, Exit, Invocation};
-use crate::request::{Attachment, Identifier, PluginConf, Verb};
+use crate::request::{Attachment, Identifier, Verb};
 use crate::state;
 use crate::version::{SpecVersion, convert};
 

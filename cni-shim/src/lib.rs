@@ -14,6 +14,7 @@
 //! | module       | what it knows                                                       |
 //! |--------------|---------------------------------------------------------------------|
 //! | [`request`]  | environment and stdin become a checked value                        |
+//! | [`conf`]     | the network configuration: the spec's keys and ours                 |
 //! | [`verbs`]    | ADD, DEL, CHECK, GC, STATUS, VERSION and what each leaves behind    |
 //! | [`delegate`] | what the delegate is told, in which version, and what it answers    |
 //! | [`exec`]     | a process with a deadline, or a test's fake                         |
@@ -23,6 +24,7 @@
 //!
 //! References are to the CNI spec, version 1.1.0 (containernetworking/cni, SPEC.md).
 
+pub mod conf;
 pub mod delegate;
 pub mod error;
 pub mod exec;

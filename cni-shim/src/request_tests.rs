@@ -42,6 +42,17 @@ fn request_carries_all_that_the_runtime_said() {
 }
 
 #[test]
+fn conflist_that_we_ship_is_understood() {
+    let list: Value = serde_json::from_str(include_str!("../../deploy/cni/10-fabric.conflist")).expect("JSON");
+    // A runtime takes the list's name and version into each plugin's configuration (spec, section 3).
+    let mut conf = list["plugins"][0].clone();
+    conf["name"] = list["name"].clone();
+    conf["cniVersion"] = list["cniVersion"].clone();
+    let request = read(&environment_of("ADD"), conf.to_string().as_bytes()).expect("understood");
+    assert_eq!(request.version(), SpecVersion::V1_0_0);
+}
+
+#[test]
 fn variables_that_the_spec_requires_are_missed_by_name() {
     for verb in Verb::ALL {
         for name in ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_PATH"] {

@@ -55,6 +55,18 @@ fn of_two_that_create_at_once_one_wins_and_stays_whole() {
 }
 
 #[test]
+fn attachment_is_on_disk_when_the_work_beside_it_has_ended() {
+    let dir = TempDir::new().expect("a folder");
+    let (all, id) = (attachments(&dir), id("c1", "eth0"));
+    let held = all.create(&saved(&id)).expect("saved");
+    assert_eq!(held.sync_during(|| Ok(7)), Ok(7));
+    let failure = CniError::new(Code::DelegateFailed, "no");
+    assert_eq!(held.sync_during(|| Err::<(), _>(failure.clone())), Err(failure));
+    fs::remove_dir_all(&all.dir).expect("removed");
+    assert_eq!(held.sync_during(|| Ok(7)).expect_err("no folder").code(), Code::Io);
+}
+
+#[test]
 fn busy_attachment_is_not_opened_and_says_who_to_ask() {
     let dir = TempDir::new().expect("a folder");
     let (all, id) = (attachments(&dir), id("c1", "eth0"));

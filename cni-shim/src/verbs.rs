@@ -61,7 +61,8 @@ impl Answering<'_> {
         let saved = Saved { id: pod.id.clone(), netns: pod.netns.clone(), config };
         let held = self.attachments.create(&saved)?;
 
-        delegate.call(Verb::Add, Some(pod), &saved.config, conf.prev_result.as_ref()).map_err(|failure| {
+        let attach = || delegate.call(Verb::Add, Some(pod), &saved.config, conf.prev_result.as_ref());
+        held.sync_during(attach).map_err(|failure| {
             match delegate.call(Verb::Del, Some(pod), &saved.config, None).and_then(|_| held.forget()) {
                 Ok(()) => failure,
                 // The file stays, for the DEL or GC that the runtime owes.

@@ -270,8 +270,13 @@ fn gc_detaches_all_but_those_named_and_those_in_the_making() {
     assert_eq!(left, ["c1", "c3"]);
     assert!(!draft.exists());
     // c1 lives at the same path, so c2's saved namespace is not its own any more.
-    let seen = node.bridge.seen.borrow();
-    assert_eq!(seen.iter().rfind(|seen| seen.verb == "DEL").expect("a DEL").env["CNI_NETNS"], "");
+    let env = node.bridge.seen.borrow().iter().rfind(|seen| seen.verb == "DEL").expect("a DEL").env.clone();
+    assert_eq!(env["CNI_NETNS"], "");
+
+    drop(in_the_making);
+    conf["cni.dev/valid-attachments"] = Value::Null;
+    node.ask("GC", &conf).expect("GC succeeds");
+    node.assert_clean();
 }
 
 #[test]

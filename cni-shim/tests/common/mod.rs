@@ -111,7 +111,6 @@ impl Host {
         assert_eq!(self.addresses(), [""; 0], "addresses left");
         let files = fs::read_dir(self.path("state/fabric")).map_or(0, Iterator::count);
         assert_eq!(files, 0, "state files left");
-        // `ip -j` prints nothing at all, or empty objects, where there are none.
         assert_eq!(run("ip -o link show type veth"), "", "interfaces left");
     }
 }
