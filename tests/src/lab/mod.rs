@@ -329,7 +329,8 @@ impl Lab {
 
     fn know_node(&mut self, index: u16) -> Arc<Node> {
         let name = format!("node-{index}");
-        let env = [("ETCDCTL_API", "3"), ("ETCDCTL_ENDPOINTS", &self.plan.etcd_endpoints)];
+        let endpoints = &*self.plan.etcd_endpoints;
+        let env = [("FABRICD_ETCD_ENDPOINTS", endpoints), ("ETCDCTL_ENDPOINTS", endpoints), ("ETCDCTL_API", "3")];
         let env = env.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
         let machine = Machine::new(&name, &self.dir.join(&name), self.lifetime, env);
         let node = Arc::new(Node::new(machine, index, Arc::clone(&self.plan), Arc::clone(&self.underlay)));
