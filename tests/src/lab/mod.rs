@@ -19,7 +19,7 @@
 //! | [`machine`], [`init`], [`spaces`], [`process`], [`exec`] | namespaces with a first process, and commands in them |
 //! | [`builder`] | what a lab is to be, and its start |
 //! | [`underlay`], [`addresses`], [`etcd`] | what all nodes share |
-//! | [`node`], [`pod`], [`cni`], [`containerd`], [`plain`] | nodes, and the two kinds of pods on them |
+//! | [`node`], [`pod`], [`cni`], [`containerd`], `plain` | nodes, and the kinds of pods on them |
 //! | [`stream`], [`connection`], [`matrix`], [`capture`], [`packet`] | traffic, counted and looked at |
 //!
 //! A test reads as a sentence:

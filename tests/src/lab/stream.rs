@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use fabric_core::model::Family;
 use nix::sys::socket::{setsockopt, sockopt};
 
@@ -38,8 +38,8 @@ pub struct Stream {
     stop: Arc<AtomicBool>,
     sent: Arc<AtomicU64>,
     received: Arc<AtomicU64>,
-    sender: JoinHandle<Sent>,
-    receiver: JoinHandle<Received>,
+    sender: Option<JoinHandle<Sent>>,
+    receiver: Option<JoinHandle<Received>>,
     /// Set by the sender at its end: the number of packets that were due.
     total: Arc<AtomicU64>,
 }
@@ -123,7 +123,7 @@ impl Stream {
             let (total, received) = (Arc::clone(&total), Arc::clone(&received));
             thread::spawn(move || receive(&sink, &total, &received))
         };
-        let stream = Self { what, stop, sent, received, sender, receiver, total };
+        let stream = Self { what, stop, sent, received, sender: Some(sender), receiver: Some(receiver), total };
         stream.wait_for(1, FIRST_PACKET)?;
         Ok(stream)
     }
@@ -156,10 +156,10 @@ impl Stream {
     ///
     /// # Errors
     /// None but that of a bug in here.
-    pub fn stop(self) -> Result<Report> {
+    pub fn stop(mut self) -> Result<Report> {
         self.stop.store(true, Ordering::Relaxed);
-        let sent = self.sender.join().map_err(|_| anyhow!("the sender panicked"))?;
-        let got = self.receiver.join().map_err(|_| anyhow!("the receiver panicked"))?;
+        let sent = self.sender.take().and_then(|thread| thread.join().ok()).context("the sender panicked")?;
+        let got = self.receiver.take().and_then(|thread| thread.join().ok()).context("the receiver panicked")?;
         let total = self.total.load(Ordering::Acquire);
         let early = got.numbers.iter().min().copied().unwrap_or(total);
         let (sent_since, received) = (total - early, got.numbers.len() as u64);
@@ -174,6 +174,13 @@ impl Stream {
             longest_gap: got.longest_gap,
             sources: got.sources,
         })
+    }
+}
+
+impl Drop for Stream {
+    /// A stream that nobody asks ends too, by itself and soon.
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
     }
 }
 
