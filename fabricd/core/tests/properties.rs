@@ -131,7 +131,9 @@ proptest! {
     #[test]
     fn no_step_is_taken_on_what_has_failed(want in state(), have in state(), failing in any::<prop::sample::Index>()) {
         let plan = diff(&want, &have);
-        prop_assume!(!plan.is_empty());
+        if plan.is_empty() {
+            return Ok(());
+        }
         let victim = plan.ops()[failing.index(plan.ops().len())].clone();
         let mut gate = Gate::default();
         let mut failed: Vec<Key> = vec![];
