@@ -23,7 +23,7 @@ use crate::files::{Files, not_ready};
 use crate::kernel::{Kernel, KernelError, Observed};
 use crate::lease::{Holding, Own, Wanted};
 use crate::pending::Pending;
-use crate::store::{LeaseStore, Network};
+use crate::store::{Connection, LeaseStore, Network};
 use crate::underlay::{self, Selector, Underlay};
 use crate::view::{PeerTrouble, View, VtepView};
 
@@ -228,7 +228,10 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 }
                 "the network config has changed in what only a restart applies; restart fabricd on this node".into()
             }
-            (Network::Unknown, _) => format!("waiting for the network config at {key}"),
+            (Network::Unknown, _) => match &view.connection {
+                Connection::Down(reason) => format!("waiting for the network config: {reason}"),
+                Connection::Unknown | Connection::Up => format!("waiting for the network config at {key}"),
+            },
             (Network::Missing, _) => format!(
                 "there is no network config at {key}; make one with: fabricctl network init --network 10.244.0.0/16"
             ),

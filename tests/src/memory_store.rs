@@ -201,7 +201,7 @@ impl State {
     fn tell(&self, key: &str, pair: Option<&Pair>) {
         for node in self.nodes().iter().filter(|node| node.is_listening()) {
             if key == "config" {
-                node.publish_network(pair);
+                self.list(node);
             }
             let Some(key) = key.strip_prefix(SUBNETS) else { continue };
             let event = match pair {
@@ -232,12 +232,12 @@ impl State {
         node.connection.send_replace(Connection::Up);
     }
 
-    /// What a claim compares, but for the range.
+    /// What a claim compares.
     fn admits(&self, claim: &Claim) -> bool {
-        let record = self.pairs.get(&record_key(&claim.key));
+        let modified = |key: &str| self.pairs.get(key).map(|pair| pair.mod_revision);
         let as_expected = match claim.expect {
-            Expect::Absent => record.is_none() && !self.changed_since(claim.seen_revision),
-            Expect::Revision(revision) => record.is_some_and(|pair| pair.mod_revision == revision),
+            Expect::Absent => self.is_free(&claim.key) && modified("config") <= Some(claim.seen_revision),
+            Expect::Revision(revision) => modified(&record_key(&claim.key)) == Some(revision),
         };
         let ours =
             |guard: &String| self.pairs.get(guard).is_none_or(|pair| pair.value == claim.node.as_str().as_bytes());
@@ -246,8 +246,13 @@ impl State {
         current && as_expected && guard_keys(&claim.key).iter().all(ours)
     }
 
-    fn changed_since(&self, revision: i64) -> bool {
-        self.pairs.iter().any(|(key, pair)| key.starts_with(SUBNETS) && pair.mod_revision > revision)
+    /// True when no record has the key, nor its IPv4 subnet in another pair.
+    fn is_free(&self, key: &LeaseKey) -> bool {
+        let pairs = match key.subnets().v4 {
+            Some(subnet) => format!("{SUBNETS}{}-{}", subnet.base(), subnet.prefix_len()),
+            None => record_key(key),
+        };
+        !self.pairs.keys().any(|key| key.starts_with(&pairs))
     }
 }
 

@@ -32,7 +32,7 @@ pub struct Held {
 /// The state of a key that a claim is decided on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expect {
-    /// Nobody has it.
+    /// Nobody has it, nor its IPv4 subnet in another pair.
     Absent,
     /// It was last changed at this revision, and is ours to take over.
     Revision(i64),

@@ -53,8 +53,8 @@ pub struct Claim {
     pub record: Record,
     /// What must be true of the key, else the claim is lost.
     pub expect: Expect,
-    /// The revision of the [`LeaseSet`] that the choice was made on. When the key is expected absent, nothing may have
-    /// been leased or rewritten since.
+    /// The revision of the [`LeaseSet`] that the choice was made on. A claim of a free subnet is lost when the network
+    /// config has changed since. Read the leases first and the config after them, so that it is not the older one.
     pub seen_revision: i64,
     /// Time to live of the lease, in whole seconds.
     pub ttl: Duration,

@@ -212,14 +212,27 @@ pub async fn overlapping_pairs_are_refused(h: &impl Harness) {
     assert_eq!(h.revision().await, before, "a claim that is lost writes nothing");
 }
 
-/// A choice made on an old set is refused, even if the subnet is free.
-pub async fn claim_on_a_stale_set_is_lost(h: &impl Harness) {
+/// What others lease meanwhile doesn't spoil a claim, unless it is the same subnet.
+pub async fn claim_on_an_older_set_stands(h: &impl Harness) {
     let store = h.node();
-    let stale = claim(2, "10.244.2.0-24", &*now(&store).await);
-    let (_, grant) = claimed(&store, 1, "10.244.1.0-24").await;
-    assert!(is_lost(&store.claim(&stale).await));
-    let fresh = Claim { seen_revision: settled(&store, &grant).await.revision(), ..stale };
-    store.claim(&fresh).await.expect("decided on the latest set");
+    let older = now(&store).await;
+    claimed(&store, 1, "10.244.1.0-24").await;
+    h.put("subnets/10.244.3.0-24&fd00:3::-64", &flannel_value("192.0.2.3")).await;
+    for taken in ["10.244.1.0-24", "10.244.3.0-24", "10.244.3.0-24&fd00:4::-64"] {
+        assert!(is_lost(&store.claim(&claim(2, taken, &older)).await), "{taken}");
+    }
+    store.claim(&claim(2, "10.244.2.0-24", &older)).await.expect("free");
+}
+
+/// A choice made before the network config changed is void: the subnets may have another size now.
+pub async fn claim_decided_under_another_config_is_lost(h: &impl Harness) {
+    let store = h.node();
+    let older = claim(1, "10.244.1.0-24", &*now(&store).await);
+    h.put("config", r#"{"Network":"10.244.0.0/16","SubnetLen":25,"Backend":{"Type":"vxlan"}}"#).await;
+    assert!(is_lost(&store.claim(&older).await));
+    let changed = h.revision().await;
+    let set = leases(&store, "a set younger than the config", |set| set.revision() >= changed).await;
+    store.claim(&Claim { seen_revision: set.revision(), ..older }).await.expect("decided anew");
 }
 
 /// The value is flannel's to the letter, with our member in it.

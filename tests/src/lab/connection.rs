@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use fabric_core::model::Family;
 
 use super::pod::Pod;
@@ -27,8 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub struct Connection {
     stop: Arc<AtomicBool>,
     echoed: Arc<AtomicU64>,
-    client: JoinHandle<Report>,
-    server: JoinHandle<()>,
+    client: Option<JoinHandle<Report>>,
+    server: Option<JoinHandle<()>>,
 }
 
 /// How a connection went.
@@ -65,7 +65,7 @@ impl Connection {
             let (stop, echoed) = (Arc::clone(&stop), Arc::clone(&echoed));
             thread::spawn(move || ask(&mut client, &stop, &echoed))
         };
-        let connection = Self { stop, echoed, client, server };
+        let connection = Self { stop, echoed, client: Some(client), server: Some(server) };
         wait_until("the first echo", Duration::from_secs(10), || {
             ensure!(connection.echoed.load(Ordering::Relaxed) > 0, "none yet");
             Ok(())
@@ -77,11 +77,18 @@ impl Connection {
     ///
     /// # Errors
     /// None but that of a bug in here.
-    pub fn stop(self) -> Result<Report> {
+    pub fn stop(mut self) -> Result<Report> {
         self.stop.store(true, Ordering::Relaxed);
-        let report = self.client.join().map_err(|_| anyhow!("the client panicked"))?;
-        self.server.join().map_err(|_| anyhow!("the server panicked"))?;
+        let report = self.client.take().and_then(|thread| thread.join().ok()).context("the client panicked")?;
+        self.server.take().and_then(|thread| thread.join().ok()).context("the server panicked")?;
         Ok(report)
+    }
+}
+
+impl Drop for Connection {
+    /// A connection that nobody asks is closed too.
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
     }
 }
 

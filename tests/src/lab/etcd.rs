@@ -1,4 +1,7 @@
 //! A real etcd of one or three members, in the underlay.
+//!
+//! Its data lies in memory, which outlives the members but not the lab: etcd waits for its disk at every
+//! write, and how long other work keeps that busy is nothing a test of the fabric should hang on.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,7 +56,7 @@ impl Etcd {
         let name = name(member);
         let (client, peer) = (self.url(member, 2379), self.url(member, 2380));
         let cluster: Vec<String> = self.members().map(|m| format!("{}={}", self::name(m), self.url(m, 2380))).collect();
-        let data = format!("/var/lib/{name}");
+        let data = self.data_dir(member);
         let cluster = cluster.join(",");
         let own = [
             ["--name", &name],
@@ -127,7 +130,7 @@ impl Etcd {
     /// Where a member keeps its data, in the underlay's machine: removed for an empty new start.
     #[must_use]
     pub fn data_dir(&self, member: u16) -> String {
-        format!("/var/lib/{}", name(member))
+        format!("/run/{}", name(member))
     }
 
     /// Runs `etcdctl` against all members and returns what it printed.

@@ -19,7 +19,7 @@
 //! | [`machine`], [`init`], [`spaces`], [`process`], [`exec`] | namespaces with a first process, and commands in them |
 //! | [`builder`] | what a lab is to be, and its start |
 //! | [`underlay`], [`addresses`], [`etcd`] | what all nodes share |
-//! | [`node`], [`pod`], [`cni`], [`containerd`], [`plain`] | nodes, and the two kinds of pods on them |
+//! | [`node`], [`pod`], [`cni`], [`containerd`], `plain` | nodes, and the kinds of pods on them |
 //! | [`crowd`] | peers that exist in etcd only, by the thousand |
 //! | [`stream`], [`connection`], [`matrix`], [`capture`], [`packet`] | traffic, counted and looked at |
 //! | [`witness`] | what the kernel says about its tables |
@@ -331,7 +331,8 @@ impl Lab {
 
     fn know_node(&mut self, index: u16) -> Arc<Node> {
         let name = format!("node-{index}");
-        let env = [("ETCDCTL_API", "3"), ("ETCDCTL_ENDPOINTS", &self.plan.etcd_endpoints)];
+        let endpoints = &*self.plan.etcd_endpoints;
+        let env = [("FABRICD_ETCD_ENDPOINTS", endpoints), ("ETCDCTL_ENDPOINTS", endpoints), ("ETCDCTL_API", "3")];
         let env = env.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
         let machine = Machine::new(&name, &self.dir.join(&name), self.lifetime, env);
         let node = Arc::new(Node::new(machine, index, Arc::clone(&self.plan), Arc::clone(&self.underlay)));

@@ -89,7 +89,8 @@ impl Node {
         addresses::node(family, self.index)
     }
 
-    /// Starts fabricd with the defaults, told only its name and where etcd is; doesn't wait for it.
+    /// Starts fabricd with the defaults; where etcd is it knows by the environment of every process of the
+    /// node. Doesn't wait for it.
     ///
     /// # Errors
     /// It runs already, or ended at once: the error shows its log.
@@ -102,8 +103,7 @@ impl Node {
     /// # Errors
     /// It runs already, or ended at once: the error shows its log.
     pub fn start_fabricd_with(&self, args: &[&str], env: &[(&str, &str)]) -> Result<()> {
-        let own = ["fabricd", "--node-name", &self.name, "--etcd-endpoints", &self.plan.etcd_endpoints];
-        self.start_service(FABRICD, &[&own, args].concat(), env)?;
+        self.start_service(FABRICD, &[&["fabricd"], args].concat(), env)?;
         Ok(())
     }
 

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use fabric_core::model::Family;
 use nix::sys::socket::{setsockopt, sockopt};
 
@@ -38,8 +38,8 @@ pub struct Stream {
     stop: Arc<AtomicBool>,
     sent: Arc<AtomicU64>,
     received: Arc<AtomicU64>,
-    sender: JoinHandle<Sent>,
-    receiver: JoinHandle<Received>,
+    sender: Option<JoinHandle<Sent>>,
+    receiver: Option<JoinHandle<Received>>,
     /// Set by the sender at its end: the number of packets that were due.
     total: Arc<AtomicU64>,
 }
@@ -47,7 +47,9 @@ pub struct Stream {
 /// How a stream went.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// Packets due.
+    /// Packets that were due before the first one arrived: the stream didn't flow yet.
+    pub early: u64,
+    /// Packets due since.
     pub sent: u64,
     /// Different packets that arrived.
     pub received: u64,
@@ -55,7 +57,7 @@ pub struct Report {
     pub lost: u64,
     /// Packets that arrived once more.
     pub duplicated: u64,
-    /// Packets refused by the sender's own kernel, and why the first was.
+    /// Packets refused by the sender's own kernel, early ones included.
     pub refused: u64,
     /// The first such reason.
     pub refusal: Option<String>,
@@ -77,6 +79,13 @@ struct Received {
     duplicated: u64,
     longest_gap: Duration,
     sources: BTreeSet<IpAddr>,
+}
+
+impl Received {
+    /// True when nothing since the first packet is missing any more.
+    fn is_complete(&self, total: u64) -> bool {
+        self.numbers.iter().min().is_some_and(|first| self.numbers.len() as u64 == total - first)
+    }
 }
 
 impl Stream {
@@ -114,7 +123,7 @@ impl Stream {
             let (total, received) = (Arc::clone(&total), Arc::clone(&received));
             thread::spawn(move || receive(&sink, &total, &received))
         };
-        let stream = Self { what, stop, sent, received, sender, receiver, total };
+        let stream = Self { what, stop, sent, received, sender: Some(sender), receiver: Some(receiver), total };
         stream.wait_for(1, FIRST_PACKET)?;
         Ok(stream)
     }
@@ -147,22 +156,31 @@ impl Stream {
     ///
     /// # Errors
     /// None but that of a bug in here.
-    pub fn stop(self) -> Result<Report> {
+    pub fn stop(mut self) -> Result<Report> {
         self.stop.store(true, Ordering::Relaxed);
-        let sent = self.sender.join().map_err(|_| anyhow!("the sender panicked"))?;
-        let got = self.receiver.join().map_err(|_| anyhow!("the receiver panicked"))?;
+        let sent = self.sender.take().and_then(|thread| thread.join().ok()).context("the sender panicked")?;
+        let got = self.receiver.take().and_then(|thread| thread.join().ok()).context("the receiver panicked")?;
         let total = self.total.load(Ordering::Acquire);
-        let received = got.numbers.len() as u64;
+        let early = got.numbers.iter().min().copied().unwrap_or(total);
+        let (sent_since, received) = (total - early, got.numbers.len() as u64);
         Ok(Report {
-            sent: total,
+            early,
+            sent: sent_since,
             received,
-            lost: total - received,
+            lost: sent_since - received,
             duplicated: got.duplicated,
             refused: sent.refused,
             refusal: sent.refusal,
             longest_gap: got.longest_gap,
             sources: got.sources,
         })
+    }
+}
+
+impl Drop for Stream {
+    /// A stream that nobody asks ends too, by itself and soon.
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
     }
 }
 
@@ -199,7 +217,7 @@ fn receive(socket: &UdpSocket, total: &AtomicU64, count: &AtomicU64) -> Received
         let total = total.load(Ordering::Acquire);
         if total != u64::MAX {
             let ended = *sender_ended.get_or_insert_with(Instant::now);
-            if got.numbers.len() as u64 == total || ended.elapsed() > GRACE {
+            if got.is_complete(total) || ended.elapsed() > GRACE {
                 return got;
             }
         }

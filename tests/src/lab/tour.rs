@@ -13,7 +13,7 @@ use super::machine::Machine;
 use super::matrix::Matrix;
 use super::node::Node;
 use super::packet::{Packet, VXLAN_PORT};
-use super::{Builder, Lab, Wiring};
+use super::{Builder, Lab, Wiring, preflight};
 
 /// What lab to bring up.
 #[derive(Args, Debug)]
@@ -41,6 +41,7 @@ impl Up {
     /// # Errors
     /// A part doesn't start, or pods don't reach each other.
     pub fn run(&self, name: &str) -> Result<()> {
+        preflight::check()?;
         let begin = Instant::now();
         let mut builder = Lab::builder().name(name).families(self.families).etcd_members(self.etcd_members);
         if self.plain {

@@ -22,9 +22,9 @@ use tracing::debug;
 use super::identity::{Identity, Seen};
 use crate::store::StoreError;
 
-/// How often an idle connection is probed, and how long the answer may take: a connection that died without a word is
-/// found after the sum of both.
-const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(2));
+/// How often an idle connection is probed, and how long the answer may take: one that died without a word is found
+/// after the sum of both. etcd hangs up on clients that probe more often than every 5 s (`--grpc-keepalive-min-time`).
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(6), Duration::from_secs(3));
 
 /// What a TLS server that shuts the door looks like from outside.
 const TURNED_AWAY: [&str; 4] = ["connection closed", "fatal alert", "reset by peer", "broken pipe"];
@@ -32,7 +32,7 @@ const TURNED_AWAY: [&str; 4] = ["connection closed", "fatal alert", "reset by pe
 /// Where etcd is and how to get in.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// URLs of the members, such as `https://192.0.2.10:2379`.
+    /// URLs of the members, such as `https://192.0.2.10:2379`, at least one. Without a scheme a CA makes it `https`.
     pub endpoints: Vec<String>,
     /// What all keys begin with.
     pub prefix: String,
@@ -136,7 +136,11 @@ enum Failure {
 }
 
 impl Connector {
-    pub(super) fn new(options: Options) -> Self {
+    pub(super) fn new(mut options: Options) -> Self {
+        let scheme = if options.tls.ca.is_some() { "https" } else { "http" };
+        for endpoint in options.endpoints.iter_mut().filter(|endpoint| !endpoint.contains("://")) {
+            *endpoint = format!("{scheme}://{endpoint}");
+        }
         // Nodes spread over the members.
         let turn = fastrand::usize(..options.endpoints.len().max(1));
         Self { options, current: Mutex::new(Current { turn, client: None }), identity: Identity::new() }
@@ -178,7 +182,7 @@ impl Connector {
     where
         F: Future<Output = Result<T, Error>>,
     {
-        let mut reason = "no endpoint is configured".to_owned();
+        let mut reason = String::new();
         // One attempt more than there are endpoints: the first may go to a connection that died unnoticed.
         for _ in 0..=self.options.endpoints.len() {
             match self.attempt(operation, &request).await {
@@ -236,11 +240,17 @@ impl Connector {
             return Ok((current.turn, client.clone()));
         }
         let endpoint = self.endpoint(current.turn);
+        if endpoint.is_empty() {
+            return Err(Failure::Connection("no endpoint is configured".into()));
+        }
         let limit = self.options.request_timeout;
         // Only a log-in sends something here; without a user the first request connects.
         let connecting = async {
             let options = self.connect_options(endpoint).await?;
-            Client::connect([endpoint], Some(options)).await.map_err(|error| failure("authenticate the user", &error))
+            Client::connect([endpoint], Some(options)).await.map_err(|error| match error {
+                Error::InvalidUri(_) | Error::InvalidArgs(_) => Failure::Connection(format!("{endpoint}: {error}")),
+                error => failure("authenticate the user", &error),
+            })
         };
         let connected = timeout(limit, connecting)
             .await
@@ -310,7 +320,6 @@ fn failure(operation: &'static str, error: &Error) -> Failure {
             Code::Unknown => status.message().starts_with("etcdserver:"),
             _ => false,
         },
-        Error::InvalidArgs(_) | Error::InvalidUri(_) | Error::InvalidMetadataValue(_) => true,
         _ => false,
     };
     let reason = reason(error);

@@ -11,7 +11,7 @@
 //! subnet alone: a transaction that must create both guards can't create such a pair. Keys of ours never begin with
 //! `<prefix>/subnets`, which flannel lists as a plain string.
 
-use fabric_core::model::Family;
+use fabric_core::model::{Family, Subnet};
 use fabric_core::record::LeaseKey;
 
 /// The keys under one prefix.
@@ -57,9 +57,14 @@ impl Keys {
         format!("{}/subnets/{key}", self.prefix)
     }
 
+    /// What the keys of all leases with the IPv4 subnet of `key` begin with: alone, or paired with any IPv6 subnet.
+    pub(super) fn pairs(&self, key: &LeaseKey) -> Option<String> {
+        key.subnets().v4.map(|subnet| format!("{}/subnets/{}-{}", self.prefix, subnet.base(), subnet.prefix_len()))
+    }
+
     /// The keys of a lease's guards, one for each family.
     pub(super) fn guards(&self, key: &LeaseKey) -> Vec<String> {
-        let guard = |(family, subnet): (Family, &fabric_core::model::Subnet)| {
+        let guard = |(family, subnet): (Family, &Subnet)| {
             let digit = match family {
                 Family::V4 => 4,
                 Family::V6 => 6,

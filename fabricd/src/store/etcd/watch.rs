@@ -5,7 +5,7 @@
 //!   ▲                                        │                               ▲                         │
 //!   │                                        └── most leases gone? look      └─────────────────────────┘
 //!   │                                            again before believing it
-//!   └── stream broken, history compacted, store replaced, most leases gone at once
+//!   └── stream broken, history compacted, store replaced, config changed, most leases gone at once
 //! ```
 //!
 //! A list is always right and takes milliseconds, so there is one way back for everything that can go wrong. Nothing is
@@ -100,12 +100,14 @@ async fn follow(store: &Store, outage: &mut Outage) -> Result<Infallible, Interr
             response = next(store, &mut stream) => response?,
             Ok(()) = replaced.changed() => return Err(was_replaced()),
         };
-        take_in(store, &mut set, seen, &response)?;
+        let mut changes = take_in(store, &mut set, seen, &response)?;
         // What has come in meanwhile is folded in before anybody is told.
         while let Some(more) = stream.message().now_or_never() {
-            take_in(store, &mut set, seen, &more.map_err(broken)?.ok_or_else(ended)?)?;
+            changes += take_in(store, &mut set, seen, &more.map_err(broken)?.ok_or_else(ended)?)?;
         }
-        publish_leases(store, &set)?;
+        if changes > 0 {
+            publish_leases(store, &set)?;
+        }
         outage.over();
         publish(&store.connection, Connection::Up);
     }
@@ -130,14 +132,17 @@ async fn list(store: &Store) -> Result<Listing, StoreError> {
         _ => Vec::new(),
     });
     let config = ranges.next().unwrap_or_default().into_iter().next().map(|kv| kv.value().to_vec());
-    let entries = ranges.next().unwrap_or_default().iter().filter_map(|kv| entry(store, kv)).collect();
+    let lease = |kv: &KeyValue| match store.keys.place(kv.key()) {
+        Place::Lease(key) => Some(entry(key, kv)),
+        _ => None,
+    };
+    let entries = ranges.next().unwrap_or_default().iter().filter_map(lease).collect();
     Ok(Listing { config, entries, revision, seen })
 }
 
-fn entry(store: &Store, kv: &KeyValue) -> Option<Entry> {
-    let Place::Lease(key) = store.keys.place(kv.key()) else { return None };
+fn entry(key: String, kv: &KeyValue) -> Entry {
     let (create_revision, mod_revision) = (kv.create_revision(), kv.mod_revision());
-    Some(Entry { key, value: kv.value().to_vec(), create_revision, mod_revision })
+    Entry { key, value: kv.value().to_vec(), create_revision, mod_revision }
 }
 
 /// Publishes a listing; one in which most of the known leases are missing only when a second look shows the same.
@@ -207,8 +212,8 @@ fn ended() -> Interrupted {
     Interrupted::Relist("the store ended the watch".into())
 }
 
-/// Folds one response in.
-fn take_in(store: &Store, set: &mut LeaseSet, seen: Seen, response: &WatchResponse) -> Result<(), Interrupted> {
+/// Folds one response in; gives how many changes of leases it had.
+fn take_in(store: &Store, set: &mut LeaseSet, seen: Seen, response: &WatchResponse) -> Result<usize, Interrupted> {
     if let Some(header) = response.header() {
         store.connector.identity.check_cluster(seen, header).map_err(|Replaced| was_replaced())?;
     }
@@ -218,22 +223,25 @@ fn take_in(store: &Store, set: &mut LeaseSet, seen: Seen, response: &WatchRespon
             revision => Interrupted::Relist(format!("history before revision {revision} was compacted")),
         });
     }
+    let mut changes = 0;
     for event in response.events() {
         let Some(kv) = event.kv() else { continue };
         let deleted = event.event_type() == EventType::Delete;
-        match store.keys.place(kv.key()) {
-            Place::Config => publish_network(store, (!deleted).then(|| kv.value())),
-            // Not the header's revision: while a watch catches up, that is ahead of the events.
-            Place::Lease(key) if deleted => set.apply(Event::Delete { key }, kv.mod_revision()),
-            Place::Lease(_) => {
-                if let Some(entry) = entry(store, kv) {
-                    set.apply(Event::Put(entry), kv.mod_revision());
-                }
+        let change = match store.keys.place(kv.key()) {
+            Place::Config => {
+                publish_network(store, (!deleted).then(|| kv.value()));
+                // A claim has to be decided on a set that is younger than the config.
+                return Err(Interrupted::Relist("the network config changed".into()));
             }
-            Place::Other => {}
-        }
+            Place::Lease(key) if deleted => Event::Delete { key },
+            Place::Lease(key) => Event::Put(entry(key, kv)),
+            Place::Other => continue,
+        };
+        // Not the header's revision: while a watch catches up, that is ahead of the events.
+        set.apply(change, kv.mod_revision());
+        changes += 1;
     }
-    Ok(())
+    Ok(changes)
 }
 
 /// Publishes a set with events folded in, unless they removed most of it: then a list has to confirm it.

@@ -1,0 +1,398 @@
+//! The reconcile loop and the lease keeper, on a kernel and a store in memory: whatever fails, they come to what the
+//! leases say, and then fall silent.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fabric_core::diff::{Change, Key, Op};
+use fabric_core::handoff::{NotReady, Readiness};
+use fabric_core::holding::Instance;
+use fabric_core::model::{IfName, PerFamily, Subnet};
+use fabric_core::state::{Nexthop, NexthopId, Via};
+use fabric_tests::fake_kernel::{FakeKernel, STATIC, Tables, Write};
+use fabric_tests::memory_store::{MemoryCluster, MemoryStore};
+use fabricd::files::Files;
+use fabricd::lease::Keeper;
+use fabricd::reconcile::{Node, Reconciler};
+use fabricd::underlay::Selector;
+use fabricd::view::View;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+const V4: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
+const DUAL: &str =
+    r#"{"EnableIPv6":true,"Network":"10.244.0.0/16","IPv6Network":"fd00:10:244::/48","Backend":{"Type":"vxlan"}}"#;
+const V4_PEER: (&str, &str) = (
+    "subnets/10.244.2.0-24",
+    r#"{"PublicIP":"192.0.2.2","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:42:c0:00:02:02"}}"#,
+);
+const DUAL_PEER: (&str, &str) = (
+    "subnets/10.244.2.0-24&fd00:10:244:2::-64",
+    r#"{"PublicIP":"192.0.2.2","PublicIPv6":"2001:db8::2","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:42:c0:00:02:02"},"BackendV6Data":{"VNI":1,"VtepMAC":"02:42:c0:00:06:02"}}"#,
+);
+
+/// A node's daemon, all of it but netlink, etcd and the API.
+struct Daemon {
+    store: Arc<MemoryStore>,
+    view: watch::Receiver<Arc<View>>,
+    _tasks: JoinSet<()>,
+}
+
+/// What outlives a daemon: the store, the kernel, the files.
+struct Host {
+    cluster: MemoryCluster,
+    kernel: FakeKernel,
+    dir: tempfile::TempDir,
+    iface: &'static str,
+}
+
+impl Host {
+    fn new(config: &str, peers: &[(&str, &str)]) -> Self {
+        let cluster = MemoryCluster::default();
+        cluster.put("config", config.as_bytes());
+        for (key, value) in peers {
+            cluster.put(key, value.as_bytes());
+        }
+        let address = |text: &str, len| {
+            let ip: IpAddr = text.parse().expect(text);
+            (ip, Subnet::holding(ip, len).expect(text))
+        };
+        let kernel = FakeKernel::new(Tables::host(&[address("192.0.2.1", 24), address("2001:db8::1", 64)]));
+        Self { cluster, kernel, dir: tempfile::tempdir().expect("temporary folder"), iface: "eth0" }
+    }
+
+    fn files(&self) -> Files {
+        Files::new(self.dir.path(), &self.dir.path().join("subnet.env"))
+    }
+
+    fn start(&self) -> Daemon {
+        let store = Arc::new(self.cluster.node());
+        let name: fabric_core::model::NodeName = "node-1".parse().expect("valid");
+        let instance = Instance { boot: "boot".into(), netns: 7 };
+        let keeper = Keeper::new(store.clone(), name.clone(), instance, Duration::from_secs(86_400), None);
+        let selectors = vec![Selector::Iface(self.iface.into())];
+        let node = Node { name, selectors, public_ips: PerFamily::default(), prefix: "/coreos.com/network".into() };
+        let reconciler = Reconciler::new(node, store.clone(), self.kernel.clone(), self.files());
+        let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
+        let mut tasks = JoinSet::new();
+        tasks.spawn(keeper.run(wanted));
+        tasks.spawn(reconciler.run(holding));
+        Daemon { store, view, _tasks: tasks }
+    }
+}
+
+impl Daemon {
+    async fn until(&mut self, what: &str, reached: impl FnMut(&Arc<View>) -> bool) -> Arc<View> {
+        if let Ok(view) = timeout(Duration::from_secs(600), self.view.wait_for(reached)).await {
+            return view.expect("the loop lives").clone();
+        }
+        panic!("not {what} after ten minutes: {:?}", self.view.borrow())
+    }
+
+    async fn ready(&mut self) -> Arc<View> {
+        self.until("ready", |view| view.readiness == Readiness::Ready && view.troubles.is_empty()).await
+    }
+
+    async fn refusing(&mut self, words: &str) -> String {
+        let says =
+            |view: &Arc<View>| matches!(&view.readiness, Readiness::NotReady { reason, .. } if reason.contains(words));
+        match &self.until(words, says).await.readiness {
+            Readiness::NotReady { reason, .. } => reason.clone(),
+            Readiness::Ready => unreachable!("just matched"),
+        }
+    }
+}
+
+/// Half a minute, audits included, in which nothing may be written.
+async fn stays_silent(kernel: &FakeKernel) {
+    drop(kernel.writes());
+    sleep(Duration::from_secs(30)).await;
+    let writes: Vec<String> = kernel.writes().iter().map(ToString::to_string).collect();
+    assert_eq!(writes, Vec::<String>::new());
+}
+
+fn dev(name: &str) -> IfName {
+    name.parse().expect(name)
+}
+
+#[tokio::test(start_paused = true)]
+async fn node_becomes_ready_and_says_so_in_its_files() {
+    for (config, peer) in [(V4, V4_PEER), (DUAL, DUAL_PEER)] {
+        let host = Host::new(config, &[peer]);
+        let mut daemon = host.start();
+        daemon.ready().await;
+        let file = host.files().read().expect("node.json");
+        assert_eq!(file.readiness, Readiness::Ready);
+        assert_eq!(file.mtu, if config == DUAL { 1430 } else { 1450 });
+        assert!(host.files().subnet.exists());
+        stays_silent(&host.kernel).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_write_may_fail_with_every_errno_and_the_node_converges_then_falls_silent() {
+    let host = Host::new(DUAL, &[DUAL_PEER]);
+    host.start().ready().await;
+    let steps: Vec<Op> = host.kernel.writes().into_iter().map(|write| write.op).collect();
+    let done = host.kernel.tables();
+    assert!(steps.len() >= 13, "{steps:?}");
+
+    let errnos = [
+        libc::EPERM,
+        libc::ENOENT,
+        libc::ESRCH,
+        libc::EINTR,
+        libc::EIO,
+        libc::EAGAIN,
+        libc::ENOMEM,
+        libc::EACCES,
+        libc::EBUSY,
+        libc::EEXIST,
+        libc::ENODEV,
+        libc::EINVAL,
+        libc::ENOSPC,
+        libc::EROFS,
+        libc::EMSGSIZE,
+        libc::EOPNOTSUPP,
+        libc::EADDRINUSE,
+        libc::EADDRNOTAVAIL,
+        libc::ENETDOWN,
+        libc::ENETUNREACH,
+        libc::ENOBUFS,
+        libc::EHOSTUNREACH,
+    ];
+    for errno in errnos {
+        for victim in &steps {
+            let host = Host::new(DUAL, &[DUAL_PEER]);
+            let key = victim.key();
+            host.kernel.fail(errno, move |op| op.key() == key);
+            let mut daemon = host.start();
+            daemon
+                .until("troubled", |view| {
+                    view.leases.is_some()
+                        && (view.readiness != Readiness::Ready || !view.troubles.is_empty())
+                        && view.holding.own.is_some()
+                })
+                .await;
+            sleep(Duration::from_secs(20)).await;
+            let writes = host.kernel.writes();
+            assert!(writes.iter().any(|write| write.result == Err(errno)), "{victim} never failed");
+            no_step_stands_on_a_failed_one(&writes, &victim.key());
+            assert_eq!(bystanders(&host.kernel.tables(), victim), bystanders(&done, victim), "{victim}: {errno}");
+
+            host.kernel.heal();
+            daemon.ready().await;
+            assert_eq!(host.kernel.tables().observed().ours, done.observed().ours, "after {victim}: {errno}");
+            stays_silent(&host.kernel).await;
+        }
+    }
+}
+
+/// Nothing was written that needs what failed.
+fn no_step_stands_on_a_failed_one(writes: &[Write], failed: &Key) {
+    for write in writes {
+        assert!(!write.op.needs().contains(failed), "{} was tried although {failed:?} had failed", write.op);
+    }
+}
+
+/// The entries of the family that the victim is not of: they must not suffer.
+fn bystanders(tables: &Tables, victim: &Op) -> Vec<(Subnet, Via)> {
+    let v6 = victim.to_string().contains("fabric6.")
+        || victim.to_string().contains("fd00:")
+        || victim.to_string().contains("ipv6.conf.all");
+    let routes = tables.routes.iter().map(|(dst, (_, via))| (*dst, via.clone()));
+    routes.filter(|(dst, _)| dst.base().is_ipv6() != v6).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn whatever_is_taken_away_in_silence_comes_back() {
+    type Damage = fn(&mut Tables);
+    let damages: [(&str, Damage); 7] = [
+        ("device deleted", |tables| tables.delete_link(&dev("fabric.1"))),
+        ("device set down", |tables| tables.set_down(&dev("fabric6.1"))),
+        ("nexthop deleted", |tables| tables.delete_nexthop(NexthopId(fabric_core::state::NEXTHOP_ID_BASE))),
+        ("routes flushed", |tables| tables.routes.clear()),
+        ("neighbours flushed", |tables| tables.neighbours.clear()),
+        ("FDB flushed", |tables| tables.fdb.clear()),
+        ("settings reset", |tables| tables.sysctls.values_mut().for_each(|value| *value = 9)),
+    ];
+    let host = Host::new(DUAL, &[DUAL_PEER]);
+    let mut daemon = host.start();
+    daemon.ready().await;
+    let done = host.kernel.tables().observed().ours;
+    for (what, damage) in damages {
+        for announced in [true, false] {
+            if !announced {
+                host.kernel.lose_notifications();
+            }
+            host.kernel.edit(damage);
+            // By event at once; unannounced at the next audit.
+            sleep(Duration::from_secs(if announced { 1 } else { 11 })).await;
+            host.kernel.overrun();
+            let now = host.kernel.tables().observed().ours;
+            assert_eq!(now, done, "{what}, announced: {announced}");
+        }
+    }
+    stays_silent(&host.kernel).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn restart_with_nothing_changed_writes_nothing() {
+    let host = Host::new(DUAL, &[DUAL_PEER]);
+    host.start().ready().await;
+    drop(host.kernel.writes());
+    host.start().ready().await;
+    stays_silent(&host.kernel).await;
+    assert!(host.kernel.writes().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn peers_that_left_while_the_daemon_was_down_are_swept() {
+    let host = Host::new(V4, &[V4_PEER]);
+    host.start().ready().await;
+    host.cluster.delete(V4_PEER.0);
+    host.start().ready().await;
+    let tables = host.kernel.tables();
+    assert!(
+        tables.routes.is_empty() && tables.nexthops.is_empty() && tables.fdb.is_empty() && tables.neighbours.is_empty()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_deleted_while_the_store_cannot_be_reached() {
+    let host = Host::new(V4, &[V4_PEER]);
+    let mut daemon = host.start();
+    daemon.ready().await;
+    let done = host.kernel.tables();
+    daemon.store.set_reachable(false);
+    host.cluster.delete(V4_PEER.0);
+    stays_silent(&host.kernel).await;
+    assert_eq!(host.kernel.tables(), done);
+    // Nor by a daemon that starts during the outage: it knows of no lease at all.
+    drop(daemon);
+    let blind = host.start();
+    blind.store.set_reachable(false);
+    stays_silent(&host.kernel).await;
+    assert_eq!(host.kernel.tables(), done);
+    // The word of the daemon before it stands: pods go on being added.
+    assert_eq!(host.files().read().expect("node.json").readiness, Readiness::Ready);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_foreign_is_never_touched() {
+    let host = Host::new(V4, &[V4_PEER]);
+    let foreign_route = |dst: &str| {
+        (
+            dst.parse::<Subnet>().expect(dst),
+            (STATIC, Via::Direct(Nexthop { gateway: "192.0.2.9".parse().expect("ip"), dev: dev("eth0") })),
+        )
+    };
+    host.kernel.edit(|tables| {
+        tables.routes.extend([foreign_route("10.244.2.0/24"), foreign_route("198.51.100.0/24")]);
+        tables.nexthops.insert(
+            NexthopId(fabric_core::state::NEXTHOP_ID_BASE),
+            (STATIC, Nexthop { gateway: "192.0.2.9".parse().expect("ip"), dev: dev("eth0") }),
+        );
+    });
+    let before = host.kernel.tables();
+    let mut daemon = host.start();
+    let view = daemon.until("in conflict", |view| !view.troubles.is_empty()).await;
+    let trouble = view.troubles.values().next().expect("one").to_string();
+    assert!(trouble.contains("a route that is not ours leads to 10.244.2.0/24"), "{trouble}");
+    assert_eq!(host.kernel.tables().routes, before.routes);
+    assert_eq!(host.kernel.tables().nexthops, before.nexthops);
+    // When it is gone, ours takes its place, under an id of its own.
+    host.kernel.edit(|tables| drop(tables.routes.remove(&"10.244.2.0/24".parse().expect("valid"))));
+    daemon.ready().await;
+    assert_eq!(host.kernel.tables().nexthops.len(), 2);
+    stays_silent(&host.kernel).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_change_of_mind_of_the_store_reaches_the_kernel() {
+    let host = Host::new(V4, &[V4_PEER]);
+    let mut daemon = host.start();
+    daemon.ready().await;
+    let reborn = V4_PEER.1.replace("02:42:c0:00:02:02", "02:42:c0:00:02:99");
+    host.cluster.put(V4_PEER.0, reborn.as_bytes());
+    sleep(Duration::from_secs(1)).await;
+    let macs: Vec<String> = host.kernel.tables().fdb.keys().map(|(_, mac)| mac.to_string()).collect();
+    assert_eq!(macs, ["02:42:c0:00:02:99"]);
+    let changes = host.kernel.writes();
+    let last = changes.last().expect("written");
+    assert!(matches!(last.op, Op::Fdb(_, _, Change::Delete(_))), "{last}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_obstacle_is_said_with_the_way_out() {
+    let config = |json: &str| Host::new(json, &[]);
+    let mut host = config("{}");
+    host.cluster.delete("config");
+    assert!(host.start().refusing("there is no network config").await.contains("fabricctl network init --network"));
+
+    let reason = config(r#"{"Network":"10.244.0.0/16"}"#).start().refusing("there is no Backend").await;
+    assert!(reason.contains(r#"add "Backend": {"Type": "vxlan"}"#), "{reason}");
+
+    let reason = config(&V4.replace("10.244.0.0", "192.0.0.0")).start().refusing("overlaps").await;
+    assert!(reason.contains("192.0.0.0/16 overlaps 192.0.2.0/24"), "{reason}");
+
+    host = config(V4);
+    host.iface = "eth7";
+    let reason = host.start().refusing("no interface fits").await;
+    assert!(reason.contains("eth0 (192.0.2.1 2001:db8::1)"), "{reason}");
+
+    host = config(V4);
+    host.kernel.edit(|tables| tables.add_link(dev("fabric.1"), "bridge", 1500));
+    let reason = host.start().refusing("exists and is not ours").await;
+    assert!(reason.contains("(bridge)") && reason.contains("ip link del fabric.1"), "{reason}");
+
+    host = config(V4);
+    host.kernel.fail(libc::EPERM, |_| true);
+    assert!(host.start().refusing("Operation not permitted").await.contains("does fabricd have CAP_NET_ADMIN?"));
+
+    let tiny = r#"{"Network":"10.244.0.0/28","SubnetLen":30,"SubnetMax":"10.244.0.4","Backend":{"Type":"vxlan"}}"#;
+    let full = V4_PEER.1.replace("192.0.2.2", "192.0.2.77");
+    host = Host::new(tiny, &[("subnets/10.244.0.4-30", &full)]);
+    host.start().refusing("all 1 IPv4 subnets of 10.244.0.0/28 are leased").await;
+
+    let twin = V4_PEER
+        .1
+        .replace("192.0.2.2", "192.0.2.1")
+        .replace("}}", r#"},"Fabric":{"v":1,"node":"node-9","boot":"b","netns":1,"epoch":1}}"#);
+    host = Host::new(V4, &[(V4_PEER.0, &twin)]);
+    let reason = host.start().refusing("the public address 192.0.2.1").await;
+    assert!(reason.contains("node-1") && reason.contains("node-9") && reason.contains("--iface"), "{reason}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_lease_is_a_quarantine_until_the_same_subnet_is_held_again() {
+    let host = Host::new(V4, &[V4_PEER]);
+    let mut daemon = host.start();
+    let own = daemon.ready().await.holding.own.clone().expect("held");
+    let (key, before) = (format!("subnets/{}", own.key), host.kernel.tables());
+
+    // Somebody else writes over it: running pods go on, no address is handed out.
+    host.cluster.put(&key, V4_PEER.1.replace("192.0.2.2", "192.0.2.8").as_bytes());
+    daemon.refusing("was taken over by 192.0.2.8").await;
+    let file = host.files().read().expect("node.json");
+    assert!(matches!(file.readiness, Readiness::NotReady { code: NotReady::Quarantine, .. }));
+    assert_eq!(host.kernel.tables(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deleted_lease_is_taken_again_at_once() {
+    let host = Host::new(V4, &[V4_PEER]);
+    let mut daemon = host.start();
+    let own = daemon.ready().await.holding.own.clone().expect("held");
+    host.cluster.delete(&format!("subnets/{}", own.key));
+    daemon
+        .until("in quarantine or past it", |view| {
+            view.holding.own.as_ref().is_some_and(|now| now.epoch != own.epoch || now != &own)
+                || host.cluster.get(&format!("subnets/{}", own.key)).is_some()
+        })
+        .await;
+    let again = daemon.ready().await.holding.own.clone().expect("held");
+    assert_eq!((again.key, again.endpoints), (own.key, own.endpoints));
+}
