@@ -15,6 +15,7 @@ pub mod config;
 pub mod daemon;
 pub mod files;
 pub mod health;
+pub mod install_cni;
 pub mod kernel;
 pub mod lease;
 pub mod pending;
