@@ -83,7 +83,7 @@ pub fn not_ready(node: fabric_core::model::NodeName, code: NotReady, reason: Str
 
 /// Puts `content` in the place of `file`, so that a reader sees the old one or the new one, whole, and so does the next
 /// boot. A file that has this content already is left alone.
-fn replace(file: &Path, content: &[u8]) -> Result<(), FileError> {
+pub(crate) fn replace(file: &Path, content: &[u8]) -> Result<(), FileError> {
     let write = || {
         if fs::read(file).is_ok_and(|now| now == content) {
             return Ok(());

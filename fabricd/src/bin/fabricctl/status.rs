@@ -76,6 +76,9 @@ fn describe(status: &GetStatusResponse) -> String {
         );
     }
     line("Peers", format!("{} known, {} programmed", status.peers.len(), status.peers_programmed));
+    for change in &status.pending {
+        line("Pending", change.clone());
+    }
     for warning in &status.warnings {
         line("Warning", warning.clone());
     }
@@ -142,6 +145,7 @@ mod tests {
             ],
             peers_programmed: 1,
             warnings: vec!["look here".into()],
+            pending: vec!["VNI: 1 → 2".into()],
         };
         let want = "\
 Node      node-1
@@ -152,6 +156,7 @@ Subnet    10.244.1.0/24
 Lease     ends in 23 h unless kept alive, claim 2
 VTEP      fabric.1 02:42:c0:00:02:01, MTU 1450, from 192.0.2.1 on eth0, announced as 198.51.100.1
 Peers     2 known, 1 programmed
+Pending   VNI: 1 → 2
 Warning   look here
 
 PEER       SUBNET         UNDERLAY   VTEP               STATE
