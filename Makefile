@@ -24,7 +24,7 @@ lab-down: root ## Take it down again
 test: root deps build ## Run all tests
 	cargo test --workspace --no-fail-fast
 
-lint: ## Check format and lints
+lint: deps ## Check format and lints
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 

@@ -1,5 +1,6 @@
 //! `fabricd`: reads the settings, sets up the log, and runs the daemon.
 
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use fabricd::config::{Config, ConfigError, LogFormat};
@@ -18,7 +19,10 @@ fn main() -> ExitCode {
             return fail(&format!("--log-level {}: {error}; as in info or warn,fabricd=debug", config.log_level));
         }
     };
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     match config.log_format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),
@@ -36,9 +40,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// A bare level is ours: the libraries below (HTTP/2, gRPC) stay at warn, whose word for every frame drowns the rest.
+/// A bare level is ours: the libraries below (HTTP/2, gRPC) only have errors to tell, their word for every frame or
+/// broken connection drowns the rest.
 fn directives(level: &str) -> String {
-    if level.contains(['=', ',']) { level.to_owned() } else { format!("warn,fabricd={level}") }
+    if level.contains(['=', ',']) { level.to_owned() } else { format!("error,fabricd={level}") }
 }
 
 fn fail(error: &dyn std::fmt::Display) -> ExitCode {

@@ -15,17 +15,18 @@ use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::{Family, NodeName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep, desired, device_name};
+use fabric_core::state::Sysctl;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, info, warn};
 
 use crate::disk::State;
-use crate::files::{Files, not_ready};
+use crate::files::{Files, unknown};
 use crate::kept::Kept;
-use crate::kernel::{Kernel, KernelError, Observed};
+use crate::kernel::{Kernel, Observed};
 use crate::lease::{Holding, Own, Wanted};
 use crate::pending::Pending;
-use crate::store::{LeaseStore, Network};
+use crate::store::{Connection, LeaseStore, Network};
 use crate::underlay::{self, Selector, Underlay};
 use crate::view::{PeerTrouble, View, VtepView};
 
@@ -273,7 +274,10 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                     view.pending.join(", ")
                 )
             }
-            (Network::Unknown, _) => format!("waiting for the network config at {key}"),
+            (Network::Unknown, _) => match &view.connection {
+                Connection::Down(reason) => format!("waiting for the network config: {reason}"),
+                Connection::Unknown | Connection::Up => format!("waiting for the network config at {key}"),
+            },
             (Network::Missing, _) => format!(
                 "there is no network config at {key}; make one with: fabricctl network init --network 10.244.0.0/16"
             ),
@@ -318,8 +322,11 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 })
             })
             .collect();
-        let facts =
-            Facts { nexthop_objects: observed.nexthop_objects, on_link: on_link(observed, underlays).collect() };
+        let facts = Facts {
+            nexthop_objects: observed.nexthop_objects,
+            ipv6: observed.ours.sysctls.contains_key(&Sysctl::Ipv6Forward),
+            on_link: on_link(observed, underlays).collect(),
+        };
         let (have, foreign) = (&observed.ours, &observed.foreign);
         let Desired { state, refused, conflicts, .. } =
             desired(&Inputs { network, own: &own.key, vteps: &vteps, leases, facts: &facts, have, foreign });
@@ -361,14 +368,15 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 debug!(%op, ok = result.is_ok(), "kernel write");
                 if let Err(error) = result {
                     gate.failed(op);
-                    failures.push((op.clone(), explain(&error)));
+                    failures.push((op.clone(), error.to_string()));
                 }
             }
         }
         if !plan.is_empty() {
-            info!(ops = plan.ops().len(), failed = failures.len(), "kernel brought up to date");
+            debug!(ops = plan.ops().len(), failed = failures.len(), "kernel written to");
         }
-        if let Some((_, first)) = failures.first() {
+        // The first of a series; how it goes on shows in the status.
+        if let (Some((_, first)), 0) = (failures.first(), self.failures) {
             warn!(error = first, failed = failures.len(), "kernel writes failed, retrying");
         }
         failures
@@ -392,9 +400,10 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                     epoch: own.epoch,
                 }
             }
-            _ => match &view.readiness {
-                Readiness::NotReady { code, reason } => not_ready(self.node.name.clone(), *code, reason.clone()),
-                Readiness::Ready => unreachable!("a node without a subnet is never ready"),
+            // What was known of this node's subnets stays: a DEL may need them, and the next claim asks for them again.
+            _ => NodeFile {
+                readiness: view.readiness.clone(),
+                ..self.files.read().unwrap_or_else(|| unknown(self.node.name.clone()))
             },
         };
         self.files.publish(&file).map_err(|error| {
@@ -424,13 +433,6 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             *current = Arc::new(view);
             differs
         });
-    }
-}
-
-fn explain(error: &KernelError) -> String {
-    match error.errno() {
-        Some(libc::EPERM | libc::EACCES) => format!("{error}; does fabricd have CAP_NET_ADMIN?"),
-        _ => error.to_string(),
     }
 }
 

@@ -19,3 +19,4 @@ pub mod network;
 pub mod plan;
 pub mod record;
 pub mod state;
+pub mod subnet;

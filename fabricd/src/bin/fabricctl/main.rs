@@ -4,6 +4,7 @@ mod network;
 mod status;
 mod table;
 
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -53,10 +54,26 @@ async fn main() -> ExitCode {
         Command::Network(command) => network::run(*command).await,
     };
     match outcome {
-        Ok(code) => code,
+        Ok(Answer { text, code }) => {
+            // Whoever reads may have seen enough: `fabricctl status | head` is no error.
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            code
+        }
         Err(error) => {
             eprintln!("fabricctl: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// What a command has to say.
+struct Answer {
+    text: String,
+    code: ExitCode,
+}
+
+impl Answer {
+    fn fine(text: String) -> Self {
+        Self { text, code: ExitCode::SUCCESS }
     }
 }

@@ -1,7 +1,7 @@
 //! `fabricctl network`: the network config in etcd.
 
+use std::fmt::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr};
-use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -13,6 +13,8 @@ use fabricd::kernel::Kernel as _;
 use fabricd::kernel::netlink::{Netlink, Options};
 use fabricd::store::etcd::{Etcd, Init};
 use fabricd::underlay;
+
+use crate::Answer;
 
 /// How long etcd may take.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -119,14 +121,14 @@ impl InitArgs {
     }
 }
 
-pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
+pub async fn run(command: Command) -> anyhow::Result<Answer> {
     match command {
         Command::Init(args) => init(args).await,
         Command::Show { etcd } => show(etcd).await,
     }
 }
 
-async fn init(args: InitArgs) -> anyhow::Result<ExitCode> {
+async fn init(args: InitArgs) -> anyhow::Result<Answer> {
     let document = args.document();
     let config = document.validate()?;
     check_overlap(&config).await?;
@@ -134,26 +136,21 @@ async fn init(args: InitArgs) -> anyhow::Result<ExitCode> {
     let store = Etcd::start(args.etcd.options()?);
     let written = tokio::time::timeout(PATIENCE, store.network_init(json.as_bytes(), args.force));
     let key = format!("{}/config", args.etcd.prefix);
-    match written.await.with_context(|| unreached(&args.etcd))?? {
-        Init::Created => println!("{key} written: {json}"),
-        Init::Unchanged => println!("{key} says so already: {json}"),
+    let mut text = match written.await.with_context(|| unreached(&args.etcd))?? {
+        Init::Created => format!("{key} written: {json}\n"),
+        Init::Unchanged => format!("{key} says so already: {json}\n"),
         Init::Replaced(before) => {
-            println!("{key} written: {json}\nit was: {}", String::from_utf8_lossy(&before.json));
+            format!("{key} written: {json}\nit was: {}\n", String::from_utf8_lossy(&before.json))
         }
         Init::Exists(there) => {
             bail!("{key} is there already, and says {}; replace it with --force", String::from_utf8_lossy(&there.json));
         }
-    }
+    };
     for (family, space) in config.spaces.iter() {
-        println!(
-            "{family}: {} subnets, {}/{len} to {}/{len}",
-            space.capacity(),
-            space.min,
-            space.max,
-            len = space.subnet_len
-        );
+        let (count, len) = (space.capacity(), space.subnet_len);
+        let _ = writeln!(text, "{family}: {count} subnets, {}/{len} to {}/{len}", space.min, space.max);
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(Answer::fine(text))
 }
 
 /// The network must not overlap what this host's underlay reaches: the nodes are alike in that.
@@ -174,14 +171,14 @@ async fn check_overlap(config: &NetworkConfig) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn show(etcd: EtcdArgs) -> anyhow::Result<ExitCode> {
+async fn show(etcd: EtcdArgs) -> anyhow::Result<Answer> {
     let store = Etcd::start(etcd.options()?);
     let key = format!("{}/config", etcd.prefix);
     match tokio::time::timeout(PATIENCE, store.read_config()).await.with_context(|| unreached(&etcd))?? {
         Some(config) => {
-            println!("{}", String::from_utf8_lossy(&config.json));
-            NetworkConfig::decode(&config.json).with_context(|| format!("{key} can't be used"))?;
-            Ok(ExitCode::SUCCESS)
+            NetworkConfig::decode(&config.json)
+                .with_context(|| format!("{key} can't be used; it says {}", String::from_utf8_lossy(&config.json)))?;
+            Ok(Answer::fine(String::from_utf8_lossy(&config.json).into_owned() + "\n"))
         }
         None => bail!("there is nothing at {key}; make it with: fabricctl network init --network 10.244.0.0/16"),
     }

@@ -12,19 +12,17 @@ use tokio::net::UnixStream;
 use tonic::transport::{Endpoint, Uri};
 use tower::service_fn;
 
+use crate::Answer;
 use crate::table::render;
 
 /// Exit code of a node that is not ready.
 const NOT_READY: u8 = 3;
 
-pub async fn show(socket: &Path, json: bool) -> anyhow::Result<ExitCode> {
+pub async fn show(socket: &Path, json: bool) -> anyhow::Result<Answer> {
     let status = ask(socket).await?;
-    if json {
-        println!("{}", serde_json::to_string_pretty(&status)?);
-    } else {
-        print!("{}", describe(&status));
-    }
-    Ok(if status.ready { ExitCode::SUCCESS } else { ExitCode::from(NOT_READY) })
+    let text = if json { serde_json::to_string_pretty(&status)? + "\n" } else { describe(&status) };
+    let code = if status.ready { ExitCode::SUCCESS } else { ExitCode::from(NOT_READY) };
+    Ok(Answer { text, code })
 }
 
 async fn ask(socket: &Path) -> anyhow::Result<GetStatusResponse> {

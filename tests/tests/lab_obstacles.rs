@@ -1,0 +1,154 @@
+//! What stands in a node's way is said with the way out, and when it goes away the node gets ready by itself.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use fabric_core::model::Family;
+use fabric_tests::lab::{Families, Lab, Node, wait_until};
+
+const SOON: Duration = Duration::from_secs(10);
+
+/// Waits until the status gives this reason for not being ready; gives the whole reason.
+fn reason(node: &Node, words: &str) -> Result<String> {
+    wait_until(&format!("{}: {words}", node.name), SOON, || {
+        let status = node.exec(&["fabricctl", "status", "-o", "json"])?;
+        let status: serde_json::Value = serde_json::from_str(&status.stdout)?;
+        let reason = status["reason"].as_str().unwrap_or_default().to_owned();
+        ensure!(reason.contains(words), "the reason is {reason:?}\n{}", node.log_tail("fabricd"));
+        Ok(reason)
+    })
+}
+
+fn lab() -> Result<(Lab, Arc<Node>)> {
+    let lab = Lab::builder().nodes(1).start()?;
+    let node = lab.node("node-1")?.clone();
+    node.stop_fabricd()?;
+    node.run(&["fabricd", "--cleanup"])?;
+    Ok((lab, node))
+}
+
+#[test]
+fn without_etcd_a_node_names_the_endpoints_and_waits() -> Result<()> {
+    let (lab, node) = lab()?;
+    lab.etcd().stop()?;
+    node.start_fabricd()?;
+    let reason = reason(&node, "cannot reach the store at")?;
+    ensure!(reason.contains(&lab.etcd().endpoints()), "{reason}");
+    ensure!(node.http_get(9472, "/readyz")?.status == 503);
+    ensure!(node.http_get(9472, "/healthz")?.status == 200);
+    lab.etcd().start()?;
+    node.wait_ready()
+}
+
+#[test]
+fn without_a_network_config_a_node_says_how_to_make_one_and_refuses_one_that_cannot_work() -> Result<()> {
+    let (lab, node) = lab()?;
+    let key = "/coreos.com/network/config";
+    lab.etcd().ctl(&["del", key])?;
+    node.start_fabricd()?;
+    let told = reason(&node, "there is no network config at /coreos.com/network/config")?;
+    ensure!(told.contains("fabricctl network init --network 10.244.0.0/16"), "{told}");
+
+    lab.etcd().ctl(&["put", key, r#"{"Network":"10.244.0.0/16"}"#])?;
+    let told = reason(&node, "there is no Backend")?;
+    ensure!(told.contains(r#"add "Backend": {"Type": "vxlan"}"#), "{told}");
+
+    lab.etcd().ctl(&["put", key, "{"])?;
+    reason(&node, "is not valid JSON")?;
+
+    for (args, told) in [
+        (&["--network", "10.99.0.0/16"][..], "overlaps 10.99.0.0/16"),
+        (&["--network", "10.244.0.0/16", "--subnet-min", "10.245.0.0"], "use 10.244.1.0 to 10.244.255.0"),
+        (&["--network", "10.244.0.0/16", "--backend", "host-gw"], r#"use "Backend": {"Type": "vxlan"}"#),
+        (&["--network", "10.244.0.0/16"], "is there already, and says {; replace it with --force"),
+    ] {
+        let refused = node.exec(&[&["fabricctl", "network", "init"], args].concat())?;
+        ensure!(!refused.success() && refused.stderr.contains(told), "{args:?}: {refused:?}");
+    }
+    node.run(&["fabricctl", "network", "init", "--network", "10.244.0.0/16", "--force"])?;
+    node.wait_ready()
+}
+
+#[test]
+fn unknown_interface_is_answered_with_those_that_there_are() -> Result<()> {
+    let (_lab, node) = lab()?;
+    node.start_fabricd_with(&["--iface", "eth7"], &[])?;
+    let told = reason(&node, "no interface fits --iface eth7")?;
+    ensure!(told.contains("eth0 (10.99.0.11"), "{told}");
+    // It waits for the interface: a bond or VLAN may come up late.
+    node.run(&["ip", "link", "set", "eth0", "down"])?;
+    node.run(&["ip", "link", "set", "eth0", "name", "eth7"])?;
+    node.run(&["ip", "link", "set", "eth7", "up"])?;
+    node.run(&["ip", "route", "add", "default", "via", "10.99.0.1"])?;
+    node.wait_ready()
+}
+
+#[test]
+fn missing_capability_is_named() -> Result<()> {
+    let (_lab, node) = lab()?;
+    let bare = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", "fabricd"];
+    node.start_service("fabricd", &bare, &[])?;
+    let told = reason(&node, "does fabricd have CAP_NET_ADMIN?")?;
+    ensure!(told.contains("ip link add fabric.1"), "{told}");
+    Ok(())
+}
+
+#[test]
+fn device_name_and_vni_taken_by_others_are_named_and_left_alone() -> Result<()> {
+    let (_lab, node) = lab()?;
+    node.run(&["ip", "link", "add", "other", "type", "vxlan", "id", "1", "dstport", "8472", "local", "10.99.0.11"])?;
+    node.start_fabricd()?;
+    let told = reason(&node, "the interface other already uses VNI 1 on UDP port 8472")?;
+    ensure!(told.contains("ip link del other"), "{told}");
+    node.run(&["ip", "link", "del", "other"])?;
+    node.wait_ready()?;
+
+    node.stop_fabricd()?;
+    node.run(&["ip", "link", "del", "fabric.1"])?;
+    node.run(&["ip", "link", "add", "fabric.1", "type", "vxlan", "id", "7", "dstport", "4789"])?;
+    let before = node.run(&["ip", "-d", "link", "show", "fabric.1"])?;
+    node.start_fabricd()?;
+    reason(&node, "the interface fabric.1 exists and is not ours (vxlan with VNI 7, UDP port 4789)")?;
+    ensure!(node.run(&["ip", "-d", "link", "show", "fabric.1"])? == before);
+    Ok(())
+}
+
+#[test]
+fn a_second_daemon_on_the_node_is_refused() -> Result<()> {
+    let lab = Lab::builder().nodes(1).start()?;
+    let node = lab.node("node-1")?.clone();
+    let second = node.exec(&["fabricd"])?;
+    ensure!(
+        !second.success() && second.stderr.contains("another fabricd holds /run/fabric/fabricd.lock"),
+        "{second:?}"
+    );
+    node.wait_ready()
+}
+
+#[test]
+fn forward_policy_of_drop_is_told_with_commands_that_help() -> Result<()> {
+    let lab = Lab::builder().nodes(2).families(Families::Dual).start()?;
+    let (here, there) = (lab.node("node-1")?, lab.node("node-2")?);
+    let (near, far) = (here.add_pod("a")?, there.add_pod("b")?);
+    for (iptables, family) in [("iptables", Family::V4), ("ip6tables", Family::V6)] {
+        let target = far.ip(family)?.to_string();
+        let ping = || near.exec(&["ping", "-c", "1", "-W", "2", &target]);
+        here.run(&[iptables, "-P", "FORWARD", "DROP"])?;
+        ensure!(!ping()?.success(), "the policy drops nothing");
+        let remedy = wait_until("the warning", Duration::from_secs(20), || {
+            let status = here.status()?;
+            let warnings = status["warnings"].as_array().context("a list")?;
+            let warnings = warnings.iter().filter_map(|warning| warning.as_str());
+            let mut remedies = warnings.filter_map(|w| w.split_once("with: ")).map(|(_, remedy)| remedy.to_owned());
+            let told = remedies.find(|remedy| remedy.starts_with(&format!("{iptables} ")));
+            told.context("no warning yet")
+        })?;
+        here.run(&["sh", "-ec", &remedy])?;
+        wait_until("the ping", SOON, || {
+            ensure!(ping()?.success(), "still dropped after: {remedy}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
