@@ -14,6 +14,7 @@
 mod connect;
 mod identity;
 mod keys;
+mod operator;
 mod outage;
 mod places;
 mod txn;
@@ -31,6 +32,7 @@ use tokio::task::JoinSet;
 use self::connect::Connector;
 pub use self::connect::{Options, Tls, User};
 use self::keys::Keys;
+pub use self::operator::Overview;
 use super::{Claim, Connection, Grant, LeaseStore, Network, Resting, StoreError};
 
 /// The lease store in etcd. Dropping it ends its task.

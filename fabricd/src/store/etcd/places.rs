@@ -26,16 +26,11 @@ impl Store {
             self.begin_grace(&without_end, grace).await?;
             guards = self.guards_without_record().await?;
         }
-        let resting = |(subnet, kv): (Subnet, KeyValue)| Resting {
-            subnet,
-            node: kv.value_str().ok().and_then(|name| name.parse().ok()),
-            mod_revision: kv.mod_revision(),
-        };
         Ok(guards.into_iter().map(resting).collect())
     }
 
     /// Guards and leases at one revision.
-    async fn guards_without_record(&self) -> Result<Vec<(Subnet, KeyValue)>, StoreError> {
+    pub(super) async fn guards_without_record(&self) -> Result<Vec<(Subnet, KeyValue)>, StoreError> {
         let ranges = Txn::new().and_then([
             TxnOp::get(self.keys.all_guards(), Some(GetOptions::new().with_prefix())),
             TxnOp::get(self.keys.subnets(), Some(GetOptions::new().with_prefix().with_keys_only())),
@@ -86,4 +81,10 @@ impl Store {
         let put = vec![TxnOp::put(record, placeholder.encode(), None)];
         self.transact("keep a reserved subnet's place", reserved_and_free, put, &[]).await.map(drop)
     }
+}
+
+/// What a guard without a record says.
+pub(super) fn resting((subnet, guard): (Subnet, KeyValue)) -> Resting {
+    let node = guard.value_str().ok().and_then(|name| name.parse().ok());
+    Resting { subnet, node, mod_revision: guard.mod_revision() }
 }
