@@ -18,6 +18,7 @@ pub mod health;
 pub mod kernel;
 pub mod lease;
 pub mod pending;
+pub mod planned;
 pub mod reconcile;
 pub mod status;
 pub mod store;

@@ -145,7 +145,10 @@ fn forward_policy_of_drop_is_told_with_commands_that_help() -> Result<()> {
             told.context("no warning yet")
         })?;
         here.run(&["sh", "-ec", &remedy])?;
-        wait_until("the ping", SOON, || Ok(ensure!(ping()?.success(), "still dropped after: {remedy}")))?;
+        wait_until("the ping", SOON, || {
+            let _: () = ensure!(ping()?.success(), "still dropped after: {remedy}");
+            Ok(())
+        })?;
     }
     Ok(())
 }
