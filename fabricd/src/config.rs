@@ -117,33 +117,15 @@ pub struct EtcdArgs {
     pub cafile: Option<PathBuf>,
 
     /// Certificate to show to etcd, in PEM
-    #[arg(
-        id = "etcd_certfile",
-        long = "etcd-certfile",
-        env = "FABRICD_ETCD_CERTFILE",
-        value_name = "FILE",
-        requires = "etcd_keyfile"
-    )]
+    #[arg(id = "etcd_certfile", long = "etcd-certfile", env = "FABRICD_ETCD_CERTFILE", value_name = "FILE")]
     pub certfile: Option<PathBuf>,
 
     /// Key of that certificate, in PEM
-    #[arg(
-        id = "etcd_keyfile",
-        long = "etcd-keyfile",
-        env = "FABRICD_ETCD_KEYFILE",
-        value_name = "FILE",
-        requires = "etcd_certfile"
-    )]
+    #[arg(id = "etcd_keyfile", long = "etcd-keyfile", env = "FABRICD_ETCD_KEYFILE", value_name = "FILE")]
     pub keyfile: Option<PathBuf>,
 
     /// User of etcd
-    #[arg(
-        id = "etcd_username",
-        long = "etcd-username",
-        env = "FABRICD_ETCD_USERNAME",
-        value_name = "NAME",
-        requires = "etcd_password_file"
-    )]
+    #[arg(id = "etcd_username", long = "etcd-username", env = "FABRICD_ETCD_USERNAME", value_name = "NAME")]
     pub username: Option<String>,
 
     /// File with that user's password
@@ -151,8 +133,7 @@ pub struct EtcdArgs {
         id = "etcd_password_file",
         long = "etcd-password-file",
         env = "FABRICD_ETCD_PASSWORD_FILE",
-        value_name = "FILE",
-        requires = "etcd_username"
+        value_name = "FILE"
     )]
     pub password_file: Option<PathBuf>,
 }
@@ -171,6 +152,18 @@ impl EtcdArgs {
             }
             None => None,
         };
+        let half = |given: &str, lacks: &str| ConfigError::Half { given: given.into(), lacks: lacks.into() };
+        // Not left to clap: one half may come from the file, and clap doesn't count that as given.
+        for (first, second, names) in [
+            (self.certfile.is_some(), self.keyfile.is_some(), ("--etcd-certfile", "--etcd-keyfile")),
+            (self.username.is_some(), self.password_file.is_some(), ("--etcd-username", "--etcd-password-file")),
+        ] {
+            match (first, second) {
+                (true, false) => return Err(half(names.0, names.1)),
+                (false, true) => return Err(half(names.1, names.0)),
+                _ => {}
+            }
+        }
         let client = self.certfile.clone().zip(self.keyfile.clone());
         let tls = Tls { ca: self.cafile.clone(), client };
         let prefix = self.prefix.trim_end_matches('/').to_owned();
@@ -220,6 +213,14 @@ pub enum ConfigError {
         file: PathBuf,
         /// Why.
         reason: String,
+    },
+    /// Two settings that only make sense together.
+    #[error("{given} needs {lacks}; give both or neither")]
+    Half {
+        /// The one that is there.
+        given: String,
+        /// The one that lacks.
+        lacks: String,
     },
     /// The host's name can't be a node's name.
     #[error("cannot take the host's name for the node's: {0}; name the node with --node-name")]
@@ -393,7 +394,13 @@ mod tests {
 
     #[test]
     fn half_a_key_pair_is_refused() {
-        assert!(load(&["--etcd-certfile", "a.pem"], None).expect_err("no key").contains("--etcd-keyfile"));
+        for file in ["etcd_certfile = 'a.pem'", "etcd_keyfile = 'a.pem'", "etcd_username = 'root'"] {
+            let error =
+                load(&[], Some(file)).expect("each by itself is fine").etcd.options().expect_err(file).to_string();
+            assert!(error.ends_with("give both or neither"), "{error}");
+        }
+        let both = load(&["--etcd-certfile", "a.pem"], Some("etcd_keyfile = 'b.pem'")).expect("valid");
+        assert!(both.etcd.options().expect("complete").tls.client.is_some());
     }
 
     #[test]

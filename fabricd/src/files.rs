@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use fabric_core::handoff::{NODE_FILE, NODE_FILE_VERSION, NodeFile, NotReady, Readiness};
+use fabric_core::model::NodeName;
 
 /// Where the files lie.
 #[derive(Clone, Debug)]
@@ -74,10 +75,10 @@ impl Files {
     }
 }
 
-/// The content of a `node.json` that says no more than why there is nothing.
+/// The content of a `node.json` of a node that nothing is known of yet.
 #[must_use]
-pub fn not_ready(node: fabric_core::model::NodeName, code: NotReady, reason: String) -> NodeFile {
-    let readiness = Readiness::NotReady { code, reason };
+pub fn unknown(node: NodeName) -> NodeFile {
+    let readiness = Readiness::NotReady { code: NotReady::Starting, reason: "starting".into() };
     NodeFile { version: NODE_FILE_VERSION, node, readiness, ipv4: None, ipv6: None, mtu: 0, epoch: 0 }
 }
 
@@ -143,7 +144,10 @@ mod tests {
     fn starting_daemon_keeps_the_word_of_the_one_before_it_but_a_quarantine_does_not() {
         let dir = tempfile::tempdir().unwrap();
         let files = files(&dir);
-        let state = |code| not_ready("node-1".parse().unwrap(), code, "why".into());
+        let state = |code| NodeFile {
+            readiness: Readiness::NotReady { code, reason: "why".into() },
+            ..unknown("node-1".parse().unwrap())
+        };
         files.publish(&state(NotReady::Starting)).unwrap();
         assert_eq!(files.read(), Some(state(NotReady::Starting)), "after a reboot it says why");
         files.publish(&ready()).unwrap();

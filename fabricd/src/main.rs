@@ -40,9 +40,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// A bare level is ours: the libraries below (HTTP/2, gRPC) stay at warn, whose word for every frame drowns the rest.
+/// A bare level is ours: the libraries below (HTTP/2, gRPC) only have errors to tell, their word for every frame or
+/// broken connection drowns the rest.
 fn directives(level: &str) -> String {
-    if level.contains(['=', ',']) { level.to_owned() } else { format!("warn,fabricd={level}") }
+    if level.contains(['=', ',']) { level.to_owned() } else { format!("error,fabricd={level}") }
 }
 
 fn fail(error: &dyn std::fmt::Display) -> ExitCode {

@@ -14,6 +14,7 @@ pub struct Pending {
     subnets: BTreeMap<Subnet, String>,
     overlay: BTreeMap<IpAddr, String>,
     macs: BTreeMap<MacAddr, String>,
+    everything: Option<String>,
 }
 
 impl Pending {
@@ -33,8 +34,10 @@ impl Pending {
             }
         }
         for conflict in conflicts {
-            if let Conflict::Route { dst, .. } = conflict {
-                pending.subnets.insert(*dst, conflict.to_string());
+            match conflict {
+                Conflict::Route { dst, .. } => drop(pending.subnets.insert(*dst, conflict.to_string())),
+                // Without a device of ours nobody is reached.
+                Conflict::Name { .. } | Conflict::Vni { .. } => pending.everything = Some(conflict.to_string()),
             }
         }
         pending
@@ -48,6 +51,6 @@ impl Pending {
             let by_mac = endpoints.get(family).and_then(|endpoint| self.macs.get(&endpoint.vtep_mac));
             by_mac.or_else(|| self.overlay.get(&subnet.base())).or_else(|| self.subnets.get(subnet))
         });
-        reason.map(String::as_str)
+        reason.or(self.everything.as_ref()).map(String::as_str)
     }
 }

@@ -14,13 +14,18 @@ use fabric_core::handoff::{NODE_FILE_VERSION, NodeFile, NodeSubnet, NotReady, Re
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::{Family, NodeName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
+<<<<<<< HEAD
 use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep, device_name};
+=======
+use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep, desired, device_name};
+use fabric_core::state::Sysctl;
+>>>>>>> main
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, info, warn};
 
-use crate::files::{Files, not_ready};
-use crate::kernel::{Kernel, KernelError, Observed};
+use crate::files::{Files, unknown};
+use crate::kernel::{Kernel, Observed};
 use crate::lease::{Holding, Own, Wanted};
 use crate::pending::Pending;
 use crate::planned::Planned;
@@ -268,8 +273,11 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 })
             })
             .collect();
-        let facts =
-            Facts { nexthop_objects: observed.nexthop_objects, on_link: on_link(observed, underlays).collect() };
+        let facts = Facts {
+            nexthop_objects: observed.nexthop_objects,
+            ipv6: observed.ours.sysctls.contains_key(&Sysctl::Ipv6Forward),
+            on_link: on_link(observed, underlays).collect(),
+        };
         let (have, foreign) = (&observed.ours, &observed.foreign);
         let inputs = Inputs { network, own: &own.key, vteps: &vteps, leases, facts: &facts, have, foreign };
         let Desired { state, refused, conflicts, .. } = self.planned.desired(&inputs, leases);
@@ -309,14 +317,15 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 debug!(%op, ok = result.is_ok(), "kernel write");
                 if let Err(error) = result {
                     gate.failed(op);
-                    failures.push((op.clone(), explain(&error)));
+                    failures.push((op.clone(), error.to_string()));
                 }
             }
         }
         if !plan.is_empty() {
-            info!(ops = plan.ops().len(), failed = failures.len(), "kernel brought up to date");
+            debug!(ops = plan.ops().len(), failed = failures.len(), "kernel written to");
         }
-        if let Some((_, first)) = failures.first() {
+        // The first of a series; how it goes on shows in the status.
+        if let (Some((_, first)), 0) = (failures.first(), self.failures) {
             warn!(error = first, failed = failures.len(), "kernel writes failed, retrying");
         }
         failures
@@ -340,9 +349,10 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                     epoch: own.epoch,
                 }
             }
-            _ => match &view.readiness {
-                Readiness::NotReady { code, reason } => not_ready(self.node.name.clone(), *code, reason.clone()),
-                Readiness::Ready => unreachable!("a node without a subnet is never ready"),
+            // What was known of this node's subnets stays: a DEL may need them, and the next claim asks for them again.
+            _ => NodeFile {
+                readiness: view.readiness.clone(),
+                ..self.files.read().unwrap_or_else(|| unknown(self.node.name.clone()))
             },
         };
         self.files.publish(&file).map_err(|error| {
@@ -372,13 +382,6 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             *current = Arc::new(view);
             differs
         });
-    }
-}
-
-fn explain(error: &KernelError) -> String {
-    match error.errno() {
-        Some(libc::EPERM | libc::EACCES) => format!("{error}; does fabricd have CAP_NET_ADMIN?"),
-        _ => error.to_string(),
     }
 }
 

@@ -150,7 +150,7 @@ fn setting_that_cannot_be_written_says_which_file_and_the_way_out() {
         let error = world.kernel().apply(&[op]).await.remove(0).expect_err("no such file");
         assert_eq!(
             error.to_string(),
-            "sysctl -w net.ipv4.ip_forward=1: No such file or directory (os error 2) \
+            "sysctl -w net/ipv4/ip_forward=1: No such file or directory (os error 2) \
              (/proc/sys/net/nowhere/ipv4/ip_forward; is IPv6 turned off on this host, or the device gone?)"
         );
     });

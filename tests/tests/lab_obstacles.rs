@@ -140,13 +140,13 @@ fn forward_policy_of_drop_is_told_with_commands_that_help() -> Result<()> {
             let status = here.status()?;
             let warnings = status["warnings"].as_array().context("a list")?;
             let warnings = warnings.iter().filter_map(|warning| warning.as_str());
-            let remedy = warnings.filter_map(|w| w.split_once("with: ")).map(|(_, remedy)| remedy.to_owned());
-            let told = remedy.filter(|remedy| remedy.starts_with(&format!("{iptables} "))).next();
+            let mut remedies = warnings.filter_map(|w| w.split_once("with: ")).map(|(_, remedy)| remedy.to_owned());
+            let told = remedies.find(|remedy| remedy.starts_with(&format!("{iptables} ")));
             told.context("no warning yet")
         })?;
         here.run(&["sh", "-ec", &remedy])?;
         wait_until("the ping", SOON, || {
-            let _: () = ensure!(ping()?.success(), "still dropped after: {remedy}");
+            ensure!(ping()?.success(), "still dropped after: {remedy}");
             Ok(())
         })?;
     }

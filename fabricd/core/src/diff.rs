@@ -335,7 +335,7 @@ impl fmt::Display for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Link(name, change) => link_line(f, name, change),
-            Self::Sysctl(sysctl, value) => write!(f, "~ sysctl -w net.{}={value}", sysctl.path().replace('/', ".")),
+            Self::Sysctl(sysctl, value) => write!(f, "~ sysctl -w net/{}={value}", sysctl.path()),
             Self::Address(dev, change) => {
                 let (verb, address) = match change {
                     Change::Create(now) | Change::Replace { now, .. } => ("add", now),

@@ -30,6 +30,8 @@ pub struct Vtep {
 pub struct Facts {
     /// The kernel has nexthop objects (5.3 and later).
     pub nexthop_objects: bool,
+    /// The kernel has IPv6, so a device has IPv6 settings.
+    pub ipv6: bool,
     /// Prefixes that an underlay link reaches without a gateway, with the link.
     pub on_link: Vec<(Subnet, IfName)>,
 }
@@ -146,7 +148,7 @@ pub fn desired(inputs: &Inputs<'_>) -> Desired {
         };
         match own_device(inputs, family, vtep) {
             Ok(dev) => {
-                own_entries(&mut desired.state, family, *own, &dev);
+                own_entries(&mut desired.state, inputs.facts, family, *own, &dev);
                 desired.state.links.insert(dev, own_link(inputs.network, *vtep));
             }
             Err(conflict) => desired.conflicts.push(conflict),
@@ -211,9 +213,17 @@ fn own_link(network: &NetworkConfig, vtep: Vtep) -> VxlanLink {
     }
 }
 
+<<<<<<< HEAD
 fn own_entries(state: &mut KernelState, family: Family, own: Subnet, dev: &IfName) {
     state.addresses.insert((*dev, Subnet::host(own.base())));
     state.sysctls.insert(Sysctl::AcceptRa(*dev), 0);
+=======
+fn own_entries(state: &mut KernelState, facts: &Facts, family: Family, own: Subnet, dev: &IfName) {
+    state.addresses.insert((dev.clone(), Subnet::host(own.base())));
+    if facts.ipv6 {
+        state.sysctls.insert(Sysctl::AcceptRa(dev.clone()), 0);
+    }
+>>>>>>> main
     let forward = match family {
         Family::V4 => Sysctl::Ipv4Forward,
         Family::V6 => Sysctl::Ipv6Forward,

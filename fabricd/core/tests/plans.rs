@@ -41,7 +41,11 @@ impl Node {
                 Vtep { mac: "02:42:c0:00:06:01".parse().unwrap(), local: "2001:db8::1".parse().unwrap(), mtu: 1430 }
             }
         });
-        let facts = Facts { nexthop_objects: true, on_link: vec![(subnet("192.0.2.0/24"), "eth0".parse().unwrap())] };
+        let facts = Facts {
+            nexthop_objects: true,
+            ipv6: true,
+            on_link: vec![(subnet("192.0.2.0/24"), "eth0".parse().unwrap())],
+        };
         Self { network, own: LeaseKey::new(own).expect("a family"), vteps, facts, foreign: Foreign::default() }
     }
 
@@ -98,8 +102,8 @@ fn a_new_node_builds_its_device_and_one_peer_from_the_bottom_up() {
     let node = Node::new(V4);
     let want = "
         + ip link add fabric.1 address 02:42:c0:00:02:01 mtu 1450 up type vxlan id 1 dstport 8472 local 192.0.2.1 nolearning
-        ~ sysctl -w net.ipv4.ip_forward=1
-        ~ sysctl -w net.ipv6.conf.fabric.1.accept_ra=0
+        ~ sysctl -w net/ipv4/ip_forward=1
+        ~ sysctl -w net/ipv6/conf/fabric.1/accept_ra=0
         + ip address add 10.244.1.0/32 dev fabric.1
         + bridge fdb replace 02:42:c0:00:02:02 dev fabric.1 dst 192.0.2.2 self permanent
         + ip neighbour replace 10.244.2.0 lladdr 02:42:c0:00:02:02 dev fabric.1 nud permanent
@@ -114,8 +118,8 @@ fn ipv6_needs_no_nexthop_object() {
     let peers = leases(&[("0.0.0.0-0&fd00:10:244:2::-64", v6_peer("2001:db8::2", "02:42:c0:00:06:02"))]);
     let want = "
         + ip link add fabric6.1 address 02:42:c0:00:06:01 mtu 1430 up type vxlan id 1 dstport 8472 local 2001:db8::1 nolearning
-        ~ sysctl -w net.ipv6.conf.all.forwarding=1
-        ~ sysctl -w net.ipv6.conf.fabric6.1.accept_ra=0
+        ~ sysctl -w net/ipv6/conf/all/forwarding=1
+        ~ sysctl -w net/ipv6/conf/fabric6.1/accept_ra=0
         + ip address add fd00:10:244:1::/128 dev fabric6.1 nodad
         + bridge fdb replace 02:42:c0:00:06:02 dev fabric6.1 dst 2001:db8::2 self permanent
         + ip neighbour replace fd00:10:244:2:: lladdr 02:42:c0:00:06:02 dev fabric6.1 nud permanent
@@ -130,6 +134,13 @@ fn kernel_without_nexthop_objects_gets_plain_onlink_routes() {
     let plan = node.plan(&leases(&[node_2()]), &KernelState::default());
     assert!(plan.ends_with("+ ip route add 10.244.2.0/24 via 10.244.2.0 dev fabric.1 onlink proto 250\n"), "{plan}");
     assert!(!plan.contains("nexthop"), "{plan}");
+}
+
+#[test]
+fn kernel_without_ipv6_has_no_setting_of_it() {
+    let mut node = Node::new(V4);
+    node.facts.ipv6 = false;
+    assert!(!node.plan(&leases(&[node_2()]), &KernelState::default()).contains("accept_ra"));
 }
 
 #[test]
@@ -195,7 +206,7 @@ fn device_with_another_port_is_made_anew_with_all_that_hangs_on_it() {
     let plan = node.plan(&leases(&[node_2()]), &have);
     let (first, rest) = plan.split_once('\n').unwrap();
     assert_eq!(first, "- ip link del fabric.1");
-    assert_eq!(rest.replace("~ sysctl -w net.ipv6.conf.fabric.1.accept_ra=0\n", ""), fresh);
+    assert_eq!(rest.replace("~ sysctl -w net/ipv6/conf/fabric.1/accept_ra=0\n", ""), fresh);
     assert!(rest.contains("accept_ra=0"));
 }
 

@@ -220,7 +220,7 @@ fn unsendable(why: &Unsendable) -> Refusal {
 fn refused(op: &Op, refusal: Refusal) -> KernelError {
     let advice = match (refusal.error.raw_os_error(), op) {
         (Some(libc::EPERM), Op::Sysctl(..)) => None,
-        (Some(libc::EPERM), _) => Some("does fabricd have CAP_NET_ADMIN?"),
+        (Some(libc::EPERM | libc::EACCES), _) => Some("does fabricd have CAP_NET_ADMIN?"),
         (Some(libc::EOPNOTSUPP), Op::Link(_, Change::Create(_))) => Some("does the kernel have the vxlan module?"),
         (Some(libc::EEXIST), Op::Route(..)) => Some("a route of somebody else leads there: see `ip route`"),
         (Some(libc::EEXIST), Op::Nexthop(..)) => {
