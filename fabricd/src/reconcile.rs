@@ -11,19 +11,22 @@ use std::time::Duration;
 
 use fabric_core::diff::{Gate, Op, Plan, diff};
 use fabric_core::handoff::{NODE_FILE_VERSION, NodeFile, NodeSubnet, NotReady, Readiness};
-use fabric_core::leases::LeaseSet;
+use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::{Family, NodeName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
-use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep, desired, device_name};
+use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep, device_name};
 use fabric_core::state::Sysctl;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, info, warn};
 
+use crate::disk::State;
 use crate::files::{Files, unknown};
+use crate::kept::Kept;
 use crate::kernel::{Kernel, Observed};
 use crate::lease::{Holding, Own, Wanted};
 use crate::pending::Pending;
+use crate::planned::Planned;
 use crate::store::{Connection, LeaseStore, Network};
 use crate::underlay::{self, Selector, Underlay};
 use crate::view::{PeerTrouble, View, VtepView};
@@ -54,7 +57,22 @@ pub struct Reconciler<S, K> {
     wanted: watch::Sender<Option<Wanted>>,
     view: watch::Sender<Arc<View>>,
     applied: Option<NetworkConfig>,
+    /// The config that was in force before the start, until the store has shown one.
+    remembered: Option<NetworkConfig>,
+    kept: Kept,
+    commands: (mpsc::Sender<Command>, mpsc::Receiver<Command>),
+    planned: Planned,
     failures: u32,
+}
+
+/// What a person tells the loop.
+#[derive(Debug)]
+pub enum Command {
+    /// Apply what is pending of the network config. Answers with what that was.
+    Migrate {
+        /// Where the answer goes.
+        reply: oneshot::Sender<Vec<String>>,
+    },
 }
 
 /// Why a pass ended before there was anything to write.
@@ -74,7 +92,8 @@ fn failed(reason: impl ToString) -> Blocked {
 
 impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     /// A loop that has not looked at anything yet.
-    pub fn new(node: Node, store: Arc<S>, kernel: K, files: Files) -> Self {
+    /// `before` is what the daemon before this one left on disk.
+    pub fn new(node: Node, store: Arc<S>, kernel: K, files: Files, before: State) -> Self {
         let view = View::new(node.name.clone());
         Self {
             node,
@@ -84,6 +103,10 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             wanted: watch::channel(None).0,
             view: watch::channel(Arc::new(view)).0,
             applied: None,
+            remembered: before.network,
+            kept: Kept::new(before.leases),
+            commands: mpsc::channel(8),
+            planned: Planned::default(),
             failures: 0,
         }
     }
@@ -98,30 +121,40 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         self.view.subscribe()
     }
 
+    /// Where commands go.
+    pub fn commands(&self) -> mpsc::Sender<Command> {
+        self.commands.0.clone()
+    }
+
     /// Runs until the lease keeper or the store is gone. The kernel keeps what it has.
     pub async fn run(mut self, mut holding: watch::Receiver<Holding>) {
         let mut leases = self.store.leases();
         let mut network = self.store.network();
         let mut connection = self.store.connection();
+        let mut replaced = self.store.replaced();
         let mut audit = Instant::now() + AUDIT;
         loop {
             let mut view =
                 View { connection: connection.borrow_and_update().clone(), ..View::new(self.node.name.clone()) };
-            let now = (
-                network.borrow_and_update().clone(),
-                leases.borrow_and_update().clone(),
-                holding.borrow_and_update().clone(),
-            );
+            let set = leases.borrow_and_update().clone();
+            // It rises before the first set of the new store comes.
+            if replaced.has_changed().unwrap_or_default() {
+                replaced.mark_unchanged();
+                self.kept.store_was_replaced();
+            }
+            (view.leases, view.from_disk) = self.kept.merge(set);
+            let now = (network.borrow_and_update().clone(), holding.borrow_and_update().clone());
             let again = self.pass(&mut view, now).await;
             self.publish(view);
 
-            let retry = again.map(|delay| Instant::now() + delay);
+            let retry = again.map(|delay| Instant::now() + delay).into_iter().chain(self.kept.until()).min();
             tokio::select! {
                 _ = self.kernel.changed() => {}
                 changed = leases.changed() => if changed.is_err() { return },
                 changed = network.changed() => if changed.is_err() { return },
                 changed = connection.changed() => if changed.is_err() { return },
                 changed = holding.changed() => if changed.is_err() { return },
+                Some(Command::Migrate { reply }) = self.commands.1.recv() => self.migrate(reply),
                 () = sleep_until(retry.unwrap_or(audit)), if retry.is_some() => {}
                 () = sleep_until(audit) => {
                     self.kernel.distrust();
@@ -132,9 +165,9 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     }
 
     /// One pass. Gives the delay after which to try again, if something failed.
-    async fn pass(&mut self, view: &mut View, now: (Network, Option<Arc<LeaseSet>>, Holding)) -> Option<Duration> {
-        let (network, leases, holding) = now;
-        view.leases = leases.clone();
+    async fn pass(&mut self, view: &mut View, now: (Network, Holding)) -> Option<Duration> {
+        let (network, holding) = now;
+        let leases = view.leases.clone();
         view.holding = holding.clone();
         let outcome = match self.prepare(view, &network, &holding).await {
             Ok((observed, network, own, underlays)) => match &leases {
@@ -146,6 +179,12 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let troubled = match outcome {
             Ok(clean) => {
                 view.readiness = match &holding.trouble {
+                    Some((NotReady::Starting, _)) | None if view.from_disk => Readiness::NotReady {
+                        code: NotReady::Starting,
+                        reason: "the store has not answered since the start; the data plane is as remembered from \
+                                 disk, and nothing is removed from it"
+                            .into(),
+                    },
                     Some((code, reason)) => Readiness::NotReady { code: *code, reason: reason.clone() },
                     None => Readiness::Ready,
                 };
@@ -173,6 +212,12 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let observed = self.kernel.observe().await.map_err(failed)?;
         let network = self.network_in_force(view, network)?;
         view.network = Some(network);
+        if let Some(end) = self.kept.until() {
+            view.warnings.push(format!(
+                "the store was emptied or set back: peers that it has lost stay for {} s, to claim their subnets again",
+                end.saturating_duration_since(Instant::now()).as_secs()
+            ));
+        }
         let underlays = network
             .spaces
             .try_map(|family, _| underlay::choose(&self.node.selectors, &observed.host, family))
@@ -211,23 +256,26 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         Ok((observed, network, own, underlays))
     }
 
-    /// The config that counts: the first valid one, with what can change under running pods kept up to date.
+    /// The config that counts: the first valid one, with what can change under running pods kept up to date. Until the
+    /// store has shown one it is that of before the start.
     fn network_in_force(&mut self, view: &mut View, network: &Network) -> Result<NetworkConfig, Blocked> {
         let key = format!("{}/config", self.node.prefix);
         let trouble = match (network, self.applied) {
             (Network::Valid(config), None) => {
-                self.applied = Some(*config);
+                (self.applied, self.remembered) = (Some(*config), None);
                 return Ok(*config);
             }
             (Network::Valid(config), Some(applied)) => {
-                let live = |c: &NetworkConfig| {
-                    (c.spaces.map(|_, s| (s.network, s.subnet_len)), c.vxlan.vni, c.vxlan.port, c.vxlan.gbp)
-                };
-                if live(config) == live(&applied) {
+                view.pending = applied.lasting_differences(config);
+                if view.pending.is_empty() {
                     self.applied = Some(*config);
                     return Ok(*config);
                 }
-                "the network config has changed in what only a restart applies; restart fabricd on this node".into()
+                format!(
+                    "the network config at {key} differs in what running pods depend on ({}); apply it on this node \
+                     with: fabricctl network migrate",
+                    view.pending.join(", ")
+                )
             }
             (Network::Unknown, _) => match &view.connection {
                 Connection::Down(reason) => format!("waiting for the network config: {reason}"),
@@ -238,9 +286,20 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             ),
             (Network::Invalid(error), _) => format!("the network config at {key} can't be used: {error}"),
         };
-        let Some(applied) = self.applied else { return Err(starting(trouble)) };
+        let Some(applied) = self.applied.or(self.remembered) else { return Err(starting(trouble)) };
         view.warnings.push(trouble);
         Ok(applied)
+    }
+
+    /// Lets the next pass take the store's config as it is.
+    fn migrate(&mut self, reply: oneshot::Sender<Vec<String>>) {
+        let pending = self.view.borrow().pending.clone();
+        if !pending.is_empty() {
+            warn!(changes = pending.join(", "), "told to apply the network config");
+            self.applied = None;
+        }
+        // Whoever asked may have gone.
+        let _ = reply.send(pending);
     }
 
     /// Writes what the kernel lacks. True when nothing failed.
@@ -251,7 +310,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         network: &NetworkConfig,
         own: &Own,
         underlays: &PerFamily<Underlay>,
-        leases: &LeaseSet,
+        leases: &Arc<LeaseSet>,
     ) -> Result<bool, Blocked> {
         let vteps = vteps(network, own, underlays);
         view.mtu = vteps.values().map(|vtep| vtep.mtu).min().unwrap_or_default();
@@ -260,7 +319,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             .filter_map(|(family, vtep)| {
                 Some(VtepView {
                     device: device_name(family, network.vxlan.vni),
-                    underlay: underlays.get(family)?.dev.clone(),
+                    underlay: underlays.get(family)?.dev,
                     public_ip: own.endpoints.get(family)?.public_ip,
                     vtep: *vtep,
                 })
@@ -272,13 +331,15 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             on_link: on_link(observed, underlays).collect(),
         };
         let (have, foreign) = (&observed.ours, &observed.foreign);
-        let Desired { state, refused, conflicts, .. } =
-            desired(&Inputs { network, own: &own.key, vteps: &vteps, leases, facts: &facts, have, foreign });
+        let inputs = Inputs { network, own: &own.key, vteps: &vteps, leases, facts: &facts, have, foreign };
+        let Desired { state, refused, conflicts, .. } = self.planned.desired(&inputs, leases);
 
-        let plan = diff(&state, have);
-        let failures = self.execute(&plan).await;
-        view.peers = leases.iter().filter(|lease| lease.key != own.key).cloned().collect();
-        view.troubles = refused.into_iter().map(|(key, refusal)| (key, PeerTrouble::Refused(refusal))).collect();
+        let plan = diff(state, have);
+        view.troubles = refused.iter().map(|(key, refusal)| (*key, PeerTrouble::Refused(refusal.clone()))).collect();
+        let conflicts = conflicts.clone();
+        let failures = self.execute(&plan, view.from_disk).await;
+        let is_peer = |lease: &&Arc<Lease>| lease.key != own.key && !lease.record.is_placeholder();
+        view.peers = leases.iter().filter(is_peer).cloned().collect();
         let pending = Pending::new(&failures, &conflicts);
         for peer in &view.peers {
             if let Some(reason) = pending.reason(peer) {
@@ -296,12 +357,14 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         }
     }
 
-    /// Takes the steps of a plan, stage by stage. Gives those that failed or were left out, with the reason.
-    async fn execute(&mut self, plan: &Plan) -> Vec<(Op, String)> {
+    /// Takes the steps of a plan, stage by stage. Gives those that failed or were left out, with the reason. What is only
+    /// remembered is no reason to delete anything.
+    async fn execute(&mut self, plan: &Plan, keeping: bool) -> Vec<(Op, String)> {
         let mut gate = Gate::default();
         let mut failures = Vec::new();
         for stage in plan.stages() {
-            let (go, wait): (Vec<&Op>, Vec<&Op>) = stage.iter().partition(|op| gate.admits(op));
+            let stage = stage.iter().filter(|op| !(keeping && op.is_delete()));
+            let (go, wait): (Vec<&Op>, Vec<&Op>) = stage.partition(|op| gate.admits(op));
             failures
                 .extend(wait.into_iter().map(|op| (op.clone(), format!("{op}: left out, what it needs has failed"))));
             let go: Vec<Op> = go.into_iter().cloned().collect();
@@ -395,5 +458,5 @@ fn on_link<'a>(
 ) -> impl Iterator<Item = (Subnet, fabric_core::model::IfName)> + 'a {
     let chosen: BTreeSet<_> = underlays.values().map(|underlay| &underlay.dev).collect();
     let links = observed.host.links.iter().filter(move |link| chosen.contains(&link.name));
-    links.flat_map(|link| link.addresses.iter().map(|(_, prefix)| (*prefix, link.name.clone())))
+    links.flat_map(|link| link.addresses.iter().map(|(_, prefix)| (*prefix, link.name)))
 }
