@@ -56,6 +56,18 @@ pub struct Saved {
     pub ports: Option<Vec<String>>,
 }
 
+impl Saved {
+    /// The content of a state file; `None` when it is cut, empty or something else.
+    #[must_use]
+    pub fn decode(content: &[u8]) -> Option<Self> {
+        // The second line may be missing, or cut.
+        let mut lines = content.splitn(2, |byte| *byte == b'\n');
+        let saved: Self = serde_json::from_slice(lines.next()?).ok()?;
+        let attached = lines.next().and_then(|line| serde_json::from_slice::<Attached>(line).ok());
+        Some(Self { ports: attached.map(|attached| attached.ports), ..saved })
+    }
+}
+
 /// The line that ADD appends.
 #[derive(Debug, Serialize, Deserialize)]
 struct Attached {
@@ -201,13 +213,9 @@ pub fn lock(file: File, patience: Duration) -> io::Result<Option<File>> {
 }
 
 fn decode(file: &File) -> Option<Saved> {
-    let mut json = Vec::new();
-    file.take(MAX_STATE).read_to_end(&mut json).ok()?;
-    // The second line may be missing, or cut.
-    let mut lines = json.splitn(2, |byte| *byte == b'\n');
-    let saved: Saved = serde_json::from_slice(lines.next()?).ok()?;
-    let attached = lines.next().and_then(|line| serde_json::from_slice::<Attached>(line).ok());
-    Some(Saved { ports: attached.map(|attached| attached.ports), ..saved })
+    let mut content = Vec::new();
+    file.take(MAX_STATE).read_to_end(&mut content).ok()?;
+    Saved::decode(&content)
 }
 
 fn parse_stem(stem: &str) -> Option<AttachmentId> {

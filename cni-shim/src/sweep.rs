@@ -19,7 +19,7 @@ use ipnetwork::IpNetwork;
 use serde_json::{Map, Value};
 
 use crate::bridge::wiring::{self, Link};
-use crate::bridge::{in_the_way, namespace};
+use crate::bridge::{in_the_way, namespace, random_mac};
 use crate::error::{CniError, Code};
 use crate::host_local::{Book, DATA_DIR};
 use crate::netlink::{Netlink, Refused};
@@ -102,6 +102,10 @@ pub fn make_way(config: &Map<String, Value>, attachments: &Attachments) -> Resul
     };
     let mut netlink = open()?;
     let Some(bridge) = wiring::link(&mut netlink, &name).map_err(|e| refused(&e))? else { return Ok(Bridge::Missing) };
+    if bridge.mac.is_none() {
+        // A first ADD that failed has left it so, and `bridge` would fail on it for ever.
+        netlink.write(&[wiring::set_mac(bridge.index, &bridge.name, random_mac())]).map_err(|e| refused(&e))?;
+    }
     let is_set = |key| config.get(key).is_some_and(|value| *value == true);
     if !is_set("isGateway") && !is_set("isDefaultGateway") {
         return Ok(Bridge::Clean);

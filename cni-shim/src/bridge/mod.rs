@@ -476,7 +476,7 @@ fn gateway_for(given: &[Given], dst: IpNetwork) -> Option<IpAddr> {
 }
 
 /// A locally administered address that nobody else has, but for a chance of one in 2^46.
-fn random_mac() -> MacAddr {
+pub(crate) fn random_mac() -> MacAddr {
     let random = RandomState::new().hash_one(std::process::id()).to_be_bytes();
     let [_, _, a, b, c, d, e, f] = random;
     MacAddr::try_from([(a | 0x02) & 0xfe, b, c, d, e, f]).expect("a unicast address with a bit set")
