@@ -189,7 +189,8 @@ pub const DEFAULT_SOCKET: &str = "/run/fabric/fabricd.sock";
 const DEFAULT_FILE: &str = "/etc/fabric/fabricd.toml";
 
 const AFTER_HELP: &str =
-    "The network that all nodes share is described in the store: see fabricctl network init --help.";
+    "The network that all nodes share is described in the store: see fabricctl network init --help.
+The CNI plugins are put in place by fabricd install-cni: see fabricd install-cni --help.";
 
 /// Form of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -1,5 +1,6 @@
 //! What the tests stand on: the Lab, the fakes and the suites that run on them.
 
+pub mod bench;
 pub mod certificates;
 pub mod conformance;
 pub mod etcd;

@@ -67,6 +67,15 @@ pub fn pod_network(family: Family) -> &'static str {
     }
 }
 
+/// The option of `fabricctl network init` that takes it.
+#[must_use]
+pub(super) fn network_flag(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "--network",
+        Family::V6 => "--ipv6-network",
+    }
+}
+
 /// The bridge of the underlay.
 #[must_use]
 pub fn gateway(family: Family) -> IpAddr {

@@ -7,7 +7,7 @@ use std::thread;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::addresses::Families;
+use super::addresses::{self, Families};
 use super::machine::Lifetime;
 use super::node::Node;
 use super::{Lab, dir_of, preflight};
@@ -30,6 +30,7 @@ pub struct Builder {
     pub(super) families: Families,
     pub(super) etcd_members: u16,
     pub(super) wiring: Wiring,
+    network: Option<Vec<String>>,
     pub(super) lifetime: Lifetime,
 }
 
@@ -41,6 +42,7 @@ impl Default for Builder {
             families: Families::V4,
             etcd_members: 1,
             wiring: Wiring::Fabric,
+            network: None,
             lifetime: Lifetime::OfTheTest,
         }
     }
@@ -80,6 +82,21 @@ impl Builder {
     pub fn plain(mut self) -> Self {
         self.wiring = Wiring::Plain;
         self
+    }
+
+    /// Another network than the usual one: arguments of `fabricctl network init`.
+    #[must_use]
+    pub fn network(mut self, args: &[&str]) -> Self {
+        self.network = Some(args.iter().map(ToString::to_string).collect());
+        self
+    }
+
+    /// The arguments of `fabricctl network init`.
+    pub(super) fn network_args(&self) -> Vec<String> {
+        self.network.clone().unwrap_or_else(|| {
+            let usual = |family| [addresses::network_flag(family), addresses::pod_network(family)].map(str::to_owned);
+            self.families.each().iter().flat_map(|&family| usual(family)).collect()
+        })
     }
 
     /// It outlives this process.

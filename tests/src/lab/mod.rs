@@ -20,7 +20,9 @@
 //! | [`builder`] | what a lab is to be, and its start |
 //! | [`underlay`], [`addresses`], [`etcd`] | what all nodes share |
 //! | [`node`], [`pod`], [`cni`], [`containerd`], `plain` | nodes, and the kinds of pods on them |
+//! | [`crowd`] | peers that exist in etcd only, by the thousand |
 //! | [`stream`], [`connection`], [`matrix`], [`capture`], [`packet`] | traffic, counted and looked at |
+//! | [`witness`] | what the kernel says about its tables |
 //!
 //! A test reads as a sentence:
 //!
@@ -49,6 +51,7 @@ pub mod capture;
 pub mod cni;
 pub mod connection;
 pub mod containerd;
+pub mod crowd;
 pub mod etcd;
 pub mod exec;
 pub mod http;
@@ -66,6 +69,7 @@ pub mod stream;
 pub mod tour;
 pub mod underlay;
 mod wait;
+pub mod witness;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -74,12 +78,12 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
-use fabric_core::model::Family;
 
 pub use addresses::Families;
 pub use builder::{Builder, Wiring};
 pub use capture::Capture;
 pub use connection::Connection;
+pub use crowd::{Crowd, Peer};
 pub use etcd::Etcd;
 pub use machine::{Lifetime, Machine};
 pub use matrix::Matrix;
@@ -88,6 +92,7 @@ pub use pod::Pod;
 pub use stream::Stream;
 pub use underlay::Underlay;
 pub use wait::wait_until;
+pub use witness::Witness;
 
 /// What every node of a lab has to know.
 #[derive(Debug)]
@@ -95,6 +100,8 @@ pub struct Plan {
     families: Families,
     wiring: Wiring,
     etcd_endpoints: String,
+    /// Arguments of `fabricctl network init`.
+    network: Vec<String>,
 }
 
 /// A cluster on this machine.
@@ -150,7 +157,8 @@ impl Lab {
         let machine = Machine::new("underlay", &dir.join("underlay"), lifetime, vec![]);
         let underlay = Arc::new(Underlay::new(machine, wanted.families));
         let etcd = Etcd::new(Arc::clone(&underlay), wanted.families, wanted.etcd_members);
-        let plan = Plan { families: wanted.families, wiring: wanted.wiring, etcd_endpoints: etcd.endpoints() };
+        let (families, wiring, network) = (wanted.families, wanted.wiring, wanted.network_args());
+        let plan = Plan { families, wiring, etcd_endpoints: etcd.endpoints(), network };
         let (name, plan, nodes) = (name.to_owned(), Arc::new(plan), BTreeMap::new());
         let mut lab = Self { name, dir, lifetime, plan, underlay, etcd, nodes };
         for entry in fs::read_dir(&lab.dir)? {
@@ -236,13 +244,7 @@ impl Lab {
     /// fabricctl refused it.
     pub fn init_network(&self) -> Result<()> {
         let mut argv = vec!["fabricctl", "network", "init", "--etcd-endpoints", &self.plan.etcd_endpoints];
-        for &family in self.plan.families.each() {
-            argv.push(match family {
-                Family::V4 => "--network",
-                Family::V6 => "--ipv6-network",
-            });
-            argv.push(addresses::pod_network(family));
-        }
+        argv.extend(self.plan.network.iter().map(String::as_str));
         self.underlay.machine.run(&argv)?;
         Ok(())
     }

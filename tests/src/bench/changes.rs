@@ -1,0 +1,110 @@
+//! What changes cost at 5,000 peers: one lease, a thousand at once, a restart with nothing changed, and rest.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+
+use super::report::{ms, quantile, sorted};
+use super::{Report, usage};
+use crate::lab::{Lab, Node, Peer, Witness, crowd};
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// How long rest is watched.
+const REST: Duration = Duration::from_secs(60);
+
+/// Measures with so many peers.
+///
+/// # Errors
+/// The lab breaks.
+pub fn run(report: &mut Report, peers: u32, singles: u32) -> Result<()> {
+    let lab = Lab::builder().name("bench-changes").nodes(0).network(crowd::NETWORK).start()?;
+    let mut lab = lab;
+    let mut crowd = lab.crowd()?;
+    crowd.join(1..peers + 1)?;
+    let node = lab.boot_node()?;
+    let witness = Witness::of(&node)?;
+    node.start_fabricd()?;
+    node.wait_ready()?;
+    witness.wait_for_routes(peers as usize, false, LIMIT)?;
+    let process = node.service("fabricd").context("fabricd has ended")?;
+
+    let section = format!("one lease added, {peers} peers");
+    let cpu = usage::cpu(&process)?;
+    let mut programmed = vec![];
+    witness.forget();
+    let new = (peers + 1..=peers + singles).map(Peer::new);
+    let told = crowd.put_watched(new, |peer| {
+        programmed.push(witness.wait_for("its route", LIMIT, |event| event.subnet() == Some(peer.subnet()))?);
+        witness.forget();
+        Ok(())
+    })?;
+    let whole = sorted(programmed.iter().zip(&told).map(|(at, told)| ms(*at - told.sent)).collect());
+    let bare = sorted(told.iter().map(|told| ms(told.told)).collect());
+    let own = sorted(programmed.iter().zip(&told).map(|(at, told)| ms(*at - told.sent) - ms(told.told)).collect());
+    for (name, samples) in
+        [("put to programmed", &whole), ("put to a bare etcd watch", &bare), ("the difference: fabricd's part", &own)]
+    {
+        report.number(&section, &format!("{name}, p50"), "ms", quantile(samples, 0.5));
+        report.number(&section, &format!("{name}, p99"), "ms", quantile(samples, 0.99));
+    }
+    let cpu = ms(usage::cpu(&process)? - cpu) / f64::from(singles);
+    report.number(&section, "fabricd: CPU for one", "ms", cpu);
+    crowd.leave(peers + 1..peers + 1 + singles)?;
+    witness.wait_for_routes(singles as usize, true, LIMIT)?;
+
+    let section = format!("burst of 1,000, {peers} peers");
+    let (mut added, mut deleted) = (vec![], vec![]);
+    for _ in 0..5 {
+        witness.forget();
+        let began = Instant::now();
+        crowd.join(peers + 1..peers + 1001)?;
+        added.push(ms(witness.wait_for_routes(1000, false, LIMIT)? - began));
+        witness.forget();
+        let began = Instant::now();
+        crowd.leave(peers + 1..peers + 1001)?;
+        deleted.push(ms(witness.wait_for_routes(1000, true, LIMIT)? - began));
+    }
+    report.figure(&section, "first put to all programmed", "ms", added);
+    report.figure(&section, "first delete to all gone", "ms", deleted);
+
+    let section = format!("rest, {peers} peers");
+    let devices = [index_of(&node, "fabric.1")?];
+    witness.forget();
+    let (cpu, began) = (usage::cpu(&process)?, Instant::now());
+    // Nothing to wait for: rest is a length of time.
+    std::thread::sleep(REST);
+    let used = ms(usage::cpu(&process)? - cpu) / began.elapsed().as_secs_f64() / 10.0;
+    report.number(&section, "CPU, of one core", "%", used);
+    let (resident, peak) = usage::resident(&process)?;
+    report.number(&section, "resident", "MiB", resident);
+    report.number(&section, "resident, at its most since the start", "MiB", peak);
+    let changes = witness.about_fabric(&devices);
+    report.number(&section, "changes to the kernel's tables", "", changes.len() as f64);
+
+    let section = format!("restart with nothing changed, {peers} peers");
+    let (mut ready, mut cpu, mut changes) = (vec![], vec![], 0);
+    for _ in 0..5 {
+        node.stop_fabricd()?;
+        witness.forget();
+        let began = Instant::now();
+        node.start_fabricd()?;
+        node.wait_ready()?;
+        ready.push(ms(began.elapsed()));
+        cpu.push(ms(usage::cpu(&node.service("fabricd").context("fabricd has ended")?)?));
+        changes += witness.about_fabric(&devices).len();
+    }
+    report.figure(&section, "process start to ready", "ms", ready);
+    report.figure(&section, "CPU until then", "ms", cpu);
+    report.number(&section, "changes to the kernel's tables, all restarts", "", changes as f64);
+    lab.destroy()
+}
+
+/// The index of a link.
+///
+/// # Errors
+/// There is none of this name.
+pub fn index_of(node: &Node, link: &str) -> Result<u32> {
+    let shown = node.run(&["ip", "-o", "link", "show", "dev", link])?;
+    Ok(shown.split(':').next().unwrap_or_default().parse()?)
+}

@@ -1,0 +1,89 @@
+//! `bench`: measures fabricd beside what it is compared with. See [`fabric_tests::bench`].
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, ValueEnum};
+use fabric_tests::bench::{Report, changes, cni, cold_start, datapath};
+
+/// Measure fabricd beside iproute2, a VXLAN made by hand, and flanneld
+#[derive(Parser)]
+struct Cli {
+    /// What to measure; everything otherwise
+    #[arg(value_enum)]
+    parts: Vec<Part>,
+    /// Numbers of peers for cold starts
+    #[arg(long, value_delimiter = ',', default_value = "100,1000,5000,10000")]
+    peers: Vec<u32>,
+    /// Cold starts for each number of peers
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Peers beside which single changes are measured
+    #[arg(long, default_value_t = 5000)]
+    crowd: u32,
+    /// Pods that come and go for each way to attach one
+    #[arg(long, default_value_t = 200)]
+    pods: usize,
+    /// A flanneld to be measured in the same run
+    #[arg(long, env = "FLANNELD")]
+    flanneld: Option<PathBuf>,
+    /// Where the figures go, as JSON
+    #[arg(long, default_value = "target/bench.json")]
+    json: PathBuf,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    ColdStart,
+    Changes,
+    Datapath,
+    Cni,
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    let mut report = Report { conditions: conditions(), ..Report::default() };
+    for (name, value) in &report.conditions {
+        println!("{name}: {value}");
+    }
+    let wanted = |part| cli.parts.is_empty() || cli.parts.contains(&part);
+    if wanted(Part::ColdStart) {
+        cold_start::run(&mut report, &cli.peers, cli.rounds, cli.flanneld.as_deref())?;
+    }
+    if wanted(Part::Changes) {
+        changes::run(&mut report, cli.crowd, 300)?;
+    }
+    if wanted(Part::Datapath) {
+        datapath::run(&mut report)?;
+    }
+    if wanted(Part::Cni) {
+        cni::run(&mut report, cli.pods)?;
+    }
+    report.save(&cli.json)?;
+    println!("\nall figures: {}", cli.json.display());
+    Ok(())
+}
+
+fn conditions() -> Vec<(String, String)> {
+    let file = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let build = if cfg!(debug_assertions) { "debug" } else { "release" };
+    [
+        ("kernel", file("/proc/sys/kernel/osrelease").trim().to_owned()),
+        ("CPUs", cpus.to_string()),
+        ("load before", file("/proc/loadavg").split(' ').next().unwrap_or_default().to_owned()),
+        ("build", build.to_owned()),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .into()
+}
