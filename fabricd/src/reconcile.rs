@@ -14,19 +14,16 @@ use fabric_core::handoff::{NODE_FILE_VERSION, NodeFile, NodeSubnet, NotReady, Re
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::{Family, NodeName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
-<<<<<<< HEAD
 use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep, device_name};
-=======
-use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep, desired, device_name};
 use fabric_core::state::Sysctl;
->>>>>>> main
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, info, warn};
 
 use crate::files::{Files, unknown};
-use crate::kernel::{Kernel, Observed};
+use crate::kernel::{Kernel, Observed, Touched};
 use crate::lease::{Holding, Own, Wanted};
+use crate::metrics::Metrics;
 use crate::pending::Pending;
 use crate::planned::Planned;
 use crate::store::{Connection, LeaseStore, Network};
@@ -60,6 +57,7 @@ pub struct Reconciler<S, K> {
     view: watch::Sender<Arc<View>>,
     applied: Option<NetworkConfig>,
     planned: Planned,
+    metrics: Arc<Metrics>,
     failures: u32,
 }
 
@@ -91,6 +89,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             view: watch::channel(Arc::new(view)).0,
             applied: None,
             planned: Planned::default(),
+            metrics: Arc::default(),
             failures: 0,
         }
     }
@@ -105,12 +104,18 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         self.view.subscribe()
     }
 
+    /// What it does, counted.
+    pub fn metrics(&self) -> Arc<Metrics> {
+        Arc::clone(&self.metrics)
+    }
+
     /// Runs until the lease keeper or the store is gone. The kernel keeps what it has.
     pub async fn run(mut self, mut holding: watch::Receiver<Holding>) {
         let mut leases = self.store.leases();
         let mut network = self.store.network();
         let mut connection = self.store.connection();
         let mut audit = Instant::now() + AUDIT;
+        let mut out_of_sync = Some(Instant::now());
         loop {
             let mut view =
                 View { connection: connection.borrow_and_update().clone(), ..View::new(self.node.name.clone()) };
@@ -120,11 +125,18 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 holding.borrow_and_update().clone(),
             );
             let again = self.pass(&mut view, now).await;
+            self.metrics.passed();
+            if view.readiness == Readiness::Ready
+                && again.is_none()
+                && let Some(since) = out_of_sync.take()
+            {
+                self.metrics.in_sync(since.elapsed());
+            }
             self.publish(view);
 
             let retry = again.map(|delay| Instant::now() + delay);
             tokio::select! {
-                _ = self.kernel.changed() => {}
+                touched = self.kernel.changed() => if touched == Touched::Everything { self.metrics.resynced() },
                 changed = leases.changed() => if changed.is_err() { return },
                 changed = network.changed() => if changed.is_err() { return },
                 changed = connection.changed() => if changed.is_err() { return },
@@ -132,9 +144,11 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 () = sleep_until(retry.unwrap_or(audit)), if retry.is_some() => {}
                 () = sleep_until(audit) => {
                     self.kernel.distrust();
+                    self.metrics.audited();
                     audit = Instant::now() + AUDIT;
                 }
             }
+            out_of_sync.get_or_insert_with(Instant::now);
         }
     }
 
@@ -315,6 +329,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             let go: Vec<Op> = go.into_iter().cloned().collect();
             for (op, result) in go.iter().zip(self.kernel.apply(&go).await) {
                 debug!(%op, ok = result.is_ok(), "kernel write");
+                self.metrics.wrote(op, &result);
                 if let Err(error) = result {
                     gate.failed(op);
                     failures.push((op.clone(), error.to_string()));

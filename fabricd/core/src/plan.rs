@@ -213,17 +213,11 @@ fn own_link(network: &NetworkConfig, vtep: Vtep) -> VxlanLink {
     }
 }
 
-<<<<<<< HEAD
-fn own_entries(state: &mut KernelState, family: Family, own: Subnet, dev: &IfName) {
-    state.addresses.insert((*dev, Subnet::host(own.base())));
-    state.sysctls.insert(Sysctl::AcceptRa(*dev), 0);
-=======
 fn own_entries(state: &mut KernelState, facts: &Facts, family: Family, own: Subnet, dev: &IfName) {
-    state.addresses.insert((dev.clone(), Subnet::host(own.base())));
+    state.addresses.insert((*dev, Subnet::host(own.base())));
     if facts.ipv6 {
-        state.sysctls.insert(Sysctl::AcceptRa(dev.clone()), 0);
+        state.sysctls.insert(Sysctl::AcceptRa(*dev), 0);
     }
->>>>>>> main
     let forward = match family {
         Family::V4 => Sysctl::Ipv4Forward,
         Family::V6 => Sysctl::Ipv6Forward,
