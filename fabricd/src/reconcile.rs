@@ -23,8 +23,9 @@ use tracing::{debug, info, warn};
 use crate::disk::State;
 use crate::files::{Files, unknown};
 use crate::kept::Kept;
-use crate::kernel::{Kernel, Observed};
+use crate::kernel::{Kernel, Observed, Touched};
 use crate::lease::{Holding, Own, Wanted};
+use crate::metrics::Metrics;
 use crate::pending::Pending;
 use crate::planned::Planned;
 use crate::store::{Connection, LeaseStore, Network};
@@ -62,6 +63,7 @@ pub struct Reconciler<S, K> {
     kept: Kept,
     commands: (mpsc::Sender<Command>, mpsc::Receiver<Command>),
     planned: Planned,
+    metrics: Arc<Metrics>,
     failures: u32,
 }
 
@@ -107,6 +109,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             kept: Kept::new(before.leases),
             commands: mpsc::channel(8),
             planned: Planned::default(),
+            metrics: Arc::default(),
             failures: 0,
         }
     }
@@ -126,6 +129,11 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         self.commands.0.clone()
     }
 
+    /// What it does, counted.
+    pub fn metrics(&self) -> Arc<Metrics> {
+        Arc::clone(&self.metrics)
+    }
+
     /// Runs until the lease keeper or the store is gone. The kernel keeps what it has.
     pub async fn run(mut self, mut holding: watch::Receiver<Holding>) {
         let mut leases = self.store.leases();
@@ -133,6 +141,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let mut connection = self.store.connection();
         let mut replaced = self.store.replaced();
         let mut audit = Instant::now() + AUDIT;
+        let mut out_of_sync = Some(Instant::now());
         loop {
             let mut view =
                 View { connection: connection.borrow_and_update().clone(), ..View::new(self.node.name.clone()) };
@@ -145,11 +154,18 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             (view.leases, view.from_disk) = self.kept.merge(set);
             let now = (network.borrow_and_update().clone(), holding.borrow_and_update().clone());
             let again = self.pass(&mut view, now).await;
+            self.metrics.passed();
+            if view.readiness == Readiness::Ready
+                && again.is_none()
+                && let Some(since) = out_of_sync.take()
+            {
+                self.metrics.in_sync(since.elapsed());
+            }
             self.publish(view);
 
             let retry = again.map(|delay| Instant::now() + delay).into_iter().chain(self.kept.until()).min();
             tokio::select! {
-                _ = self.kernel.changed() => {}
+                touched = self.kernel.changed() => if touched == Touched::Everything { self.metrics.resynced() },
                 changed = leases.changed() => if changed.is_err() { return },
                 changed = network.changed() => if changed.is_err() { return },
                 changed = connection.changed() => if changed.is_err() { return },
@@ -158,9 +174,11 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 () = sleep_until(retry.unwrap_or(audit)), if retry.is_some() => {}
                 () = sleep_until(audit) => {
                     self.kernel.distrust();
+                    self.metrics.audited();
                     audit = Instant::now() + AUDIT;
                 }
             }
+            out_of_sync.get_or_insert_with(Instant::now);
         }
     }
 
@@ -370,6 +388,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             let go: Vec<Op> = go.into_iter().cloned().collect();
             for (op, result) in go.iter().zip(self.kernel.apply(&go).await) {
                 debug!(%op, ok = result.is_ok(), "kernel write");
+                self.metrics.wrote(op, &result);
                 if let Err(error) = result {
                     gate.failed(op);
                     failures.push((op.clone(), error.to_string()));

@@ -8,4 +8,5 @@ pub mod fake_kernel;
 pub mod lab;
 pub mod memory_store;
 pub mod netns;
+pub mod revisions;
 pub mod tcp_proxy;
