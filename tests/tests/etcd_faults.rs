@@ -64,7 +64,7 @@ async fn unreachable_store_names_its_endpoints_and_is_found_when_it_comes() {
     let reason = is_down(&store).await;
     assert!(reason.contains(DEAD) && reason.contains(etcd.endpoint()) && reason.contains("refused"), "{reason}");
     assert!(store.leases().borrow().is_none());
-    let claim = claim(1, "10.244.1.0-24", &fabric_core::leases::LeaseSet::default());
+    let claim = claim(1, "10.244.1.0-24", &LeaseSet::default());
     assert!(matches!(store.claim(&claim).await, Err(StoreError::Unreachable { .. })));
     etcd.restart().await.expect("starts");
     is_up(&store).await;
