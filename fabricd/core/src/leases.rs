@@ -120,9 +120,9 @@ impl LeaseSet {
         &self.departed
     }
 
-    /// Forgets departed leases, unless a guard still stands for one of their subnets.
+    /// Forgets departed leases, unless guards still stand for all of their subnets.
     pub fn forget_departed(&mut self, is_guarded: impl Fn(Subnet) -> bool) {
-        self.departed.retain(|key, _| key.subnets().values().any(|subnet| is_guarded(*subnet)));
+        self.departed.retain(|key, _| key.subnets().values().all(|subnet| is_guarded(*subnet)));
     }
 
     /// Notes a reservation, or that it is gone. `key` is the last part of its key in the store, `node` its value; one
