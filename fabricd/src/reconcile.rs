@@ -300,9 +300,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         view.troubles = refused.iter().map(|(key, refusal)| (*key, PeerTrouble::Refused(refusal.clone()))).collect();
         let conflicts = conflicts.clone();
         let failures = self.execute(&plan).await;
-        view.peers = leases.iter().filter(|lease| lease.key != own.key).cloned().collect();
         let pending = Pending::new(&failures, &conflicts);
-        for peer in &view.peers {
+        for peer in leases.iter().filter(|lease| !pending.is_empty() && lease.key != own.key) {
             if let Some(reason) = pending.reason(peer) {
                 view.troubles.entry(peer.key).or_insert_with(|| PeerTrouble::Pending(reason.into()));
             }
@@ -381,7 +380,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         self.view.send_if_modified(|current| {
             match (&current.readiness, &view.readiness) {
                 (before, now) if before == now => {}
-                (_, Readiness::Ready) => info!(peers = view.peers.len(), mtu = view.mtu, "ready"),
+                (_, Readiness::Ready) => info!(peers = view.peers().count(), mtu = view.mtu, "ready"),
                 (_, Readiness::NotReady { code: NotReady::Starting, reason }) => info!(reason, "not ready"),
                 (_, Readiness::NotReady { reason, .. }) => warn!(reason, "not ready"),
             }

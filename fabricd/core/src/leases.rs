@@ -1,5 +1,6 @@
 //! [`LeaseSet`]: all leases of the cluster, the fold of a snapshot and the events after it.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -121,6 +122,35 @@ impl LeaseSet {
     /// All leases, in the order of their subnets.
     pub fn iter(&self) -> impl Iterator<Item = &Arc<Lease>> {
         self.leases.values()
+    }
+
+    /// What has changed since `before`: each lease as it was, as it is, or both. One walk along both sets; what they
+    /// share is not looked into.
+    pub fn changes<'a>(
+        &'a self,
+        before: &'a Self,
+    ) -> impl Iterator<Item = (Option<&'a Arc<Lease>>, Option<&'a Arc<Lease>>)> {
+        let (mut was, mut is) = (before.iter().peekable(), self.iter().peekable());
+        std::iter::from_fn(move || {
+            loop {
+                let order = match (was.peek(), is.peek()) {
+                    (Some(was), Some(is)) => was.key.cmp(&is.key),
+                    (Some(_), None) => Ordering::Less,
+                    (None, Some(_)) => Ordering::Greater,
+                    (None, None) => return None,
+                };
+                match order {
+                    Ordering::Less => return Some((was.next(), None)),
+                    Ordering::Greater => return Some((None, is.next())),
+                    Ordering::Equal => {
+                        let (was, is) = (was.next()?, is.next()?);
+                        if !Arc::ptr_eq(was, is) {
+                            return Some((Some(was), Some(is)));
+                        }
+                    }
+                }
+            }
+        })
     }
 
     /// One lease.

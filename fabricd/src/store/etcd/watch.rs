@@ -169,7 +169,7 @@ async fn believe(store: &Store, listing: Listing) -> Result<(LeaseSet, Seen), St
 
 /// True when more than half of the leases known are not there any more.
 fn removes_most(before: &LeaseSet, after: &LeaseSet) -> bool {
-    let gone = before.iter().filter(|lease| after.get(&lease.key).is_none()).count();
+    let gone = after.changes(before).filter(|(_, is)| is.is_none()).count();
     before.len() >= FEW && gone * 2 > before.len()
 }
 
