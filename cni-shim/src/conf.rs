@@ -6,14 +6,17 @@
 //! | `stateDir`   | `/var/lib/cni/fabric`      | where attachments are remembered                               |
 //! | `dataDir`    | host-local's own           | where host-local remembers addresses                           |
 //! | `delegate`   | `{"type": "bridge"}`       | keys for the delegate that win over ours, as flannel's plugin has it |
+//! | `readyTimeout` | 5                        | seconds that ADD waits for a node that isn't ready             |
 //!
-//! What can't be honoured is refused, not ignored: an `ipam` would be somebody's belief about addresses.
+//! What can't be honoured is refused, not ignored: `ipam.ranges` would be somebody's belief about addresses. Another
+//! IPAM plugin than host-local is the user's own affair, and gets `delegate.ipam` as it stands.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use fabric_core::handoff::{NODE_FILE, RUN_DIR};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::error::{CniError, Code};
@@ -43,6 +46,9 @@ pub struct PluginConf {
     /// The user's keys for the delegate; they win over ours.
     #[serde(default)]
     pub delegate: Map<String, Value>,
+    /// How many seconds ADD waits for the node to become ready.
+    #[serde(default = "default_ready_timeout")]
+    pub ready_timeout: u16,
     /// The result of the plugin before, or, on CHECK and DEL, of ADD.
     pub prev_result: Option<Value>,
     /// All other members, of which some go on to the delegate.
@@ -54,36 +60,89 @@ fn default_node_file() -> PathBuf {
     PathBuf::from(RUN_DIR).join(NODE_FILE)
 }
 
+fn default_ready_timeout() -> u16 {
+    5
+}
+
 fn default_state_dir() -> PathBuf {
     "/var/lib/cni/fabric".into()
 }
 
-impl PluginConf {
-    /// Decodes and checks the configuration of a request for `verb`.
+/// A plugin's configuration.
+pub trait Conf: DeserializeOwned {
+    /// The version that the runtime speaks.
+    fn version(&self) -> SpecVersion;
+
+    /// Refuses what can't work or can't be honoured.
     ///
     /// # Errors
-    /// Codes 6, 1, 7 and 2, looked for in this order.
-    pub fn decode(json: &[u8], verb: Verb) -> Result<Self, CniError> {
-        let object: Map<String, Value> = serde_json::from_slice(json).map_err(|e| {
-            CniError::new(Code::Decode, "the network configuration on stdin is not a JSON object").with_details(e)
-        })?;
-        let asked = object.get("cniVersion").and_then(Value::as_str).unwrap_or("none");
-        let version = SpecVersion::parse(asked).ok_or_else(|| {
-            incompatible(format!(
-                "cniVersion is {asked:.40}, spoken are {}",
-                SpecVersion::ALL.map(|v| v.as_str()).join(", ")
-            ))
-        })?;
-        if version < verb.since() {
-            return Err(incompatible(format!(
-                "cniVersion {version} has no {verb}; say \"cniVersion\": \"{}\" or newer in the network configuration",
-                verb.since()
-            )));
-        }
+    /// Codes 7 and 2.
+    fn check(&self) -> Result<(), CniError>;
+
+    /// Decodes and checks it.
+    ///
+    /// # Errors
+    /// Codes 7 and 2.
+    fn decode(object: Map<String, Value>) -> Result<Self, CniError> {
         let conf: Self = serde_json::from_value(Value::Object(object))
             .map_err(|e| invalid(format!("the network configuration can't be used: {e}")))?;
         conf.check()?;
         Ok(conf)
+    }
+}
+
+/// The configuration of a request for `verb` as an object of a version that has the verb.
+///
+/// # Errors
+/// Codes 6 and 1.
+pub fn object(json: &[u8], verb: Verb) -> Result<Map<String, Value>, CniError> {
+    let object: Map<String, Value> = serde_json::from_slice(json).map_err(|e| {
+        CniError::new(Code::Decode, "the network configuration on stdin is not a JSON object").with_details(e)
+    })?;
+    let asked = object.get("cniVersion").and_then(Value::as_str).unwrap_or("none");
+    let version = SpecVersion::parse(asked).ok_or_else(|| {
+        let spoken = SpecVersion::ALL.map(|v| v.as_str()).join(", ");
+        incompatible(format!("cniVersion is {asked:.40}, spoken are {spoken}"))
+    })?;
+    if version < verb.since() {
+        return Err(incompatible(format!(
+            "cniVersion {version} has no {verb}; say \"cniVersion\": \"{}\" or newer in the network configuration",
+            verb.since()
+        )));
+    }
+    Ok(object)
+}
+
+/// The result that CHECK can't do without.
+///
+/// # Errors
+/// Code 7 when it is missing.
+pub fn required(prev_result: Option<Value>) -> Result<Value, CniError> {
+    prev_result.ok_or_else(|| {
+        invalid("CHECK needs prevResult, the result of ADD, in the network configuration; the runtime left it out")
+    })
+}
+
+/// The attachments that GC must spare.
+///
+/// libcni writes the list under two names, since the spec's text and its code once differed.
+///
+/// # Errors
+/// Code 7 when it is missing or no such list.
+pub fn valid_attachments(object: &Map<String, Value>) -> Result<BTreeSet<AttachmentId>, CniError> {
+    let list = object.get("cni.dev/valid-attachments").or_else(|| object.get("cni.dev/attachments"));
+    // Without a list nothing is known to be valid, which must not read as "nothing is valid".
+    let list = list.ok_or_else(|| invalid("GC needs cni.dev/valid-attachments; the runtime left it out"))?;
+    if list.is_null() {
+        // How Go writes an empty one.
+        return Ok(BTreeSet::new());
+    }
+    serde_json::from_value(list.clone()).map_err(|e| invalid(format!("cni.dev/valid-attachments can't be used: {e}")))
+}
+
+impl Conf for PluginConf {
+    fn version(&self) -> SpecVersion {
+        self.version
     }
 
     fn check(&self) -> Result<(), CniError> {
@@ -97,8 +156,9 @@ impl PluginConf {
             }
         }
         for (key, value, reason) in [
-            ("ipam", self.others.get("ipam"), "fabricd leases the addresses"),
-            ("delegate.ipam", self.delegate.get("ipam"), "fabricd leases the addresses"),
+            ("ipam", self.others.get("ipam"), "fabricd leases the addresses; delegate.ipam is for another IPAM plugin"),
+            ("delegate.ipam.ranges", self.own_ipam("ranges"), "fabricd leases the addresses"),
+            ("delegate.ipam.subnet", self.own_ipam("subnet"), "fabricd leases the addresses"),
             ("delegate.name", self.delegate.get("name"), "the delegate's network has the name of this one"),
             ("delegate.cniVersion", self.delegate.get("cniVersion"), "the version is negotiated with the delegate"),
         ] {
@@ -108,10 +168,27 @@ impl PluginConf {
                 return Err(CniError::new(Code::UnsupportedField, msg));
             }
         }
+        if self.delegate.get("ipam").is_some_and(|ipam| !ipam.is_object()) {
+            return Err(invalid("delegate.ipam is not an object"));
+        }
         if self.delegate_type()? == self.plugin {
             return Err(invalid(format!("delegate.type is {}, which is this plugin itself", self.plugin)));
         }
         Ok(())
+    }
+}
+
+impl PluginConf {
+    /// True when host-local keeps the addresses, as it does unless the user says otherwise.
+    #[must_use]
+    pub fn uses_host_local(&self) -> bool {
+        let kind = self.delegate.get("ipam").and_then(|ipam| ipam.get("type"));
+        kind.is_none_or(|kind| kind == "host-local")
+    }
+
+    /// A key of the user's for host-local.
+    fn own_ipam(&self, key: &str) -> Option<&Value> {
+        self.delegate.get("ipam").filter(|_| self.uses_host_local())?.get(key)
     }
 
     /// The plugin that does the work: `delegate.type`, else `bridge`.
@@ -126,40 +203,12 @@ impl PluginConf {
         }
         .map_err(|e| invalid(format!("delegate.type can't be used: {e}")))
     }
-
-    /// The result that CHECK can't do without.
-    ///
-    /// # Errors
-    /// Code 7 when it is missing.
-    pub fn required_prev_result(&self) -> Result<Value, CniError> {
-        self.prev_result.clone().ok_or_else(|| {
-            invalid("CHECK needs prevResult, the result of ADD, in the network configuration; the runtime left it out")
-        })
-    }
-
-    /// The attachments that GC must spare.
-    ///
-    /// libcni writes the list under two names, since the spec's text and its code once differed.
-    ///
-    /// # Errors
-    /// Code 7 when it is missing or no such list.
-    pub fn valid_attachments(&self) -> Result<BTreeSet<AttachmentId>, CniError> {
-        let list = self.others.get("cni.dev/valid-attachments").or_else(|| self.others.get("cni.dev/attachments"));
-        // Without a list nothing is known to be valid, which must not read as "nothing is valid".
-        let list = list.ok_or_else(|| invalid("GC needs cni.dev/valid-attachments; the runtime left it out"))?;
-        if list.is_null() {
-            // How Go writes an empty one.
-            return Ok(BTreeSet::new());
-        }
-        serde_json::from_value(list.clone())
-            .map_err(|e| invalid(format!("cni.dev/valid-attachments can't be used: {e}")))
-    }
 }
 
-fn incompatible(msg: impl Into<String>) -> CniError {
+pub(crate) fn incompatible(msg: impl Into<String>) -> CniError {
     CniError::new(Code::IncompatibleVersion, msg)
 }
 
-fn invalid(msg: impl Into<String>) -> CniError {
+pub(crate) fn invalid(msg: impl Into<String>) -> CniError {
     CniError::new(Code::InvalidConfig, msg)
 }

@@ -1,5 +1,8 @@
 //! The plugin that does the work, `bridge` unless the user says otherwise, and what it is told.
 //!
+//! `fabric-bridge`, which does `bridge`'s work faster, is part of this binary and called as a function: when the user
+//! says `"type": "fabric-bridge"`, and wherever `bridge` isn't installed.
+//!
 //! The shim knows what `bridge` can't: this node's subnet, the whole network and the MTU. It renders them into
 //! a network configuration and calls the delegate with it, as the spec's section 4 describes ("Plugin
 //! Delegation"): the same environment, the same network name. The name also is host-local's folder, so two
@@ -15,15 +18,23 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 
 use fabric_core::handoff::NodeFile;
+use fabric_core::model::Family;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::conf::PluginConf;
+use crate::bridge::BridgeConf;
+use crate::conf::{self, Conf, PluginConf};
 use crate::error::{CniError, Code};
 use crate::exec::{Exec, ExecError, Exit, Invocation};
-use crate::request::{Attachment, Identifier, Verb};
+use crate::request::{Action, Attachment, Call, Identifier, Verb};
 use crate::state;
 use crate::version::{SpecVersion, convert};
+
+/// The plugin that does the work unless the user says otherwise.
+const BRIDGE: &str = "bridge";
+
+/// Our own.
+const OURS: &str = "fabric-bridge";
 
 /// Members of our own configuration that are the delegate's as well.
 const PASSED_ON: [&str; 4] = ["args", "capabilities", "dns", "runtimeConfig"];
@@ -37,24 +48,6 @@ const PASSED_ON: [&str; 4] = ["args", "capabilities", "dns", "runtimeConfig"];
 /// address is freed even if the node's subnet has changed since. `bridge` deletes the interface by its name.
 #[must_use]
 pub fn render(conf: &PluginConf, node: Option<&NodeFile>) -> Map<String, Value> {
-    let (ranges, routes): (Vec<Value>, Vec<Value>) = match node {
-        Some(node) => node
-            .subnets()
-            .values()
-            .map(|ours| {
-                // The gateway is what host-local would take by itself, but bridge's CHECK looks for a route without
-                // one unless the result says so.
-                let route = json!({ "dst": ours.network, "gw": ours.subnet.gateway() });
-                (json!([{ "subnet": ours.subnet }]), route)
-            })
-            .unzip(),
-        // TEST-NET-1 of RFC 5737.
-        None => (vec![json!([{ "subnet": "192.0.2.0/24" }])], Vec::new()),
-    };
-    let mut ipam = json!({ "type": "host-local", "ranges": ranges, "routes": routes });
-    if let Some(dir) = &conf.data_dir {
-        ipam["dataDir"] = json!(dir);
-    }
     let ours = json!({
         "name": conf.name,
         "type": "bridge",
@@ -65,20 +58,61 @@ pub fn render(conf: &PluginConf, node: Option<&NodeFile>) -> Map<String, Value> 
         "hairpinMode": true,
         // Pods see each other's own addresses.
         "ipMasq": false,
-        "ipam": ipam,
     });
     let mut told = Map::new();
     told.extend(ours.as_object().cloned().unwrap_or_default());
     told.extend(node.map(|node| ("mtu".to_owned(), node.mtu.into())));
     told.extend(PASSED_ON.iter().filter_map(|key| Some(((*key).to_owned(), conf.others.get(*key)?.clone()))));
     told.extend(conf.delegate.clone());
+    told.insert("ipam".into(), Value::Object(ipam(conf, node)));
     told
+}
+
+/// Where the delegate gets addresses from.
+fn ipam(conf: &PluginConf, node: Option<&NodeFile>) -> Map<String, Value> {
+    let users = conf.delegate.get("ipam").and_then(Value::as_object).cloned().unwrap_or_default();
+    if !conf.uses_host_local() {
+        return users;
+    }
+    let (ranges, routes): (Vec<Value>, Vec<Value>) = match node {
+        Some(node) => {
+            let subnets = node.subnets();
+            let ranges = subnets.values().map(|ours| json!([{ "subnet": ours.subnet }])).collect();
+            // The gateway is what host-local would take by itself, but bridge's CHECK looks for a route without
+            // one unless the result says so.
+            let network = subnets.values().map(|ours| json!({ "dst": ours.network, "gw": ours.subnet.gateway() }));
+            // Only bridges know isDefaultGateway.
+            let any = |family| if family == Family::V4 { "0.0.0.0/0" } else { "::/0" };
+            let default = subnets.values().filter(|_| !on_a_bridge(conf)).map(|ours| ours.subnet.family());
+            let default = default.map(|family| json!({ "dst": any(family) }));
+            (ranges, network.chain(default).collect())
+        }
+        // TEST-NET-1 of RFC 5737.
+        None => (vec![json!([{ "subnet": "192.0.2.0/24" }])], Vec::new()),
+    };
+    let mut ipam = Map::from_iter([
+        ("type".to_owned(), "host-local".into()),
+        ("ranges".to_owned(), ranges.into()),
+        ("routes".to_owned(), routes.into()),
+    ]);
+    ipam.extend(conf.data_dir.as_ref().map(|dir| ("dataDir".to_owned(), json!(dir))));
+    ipam.extend(users);
+    ipam
+}
+
+/// True when the delegate plugs pods into a bridge.
+#[must_use]
+pub fn on_a_bridge(conf: &PluginConf) -> bool {
+    conf.delegate.get("type").is_none_or(|kind| kind == BRIDGE || kind == OURS)
 }
 
 /// A delegate that was found and asked for its versions.
 pub struct Delegate<'a> {
     exec: &'a dyn Exec,
-    plugin: PathBuf,
+    /// Its binary; none for our own, which is part of this one.
+    plugin: Option<PathBuf>,
+    /// What the runtime's user adds, for our own; a process inherits it.
+    args: &'a str,
     kind: Identifier,
     /// The version that it is called in.
     pub version: SpecVersion,
@@ -87,24 +121,32 @@ pub struct Delegate<'a> {
 }
 
 impl<'a> Delegate<'a> {
-    /// Finds the delegate that `conf` asks for, in the order of `dirs`, and agrees on a version.
+    /// Finds the plugin `kind` in the folders of `call`, in their order, and agrees on a version.
     ///
     /// # Errors
     /// Code 100 when there is none, 1 when it knows no version that can be converted.
-    pub fn find(conf: &PluginConf, dirs: &[PathBuf], exec: &'a dyn Exec) -> Result<Self, CniError> {
-        let kind = conf.delegate_type()?;
-        let plugin = dirs.iter().map(|dir| dir.join(kind.as_str())).find(|path| path.is_file()).ok_or_else(|| {
-            let dirs = dirs.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>().join(", ");
-            let msg = format!("there is no CNI plugin {kind} in CNI_PATH ({dirs}); install the CNI plugins there");
-            CniError::new(Code::DelegateMissing, msg)
-        })?;
-        let mut delegate = Self { exec, plugin, kind, version: conf.version, requested: conf.version };
-        let known = delegate.versions(&conf.state_dir.join(".versions"))?;
+    pub fn find(call: &'a Call<PluginConf>, kind: Identifier, exec: &'a dyn Exec) -> Result<Self, CniError> {
+        let (conf, dirs) = (&call.conf, &call.plugin_dirs);
+        let found = dirs.iter().map(|dir| dir.join(kind.as_str())).find(|path| path.is_file());
+        let (plugin, kind) = match found {
+            _ if kind.as_str() == OURS => (None, kind),
+            None if kind.as_str() == BRIDGE => (None, OURS.to_owned().try_into().expect("a plugin's name")),
+            None => {
+                let dirs = dirs.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>().join(", ");
+                let msg = format!("there is no CNI plugin {kind} in CNI_PATH ({dirs}); install the CNI plugins there");
+                return Err(CniError::new(Code::DelegateMissing, msg));
+            }
+            Some(path) => (Some(path), kind),
+        };
+        let (version, requested) = (conf.version, conf.version);
+        let mut delegate = Self { exec, plugin, kind, args: &call.args, version, requested };
+        let Some(plugin) = &delegate.plugin else { return Ok(delegate) };
+        let known = delegate.versions(plugin, &conf.state_dir.join(".versions"))?;
         let common = SpecVersion::ALL
             .into_iter()
             .rfind(|version| *version <= conf.version && known.iter().any(|known| known == version.as_str()));
         delegate.version = common.ok_or_else(|| {
-            let (plugin, known) = (delegate.plugin.display(), known.join(", "));
+            let (plugin, known) = (plugin.display(), known.join(", "));
             let msg = format!("{plugin} speaks CNI {known}; none of it serves a request in {}", conf.version);
             CniError::new(Code::IncompatibleVersion, msg)
         })?;
@@ -132,11 +174,33 @@ impl<'a> Delegate<'a> {
                 Err(e) => return Err(CniError::new(Code::InvalidConfig, format!("prevResult can't be used: {e}"))),
             }
         }
-        let answer = self.run(verb, attachment, Value::Object(config).to_string().into_bytes())?;
+        let Some(plugin) = &self.plugin else {
+            return self.call_ours(verb, attachment, config).map_err(|e| e.said_by(format_args!("{OURS} {verb}")));
+        };
+        let answer = self.run(plugin, verb, attachment, Value::Object(config).to_string().into_bytes())?;
         if verb != Verb::Add {
             return Ok(Value::Null);
         }
         self.result(&answer)
+    }
+
+    /// Calls our own plugin, as a function.
+    fn call_ours(
+        &self,
+        verb: Verb,
+        attachment: Option<&Attachment>,
+        config: Map<String, Value>,
+    ) -> Result<Value, CniError> {
+        let action = match (verb, attachment.cloned()) {
+            (Verb::Add, Some(pod)) => Action::Add(pod),
+            (Verb::Del, Some(pod)) => Action::Del(pod),
+            (Verb::Check, Some(pod)) => Action::Check(pod, conf::required(config.get("prevResult").cloned())?),
+            (Verb::Gc, _) => Action::Gc(conf::valid_attachments(&config)?),
+            _ => Action::Status,
+        };
+        let (conf, args) = (BridgeConf::decode(config)?, self.args.to_owned());
+        let call = Call { action, conf, plugin_dirs: Vec::new(), args };
+        Ok(call.answer()?.unwrap_or_default())
     }
 
     fn result(&self, answer: &[u8]) -> Result<Value, CniError> {
@@ -148,14 +212,20 @@ impl<'a> Delegate<'a> {
         convert(result, self.requested).map_err(|e| self.failed(Verb::Add, answer, &e))
     }
 
-    fn run(&self, verb: Verb, attachment: Option<&Attachment>, stdin: Vec<u8>) -> Result<Vec<u8>, CniError> {
+    fn run(
+        &self,
+        plugin: &Path,
+        verb: Verb,
+        attachment: Option<&Attachment>,
+        stdin: Vec<u8>,
+    ) -> Result<Vec<u8>, CniError> {
         let mut env = vec![("CNI_COMMAND", verb.as_str().into())];
         if let Some(Attachment { id, netns }) = attachment {
             env.push(("CNI_CONTAINERID", id.container.as_str().into()));
             env.push(("CNI_IFNAME", id.ifname.as_str().into()));
             env.push(("CNI_NETNS", netns.as_ref().map_or_else(OsString::new, OsString::from)));
         }
-        let exit = self.exec.exec(&Invocation { plugin: self.plugin.clone(), env, stdin }).map_err(|e| {
+        let exit = self.exec.exec(&Invocation { plugin: plugin.to_owned(), env, stdin }).map_err(|e| {
             let code = match e {
                 ExecError::Start { .. } => Code::DelegateMissing,
                 ExecError::TimedOut { .. } => Code::DelegateTimedOut,
@@ -190,15 +260,15 @@ impl<'a> Delegate<'a> {
     }
 
     fn failed(&self, verb: Verb, stdout: &[u8], how: &dyn std::fmt::Display) -> CniError {
-        let msg = format!("{verb} by {} failed: {how}", self.plugin.display());
+        let msg = format!("{verb} by {} failed: {how}", self.kind);
         let said: String = String::from_utf8_lossy(stdout).chars().take(200).collect();
         CniError::new(Code::DelegateFailed, msg).with_details(format!("it printed {said:?}"))
     }
 
     /// The versions that the delegate says it speaks, from the cache if that is of this binary.
-    fn versions(&self, cache: &Path) -> Result<Vec<String>, CniError> {
+    fn versions(&self, plugin: &Path, cache: &Path) -> Result<Vec<String>, CniError> {
         let cache = cache.join(format!("{}.json", self.kind));
-        let binary = Binary::of(&self.plugin);
+        let binary = Binary::of(plugin);
         if let Some(known) = binary.as_ref().and_then(|binary| Known::load(&cache, binary)) {
             return Ok(known);
         }
@@ -208,7 +278,7 @@ impl<'a> Delegate<'a> {
             supported_versions: Vec<String>,
         }
         let question = json!({ "cniVersion": self.requested.as_str() }).to_string();
-        let answer = self.run(Verb::Version, None, question.into_bytes())?;
+        let answer = self.run(plugin, Verb::Version, None, question.into_bytes())?;
         let Answer { supported_versions } =
             serde_json::from_slice(&answer).map_err(|e| self.failed(Verb::Version, &answer, &e))?;
         if let Some(binary) = binary {

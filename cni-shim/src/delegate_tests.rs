@@ -1,6 +1,6 @@
 use serde_json::json;
 
-use crate::testing::Node;
+use crate::testing::{NO_BRIDGE, Node};
 
 #[test]
 fn delegate_is_told_subnets_routes_and_mtu_of_both_families() {
@@ -12,7 +12,7 @@ fn delegate_is_told_subnets_routes_and_mtu_of_both_families() {
             "cniVersion": "1.0.0",
             "name": "fabric",
             "type": "bridge",
-            "bridge": "cni0",
+            "bridge": NO_BRIDGE,
             "isGateway": true,
             "isDefaultGateway": true,
             "hairpinMode": true,
@@ -20,6 +20,7 @@ fn delegate_is_told_subnets_routes_and_mtu_of_both_families() {
             "mtu": 1430,
             "ipam": {
                 "type": "host-local",
+                "dataDir": node.path("addresses"),
                 "ranges": [[{"subnet": "10.244.3.0/24"}], [{"subnet": "fd00:10:244:3::/64"}]],
                 "routes": [
                     {"dst": "10.244.0.0/16", "gw": "10.244.3.1"},
@@ -35,7 +36,7 @@ fn users_keys_win_and_the_runtimes_go_along() {
     let node = Node::new();
     let mut conf = node.conf("1.0.0");
     conf["dataDir"] = "/run/addresses".into();
-    conf["delegate"] = json!({"mtu": 1300, "promiscMode": true});
+    conf["delegate"] = json!({"bridge": NO_BRIDGE, "mtu": 1300, "promiscMode": true});
     conf["runtimeConfig"] = json!({"mac": "02:42:c0:00:02:09"});
     conf["args"] = json!({"cni": {}});
     conf["dns"] = json!({"nameservers": ["192.0.2.53"]});
@@ -86,4 +87,33 @@ fn broken_cache_of_versions_is_passed_over_and_replaced() {
     std::fs::write(&cache, &whole[..whole.len() / 2]).expect("a file");
     node.ask("DEL", &node.conf("1.0.0")).expect("DEL succeeds");
     assert_eq!(std::fs::read(&cache).expect("a cache"), whole);
+}
+
+#[test]
+fn users_keys_for_host_local_are_added_and_another_ipam_plugin_gets_only_the_users() {
+    let node = Node::new();
+    let mut conf = node.conf("1.0.0");
+    conf["delegate"]["ipam"] = json!({"routes": [], "resolvConf": "/etc/resolv.conf"});
+    node.ask("ADD", &conf).expect("ADD succeeds");
+    let ipam = node.last_config()["ipam"].clone();
+    assert_eq!((&ipam["routes"], &ipam["resolvConf"]), (&json!([]), &"/etc/resolv.conf".into()));
+    assert_eq!(ipam["ranges"][0][0]["subnet"], "10.244.3.0/24");
+
+    let of_their_own = json!({"type": "static", "addresses": [{"address": "10.244.3.77/24"}]});
+    conf["delegate"]["ipam"] = of_their_own.clone();
+    node.ask_about("c2", "ADD", &conf).expect("ADD succeeds");
+    assert_eq!(node.last_config()["ipam"], of_their_own);
+    node.ask_about("c2", "DEL", &conf).expect("DEL succeeds");
+    assert_eq!(node.last_config()["ipam"], of_their_own);
+}
+
+#[test]
+fn delegate_without_a_bridge_gets_its_default_route_from_the_routes() {
+    let node = Node::new();
+    std::fs::write(node.path("bin/ptp"), "").expect("a file");
+    let mut conf = node.conf("1.0.0");
+    conf["delegate"]["type"] = "ptp".into();
+    node.ask("ADD", &conf).expect("ADD succeeds");
+    let routes = node.last_config()["ipam"]["routes"].to_string();
+    assert!(routes.contains(r#""0.0.0.0/0""#) && routes.contains(r#""::/0""#), "{routes}");
 }

@@ -38,6 +38,8 @@ pub enum Code {
     AlreadyAttached,
     /// CHECK for what was never attached, or whose state is lost.
     NotAttached,
+    /// The kernel refused what was asked of it.
+    Kernel,
     /// The delegate's own code, passed on.
     Relayed(u32),
 }
@@ -60,6 +62,7 @@ impl Code {
             Self::DelegateFailed => 102,
             Self::AlreadyAttached => 103,
             Self::NotAttached => 104,
+            Self::Kernel => 105,
             Self::Relayed(code) => code,
         }
     }
@@ -84,6 +87,13 @@ impl CniError {
     #[must_use]
     pub fn with_details(mut self, details: impl Display) -> Self {
         self.details.push(details.to_string());
+        self
+    }
+
+    /// The same, and who said it of what.
+    #[must_use]
+    pub fn said_by(mut self, speaker: impl Display) -> Self {
+        self.msg = format!("{speaker}: {}", self.msg);
         self
     }
 

@@ -15,7 +15,7 @@ use fabric_core::model::{IfName, Invalid};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::conf::PluginConf;
+use crate::conf::{self, Conf};
 use crate::error::{CniError, Code};
 use crate::version::SpecVersion;
 
@@ -171,25 +171,27 @@ pub enum Action {
 
 /// A request about a network.
 #[derive(Debug)]
-pub struct Call {
+pub struct Call<C> {
     /// What is asked.
     pub action: Action,
     /// Of which network.
-    pub conf: PluginConf,
+    pub conf: C,
     /// The folders of plugins, in order (`CNI_PATH`).
     pub plugin_dirs: Vec<PathBuf>,
+    /// What the runtime's user adds (`CNI_ARGS`): `KEY=VALUE;…`.
+    pub args: String,
 }
 
-/// All that a runtime may ask.
+/// All that a runtime may ask of a plugin that is configured by a `C`.
 #[derive(Debug)]
-pub enum Request {
+pub enum Request<C> {
     /// VERSION; the answer is in this version.
     Version(SpecVersion),
     /// Everything else.
-    Call(Box<Call>),
+    Call(Box<Call<C>>),
 }
 
-impl Request {
+impl<C: Conf> Request<C> {
     /// Reads a request from `env`, which looks a variable up, and `stdin`.
     ///
     /// # Errors
@@ -207,19 +209,23 @@ impl Request {
             return read_version_request(&json);
         }
 
-        let conf = PluginConf::decode(&json, verb)?;
+        let object = conf::object(&json, verb)?;
+        let prev_result = object.get("prevResult").filter(|result| !result.is_null()).cloned();
+        let valid = if verb == Verb::Gc { conf::valid_attachments(&object)? } else { BTreeSet::new() };
+        let conf = C::decode(object)?;
         let attachment = || -> Result<Attachment, CniError> {
             Ok(Attachment { id: read_id(env)?, netns: env("CNI_NETNS").map(PathBuf::from) })
         };
         let action = match verb {
             Verb::Add => Action::Add(attachment()?),
             Verb::Del => Action::Del(attachment()?),
-            Verb::Check => Action::Check(attachment()?, conf.required_prev_result()?),
-            Verb::Gc => Action::Gc(conf.valid_attachments()?),
+            Verb::Check => Action::Check(attachment()?, conf::required(prev_result)?),
+            Verb::Gc => Action::Gc(valid),
             Verb::Status | Verb::Version => Action::Status,
         };
         let plugin_dirs = env("CNI_PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default();
-        Ok(Self::Call(Box::new(Call { action, conf, plugin_dirs })))
+        let args = env("CNI_ARGS").unwrap_or_default().to_string_lossy().into_owned();
+        Ok(Self::Call(Box::new(Call { action, conf, plugin_dirs, args })))
     }
 
     /// The version to answer in.
@@ -227,7 +233,7 @@ impl Request {
     pub fn version(&self) -> SpecVersion {
         match self {
             Self::Version(version) => *version,
-            Self::Call(call) => call.conf.version,
+            Self::Call(call) => call.conf.version(),
         }
     }
 }
@@ -272,7 +278,7 @@ fn read_bounded(stdin: impl Read) -> Result<Vec<u8>, CniError> {
 
 /// VERSION is how a runtime finds out what is spoken, so no version is refused here, nor an empty stdin,
 /// which is what runtimes before spec 0.4.0 send.
-fn read_version_request(json: &[u8]) -> Result<Request, CniError> {
+fn read_version_request<C>(json: &[u8]) -> Result<Request<C>, CniError> {
     #[derive(Deserialize)]
     struct Versioned {
         #[serde(rename = "cniVersion")]

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
+use crate::conf::PluginConf;
 
 const CONF: &str = r#"{"cniVersion":"1.0.0","name":"fabric","type":"fabric-cni"}"#;
 
@@ -21,7 +22,7 @@ fn environment_of(verb: &str) -> BTreeMap<&'static str, OsString> {
     .into()
 }
 
-fn read(env: &BTreeMap<&str, OsString>, stdin: &[u8]) -> Result<Request, CniError> {
+fn read(env: &BTreeMap<&str, OsString>, stdin: &[u8]) -> Result<Request<PluginConf>, CniError> {
     Request::read(|name| env.get(name).cloned(), stdin)
 }
 
@@ -124,7 +125,10 @@ fn stdin_that_is_no_configuration_is_refused_by_the_specs_code() {
         (with("delegate", "bridge".into()), 7),
         (with("delegate", json!({"type": 1})), 7),
         (with("ipam", json!({"type": "dhcp"})), 2),
-        (with("delegate", json!({"ipam": {}})), 2),
+        (with("delegate", json!({"ipam": {"subnet": "192.0.2.0/24"}})), 2),
+        (with("delegate", json!({"ipam": {"type": "host-local", "ranges": []}})), 2),
+        (with("delegate", json!({"ipam": "dhcp"})), 7),
+        (with("readyTimeout", json!(-1)), 7),
         (with("delegate", json!({"name": "x"})), 2),
         (with("delegate", json!({"cniVersion": "0.1.0"})), 2),
     ] {
@@ -148,7 +152,7 @@ fn unsupported_field_is_named_with_its_value() {
 fn endless_and_failing_stdin_end_in_an_error() {
     let env = environment_of("ADD");
     let read = |stdin: Box<dyn Read>| {
-        let error = Request::read(|name| env.get(name).cloned(), stdin).expect_err("no configuration");
+        let error = Request::<PluginConf>::read(|name| env.get(name).cloned(), stdin).expect_err("no configuration");
         error.code().number()
     };
     assert_eq!(read(Box::new(io::repeat(b' '))), 6);

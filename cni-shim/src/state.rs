@@ -7,9 +7,11 @@
 //! ```
 //!
 //! ADD writes the file before the delegate runs and gives it its name only when it is whole: so a killed ADD leaves
-//! either no file and nothing attached, or a file from which DEL can undo whatever was done. Forcing it to the disk
-//! would take a third as long as the delegate does, so that is done meanwhile, and ADD succeeds only if it did.
-//! What a power cut before that loses is the file of a pod that nobody was told of.
+//! either no file and nothing attached, or a file from which DEL can undo whatever was done. When the delegate has
+//! ended, ADD appends a line: the host's ends of the pod's cables, by which a sweep knows that the pod is gone.
+//!
+//! Nothing is forced to the disk. A power cut that loses the file ends the pod too, and what is left of that, its
+//! address, the sweep frees (docs/decisions, "CNI state is not forced to the disk").
 //!
 //! The open file carries a lock (`flock`), and the delegate inherits it. When a runtime kills the shim in the
 //! middle of an ADD, the delegate goes on alone for a moment; a DEL that ran now would free an address that
@@ -19,8 +21,9 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::{FdFlags, fcntl_setfd};
@@ -48,6 +51,15 @@ pub struct Saved {
     pub netns: Option<PathBuf>,
     /// What the delegate was told.
     pub config: Map<String, Value>,
+    /// The host's ends of its cables; `None` while ADD is at work, or if it was cut off.
+    #[serde(skip)]
+    pub ports: Option<Vec<String>>,
+}
+
+/// The line that ADD appends.
+#[derive(Debug, Serialize, Deserialize)]
+struct Attached {
+    ports: Vec<String>,
 }
 
 /// The attachments of one network.
@@ -105,7 +117,7 @@ impl Attachments {
         fs::create_dir_all(&self.dir)?;
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(draft)?;
         file.lock()?;
-        file.write_all(&serde_json::to_vec(saved)?)?;
+        file.write_all(format!("{}\n", serde_json::to_string(saved)?).as_bytes())?;
         // A plain rename would replace the file of an ADD that runs at the same time.
         renameat_with(CWD, draft, CWD, path, RenameFlags::NOREPLACE)?;
         Held::inherited(file, path.to_owned())
@@ -123,19 +135,11 @@ impl Attachments {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(failed(e)),
         };
-        let deadline = Instant::now() + patience;
-        loop {
-            match file.try_lock() {
-                Ok(()) => break,
-                Err(TryLockError::Error(e)) => return Err(failed(e)),
-                Err(TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(Duration::from_millis(10)),
-                Err(TryLockError::WouldBlock) => {
-                    let msg = format!("an earlier request for {id} has not ended after {patience:?}");
-                    let hint = format!("to see the processes that hold it: fuser -v {}", path.display());
-                    return Err(CniError::new(Code::TryAgainLater, msg).with_details(hint));
-                }
-            }
-        }
+        let file = lock(file, patience).map_err(failed)?.ok_or_else(|| {
+            let msg = format!("an earlier request for {id} has not ended after {patience:?}");
+            let hint = format!("to see the processes that hold it: fuser -v {}", path.display());
+            CniError::new(Code::TryAgainLater, msg).with_details(hint)
+        })?;
         // Whoever held it before may have removed it.
         if file.metadata().map_err(failed)?.nlink() == 0 {
             return Ok(None);
@@ -179,10 +183,31 @@ impl Attachments {
     }
 }
 
+/// Locks a file and returns it; `None` when somebody holds its lock for longer than `patience`. Waits in a thread,
+/// since `flock` knows no deadline; nearly always there is nothing to wait for.
+///
+/// # Errors
+/// What the system says.
+pub fn lock(file: File, patience: Duration) -> io::Result<Option<File>> {
+    match file.try_lock() {
+        Ok(()) => return Ok(Some(file)),
+        Err(TryLockError::Error(e)) => return Err(e),
+        Err(TryLockError::WouldBlock) if patience.is_zero() => return Ok(None),
+        Err(TryLockError::WouldBlock) => {}
+    }
+    let (done, outcome) = mpsc::channel();
+    thread::Builder::new().spawn(move || done.send(file.lock().map(|()| file)))?;
+    outcome.recv_timeout(patience).map_or(Ok(None), |locked| locked.map(Some))
+}
+
 fn decode(file: &File) -> Option<Saved> {
     let mut json = Vec::new();
     file.take(MAX_STATE).read_to_end(&mut json).ok()?;
-    serde_json::from_slice(&json).ok()
+    // The second line may be missing, or cut.
+    let mut lines = json.splitn(2, |byte| *byte == b'\n');
+    let saved: Saved = serde_json::from_slice(lines.next()?).ok()?;
+    let attached = lines.next().and_then(|line| serde_json::from_slice::<Attached>(line).ok());
+    Some(Saved { ports: attached.map(|attached| attached.ports), ..saved })
 }
 
 fn parse_stem(stem: &str) -> Option<AttachmentId> {
@@ -197,29 +222,11 @@ impl Held {
         Ok(Self { file, path })
     }
 
-    /// Forces the file and its name to the disk while `work` runs.
-    ///
-    /// # Errors
-    /// That of `work`, else code 5 when the disk refuses.
-    pub fn sync_during<T>(&self, work: impl FnOnce() -> Result<T, CniError>) -> Result<T, CniError> {
-        let (done, synced) = thread::scope(|scope| {
-            let syncing = thread::Builder::new().spawn_scoped(scope, || self.sync());
-            let done = work();
-            let synced = match syncing.map(thread::ScopedJoinHandle::join) {
-                Ok(Ok(synced)) => synced,
-                // No thread was to be had.
-                Ok(Err(_)) | Err(_) => self.sync(),
-            };
-            (done, synced)
-        });
-        let done = done?;
-        synced.map_err(|e| CniError::new(Code::Io, format!("cannot save {} to the disk: {e}", self.path.display())))?;
-        Ok(done)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()?;
-        self.path.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all())
+    /// Remembers the host's ends of the pod's cables. Without them the attachment is merely not swept.
+    pub fn attached(&self, ports: Vec<String>) {
+        if let Ok(line) = serde_json::to_string(&Attached { ports }) {
+            let _ = (&self.file).write_all(line.as_bytes());
+        }
     }
 
     /// What was saved; `None` when the file is cut, empty or something else.

@@ -12,7 +12,7 @@ fn id(container: &str, ifname: &str) -> AttachmentId {
 
 fn saved(id: &AttachmentId) -> Saved {
     let config = json!({"name": "fabric"}).as_object().cloned().expect("an object");
-    Saved { id: id.clone(), netns: Some("/run/netns/pod".into()), config }
+    Saved { id: id.clone(), netns: Some("/run/netns/pod".into()), config, ports: None }
 }
 
 fn attachments(dir: &TempDir) -> Attachments {
@@ -55,15 +55,16 @@ fn of_two_that_create_at_once_one_wins_and_stays_whole() {
 }
 
 #[test]
-fn attachment_is_on_disk_when_the_work_beside_it_has_ended() {
+fn cables_are_remembered_when_they_are_known_and_a_cut_line_is_none() {
     let dir = TempDir::new().expect("a folder");
     let (all, id) = (attachments(&dir), id("c1", "eth0"));
     let held = all.create(&saved(&id)).expect("saved");
-    assert_eq!(held.sync_during(|| Ok(7)), Ok(7));
-    let failure = CniError::new(Code::DelegateFailed, "no");
-    assert_eq!(held.sync_during(|| Err::<(), _>(failure.clone())), Err(failure));
-    fs::remove_dir_all(&all.dir).expect("removed");
-    assert_eq!(held.sync_during(|| Ok(7)).expect_err("no folder").code(), Code::Io);
+    assert_eq!(all.read(&id).expect("whole").ports, None);
+    held.attached(vec!["veth1".into()]);
+    assert_eq!(all.read(&id).expect("whole").ports, Some(vec!["veth1".to_owned()]));
+    let whole = fs::read(&held.path).expect("a file");
+    fs::write(&held.path, &whole[..whole.len() - 1]).expect("a file");
+    assert_eq!(all.read(&id), Some(saved(&id)));
 }
 
 #[test]

@@ -23,6 +23,9 @@ pub const ALL_VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"
 /// What Debian's plugins 1.1.1 say.
 pub const DEBIAN: &[&str] = &["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0"];
 
+/// The bridge of all tests, since a `cni0` may exist on the machine that runs them.
+pub const NO_BRIDGE: &str = "no-such-bridge";
+
 /// How the fake misbehaves.
 #[derive(Clone)]
 pub enum Fault {
@@ -127,7 +130,8 @@ impl Node {
     pub fn conf(&self, version: &str) -> Value {
         json!({
             "cniVersion": version, "name": "fabric", "type": "fabric-cni",
-            "nodeFile": self.path("node.json"), "stateDir": self.path("state"),
+            "nodeFile": self.path("node.json"), "stateDir": self.path("state"), "readyTimeout": 0,
+            "dataDir": self.path("addresses"), "delegate": {"bridge": NO_BRIDGE},
         })
     }
 

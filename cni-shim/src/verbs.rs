@@ -5,35 +5,29 @@
 //! of daemon, node file, state file or network namespace is missing.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
-use std::io::Read;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use fabric_core::handoff::{NodeFile, NotReady, Readiness};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use crate::delegate::{Delegate, render};
+use crate::bridge::namespace;
+use crate::conf::PluginConf;
+use crate::delegate::{Delegate, on_a_bridge, render};
 use crate::error::{CniError, Code};
 use crate::exec::Exec;
-use crate::request::{Action, Attachment, AttachmentId, Call, Request, Verb};
+use crate::ready::{await_ready_node, ready_node};
+use crate::request::{Action, Attachment, AttachmentId, Call, Identifier, Request, Verb};
 use crate::state::{Attachments, PATIENCE, Saved};
+use crate::sweep::{Bridge, Cables, free_orphans, make_way};
 use crate::version::SpecVersion;
-
-/// The largest node file that is read, in bytes.
-const MAX_NODE_FILE: u64 = 1024 * 1024;
 
 /// Does what is asked, and returns what to print, if anything.
 ///
 /// # Errors
 /// What the runtime is to be told.
-pub fn answer(request: &Request, exec: &dyn Exec) -> Result<Option<Value>, CniError> {
+pub fn answer(request: &Request<PluginConf>, exec: &dyn Exec) -> Result<Option<Value>, CniError> {
     let call = match request {
-        Request::Version(version) => {
-            let spoken = SpecVersion::ALL.map(SpecVersion::as_str);
-            return Ok(Some(json!({ "cniVersion": version.as_str(), "supportedVersions": spoken })));
-        }
+        Request::Version(version) => return Ok(Some(SpecVersion::spoken(*version))),
         Request::Call(call) => Answering { call, attachments: Attachments::of(&call.conf), exec },
     };
     match &call.call.action {
@@ -47,7 +41,7 @@ pub fn answer(request: &Request, exec: &dyn Exec) -> Result<Option<Value>, CniEr
 
 /// A call with what answering it takes.
 struct Answering<'a> {
-    call: &'a Call,
+    call: &'a Call<PluginConf>,
     attachments: Attachments,
     exec: &'a dyn Exec,
 }
@@ -55,20 +49,31 @@ struct Answering<'a> {
 impl Answering<'_> {
     fn add(&self, pod: &Attachment) -> Result<Value, CniError> {
         let conf = &self.call.conf;
-        let node = self.ready_node().map_err(|reason| CniError::new(Code::TryAgainLater, reason))?;
-        let delegate = self.delegate()?;
+        let node = await_ready_node(&conf.node_file, Duration::from_secs(conf.ready_timeout.into()))
+            .map_err(|reason| CniError::new(Code::TryAgainLater, reason))?;
+        let delegate = self.delegate(conf.delegate_type()?)?;
         let config = render(conf, Some(&node));
-        let saved = Saved { id: pod.id.clone(), netns: pod.netns.clone(), config };
+        let saved = Saved { id: pod.id.clone(), netns: pod.netns.clone(), config, ports: None };
         let held = self.attachments.create(&saved)?;
 
+        let undo = || delegate.call(Verb::Del, Some(pod), &saved.config, None).map(drop);
         let attach = || delegate.call(Verb::Add, Some(pod), &saved.config, conf.prev_result.as_ref());
-        held.sync_during(attach).map_err(|failure| {
-            match delegate.call(Verb::Del, Some(pod), &saved.config, None).and_then(|_| held.forget()) {
+        let attempt = || self.make_way(&saved.config).and_then(|()| attach()).map_err(|failure| (failure, undo()));
+        let attached = attempt().or_else(|(failure, undone)| {
+            // Perhaps for want of what dead pods hold.
+            if undone.is_ok() && self.sweep().is_ok_and(|freed| freed > 0) { attempt() } else { Err((failure, undone)) }
+        });
+        match attached {
+            Ok(result) => {
+                held.attached(ports_of(&result, &saved.config));
+                Ok(result)
+            }
+            Err((failure, undone)) => Err(match undone.and_then(|()| held.forget()) {
                 Ok(()) => failure,
                 // The file stays, for the DEL or GC that the runtime owes.
                 Err(e) => failure.with_details(format!("cleaning up failed as well, DEL has to finish it: {e}")),
-            }
-        })
+            }),
+        }
     }
 
     fn del(&self, pod: &Attachment, patience: Duration) -> Result<(), CniError> {
@@ -77,9 +82,11 @@ impl Answering<'_> {
         let saved = held.as_ref().and_then(|held| held.saved());
         let config = saved.map_or_else(|| render(conf, None), |saved| saved.config);
         // A namespace that is gone took the interface along: what is left is the address.
-        let netns = pod.netns.clone().filter(|path| is_namespace(path));
+        let netns = pod.netns.clone().filter(|path| namespace(path).is_some());
         let pod = Attachment { id: pod.id.clone(), netns };
-        self.delegate()?.call(Verb::Del, Some(&pod), &config, conf.prev_result.as_ref())?;
+        // The plugin that attached it, whatever the configuration says by now.
+        let kind = kind_of(&config).map_or_else(|| conf.delegate_type(), Ok)?;
+        self.delegate(kind)?.call(Verb::Del, Some(&pod), &config, conf.prev_result.as_ref())?;
         self.attachments.sweep_drafts(Some(&pod.id));
         held.map_or(Ok(()), |held| held.forget())
     }
@@ -89,7 +96,7 @@ impl Answering<'_> {
             let msg = format!("{} was not attached by this plugin, or its state is lost; DEL and ADD it again", pod.id);
             CniError::new(Code::NotAttached, msg)
         })?;
-        let delegate = self.delegate()?;
+        let delegate = self.delegate(kind_of(&saved.config).map_or_else(|| self.call.conf.delegate_type(), Ok)?)?;
         if delegate.version < Verb::Check.since() {
             return Ok(());
         }
@@ -99,6 +106,7 @@ impl Answering<'_> {
     /// Goes by what is remembered: a DEL for each attachment that isn't named, but for one that is being worked
     /// on at this moment. A delegate that knows GC gets it too, for what it remembers and we don't.
     fn gc(&self, valid: &BTreeSet<AttachmentId>) -> Result<(), CniError> {
+        let conf = &self.call.conf;
         let netns_of = |id: &AttachmentId| self.attachments.read(id).and_then(|saved| saved.netns);
         // Paths of namespaces are used again: one that a valid attachment has is not the old one's any more.
         let in_use: BTreeSet<PathBuf> = valid.iter().filter_map(netns_of).collect();
@@ -111,9 +119,13 @@ impl Answering<'_> {
             }
         }
         self.attachments.sweep_drafts(None);
-        let delegate = self.delegate()?;
+        let mut config = render(conf, ready_node(&conf.node_file).ok().as_ref());
+        if conf.uses_host_local() {
+            let freed = free_orphans(data_dir(&config), &conf.name, &self.attachments, Some(valid));
+            failures.extend(freed.err().map(|e| e.to_string()));
+        }
+        let delegate = self.delegate(conf.delegate_type()?)?;
         if delegate.version >= Verb::Gc.since() {
-            let mut config = render(&self.call.conf, self.ready_node().ok().as_ref());
             config.insert("cni.dev/valid-attachments".into(), json!(valid));
             failures.extend(delegate.call(Verb::Gc, None, &config, None).err().map(|e| e.to_string()));
         }
@@ -126,53 +138,57 @@ impl Answering<'_> {
 
     fn status(&self) -> Result<(), CniError> {
         let unavailable = |reason: String| CniError::new(Code::NotAvailable, reason);
-        let node = self.ready_node().map_err(unavailable)?;
-        let delegate = self.delegate().map_err(|e| unavailable(e.to_string()))?;
+        let conf = &self.call.conf;
+        let node = ready_node(&conf.node_file).map_err(unavailable)?;
+        let delegate = self.delegate(conf.delegate_type()?).map_err(|e| unavailable(e.to_string()))?;
         if delegate.version < Verb::Status.since() {
             return Ok(());
         }
-        delegate.call(Verb::Status, None, &render(&self.call.conf, Some(&node)), None).map(drop)
+        delegate.call(Verb::Status, None, &render(conf, Some(&node)), None).map(drop)
     }
 
-    fn delegate(&self) -> Result<Delegate<'_>, CniError> {
-        Delegate::find(&self.call.conf, &self.call.plugin_dirs, self.exec)
+    /// Undoes the attachments of pods that no longer exist, and returns how many.
+    fn sweep(&self) -> Result<usize, CniError> {
+        let cables = Cables::of_the_host()?;
+        let dead = |id: &AttachmentId| cables.show_the_end_of(self.attachments.read(id).as_ref());
+        let undone = |id: AttachmentId| self.del(&Attachment { id, netns: None }, Duration::ZERO).is_ok();
+        Ok(self.attachments.all()?.into_iter().filter(dead).filter(|id| undone(id.clone())).count())
     }
 
-    /// The node file if pods may be added, else why not. That the daemon is alive is not asked: while it is
-    /// upgraded, what it said last holds.
-    fn ready_node(&self) -> Result<NodeFile, String> {
-        let path = &self.call.conf.node_file;
-        let at = path.display();
-        let node =
-            read_node_file(path).map_err(|e| format!("cannot use {at}: {e}; is fabricd running on this node?"))?;
-        match &node.readiness {
-            Readiness::Ready => Ok(node),
-            Readiness::NotReady { code, reason } => {
-                let what = match code {
-                    NotReady::Starting => "still starting",
-                    NotReady::Quarantine => "in quarantine",
-                    NotReady::Failed | NotReady::Other => "not ready",
-                };
-                Err(format!("node {} is {what}: {reason:.1000} (from {at})", node.node))
+    /// Makes way for a pod where earlier ones have left something.
+    fn make_way(&self, config: &Map<String, Value>) -> Result<(), CniError> {
+        let conf = &self.call.conf;
+        if on_a_bridge(conf) && make_way(config, &self.attachments)? == Bridge::Missing {
+            // The first pod since the node was booted.
+            self.sweep()?;
+            if conf.uses_host_local() {
+                free_orphans(data_dir(config), &conf.name, &self.attachments, None)?;
             }
         }
+        Ok(())
+    }
+
+    fn delegate(&self, kind: Identifier) -> Result<Delegate<'_>, CniError> {
+        Delegate::find(self.call, kind, self.exec)
     }
 }
 
-fn read_node_file(path: &Path) -> Result<NodeFile, Box<dyn std::error::Error>> {
-    let mut json = Vec::new();
-    File::open(path)?.take(MAX_NODE_FILE).read_to_end(&mut json)?;
-    Ok(NodeFile::decode(&json)?)
+/// The plugin that a rendered configuration is for.
+fn kind_of(config: &Map<String, Value>) -> Option<Identifier> {
+    config.get("type")?.as_str()?.to_owned().try_into().ok()
 }
 
-/// False when there is surely no namespace at `path`: nothing is there, or a plain file that a mount has left.
-/// `bridge` would fail on that one. Namespaces are files of one kernel-internal file system.
-fn is_namespace(path: &Path) -> bool {
-    match (fs::metadata(path), fs::metadata("/proc/self/ns/net")) {
-        (Ok(there), Ok(ours)) => there.dev() == ours.dev(),
-        (Err(_), _) => false,
-        (Ok(_), Err(_)) => true,
-    }
+/// host-local's folder, if a rendered configuration names one.
+fn data_dir(config: &Map<String, Value>) -> Option<&Path> {
+    config.get("ipam")?.get("dataDir")?.as_str().map(Path::new)
+}
+
+/// The host's ends of a pod's cables, by the result of ADD. The bridge, which is there too, is no cable.
+fn ports_of(result: &Value, config: &Map<String, Value>) -> Vec<String> {
+    let interfaces = result["interfaces"].as_array().into_iter().flatten();
+    let on_the_host = interfaces.filter(|i| i["sandbox"].as_str().unwrap_or_default().is_empty());
+    let names = on_the_host.filter(|i| Some(&i["name"]) != config.get("bridge")).filter_map(|i| i["name"].as_str());
+    names.map(str::to_owned).collect()
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use crate::error::{CniError, Code};
-use crate::testing::{ALL_VERSIONS, Fault, Node};
+use crate::testing::{ALL_VERSIONS, Fault, NO_BRIDGE, Node};
 
 fn code(outcome: Result<Option<Value>, CniError>) -> u32 {
     outcome.expect_err("an error").code().number()
@@ -103,6 +103,36 @@ fn add_is_refused_until_the_node_is_ready_and_leaves_nothing() {
 }
 
 #[test]
+fn add_waits_for_the_node_to_become_ready_even_if_its_folder_does_not_exist_yet() {
+    let node = Node::new();
+    fs::remove_file(node.path("node.json")).expect("removed");
+    let mut conf = node.conf("1.0.0");
+    conf["readyTimeout"] = 30.into();
+    conf["nodeFile"] = json!(node.path("run/fabric/node.json"));
+    let folder = node.path("run/fabric");
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            fs::create_dir_all(&folder).expect("a folder");
+            let ready = crate::testing::node_file(fabric_core::handoff::Readiness::Ready).encode();
+            fs::write(folder.join(".draft"), ready).expect("a file");
+            fs::rename(folder.join(".draft"), folder.join("node.json")).expect("renamed");
+        });
+        node.ask("ADD", &conf).expect("ADD succeeds");
+    });
+}
+
+#[test]
+fn add_that_waited_in_vain_says_why_and_leaves_nothing() {
+    let node = Node::new();
+    node.not_ready(NotReady::Starting);
+    let mut conf = node.conf("1.0.0");
+    conf["readyTimeout"] = 1.into();
+    assert_eq!(code(node.ask("ADD", &conf)), 11);
+    assert_eq!(node.delegated(), [""; 0]);
+    node.assert_clean();
+}
+
+#[test]
 fn second_add_is_an_error_and_the_first_attachment_stays() {
     let node = Node::new();
     node.add();
@@ -153,7 +183,8 @@ fn failed_add_whose_cleaning_fails_is_left_to_del() {
 fn attachment_is_on_disk_before_the_delegate_runs_and_says_what_it_was_told() {
     let node = Node::new();
     node.add();
-    let saved: Value = serde_json::from_slice(&fs::read(node.state_file()).expect("a file")).expect("JSON");
+    let file = fs::read_to_string(node.state_file()).expect("a file");
+    let saved: Value = serde_json::from_str(file.lines().next().expect("a line")).expect("JSON");
     let mut told = node.last_config();
     told.as_object_mut().expect("an object").remove("cniVersion");
     assert_eq!((&saved["containerID"], &saved["ifname"], &saved["config"]), (&"c1".into(), &"eth0".into(), &told));
@@ -168,7 +199,10 @@ fn del_uses_what_was_saved_even_if_subnet_and_configuration_have_changed() {
     conf["delegate"] = json!({"bridge": "other0"});
     node.ask("DEL", &conf).expect("DEL succeeds");
     let told = node.last_config();
-    assert_eq!((&told["bridge"], &told["ipam"]["ranges"][0][0]["subnet"]), (&"cni0".into(), &"10.244.3.0/24".into()));
+    assert_eq!(
+        (&told["bridge"], &told["ipam"]["ranges"][0][0]["subnet"]),
+        (&NO_BRIDGE.into(), &"10.244.3.0/24".into())
+    );
 }
 
 #[test]
@@ -198,9 +232,9 @@ fn del_hides_a_namespace_that_is_gone_and_a_result_that_is_none() {
     conf["prevResult"] = json!("nonsense");
     node.ask("DEL", &conf).expect("DEL succeeds");
     assert!(node.last_config().get("prevResult").is_none());
-    assert!(!super::is_namespace(&node.path("state")));
-    assert!(!super::is_namespace(&node.path("nothing")));
-    assert!(super::is_namespace("/proc/self/ns/net".as_ref()));
+    assert!(super::namespace(&node.path("state")).is_none());
+    assert!(super::namespace(&node.path("nothing")).is_none());
+    assert!(super::namespace("/proc/self/ns/net".as_ref()).is_some());
 }
 
 #[test]

@@ -16,7 +16,7 @@ use std::fmt;
 
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 /// A version of the CNI spec that is spoken here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -55,6 +55,12 @@ impl SpecVersion {
             Self::V1_0_0 => "1.0.0",
             Self::V1_1_0 => "1.1.0",
         }
+    }
+
+    /// The answer to VERSION, in the version that was asked in.
+    #[must_use]
+    pub fn spoken(asked: Self) -> Value {
+        json!({ "cniVersion": asked.as_str(), "supportedVersions": Self::ALL.map(Self::as_str) })
     }
 
     /// The version written so; `None` when it isn't spoken here.
@@ -134,7 +140,6 @@ fn family_of(ip: &Map<String, Value>) -> Result<&'static str, Malformed> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use serde_json::json;
 
     use super::*;
 

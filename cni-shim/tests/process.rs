@@ -46,7 +46,7 @@ fn every_refusal_is_an_error_object_and_exit_code_1() {
         (&ADD, &huge, 6),
         (&ADD, br#"{"cniVersion":"7.0.0","name":"n","type":"fabric-cni"}"#, 1),
         (&ADD, br#"{"cniVersion":"1.0.0","name":"../n","type":"fabric-cni"}"#, 7),
-        (&ADD, br#"{"cniVersion":"1.0.0","name":"n","type":"fabric-cni","nodeFile":"/nowhere"}"#, 11),
+        (&ADD, br#"{"cniVersion":"1.0.0","name":"n","type":"fabric-cni","nodeFile":"/nowhere","readyTimeout":0}"#, 11),
     ] {
         let (code, told) = shim(env, stdin);
         assert_eq!((code, &told["code"]), (Some(1), &want.into()), "{told}");

@@ -13,13 +13,17 @@
 
 pub mod config;
 pub mod daemon;
+pub mod disk;
 pub mod files;
 pub mod health;
+pub mod install_cni;
+pub mod kept;
 pub mod kernel;
 pub mod lease;
 pub mod metrics;
 pub mod pending;
 pub mod planned;
+pub mod pods;
 pub mod reconcile;
 pub mod status;
 pub mod store;

@@ -9,4 +9,5 @@ pub mod faults;
 pub mod lab;
 pub mod memory_store;
 pub mod netns;
+pub mod revisions;
 pub mod tcp_proxy;

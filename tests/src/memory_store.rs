@@ -10,14 +10,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use fabric_core::leases::{Entry, Event, LeaseSet};
-use fabric_core::model::Family;
+use fabric_core::model::{Family, NodeName, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::record::{LeaseKey, Record};
-use fabricd::store::{Claim, Connection, Expect, Grant, LeaseStore, Network, StoreError};
+use fabricd::store::{Claim, Connection, Expect, Grant, LeaseStore, Network, Resting, StoreError};
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::time::{Instant, sleep_until};
 
+use crate::revisions::Owners;
+
 const SUBNETS: &str = "subnets/";
+const RESERVATIONS: &str = "fabric/reservations/";
+const GUARDS: &str = "fabric/guard/";
 
 /// The store that many handles share.
 #[derive(Clone, Default)]
@@ -34,6 +38,18 @@ struct State {
     leases: BTreeMap<i64, HeldLease>,
     last_lease: i64,
     nodes: Vec<Weak<Node>>,
+    owners: Owners,
+    /// The first time that two nodes owned one address.
+    overlap: Option<String>,
+}
+
+/// What a store had in it at some time.
+#[derive(Clone)]
+pub struct Snapshot {
+    revision: i64,
+    pairs: BTreeMap<String, Pair>,
+    /// Leases by their time to live.
+    leases: BTreeMap<i64, Duration>,
 }
 
 #[derive(Clone)]
@@ -100,7 +116,7 @@ impl MemoryCluster {
     /// Writes a pair as flannel or a person would: whatever is there, and without a lease. Gives the revision.
     pub fn put(&self, key: &str, value: &[u8]) -> i64 {
         let mut state = self.lock();
-        state.put(vec![(key.to_owned(), value.to_vec())], None);
+        state.put(vec![(key.to_owned(), value.to_vec(), None)]);
         state.revision
     }
 
@@ -131,10 +147,50 @@ impl MemoryCluster {
         let mut state = self.lock();
         let (generation, last_lease, nodes) =
             (state.generation + 1, state.last_lease, std::mem::take(&mut state.nodes));
-        *state = State { generation, last_lease, nodes, ..State::default() };
+        let overlap = state.overlap.take();
+        *state = State { generation, last_lease, nodes, overlap, ..State::default() };
         for node in state.nodes() {
             state.list(&node);
         }
+    }
+
+    /// All that is in it.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let state = self.lock();
+        let leases = state.leases.iter().map(|(id, lease)| (*id, lease.ttl)).collect();
+        Snapshot { revision: state.revision, pairs: state.pairs.clone(), leases }
+    }
+
+    /// Puts an older copy of itself in its place; its leases begin anew, as in a restored etcd.
+    pub fn restore(&self, snapshot: &Snapshot) {
+        let mut state = self.lock();
+        state.generation += 1;
+        state.revision = snapshot.revision;
+        state.pairs.clone_from(&snapshot.pairs);
+        let begin = |(id, ttl): (&i64, &Duration)| (*id, HeldLease { ttl: *ttl, expires: Instant::now() + *ttl });
+        state.leases = snapshot.leases.iter().map(begin).collect();
+        state.owners.store_was_replaced();
+        for (key, pair) in &snapshot.pairs {
+            state.witness(key, Some(pair));
+        }
+        for node in state.nodes() {
+            state.list(&node);
+        }
+        drop(state);
+        snapshot.leases.keys().for_each(|id| self.watch_expiry(*id));
+    }
+
+    /// Who owns a subnet, as the record under its key says.
+    #[must_use]
+    pub fn owner(&self, key: &LeaseKey) -> Option<NodeName> {
+        self.lock().owners.owner(key).cloned()
+    }
+
+    /// The first time that two nodes owned one address, at any revision.
+    #[must_use]
+    pub fn overlap(&self) -> Option<String> {
+        self.lock().overlap.clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -164,14 +220,15 @@ impl State {
     }
 
     /// One write of several pairs: one revision, as a transaction of etcd's.
-    fn put(&mut self, pairs: Vec<(String, Vec<u8>)>, lease: Option<i64>) {
+    fn put(&mut self, pairs: Vec<(String, Vec<u8>, Option<i64>)>) {
         self.revision += 1;
         let mod_revision = self.revision;
-        for (key, value) in pairs {
+        for (key, value, lease) in pairs {
             let create_revision = self.pairs.get(&key).map_or(mod_revision, |pair| pair.create_revision);
             let pair = Pair { value, create_revision, mod_revision, lease };
             self.pairs.insert(key.clone(), pair.clone());
-            self.tell(&key, Some(&pair));
+            self.witness(&key, Some(&pair));
+            self.tell(&key, Some(&pair), false);
         }
     }
 
@@ -185,9 +242,12 @@ impl State {
     fn delete(&mut self, keys: &[String]) {
         let keys: Vec<&String> = keys.iter().filter(|key| self.pairs.contains_key(*key)).collect();
         self.revision += i64::from(!keys.is_empty());
+        let given_back =
+            keys.iter().any(|key| key.starts_with(GUARDS)) && keys.iter().any(|key| key.starts_with(SUBNETS));
         for key in keys {
             self.pairs.remove(key);
-            self.tell(key, None);
+            self.witness(key, None);
+            self.tell(key, None, given_back);
         }
     }
 
@@ -198,15 +258,36 @@ impl State {
         self.delete(&keys);
     }
 
-    fn tell(&self, key: &str, pair: Option<&Pair>) {
+    fn witness(&mut self, key: &str, pair: Option<&Pair>) {
+        let Some(key) = key.strip_prefix(SUBNETS) else { return };
+        if let Err(overlap) = self.owners.see(key, pair.map(|pair| &*pair.value), self.revision) {
+            self.overlap.get_or_insert(overlap.to_string());
+        }
+    }
+
+    fn tell(&self, key: &str, pair: Option<&Pair>, given_back: bool) {
         for node in self.nodes().iter().filter(|node| node.is_listening()) {
             if key == "config" {
                 self.list(node);
             }
+            if let Some(key) = key.strip_prefix(RESERVATIONS) {
+                node.leases.send_modify(|set| {
+                    let mut folded = set.as_deref().cloned().unwrap_or_default();
+                    folded.reserve(key, pair.map(|pair| &*pair.value), self.revision);
+                    *set = Some(Arc::new(folded));
+                });
+            }
+            if let (Some(subnet), None) = (guarded(key), pair) {
+                node.leases.send_modify(|set| {
+                    let mut folded = set.as_deref().cloned().unwrap_or_default();
+                    folded.forget_departed(|departed| departed != subnet);
+                    *set = Some(Arc::new(folded));
+                });
+            }
             let Some(key) = key.strip_prefix(SUBNETS) else { continue };
             let event = match pair {
                 Some(pair) => Event::Put(entry(key, pair)),
-                None => Event::Delete { key: key.to_owned() },
+                None => Event::Delete { key: key.to_owned(), given_back },
             };
             node.leases.send_modify(|set| {
                 let mut folded = set.as_deref().cloned().unwrap_or_default();
@@ -227,23 +308,49 @@ impl State {
             self.pairs.iter().filter_map(|(key, pair)| Some(entry(key.strip_prefix(SUBNETS)?, pair))).collect();
         node.leases.send_modify(|set| {
             let before = set.clone().unwrap_or_default();
-            *set = Some(Arc::new(LeaseSet::snapshot(&before, entries, self.revision)));
+            let mut listed = LeaseSet::snapshot(&before, entries, self.revision);
+            for (key, pair) in &self.pairs {
+                if let Some(key) = key.strip_prefix(RESERVATIONS) {
+                    listed.reserve(key, Some(&pair.value), self.revision);
+                }
+            }
+            listed.forget_departed(|subnet| self.pairs.keys().any(|key| guarded(key) == Some(subnet)));
+            *set = Some(Arc::new(listed));
         });
         node.connection.send_replace(Connection::Up);
     }
 
     /// What a claim compares.
-    fn admits(&self, claim: &Claim) -> bool {
+    fn check(&self, claim: &Claim) -> Result<(), StoreError> {
+        let key = claim.key;
         let modified = |key: &str| self.pairs.get(key).map(|pair| pair.mod_revision);
         let as_expected = match claim.expect {
-            Expect::Absent => self.is_free(&claim.key) && modified("config") <= Some(claim.seen_revision),
-            Expect::Revision(revision) => modified(&record_key(&claim.key)) == Some(revision),
+            Expect::Absent => self.is_free(&key) && modified("config") <= Some(claim.seen_revision),
+            Expect::Revision(revision) => modified(&record_key(&key)) == Some(revision),
         };
-        let ours =
-            |guard: &String| self.pairs.get(guard).is_none_or(|pair| pair.value == claim.node.as_str().as_bytes());
+        let ours = |guard: &String| {
+            let is_ours = |pair: &Pair| pair.value == claim.node.as_str().as_bytes();
+            self.pairs.get(guard).is_none_or(|pair| is_ours(pair) || claim.evict.contains(&pair.mod_revision))
+        };
         // A revision that this store never reached is another store's.
         let current = claim.seen_revision <= self.revision;
-        current && as_expected && guard_keys(&claim.key).iter().all(ours)
+        match (current && as_expected, guard_keys(&key).iter().all(ours)) {
+            (true, true) => Ok(()),
+            (true, false) if modified(&record_key(&key)).is_none() => Err(StoreError::Guarded { key }),
+            _ => Err(StoreError::Lost { key }),
+        }
+    }
+
+    /// Guards without a record, with their keys.
+    fn resting(&self) -> Vec<(String, Resting)> {
+        let records = self.pairs.keys().filter_map(|key| LeaseKey::decode(key.strip_prefix(SUBNETS)?).ok());
+        let leased: Vec<Subnet> = records.flat_map(|key| key.subnets().values().copied().collect::<Vec<_>>()).collect();
+        let resting = |(key, pair): (&String, &Pair)| {
+            let subnet = guarded(key).filter(|subnet| !leased.contains(subnet))?;
+            let node = std::str::from_utf8(&pair.value).ok().and_then(|name| name.parse().ok());
+            Some((key.clone(), Resting { subnet, node, mod_revision: pair.mod_revision }))
+        };
+        self.pairs.iter().filter_map(resting).collect()
     }
 
     /// True when no record has the key, nor its IPv4 subnet in another pair.
@@ -263,6 +370,11 @@ fn entry(key: &str, pair: &Pair) -> Entry {
 
 fn record_key(key: &LeaseKey) -> String {
     format!("{SUBNETS}{key}")
+}
+
+fn guarded(key: &str) -> Option<Subnet> {
+    let (base, length) = key.strip_prefix(GUARDS)?.split_once('/')?.1.rsplit_once('-')?;
+    format!("{base}/{length}").parse().ok()
 }
 
 fn guard_keys(key: &LeaseKey) -> Vec<String> {
@@ -365,17 +477,15 @@ impl LeaseStore for MemoryStore {
         }
         let (lease_id, expires, mod_revision) = {
             let mut state = self.cluster.lock();
-            if !state.admits(claim) {
-                return Err(lost);
-            }
+            state.check(claim)?;
             let (lease_id, expires) = state.grant(claim.ttl);
-            let guards = guard_keys(&claim.key).into_iter().map(|guard| (guard, claim.node.as_str().into()));
-            let record = (record_key(&claim.key), claim.record.encode());
-            state.put(std::iter::once(record).chain(guards).collect(), Some(lease_id));
+            let guards = guard_keys(&claim.key).into_iter().map(|guard| (guard, claim.node.as_str().into(), None));
+            let record = (record_key(&claim.key), claim.record.encode(), Some(lease_id));
+            state.put(std::iter::once(record).chain(guards).collect());
             (lease_id, expires, state.revision)
         };
         self.cluster.watch_expiry(lease_id);
-        self.answer(Grant { key: claim.key, mod_revision, lease_id, expires, ttl: claim.ttl })
+        self.answer(Grant { node: claim.node.clone(), key: claim.key, mod_revision, lease_id, expires, ttl: claim.ttl })
     }
 
     async fn rewrite(&self, grant: &Grant, record: &Record) -> Result<Grant, StoreError> {
@@ -386,7 +496,7 @@ impl LeaseStore for MemoryStore {
             if state.pairs.get(&key).is_none_or(|pair| pair.mod_revision != grant.mod_revision) {
                 return Err(StoreError::Lost { key: grant.key });
             }
-            state.put(vec![(key, record.encode())], Some(lease_id));
+            state.put(vec![(key, record.encode(), Some(lease_id))]);
             state.revision
         };
         self.answer(Grant { mod_revision, ..grant.clone() })
@@ -403,7 +513,42 @@ impl LeaseStore for MemoryStore {
 
     async fn release(&self, grant: &Grant) -> Result<(), StoreError> {
         self.reach().await?;
-        self.cluster.revoke(grant.lease_id);
+        let mut state = self.cluster.lock();
+        let record = record_key(&grant.key);
+        let ours = state.pairs.get(&record).is_some_and(|pair| pair.lease == Some(grant.lease_id));
+        let names_us = |guard: &String| {
+            ours || state.pairs.get(guard).is_some_and(|pair| pair.value == grant.node.as_str().as_bytes())
+        };
+        let guards: Vec<String> = guard_keys(&grant.key).into_iter().filter(names_us).collect();
+        state.delete(&if ours { [vec![record], guards].concat() } else { guards });
+        state.revoke(grant.lease_id);
+        Ok(())
+    }
+
+    async fn resting(&self, grace: Duration) -> Result<Vec<Resting>, StoreError> {
+        self.reach().await?;
+        let (lease_id, resting) = {
+            let mut state = self.cluster.lock();
+            let (lease_id, _) = state.grant(grace);
+            for (key, _) in state.resting() {
+                if let Some(pair) = state.pairs.get(&key).filter(|pair| pair.lease.is_none()).cloned() {
+                    state.put(vec![(key, pair.value, Some(lease_id))]);
+                }
+            }
+            (lease_id, state.resting().into_iter().map(|(_, resting)| resting).collect())
+        };
+        self.cluster.watch_expiry(lease_id);
+        Ok(resting)
+    }
+
+    async fn hold_place(&self, key: &LeaseKey, placeholder: &Record) -> Result<(), StoreError> {
+        self.reach().await?;
+        let mut state = self.cluster.lock();
+        let reserved = state.pairs.get(&format!("{RESERVATIONS}{key}"));
+        let node = placeholder.node().map(|node| node.as_str().as_bytes());
+        if reserved.is_some_and(|pair| Some(&*pair.value) == node) && state.is_free(key) {
+            state.put(vec![(record_key(key), placeholder.encode(), None)]);
+        }
         Ok(())
     }
 }

@@ -23,6 +23,7 @@ impl Desired {
             return false;
         }
         let devices = devices(inputs, &self.state);
+        let (went, came) = (peers(went), peers(came));
         for lease in went {
             let Backend::Vxlan(endpoints) = &lease.record.backend else { return false };
             for (family, dev) in devices.iter() {
@@ -52,6 +53,11 @@ impl Desired {
         }
         self.conflicts.is_empty()
     }
+}
+
+/// A placeholder is nobody.
+fn peers<'a>(leases: &'a [&'a Lease]) -> impl Iterator<Item = &'a Lease> {
+    leases.iter().copied().filter(|lease| !lease.record.is_placeholder())
 }
 
 /// Whether a route leads to a part of `subnet` already. Subnets nest or lie apart, so only the nearest ones can.

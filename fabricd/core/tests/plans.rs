@@ -317,7 +317,7 @@ proptest::proptest! {
                 if there {
                     Event::Put(Entry { key, value, create_revision: revision, mod_revision: revision })
                 } else {
-                    Event::Delete { key }
+                    Event::Delete { key, given_back: true }
                 },
                 revision,
             );

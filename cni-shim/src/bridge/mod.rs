@@ -1,0 +1,506 @@
+//! `fabric-bridge`: what `bridge` and `host-local` do, done by one process in four batches of netlink messages.
+//!
+//! ```text
+//!  the book of addresses      one address of each family                                    host_local
+//!  host: cni0                 if missing; the gateway's addresses, if missing               wiring
+//!  host: cable                both ends at once, plugged into cni0 and into the pod, hairpin
+//!  pod:  eth0                 up, addresses, routes
+//!  pod:  eth0                 once the bridge forwards: gratuitous ARP, neighbour advertisement
+//! ```
+//!
+//! Why it is fast: nothing is started, and nothing is asked again and again. That the bridge forwards is an event
+//! of the kernel's, which is waited for if it hasn't come. The name of the host's end follows from the attachment, so
+//! DEL finds it without the pod's namespace, even if all else is lost.
+//!
+//! The plugin is also built into `fabric-cni`, which calls it as a function: see [`crate::delegate`].
+
+mod conf;
+pub(crate) mod wiring;
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::hash::{BuildHasher, RandomState};
+use std::io;
+use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use fabric_core::model::{IfName, MacAddr, stable_hash};
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+use rustix::io::Errno;
+use serde_json::{Value, json};
+
+pub use self::conf::BridgeConf;
+use self::conf::Route;
+use self::wiring::{Cable, Link, inside, sysctl};
+use crate::conf::Conf;
+use crate::error::{CniError, Code};
+use crate::host_local::{Book, Ungiven};
+use crate::netlink::{Netlink, Refused};
+use crate::request::{Action, Attachment, AttachmentId, Call, Identifier, Request};
+use crate::version::{SpecVersion, convert};
+
+/// How long the bridge may take to forward what comes from a new port. It takes it half a millisecond.
+const PORT_PATIENCE: Duration = Duration::from_secs(5);
+
+/// `RTMGRP_LINK` of linux/rtnetlink.h.
+const LINK_EVENTS: u32 = 1;
+
+/// Does what is asked, and returns what to print, if anything.
+///
+/// # Errors
+/// What the runtime is to be told.
+pub fn answer(request: &Request<BridgeConf>) -> Result<Option<Value>, CniError> {
+    match request {
+        Request::Version(version) => Ok(Some(SpecVersion::spoken(*version))),
+        Request::Call(call) => call.answer(),
+    }
+}
+
+/// An address for a pod, as the book gives it.
+#[derive(Clone, Copy, Debug)]
+struct Given {
+    address: IpNetwork,
+    gateway: IpAddr,
+}
+
+/// The host's end of an attachment's cable: `veth` and 44 bits of a hash.
+#[must_use]
+pub fn port_name(network: &Identifier, id: &AttachmentId) -> IfName {
+    let hash = stable_hash(format!("{network}/{}/{}", id.container, id.ifname).as_bytes());
+    format!("veth{:011x}", hash >> 20).parse().expect("fifteen letters")
+}
+
+impl Call<BridgeConf> {
+    /// Does what is asked, and returns what to print, if anything.
+    ///
+    /// # Errors
+    /// What the runtime is to be told.
+    pub fn answer(&self) -> Result<Option<Value>, CniError> {
+        match &self.action {
+            Action::Add(pod) => self.add(pod).map(Some),
+            Action::Del(pod) => self.del(pod).map(|()| None),
+            Action::Check(pod, prev_result) => self.check(pod, prev_result).map(|()| None),
+            Action::Gc(valid) => self.gc(valid).map(|()| None),
+            Action::Status => self.status().map(|()| None),
+        }
+    }
+
+    fn add(&self, pod: &Attachment) -> Result<Value, CniError> {
+        let path = pod.netns.as_deref().unwrap_or(Path::new(""));
+        let netns = File::open(path).map_err(|e| {
+            CniError::new(
+                Code::InvalidEnvironment,
+                format!("cannot open the network namespace {}: {e}", path.display()),
+            )
+        })?;
+        let cable = Cable {
+            port: port_name(&self.conf.name, &pod.id),
+            port_mac: random_mac(),
+            ifname: pod.id.ifname,
+            mac: self.conf.wished_mac(&self.args)?.unwrap_or_else(random_mac),
+            mtu: self.conf.mtu,
+        };
+        let given = self.reserve(&pod.id)?;
+        let mut host = open_netlink()?;
+        let wired = self.wire(&mut host, &cable, &netns, &given);
+        let bridge = wired.map_err(|failure| match self.unwire(&mut host, &cable, &pod.id, &failure) {
+            Ok(()) => failure.told,
+            Err(e) => failure.told.with_details(format!("cleaning up failed as well, DEL has to finish it: {e}")),
+        })?;
+        self.result(&bridge, &cable, path, &given)
+    }
+
+    /// An address of each set of ranges.
+    fn reserve(&self, id: &AttachmentId) -> Result<Vec<Given>, CniError> {
+        let wishes = self.conf.wished_ips(&self.args)?;
+        let book = self.book()?;
+        if let Some(ip) = book.held_by(id).map_err(|e| self.unreadable(&e))?.first() {
+            return Err(ungiven(&Ungiven::Duplicate(*ip, id.clone())));
+        }
+        let sets = self.conf.ipam.ranges.iter().enumerate();
+        let given: Result<Vec<_>, _> = sets
+            .map(|(set, ranges)| book.reserve(id, set, ranges, &wishes))
+            .map(|given| given.map(|(address, gateway)| Given { address, gateway }))
+            .collect();
+        let given = given.and_then(|given| {
+            let unmet = wishes.iter().find(|wish| !given.iter().any(|given| given.address.ip() == **wish));
+            unmet.map_or(Ok(given.clone()), |wish| Err(Ungiven::Taken(*wish, "of this network".into())))
+        });
+        given.map_err(|e| {
+            // What an earlier set has given.
+            let freed = book.release(id);
+            freed.map_or_else(|failed| ungiven(&e).with_details(self.unreadable(&failed)), |_| ungiven(&e))
+        })
+    }
+
+    fn wire(&self, host: &mut Netlink, cable: &Cable, netns: &File, given: &[Given]) -> Result<Link, Failure> {
+        let conf = &self.conf;
+        let bridge = self.bridge(host)?;
+        if conf.is_gateway() {
+            self.address_bridge(host, &bridge, given)?;
+        }
+        let mut plug = vec![cable.add(&bridge, netns)];
+        plug.extend(conf.hairpin_mode.then(|| cable.hairpin()));
+        host.write(&plug).map_err(|e| Failure { unplugged: e.position == 0, ..refused(&e).into() })?;
+
+        let ifname = &cable.ifname;
+        let switches = || {
+            // A kernel without IPv6 has no use for most of these; one that has gets an address in the next step.
+            let v6 = given.iter().any(|given| given.address.is_ipv6());
+            for (name, value) in [("disable_ipv6", "0"), ("accept_dad", "0"), ("ndisc_notify", "1")] {
+                let set = sysctl(&format!("ipv6/conf/{ifname}/{name}"), value);
+                if v6 { set? } else { drop(set) }
+            }
+            sysctl(&format!("ipv4/conf/{ifname}/arp_notify"), "1")?;
+            Netlink::open()
+        };
+        let mut inside = inside(netns, switches).map_err(|e| {
+            CniError::new(Code::Kernel, format!("cannot prepare {ifname} in the pod's network namespace: {e}"))
+        })?;
+        let index = wiring::link(&mut inside, ifname).map_err(|e| refused(&e))?.map(|link| link.index);
+        let index = index.ok_or_else(|| CniError::new(Code::Kernel, format!("{ifname} was taken out of the pod")))?;
+        let name = ifname.as_str();
+        let mut dress = vec![wiring::raise(index, ifname, false)];
+        dress.extend(given.iter().map(|given| wiring::add_address(index, name, given.address)));
+        for route in self.routes(given) {
+            let gateway = route.gw.or_else(|| gateway_for(given, route.dst));
+            // The kernel has made the way to the pod's own subnet by itself.
+            let connected = given.iter().any(|given| network_of(given.address) == route.dst);
+            dress.extend(gateway.filter(|_| !connected).map(|gw| wiring::add_route(index, name, route.dst, gw)));
+        }
+        inside.write(&dress).map_err(|e| refused(&e))?;
+        await_forwarding(host, &cable.port)?;
+        inside.write(&[cable.announce(index)]).map_err(|e| refused(&e))?;
+        Ok(bridge)
+    }
+
+    /// Undoes what a failed ADD has done.
+    fn unwire(&self, host: &mut Netlink, cable: &Cable, id: &AttachmentId, failure: &Failure) -> Result<(), CniError> {
+        if !failure.unplugged {
+            unplug(host, &cable.port)?;
+        }
+        self.release(id)
+    }
+
+    /// The bridge, made if it isn't there.
+    fn bridge(&self, host: &mut Netlink) -> Result<Link, CniError> {
+        let name = &self.conf.bridge;
+        let show = |host: &mut Netlink| wiring::link(host, name).map_err(|e| refused(&e));
+        let mut shown = show(host)?;
+        if shown.is_none() {
+            match host.write(&[wiring::add_bridge(name, random_mac(), self.conf.mtu)]) {
+                // Another ADD was faster.
+                Err(e) if e.errno() != Some(Errno::EXIST) => return Err(refused(&e)),
+                _ => shown = show(host)?,
+            }
+            // Router advertisements of pods are not for the host.
+            let _ = sysctl(&format!("ipv6/conf/{name}/accept_ra"), "0");
+        }
+        let bridge =
+            shown.ok_or_else(|| CniError::new(Code::Kernel, format!("{name} vanished as soon as it was made")))?;
+        if !bridge.is_bridge {
+            let msg = format!("{name} exists but is not a bridge; say another \"bridge\" in the network configuration");
+            return Err(CniError::new(Code::InvalidConfig, msg));
+        }
+        let promiscuous = self.conf.promiscuous() && !bridge.promiscuous;
+        if !bridge.up || promiscuous {
+            host.write(&[wiring::raise(bridge.index, name, promiscuous)]).map_err(|e| refused(&e))?;
+        }
+        Ok(bridge)
+    }
+
+    /// Gives the bridge the gateways' addresses, and lets the host forward.
+    fn address_bridge(&self, host: &mut Netlink, bridge: &Link, given: &[Given]) -> Result<(), CniError> {
+        let has = wiring::addresses(host, bridge.index, &bridge.name).map_err(|e| refused(&e))?;
+        let mut changes = Vec::new();
+        for given in given {
+            let wanted = IpNetwork::new(given.gateway, given.address.prefix()).expect("the subnet's own length");
+            if has.contains(&wanted) {
+                continue;
+            }
+            for other in has.iter().filter(|other| in_the_way(**other, wanted)) {
+                if !self.conf.force_address {
+                    let msg = format!(
+                        "{} already has an IP address different from {wanted}: {other}; remove it when no pod uses it, \
+                         or say \"forceAddress\": true",
+                        bridge.name
+                    );
+                    return Err(CniError::new(Code::Kernel, msg));
+                }
+                changes.push(wiring::delete_address(bridge.index, &bridge.name, *other));
+            }
+            changes.push(wiring::add_address(bridge.index, &bridge.name, wanted));
+        }
+        match host.write(&changes) {
+            // Another ADD was faster.
+            Err(e) if e.errno() != Some(Errno::EXIST) => return Err(refused(&e)),
+            _ => {}
+        }
+        for given in given {
+            let switch = if given.address.is_ipv4() { "ipv4/ip_forward" } else { "ipv6/conf/all/forwarding" };
+            sysctl(switch, "1").map_err(|e| {
+                CniError::new(Code::Kernel, format!("cannot set net/{switch}, without which pods reach nobody: {e}"))
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The routes of the configuration, and the default route if it is asked for.
+    fn routes(&self, given: &[Given]) -> Vec<Route> {
+        let mut routes = self.conf.ipam.routes.clone();
+        for given in given.iter().filter(|_| self.conf.is_default_gateway) {
+            let dst = default_of(given.address);
+            if !routes.iter().any(|route| route.dst == dst) {
+                routes.push(Route { dst, gw: Some(given.gateway) });
+            }
+        }
+        let mut seen = BTreeSet::new();
+        routes.retain(|route| seen.insert(route.dst));
+        routes
+    }
+
+    fn result(&self, bridge: &Link, cable: &Cable, netns: &Path, given: &[Given]) -> Result<Value, CniError> {
+        let ip = |given: &Given| json!({ "interface": 2, "address": given.address, "gateway": given.gateway });
+        let mut result = json!({
+            "cniVersion": SpecVersion::NEWEST.as_str(),
+            "interfaces": [
+                { "name": bridge.name, "mac": bridge.mac },
+                { "name": cable.port, "mac": cable.port_mac },
+                { "name": cable.ifname, "mac": cable.mac, "sandbox": netns },
+            ],
+            "ips": given.iter().map(ip).collect::<Vec<_>>(),
+            "routes": self.routes(given),
+            "dns": self.conf.dns.clone().unwrap_or_else(|| json!({})),
+        });
+        if cable.mtu > 0 {
+            for end in [1, 2] {
+                result["interfaces"][end]["mtu"] = cable.mtu.into();
+            }
+        }
+        convert(result, self.conf.version()).map_err(|e| CniError::new(Code::Decode, e.to_string()))
+    }
+
+    /// The cable first, so that nobody is given an address that is still in use; but the address is freed even if the
+    /// cable can't be.
+    fn del(&self, pod: &Attachment) -> Result<(), CniError> {
+        let unplugged = self.unplug_from(pod);
+        self.release(&pod.id)?;
+        unplugged
+    }
+
+    fn unplug_from(&self, pod: &Attachment) -> Result<(), CniError> {
+        if unplug(&mut open_netlink()?, &port_name(&self.conf.name, &pod.id))? {
+            return Ok(());
+        }
+        // It may be a cable of the plugin bridge, whose end in the host has a random name.
+        let Some(netns) = pod.netns.as_deref().and_then(namespace) else { return Ok(()) };
+        let mut inside = inside(&netns, Netlink::open)
+            .map_err(|e| CniError::new(Code::Kernel, format!("cannot enter the pod's network namespace: {e}")))?;
+        unplug(&mut inside, &pod.id.ifname).map(drop)
+    }
+
+    fn check(&self, pod: &Attachment, prev_result: &Value) -> Result<(), CniError> {
+        let missing = |what: String| CniError::new(Code::NotAttached, format!("{what}; DEL and ADD {} again", pod.id));
+        let held = self.book()?.held_by(&pod.id).map_err(|e| self.unreadable(&e))?;
+        let result = convert(prev_result.clone(), SpecVersion::NEWEST)
+            .map_err(|e| CniError::new(Code::InvalidConfig, format!("prevResult can't be used: {e}")))?;
+        let of = |list: &str| result[list].as_array().cloned().unwrap_or_default();
+        let interfaces = of("interfaces");
+        let ours = interfaces.iter().position(|i| i["name"] == pod.id.ifname.as_str() && i.get("sandbox").is_some());
+        let ours = ours.ok_or_else(|| missing(format!("prevResult has no interface {}", pod.id.ifname)))?;
+
+        let mut host = open_netlink()?;
+        let find = |netlink: &mut Netlink, name: &IfName| wiring::link(netlink, name).map_err(|e| refused(&e));
+        let bridge = find(&mut host, &self.conf.bridge)?;
+        let bridge = bridge.ok_or_else(|| missing(format!("the bridge {} is gone", self.conf.bridge)))?;
+        let ports: Vec<IfName> = interfaces
+            .iter()
+            .filter(|i| i["sandbox"].as_str().unwrap_or_default().is_empty() && i["name"] != bridge.name)
+            .filter_map(|i| i["name"].as_str()?.parse().ok())
+            .collect();
+        for port in ports {
+            let plugged = find(&mut host, &port)?.is_some_and(|link| link.controller == Some(bridge.index));
+            if !plugged {
+                return Err(missing(format!("{port} is not plugged into {}", bridge.name)));
+            }
+        }
+
+        let path = pod.netns.as_deref().unwrap_or(Path::new(""));
+        let mut inside = File::open(path)
+            .and_then(|netns| inside(&netns, Netlink::open))
+            .map_err(|e| missing(format!("cannot enter the network namespace {}: {e}", path.display())))?;
+        let link = find(&mut inside, &pod.id.ifname)?.ok_or_else(|| missing(format!("{} is gone", pod.id.ifname)))?;
+        let told_mac = interfaces[ours]["mac"].as_str().and_then(|mac| mac.parse::<MacAddr>().ok());
+        if told_mac.is_some() && link.mac != told_mac {
+            return Err(missing(format!("{} has another MAC address than ADD gave it", link.name)));
+        }
+        let has = wiring::addresses(&mut inside, link.index, &link.name).map_err(|e| refused(&e))?;
+        for ip in of("ips").iter().filter(|ip| ip["interface"] == ours) {
+            let address: Option<IpNetwork> = ip["address"].as_str().and_then(|text| text.parse().ok());
+            if address.is_none_or(|address| !has.contains(&address)) {
+                return Err(missing(format!("{} does not have the address {}", link.name, ip["address"])));
+            }
+            if address.is_some_and(|address| !held.contains(&address.ip())) {
+                return Err(missing(format!("the address {} is not this pod's by the book", ip["address"])));
+            }
+        }
+        let has = wiring::routes(&mut inside, link.index).map_err(|e| refused(&e))?;
+        for route in of("routes") {
+            let wanted: Option<Route> = serde_json::from_value(route.clone()).ok();
+            let there =
+                |wanted: Route| has.iter().any(|r| r.dst == wanted.dst && (wanted.gw.is_none() || r.gw == wanted.gw));
+            if !wanted.is_some_and(there) {
+                return Err(missing(format!("the route {route} is gone")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Frees what belongs to no valid attachment of this network, cables included.
+    fn gc(&self, valid: &BTreeSet<AttachmentId>) -> Result<(), CniError> {
+        let Some(book) = Book::existing(&self.conf.ipam.data_dir, &self.conf.name).map_err(|e| self.unreadable(&e))?
+        else {
+            return Ok(());
+        };
+        let doomed = |holder: Option<&AttachmentId>| holder.is_none_or(|id| !valid.contains(id));
+        let freed = book.release_all(doomed).map_err(|e| self.unreadable(&e))?;
+        let mut host = open_netlink()?;
+        let owners: BTreeSet<_> = freed.into_iter().filter_map(|(_, holder)| holder).collect();
+        owners.iter().try_for_each(|id| unplug(&mut host, &port_name(&self.conf.name, id)).map(drop))
+    }
+
+    fn status(&self) -> Result<(), CniError> {
+        let unavailable = |reason: String| CniError::new(Code::NotAvailable, reason);
+        self.book().map_err(|e| unavailable(e.to_string()))?;
+        open_netlink().map(drop).map_err(|e| unavailable(e.to_string()))
+    }
+
+    fn book(&self) -> Result<Book, CniError> {
+        Book::open(&self.conf.ipam.data_dir, &self.conf.name).map_err(|e| self.unreadable(&e))
+    }
+
+    fn release(&self, id: &AttachmentId) -> Result<(), CniError> {
+        let book = Book::existing(&self.conf.ipam.data_dir, &self.conf.name).map_err(|e| self.unreadable(&e))?;
+        book.map_or(Ok(()), |book| book.release(id).map(drop).map_err(|e| self.unreadable(&e)))
+    }
+
+    fn unreadable(&self, e: &io::Error) -> CniError {
+        let book = self.conf.ipam.data_dir.join(self.conf.name.as_str());
+        CniError::new(Code::Io, format!("cannot use the book of addresses {}: {e}", book.display()))
+    }
+}
+
+/// Why wiring failed.
+struct Failure {
+    told: CniError,
+    /// The cable was never made: what has its name isn't ours to remove.
+    unplugged: bool,
+}
+
+impl From<CniError> for Failure {
+    fn from(told: CniError) -> Self {
+        Self { told, unplugged: false }
+    }
+}
+
+/// Waits until the bridge forwards what comes from `port`: the kernel tells the bridge of a cable that has been plugged
+/// in by a work queue, and what the pod sent before would be lost.
+fn await_forwarding(host: &mut Netlink, port: &IfName) -> Result<(), CniError> {
+    let mut forwards = || Ok(wiring::link(host, port).map_err(|e| refused(&e))?.is_some_and(|link| link.operational));
+    if forwards()? {
+        return Ok(());
+    }
+    let deadline = Instant::now() + PORT_PATIENCE;
+    let lost = |e: io::Error| CniError::new(Code::Kernel, format!("cannot hear of changes of {port}: {e}"));
+    let mut events = Netlink::following(LINK_EVENTS).map_err(lost)?;
+    loop {
+        if forwards()? {
+            return Ok(());
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() || !events.wait(left).map_err(lost)? {
+            let msg =
+                format!("{port} carries nothing {PORT_PATIENCE:?} after the pod was plugged in; is the bridge up?");
+            return Err(CniError::new(Code::Kernel, msg));
+        }
+    }
+}
+
+/// Deletes a link. False when there is none.
+fn unplug(netlink: &mut Netlink, name: &IfName) -> Result<bool, CniError> {
+    match netlink.write(&[wiring::delete(name)]) {
+        Ok(()) => Ok(true),
+        Err(e) if e.errno() == Some(Errno::NODEV) => Ok(false),
+        Err(e) => Err(refused(&e)),
+    }
+}
+
+/// An address of a bridge that can't be there beside the wanted one: any other of IPv4, as pods would be sent to it,
+/// and one of the same IPv6 subnet.
+#[must_use]
+pub fn in_the_way(other: IpNetwork, wanted: IpNetwork) -> bool {
+    match (other, wanted) {
+        (IpNetwork::V4(other), IpNetwork::V4(wanted)) => other != wanted,
+        (IpNetwork::V6(other), IpNetwork::V6(wanted)) => other != wanted && other.overlaps(wanted),
+        _ => false,
+    }
+}
+
+/// The namespace at `path`, unless there surely is none: nothing is there, or a plain file that a mount has left.
+/// Namespaces are files of one kernel-internal file system.
+#[must_use]
+pub fn namespace(path: &Path) -> Option<File> {
+    let file = File::open(path).ok()?;
+    match (file.metadata(), fs::metadata("/proc/self/ns/net")) {
+        (Ok(there), Ok(ours)) if there.dev() != ours.dev() => None,
+        _ => Some(file),
+    }
+}
+
+fn network_of(address: IpNetwork) -> IpNetwork {
+    IpNetwork::new(address.network(), address.prefix()).expect("the address's own length")
+}
+
+fn default_of(address: IpNetwork) -> IpNetwork {
+    const ANY: &str = "no bits are always a prefix";
+    match address {
+        IpNetwork::V4(_) => IpNetwork::V4(Ipv4Network::new([0; 4].into(), 0).expect(ANY)),
+        IpNetwork::V6(_) => IpNetwork::V6(Ipv6Network::new([0; 16].into(), 0).expect(ANY)),
+    }
+}
+
+fn gateway_for(given: &[Given], dst: IpNetwork) -> Option<IpAddr> {
+    given.iter().find(|given| given.address.is_ipv4() == dst.is_ipv4()).map(|given| given.gateway)
+}
+
+/// A locally administered address that nobody else has, but for a chance of one in 2^46.
+fn random_mac() -> MacAddr {
+    let random = RandomState::new().hash_one(std::process::id()).to_be_bytes();
+    let [_, _, a, b, c, d, e, f] = random;
+    MacAddr::try_from([(a | 0x02) & 0xfe, b, c, d, e, f]).expect("a unicast address with a bit set")
+}
+
+fn open_netlink() -> Result<Netlink, CniError> {
+    Netlink::open().map_err(|e| CniError::new(Code::Kernel, format!("cannot open a netlink socket: {e}")))
+}
+
+fn refused(e: &Refused) -> CniError {
+    let way_out = if e.errno() == Some(Errno::PERM) { "; it takes CAP_NET_ADMIN and CAP_SYS_ADMIN" } else { "" };
+    CniError::new(Code::Kernel, format!("{e}{way_out}"))
+}
+
+fn ungiven(e: &Ungiven) -> CniError {
+    let code = match e {
+        Ungiven::Exhausted(_) => Code::TryAgainLater,
+        Ungiven::Duplicate(..) => Code::AlreadyAttached,
+        Ungiven::Taken(..) | Ungiven::Gateway(_) | Ungiven::Senseless(_) => Code::InvalidConfig,
+        Ungiven::Io { .. } => Code::Io,
+    };
+    CniError::new(code, e.to_string())
+}
+
+#[cfg(test)]
+#[path = "bridge_tests.rs"]
+mod tests;
