@@ -447,10 +447,9 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             for warning in view.warnings.iter().filter(|warning| !current.warnings.contains(warning)) {
                 warn!(warning, "to be looked at");
             }
-            for (key, trouble) in
-                view.troubles.iter().filter(|(key, trouble)| current.troubles.get(key) != Some(trouble))
-            {
-                warn!(peer = %key, reason = %trouble, "peer not reachable");
+            let mut fresh = view.troubles.iter().filter(|(key, trouble)| current.troubles.get(key) != Some(trouble));
+            if let Some((key, trouble)) = fresh.next() {
+                warn!(peer = %key, reason = %trouble, more = fresh.count(), "peer not reachable");
             }
             let differs = **current != view;
             *current = Arc::new(view);

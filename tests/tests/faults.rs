@@ -4,7 +4,7 @@ use fabric_tests::faults;
 
 fn holds(number: u8) {
     for fault in faults::all().iter().filter(|fault| fault.number == number) {
-        if let Some(error) = fault.try_with(1).broken {
+        if let Some(error) = fault.try_with(1, 4).broken {
             panic!("{}: {error:?}", fault.what);
         }
     }

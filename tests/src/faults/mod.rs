@@ -36,6 +36,8 @@ pub struct Trial {
     pub name: String,
     /// What leaves a choice is chosen by this.
     pub random: fastrand::Rng,
+    /// How many times the limits a busy machine may take. Four keep what an event must tell within an audit's time.
+    pub slack: u32,
 }
 
 /// All rows.
@@ -55,11 +57,12 @@ pub struct Outcome {
 }
 
 impl Fault {
-    /// Tries it once.
+    /// Tries it once, with limits so many times as long.
     #[must_use]
-    pub fn try_with(&self, seed: u64) -> Outcome {
+    pub fn try_with(&self, seed: u64, slack: u32) -> Outcome {
         let began = Instant::now();
-        let mut trial = Trial { name: format!("fault-{}-{seed}", self.number), random: fastrand::Rng::with_seed(seed) };
+        let mut trial =
+            Trial { name: format!("fault-{}-{seed}", self.number), random: fastrand::Rng::with_seed(seed), slack };
         let broken = (self.trial)(&mut trial).with_context(|| format!("fault {}, seed {seed}", self.number)).err();
         Outcome { seed, took: began.elapsed(), broken }
     }
