@@ -19,9 +19,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use fabric_core::model::IfName;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
+
+use crate::bridge;
+use crate::error::CniError;
 
 /// How long a delegate may take. An ADD that runs into it is cleaned up by a DEL of the same length, and both
 /// must end within the two minutes that a kubelet waits.
@@ -86,6 +90,14 @@ pub trait Exec {
     /// # Errors
     /// [`ExecError`]; no process of its group is then left.
     fn exec(&self, invocation: &Invocation) -> Result<Exit, ExecError>;
+
+    /// Makes the bridge that the standard plugin is about to use, without IPv6's duplicate address detection: the
+    /// plugin leaves that on, and while it lasts, a second or two, the host can't ask for a pod's MAC address, so
+    /// packets for the first pod of a node are lost. The gateway's address is this node's by its lease.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    fn make_bridge(&self, name: &IfName, mtu: u32) -> Result<(), CniError>;
 }
 
 /// Runs delegates as processes.
@@ -96,6 +108,10 @@ pub struct Processes {
 }
 
 impl Exec for Processes {
+    fn make_bridge(&self, name: &IfName, mtu: u32) -> Result<(), CniError> {
+        bridge::make(&mut bridge::open_netlink()?, name, mtu)
+    }
+
     fn exec(&self, Invocation { plugin, env, stdin }: &Invocation) -> Result<Exit, ExecError> {
         let start = |source: io::Error| ExecError::Start { plugin: plugin.clone(), source };
         let follow = |source: io::Error| ExecError::Follow { plugin: plugin.clone(), source };

@@ -162,11 +162,10 @@ impl Metrics {
     fn show(&self, view: &View, now: Instant) {
         let number = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
         let refused = view.troubles.values().filter(|t| matches!(t, PeerTrouble::Refused(_))).count();
-        let synced = view.mtu != 0 && view.network.is_some();
-        let programmed = if synced { view.peers.len().saturating_sub(view.troubles.len()) } else { 0 };
+        let known = view.peers().count();
         for (state, count) in [
-            ("known", view.peers.len()),
-            ("programmed", programmed),
+            ("known", known),
+            ("programmed", known.saturating_sub(view.troubles.len())),
             ("refused", refused),
             ("pending", view.troubles.len() - refused),
         ] {

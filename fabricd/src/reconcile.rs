@@ -356,12 +356,12 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         view.troubles = refused.iter().map(|(key, refusal)| (*key, PeerTrouble::Refused(refusal.clone()))).collect();
         let conflicts = conflicts.clone();
         let failures = self.execute(&plan, view.from_disk).await;
-        let is_peer = |lease: &&Arc<Lease>| lease.key != own.key && !lease.record.is_placeholder();
-        view.peers = leases.iter().filter(is_peer).cloned().collect();
         let pending = Pending::new(&failures, &conflicts);
-        for peer in &view.peers {
-            if let Some(reason) = pending.reason(peer) {
-                view.troubles.entry(peer.key).or_insert_with(|| PeerTrouble::Pending(reason.into()));
+        if !pending.is_empty() {
+            let waits = |peer: &Arc<Lease>| Some((peer.key, PeerTrouble::Pending(pending.reason(peer)?.into())));
+            let waiting: Vec<_> = view.peers().filter_map(waits).collect();
+            for (key, trouble) in waiting {
+                view.troubles.entry(key).or_insert(trouble);
             }
         }
         if let Some(conflict) = conflicts.iter().find(|c| !matches!(c, Conflict::Route { .. })) {
@@ -440,7 +440,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         self.view.send_if_modified(|current| {
             match (&current.readiness, &view.readiness) {
                 (before, now) if before == now => {}
-                (_, Readiness::Ready) => info!(peers = view.peers.len(), mtu = view.mtu, "ready"),
+                (_, Readiness::Ready) => info!(peers = view.peers().count(), mtu = view.mtu, "ready"),
                 (_, Readiness::NotReady { code: NotReady::Starting, reason }) => info!(reason, "not ready"),
                 (_, Readiness::NotReady { reason, .. }) => warn!(reason, "not ready"),
             }

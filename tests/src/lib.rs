@@ -5,6 +5,7 @@ pub mod certificates;
 pub mod conformance;
 pub mod etcd;
 pub mod fake_kernel;
+pub mod faults;
 pub mod lab;
 pub mod memory_store;
 pub mod netns;

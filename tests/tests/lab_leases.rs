@@ -264,6 +264,8 @@ fn lease_that_another_node_got_meanwhile_is_left_alone_until_a_person_says_other
     node.run(&["fabricctl", "lease", "renumber", "--force"])?;
     node.wait_ready()?;
     ensure!(subnet(&node)? != had);
+    // The pods that were given up go, and the bridge's address with the next one that comes.
+    node.pod("a")?.del()?;
     node.add_pod("new")?;
     Ok(())
 }

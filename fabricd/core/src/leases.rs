@@ -1,5 +1,6 @@
 //! [`LeaseSet`]: all leases of the cluster, the fold of a snapshot and the events after it.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -120,9 +121,9 @@ impl LeaseSet {
         &self.departed
     }
 
-    /// Forgets departed leases, unless a guard still stands for one of their subnets.
+    /// Forgets departed leases, unless guards still stand for all of their subnets.
     pub fn forget_departed(&mut self, is_guarded: impl Fn(Subnet) -> bool) {
-        self.departed.retain(|key, _| key.subnets().values().any(|subnet| is_guarded(*subnet)));
+        self.departed.retain(|key, _| key.subnets().values().all(|subnet| is_guarded(*subnet)));
     }
 
     /// Notes a reservation, or that it is gone. `key` is the last part of its key in the store, `node` its value; one
@@ -161,7 +162,7 @@ impl LeaseSet {
     /// True when more than half of the leases that were known are not there any more; of a few, any number may go.
     #[must_use]
     pub fn lacks_most_of(&self, before: &Self) -> bool {
-        let gone = before.iter().filter(|lease| self.get(&lease.key).is_none()).count();
+        let gone = self.changes(before).filter(|(_, is)| is.is_none()).count();
         before.len() >= FEW && gone * 2 > before.len()
     }
 
@@ -191,6 +192,35 @@ impl LeaseSet {
     /// All leases, in the order of their subnets.
     pub fn iter(&self) -> impl Iterator<Item = &Arc<Lease>> {
         self.leases.values()
+    }
+
+    /// What has changed since `before`: each lease as it was, as it is, or both. One walk along both sets; what they
+    /// share is not looked into.
+    pub fn changes<'a>(
+        &'a self,
+        before: &'a Self,
+    ) -> impl Iterator<Item = (Option<&'a Arc<Lease>>, Option<&'a Arc<Lease>>)> {
+        let (mut was, mut is) = (before.iter().peekable(), self.iter().peekable());
+        std::iter::from_fn(move || {
+            loop {
+                let order = match (was.peek(), is.peek()) {
+                    (Some(was), Some(is)) => was.key.cmp(&is.key),
+                    (Some(_), None) => Ordering::Less,
+                    (None, Some(_)) => Ordering::Greater,
+                    (None, None) => return None,
+                };
+                match order {
+                    Ordering::Less => return Some((was.next(), None)),
+                    Ordering::Greater => return Some((None, is.next())),
+                    Ordering::Equal => {
+                        let (was, is) = (was.next()?, is.next()?);
+                        if !Arc::ptr_eq(was, is) {
+                            return Some((Some(was), Some(is)));
+                        }
+                    }
+                }
+            }
+        })
     }
 
     /// One lease.
