@@ -12,12 +12,14 @@ use std::time::Duration;
 
 use fabric_core::diff::{Change, Op};
 use fabric_core::model::{IfName, MacAddr, Subnet};
+use fabric_core::rules::change::{Change as RuleChange, Found};
 use fabric_core::state::{Foreign, ForeignLink, KernelState, Sysctl, Via};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use tokio::task::JoinHandle;
 
 use super::encode::{Device, Unsendable, encode};
 use super::monitor::{Interest, Monitor, Table};
+use super::nft::{self, Filter};
 use super::routes::{self, HostRoutes};
 use super::socket::{Refusal, RequestSocket};
 use super::tables::{self, Address, Link, Links, Nexthops};
@@ -46,7 +48,7 @@ impl Default for Options {
 pub struct Netlink {
     worker: Arc<Mutex<Worker>>,
     monitor: Arc<Monitor>,
-    listener: JoinHandle<()>,
+    listeners: Vec<JoinHandle<()>>,
 }
 
 impl Netlink {
@@ -59,15 +61,21 @@ impl Netlink {
         let gone = |error: io::Error| KernelError::Disconnected(error.to_string());
         // The monitor first, so that nothing happens between a look and listening.
         let (monitor, listener) = Monitor::start().map_err(gone)?;
+        let filter = Filter::open().map_err(gone)?;
+        let mut listeners = vec![listener];
+        if let Some(port) = filter.port() {
+            listeners.push(nft::watch::start(Arc::clone(&monitor), port).map_err(gone)?);
+        }
         let worker = Worker {
             socket: RequestSocket::open(NETLINK_ROUTE).map_err(gone)?,
+            filter,
             monitor: Arc::clone(&monitor),
             options,
             stale: BTreeSet::new(),
             seen: Seen::default(),
             observed: Arc::default(),
         };
-        Ok(Self { worker: Arc::new(Mutex::new(worker)), monitor, listener })
+        Ok(Self { worker: Arc::new(Mutex::new(worker)), monitor, listeners })
     }
 
     /// Runs `job` on a blocking thread. When it is cancelled or takes too long, the job is still finished, and the next
@@ -88,7 +96,7 @@ impl Netlink {
 
 impl Drop for Netlink {
     fn drop(&mut self) {
-        self.listener.abort();
+        self.listeners.iter().for_each(JoinHandle::abort);
     }
 }
 
@@ -105,6 +113,11 @@ impl Kernel for Netlink {
         }
     }
 
+    async fn enforce(&mut self, change: &RuleChange) -> Result<(), KernelError> {
+        let change = change.clone();
+        self.work(move |worker| worker.enforce(&change)).await?
+    }
+
     async fn changed(&mut self) -> Touched {
         self.monitor.changed().await
     }
@@ -117,6 +130,7 @@ impl Kernel for Netlink {
 /// The blocking half.
 struct Worker {
     socket: RequestSocket,
+    filter: Filter,
     monitor: Arc<Monitor>,
     options: Options,
     /// Tables whose reading failed last time.
@@ -139,6 +153,7 @@ struct Seen {
     reaches: Vec<(IpAddr, IfName, IpAddr)>,
     sysctls: BTreeMap<Sysctl, u32>,
     forward_drops: Vec<ForwardDrop>,
+    rules: Found,
 }
 
 impl Worker {
@@ -155,7 +170,7 @@ impl Worker {
 
     /// Reads what is stale.
     fn read(&mut self) -> Result<(), KernelError> {
-        let Self { socket, seen, stale, options, .. } = self;
+        let Self { socket, filter, seen, stale, options, .. } = self;
         if stale.contains(&Table::Links) {
             let links = tables::links(socket)?;
             let ours = |links: &Links| -> Vec<(u32, IfName)> {
@@ -210,6 +225,9 @@ impl Worker {
                 vec![]
             });
         }
+        if stale.contains(&Table::Rules) {
+            seen.rules = filter.read().map_err(tables::reading("nftables"))?;
+        }
         Ok(())
     }
 
@@ -245,6 +263,22 @@ impl Worker {
             }
         }
         results
+    }
+
+    /// What was written is known without reading it again.
+    fn enforce(&mut self, change: &RuleChange) -> Result<(), KernelError> {
+        let written = self.filter.write(change);
+        if let Err(refusal) = written {
+            self.monitor.distrust([Table::Rules]);
+            return Err(KernelError::Refused {
+                op: change.to_string().trim_end().replace('\n', "; "),
+                source: refusal.error,
+                detail: refusal.words,
+            });
+        }
+        change.apply_to(&mut self.seen.rules);
+        self.observed = Arc::new(self.seen.observed());
+        Ok(())
     }
 
     fn set(&mut self, setting: &Sysctl, value: u32) -> Result<(), Refusal> {
@@ -372,7 +406,19 @@ impl Seen {
             },
             nexthop_objects: self.nexthops.is_some(),
             forward_drops: self.forward_drops.clone(),
+            rules: self.rules.clone(),
+            bridges: self.bridges(),
         }
+    }
+
+    fn bridges(&self) -> BTreeMap<IfName, BTreeSet<IfName>> {
+        let mut bridges: BTreeMap<IfName, BTreeSet<IfName>> = BTreeMap::new();
+        for port in self.links.values() {
+            if let Some(bridge) = port.controller.and_then(|index| self.links.get(&index)) {
+                bridges.entry(bridge.name.clone()).or_default().insert(port.name.clone());
+            }
+        }
+        bridges
     }
 
     fn others(&self) -> impl Iterator<Item = &Link> {
