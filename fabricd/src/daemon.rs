@@ -12,6 +12,8 @@ use fabric_core::handoff::NodeFile;
 use fabric_core::holding::{Expect, Instance};
 use fabric_core::leases::LeaseSet;
 use fabric_core::record::LeaseKey;
+use fabric_core::rules::Ruleset;
+use fabric_core::rules::change::change;
 use fabric_core::state::KernelState;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::signal::unix::{SignalKind, signal};
@@ -47,7 +49,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         status::listen(&config.socket).with_context(|| format!("cannot listen on {}", config.socket.display()))?;
 
     let store = Arc::new(Etcd::start(config.etcd.options()?));
-    let files = Files::new(&config.run_dir, &config.subnet_file);
+    let files = Files::new(&config.run_dir, &config.subnet_file).masquerading(config.rules.ip_masq);
     let previous = files.read().and_then(|file| subnets_of(&file));
     let keeper = Keeper::new(store.clone(), config.node().clone(), instance()?, config.lease_ttl, previous);
     let node = Node {
@@ -55,6 +57,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         selectors: config.selectors(),
         public_ips: config.public_ips(),
         prefix: config.etcd.prefix.trim_end_matches('/').to_owned(),
+        rules: config.rules.options(),
     };
     let reconciler = Reconciler::new(node, store, open_kernel(&config)?, files);
     let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
@@ -104,6 +107,12 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
             println!("{op}");
             refused.extend(result.err());
         }
+    }
+    // The filter last: while a device is there, not everybody may send to it.
+    let filter = change(&Ruleset::new(), &observed.rules);
+    if !filter.is_empty() {
+        print!("{filter}");
+        refused.extend(kernel.enforce(&filter).await.err());
     }
     println!("{} kernel entries removed", plan.ops().len() - refused.len());
 

@@ -19,6 +19,8 @@ pub mod kernel;
 pub mod lease;
 pub mod pending;
 pub mod reconcile;
+pub mod rule_args;
+pub mod rules;
 pub mod status;
 pub mod store;
 pub mod underlay;

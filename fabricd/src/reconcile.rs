@@ -15,6 +15,8 @@ use fabric_core::leases::LeaseSet;
 use fabric_core::model::{Family, NodeName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep, desired, device_name};
+use fabric_core::rules::RuleOptions;
+use fabric_core::rules::change::{Change, change};
 use fabric_core::state::Sysctl;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
@@ -24,6 +26,7 @@ use crate::files::{Files, unknown};
 use crate::kernel::{Kernel, Observed};
 use crate::lease::{Holding, Own, Wanted};
 use crate::pending::Pending;
+use crate::rules::Rules;
 use crate::store::{Connection, LeaseStore, Network};
 use crate::underlay::{self, Selector, Underlay};
 use crate::view::{PeerTrouble, View, VtepView};
@@ -42,6 +45,8 @@ pub struct Node {
     pub public_ips: PerFamily<IpAddr>,
     /// The prefix in the store, for messages.
     pub prefix: String,
+    /// What the packet filter is to do.
+    pub rules: RuleOptions,
 }
 
 /// The loop of one node.
@@ -53,6 +58,7 @@ pub struct Reconciler<S, K> {
     files: Files,
     wanted: watch::Sender<Option<Wanted>>,
     view: watch::Sender<Arc<View>>,
+    rules: Rules,
     applied: Option<NetworkConfig>,
     failures: u32,
 }
@@ -77,6 +83,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     pub fn new(node: Node, store: Arc<S>, kernel: K, files: Files) -> Self {
         let view = View::new(node.name.clone());
         Self {
+            rules: Rules::new(node.rules.clone()),
             node,
             store,
             kernel,
@@ -275,6 +282,9 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let Desired { state, refused, conflicts, .. } =
             desired(&Inputs { network, own: &own.key, vteps: &vteps, leases, facts: &facts, have, foreign });
 
+        // Before anything is there that decapsulates, those who may send to it are known.
+        let filter = change(&self.rules.wanted(network, own, observed, leases, &refused), &observed.rules);
+        let filtered = self.enforce(&filter).await;
         let plan = diff(&state, have);
         let failures = self.execute(&plan).await;
         view.peers = leases.iter().filter(|lease| lease.key != own.key).cloned().collect();
@@ -292,8 +302,25 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let fatal = failures.iter().find(|(op, _)| matches!(op, Op::Link(..) | Op::Address(..) | Op::Sysctl(..)));
         match fatal {
             Some((_, why)) => Err(failed(why)),
-            None => Ok(failures.is_empty()),
+            None => filtered.map_err(failed).map(|()| failures.is_empty()),
         }
+    }
+
+    /// Writes what the packet filter lacks.
+    async fn enforce(&mut self, change: &Change) -> Result<(), String> {
+        if change.is_empty() {
+            return Ok(());
+        }
+        let result = self.kernel.enforce(change).await;
+        for step in change.to_string().lines() {
+            debug!(step, ok = result.is_ok(), "filter write");
+        }
+        result.map_err(|error| {
+            if self.failures == 0 {
+                warn!(%error, "packet filter not written, retrying");
+            }
+            error.to_string()
+        })
     }
 
     /// Takes the steps of a plan, stage by stage. Gives those that failed or were left out, with the reason.
