@@ -154,7 +154,7 @@ impl Book {
         for (ip, span) in candidates(&spans, last) {
             if ip != span.gateway && self.take(ip, owner)? {
                 // Without it the next search merely begins elsewhere.
-                let _ = fs::write(&cursor, ip.to_string());
+                let _ = overwrite(&cursor, &ip.to_string());
                 return Ok(given(ip, span));
             }
         }
@@ -245,6 +245,14 @@ impl Span {
     fn has(&self, ip: IpAddr) -> bool {
         ip.is_ipv4() == self.range.subnet.is_ipv4() && (self.first..=self.last).contains(&to_bits(ip))
     }
+}
+
+/// Replaces a file's content in place. To cut it first, as `fs::write` does, makes ext4 force it to the disk at once
+/// (ext4(5), `auto_da_alloc`): 4 ms for what may as well be lost.
+fn overwrite(path: &Path, content: &str) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    file.write_all(content.as_bytes())?;
+    file.set_len(content.len() as u64)
 }
 
 /// Every address once, from the one after `last` on and around.

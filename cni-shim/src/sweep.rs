@@ -5,7 +5,7 @@
 //! | what                                    | is of a pod that no longer exists when                                |
 //! |-----------------------------------------|------------------------------------------------------------------------|
 //! | a saved attachment                      | its network namespace is gone, and the host's end of its cable is too  |
-//! | one whose ADD was cut off               | its network namespace is gone, and the node has no cable at all        |
+//! | one whose ADD was cut off, or whose file was | its network namespace is gone, as far as it is known, and the node has no cable at all |
 //! | an address that nothing saved accounts for | the node has no cable at all, so no pod on a bridge                 |
 //!
 //! An ADD saves its attachment before it takes an address, and the sweep holds host-local's lock while it looks at
@@ -39,11 +39,11 @@ impl Cables {
         Ok(Self(links))
     }
 
-    /// True when the pod of `saved` no longer exists.
+    /// True when the pod no longer exists of which this is saved, or nothing that can be read.
     #[must_use]
-    pub fn show_the_end_of(&self, saved: &Saved) -> bool {
-        let gone = saved.netns.as_deref().is_none_or(|path| namespace(path).is_none());
-        gone && match &saved.ports {
+    pub fn show_the_end_of(&self, saved: Option<&Saved>) -> bool {
+        let gone = saved.and_then(|saved| saved.netns.as_deref()).is_none_or(|path| namespace(path).is_none());
+        gone && match saved.and_then(|saved| saved.ports.as_ref()) {
             Some(ports) => !self.0.iter().any(|link| ports.contains(&link.name)),
             None => self.none(),
         }

@@ -150,13 +150,9 @@ impl Answering<'_> {
     /// Undoes the attachments of pods that no longer exist, and returns how many.
     fn sweep(&self) -> Result<usize, CniError> {
         let cables = Cables::of_the_host()?;
-        let dead = |id: &AttachmentId| self.attachments.read(id).filter(|saved| cables.show_the_end_of(saved));
-        let dead: Vec<Saved> = self.attachments.all()?.iter().filter_map(dead).collect();
-        let undone = |saved: &&Saved| {
-            let pod = Attachment { id: saved.id.clone(), netns: None };
-            self.del(&pod, Duration::ZERO).is_ok()
-        };
-        Ok(dead.iter().filter(undone).count())
+        let dead = |id: &AttachmentId| cables.show_the_end_of(self.attachments.read(id).as_ref());
+        let undone = |id: AttachmentId| self.del(&Attachment { id, netns: None }, Duration::ZERO).is_ok();
+        Ok(self.attachments.all()?.into_iter().filter(dead).filter(|id| undone(id.clone())).count())
     }
 
     /// Makes way for a pod where earlier ones have left something.

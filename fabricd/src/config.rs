@@ -36,6 +36,10 @@ pub struct Config {
     #[arg(long, env = "FABRICD_LEASE_TTL", value_name = "TIME", default_value = "24h", value_parser = parse_duration)]
     pub lease_ttl: Duration,
 
+    /// How long a subnet whose lease has ended is kept for its node, unless there is no other
+    #[arg(long, env = "FABRICD_LEASE_GRACE", value_name = "TIME", default_value = "24h", value_parser = parse_duration)]
+    pub lease_grace: Duration,
+
     /// Underlay interface, by name or address; repeatable, the first that fits is taken [default: that of the default route]
     #[arg(long, env = "FABRICD_IFACE", value_name = "NAME|IP", value_delimiter = ',')]
     pub iface: Vec<String>,
@@ -63,6 +67,14 @@ pub struct Config {
     /// Folder of node.json, which fabric-cni reads
     #[arg(long, env = "FABRICD_RUN_DIR", value_name = "DIR", default_value = fabric_core::handoff::RUN_DIR)]
     pub run_dir: PathBuf,
+
+    /// Folder of what is remembered over a reboot: lease, peers and network config
+    #[arg(long, env = "FABRICD_STATE_DIR", value_name = "DIR", default_value = crate::disk::STATE_DIR)]
+    pub state_dir: PathBuf,
+
+    /// Folder where host-local remembers the pods' addresses
+    #[arg(long, env = "FABRICD_CNI_DATA_DIR", value_name = "DIR", default_value = "/var/lib/cni/networks")]
+    pub cni_data_dir: PathBuf,
 
     /// flannel's file with the node's subnet, for others
     #[arg(long, env = "FABRICD_SUBNET_FILE", value_name = "FILE", default_value = "/run/flannel/subnet.env")]
@@ -182,7 +194,8 @@ pub const DEFAULT_SOCKET: &str = "/run/fabric/fabricd.sock";
 const DEFAULT_FILE: &str = "/etc/fabric/fabricd.toml";
 
 const AFTER_HELP: &str =
-    "The network that all nodes share is described in the store: see fabricctl network init --help.";
+    "The network that all nodes share is described in the store: see fabricctl network init --help.
+The CNI plugins are put in place by fabricd install-cni: see fabricd install-cni --help.";
 
 /// Form of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

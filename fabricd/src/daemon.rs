@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use fabric_core::diff::diff;
-use fabric_core::handoff::NodeFile;
 use fabric_core::holding::{Expect, Instance};
 use fabric_core::leases::LeaseSet;
 use fabric_core::record::LeaseKey;
@@ -22,11 +21,14 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::config::Config;
+use crate::disk::{self, Disk, Uptime};
 use crate::files::Files;
 use crate::kernel::Kernel as _;
 use crate::kernel::netlink::{self, Netlink};
-use crate::lease::Keeper;
+use crate::lease::{Keeper, Tenant};
+use crate::pods::PodAddresses;
 use crate::reconcile::{Node, Reconciler};
+use crate::status::Controls;
 use crate::store::etcd::Etcd;
 use crate::store::{Claim, LeaseStore as _};
 use crate::{health, status};
@@ -50,8 +52,16 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 
     let store = Arc::new(Etcd::start(config.etcd.options()?));
     let files = Files::new(&config.run_dir, &config.subnet_file).masquerading(config.rules.ip_masq);
-    let previous = files.read().and_then(|file| subnets_of(&file));
-    let keeper = Keeper::new(store.clone(), config.node().clone(), instance()?, config.lease_ttl, previous);
+    let disk = Disk::new(&config.state_dir, config.node());
+    let before = disk.load(&Uptime::now().context("cannot read how long this machine is up")?);
+    let tenant = Tenant {
+        node: config.node().clone(),
+        instance: instance()?,
+        ttl: config.lease_ttl,
+        grace: config.lease_grace,
+        pods: PodAddresses::new(&config.cni_data_dir),
+    };
+    let keeper = Keeper::new(store.clone(), tenant, before.lease.clone());
     let node = Node {
         name: config.node().clone(),
         selectors: config.selectors(),
@@ -59,7 +69,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         prefix: config.etcd.prefix.trim_end_matches('/').to_owned(),
         rules: config.rules.options(),
     };
-    let reconciler = Reconciler::new(node, store, open_kernel(&config)?, files);
+    let reconciler = Reconciler::new(node, store, open_kernel(&config)?, files, before);
+    let controls = Controls { lease: keeper.commands(), network: reconciler.commands() };
     let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
 
     // Each on a task of its own, so that none waits for another's turn.
@@ -72,11 +83,16 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         reconciler.run(holding).await;
         "the reconcile loop has ended".to_owned()
     });
+    let seen = view.clone();
+    tasks.spawn(async {
+        disk::follow(disk, seen).await;
+        "the reconcile loop has ended".to_owned()
+    });
     if let Some(listener) = health {
         let view = view.clone();
         tasks.spawn(async { format!("the health endpoint has ended: {:?}", health::serve(listener, view).await) });
     }
-    tasks.spawn(async { format!("the gRPC API has ended: {:?}", status::serve(api, view).await) });
+    tasks.spawn(async { format!("the gRPC API has ended: {:?}", status::serve(api, view, controls).await) });
 
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
@@ -97,6 +113,7 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
     let mut kernel = open_kernel(&config)?;
     // No pod may be added while the rest goes.
     Files::new(&config.run_dir, &config.subnet_file).remove()?;
+    Disk::new(&config.state_dir, config.node()).remove()?;
 
     let observed = kernel.observe().await?;
     // Forwarding and the like stay: others may need them by now.
@@ -140,6 +157,7 @@ async fn release(config: &Config) -> anyhow::Result<Option<LeaseKey>> {
         record: lease.record.clone(),
         expect: Expect::Revision(lease.mod_revision),
         seen_revision: leases.revision(),
+        evict: vec![],
         ttl: config.lease_ttl,
     };
     let grant = store.claim(&claim).await?;
@@ -170,8 +188,4 @@ fn instance() -> anyhow::Result<Instance> {
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").context("cannot read this machine's boot id")?;
     let netns = fs::metadata("/proc/self/ns/net").context("cannot look at this network namespace")?.ino();
     Ok(Instance { boot: boot.trim().to_owned(), netns })
-}
-
-fn subnets_of(file: &NodeFile) -> Option<LeaseKey> {
-    LeaseKey::new(file.subnets().map(|_, subnet| subnet.subnet))
 }

@@ -60,9 +60,9 @@ impl Files {
         }
         // subnet.env first: when node.json says ready, both are there.
         if content.readiness == Readiness::Ready {
-            replace(&self.subnet, content.subnet_env(self.masquerade).as_bytes())?;
+            replace(&self.subnet, content.subnet_env(self.masquerade).as_bytes(), 0o644)?;
         }
-        replace(&self.node, &content.encode())
+        replace(&self.node, &content.encode(), 0o644)
     }
 
     /// Removes both files; that one is missing is no error.
@@ -91,7 +91,10 @@ pub fn unknown(node: NodeName) -> NodeFile {
 
 /// Puts `content` in the place of `file`, so that a reader sees the old one or the new one, whole, and so does the next
 /// boot. A file that has this content already is left alone.
-fn replace(file: &Path, content: &[u8]) -> Result<(), FileError> {
+///
+/// # Errors
+/// [`FileError`]; the old file is then still there.
+pub(crate) fn replace(file: &Path, content: &[u8], mode: u32) -> Result<(), FileError> {
     let write = || {
         if fs::read(file).is_ok_and(|now| now == content) {
             return Ok(());
@@ -100,7 +103,7 @@ fn replace(file: &Path, content: &[u8]) -> Result<(), FileError> {
         fs::create_dir_all(dir)?;
         let mut fresh = tempfile::Builder::new()
             .prefix(".fabric-")
-            .permissions(fs::Permissions::from_mode(0o644))
+            .permissions(fs::Permissions::from_mode(mode))
             .tempfile_in(dir)?;
         fresh.write_all(content)?;
         fresh.as_file().sync_all()?;

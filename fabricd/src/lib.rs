@@ -13,11 +13,15 @@
 
 pub mod config;
 pub mod daemon;
+pub mod disk;
 pub mod files;
 pub mod health;
+pub mod install_cni;
+pub mod kept;
 pub mod kernel;
 pub mod lease;
 pub mod pending;
+pub mod pods;
 pub mod reconcile;
 pub mod rule_args;
 pub mod rules;

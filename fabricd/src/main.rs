@@ -5,9 +5,16 @@ use std::process::ExitCode;
 
 use fabricd::config::{Config, ConfigError, LogFormat};
 use fabricd::daemon;
+use fabricd::install_cni::InstallCni;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
+    if let Some(install) = InstallCni::asked(std::env::args_os()) {
+        return match install.run() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&format!("{error:#}")),
+        };
+    }
     let config = match Config::load(std::env::args_os()) {
         Ok(config) => config,
         Err(ConfigError::Flags(error)) => error.exit(),

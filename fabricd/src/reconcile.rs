@@ -11,18 +11,20 @@ use std::time::Duration;
 
 use fabric_core::diff::{Gate, Op, Plan, diff};
 use fabric_core::handoff::{NODE_FILE_VERSION, NodeFile, NodeSubnet, NotReady, Readiness};
-use fabric_core::leases::LeaseSet;
+use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::{Family, NodeName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep, desired, device_name};
 use fabric_core::rules::RuleOptions;
 use fabric_core::rules::change::{Change, change};
 use fabric_core::state::Sysctl;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, info, warn};
 
+use crate::disk::State;
 use crate::files::{Files, unknown};
+use crate::kept::Kept;
 use crate::kernel::{Kernel, Observed};
 use crate::lease::{Holding, Own, Wanted};
 use crate::pending::Pending;
@@ -60,7 +62,21 @@ pub struct Reconciler<S, K> {
     view: watch::Sender<Arc<View>>,
     rules: Rules,
     applied: Option<NetworkConfig>,
+    /// The config that was in force before the start, until the store has shown one.
+    remembered: Option<NetworkConfig>,
+    kept: Kept,
+    commands: (mpsc::Sender<Command>, mpsc::Receiver<Command>),
     failures: u32,
+}
+
+/// What a person tells the loop.
+#[derive(Debug)]
+pub enum Command {
+    /// Apply what is pending of the network config. Answers with what that was.
+    Migrate {
+        /// Where the answer goes.
+        reply: oneshot::Sender<Vec<String>>,
+    },
 }
 
 /// Why a pass ended before there was anything to write.
@@ -80,7 +96,8 @@ fn failed(reason: impl ToString) -> Blocked {
 
 impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     /// A loop that has not looked at anything yet.
-    pub fn new(node: Node, store: Arc<S>, kernel: K, files: Files) -> Self {
+    /// `before` is what the daemon before this one left on disk.
+    pub fn new(node: Node, store: Arc<S>, kernel: K, files: Files, before: State) -> Self {
         let view = View::new(node.name.clone());
         Self {
             rules: Rules::new(node.rules.clone()),
@@ -91,6 +108,9 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             wanted: watch::channel(None).0,
             view: watch::channel(Arc::new(view)).0,
             applied: None,
+            remembered: before.network,
+            kept: Kept::new(before.leases),
+            commands: mpsc::channel(8),
             failures: 0,
         }
     }
@@ -105,30 +125,40 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         self.view.subscribe()
     }
 
+    /// Where commands go.
+    pub fn commands(&self) -> mpsc::Sender<Command> {
+        self.commands.0.clone()
+    }
+
     /// Runs until the lease keeper or the store is gone. The kernel keeps what it has.
     pub async fn run(mut self, mut holding: watch::Receiver<Holding>) {
         let mut leases = self.store.leases();
         let mut network = self.store.network();
         let mut connection = self.store.connection();
+        let mut replaced = self.store.replaced();
         let mut audit = Instant::now() + AUDIT;
         loop {
             let mut view =
                 View { connection: connection.borrow_and_update().clone(), ..View::new(self.node.name.clone()) };
-            let now = (
-                network.borrow_and_update().clone(),
-                leases.borrow_and_update().clone(),
-                holding.borrow_and_update().clone(),
-            );
+            let set = leases.borrow_and_update().clone();
+            // It rises before the first set of the new store comes.
+            if replaced.has_changed().unwrap_or_default() {
+                replaced.mark_unchanged();
+                self.kept.store_was_replaced();
+            }
+            (view.leases, view.from_disk) = self.kept.merge(set);
+            let now = (network.borrow_and_update().clone(), holding.borrow_and_update().clone());
             let again = self.pass(&mut view, now).await;
             self.publish(view);
 
-            let retry = again.map(|delay| Instant::now() + delay);
+            let retry = again.map(|delay| Instant::now() + delay).into_iter().chain(self.kept.until()).min();
             tokio::select! {
                 _ = self.kernel.changed() => {}
                 changed = leases.changed() => if changed.is_err() { return },
                 changed = network.changed() => if changed.is_err() { return },
                 changed = connection.changed() => if changed.is_err() { return },
                 changed = holding.changed() => if changed.is_err() { return },
+                Some(Command::Migrate { reply }) = self.commands.1.recv() => self.migrate(reply),
                 () = sleep_until(retry.unwrap_or(audit)), if retry.is_some() => {}
                 () = sleep_until(audit) => {
                     self.kernel.distrust();
@@ -139,9 +169,9 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     }
 
     /// One pass. Gives the delay after which to try again, if something failed.
-    async fn pass(&mut self, view: &mut View, now: (Network, Option<Arc<LeaseSet>>, Holding)) -> Option<Duration> {
-        let (network, leases, holding) = now;
-        view.leases = leases.clone();
+    async fn pass(&mut self, view: &mut View, now: (Network, Holding)) -> Option<Duration> {
+        let (network, holding) = now;
+        let leases = view.leases.clone();
         view.holding = holding.clone();
         let outcome = match self.prepare(view, &network, &holding).await {
             Ok((observed, network, own, underlays)) => match &leases {
@@ -153,6 +183,12 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let troubled = match outcome {
             Ok(clean) => {
                 view.readiness = match &holding.trouble {
+                    Some((NotReady::Starting, _)) | None if view.from_disk => Readiness::NotReady {
+                        code: NotReady::Starting,
+                        reason: "the store has not answered since the start; the data plane is as remembered from \
+                                 disk, and nothing is removed from it"
+                            .into(),
+                    },
                     Some((code, reason)) => Readiness::NotReady { code: *code, reason: reason.clone() },
                     None => Readiness::Ready,
                 };
@@ -180,6 +216,12 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let observed = self.kernel.observe().await.map_err(failed)?;
         let network = self.network_in_force(view, network)?;
         view.network = Some(network);
+        if let Some(end) = self.kept.until() {
+            view.warnings.push(format!(
+                "the store was emptied or set back: peers that it has lost stay for {} s, to claim their subnets again",
+                end.saturating_duration_since(Instant::now()).as_secs()
+            ));
+        }
         let underlays = network
             .spaces
             .try_map(|family, _| underlay::choose(&self.node.selectors, &observed.host, family))
@@ -218,23 +260,26 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         Ok((observed, network, own, underlays))
     }
 
-    /// The config that counts: the first valid one, with what can change under running pods kept up to date.
+    /// The config that counts: the first valid one, with what can change under running pods kept up to date. Until the
+    /// store has shown one it is that of before the start.
     fn network_in_force(&mut self, view: &mut View, network: &Network) -> Result<NetworkConfig, Blocked> {
         let key = format!("{}/config", self.node.prefix);
         let trouble = match (network, self.applied) {
             (Network::Valid(config), None) => {
-                self.applied = Some(*config);
+                (self.applied, self.remembered) = (Some(*config), None);
                 return Ok(*config);
             }
             (Network::Valid(config), Some(applied)) => {
-                let live = |c: &NetworkConfig| {
-                    (c.spaces.map(|_, s| (s.network, s.subnet_len)), c.vxlan.vni, c.vxlan.port, c.vxlan.gbp)
-                };
-                if live(config) == live(&applied) {
+                view.pending = applied.lasting_differences(config);
+                if view.pending.is_empty() {
                     self.applied = Some(*config);
                     return Ok(*config);
                 }
-                "the network config has changed in what only a restart applies; restart fabricd on this node".into()
+                format!(
+                    "the network config at {key} differs in what running pods depend on ({}); apply it on this node \
+                     with: fabricctl network migrate",
+                    view.pending.join(", ")
+                )
             }
             (Network::Unknown, _) => match &view.connection {
                 Connection::Down(reason) => format!("waiting for the network config: {reason}"),
@@ -245,9 +290,20 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             ),
             (Network::Invalid(error), _) => format!("the network config at {key} can't be used: {error}"),
         };
-        let Some(applied) = self.applied else { return Err(starting(trouble)) };
+        let Some(applied) = self.applied.or(self.remembered) else { return Err(starting(trouble)) };
         view.warnings.push(trouble);
         Ok(applied)
+    }
+
+    /// Lets the next pass take the store's config as it is.
+    fn migrate(&mut self, reply: oneshot::Sender<Vec<String>>) {
+        let pending = self.view.borrow().pending.clone();
+        if !pending.is_empty() {
+            warn!(changes = pending.join(", "), "told to apply the network config");
+            self.applied = None;
+        }
+        // Whoever asked may have gone.
+        let _ = reply.send(pending);
     }
 
     /// Writes what the kernel lacks. True when nothing failed.
@@ -283,11 +339,15 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             desired(&Inputs { network, own: &own.key, vteps: &vteps, leases, facts: &facts, have, foreign });
 
         // Before anything is there that decapsulates, those who may send to it are known.
-        let filter = change(&self.rules.wanted(network, own, observed, leases, &refused), &observed.rules);
+        let mut filter = change(&self.rules.wanted(network, own, observed, leases, &refused), &observed.rules);
+        if view.from_disk {
+            filter = filter.without_removals();
+        }
         let filtered = self.enforce(&filter).await;
         let plan = diff(&state, have);
-        let failures = self.execute(&plan).await;
-        view.peers = leases.iter().filter(|lease| lease.key != own.key).cloned().collect();
+        let failures = self.execute(&plan, view.from_disk).await;
+        let is_peer = |lease: &&Arc<Lease>| lease.key != own.key && !lease.record.is_placeholder();
+        view.peers = leases.iter().filter(is_peer).cloned().collect();
         view.troubles = refused.into_iter().map(|(key, refusal)| (key, PeerTrouble::Refused(refusal))).collect();
         let pending = Pending::new(&failures, &conflicts);
         for peer in &view.peers {
@@ -323,12 +383,14 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         })
     }
 
-    /// Takes the steps of a plan, stage by stage. Gives those that failed or were left out, with the reason.
-    async fn execute(&mut self, plan: &Plan) -> Vec<(Op, String)> {
+    /// Takes the steps of a plan, stage by stage. Gives those that failed or were left out, with the reason. What is only
+    /// remembered is no reason to delete anything.
+    async fn execute(&mut self, plan: &Plan, keeping: bool) -> Vec<(Op, String)> {
         let mut gate = Gate::default();
         let mut failures = Vec::new();
         for stage in plan.stages() {
-            let (go, wait): (Vec<&Op>, Vec<&Op>) = stage.iter().partition(|op| gate.admits(op));
+            let stage = stage.iter().filter(|op| !(keeping && op.is_delete()));
+            let (go, wait): (Vec<&Op>, Vec<&Op>) = stage.partition(|op| gate.admits(op));
             failures
                 .extend(wait.into_iter().map(|op| (op.clone(), format!("{op}: left out, what it needs has failed"))));
             let go: Vec<Op> = go.into_iter().cloned().collect();

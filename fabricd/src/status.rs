@@ -10,13 +10,14 @@ use fabric_core::leases::Lease;
 use fabric_proto::v1;
 use fabric_proto::v1::fabric_server::{Fabric, FabricServer};
 use tokio::net::UnixListener;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
 
 use crate::store::Connection;
 use crate::view::{PeerTrouble, View};
+use crate::{lease, reconcile};
 
 /// Opens the socket, with mode 0600. One that a daemon before us left behind is replaced: that it is not in use is
 /// what the lock on the run folder is for.
@@ -40,7 +41,7 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
 ///
 /// # Errors
 /// When the listener breaks.
-pub async fn serve(listener: UnixListener, view: watch::Receiver<Arc<View>>) -> anyhow::Result<()> {
+pub async fn serve(listener: UnixListener, view: watch::Receiver<Arc<View>>, controls: Controls) -> anyhow::Result<()> {
     let (reporter, health) = tonic_health::server::health_reporter();
     tokio::spawn(report_health(reporter, view.clone()));
     let reflection = tonic_reflection::server::Builder::configure()
@@ -50,7 +51,7 @@ pub async fn serve(listener: UnixListener, view: watch::Receiver<Arc<View>>) -> 
     tonic::transport::Server::builder()
         .add_service(health)
         .add_service(reflection)
-        .add_service(FabricServer::new(Service { view }))
+        .add_service(FabricServer::new(Service { view, controls }))
         .serve_with_incoming(UnixListenerStream::new(listener))
         .await?;
     Ok(())
@@ -69,9 +70,19 @@ async fn report_health(reporter: tonic_health::server::HealthReporter, mut view:
     }
 }
 
+/// Where a person's commands go.
+#[derive(Clone, Debug)]
+pub struct Controls {
+    /// To the lease keeper.
+    pub lease: mpsc::Sender<lease::Command>,
+    /// To the reconcile loop.
+    pub network: mpsc::Sender<reconcile::Command>,
+}
+
 #[derive(Debug)]
 struct Service {
     view: watch::Receiver<Arc<View>>,
+    controls: Controls,
 }
 
 #[tonic::async_trait]
@@ -80,6 +91,32 @@ impl Fabric for Service {
         let view = self.view.borrow().clone();
         Ok(Response::new(status_of(&view, Instant::now())))
     }
+
+    async fn renumber_lease(
+        &self,
+        request: Request<v1::RenumberLeaseRequest>,
+    ) -> Result<Response<v1::RenumberLeaseResponse>, Status> {
+        let (reply, answer) = oneshot::channel();
+        let force = request.into_inner().force;
+        self.controls.lease.send(lease::Command::Renumber { force, reply }).await.map_err(|_| ending())?;
+        let left = answer.await.map_err(|_| ending())?.map_err(Status::failed_precondition)?;
+        let left = left.subnets().values().map(ToString::to_string).collect();
+        Ok(Response::new(v1::RenumberLeaseResponse { left }))
+    }
+
+    async fn migrate_network(
+        &self,
+        _: Request<v1::MigrateNetworkRequest>,
+    ) -> Result<Response<v1::MigrateNetworkResponse>, Status> {
+        let (reply, answer) = oneshot::channel();
+        self.controls.network.send(reconcile::Command::Migrate { reply }).await.map_err(|_| ending())?;
+        let changes = answer.await.map_err(|_| ending())?;
+        Ok(Response::new(v1::MigrateNetworkResponse { changes }))
+    }
+}
+
+fn ending() -> Status {
+    Status::unavailable("the daemon is ending; try again")
 }
 
 /// A view in the API's words. `now` is what the lease's end is counted from.
@@ -125,6 +162,7 @@ pub fn status_of(view: &View, now: Instant) -> v1::GetStatusResponse {
         peers_programmed: programmed.try_into().unwrap_or(u32::MAX),
         peers,
         warnings: view.warnings.iter().cloned().chain(unreadable).collect(),
+        pending: view.pending.clone(),
     }
 }
 

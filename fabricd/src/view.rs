@@ -27,8 +27,12 @@ pub struct View {
     pub network: Option<NetworkConfig>,
     /// The lease that is held.
     pub holding: Holding,
-    /// All leases.
+    /// All leases that count, those among them that are kept for a while although the store has lost them.
     pub leases: Option<Arc<LeaseSet>>,
+    /// True while they come from disk, because the store has not answered yet.
+    pub from_disk: bool,
+    /// What the store's config wants to be different and only a restart or a person applies.
+    pub pending: Vec<String>,
     /// This node's ends of the tunnels.
     pub vteps: Vec<VtepView>,
     /// MTU of the pods' interfaces in bytes; 0 until it is known.
@@ -76,6 +80,8 @@ impl View {
             network: None,
             holding: Holding::default(),
             leases: None,
+            from_disk: false,
+            pending: vec![],
             vteps: vec![],
             mtu: 0,
             peers: vec![],

@@ -10,14 +10,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use fabric_core::leases::{Entry, Event, LeaseSet};
-use fabric_core::model::Family;
+use fabric_core::model::{Family, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::record::{LeaseKey, Record};
-use fabricd::store::{Claim, Connection, Expect, Grant, LeaseStore, Network, StoreError};
+use fabricd::store::{Claim, Connection, Expect, Grant, LeaseStore, Network, Resting, StoreError};
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::time::{Instant, sleep_until};
 
 const SUBNETS: &str = "subnets/";
+const RESERVATIONS: &str = "fabric/reservations/";
+const GUARDS: &str = "fabric/guard/";
 
 /// The store that many handles share.
 #[derive(Clone, Default)]
@@ -100,7 +102,7 @@ impl MemoryCluster {
     /// Writes a pair as flannel or a person would: whatever is there, and without a lease. Gives the revision.
     pub fn put(&self, key: &str, value: &[u8]) -> i64 {
         let mut state = self.lock();
-        state.put(vec![(key.to_owned(), value.to_vec())], None);
+        state.put(vec![(key.to_owned(), value.to_vec(), None)]);
         state.revision
     }
 
@@ -164,10 +166,10 @@ impl State {
     }
 
     /// One write of several pairs: one revision, as a transaction of etcd's.
-    fn put(&mut self, pairs: Vec<(String, Vec<u8>)>, lease: Option<i64>) {
+    fn put(&mut self, pairs: Vec<(String, Vec<u8>, Option<i64>)>) {
         self.revision += 1;
         let mod_revision = self.revision;
-        for (key, value) in pairs {
+        for (key, value, lease) in pairs {
             let create_revision = self.pairs.get(&key).map_or(mod_revision, |pair| pair.create_revision);
             let pair = Pair { value, create_revision, mod_revision, lease };
             self.pairs.insert(key.clone(), pair.clone());
@@ -203,6 +205,13 @@ impl State {
             if key == "config" {
                 self.list(node);
             }
+            if let Some(key) = key.strip_prefix(RESERVATIONS) {
+                node.leases.send_modify(|set| {
+                    let mut folded = set.as_deref().cloned().unwrap_or_default();
+                    folded.reserve(key, pair.map(|pair| &*pair.value), self.revision);
+                    *set = Some(Arc::new(folded));
+                });
+            }
             let Some(key) = key.strip_prefix(SUBNETS) else { continue };
             let event = match pair {
                 Some(pair) => Event::Put(entry(key, pair)),
@@ -227,23 +236,49 @@ impl State {
             self.pairs.iter().filter_map(|(key, pair)| Some(entry(key.strip_prefix(SUBNETS)?, pair))).collect();
         node.leases.send_modify(|set| {
             let before = set.clone().unwrap_or_default();
-            *set = Some(Arc::new(LeaseSet::snapshot(&before, entries, self.revision)));
+            let mut listed = LeaseSet::snapshot(&before, entries, self.revision);
+            for (key, pair) in &self.pairs {
+                if let Some(key) = key.strip_prefix(RESERVATIONS) {
+                    listed.reserve(key, Some(&pair.value), self.revision);
+                }
+            }
+            *set = Some(Arc::new(listed));
         });
         node.connection.send_replace(Connection::Up);
     }
 
     /// What a claim compares.
-    fn admits(&self, claim: &Claim) -> bool {
+    fn check(&self, claim: &Claim) -> Result<(), StoreError> {
+        let key = claim.key;
         let modified = |key: &str| self.pairs.get(key).map(|pair| pair.mod_revision);
         let as_expected = match claim.expect {
-            Expect::Absent => self.is_free(&claim.key) && modified("config") <= Some(claim.seen_revision),
-            Expect::Revision(revision) => modified(&record_key(&claim.key)) == Some(revision),
+            Expect::Absent => self.is_free(&key) && modified("config") <= Some(claim.seen_revision),
+            Expect::Revision(revision) => modified(&record_key(&key)) == Some(revision),
         };
-        let ours =
-            |guard: &String| self.pairs.get(guard).is_none_or(|pair| pair.value == claim.node.as_str().as_bytes());
+        let ours = |guard: &String| {
+            let is_ours = |pair: &Pair| pair.value == claim.node.as_str().as_bytes();
+            self.pairs.get(guard).is_none_or(|pair| is_ours(pair) || claim.evict.contains(&pair.mod_revision))
+        };
         // A revision that this store never reached is another store's.
         let current = claim.seen_revision <= self.revision;
-        current && as_expected && guard_keys(&claim.key).iter().all(ours)
+        match (current && as_expected, guard_keys(&key).iter().all(ours)) {
+            (true, true) => Ok(()),
+            (true, false) if modified(&record_key(&key)).is_none() => Err(StoreError::Guarded { key }),
+            _ => Err(StoreError::Lost { key }),
+        }
+    }
+
+    /// Guards without a record, with their keys.
+    fn resting(&self) -> Vec<(String, Resting)> {
+        let records = self.pairs.keys().filter_map(|key| LeaseKey::decode(key.strip_prefix(SUBNETS)?).ok());
+        let leased: Vec<Subnet> = records.flat_map(|key| key.subnets().values().copied().collect::<Vec<_>>()).collect();
+        let resting = |(key, pair): (&String, &Pair)| {
+            let (base, length) = key.strip_prefix(GUARDS)?.split_once('/')?.1.rsplit_once('-')?;
+            let subnet = format!("{base}/{length}").parse().ok().filter(|subnet| !leased.contains(subnet))?;
+            let node = std::str::from_utf8(&pair.value).ok().and_then(|name| name.parse().ok());
+            Some((key.clone(), Resting { subnet, node, mod_revision: pair.mod_revision }))
+        };
+        self.pairs.iter().filter_map(resting).collect()
     }
 
     /// True when no record has the key, nor its IPv4 subnet in another pair.
@@ -365,17 +400,15 @@ impl LeaseStore for MemoryStore {
         }
         let (lease_id, expires, mod_revision) = {
             let mut state = self.cluster.lock();
-            if !state.admits(claim) {
-                return Err(lost);
-            }
+            state.check(claim)?;
             let (lease_id, expires) = state.grant(claim.ttl);
-            let guards = guard_keys(&claim.key).into_iter().map(|guard| (guard, claim.node.as_str().into()));
-            let record = (record_key(&claim.key), claim.record.encode());
-            state.put(std::iter::once(record).chain(guards).collect(), Some(lease_id));
+            let guards = guard_keys(&claim.key).into_iter().map(|guard| (guard, claim.node.as_str().into(), None));
+            let record = (record_key(&claim.key), claim.record.encode(), Some(lease_id));
+            state.put(std::iter::once(record).chain(guards).collect());
             (lease_id, expires, state.revision)
         };
         self.cluster.watch_expiry(lease_id);
-        self.answer(Grant { key: claim.key, mod_revision, lease_id, expires, ttl: claim.ttl })
+        self.answer(Grant { node: claim.node.clone(), key: claim.key, mod_revision, lease_id, expires, ttl: claim.ttl })
     }
 
     async fn rewrite(&self, grant: &Grant, record: &Record) -> Result<Grant, StoreError> {
@@ -386,7 +419,7 @@ impl LeaseStore for MemoryStore {
             if state.pairs.get(&key).is_none_or(|pair| pair.mod_revision != grant.mod_revision) {
                 return Err(StoreError::Lost { key: grant.key });
             }
-            state.put(vec![(key, record.encode())], Some(lease_id));
+            state.put(vec![(key, record.encode(), Some(lease_id))]);
             state.revision
         };
         self.answer(Grant { mod_revision, ..grant.clone() })
@@ -403,7 +436,42 @@ impl LeaseStore for MemoryStore {
 
     async fn release(&self, grant: &Grant) -> Result<(), StoreError> {
         self.reach().await?;
-        self.cluster.revoke(grant.lease_id);
+        let mut state = self.cluster.lock();
+        let record = record_key(&grant.key);
+        let ours = state.pairs.get(&record).is_some_and(|pair| pair.lease == Some(grant.lease_id));
+        let names_us = |guard: &String| {
+            ours || state.pairs.get(guard).is_some_and(|pair| pair.value == grant.node.as_str().as_bytes())
+        };
+        let guards: Vec<String> = guard_keys(&grant.key).into_iter().filter(names_us).collect();
+        state.delete(&if ours { [vec![record], guards].concat() } else { guards });
+        state.revoke(grant.lease_id);
+        Ok(())
+    }
+
+    async fn resting(&self, grace: Duration) -> Result<Vec<Resting>, StoreError> {
+        self.reach().await?;
+        let (lease_id, resting) = {
+            let mut state = self.cluster.lock();
+            let (lease_id, _) = state.grant(grace);
+            for (key, _) in state.resting() {
+                if let Some(pair) = state.pairs.get(&key).filter(|pair| pair.lease.is_none()).cloned() {
+                    state.put(vec![(key, pair.value, Some(lease_id))]);
+                }
+            }
+            (lease_id, state.resting().into_iter().map(|(_, resting)| resting).collect())
+        };
+        self.cluster.watch_expiry(lease_id);
+        Ok(resting)
+    }
+
+    async fn hold_place(&self, key: &LeaseKey, placeholder: &Record) -> Result<(), StoreError> {
+        self.reach().await?;
+        let mut state = self.cluster.lock();
+        let reserved = state.pairs.get(&format!("{RESERVATIONS}{key}"));
+        let node = placeholder.node().map(|node| node.as_str().as_bytes());
+        if reserved.is_some_and(|pair| Some(&*pair.value) == node) && state.is_free(key) {
+            state.put(vec![(record_key(key), placeholder.encode(), None)]);
+        }
         Ok(())
     }
 }

@@ -298,11 +298,12 @@ async fn user_and_password_are_used_and_a_wrong_one_is_named() {
 #[tokio::test]
 async fn watch_that_is_not_permitted_is_named() {
     let etcd = etcd().await;
-    let (config, subnets) = (at("config"), at("subnets/"));
+    let [config, subnets, reservations] = ["config", "subnets/", "fabric/reservations/"].map(at);
     for args in [
         &["role", "add", "lister"][..],
         &["role", "grant-permission", "lister", "read", &config],
         &["role", "grant-permission", "--prefix", "lister", "read", &subnets],
+        &["role", "grant-permission", "--prefix", "lister", "read", &reservations],
         &["user", "add", "root:secret"],
         &["user", "grant-role", "root", "root"],
         &["user", "add", "node:secret"],

@@ -13,8 +13,10 @@ use fabric_core::rules::RuleOptions;
 use fabric_core::state::{Nexthop, NexthopId, Via};
 use fabric_tests::fake_kernel::{FakeKernel, STATIC, Tables, Write};
 use fabric_tests::memory_store::{MemoryCluster, MemoryStore};
+use fabricd::disk::State;
 use fabricd::files::Files;
-use fabricd::lease::Keeper;
+use fabricd::lease::{Keeper, Tenant};
+use fabricd::pods::PodAddresses;
 use fabricd::reconcile::{Node, Reconciler};
 use fabricd::underlay::Selector;
 use fabricd::view::View;
@@ -72,7 +74,10 @@ impl Host {
         let store = Arc::new(self.cluster.node());
         let name: fabric_core::model::NodeName = "node-1".parse().expect("valid");
         let instance = Instance { boot: "boot".into(), netns: 7 };
-        let keeper = Keeper::new(store.clone(), name.clone(), instance, Duration::from_secs(86_400), None);
+        let day = Duration::from_secs(86_400);
+        let pods = PodAddresses::new(&self.dir.path().join("networks"));
+        let tenant = Tenant { node: name.clone(), instance, ttl: day, grace: day, pods };
+        let keeper = Keeper::new(store.clone(), tenant, None);
         let selectors = vec![Selector::Iface(self.iface.into())];
         let node = Node {
             name,
@@ -81,7 +86,7 @@ impl Host {
             prefix: "/coreos.com/network".into(),
             rules: RuleOptions::default(),
         };
-        let reconciler = Reconciler::new(node, store.clone(), self.kernel.clone(), self.files());
+        let reconciler = Reconciler::new(node, store.clone(), self.kernel.clone(), self.files(), State::default());
         let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
         let mut tasks = JoinSet::new();
         tasks.spawn(keeper.run(wanted));
@@ -362,7 +367,7 @@ async fn every_obstacle_is_said_with_the_way_out() {
     let tiny = r#"{"Network":"10.244.0.0/28","SubnetLen":30,"SubnetMax":"10.244.0.4","Backend":{"Type":"vxlan"}}"#;
     let full = V4_PEER.1.replace("192.0.2.2", "192.0.2.77");
     host = Host::new(tiny, &[("subnets/10.244.0.4-30", &full)]);
-    host.start().refusing("all 1 IPv4 subnets of 10.244.0.0/28 are leased").await;
+    host.start().refusing("all 1 IPv4 subnets of 10.244.0.0/28 are leased or reserved").await;
 
     let twin = V4_PEER
         .1

@@ -1,5 +1,6 @@
 //! A host of its own for a test: network and mount namespaces that go with the thread that made them, and the
 //! runtime's side of CNI with the real plugins.
+#![allow(dead_code, reason = "each test binary uses its part")]
 
 use std::fs;
 use std::io::Write;
@@ -7,6 +8,7 @@ use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -16,8 +18,19 @@ use tempfile::TempDir;
 /// Where Debian's containernetworking-plugins puts them.
 pub const PLUGINS: &str = "/usr/lib/cni";
 
+/// The plugins that put pods on a bridge: what is true of one is true of the other.
+pub const DELEGATES: [&str; 2] = ["bridge", "fabric-bridge"];
+
+/// Runs `test` on a host for each delegate.
+pub fn on_a_host_with_each_delegate(test: impl Fn(&Host) + Send + Copy + 'static) {
+    for delegate in DELEGATES {
+        println!("with {delegate}");
+        on_a_host(delegate, test);
+    }
+}
+
 /// Runs `test` on a host of its own.
-pub fn on_a_host(test: impl FnOnce(&Host) + Send + 'static) {
+pub fn on_a_host(delegate: &'static str, test: impl FnOnce(&Host) + Send + 'static) {
     // Threads and processes that are started from a thread are in its namespaces.
     let host = thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("namespaces; this test has to run as root");
@@ -29,7 +42,7 @@ pub fn on_a_host(test: impl FnOnce(&Host) + Send + 'static) {
             assert!(Path::new(PLUGINS).join(plugin).exists(), "no {PLUGINS}/{plugin}: {missing}");
         }
         run("ip link set lo up");
-        test(&Host { dir: TempDir::new().expect("a folder") });
+        test(&Host { delegate, dir: TempDir::new().expect("a folder") });
     });
     if let Err(panic) = host.join() {
         resume_unwind(panic);
@@ -37,6 +50,7 @@ pub fn on_a_host(test: impl FnOnce(&Host) + Send + 'static) {
 }
 
 pub struct Host {
+    pub delegate: &'static str,
     pub dir: TempDir,
 }
 
@@ -63,26 +77,19 @@ impl Host {
     pub fn conf(&self, version: &str) -> Value {
         json!({
             "cniVersion": version, "name": "fabric", "type": "fabric-cni", "nodeFile": self.path("node.json"),
-            "stateDir": self.path("state"), "dataDir": self.path("addresses"),
+            "stateDir": self.path("state"), "dataDir": self.path("addresses"), "readyTimeout": 0,
+            "delegate": {"type": self.delegate},
         })
+    }
+
+    /// Calls any plugin as a runtime does, for interface `ifname` of `pod`.
+    pub fn call(&self, plugin: &Path, verb: &str, pod: &str, ifname: &str, conf: &Value) -> Result<Value, Value> {
+        heard(start(plugin, verb, pod, ifname, conf).wait_with_output().expect("it ends"))
     }
 
     /// Starts the shim for interface eth0 of `pod`, whose namespace has its name.
     pub fn start(&self, verb: &str, pod: &str, conf: &Value) -> Child {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_fabric-cni"))
-            .env("CNI_COMMAND", verb)
-            .env("CNI_CONTAINERID", pod)
-            .env("CNI_NETNS", format!("/run/netns/{pod}"))
-            .env("CNI_IFNAME", "eth0")
-            .env("CNI_PATH", PLUGINS)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the shim starts");
-        let mut stdin = child.stdin.take().expect("piped");
-        stdin.write_all(conf.to_string().as_bytes()).expect("it reads its configuration");
-        child
+        start(Path::new(env!("CARGO_BIN_EXE_fabric-cni")), verb, pod, "eth0", conf)
     }
 
     /// The shim's answer, `Err` by its exit code.
@@ -108,11 +115,29 @@ impl Host {
 
     /// No address, no state file, no end of a cable.
     pub fn assert_clean(&self) {
+        wait_until("cables of dead namespaces are gone", || run("ip -o link show type veth").is_empty());
         assert_eq!(self.addresses(), [""; 0], "addresses left");
         let files = fs::read_dir(self.path("state/fabric")).map_or(0, Iterator::count);
         assert_eq!(files, 0, "state files left");
         assert_eq!(run("ip -o link show type veth"), "", "interfaces left");
     }
+}
+
+fn start(plugin: &Path, verb: &str, pod: &str, ifname: &str, conf: &Value) -> Child {
+    let mut child = Command::new(plugin)
+        .env("CNI_COMMAND", verb)
+        .env("CNI_CONTAINERID", pod)
+        .env("CNI_NETNS", format!("/run/netns/{pod}"))
+        .env("CNI_IFNAME", ifname)
+        .env("CNI_PATH", PLUGINS)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the plugin starts");
+    let mut stdin = child.stdin.take().expect("piped");
+    stdin.write_all(conf.to_string().as_bytes()).expect("it reads its configuration");
+    child
 }
 
 fn heard(output: Output) -> Result<Value, Value> {
@@ -123,6 +148,15 @@ fn heard(output: Output) -> Result<Value, Value> {
         Some(0) => Ok(json),
         Some(1) => Err(json),
         other => panic!("exit {other:?}: {text} {stderr}"),
+    }
+}
+
+/// Waits for what the kernel does by itself a moment later: a namespace goes after its last file, its cables with it.
+pub fn wait_until(what: &str, done: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !done() {
+        assert!(Instant::now() < deadline, "not within ten seconds: {what}");
+        thread::sleep(Duration::from_millis(10));
     }
 }
 

@@ -18,10 +18,13 @@ impl Taken {
     /// (shorter than two bits over the network's length, or outside of it) take nothing: a garbage record
     /// must not use up the address space.
     pub fn new(space: &AddressSpace, leased: impl IntoIterator<Item = Subnet>) -> Self {
-        let mut subnets: Vec<Subnet> = leased
-            .into_iter()
-            .filter(|s| space.network.covers(*s) && s.prefix_len() >= space.network.prefix_len() + 2)
-            .collect();
+        let possible = |s: &Subnet| space.network.covers(*s) && s.prefix_len() >= space.network.prefix_len() + 2;
+        Self::all(leased.into_iter().filter(possible))
+    }
+
+    /// All of these subnets.
+    pub fn all(leased: impl IntoIterator<Item = Subnet>) -> Self {
+        let mut subnets: Vec<Subnet> = leased.into_iter().collect();
         subnets.sort_by_key(|s| (s.base(), s.prefix_len()));
         let mut ranges: BTreeMap<IpAddr, IpAddr> = BTreeMap::new();
         for subnet in subnets {

@@ -1,10 +1,15 @@
 //! [`LeaseSet`]: all leases of the cluster, the fold of a snapshot and the events after it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 
+use crate::alloc::Taken;
 use crate::model::{Family, NodeName, Subnet};
 use crate::record::{LeaseKey, Record, RecordError};
+
+/// Of fewer leases than these, any number may go at once.
+const FEW: usize = 4;
 
 /// One lease as the store has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,6 +67,7 @@ pub enum Event {
 pub struct LeaseSet {
     leases: BTreeMap<LeaseKey, Arc<Lease>>,
     unreadable: BTreeMap<String, RecordError>,
+    reservations: BTreeMap<LeaseKey, NodeName>,
     revision: i64,
 }
 
@@ -94,6 +100,46 @@ impl LeaseSet {
                 }
             }
         }
+    }
+
+    /// Notes a reservation, or that it is gone. `key` is the last part of its key in the store, `node` its value; one
+    /// that can't be read reserves nothing.
+    pub fn reserve(&mut self, key: &str, node: Option<&[u8]>, revision: i64) {
+        self.revision = self.revision.max(revision);
+        let Ok(key) = LeaseKey::decode(key) else { return };
+        let node = node.and_then(|node| std::str::from_utf8(node).ok()?.parse().ok());
+        match node {
+            Some(node) => self.reservations.insert(key, node),
+            None => self.reservations.remove(&key),
+        };
+    }
+
+    /// This set, and of the one before it the leases of nodes that have not come back: those whose subnets are still
+    /// free, and whose node or address is in no other lease. For a store that was emptied or set back, until its nodes
+    /// have claimed their subnets again.
+    #[must_use]
+    pub fn keeping(&self, before: &Self) -> Self {
+        let subnets = self.leases.keys().flat_map(|key| key.subnets().values().copied());
+        let taken = Taken::all(subnets);
+        let nodes: BTreeSet<&NodeName> = self.iter().filter_map(|lease| lease.record.node()).collect();
+        let addresses = |lease: &Lease| lease.record.endpoints().values().map(|e| e.public_ip).collect::<Vec<_>>();
+        let used: BTreeSet<IpAddr> = self.iter().flat_map(|lease| addresses(lease)).collect();
+        let is_missing = |lease: &&Arc<Lease>| {
+            lease.key.subnets().values().all(|subnet| taken.leaves(*subnet))
+                && lease.record.node().is_none_or(|node| !nodes.contains(node))
+                && !lease.record.is_placeholder()
+                && addresses(lease).iter().all(|ip| !used.contains(ip))
+        };
+        let mut set = self.clone();
+        set.leases.extend(before.iter().filter(is_missing).map(|lease| (lease.key, lease.clone())));
+        set
+    }
+
+    /// True when more than half of the leases that were known are not there any more; of a few, any number may go.
+    #[must_use]
+    pub fn lacks_most_of(&self, before: &Self) -> bool {
+        let gone = before.iter().filter(|lease| self.get(&lease.key).is_none()).count();
+        before.len() >= FEW && gone * 2 > before.len()
     }
 
     fn put(&mut self, entry: Entry, before: &Self) {
@@ -133,6 +179,12 @@ impl LeaseSet {
     #[must_use]
     pub fn of_node(&self, node: &NodeName) -> Option<&Arc<Lease>> {
         self.iter().filter(|lease| lease.record.node() == Some(node)).max_by_key(|lease| lease.create_revision)
+    }
+
+    /// The subnets that are reserved, each with its node.
+    #[must_use]
+    pub fn reservations(&self) -> &BTreeMap<LeaseKey, NodeName> {
+        &self.reservations
     }
 
     /// Entries whose current value can't be read, and why.
@@ -203,6 +255,49 @@ mod tests {
         folded.apply(Event::Put(entry("10.244.1.0-24", &vxlan("192.0.2.9"), 5)), 5);
         assert!(folded.unreadable().is_empty());
         assert_eq!(folded.iter().next().expect("kept").mod_revision, 5);
+    }
+
+    #[test]
+    fn nodes_that_have_not_come_back_are_kept_unless_somebody_has_their_place() {
+        let list = |entries: &[(&str, &str)]| {
+            let entries = entries.iter().map(|(key, ip)| entry(key, &vxlan(ip), 3)).collect();
+            LeaseSet::snapshot(&LeaseSet::default(), entries, 3)
+        };
+        let before = list(&[
+            ("10.244.1.0-24", "192.0.2.1"),
+            ("10.244.2.0-24", "192.0.2.2"),
+            ("10.244.3.0-24", "192.0.2.3"),
+            ("10.244.4.0-24", "192.0.2.4"),
+        ]);
+        // The second one's subnet is partly another's, the third one has another subnet, the fourth is back.
+        let after =
+            list(&[("10.244.2.128-25", "192.0.2.9"), ("10.244.7.0-24", "192.0.2.3"), ("10.244.4.0-24", "192.0.2.4")]);
+        assert!(after.lacks_most_of(&before));
+        let kept: Vec<String> = after.keeping(&before).iter().map(|lease| lease.key.to_string()).collect();
+        assert_eq!(kept, ["10.244.1.0-24", "10.244.2.128-25", "10.244.4.0-24", "10.244.7.0-24"]);
+    }
+
+    #[test]
+    fn more_than_half_of_four_leases_are_most() {
+        let set = |keys: std::ops::Range<u8>| {
+            let entries = keys.map(|n| entry(&format!("10.244.{n}.0-24"), &vxlan("192.0.2.1"), 1)).collect();
+            LeaseSet::snapshot(&LeaseSet::default(), entries, 1)
+        };
+        for (known, left, most) in [(4, 1, true), (4, 2, false), (3, 0, false), (100, 49, true), (100, 50, false)] {
+            assert_eq!(set(1..left + 1).lacks_most_of(&set(1..known + 1)), most, "{known} → {left}");
+        }
+        assert!(set(10..20).lacks_most_of(&set(1..5)), "others in their place are no comfort");
+    }
+
+    #[test]
+    fn reservations_come_and_go() {
+        let mut set = LeaseSet::default();
+        set.reserve("10.244.1.0-24", Some(b"node-1"), 4);
+        set.reserve("nonsense", Some(b"node-1"), 5);
+        set.reserve("10.244.2.0-24", Some(b"\xff"), 6);
+        assert_eq!((set.reservations().len(), set.revision()), (1, 6));
+        set.reserve("10.244.1.0-24", None, 7);
+        assert!(set.reservations().is_empty());
     }
 
     #[test]

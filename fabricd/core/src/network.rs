@@ -188,6 +188,60 @@ pub struct BackendDocument {
 }
 
 impl NetworkConfig {
+    /// What differs in `wanted` that can't change under running pods, in words: family, network, subnet length, VNI,
+    /// port and group policy. The rest can: MTU, first and last subnet, learning and direct routing.
+    #[must_use]
+    pub fn lasting_differences(&self, wanted: &Self) -> Vec<String> {
+        let space = |config: &Self, family| match config.spaces.get(family) {
+            Some(space) => format!("{} in /{}", space.network, space.subnet_len),
+            None => "off".to_owned(),
+        };
+        let of_spaces = Family::ALL.map(|family| (family.to_string(), space(self, family), space(wanted, family)));
+        let (ours, theirs) = (&self.vxlan, &wanted.vxlan);
+        let of_vxlan = [
+            ("VNI".to_owned(), ours.vni.to_string(), theirs.vni.to_string()),
+            ("port".to_owned(), ours.port.to_string(), theirs.port.to_string()),
+            ("GBP".to_owned(), ours.gbp.to_string(), theirs.gbp.to_string()),
+        ];
+        let differing = of_spaces.into_iter().chain(of_vxlan).filter(|(_, now, then)| now != then);
+        differing.map(|(what, now, then)| format!("{what}: {now} → {then}")).collect()
+    }
+
+    /// The document that says this, with nothing left to defaults.
+    #[must_use]
+    pub fn document(&self) -> NetworkDocument {
+        let v4 = |ip: fn(&AddressSpace) -> IpAddr| match self.spaces.v4.as_ref().map(ip) {
+            Some(IpAddr::V4(ip)) => Some(ip),
+            _ => None,
+        };
+        let v6 = |ip: fn(&AddressSpace) -> IpAddr| match self.spaces.v6.as_ref().map(ip) {
+            Some(IpAddr::V6(ip)) => Some(ip),
+            _ => None,
+        };
+        NetworkDocument {
+            enable_ipv4: Some(self.spaces.v4.is_some()),
+            enable_ipv6: Some(self.spaces.v6.is_some()),
+            enable_nftables: None,
+            network: self.spaces.v4.map(|space| space.network),
+            ipv6_network: self.spaces.v6.map(|space| space.network),
+            subnet_len: self.spaces.v4.map(|space| space.subnet_len),
+            ipv6_subnet_len: self.spaces.v6.map(|space| space.subnet_len),
+            subnet_min: v4(|space| space.min),
+            subnet_max: v4(|space| space.max),
+            ipv6_subnet_min: v6(|space| space.min),
+            ipv6_subnet_max: v6(|space| space.max),
+            backend: Some(BackendDocument {
+                kind: "vxlan".to_owned(),
+                vni: Some(self.vxlan.vni.get()),
+                port: Some(self.vxlan.port),
+                mtu: self.vxlan.underlay_mtu,
+                gbp: Some(self.vxlan.gbp),
+                learning: Some(self.vxlan.learning),
+                direct_routing: Some(self.vxlan.direct_routing),
+            }),
+        }
+    }
+
     /// Reads and validates the JSON of `<prefix>/config`.
     ///
     /// # Errors
@@ -366,6 +420,29 @@ mod tests {
 
     fn decode(json: &str) -> Result<NetworkConfig, ConfigError> {
         NetworkConfig::decode(json.as_bytes())
+    }
+
+    #[test]
+    fn document_says_what_the_config_says() {
+        for json in [
+            r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#,
+            r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:10:244::/48","Backend":{"Type":"vxlan","VNI":7,"MTU":1400}}"#,
+            r#"{"EnableIPv6":true,"Network":"10.0.0.0/8","SubnetLen":20,"SubnetMin":"10.1.0.0","SubnetMax":"10.9.0.0","IPv6Network":"fd00::/40","Backend":{"Type":"vxlan","Port":4789,"DirectRouting":true}}"#,
+        ] {
+            let config = NetworkConfig::decode(json.as_bytes()).expect(json);
+            assert_eq!(config.document().validate().as_ref(), Ok(&config), "{json}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_change_under_running_pods_is_told_apart() {
+        let config = |json: &str| NetworkConfig::decode(json.as_bytes()).expect(json);
+        let now = config(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#);
+        let live = r#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.9.0","Backend":{"Type":"vxlan","MTU":1400,"DirectRouting":true}}"#;
+        assert_eq!(now.lasting_differences(&config(live)), Vec::<String>::new());
+        let other = r#"{"Network":"10.96.0.0/16","SubnetLen":26,"EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"Type":"vxlan","VNI":2}}"#;
+        let told = ["IPv4: 10.244.0.0/16 in /24 → 10.96.0.0/16 in /26", "IPv6: off → fd00::/48 in /64", "VNI: 1 → 2"];
+        assert_eq!(now.lasting_differences(&config(other)), told);
     }
 
     #[test]

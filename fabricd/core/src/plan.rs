@@ -158,7 +158,8 @@ pub fn desired(inputs: &Inputs<'_>) -> Desired {
     let mut accepted = Accepted::new(inputs);
     let mut nexthop_ids = NexthopIds::new(inputs);
     // Of two leases that clash the older one counts, whatever order they are listed in.
-    let mut peers: Vec<&Lease> = inputs.leases.iter().map(AsRef::as_ref).filter(|l| l.key != *inputs.own).collect();
+    let others = inputs.leases.iter().map(AsRef::as_ref).filter(|l| l.key != *inputs.own);
+    let mut peers: Vec<&Lease> = others.filter(|lease| !lease.record.is_placeholder()).collect();
     peers.sort_by_key(|lease| (lease.create_revision, lease.key));
     for lease in peers {
         match accepted.check(inputs, lease) {
@@ -281,6 +282,7 @@ impl Accepted {
     fn check(&mut self, inputs: &Inputs<'_>, lease: &Lease) -> Result<PerFamily<Endpoint>, Refusal> {
         let endpoints = match &lease.record.backend {
             Backend::Vxlan(endpoints) => *endpoints,
+            Backend::Reserved(_) => return Ok(PerFamily::default()),
             Backend::Other(name) => return Err(Refusal::Backend(name.clone())),
         };
         for (family, subnet) in lease.key.subnets().iter() {

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::model::{Family, MacAddr, NodeName, PerFamily, Subnet, Vni};
+use crate::model::{Family, MacAddr, NodeName, PerFamily, Subnet, Vni, stable_hash};
 
 /// The largest value that is looked at, in bytes. A real one has about 300; etcd allows 1.5 MiB.
 pub const MAX_VALUE: usize = 16 * 1024;
@@ -140,7 +140,10 @@ impl Owner {
 pub enum Backend {
     /// VXLAN, an endpoint for each family of the lease.
     Vxlan(PerFamily<Endpoint>),
-    /// A backend of flannel's that is not VXLAN, or a reservation.
+    /// No node at all: the subnet is kept for one that is away. The address is nobody's, for flannel, which takes
+    /// records with one address for one node's.
+    Reserved(Ipv4Addr),
+    /// A backend of flannel's that is not VXLAN.
     Other(String),
 }
 
@@ -183,6 +186,9 @@ struct VxlanData {
 
 const VXLAN: &str = "vxlan";
 
+/// The backend type of a placeholder. flannel nodes pass over records of a backend that is not theirs.
+const RESERVED: &str = "fabric-reserved";
+
 impl Record {
     /// Reads a value that stands under `key`.
     ///
@@ -201,6 +207,8 @@ impl Record {
                 };
                 endpoint(family, public_ip, data.as_ref())
             })?)
+        } else if wire.backend_type == RESERVED {
+            Backend::Reserved(wire.public_ip.unwrap_or(Ipv4Addr::UNSPECIFIED))
         } else {
             Backend::Other(wire.backend_type)
         };
@@ -214,6 +222,7 @@ impl Record {
     pub fn encode(&self) -> Vec<u8> {
         let (endpoints, backend_type) = match &self.backend {
             Backend::Vxlan(endpoints) => (*endpoints, VXLAN),
+            Backend::Reserved(_) => (PerFamily::default(), RESERVED),
             Backend::Other(name) => (PerFamily::default(), name.as_str()),
         };
         let data = |family| {
@@ -223,8 +232,9 @@ impl Record {
         };
         let wire = Wire {
             // flannel's type for this member can't be null, so an IPv6-only lease says 0.0.0.0.
-            public_ip: Some(match endpoints.v4.map(|e| e.public_ip) {
-                Some(IpAddr::V4(ip)) => ip,
+            public_ip: Some(match (&self.backend, endpoints.v4.map(|e| e.public_ip)) {
+                (Backend::Reserved(ip), _) => *ip,
+                (_, Some(IpAddr::V4(ip))) => ip,
                 _ => Ipv4Addr::UNSPECIFIED,
             }),
             public_ipv6: endpoints.v6.and_then(|e| match e.public_ip {
@@ -251,8 +261,36 @@ impl Record {
     pub fn endpoints(&self) -> PerFamily<Endpoint> {
         match &self.backend {
             Backend::Vxlan(endpoints) => *endpoints,
-            Backend::Other(_) => PerFamily::default(),
+            Backend::Reserved(_) | Backend::Other(_) => PerFamily::default(),
         }
+    }
+
+    /// A placeholder that keeps `key` for a node that is away. Its address is one of 240.0.0.0/4, which nobody can
+    /// have, and another for each subnet: flannel nodes would take two records with one address for one node's.
+    #[must_use]
+    pub fn placeholder(node: &NodeName, key: &LeaseKey) -> Self {
+        // 27 bits: of the first address, past the two bits that tell no subnets apart, or of a hash, with a bit that
+        // keeps these two kinds apart.
+        let place = match key.subnets().v4.map(Subnet::base) {
+            Some(IpAddr::V4(ip)) => ip.to_bits() >> 2 & 0x07ff_ffff,
+            _ => 0x0800_0000 | (stable_hash(key.to_string().as_bytes()) & 0x03ff_ffff) as u32,
+        };
+        let address = Ipv4Addr::from_bits(0xf000_0000 | place);
+        let owner = Owner {
+            version: Owner::VERSION,
+            node: node.clone(),
+            boot: String::new(),
+            netns: 0,
+            epoch: 0,
+            unknown: Map::new(),
+        };
+        Self { backend: Backend::Reserved(address), owner: Some(owner), unknown: Map::new() }
+    }
+
+    /// True for a placeholder, behind which there is no node.
+    #[must_use]
+    pub fn is_placeholder(&self) -> bool {
+        matches!(self.backend, Backend::Reserved(_))
     }
 }
 
@@ -344,6 +382,22 @@ mod tests {
         assert_eq!(Record::decode(&v4, &vec![b' '; MAX_VALUE + 1]), Err(RecordError::TooLarge(MAX_VALUE + 1)));
         // A dual-stack key whose value lacks the IPv6 half.
         assert!(Record::decode(&key("10.5.52.0-24&fd00::-64"), FLANNEL).is_err());
+    }
+
+    #[test]
+    fn placeholders_have_addresses_that_nobody_can_have_and_no_two_share() {
+        let node: NodeName = "node-1".parse().expect("valid");
+        let mut addresses = std::collections::BTreeSet::new();
+        for n in 1..=255_u8 {
+            for text in [format!("10.244.{n}.0-24"), format!("0.0.0.0-0&fd00:{n:x}::-64")] {
+                let record = Record::placeholder(&node, &key(&text));
+                assert_eq!(Record::decode(&key(&text), &record.encode()), Ok(record.clone()));
+                assert!(record.is_placeholder() && record.endpoints().is_empty());
+                let Backend::Reserved(address) = record.backend else { unreachable!("just made") };
+                assert!(address.octets()[0] >= 240 && !address.is_broadcast(), "{address}");
+                assert!(addresses.insert(address), "{address} twice");
+            }
+        }
     }
 
     #[test]

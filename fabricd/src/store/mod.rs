@@ -9,7 +9,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use fabric_core::holding::Expect;
+pub use fabric_core::holding::{Expect, Resting};
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::NodeName;
 use fabric_core::network::{ConfigError, NetworkConfig};
@@ -56,6 +56,8 @@ pub struct Claim {
     /// The revision of the [`LeaseSet`] that the choice was made on. A claim of a free subnet is lost when the network
     /// config has changed since. Read the leases first and the config after them, so that it is not the older one.
     pub seen_revision: i64,
+    /// Guards of resting subnets that may be overwritten: their revisions.
+    pub evict: Vec<i64>,
     /// Time to live of the lease, in whole seconds.
     pub ttl: Duration,
 }
@@ -63,6 +65,8 @@ pub struct Claim {
 /// A lease that is held.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
+    /// The node that holds it.
+    pub node: NodeName,
     /// Its subnets.
     pub key: LeaseKey,
     /// Revision of our last write; a later one in the watch is somebody else's.
@@ -81,6 +85,13 @@ pub enum StoreError {
     /// Somebody else was faster, or the key is not as expected. Decide anew on the next [`LeaseSet`].
     #[error("{key} was changed by somebody else meanwhile")]
     Lost {
+        /// What was asked for.
+        key: LeaseKey,
+    },
+    /// No record stands in the way, but the guard of another node does: the subnet rests, or is half of that node's
+    /// pair. [`LeaseStore::resting`] tells which ones rest.
+    #[error("{key} rests: another node had it")]
+    Guarded {
         /// What was asked for.
         key: LeaseKey,
     },
@@ -127,7 +138,7 @@ pub trait LeaseStore: Send + Sync + 'static {
     /// Takes a lease in one transaction. It hangs on a fresh lease of the store's, whatever it hung on before.
     ///
     /// # Errors
-    /// [`StoreError::Lost`], `Expired`, `Unreachable` or `Refused`. After `Unreachable` the record may be there all the
+    /// [`StoreError::Lost`], `Guarded`, `Expired`, `Unreachable` or `Refused`. After `Unreachable` the record may be there all the
     /// same: the watch tells, and the node then claims it by its revision.
     fn claim(&self, claim: &Claim) -> impl Future<Output = Result<Grant, StoreError>> + Send;
 
@@ -144,10 +155,24 @@ pub trait LeaseStore: Send + Sync + 'static {
     /// [`StoreError::Expired`], `Unreachable` or `Refused`.
     fn keep_alive(&self, grant: &Grant) -> impl Future<Output = Result<Grant, StoreError>> + Send;
 
-    /// Gives a lease back: the record and its guards go, as far as they still hang on it. A lease that is gone is no
-    /// error, and a record that somebody else wrote meanwhile is not touched.
+    /// Gives a lease back: the record and its guards go, as far as they are still this node's, and nothing rests. A
+    /// lease that is gone is no error, and a record that somebody else wrote meanwhile is not touched.
     ///
     /// # Errors
     /// [`StoreError::Unreachable`] or `Refused`.
     fn release(&self, grant: &Grant) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// The subnets that rest: those with a guard and without a record. Their grace begins when it is first asked for
+    /// them; after it the guard is gone, and anybody may have the subnet.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreachable`] or `Refused`.
+    fn resting(&self, grace: Duration) -> impl Future<Output = Result<Vec<Resting>, StoreError>> + Send;
+
+    /// Writes a placeholder where there is no record, as long as the subnet is reserved. That somebody was faster is no
+    /// error.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreachable`] or `Refused`.
+    fn hold_place(&self, key: &LeaseKey, placeholder: &Record) -> impl Future<Output = Result<(), StoreError>> + Send;
 }

@@ -5,11 +5,13 @@
 //! | [`cold_start`] | how long from process start to N peers programmed, beside iproute2 and flanneld |
 //! | [`changes`] | how long one lease or a thousand take, what a restart costs, what rest costs |
 //! | [`datapath`] | what pods get of the network, beside a VXLAN made by hand and the bare underlay |
+//! | [`cni`] | how long a pod's ADD and DEL take, beside `bridge` and `host-local` |
 //!
 //! [`report`] prints and keeps the figures, [`usage`] reads what a process used. Nothing here fails because a figure is
 //! bad: a benchmark measures, it doesn't test.
 
 pub mod changes;
+pub mod cni;
 pub mod cold_start;
 pub mod datapath;
 pub mod report;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
-use fabric_tests::bench::{Report, changes, cold_start, datapath};
+use fabric_tests::bench::{Report, changes, cni, cold_start, datapath};
 
 /// Measure fabricd beside iproute2, a VXLAN made by hand, and flanneld
 #[derive(Parser)]
@@ -22,6 +22,9 @@ struct Cli {
     /// Peers beside which single changes are measured
     #[arg(long, default_value_t = 5000)]
     crowd: u32,
+    /// Pods that come and go for each way to attach one
+    #[arg(long, default_value_t = 200)]
+    pods: usize,
     /// A flanneld to be measured in the same run
     #[arg(long, env = "FLANNELD")]
     flanneld: Option<PathBuf>,
@@ -35,6 +38,7 @@ enum Part {
     ColdStart,
     Changes,
     Datapath,
+    Cni,
 }
 
 fn main() -> ExitCode {
@@ -61,6 +65,9 @@ fn run(cli: &Cli) -> Result<()> {
     }
     if wanted(Part::Datapath) {
         datapath::run(&mut report)?;
+    }
+    if wanted(Part::Cni) {
+        cni::run(&mut report, cli.pods)?;
     }
     report.save(&cli.json)?;
     println!("\nall figures: {}", cli.json.display());

@@ -118,7 +118,7 @@ fn plugins() -> Result<()> {
     fs::create_dir_all(folder)?;
     let standard = fs::read_dir("/usr/lib/cni").context("no CNI plugins in /usr/lib/cni; `make deps` installs them")?;
     let mut plugins: Vec<PathBuf> = standard.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>()?;
-    plugins.push("/run/lab/bin/fabric-cni".into());
+    plugins.extend(["fabric-cni", "fabric-bridge"].map(|ours| Path::new("/run/lab/bin").join(ours)));
     for plugin in plugins {
         let link = folder.join(plugin.file_name().context("a plugin without a name")?);
         fs::remove_file(&link).ok();

@@ -125,6 +125,14 @@ impl Change {
         self.removed.is_empty() && self.replaced.is_empty() && self.elements.is_empty()
     }
 
+    /// The same, but for elements that go: when what is wanted is only remembered, a peer may be newer than that.
+    #[must_use]
+    pub fn without_removals(mut self) -> Self {
+        self.elements.iter_mut().for_each(|change| change.removed.clear());
+        self.elements.retain(|change| !change.added.is_empty());
+        self
+    }
+
     /// What is there after it.
     pub fn apply_to(&self, found: &mut Found) {
         found.retain(|family, _| !self.removed.contains(family));

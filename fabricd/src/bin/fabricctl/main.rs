@@ -1,5 +1,7 @@
-//! `fabricctl`: shows what the daemon of this node sees, and sets up the network in the store.
+//! `fabricctl`: shows what the daemon of this node sees, and sets up network and leases in the store.
 
+mod daemon;
+mod lease;
 mod network;
 mod status;
 mod table;
@@ -36,13 +38,16 @@ enum Command {
     /// The network config that all nodes share
     #[command(subcommand)]
     Network(Box<network::Command>),
+    /// The nodes' leases
+    #[command(subcommand)]
+    Lease(Box<lease::Command>),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Output {
     /// For people.
     Table,
-    /// For programs: the members of `fabric.v1.GetStatusResponse`.
+    /// For programs.
     Json,
 }
 
@@ -51,7 +56,8 @@ async fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match cli.command {
         Command::Status { output } => status::show(&cli.socket, output == Output::Json).await,
-        Command::Network(command) => network::run(*command).await,
+        Command::Network(command) => network::run(*command, &cli.socket).await,
+        Command::Lease(command) => lease::run(*command, &cli.socket).await,
     };
     match outcome {
         Ok(Answer { text, code }) => {

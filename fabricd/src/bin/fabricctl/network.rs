@@ -2,27 +2,31 @@
 
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
 use fabric_core::model::{Family, Subnet};
 use fabric_core::network::{BackendDocument, NetworkConfig, NetworkDocument};
+use fabric_proto::v1::MigrateNetworkRequest;
 use fabricd::config::EtcdArgs;
 use fabricd::kernel::Kernel as _;
 use fabricd::kernel::netlink::{Netlink, Options};
 use fabricd::store::etcd::{Etcd, Init};
 use fabricd::underlay;
 
-use crate::Answer;
+use crate::{Answer, daemon};
 
 /// How long etcd may take.
-const PATIENCE: Duration = Duration::from_secs(15);
+pub const PATIENCE: Duration = Duration::from_secs(15);
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Write the network config, once for the whole cluster
     Init(InitArgs),
+    /// Apply on this node what is pending of the network config; pods may be cut off
+    Migrate,
     /// Show the network config
     Show {
         /// Where etcd is.
@@ -121,11 +125,21 @@ impl InitArgs {
     }
 }
 
-pub async fn run(command: Command) -> anyhow::Result<Answer> {
+pub async fn run(command: Command, socket: &Path) -> anyhow::Result<Answer> {
     match command {
         Command::Init(args) => init(args).await,
+        Command::Migrate => migrate(socket).await,
         Command::Show { etcd } => show(etcd).await,
     }
+}
+
+async fn migrate(socket: &Path) -> anyhow::Result<Answer> {
+    let answer = daemon::connect(socket).await?.migrate_network(MigrateNetworkRequest {}).await;
+    let changes = answer.map_err(|status| daemon::told(&status))?.into_inner().changes;
+    Ok(Answer::fine(match changes.is_empty() {
+        true => "nothing is pending on this node\n".into(),
+        false => format!("being applied on this node: {}\n", changes.join(", ")),
+    }))
 }
 
 async fn init(args: InitArgs) -> anyhow::Result<Answer> {
@@ -184,6 +198,6 @@ async fn show(etcd: EtcdArgs) -> anyhow::Result<Answer> {
     }
 }
 
-fn unreached(etcd: &EtcdArgs) -> String {
+pub fn unreached(etcd: &EtcdArgs) -> String {
     format!("etcd does not answer at {}; name it with --etcd-endpoints", etcd.endpoints.join(", "))
 }

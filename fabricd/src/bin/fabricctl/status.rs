@@ -1,41 +1,22 @@
 //! `fabricctl status`.
 
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::Context as _;
-use fabric_proto::v1::fabric_client::FabricClient;
 use fabric_proto::v1::{GetStatusRequest, GetStatusResponse, Peer, PeerState};
-use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
-use tonic::transport::{Endpoint, Uri};
-use tower::service_fn;
 
-use crate::Answer;
 use crate::table::render;
+use crate::{Answer, daemon};
 
 /// Exit code of a node that is not ready.
 const NOT_READY: u8 = 3;
 
 pub async fn show(socket: &Path, json: bool) -> anyhow::Result<Answer> {
-    let status = ask(socket).await?;
+    let status = daemon::connect(socket).await?.get_status(GetStatusRequest {}).await?.into_inner();
     let text = if json { serde_json::to_string_pretty(&status)? + "\n" } else { describe(&status) };
     let code = if status.ready { ExitCode::SUCCESS } else { ExitCode::from(NOT_READY) };
     Ok(Answer { text, code })
-}
-
-async fn ask(socket: &Path) -> anyhow::Result<GetStatusResponse> {
-    let told = || format!("cannot reach the daemon at {}; is fabricd running, and are you root?", socket.display());
-    let path: PathBuf = socket.into();
-    let connect = move |_: Uri| {
-        let path = path.clone();
-        async move { UnixStream::connect(path).await.map(TokioIo::new) }
-    };
-    // The name is for HTTP's sake; the connector goes to the socket.
-    let channel = Endpoint::from_static("http://fabricd").connect_with_connector(service_fn(connect)).await;
-    let mut client = FabricClient::new(channel.with_context(told)?);
-    Ok(client.get_status(GetStatusRequest {}).await?.into_inner())
 }
 
 fn describe(status: &GetStatusResponse) -> String {
@@ -74,6 +55,9 @@ fn describe(status: &GetStatusResponse) -> String {
         );
     }
     line("Peers", format!("{} known, {} programmed", status.peers.len(), status.peers_programmed));
+    for change in &status.pending {
+        line("Pending", change.clone());
+    }
     for warning in &status.warnings {
         line("Warning", warning.clone());
     }
@@ -95,7 +79,7 @@ fn row(peer: &Peer) -> [String; 5] {
     [node, peer.subnets.join(" "), peer.public_addresses.join(" "), peer.vtep_macs.join(" "), state]
 }
 
-fn span(seconds: i64) -> String {
+pub fn span(seconds: i64) -> String {
     match seconds {
         ..120 => format!("{seconds} s"),
         120..7200 => format!("{} min", seconds / 60),
@@ -140,6 +124,7 @@ mod tests {
             ],
             peers_programmed: 1,
             warnings: vec!["look here".into()],
+            pending: vec!["VNI: 1 → 2".into()],
         };
         let want = "\
 Node      node-1
@@ -150,6 +135,7 @@ Subnet    10.244.1.0/24
 Lease     ends in 23 h unless kept alive, claim 2
 VTEP      fabric.1 02:42:c0:00:02:01, MTU 1450, from 192.0.2.1 on eth0, announced as 198.51.100.1
 Peers     2 known, 1 programmed
+Pending   VNI: 1 → 2
 Warning   look here
 
 PEER       SUBNET         UNDERLAY   VTEP               STATE

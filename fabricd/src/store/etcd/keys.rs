@@ -5,10 +5,12 @@
 //! <prefix>/subnets/10.244.3.0-24&fd00:3::-64      a lease                     flannel's
 //! <prefix>/fabric/guard/4/10.244.3.0-24           the node that has the subnet    ours
 //! <prefix>/fabric/guard/6/fd00:3::-64             the node that has the subnet    ours
+//! <prefix>/fabric/reservations/10.244.3.0-24      the node that it is kept for    ours
 //! ```
 //!
 //! flannel's key is the pair of subnets, so two different keys can hold the same IPv4 or IPv6 subnet. A guard is one
-//! subnet alone: a transaction that must create both guards can't create such a pair. Keys of ours never begin with
+//! subnet alone: a transaction that must create both guards can't create such a pair. A guard doesn't hang on the node's
+//! lease: when that has ended, the guard without a record keeps the subnet for its node for a grace. Keys of ours never begin with
 //! `<prefix>/subnets`, which flannel lists as a plain string.
 
 use fabric_core::model::{Family, Subnet};
@@ -27,6 +29,8 @@ pub(super) enum Place {
     Config,
     /// A lease; the key's last part.
     Lease(String),
+    /// A reservation; the key's last part.
+    Reservation(String),
     /// A guard, or nothing that we know.
     Other,
 }
@@ -74,14 +78,43 @@ impl Keys {
         key.subnets().iter().map(guard).collect()
     }
 
+    /// What the keys of all guards begin with.
+    pub(super) fn all_guards(&self) -> String {
+        format!("{}/fabric/guard/", self.prefix)
+    }
+
+    /// The subnet that a guard's key is about.
+    pub(super) fn guarded(&self, key: &[u8]) -> Option<Subnet> {
+        let rest = key.strip_prefix(self.all_guards().as_bytes())?;
+        let (_, subnet) = std::str::from_utf8(rest).ok()?.split_once('/')?;
+        let (base, length) = subnet.rsplit_once('-')?;
+        format!("{base}/{length}").parse().ok()
+    }
+
+    /// What the keys of all reservations begin with.
+    pub(super) fn reservations(&self) -> String {
+        format!("{}/fabric/reservations/", self.prefix)
+    }
+
+    /// The key of a subnet's reservation.
+    pub(super) fn reservation(&self, key: &LeaseKey) -> String {
+        format!("{}{key}", self.reservations())
+    }
+
     /// What `key` stands for. A key that is not text is a lease that can't be read.
     pub(super) fn place(&self, key: &[u8]) -> Place {
         match key.strip_prefix(self.all().as_bytes()) {
             Some(b"config") => Place::Config,
-            Some(rest) => match rest.strip_prefix(b"subnets/") {
-                Some(lease) => Place::Lease(String::from_utf8_lossy(lease).into_owned()),
-                None => Place::Other,
-            },
+            Some(rest) => {
+                let last = |part: &[u8]| String::from_utf8_lossy(part).into_owned();
+                if let Some(lease) = rest.strip_prefix(b"subnets/") {
+                    Place::Lease(last(lease))
+                } else if let Some(reserved) = rest.strip_prefix(b"fabric/reservations/") {
+                    Place::Reservation(last(reserved))
+                } else {
+                    Place::Other
+                }
+            }
             None => Place::Other,
         }
     }
@@ -100,6 +133,11 @@ mod tests {
             ["/coreos.com/network/fabric/guard/4/10.244.3.0-24", "/coreos.com/network/fabric/guard/6/fd00:3::-64"]
         );
         assert_eq!(keys.guards(&key("0.0.0.0-0&fd00:3::-64")), ["/coreos.com/network/fabric/guard/6/fd00:3::-64"]);
+        for guard in keys.guards(&key("10.244.3.0-24&fd00:3::-64")) {
+            let subnet = keys.guarded(guard.as_bytes()).expect("a guard").to_string();
+            assert!(["10.244.3.0/24", "fd00:3::/64"].contains(&subnet.as_str()), "{subnet}");
+        }
+        assert_eq!(keys.guarded(b"/coreos.com/network/fabric/guard/4/nonsense"), None);
     }
 
     #[test]
@@ -111,6 +149,7 @@ mod tests {
             ("/p/config/x", Place::Other),
             ("/p/subnets", Place::Other),
             ("/p/fabric/guard/4/10.244.3.0-24", Place::Other),
+            ("/p/fabric/reservations/10.244.3.0-24", Place::Reservation("10.244.3.0-24".into())),
             ("/pq/config", Place::Other),
         ] {
             assert_eq!(keys.place(key.as_bytes()), place, "{key}");

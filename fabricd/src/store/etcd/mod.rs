@@ -14,22 +14,26 @@
 mod connect;
 mod identity;
 mod keys;
+mod operator;
 mod outage;
+mod places;
 mod txn;
 mod watch;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use fabric_core::leases::LeaseSet;
-use fabric_core::record::Record;
+use fabric_core::record::{LeaseKey, Record};
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::task::JoinSet;
 
 use self::connect::Connector;
 pub use self::connect::{Options, Tls, User};
 use self::keys::Keys;
-use super::{Claim, Connection, Grant, LeaseStore, Network, StoreError};
+pub use self::operator::Overview;
+use super::{Claim, Connection, Grant, LeaseStore, Network, Resting, StoreError};
 
 /// The lease store in etcd. Dropping it ends its task.
 pub struct Etcd {
@@ -138,5 +142,13 @@ impl LeaseStore for Etcd {
 
     async fn release(&self, grant: &Grant) -> Result<(), StoreError> {
         self.store.release(grant).await
+    }
+
+    async fn resting(&self, grace: Duration) -> Result<Vec<Resting>, StoreError> {
+        self.store.resting(grace).await
+    }
+
+    async fn hold_place(&self, key: &LeaseKey, placeholder: &Record) -> Result<(), StoreError> {
+        self.store.hold_place(key, placeholder).await
     }
 }

@@ -7,7 +7,7 @@
 //! if   no record has the IPv4 subnet,    or, to take over: the record is still at the revision that was seen
 //!      and the config is as it was seen
 //!      each guard is absent, or already this node's
-//! then put the record and the guards, all on one lease of etcd's, so that they go together
+//! then put the record, on a lease of etcd's, and the guards, on none
 //! else read them all
 //! ```
 //!
@@ -17,8 +17,8 @@
 //! would do too, but then of many nodes that join at once each spoils the others' attempts: 400 took
 //! 41,000 attempts.
 //!
-//! The node that a guard names may take it again: after somebody deleted the record by hand, or a flannel node wrote
-//! over it and went away, the old guard lives on for up to a whole TTL, and must keep off all but its owner.
+//! A guard stays when its record is gone: expired, deleted by hand, or written over by a flannel node that went away. The
+//! node that it names may take the subnet again; others only after the grace (see `places.rs`).
 //!
 //! A transaction that timed out may have been carried out. It is sent again as it is; then its comparison fails, and
 //! what it reads back tells: a record on our etcd lease can only be ours.
@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use etcd_client::{Compare, CompareOp, GetOptions, KeyValue, PutOptions, ResponseHeader, Txn, TxnOp, TxnOpResponse};
 use fabric_core::model::NodeName;
-use fabric_core::record::Record;
+use fabric_core::record::{LeaseKey, Record};
 use tokio::time::Instant;
 use tracing::debug;
 
@@ -37,14 +37,14 @@ use super::{Init, Store, StoredConfig};
 use crate::store::{Claim, Expect, Grant, StoreError};
 
 /// A lease in etcd's sense: what keys hang on, and go with.
-struct EtcdLease {
-    id: i64,
+pub(super) struct EtcdLease {
+    pub(super) id: i64,
     ttl: Duration,
     expires: Instant,
 }
 
 /// What a transaction found instead of doing its work.
-enum Outcome {
+pub(super) enum Outcome {
     /// It did its work, at this revision.
     Done(i64),
     /// Comparisons failed; the values of the keys that it was about.
@@ -58,13 +58,16 @@ enum Outcome {
 enum Guard {
     Nobodys,
     Ours,
+    /// Another node's, which may be overwritten while it has this revision.
+    Resting(i64),
 }
 
 impl Guard {
-    fn found(kv: Option<&KeyValue>, node: &NodeName) -> Option<Self> {
+    fn found(kv: Option<&KeyValue>, node: &NodeName, evict: &[i64]) -> Option<Self> {
         match kv {
             None => Some(Self::Nobodys),
             Some(kv) if kv.value() == node.as_str().as_bytes() => Some(Self::Ours),
+            Some(kv) if evict.contains(&kv.mod_revision()) => Some(Self::Resting(kv.mod_revision())),
             Some(_) => None,
         }
     }
@@ -73,6 +76,7 @@ impl Guard {
         match self {
             Self::Nobodys => Compare::version(key, CompareOp::Equal, 0),
             Self::Ours => Compare::value(key, CompareOp::Equal, node.as_str()),
+            Self::Resting(revision) => Compare::mod_revision(key, CompareOp::Equal, revision),
         }
     }
 }
@@ -87,7 +91,7 @@ impl Store {
         match self.write(claim, lease.id).await {
             Ok(mod_revision) => {
                 let EtcdLease { id: lease_id, ttl, expires } = lease;
-                Ok(Grant { key: claim.key, mod_revision, lease_id, expires, ttl })
+                Ok(Grant { node: claim.node.clone(), key: claim.key, mod_revision, lease_id, expires, ttl })
             }
             Err(error) => {
                 // Unreachable: it may have been written after all, and could not be revoked either.
@@ -107,7 +111,7 @@ impl Store {
         seen_revision <= published && self.listed_of.load(Ordering::Acquire) == generation
     }
 
-    /// Writes record and guards on the etcd lease `lease_id`; gives the revision of the write.
+    /// Writes the record on the etcd lease `lease_id`, and its guards; gives the revision of the write.
     async fn write(&self, claim: &Claim, lease_id: i64) -> Result<i64, StoreError> {
         let (record, guards) = (self.keys.lease(&claim.key), self.keys.guards(&claim.key));
         let keys: Vec<String> = [vec![record.clone()], guards.clone()].concat();
@@ -117,20 +121,15 @@ impl Store {
         let (decided_on, usual) = match claim.expect {
             Expect::Absent => {
                 let config = Compare::mod_revision(self.keys.config(), CompareOp::Less, claim.seen_revision + 1);
-                let absent = |key| Compare::version(key, CompareOp::Equal, 0);
-                let free = match self.keys.pairs(&claim.key) {
-                    Some(pairs) => absent(pairs).with_prefix(),
-                    None => absent(record.clone()),
-                };
-                (vec![config, free], Guard::Nobodys)
+                (vec![config, self.is_free(&claim.key)], Guard::Nobodys)
             }
             Expect::Revision(revision) => {
                 (vec![Compare::mod_revision(record.clone(), CompareOp::Equal, revision)], Guard::Ours)
             }
         };
-        let on_lease = || Some(PutOptions::new().with_lease(lease_id));
-        let puts: Vec<TxnOp> = std::iter::once(TxnOp::put(record, value, on_lease()))
-            .chain(guards.iter().map(|guard| TxnOp::put(guard.clone(), claim.node.as_str(), on_lease())))
+        let on_lease = Some(PutOptions::new().with_lease(lease_id));
+        let puts: Vec<TxnOp> = std::iter::once(TxnOp::put(record, value, on_lease))
+            .chain(guards.iter().map(|guard| TxnOp::put(guard.clone(), claim.node.as_str(), None)))
             .collect();
 
         // The first attempt takes the guards to be as usual; the next ones know.
@@ -149,13 +148,23 @@ impl Store {
                 return Ok(ours.mod_revision());
             }
             let as_they_are: Option<Vec<Guard>> =
-                guards.iter().map(|guard| Guard::found(guard.as_ref(), &claim.node)).collect();
+                guards.iter().map(|guard| Guard::found(guard.as_ref(), &claim.node, &claim.evict)).collect();
             match as_they_are {
                 Some(guards) if guards != expected => expected = guards,
+                None if record.is_none() => return Err(StoreError::Guarded { key: claim.key }),
                 _ => return Err(lost),
             }
         }
         Err(lost)
+    }
+
+    /// Compares that no record has the key, nor its IPv4 subnet in another pair.
+    pub(super) fn is_free(&self, key: &LeaseKey) -> Compare {
+        let absent = |key| Compare::version(key, CompareOp::Equal, 0);
+        match self.keys.pairs(key) {
+            Some(pairs) => absent(pairs).with_prefix(),
+            None => absent(self.keys.lease(key)),
+        }
     }
 
     pub(super) async fn rewrite(&self, grant: &Grant, record: &Record) -> Result<Grant, StoreError> {
@@ -203,13 +212,23 @@ impl Store {
         }
     }
 
-    /// Revokes the etcd lease: what still hangs on it goes with it, and that is ours by nature. Whoever wrote over our
-    /// record took it off our lease.
+    /// Removes record and guards in one transaction while the record hangs on our etcd lease, and revokes that. Of a
+    /// record that somebody else wrote over, or that is gone, the guards that name this node go.
     pub(super) async fn release(&self, grant: &Grant) -> Result<(), StoreError> {
+        let (record, guards) = (self.keys.lease(&grant.key), self.keys.guards(&grant.key));
+        let delete = |key: &String| TxnOp::delete(key.clone(), None);
+        let ours = vec![Compare::lease(record.clone(), CompareOp::Equal, grant.lease_id)];
+        let all = std::iter::once(&record).chain(&guards).map(delete).collect();
+        if !matches!(self.transact("release the lease", ours, all, &[]).await?, Outcome::Done(_)) {
+            for guard in &guards {
+                let ours = vec![Guard::Ours.compare(guard, &grant.node)];
+                self.transact("release a guard", ours, vec![delete(guard)], &[]).await?;
+            }
+        }
         self.revoke(grant.lease_id).await
     }
 
-    async fn grant(&self, ttl: Duration) -> Result<EtcdLease, StoreError> {
+    pub(super) async fn grant(&self, ttl: Duration) -> Result<EtcdLease, StoreError> {
         let seconds = i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX).max(1);
         let asked = Instant::now();
         let (response, _) = self
@@ -234,14 +253,14 @@ impl Store {
     }
 
     /// Revokes a lease that nothing came to hang on. One that is left over harms nobody and ends by itself.
-    async fn discard(&self, lease_id: i64) {
+    pub(super) async fn discard(&self, lease_id: i64) {
         if let Err(error) = self.revoke(lease_id).await {
             debug!(lease = format_args!("{lease_id:x}"), %error, "unused lease left to expire");
         }
     }
 
     /// One transaction; when a comparison fails it reads `keys` instead.
-    async fn transact(
+    pub(super) async fn transact(
         &self,
         operation: &'static str,
         compares: Vec<Compare>,

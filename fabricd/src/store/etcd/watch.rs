@@ -34,16 +34,13 @@ use super::outage::Outage;
 use crate::store::{Connection, Network, StoreError};
 
 /// The largest response that is taken, in bytes: 50,000 leases are about 15 MB.
-const MAX_RESPONSE: usize = 256 << 20;
+pub(super) const MAX_RESPONSE: usize = 256 << 20;
 
 /// A watch that says nothing for so long is asked whether it is still there.
 const QUIET: Duration = Duration::from_secs(20);
 
 /// How long the disappearance of most leases waits for a second look.
 const SECOND_LOOK: Duration = Duration::from_millis(1500);
-
-/// Of fewer leases than these, any number may go at once.
-const FEW: usize = 4;
 
 /// What is done here, in errors.
 const WATCH: &str = "watch the leases";
@@ -66,6 +63,8 @@ impl From<StoreError> for Interrupted {
 struct Listing {
     config: Option<Vec<u8>>,
     entries: Vec<Entry>,
+    /// Last parts of the reservations' keys, and the nodes.
+    reservations: Vec<(String, Vec<u8>)>,
     revision: i64,
     /// The store that this came from.
     seen: Seen,
@@ -113,11 +112,12 @@ async fn follow(store: &Store, outage: &mut Outage) -> Result<Infallible, Interr
     }
 }
 
-/// Reads config and leases at one revision, by a linearizable read: one transaction with two ranges.
+/// Reads config and leases at one revision, by a linearizable read: one transaction with three ranges.
 async fn list(store: &Store) -> Result<Listing, StoreError> {
     let ranges = Txn::new().and_then([
         TxnOp::get(store.keys.config(), None),
         TxnOp::get(store.keys.subnets(), Some(GetOptions::new().with_prefix())),
+        TxnOp::get(store.keys.reservations(), Some(GetOptions::new().with_prefix())),
     ]);
     let (response, seen) = store
         .connector
@@ -137,7 +137,12 @@ async fn list(store: &Store) -> Result<Listing, StoreError> {
         _ => None,
     };
     let entries = ranges.next().unwrap_or_default().iter().filter_map(lease).collect();
-    Ok(Listing { config, entries, revision, seen })
+    let reservation = |kv: KeyValue| match store.keys.place(kv.key()) {
+        Place::Reservation(key) => Some((key, kv.into_key_value().1)),
+        _ => None,
+    };
+    let reservations = ranges.next().unwrap_or_default().into_iter().filter_map(reservation).collect();
+    Ok(Listing { config, entries, reservations, revision, seen })
 }
 
 fn entry(key: String, kv: &KeyValue) -> Entry {
@@ -152,25 +157,23 @@ async fn believe(store: &Store, listing: Listing) -> Result<(LeaseSet, Seen), St
     let before = store.leases.borrow().clone().unwrap_or_default();
     let read = |listing: Listing| {
         publish_network(store, listing.config.as_deref());
-        (LeaseSet::snapshot(&before, listing.entries, listing.revision), listing.seen)
+        let mut set = LeaseSet::snapshot(&before, listing.entries, listing.revision);
+        for (key, node) in &listing.reservations {
+            set.reserve(key, Some(node), listing.revision);
+        }
+        (set, listing.seen)
     };
     let (mut set, mut seen) = read(listing);
-    if removes_most(&before, &set) {
+    if set.lacks_most_of(&before) {
         warn!(known = before.len(), left = set.len(), "most leases are gone; held back until a second look");
         sleep(SECOND_LOOK).await;
         (set, seen) = read(list(store).await?);
-        let gone = removes_most(&before, &set);
+        let gone = set.lacks_most_of(&before);
         warn!(known = before.len(), left = set.len(), gone, "second look at the leases taken; published");
     }
     publish(&store.leases, Some(Arc::new(set.clone())));
     store.listed_of.store(seen.generation, Ordering::Release);
     Ok((set, seen))
-}
-
-/// True when more than half of the leases known are not there any more.
-fn removes_most(before: &LeaseSet, after: &LeaseSet) -> bool {
-    let gone = before.iter().filter(|lease| after.get(&lease.key).is_none()).count();
-    before.len() >= FEW && gone * 2 > before.len()
 }
 
 /// Watches everything under the prefix from `revision` on.
@@ -235,6 +238,11 @@ fn take_in(store: &Store, set: &mut LeaseSet, seen: Seen, response: &WatchRespon
             }
             Place::Lease(key) if deleted => Event::Delete { key },
             Place::Lease(key) => Event::Put(entry(key, kv)),
+            Place::Reservation(key) => {
+                set.reserve(&key, (!deleted).then(|| kv.value()), kv.mod_revision());
+                changes += 1;
+                continue;
+            }
             Place::Other => continue,
         };
         // Not the header's revision: while a watch catches up, that is ahead of the events.
@@ -246,7 +254,7 @@ fn take_in(store: &Store, set: &mut LeaseSet, seen: Seen, response: &WatchRespon
 
 /// Publishes a set with events folded in, unless they removed most of it: then a list has to confirm it.
 fn publish_leases(store: &Store, set: &LeaseSet) -> Result<(), Interrupted> {
-    let suspicious = store.leases.borrow().as_ref().is_some_and(|before| removes_most(before, set));
+    let suspicious = store.leases.borrow().as_ref().is_some_and(|before| set.lacks_most_of(before));
     if suspicious {
         return Err(Interrupted::Relist("most leases were removed at once".into()));
     }
@@ -270,32 +278,4 @@ fn publish<T: PartialEq>(channel: &Sender<T>, value: T) {
         *published = value;
         changed
     });
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn set(keys: std::ops::Range<u8>) -> LeaseSet {
-        let entry = |n| {
-            Entry {
-            key: format!("10.244.{n}.0-24"),
-            value: format!(
-                r#"{{"PublicIP":"192.0.2.{n}","BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"02:42:c0:00:02:07"}}}}"#
-            )
-            .into_bytes(),
-            create_revision: 1,
-            mod_revision: 1,
-        }
-        };
-        LeaseSet::snapshot(&LeaseSet::default(), keys.map(entry).collect(), 1)
-    }
-
-    #[test]
-    fn more_than_half_of_four_leases_need_a_second_look() {
-        for (known, left, most) in [(4, 1, true), (4, 2, false), (3, 0, false), (100, 49, true), (100, 50, false)] {
-            assert_eq!(removes_most(&set(1..known + 1), &set(1..left + 1)), most, "{known} → {left}");
-        }
-        assert!(removes_most(&set(1..5), &set(10..20)), "others in their place are no comfort");
-    }
 }

@@ -1,0 +1,391 @@
+//! [`next_step`]: what a node does about its lease, given everything that it can see.
+//!
+//! The decision is a pure function, so that every situation can be put before it in a test. Who calls it has
+//! the clock and the store.
+//!
+//! ```text
+//!             claim, adopt                     lost: gone, taken over, run out
+//!   nothing ───────────────► held, in use ───────────────────────────────────► quarantine
+//!      ▲                        ▲                                               │      │
+//!      │                        └──── the same subnet, as soon as it is free ◄──┘      │
+//!      └──── another subnet: it is another's, and no pod is in it or a person said so ◄┘
+//! ```
+//!
+//! In quarantine no address is handed out and what runs goes on: the subnet that a node had is had back if that can be
+//! at all. A subnet whose lease has ended rests for a grace before another node may have it, unless there is no other.
+
+mod reason;
+#[cfg(test)]
+mod tests;
+
+use std::net::IpAddr;
+
+pub use self::reason::{Loss, Obstacle};
+use crate::alloc::{Taken, choose};
+use crate::leases::{Lease, LeaseSet};
+use crate::model::{Family, MacAddr, NodeName, PerFamily, Subnet, stable_hash};
+use crate::network::NetworkConfig;
+use crate::record::{Backend, Endpoint, LeaseKey, Owner, Record};
+
+/// How many nodes put a missing placeholder back: one may be down.
+const KEEPERS_OF_A_PLACE: usize = 3;
+
+/// What tells one run of a node from another that has its name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Instance {
+    /// `/proc/sys/kernel/random/boot_id`.
+    pub boot: String,
+    /// Inode of the network namespace: nodes on one machine share its boot id.
+    pub netns: u64,
+}
+
+/// A lease as its holder remembers it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Its subnets.
+    pub key: LeaseKey,
+    /// Revision of our last write: any later one is somebody else's.
+    pub mod_revision: i64,
+    /// True when by the local monotonic clock the lease has ended.
+    pub run_out: bool,
+}
+
+/// The lease that a node had before: what is to be had back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Previous {
+    /// Its subnets.
+    pub key: LeaseKey,
+    /// The addresses of the node's VXLAN devices: they stay for the life of the node.
+    pub vtep_macs: PerFamily<MacAddr>,
+    /// The number of the claim.
+    pub epoch: u64,
+    /// Revision of the node's last write, if it can be known: a record with it is this node's own.
+    pub written: Option<i64>,
+}
+
+/// A subnet whose lease has ended while its guard still stands: it is kept for the node that had it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resting {
+    /// The subnet.
+    pub subnet: Subnet,
+    /// The node that had it; nothing is known of one whose name can't be read.
+    pub node: Option<NodeName>,
+    /// Revision of the guard.
+    pub mod_revision: i64,
+}
+
+/// The state of a key that a claim is decided on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// Nobody has it, nor its IPv4 subnet in another pair.
+    Absent,
+    /// It was last changed at this revision, and is ours to take over.
+    Revision(i64),
+}
+
+/// All that a decision depends on.
+#[derive(Clone, Copy, Debug)]
+pub struct Situation<'a> {
+    /// This node.
+    pub node: &'a NodeName,
+    /// This run of it.
+    pub instance: &'a Instance,
+    /// The cluster's config.
+    pub network: &'a NetworkConfig,
+    /// Everybody's leases.
+    pub leases: &'a LeaseSet,
+    /// The addresses that peers send to, one for each family of the network.
+    pub public_ips: &'a PerFamily<IpAddr>,
+    /// The lease that is held.
+    pub held: Option<Held>,
+    /// The lease of before.
+    pub previous: Option<&'a Previous>,
+    /// The run that took the lease from this one under the same name.
+    pub twin: Option<&'a Instance>,
+    /// True when pods of this node have addresses in the subnets of before.
+    pub occupied: bool,
+    /// Subnets that a person told this node to leave.
+    pub leave: Option<LeaseKey>,
+    /// True for a while after the store was emptied or set back.
+    pub settling: bool,
+    /// Subnets that rest, as far as that was asked for.
+    pub resting: &'a [Resting],
+}
+
+/// What to do next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Nothing: the lease is ours and says what it should.
+    Keep,
+    /// The record is the one that this node wrote before it was started again: keep it alive, and that is all.
+    Adopt(Held, Record),
+    /// Ask the store for this.
+    Claim(Bid),
+    /// The lease is ours and should say this instead.
+    Rewrite(Record),
+    /// A record of ours is in the way or no longer fits the config: claim it, give it back, then decide again.
+    Withdraw(Bid),
+    /// Give back the lease that is held, then decide again.
+    GiveBack,
+    /// The lease that we held is not ours any more. Stop handing out addresses, then decide again without it.
+    Lost(Loss),
+    /// A reserved subnet has no record while its node is away: put a placeholder there.
+    HoldPlace(LeaseKey, Record),
+    /// There is nothing to ask for, until something changes.
+    Wait(Obstacle),
+}
+
+/// What to ask the store for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bid {
+    /// The subnets.
+    pub key: LeaseKey,
+    /// What to say there.
+    pub record: Record,
+    /// What must be true of the key.
+    pub expect: Expect,
+    /// Guards of resting subnets that may be overwritten, because there is no other subnet: their revisions.
+    pub evict: Vec<i64>,
+}
+
+/// What to do about the lease.
+#[must_use]
+pub fn next_step(now: &Situation<'_>) -> Step {
+    match now.held {
+        Some(held) => keep(now, held),
+        None => acquire(now),
+    }
+}
+
+fn keep(now: &Situation<'_>, held: Held) -> Step {
+    match now.leases.get(&held.key) {
+        _ if held.run_out => Step::Lost(Loss::RunOut(held.key)),
+        Some(lease) if lease.mod_revision == held.mod_revision => {
+            let endpoints = endpoints(now, Some(lease));
+            if now.leave == Some(held.key) || !fits(now.network, &held.key) {
+                Step::GiveBack
+            } else if lease.record.endpoints() != endpoints {
+                Step::Rewrite(Record { backend: Backend::Vxlan(endpoints), ..lease.record.clone() })
+            } else {
+                place_to_hold(now).unwrap_or(Step::Keep)
+            }
+        }
+        // The set shows the time before our write.
+        _ if now.leases.revision() < held.mod_revision => Step::Keep,
+        Some(lease) if writer(now, lease).is_some_and(|writer| writer != *now.instance) => {
+            Step::Lost(Loss::Twin(held.key, now.node.clone(), addresses(lease)))
+        }
+        Some(lease) => Step::Lost(Loss::Taken(held.key, lease.holder())),
+        None => Step::Lost(Loss::Gone(held.key)),
+    }
+}
+
+fn acquire(now: &Situation<'_>) -> Step {
+    let mut ours: Vec<&Lease> = now.leases.iter().map(AsRef::as_ref).filter(|lease| is_ours(now, lease)).collect();
+    // The one that was had before first, then the newest.
+    let had = now.previous.map(|previous| previous.key);
+    ours.sort_by_key(|lease| (Some(lease.key) != had, -lease.create_revision));
+    if let Some(twin) = ours.iter().find(|lease| is_twins(now, lease)) {
+        return Step::Wait(same_name(now, twin));
+    }
+    if let Some(obstacle) = same_address(now, &ours) {
+        return Step::Wait(obstacle);
+    }
+    match now.previous.map(|previous| previous.key).filter(|key| now.leave != Some(*key)) {
+        Some(key) if fits(now.network, &key) => regain(now, &ours, key),
+        _ => settle(now, &ours),
+    }
+}
+
+/// Tries to have the subnets of before back.
+fn regain(now: &Situation<'_>, ours: &[&Lease], key: LeaseKey) -> Step {
+    // A store that was set back may show what this node held long ago: in the way of whoever has that now.
+    if let Some(stale) = ours.iter().find(|lease| lease.key != key) {
+        return Step::Withdraw(take(now, stale));
+    }
+    if let Some(lease) = ours.first() {
+        return adopt(now, lease).unwrap_or_else(|| Step::Claim(take(now, lease)));
+    }
+    match holder(now, &key) {
+        None => Step::Claim(bid(now, key, Expect::Absent, None)),
+        Some(_) if now.settling => Step::Wait(Obstacle::Settling),
+        Some(holder) if now.occupied => Step::Wait(Obstacle::Occupied { key, holder }),
+        Some(_) => settle(now, ours),
+    }
+}
+
+/// Takes whatever subnets there are.
+fn settle(now: &Situation<'_>, ours: &[&Lease]) -> Step {
+    match ours.first() {
+        Some(lease) if now.leave == Some(lease.key) => Step::Withdraw(take(now, lease)),
+        Some(lease) if fits(now.network, &lease.key) => {
+            adopt(now, lease).unwrap_or_else(|| Step::Claim(take(now, lease)))
+        }
+        Some(lease) if now.occupied => Step::Wait(Obstacle::Unfit(lease.key)),
+        Some(lease) => Step::Withdraw(take(now, lease)),
+        None if now.settling && now.leave.is_none() => Step::Wait(Obstacle::Settling),
+        None => fresh(now).map_or_else(Step::Wait, Step::Claim),
+    }
+}
+
+/// True for a record in this node's name, a placeholder for it, and what flannel wrote for it: flannel knows a node by
+/// its public address alone.
+fn is_ours(now: &Situation<'_>, lease: &Lease) -> bool {
+    match &lease.record.owner {
+        Some(owner) => owner.node == *now.node,
+        None => {
+            let endpoints = lease.record.endpoints();
+            !endpoints.is_empty()
+                && endpoints.iter().all(|(family, e)| now.public_ips.get(family) == Some(&e.public_ip))
+        }
+    }
+}
+
+/// True for a record that another living node of the same name wrote. After a reboot a node has another boot id, in
+/// another network namespace of the same machine it has the address or the memory of before. A run that took the lease
+/// from this one is alive: a reboot would have ended this one.
+fn is_twins(now: &Situation<'_>, lease: &Lease) -> bool {
+    let Some(writer) = writer(now, lease) else { return false };
+    if now.twin == Some(&writer) {
+        return true;
+    }
+    let written_here = now.previous.is_some_and(|previous| previous.written == Some(lease.mod_revision));
+    let same_address =
+        lease.record.endpoints().iter().any(|(family, e)| now.public_ips.get(family) == Some(&e.public_ip));
+    writer.boot == now.instance.boot && writer.netns != now.instance.netns && !written_here && !same_address
+}
+
+/// The run of this node that wrote a record.
+fn writer(now: &Situation<'_>, lease: &Lease) -> Option<Instance> {
+    let owner =
+        lease.record.owner.as_ref().filter(|owner| owner.node == *now.node && !lease.record.is_placeholder())?;
+    Some(Instance { boot: owner.boot.clone(), netns: owner.netns })
+}
+
+fn same_name(now: &Situation<'_>, lease: &Lease) -> Obstacle {
+    let here = now.public_ips.values().map(ToString::to_string).collect::<Vec<_>>().join(" and ");
+    Obstacle::SameName { node: now.node.clone(), key: lease.key, there: addresses(lease), here }
+}
+
+fn addresses(lease: &Lease) -> String {
+    let addresses: Vec<String> = lease.record.endpoints().values().map(|e| e.public_ip.to_string()).collect();
+    addresses.join(" and ")
+}
+
+fn same_address(now: &Situation<'_>, ours: &[&Lease]) -> Option<Obstacle> {
+    let others = now.leases.iter().filter(|lease| ours.iter().all(|ours| ours.key != lease.key));
+    let mut clashes = others.filter_map(|lease| {
+        let endpoints = lease.record.endpoints();
+        let (_, endpoint) = endpoints.iter().find(|(family, e)| now.public_ips.get(*family) == Some(&e.public_ip))?;
+        Some(Obstacle::SameAddress { ip: endpoint.public_ip, node: now.node.clone(), other: lease.holder() })
+    });
+    clashes.next()
+}
+
+/// True when the config still has room for this lease, in all of its families and no other. Its first and last subnet
+/// are for new leases alone: a node keeps what it has.
+fn fits(network: &NetworkConfig, key: &LeaseKey) -> bool {
+    Family::ALL.into_iter().all(|family| match (network.spaces.get(family), key.subnets().get(family)) {
+        (Some(space), Some(subnet)) => space.network.covers(*subnet) && subnet.prefix_len() == space.subnet_len,
+        (None, None) => true,
+        _ => false,
+    })
+}
+
+/// Who else has any of `key`, by lease or reservation.
+fn holder(now: &Situation<'_>, key: &LeaseKey) -> Option<String> {
+    let overlaps = |other: &LeaseKey| {
+        key.subnets().iter().any(|(family, subnet)| other.subnets().get(family).is_some_and(|s| s.overlaps(*subnet)))
+    };
+    let leased = now.leases.iter().find(|lease| overlaps(&lease.key)).map(|lease| lease.holder());
+    leased.or_else(|| {
+        let mut reserved = now.leases.reservations().iter().filter(|(_, node)| *node != now.node);
+        reserved.find(|(key, _)| overlaps(key)).map(|(_, node)| node.to_string())
+    })
+}
+
+/// The record of before a restart, as long as it says what it should: then nothing is written at all.
+fn adopt(now: &Situation<'_>, lease: &Lease) -> Option<Step> {
+    let (previous, owner) = (now.previous?, lease.record.owner.as_ref()?);
+    let same_run = owner.boot == now.instance.boot && owner.netns == now.instance.netns;
+    let as_written = previous.written == Some(lease.mod_revision) && previous.key == lease.key;
+    let held = Held { key: lease.key, mod_revision: lease.mod_revision, run_out: false };
+    (same_run && as_written && lease.record.endpoints() == endpoints(now, Some(lease)))
+        .then(|| Step::Adopt(held, lease.record.clone()))
+}
+
+/// A subnet for a node that has none: one that is reserved for it, else one that doesn't rest, else any.
+fn fresh(now: &Situation<'_>) -> Result<Bid, Obstacle> {
+    let seed = stable_hash(now.node.as_str().as_bytes());
+    let others = |family| {
+        let reserved = now.leases.reservations().iter().filter(|(_, node)| *node != now.node).map(|(key, _)| key);
+        let keys = reserved.chain(now.leave.as_ref());
+        now.leases.subnets(family).chain(keys.filter_map(move |key| key.subnets().get(family).copied()))
+    };
+    let resting: Vec<&Resting> = now.resting.iter().filter(|rest| rest.node.as_ref() != Some(now.node)).collect();
+    let had = now.previous.map(|previous| previous.key);
+    let preferred = now.leases.reservations().iter().find(|(_, node)| *node == now.node).map(|(key, _)| *key).or(had);
+    let subnets = now.network.spaces.try_map(|family, space| {
+        let preferred = preferred.and_then(|key| key.subnets().get(family).copied());
+        let at_rest = resting.iter().map(|rest| rest.subnet).filter(|subnet| subnet.family() == family);
+        choose(space, &Taken::new(space, others(family).chain(at_rest)), preferred, seed)
+            .or_else(|| choose(space, &Taken::new(space, others(family)), preferred, seed))
+            .ok_or(Obstacle::Exhausted { family, capacity: space.capacity(), network: space.network })
+    })?;
+    let in_the_way = resting.iter().filter(|rest| subnets.values().any(|subnet| subnet.overlaps(rest.subnet)));
+    let evict = in_the_way.map(|rest| rest.mod_revision).collect();
+    let key = LeaseKey::new(subnets).expect("a valid config has a family");
+    Ok(Bid { evict, ..bid(now, key, Expect::Absent, None) })
+}
+
+/// A reserved subnet without any record, if this node is among those that see to it.
+fn place_to_hold(now: &Situation<'_>) -> Option<Step> {
+    let is_free = |key: &LeaseKey| {
+        let subnets = key.subnets();
+        let mut leased = subnets.families().flat_map(|family| now.leases.subnets(family));
+        !leased.any(|leased| subnets.values().any(|subnet| subnet.overlaps(leased)))
+    };
+    let rank = |key: &LeaseKey, node: &NodeName| stable_hash(format!("{key} {node}").as_bytes());
+    let among_the_first = |key: &LeaseKey| {
+        let nodes = now.leases.iter().filter(|lease| !lease.record.is_placeholder()).filter_map(|l| l.record.node());
+        nodes.filter(|node| rank(key, node) < rank(key, now.node)).count() < KEEPERS_OF_A_PLACE
+    };
+    let (key, node) = now.leases.reservations().iter().find(|(key, _)| is_free(key) && among_the_first(key))?;
+    Some(Step::HoldPlace(*key, Record::placeholder(node, key)))
+}
+
+/// How peers reach this node. A VTEP keeps the MAC address that it once had, or that was published for it.
+fn endpoints(now: &Situation<'_>, published: Option<&Lease>) -> PerFamily<Endpoint> {
+    let vni = now.network.vxlan.vni;
+    let published = published.map(|lease| lease.record.endpoints()).unwrap_or_default();
+    let remembered = now.previous.map(|previous| previous.vtep_macs).unwrap_or_default();
+    now.public_ips.map(|family, public_ip| {
+        let known = remembered.get(family).copied().or_else(|| Some(published.get(family)?.vtep_mac));
+        let vtep_mac = known.unwrap_or_else(|| MacAddr::derived(now.node, vni, family));
+        Endpoint { public_ip: *public_ip, vtep_mac, vni }
+    })
+}
+
+/// A claim of a record that is this node's to take over.
+fn take(now: &Situation<'_>, lease: &Lease) -> Bid {
+    bid(now, lease.key, Expect::Revision(lease.mod_revision), Some(lease))
+}
+
+/// A claim of `key`. What the record there says today, `before`, stays where we have nothing to say.
+fn bid(now: &Situation<'_>, key: LeaseKey, expect: Expect, before: Option<&Lease>) -> Bid {
+    let endpoints = endpoints(now, before);
+    let before = before.map(|lease| &lease.record);
+    let owner = before.and_then(|record| record.owner.as_ref());
+    let remembered = now.previous.map_or(0, |previous| previous.epoch);
+    let owner = Owner {
+        version: Owner::VERSION,
+        node: now.node.clone(),
+        boot: now.instance.boot.clone(),
+        netns: now.instance.netns,
+        epoch: owner.map_or(0, |owner| owner.epoch).max(remembered) + 1,
+        unknown: owner.map(|owner| owner.unknown.clone()).unwrap_or_default(),
+    };
+    let unknown = before.map(|record| record.unknown.clone()).unwrap_or_default();
+    let record = Record { backend: Backend::Vxlan(endpoints), owner: Some(owner), unknown };
+    Bid { key, record, expect, evict: vec![] }
+}

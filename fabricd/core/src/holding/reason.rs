@@ -1,0 +1,89 @@
+//! Why a node has no lease, in words for people.
+
+use std::net::IpAddr;
+
+use crate::model::{Family, NodeName, Subnet};
+use crate::record::LeaseKey;
+
+/// How a lease was lost.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Loss {
+    /// Expired, revoked or deleted.
+    #[error("the lease of {0} is gone from the store")]
+    Gone(LeaseKey),
+    /// Another node's record stands there.
+    #[error("the lease of {0} was taken over by {1}")]
+    Taken(LeaseKey, String),
+    /// A node of the same name has claimed it.
+    #[error("the lease of {0} was taken over by another node that is called {1} too, at {2}")]
+    Twin(LeaseKey, NodeName, String),
+    /// Nobody has said so yet, but by the local clock it is over.
+    #[error("the lease of {0} has run out, and the store can't be reached to keep it alive")]
+    RunOut(LeaseKey),
+}
+
+/// Why there is nothing to ask for.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Obstacle {
+    /// Every subnet is leased.
+    #[error(
+        "all {capacity} {family} subnets of {network} are leased or reserved; remove leases of nodes that are gone \
+         with: fabricctl lease release NODE, or widen the network"
+    )]
+    Exhausted {
+        /// The family.
+        family: Family,
+        /// How many there are.
+        capacity: u128,
+        /// The address space.
+        network: Subnet,
+    },
+    /// Two nodes announce one underlay address.
+    #[error(
+        "the public address {ip} of this node, {node}, is also that of {other}; \
+         choose the underlay interface with --iface, or say another address with --public-ip"
+    )]
+    SameAddress {
+        /// The address.
+        ip: IpAddr,
+        /// This node.
+        node: NodeName,
+        /// The other one.
+        other: String,
+    },
+    /// Two nodes have one name.
+    #[error(
+        "another node is called {node} too: it holds {key} from {there}, this one is at {here}; name one of them \
+         differently with --node-name; if that node is gone: fabricctl lease release {node}"
+    )]
+    SameName {
+        /// The name.
+        node: NodeName,
+        /// What the other one holds.
+        key: LeaseKey,
+        /// The other one's underlay addresses.
+        there: String,
+        /// This one's.
+        here: String,
+    },
+    /// The subnet is another's, and pods of this node still have addresses in it.
+    #[error(
+        "{key} is held by {holder} now, and pods of this node still have addresses in it; it is taken again when it \
+         is free; to take another one, which cuts those pods off: fabricctl lease renumber --force"
+    )]
+    Occupied {
+        /// The subnets.
+        key: LeaseKey,
+        /// Who has them.
+        holder: String,
+    },
+    /// The subnet is outside the network by now, and pods of this node still have addresses in it.
+    #[error(
+        "{0} is no subnet of the network config any more, and pods of this node still have addresses in it; \
+         to take another one, which cuts those pods off: fabricctl lease renumber --force"
+    )]
+    Unfit(LeaseKey),
+    /// The store has lost leases, and nodes that hold subnets come first.
+    #[error("the store was emptied or set back; nodes that held subnets claim them first, for two minutes")]
+    Settling,
+}

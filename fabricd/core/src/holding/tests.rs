@@ -1,0 +1,381 @@
+//! Every situation is put before the decision, and one step is expected.
+
+use super::*;
+use crate::leases::Entry;
+
+struct Node {
+    name: NodeName,
+    instance: Instance,
+    network: NetworkConfig,
+    public_ips: PerFamily<IpAddr>,
+    held: Option<Held>,
+    previous: Option<Previous>,
+    twin: Option<Instance>,
+    occupied: bool,
+    leave: Option<LeaseKey>,
+    settling: bool,
+    resting: Vec<Resting>,
+}
+
+impl Node {
+    fn new() -> Self {
+        Self {
+            name: "node-1".parse().expect("valid"),
+            instance: Instance { boot: "boot".into(), netns: 7 },
+            network: config("10.244.0.0/16"),
+            public_ips: PerFamily { v4: Some("192.0.2.1".parse().expect("ip")), v6: None },
+            held: None,
+            previous: None,
+            twin: None,
+            occupied: false,
+            leave: None,
+            settling: false,
+            resting: vec![],
+        }
+    }
+
+    /// One that held `10.244.9.0-24` by a write at revision 5, and lost it.
+    fn that_had_a_lease() -> Self {
+        let vtep_macs = PerFamily { v4: Some("c6:d2:32:6f:8f:44".parse().expect("a MAC")), v6: None };
+        let previous = Previous { key: key(NINE), vtep_macs, epoch: 4, written: Some(5) };
+        Self { previous: Some(previous), ..Self::new() }
+    }
+
+    /// One that holds it.
+    fn with_a_lease() -> Self {
+        let held = Held { key: key(NINE), mod_revision: 5, run_out: false };
+        Self { held: Some(held), ..Self::that_had_a_lease() }
+    }
+
+    fn step(&self, leases: &LeaseSet) -> Step {
+        next_step(&Situation {
+            node: &self.name,
+            instance: &self.instance,
+            network: &self.network,
+            leases,
+            public_ips: &self.public_ips,
+            held: self.held,
+            previous: self.previous.as_ref(),
+            twin: self.twin.as_ref(),
+            occupied: self.occupied,
+            leave: self.leave,
+            settling: self.settling,
+            resting: &self.resting,
+        })
+    }
+
+    fn bid(&self, leases: &LeaseSet) -> Bid {
+        match self.step(leases) {
+            Step::Claim(bid) => bid,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn obstacle(&self, leases: &LeaseSet) -> String {
+        match self.step(leases) {
+            Step::Wait(obstacle) => obstacle.to_string(),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+const NINE: &str = "10.244.9.0-24";
+
+fn config(network: &str) -> NetworkConfig {
+    let json = format!(r#"{{"Network":"{network}","Backend":{{"Type":"vxlan"}}}}"#);
+    NetworkConfig::decode(json.as_bytes()).expect("valid")
+}
+
+fn empty() -> LeaseSet {
+    set(&[], 6)
+}
+
+fn key(text: &str) -> LeaseKey {
+    LeaseKey::decode(text).expect(text)
+}
+
+fn set(entries: &[(&str, Vec<u8>, i64)], revision: i64) -> LeaseSet {
+    let entry = |(key, value, revision): &(&str, Vec<u8>, i64)| Entry {
+        key: (*key).into(),
+        value: value.clone(),
+        create_revision: *revision,
+        mod_revision: *revision,
+    };
+    LeaseSet::snapshot(&LeaseSet::default(), entries.iter().map(entry).collect(), revision)
+}
+
+fn flannel(ip: &str) -> Vec<u8> {
+    format!(r#"{{"PublicIP":"{ip}","BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}}}}"#)
+        .into()
+}
+
+fn fabric(node: &str, ip: &str) -> Vec<u8> {
+    let owner = format!(r#","Fabric":{{"v":1,"node":"{node}","boot":"old","netns":7,"epoch":4}}}}"#);
+    let flannel = String::from_utf8(flannel(ip)).expect("text");
+    (flannel[..flannel.len() - 1].to_owned() + &owner).into()
+}
+
+#[test]
+fn first_claim_is_for_a_free_subnet_that_only_the_name_decides() {
+    let node = Node::new();
+    let bid = node.bid(&LeaseSet::default());
+    assert_eq!(bid, node.bid(&LeaseSet::default()));
+    assert_eq!(bid.expect, Expect::Absent);
+    let owner = bid.record.owner.expect("named");
+    assert_eq!((owner.epoch, owner.boot.as_str()), (1, "boot"));
+}
+
+#[test]
+fn restarted_node_takes_its_own_record_over_and_keeps_subnet_and_mac() {
+    let bid = Node::new().bid(&set(&[("10.244.9.0-24", fabric("node-1", "192.0.2.99"), 5)], 5));
+    assert_eq!((bid.key, bid.expect), (key("10.244.9.0-24"), Expect::Revision(5)));
+    let endpoint = bid.record.endpoints().v4.expect("IPv4");
+    assert_eq!(endpoint.vtep_mac.to_string(), "c6:d2:32:6f:8f:44");
+    assert_eq!(endpoint.public_ip.to_string(), "192.0.2.1", "the underlay address is today's");
+    assert_eq!(bid.record.owner.expect("named").epoch, 5);
+}
+
+#[test]
+fn flannels_record_of_this_address_is_taken_over() {
+    let bid = Node::new().bid(&set(&[("10.244.9.0-24", flannel("192.0.2.1"), 5)], 5));
+    assert_eq!((bid.key, bid.expect), (key("10.244.9.0-24"), Expect::Revision(5)));
+    assert_eq!(bid.record.endpoints().v4.expect("IPv4").vtep_mac.to_string(), "c6:d2:32:6f:8f:44");
+}
+
+#[test]
+fn two_nodes_with_one_address_are_both_named() {
+    let step = Node::new().step(&set(&[("10.244.9.0-24", fabric("node-2", "192.0.2.1"), 5)], 5));
+    let Step::Wait(obstacle) = step else { panic!("{step:?}") };
+    let text = obstacle.to_string();
+    assert!(text.contains("192.0.2.1") && text.contains("node-1") && text.contains("node-2"), "{text}");
+}
+
+#[test]
+fn record_that_no_longer_fits_the_config_is_withdrawn_first() {
+    let step = Node::new().step(&set(&[("10.99.9.0-24", fabric("node-1", "192.0.2.1"), 5)], 5));
+    let Step::Withdraw(bid) = step else { panic!("{step:?}") };
+    assert_eq!((bid.key, bid.expect), (key("10.99.9.0-24"), Expect::Revision(5)));
+}
+
+#[test]
+fn subnet_of_before_is_asked_for_again() {
+    let node = Node::that_had_a_lease();
+    let bid = node.bid(&empty());
+    assert_eq!((bid.key, bid.expect), (key(NINE), Expect::Absent));
+    assert_eq!(bid.record.endpoints().v4.expect("IPv4").vtep_mac.to_string(), "c6:d2:32:6f:8f:44", "the MAC too");
+    assert_eq!(bid.record.owner.expect("named").epoch, 5, "the count goes on though the store forgot it");
+}
+
+#[test]
+fn exhausted_address_space_is_a_clear_error() {
+    let mut node = Node::new();
+    node.network = NetworkConfig::decode(br#"{"Network":"192.0.2.0/24","SubnetLen":26,"Backend":{"Type":"vxlan"}}"#)
+        .expect("valid");
+    let full = [("192.0.2.64-26", "n2"), ("192.0.2.128-26", "n3"), ("192.0.2.192-26", "n4")];
+    let full: Vec<_> = full.iter().map(|(key, name)| (*key, fabric(name, "198.51.100.1"), 3)).collect();
+    let Step::Wait(obstacle) = node.step(&set(&full, 3)) else { panic!("expected to wait") };
+    assert!(
+        obstacle.to_string().starts_with("all 3 IPv4 subnets of 192.0.2.0/24 are leased or reserved"),
+        "{obstacle}"
+    );
+}
+
+#[test]
+fn held_lease_is_kept_while_it_stands_and_rewritten_when_the_address_moves() {
+    let mut node = Node::with_a_lease();
+    let leases = set(&[(NINE, fabric("node-1", "192.0.2.1"), 5)], 6);
+    assert_eq!(node.step(&leases), Step::Keep);
+    node.public_ips.v4 = Some("192.0.2.100".parse().expect("ip"));
+    let step = node.step(&leases);
+    let Step::Rewrite(record) = step else { panic!("{step:?}") };
+    assert_eq!(record.endpoints().v4.expect("IPv4").public_ip.to_string(), "192.0.2.100");
+    assert_eq!(record.owner.expect("named").epoch, 4, "moving is no new claim");
+}
+
+#[test]
+fn held_lease_that_is_gone_or_changed_by_another_or_run_out_is_lost() {
+    let mut node = Node::with_a_lease();
+    assert_eq!(node.step(&set(&[], 6)), Step::Lost(Loss::Gone(key(NINE))));
+    let stolen = set(&[(NINE, flannel("192.0.2.1"), 6)], 6);
+    assert!(matches!(node.step(&stolen), Step::Lost(Loss::Taken(..))));
+    // A set from before our write proves nothing.
+    assert_eq!(node.step(&set(&[], 4)), Step::Keep);
+    node.held.as_mut().expect("held").run_out = true;
+    let stands = set(&[(NINE, fabric("node-1", "192.0.2.1"), 5)], 6);
+    assert_eq!(node.step(&stands), Step::Lost(Loss::RunOut(key(NINE))), "whatever the store says");
+}
+
+#[test]
+fn restart_with_nothing_changed_adopts_the_record_as_it_is() {
+    let mut node = Node::that_had_a_lease();
+    node.instance.boot = "old".into();
+    let leases = set(&[(NINE, fabric("node-1", "192.0.2.1"), 5)], 9);
+    assert!(matches!(node.step(&leases), Step::Adopt(held, _) if held.key == key(NINE) && held.mod_revision == 5));
+    for changed in ["another address", "another write", "another boot"] {
+        let mut node = Node::that_had_a_lease();
+        node.instance.boot = "old".into();
+        match changed {
+            "another address" => node.public_ips.v4 = Some("192.0.2.100".parse().expect("ip")),
+            "another write" => node.previous.as_mut().expect("had").written = Some(3),
+            _ => node.instance.boot = "new".into(),
+        }
+        assert_eq!(node.bid(&leases).expect, Expect::Revision(5), "{changed}");
+    }
+}
+
+#[test]
+fn subnet_that_another_has_is_waited_for_while_pods_are_in_it() {
+    let taken = set(&[(NINE, fabric("node-2", "192.0.2.2"), 6)], 6);
+    let mut node = Node { occupied: true, ..Node::that_had_a_lease() };
+    let told = node.obstacle(&taken);
+    assert!(told.contains("node-2") && told.contains("fabricctl lease renumber --force"), "{told}");
+    assert_eq!(node.bid(&empty()).key, key(NINE), "free again");
+    // A person may insist; without pods nobody has to.
+    node.leave = Some(key(NINE));
+    assert_ne!(node.bid(&taken).key, key(NINE));
+    node = Node { occupied: false, leave: None, ..node };
+    assert_ne!(node.bid(&taken).key, key(NINE));
+}
+
+#[test]
+fn node_that_is_told_to_leave_its_subnet_gives_it_back_and_takes_another() {
+    let mut node = Node { leave: Some(key(NINE)), occupied: true, ..Node::with_a_lease() };
+    let leases = set(&[(NINE, fabric("node-1", "192.0.2.1"), 5)], 6);
+    assert_eq!(node.step(&leases), Step::GiveBack);
+    node.held = None;
+    assert!(matches!(node.step(&leases), Step::Withdraw(_)), "its record is still there");
+    assert_ne!(node.bid(&empty()).key, key(NINE));
+}
+
+#[test]
+fn config_without_room_for_the_lease_ends_it_but_new_limits_do_not() {
+    let mut node = Node::with_a_lease();
+    let leases = set(&[(NINE, fabric("node-1", "192.0.2.1"), 5)], 6);
+    let json = br#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.100.0","Backend":{"Type":"vxlan"}}"#;
+    node.network = NetworkConfig::decode(json).expect("valid");
+    assert_eq!(node.step(&leases), Step::Keep, "a node keeps what it has");
+    node.network = config("10.99.0.0/16");
+    assert_eq!(node.step(&leases), Step::GiveBack);
+    // After a restart nobody has said that the pods may be cut off.
+    node = Node { held: None, occupied: true, ..node };
+    assert!(node.obstacle(&leases).contains("no subnet of the network config any more"));
+    node.occupied = false;
+    assert!(matches!(node.step(&leases), Step::Withdraw(_)));
+}
+
+#[test]
+fn after_a_wipe_those_that_had_a_subnet_come_first() {
+    let new = Node { settling: true, ..Node::new() };
+    assert!(new.obstacle(&empty()).contains("two minutes"));
+    let held = Node { settling: true, ..Node::that_had_a_lease() };
+    assert_eq!(held.bid(&empty()).key, key(NINE));
+    // An old record of another node, which will go: no reason to move.
+    let stale = set(&[(NINE, fabric("node-2", "192.0.2.2"), 6)], 6);
+    assert!(held.obstacle(&stale).contains("two minutes"));
+}
+
+#[test]
+fn record_from_before_a_rollback_is_withdrawn_and_the_present_subnet_kept() {
+    let node = Node::that_had_a_lease();
+    let older = set(&[("10.244.3.0-24", fabric("node-1", "192.0.2.1"), 2)], 3);
+    let step = node.step(&older);
+    let Step::Withdraw(bid) = step else { panic!("{step:?}") };
+    assert_eq!(bid.key, key("10.244.3.0-24"));
+    assert_eq!(node.bid(&empty()).key, key(NINE));
+}
+
+#[test]
+fn rebooted_node_and_one_in_a_new_namespace_are_the_same_node() {
+    let mut node = Node::new();
+    assert_eq!(node.bid(&set(&[(NINE, fabric("node-1", "192.0.2.9"), 5)], 5)).key, key(NINE), "another boot");
+    node.instance = Instance { boot: "old".into(), netns: 8 };
+    assert_eq!(node.bid(&set(&[(NINE, fabric("node-1", "192.0.2.1"), 5)], 5)).key, key(NINE), "the same address");
+    node.previous = Node::that_had_a_lease().previous;
+    assert_eq!(node.bid(&set(&[(NINE, fabric("node-1", "192.0.2.9"), 5)], 5)).key, key(NINE), "its own write");
+}
+
+#[test]
+fn second_node_of_the_same_name_is_refused_with_both_addresses() {
+    let other = set(&[(NINE, fabric("node-1", "192.0.2.9"), 5)], 5);
+    let mut node = Node { instance: Instance { boot: "old".into(), netns: 8 }, ..Node::new() };
+    let told = node.obstacle(&other);
+    assert!(told.contains("192.0.2.9") && told.contains("192.0.2.1") && told.contains("--node-name"), "{told}");
+    // Of two machines the newcomer can't be told from a reboot; the one that was there gives way and says so.
+    node = Node::with_a_lease();
+    let usurped = set(&[(NINE, fabric("node-1", "192.0.2.9"), 6)], 6);
+    assert!(matches!(node.step(&usurped), Step::Lost(Loss::Twin(..))));
+    node = Node { held: None, twin: Some(Instance { boot: "old".into(), netns: 7 }), ..node };
+    assert!(node.obstacle(&usurped).contains("another node is called node-1 too"));
+    assert_eq!(node.bid(&empty()).key, key(NINE), "the other one is gone");
+}
+
+#[test]
+fn resting_subnet_is_left_alone_unless_it_is_our_own_or_there_is_no_other() {
+    let mut node = Node::new();
+    let first = node.bid(&empty()).key;
+    let rest = |key: LeaseKey, name: &str, mod_revision| Resting {
+        subnet: key.subnets().v4.expect("IPv4"),
+        node: name.parse().ok(),
+        mod_revision,
+    };
+    node.resting = vec![rest(first, "node-2", 3)];
+    let bid = node.bid(&empty());
+    assert!(bid.key != first && bid.evict.is_empty());
+    node.resting = vec![rest(first, "node-1", 3)];
+    assert_eq!(node.bid(&empty()).key, first);
+
+    let json = br#"{"Network":"192.0.2.0/24","SubnetLen":26,"Backend":{"Type":"vxlan"}}"#;
+    node.network = NetworkConfig::decode(json).expect("valid");
+    node.resting = vec![rest(key("192.0.2.64-26"), "n2", 8), rest(key("192.0.2.128-26"), "n3", 9)];
+    assert_eq!(node.bid(&empty()).key, key("192.0.2.192-26"));
+    let full = set(
+        &[("192.0.2.64-26", fabric("n2", "198.51.100.1"), 3), ("192.0.2.192-26", fabric("n4", "198.51.100.1"), 3)],
+        3,
+    );
+    let bid = node.bid(&full);
+    assert_eq!((bid.key, bid.evict), (key("192.0.2.128-26"), vec![9]));
+}
+
+#[test]
+fn reserved_subnet_is_for_its_node_alone() {
+    let node = Node::new();
+    let free = node.bid(&empty()).key;
+    let mut leases = empty();
+    leases.reserve(&free.to_string(), Some(b"node-2"), 7);
+    assert_ne!(node.bid(&leases).key, free);
+    leases.reserve("10.244.77.0-24", Some(b"node-1"), 8);
+    assert_eq!(node.bid(&leases).key, key("10.244.77.0-24"));
+
+    let placeholder = Record::placeholder(&node.name, &key("10.244.77.0-24")).encode();
+    let bid = node.bid(&set(&[("10.244.77.0-24", placeholder, 9)], 9));
+    assert_eq!((bid.key, bid.expect), (key("10.244.77.0-24"), Expect::Revision(9)));
+    assert!(!bid.record.is_placeholder());
+}
+
+#[test]
+fn placeholder_of_a_node_that_went_away_is_put_back_by_a_few_of_the_others() {
+    let mut leases = set(&[(NINE, fabric("node-1", "192.0.2.1"), 5)], 6);
+    leases.reserve("10.244.77.0-24", Some(b"node-7"), 6);
+    let step = Node::with_a_lease().step(&leases);
+    assert!(
+        matches!(&step, Step::HoldPlace(place, record) if *place == key("10.244.77.0-24")
+        && record.is_placeholder() && record.node().is_some_and(|node| node.as_str() == "node-7")),
+        "{step:?}"
+    );
+
+    let nodes: Vec<String> = (1..=20).map(|n| format!("node-{n}")).collect();
+    let entries: Vec<(String, Vec<u8>, i64)> = (1..)
+        .zip(&nodes)
+        .map(|(n, node)| (format!("10.244.{n}.0-24"), fabric(node, &format!("192.0.2.{n}")), 5))
+        .collect();
+    let entries: Vec<(&str, Vec<u8>, i64)> = entries.iter().map(|(k, v, r)| (k.as_str(), v.clone(), *r)).collect();
+    let mut all = set(&entries, 6);
+    all.reserve("10.244.77.0-24", Some(b"node-77"), 6);
+    let holds_the_place = |(n, name): &(i32, &String)| {
+        let mut node = Node { name: name.parse().expect("valid"), ..Node::with_a_lease() };
+        node.public_ips.v4 = format!("192.0.2.{n}").parse().ok();
+        node.held.as_mut().expect("held").key = key(&format!("10.244.{n}.0-24"));
+        matches!(node.step(&all), Step::HoldPlace(..))
+    };
+    assert_eq!((1..).zip(&nodes).filter(holds_the_place).count(), KEEPERS_OF_A_PLACE);
+}

@@ -1,0 +1,28 @@
+//! The way to the daemon of this node.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use fabric_proto::v1::fabric_client::FabricClient;
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint, Uri};
+use tower::service_fn;
+
+/// Connects to the daemon's socket.
+pub async fn connect(socket: &Path) -> anyhow::Result<FabricClient<Channel>> {
+    let told = || format!("cannot reach the daemon at {}; is fabricd running, and are you root?", socket.display());
+    let path: PathBuf = socket.into();
+    let connect = move |_: Uri| {
+        let path = path.clone();
+        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+    };
+    // The name is for HTTP's sake; the connector goes to the socket.
+    let channel = Endpoint::from_static("http://fabricd").connect_with_connector(service_fn(connect)).await;
+    Ok(FabricClient::new(channel.with_context(told)?))
+}
+
+/// The daemon's own words, without gRPC's around them.
+pub fn told(status: &tonic::Status) -> anyhow::Error {
+    anyhow::anyhow!("{}", status.message())
+}

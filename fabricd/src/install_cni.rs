@@ -1,0 +1,298 @@
+//! `fabricd install-cni`: the CNI plugins and their conflist, put where a container runtime looks for them.
+//!
+//! The binaries come first and the conflist last, and only when this node is ready: its arrival is what makes a kubelet
+//! call the node ready, and pods would fail before. Everything arrives by rename, so a runtime never starts half a
+//! binary nor reads half a conflist, and a pod that is being added meanwhile isn't disturbed. Away it goes the other way
+//! round.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use clap::{Parser, ValueEnum};
+use fabric_core::handoff::{NODE_FILE, NodeFile, RUN_DIR, Readiness};
+use serde_json::{Value, json};
+
+use crate::files::{FileError, replace};
+
+/// The first word of the command line that asks for this instead of the daemon.
+pub const COMMAND: &str = "install-cni";
+
+/// What is installed.
+const PLUGINS: [&str; 2] = ["fabric-cni", "fabric-bridge"];
+
+/// The conflist as it is shipped.
+const CONFLIST: &str = include_str!("../../deploy/cni/10-fabric.conflist");
+
+/// How often the node is asked whether it is ready.
+const PERIOD: Duration = Duration::from_millis(200);
+
+/// Put the CNI plugins and their conflist in place, the conflist when this node is ready
+#[derive(Clone, Debug, Parser)]
+#[command(name = "fabricd install-cni", version)]
+pub struct InstallCni {
+    /// Where the runtime has its CNI plugins
+    #[arg(long, env = "FABRICD_CNI_BIN_DIR", value_name = "DIR", default_value = "/opt/cni/bin")]
+    pub bin_dir: PathBuf,
+
+    /// Where the runtime has its network configurations
+    #[arg(long, env = "FABRICD_CNI_CONF_DIR", value_name = "DIR", default_value = "/etc/cni/net.d")]
+    pub conf_dir: PathBuf,
+
+    /// Name of the conflist: runtimes take the first of the folder
+    #[arg(long, value_name = "NAME", default_value = "10-fabric.conflist")]
+    pub conf_name: String,
+
+    /// Version of the CNI spec that the conflist asks for: containerd 1.6 and podman 4 go no further than 1.0.0
+    #[arg(long, value_name = "VERSION", default_value = "1.0.0")]
+    pub cni_version: CniVersion,
+
+    /// Where fabric-cni and fabric-bridge are taken from [default: beside this program]
+    #[arg(long, value_name = "DIR")]
+    pub source_dir: Option<PathBuf>,
+
+    /// Folder of node.json
+    #[arg(long, env = "FABRICD_RUN_DIR", value_name = "DIR", default_value = RUN_DIR)]
+    pub run_dir: PathBuf,
+
+    /// How many seconds to wait for the node to become ready
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    pub ready_timeout: u64,
+
+    /// Take conflist and plugins away again
+    #[arg(long)]
+    pub uninstall: bool,
+}
+
+/// A version of the spec that a conflist may ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CniVersion {
+    /// What every runtime in use speaks.
+    #[value(name = "1.0.0")]
+    V1_0_0,
+    /// With GC and STATUS.
+    #[value(name = "1.1.0")]
+    V1_1_0,
+}
+
+impl InstallCni {
+    /// Reads the command line, if its first word asks for this.
+    #[must_use]
+    pub fn asked(args: impl IntoIterator<Item = OsString>) -> Option<Self> {
+        let mut args = args.into_iter();
+        let program = args.next()?;
+        (args.next()? == COMMAND).then(|| Self::parse_from(std::iter::once(program).chain(args)))
+    }
+
+    /// Installs or takes away, and says what was done.
+    ///
+    /// # Errors
+    /// A file can't be read or written; the node doesn't become ready; something else has our conflist's name.
+    pub fn run(&self) -> Result<()> {
+        if self.uninstall { self.uninstall() } else { self.install() }
+    }
+
+    fn install(&self) -> Result<()> {
+        let source = match &self.source_dir {
+            Some(dir) => dir.clone(),
+            None => std::env::current_exe()?.parent().unwrap_or(Path::new("/")).to_owned(),
+        };
+        for plugin in PLUGINS {
+            let from = source.join(plugin);
+            let content = fs::read(&from)
+                .with_context(|| format!("cannot read {}; --source-dir says where the plugins are", from.display()))?;
+            replace(&self.bin_dir.join(plugin), &content, 0o755)?;
+            println!("{}", self.bin_dir.join(plugin).display());
+        }
+        self.refuse_foreign_conflist()?;
+        self.wait_until_ready()?;
+        let conflist = format!("{:#}\n", self.conflist()?);
+        replace(&self.conflist_path(), conflist.as_bytes(), 0o644)?;
+        println!("{}", self.conflist_path().display());
+        self.warn_of_an_earlier_one()
+    }
+
+    /// The conflist first: from then on the runtime adds no more pods.
+    fn uninstall(&self) -> Result<()> {
+        self.refuse_foreign_conflist()?;
+        let plugins = PLUGINS.map(|plugin| self.bin_dir.join(plugin));
+        for file in [self.conflist_path()].iter().chain(&plugins) {
+            match fs::remove_file(file) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(source) => return Err(FileError { file: file.clone(), source }.into()),
+                Ok(()) => println!("{} removed", file.display()),
+            }
+        }
+        Ok(())
+    }
+
+    fn conflist_path(&self) -> PathBuf {
+        self.conf_dir.join(&self.conf_name)
+    }
+
+    /// The shipped conflist in the version that is asked for, without plugins that this node hasn't got: a conflist
+    /// that names one which is missing fails for every pod.
+    fn conflist(&self) -> Result<Value> {
+        let mut conflist: Value = serde_json::from_str(CONFLIST).context("the conflist that is built in")?;
+        conflist["cniVersion"] = match self.cni_version {
+            CniVersion::V1_0_0 => json!("1.0.0"),
+            CniVersion::V1_1_0 => json!("1.1.0"),
+        };
+        if let Some(plugins) = conflist["plugins"].as_array_mut() {
+            plugins.retain(|plugin| {
+                let name = plugin["type"].as_str().unwrap_or_default();
+                let there = self.bin_dir.join(name).is_file();
+                if !there {
+                    println!("without {name}, which is not in {}", self.bin_dir.display());
+                }
+                there
+            });
+        }
+        Ok(conflist)
+    }
+
+    fn wait_until_ready(&self) -> Result<()> {
+        let file = self.run_dir.join(NODE_FILE);
+        let deadline = Instant::now() + Duration::from_secs(self.ready_timeout);
+        loop {
+            let node = fs::read(&file).map_err(|e| e.to_string());
+            let node = node.and_then(|json| NodeFile::decode(&json).map_err(|e| e.to_string()));
+            let why = match node.map(|node| node.readiness) {
+                Ok(Readiness::Ready) => return Ok(()),
+                Ok(Readiness::NotReady { reason, .. }) => reason,
+                Err(e) => format!("{}: {e}; is fabricd running?", file.display()),
+            };
+            if Instant::now() >= deadline {
+                bail!("the plugins are in place but not the conflist, since this node is not ready: {why}");
+            }
+            thread::sleep(PERIOD);
+        }
+    }
+
+    /// A file of our name that isn't ours is somebody's network.
+    fn refuse_foreign_conflist(&self) -> Result<()> {
+        let path = self.conflist_path();
+        match fs::read_to_string(&path) {
+            Ok(text) if !text.contains(PLUGINS[0]) => {
+                bail!("{} is not ours: it names no {}; say another --conf-name", path.display(), PLUGINS[0])
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn warn_of_an_earlier_one(&self) -> Result<()> {
+        let names = fs::read_dir(&self.conf_dir)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let network = |name: &String| [".conf", ".conflist", ".json"].iter().any(|ending| name.ends_with(ending));
+        if let Some(first) = names.filter(network).filter(|name| *name < self.conf_name).min() {
+            eprintln!("{first} sorts before {}, so runtimes take that network; move it away", self.conf_name);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    /// A machine with plugins to install in `from`, and a node that is ready or not.
+    fn machine(ready: bool, args: &[&str]) -> (TempDir, InstallCni) {
+        let dir = TempDir::new().expect("a folder");
+        let path = |name: &str| dir.path().join(name).into_os_string();
+        for folder in ["from", "run", "bin"] {
+            fs::create_dir(path(folder)).expect("a folder");
+        }
+        for plugin in PLUGINS {
+            fs::write(dir.path().join("from").join(plugin), plugin).expect("a file");
+        }
+        fs::write(dir.path().join("bin/portmap"), "").expect("a file");
+        let state = if ready { r#""ready""# } else { r#""not-ready", "code": "starting", "reason": "no lease yet""# };
+        let subnet = r#"{"network": "10.244.0.0/16", "subnet": "10.244.3.0/24"}"#;
+        let node = format!(
+            r#"{{"version": 1, "node": "node-1", "state": {state}, "ipv4": {subnet}, "mtu": 1450, "epoch": 1}}"#
+        );
+        fs::write(dir.path().join("run/node.json"), node).expect("a file");
+        let mut line: Vec<OsString> = vec!["fabricd".into(), COMMAND.into(), "--ready-timeout".into(), "0".into()];
+        for (flag, folder) in
+            [("--bin-dir", "bin"), ("--conf-dir", "net.d"), ("--source-dir", "from"), ("--run-dir", "run")]
+        {
+            line.extend([flag.into(), path(folder)]);
+        }
+        line.extend(args.iter().map(Into::into));
+        let asked = InstallCni::asked(line).expect("it is asked for");
+        (dir, asked)
+    }
+
+    fn content(dir: &TempDir, file: &str) -> Option<String> {
+        fs::read_to_string(dir.path().join(file)).ok()
+    }
+
+    #[test]
+    fn plugins_and_conflist_arrive_and_leave_and_may_be_asked_to_twice() {
+        let (dir, install) = machine(true, &[]);
+        for _ in 0..2 {
+            install.run().expect("installed");
+            assert_eq!(content(&dir, "bin/fabric-cni").as_deref(), Some("fabric-cni"));
+            let mode = fs::metadata(dir.path().join("bin/fabric-bridge")).expect("a file").permissions().mode();
+            assert_eq!(mode & 0o777, 0o755);
+            let conflist: Value =
+                serde_json::from_str(&content(&dir, "net.d/10-fabric.conflist").expect("a conflist")).expect("JSON");
+            assert_eq!(conflist, serde_json::from_str::<Value>(CONFLIST).expect("JSON"));
+        }
+        let uninstall = InstallCni { uninstall: true, ..install };
+        for _ in 0..2 {
+            uninstall.run().expect("taken away");
+            for file in ["bin/fabric-cni", "bin/fabric-bridge", "net.d/10-fabric.conflist"] {
+                assert_eq!(content(&dir, file), None, "{file}");
+            }
+        }
+        assert!(content(&dir, "bin/portmap").is_some(), "what is not ours stays");
+    }
+
+    #[test]
+    fn conflist_waits_for_the_node_and_the_error_says_why_it_is_not_ready() {
+        let (dir, install) = machine(false, &[]);
+        let error = install.run().expect_err("not ready").to_string();
+        assert!(error.contains("no lease yet"), "{error}");
+        assert!(content(&dir, "bin/fabric-cni").is_some());
+        assert_eq!(content(&dir, "net.d/10-fabric.conflist"), None);
+    }
+
+    #[test]
+    fn conflist_speaks_the_version_asked_for_and_names_no_plugin_that_is_missing() {
+        let (dir, install) = machine(true, &["--cni-version", "1.1.0"]);
+        fs::remove_file(dir.path().join("bin/portmap")).expect("removed");
+        install.run().expect("installed");
+        let conflist: Value =
+            serde_json::from_str(&content(&dir, "net.d/10-fabric.conflist").expect("a conflist")).expect("JSON");
+        assert_eq!(
+            (&conflist["cniVersion"], &conflist["plugins"]),
+            (&"1.1.0".into(), &json!([{"type": "fabric-cni"}]))
+        );
+    }
+
+    #[test]
+    fn foreign_conflist_of_our_name_is_neither_replaced_nor_removed() {
+        let (dir, install) = machine(true, &[]);
+        fs::create_dir(dir.path().join("net.d")).expect("a folder");
+        fs::write(dir.path().join("net.d/10-fabric.conflist"), "{}").expect("a file");
+        for uninstall in [false, true] {
+            let error = InstallCni { uninstall, ..install.clone() }.run().expect_err("not ours").to_string();
+            assert!(error.contains("--conf-name"), "{error}");
+        }
+        assert_eq!(content(&dir, "net.d/10-fabric.conflist").as_deref(), Some("{}"));
+    }
+
+    #[test]
+    fn daemons_flags_do_not_ask_for_it() {
+        assert!(InstallCni::asked(["fabricd", "--cleanup"].map(OsString::from)).is_none());
+        assert!(InstallCni::asked(["fabricd".into()]).is_none());
+    }
+}

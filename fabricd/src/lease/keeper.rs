@@ -1,0 +1,393 @@
+//! The lease keeper: a task that gets this node's lease, keeps it alive, and says what it holds.
+//!
+//! What to do is decided by [`fabric_core::holding::next_step`]; here are the clock, the store and the retries.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use fabric_core::handoff::NotReady;
+use fabric_core::holding::{Bid, Held, Instance, Loss, Obstacle, Previous, Resting, Situation, Step, next_step};
+use fabric_core::leases::LeaseSet;
+use fabric_core::record::{LeaseKey, Record};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until, timeout_at};
+use tracing::{debug, error, info, warn};
+
+use super::backoff::Backoff;
+use super::{Command, Holding, Mark, Own, Remembered, Tenant, Wanted};
+use crate::store::{Claim, Grant, LeaseStore, StoreError};
+
+/// How long nothing is looked at when only a change can help; changes wake the keeper at once.
+const REST: Duration = Duration::from_secs(3600);
+
+/// How long the nodes that held subnets come first after the store was emptied or set back.
+pub const SETTLING: Duration = Duration::from_secs(120);
+
+/// How often it is looked for pods that are in the way; nobody says when they go.
+const PODS: Duration = Duration::from_secs(10);
+
+/// The lease keeper of one node.
+#[derive(Debug)]
+pub struct Keeper<S> {
+    store: Arc<S>,
+    tenant: Tenant,
+    /// The lease of before, or the one that is held.
+    previous: Option<Previous>,
+    mark: Option<Mark>,
+    grant: Option<Grant>,
+    /// When a lease ends that is only remembered.
+    unconfirmed: Option<Instant>,
+    /// The store's revision that was remembered, until it is compared.
+    remembered_revision: Option<i64>,
+    replaced: Option<Instant>,
+    twin: Option<Instance>,
+    leave: Option<LeaseKey>,
+    resting: Vec<Resting>,
+    holding: watch::Sender<Holding>,
+    commands: (mpsc::Sender<Command>, mpsc::Receiver<Command>),
+    retry: Backoff,
+}
+
+impl<S: LeaseStore> Keeper<S> {
+    /// A keeper that holds nothing yet. What is remembered is in use, but unconfirmed until the store has shown it.
+    pub fn new(store: Arc<S>, tenant: Tenant, remembered: Option<Remembered>) -> Self {
+        let mut holding = Holding::default();
+        if let Some(Remembered { own, mark, expires, .. }) = &remembered {
+            let reason = "the lease is remembered from disk; waiting for the store to confirm it".to_owned();
+            let trouble = Some((NotReady::Starting, reason));
+            holding = Holding { own: Some(own.clone()), mark: *mark, trouble, expires: *expires };
+        }
+        Self {
+            previous: remembered.as_ref().map(|r| previous(&r.own, r.mark)),
+            mark: holding.mark,
+            grant: None,
+            unconfirmed: holding.expires,
+            remembered_revision: remembered.map(|r| r.revision),
+            replaced: None,
+            twin: None,
+            leave: None,
+            resting: vec![],
+            holding: watch::channel(holding).0,
+            commands: mpsc::channel(8),
+            retry: Backoff::new(tenant.node.as_str()),
+            store,
+            tenant,
+        }
+    }
+
+    /// What is held, now and after every change.
+    pub fn holding(&self) -> watch::Receiver<Holding> {
+        self.holding.subscribe()
+    }
+
+    /// Where commands go.
+    pub fn commands(&self) -> mpsc::Sender<Command> {
+        self.commands.0.clone()
+    }
+
+    /// Runs until the other end of `wanted` is gone. The lease stays: a restart is no reason to lose it.
+    pub async fn run(mut self, mut wanted: watch::Receiver<Option<Wanted>>) {
+        let mut leases = self.store.leases();
+        let mut replaced = self.store.replaced();
+        loop {
+            let want = wanted.borrow_and_update().clone();
+            let set = leases.borrow_and_update().clone();
+            let wake = match (want, set) {
+                (Some(want), Some(set)) => self.advance(&want, &set).await,
+                _ => self.renew_if_due().await,
+            };
+            tokio::select! {
+                changed = wanted.changed() => if changed.is_err() { return },
+                changed = leases.changed() => if changed.is_err() { return },
+                changed = replaced.changed() => match changed {
+                    Ok(()) => self.begin_anew(),
+                    Err(_) => return,
+                },
+                Some(command) = self.commands.1.recv() => self.obey(command),
+                () = sleep_until(wake) => {}
+            }
+        }
+    }
+
+    /// Does what is to be done now, and says when to look again should nothing change until then.
+    async fn advance(&mut self, want: &Wanted, leases: &LeaseSet) -> Instant {
+        if self.remembered_revision.take().is_some_and(|revision| leases.revision() < revision) {
+            warn!("the store is older than what this node has seen of it before its start");
+            self.replaced = Some(Instant::now());
+        }
+        let pods = &self.tenant.pods;
+        let now = Instant::now();
+        let step = next_step(&Situation {
+            node: &self.tenant.node,
+            instance: &self.tenant.instance,
+            network: &want.network,
+            leases,
+            public_ips: &want.public_ips,
+            held: self.grant.as_ref().map(|grant| Held {
+                key: grant.key,
+                mod_revision: grant.mod_revision,
+                run_out: grant.expires <= now,
+            }),
+            previous: self.previous.as_ref(),
+            twin: self.twin.as_ref(),
+            occupied: self.grant.is_none() && self.previous.is_some_and(|had| pods.in_subnets(&had.key) > 0),
+            leave: self.leave,
+            settling: self.settles_until().is_some(),
+            resting: &self.resting,
+        });
+        let seen = leases.revision();
+        let outcome = match step {
+            Step::Keep => return self.renew_if_due().await,
+            Step::Wait(obstacle) => {
+                self.hinder(&obstacle.to_string());
+                return self.look_again_at(&obstacle);
+            }
+            Step::Lost(loss) => {
+                if let Loss::Twin(key, ..) = &loss {
+                    let owner = leases.get(key).and_then(|lease| lease.record.owner.clone());
+                    self.twin = owner.map(|owner| Instance { boot: owner.boot, netns: owner.netns });
+                }
+                self.lose(&loss.to_string());
+                return now;
+            }
+            Step::HoldPlace(key, placeholder) => {
+                let due = self.renew_if_due().await;
+                match self.store.hold_place(&key, &placeholder).await {
+                    Ok(()) => info!(subnet = %key, "reserved subnet kept for its node, which is away"),
+                    Err(error) => debug!(subnet = %key, %error, "reserved subnet not kept, trying again"),
+                }
+                return due.min(now + self.retry.next());
+            }
+            Step::Adopt(held, record) => self.adopt(held, &record).await,
+            Step::Claim(bid) => self.claim(bid, seen).await,
+            Step::Rewrite(record) => self.rewrite(record).await,
+            Step::Withdraw(bid) => self.withdraw(bid, seen).await,
+            Step::GiveBack => self.give_back().await,
+        };
+        self.conclude(outcome).await
+    }
+
+    async fn conclude(&mut self, outcome: Result<(), StoreError>) -> Instant {
+        match outcome {
+            Ok(()) => {
+                self.retry.reset();
+                return Instant::now();
+            }
+            // Who was faster shows in the watch, which wakes us; the delay is for the case that it has come already.
+            Err(StoreError::Lost { key }) => debug!(subnet = %key, "somebody else was faster, deciding anew"),
+            Err(StoreError::Guarded { key }) => {
+                debug!(subnet = %key, "somebody else's guard, looking at all of them");
+                match self.store.resting(self.tenant.grace).await {
+                    Ok(resting) => self.resting = resting,
+                    Err(error) => self.hinder(&error.to_string()),
+                }
+            }
+            Err(StoreError::Expired { .. }) => {
+                self.lose("its time has run out in the store");
+                return Instant::now();
+            }
+            // What is remembered stands until its time is over.
+            Err(error @ StoreError::Unreachable { .. }) if self.unconfirmed.is_some() => debug!(%error, "trying again"),
+            Err(error) => self.hinder(&error.to_string()),
+        }
+        let again = Instant::now() + self.retry.next();
+        self.grant.as_ref().map_or(again, |grant| again.min(grant.expires))
+    }
+
+    fn look_again_at(&self, obstacle: &Obstacle) -> Instant {
+        let now = Instant::now();
+        match obstacle {
+            Obstacle::Settling => self.settles_until().unwrap_or(now),
+            Obstacle::Occupied { .. } | Obstacle::Unfit(_) => now + PODS,
+            _ => now + REST,
+        }
+    }
+
+    fn settles_until(&self) -> Option<Instant> {
+        self.replaced.map(|replaced| replaced + SETTLING).filter(|end| *end > Instant::now())
+    }
+
+    /// Another store, or an older copy of it, has come.
+    fn begin_anew(&mut self) {
+        self.replaced = Some(Instant::now());
+        self.remembered_revision = None;
+        self.resting.clear();
+        if self.grant.is_some() {
+            self.lose("the store was replaced by another one or an older copy of itself");
+        }
+    }
+
+    fn obey(&mut self, Command::Renumber { force, reply }: Command) {
+        let answer = match self.previous.map(|previous| previous.key) {
+            None => Err("this node has no subnet to leave".to_owned()),
+            Some(key) => match self.tenant.pods.in_subnets(&key) {
+                pods @ 1.. if !force => Err(format!(
+                    "{pods} pods of this node have addresses in {key}, and would be cut off; \
+                     move them away first, or insist with: fabricctl lease renumber --force"
+                )),
+                _ => Ok(key),
+            },
+        };
+        if let Ok(key) = answer {
+            warn!(subnet = %key, force, "told to take another subnet");
+            self.leave = Some(key);
+        }
+        // Whoever asked may have gone.
+        let _ = reply.send(answer);
+    }
+
+    async fn claim(&mut self, bid: Bid, seen_revision: i64) -> Result<(), StoreError> {
+        let record = bid.record.clone();
+        let grant = self.store.claim(&self.as_claim(bid, seen_revision)).await?;
+        info!(subnet = %grant.key, epoch = epoch(&record), ttl = ?grant.ttl, "lease held");
+        self.hold(grant, &record);
+        Ok(())
+    }
+
+    /// Goes on with the record that this node wrote before it was started again. Nothing is written.
+    async fn adopt(&mut self, held: Held, record: &Record) -> Result<(), StoreError> {
+        let mark = self.mark.filter(|mark| mark.mod_revision == held.mod_revision);
+        let kept = match mark {
+            Some(Mark { mod_revision, lease_id, ttl }) => {
+                let (node, expires) = (self.tenant.node.clone(), Instant::now());
+                self.store.keep_alive(&Grant { node, key: held.key, mod_revision, lease_id, expires, ttl }).await
+            }
+            None => Err(StoreError::Expired { lease_id: 0 }),
+        };
+        match kept {
+            Ok(grant) => {
+                info!(subnet = %grant.key, epoch = epoch(record), ttl = ?grant.ttl, "lease held as before");
+                self.hold(grant, record);
+                Ok(())
+            }
+            Err(StoreError::Expired { .. }) => {
+                // It is claimed by its revision then.
+                self.mark = None;
+                self.previous = self.previous.map(|previous| Previous { written: None, ..previous });
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn hold(&mut self, grant: Grant, record: &Record) {
+        let own = Own { key: grant.key, endpoints: record.endpoints(), epoch: epoch(record) };
+        let mark = mark(&grant);
+        self.previous = Some(previous(&own, Some(mark)));
+        (self.mark, self.unconfirmed, self.twin, self.leave) = (Some(mark), None, None, None);
+        self.resting.clear();
+        let expires = Some(grant.expires);
+        self.holding.send_replace(Holding { own: Some(own), mark: Some(mark), trouble: None, expires });
+        self.grant = Some(grant);
+    }
+
+    async fn rewrite(&mut self, record: Record) -> Result<(), StoreError> {
+        let Some(grant) = self.grant.clone() else { return Ok(()) };
+        let written = timeout_at(grant.expires, self.store.rewrite(&grant, &record)).await;
+        let grant = written.unwrap_or(Err(StoreError::Expired { lease_id: grant.lease_id }))?;
+        info!(subnet = %grant.key, "lease rewritten, this node's addresses have changed");
+        self.hold(grant, &record);
+        Ok(())
+    }
+
+    async fn withdraw(&mut self, bid: Bid, seen_revision: i64) -> Result<(), StoreError> {
+        let grant = self.store.claim(&self.as_claim(bid, seen_revision)).await?;
+        info!(subnet = %grant.key, "record of this node withdrawn: it is to have another subnet");
+        self.store.release(&grant).await
+    }
+
+    async fn give_back(&mut self) -> Result<(), StoreError> {
+        let Some(grant) = self.grant.clone() else { return Ok(()) };
+        self.store.release(&grant).await?;
+        self.lose("it was given back for another one");
+        Ok(())
+    }
+
+    fn as_claim(&self, bid: Bid, seen_revision: i64) -> Claim {
+        let Bid { key, record, expect, evict } = bid;
+        Claim { node: self.tenant.node.clone(), key, record, expect, seen_revision, evict, ttl: self.tenant.ttl }
+    }
+
+    /// Keeps the lease alive when a third of its time has passed, and stops acting as its owner when all has.
+    async fn renew_if_due(&mut self) -> Instant {
+        let Some(grant) = &self.grant else { return self.doubt_if_due() };
+        let due = grant.expires - grant.ttl * 2 / 3;
+        if Instant::now() < due {
+            return due;
+        }
+        let expires = grant.expires;
+        let renewed = timeout_at(expires, self.store.keep_alive(grant)).await;
+        match renewed {
+            Ok(Ok(grant)) => {
+                debug!(subnet = %grant.key, "lease kept alive");
+                self.retry.reset();
+                let (due, expires) = (grant.expires - grant.ttl * 2 / 3, grant.expires);
+                self.holding.send_modify(|holding| holding.expires = Some(expires));
+                self.grant = Some(grant);
+                due
+            }
+            Ok(Err(StoreError::Expired { .. })) => {
+                self.lose("its time has run out in the store");
+                Instant::now()
+            }
+            Ok(Err(_)) if Instant::now() < expires => expires.min(Instant::now() + self.retry.next()),
+            Ok(Err(_)) | Err(_) => {
+                self.lose("its time has run out, and the store can't be reached to keep it alive");
+                Instant::now()
+            }
+        }
+    }
+
+    /// Ends a lease that is only remembered when its time is over.
+    fn doubt_if_due(&mut self) -> Instant {
+        match self.unconfirmed {
+            Some(end) if end <= Instant::now() => {
+                self.unconfirmed = None;
+                self.lose("its time has run out, and the store can't be reached to keep it alive");
+                Instant::now() + REST
+            }
+            Some(end) => end,
+            None => Instant::now() + REST,
+        }
+    }
+
+    /// The lease is not ours any more: no address may be handed out. What runs goes on.
+    fn lose(&mut self, why: &str) {
+        error!(reason = why, "lease lost, in quarantine until it is held again");
+        self.grant = None;
+        self.holding.send_modify(|holding| {
+            holding.trouble = Some((NotReady::Quarantine, format!("this node's lease is lost: {why}")));
+            holding.expires = None;
+        });
+    }
+
+    /// Says why there is no lease, once for each reason. A node that has a subnet is in quarantine then.
+    fn hinder(&self, why: &str) {
+        self.holding.send_if_modified(|holding| {
+            let code = if holding.own.is_some() { NotReady::Quarantine } else { NotReady::Failed };
+            if self.grant.is_some() || holding.trouble.as_ref().is_some_and(|(_, known)| known.ends_with(why)) {
+                return false;
+            }
+            warn!(reason = why, "no lease yet");
+            holding.trouble = Some((code, format!("this node has no lease: {why}")));
+            true
+        });
+    }
+}
+
+fn epoch(record: &Record) -> u64 {
+    record.owner.as_ref().map_or(0, |owner| owner.epoch)
+}
+
+fn mark(grant: &Grant) -> Mark {
+    Mark { mod_revision: grant.mod_revision, lease_id: grant.lease_id, ttl: grant.ttl }
+}
+
+fn previous(own: &Own, mark: Option<Mark>) -> Previous {
+    Previous {
+        key: own.key,
+        vtep_macs: own.endpoints.map(|_, endpoint| endpoint.vtep_mac),
+        epoch: own.epoch,
+        written: mark.map(|mark| mark.mod_revision),
+    }
+}

@@ -1,0 +1,154 @@
+//! What a person does to leases: look, reserve, and take away. Each is one transaction that compares what was seen.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use etcd_client::{Compare, CompareOp, TxnOp};
+use fabric_core::holding::Resting;
+use fabric_core::leases::{Lease, LeaseSet};
+use fabric_core::model::NodeName;
+use fabric_core::record::{LeaseKey, Record};
+
+use super::txn::Outcome;
+use super::{Etcd, Store};
+use crate::store::{LeaseStore as _, StoreError};
+
+/// All that is known of subnets that are not simply free.
+#[derive(Clone, Debug)]
+pub struct Overview {
+    /// Leases and reservations.
+    pub leases: Arc<LeaseSet>,
+    /// Subnets whose lease has ended.
+    pub resting: Vec<Resting>,
+}
+
+impl Etcd {
+    /// Leases, reservations and resting subnets. No grace begins because somebody looks.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreachable`] or `Refused`.
+    pub async fn overview(&self) -> Result<Overview, StoreError> {
+        let leases = self.listed().await;
+        let guards = self.store.guards_without_record().await?;
+        Ok(Overview { leases, resting: guards.into_iter().map(super::places::resting).collect() })
+    }
+
+    /// How long a lease lasts unless it is kept alive; `None` for a record that hangs on none, and stays for ever.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreachable`] or `Refused`.
+    pub async fn time_left(&self, lease: &Lease) -> Result<Option<Duration>, StoreError> {
+        self.store.time_left(&lease.key).await
+    }
+
+    /// Keeps a subnet for a node: also while it is away, and from flannel too.
+    ///
+    /// # Errors
+    /// [`StoreError::Refused`] when it is another node's, `Unreachable`.
+    pub async fn reserve(&self, node: &NodeName, key: &LeaseKey) -> Result<(), StoreError> {
+        let leases = self.listed().await;
+        let refused = |reason: String| StoreError::Refused { operation: RESERVE, reason };
+        let held = leases.iter().find(|lease| lease.key == *key);
+        if let Some(other) = held.filter(|lease| lease.record.node() != Some(node)) {
+            let told = format!("{key} is held by {}; free it there with: fabricctl lease renumber", other.holder());
+            return Err(refused(told));
+        }
+        if let Some(other) = leases.reservations().get(key).filter(|other| *other != node) {
+            let told = format!("{key} is reserved for {other}; end that with: fabricctl lease unreserve {other}");
+            return Err(refused(told));
+        }
+        let (record, reservation) = (self.store.keys.lease(key), self.store.keys.reservation(key));
+        let as_seen = match held {
+            Some(lease) => Compare::mod_revision(record.clone(), CompareOp::Equal, lease.mod_revision),
+            None => self.store.is_free(key),
+        };
+        let put_record = held.is_none().then(|| TxnOp::put(record, Record::placeholder(node, key).encode(), None));
+        let puts = std::iter::once(TxnOp::put(reservation, node.as_str(), None)).chain(put_record).collect();
+        self.store.once(RESERVE, vec![as_seen], puts).await
+    }
+
+    /// Ends the reservations of a node; a node that holds such a subnet keeps it. Gives them.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreachable`] or `Refused`.
+    pub async fn unreserve(&self, node: &NodeName) -> Result<Vec<LeaseKey>, StoreError> {
+        let leases = self.listed().await;
+        let of_node = leases.reservations().iter().filter(|(_, reserved)| *reserved == node);
+        let keys: Vec<LeaseKey> = of_node.map(|(key, _)| *key).collect();
+        for key in &keys {
+            let (record, reservation) = (self.store.keys.lease(key), self.store.keys.reservation(key));
+            let placeholder = leases.get(key).filter(|lease| lease.record.is_placeholder());
+            let as_seen = placeholder.map(|p| Compare::mod_revision(record.clone(), CompareOp::Equal, p.mod_revision));
+            let mut deletes = vec![TxnOp::delete(reservation, None)];
+            deletes.extend(placeholder.map(|_| TxnOp::delete(record, None)));
+            self.store.once("end a reservation", as_seen.into_iter().collect(), deletes).await?;
+        }
+        Ok(keys)
+    }
+
+    /// Takes a node's lease away, guards included: for a node that is gone. One that lives takes it back at once. Gives
+    /// the subnets, if it had any.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreachable`] or `Refused`.
+    pub async fn release_node(&self, node: &NodeName) -> Result<Vec<LeaseKey>, StoreError> {
+        let Overview { leases, resting } = self.overview().await?;
+        let of_node = leases.iter().filter(|l| l.record.node() == Some(node) && !l.record.is_placeholder());
+        let mut released = vec![];
+        for lease in of_node {
+            let record = self.store.keys.lease(&lease.key);
+            let as_seen = vec![Compare::mod_revision(record.clone(), CompareOp::Equal, lease.mod_revision)];
+            let keys = std::iter::once(record).chain(self.store.keys.guards(&lease.key));
+            self.store.once(RELEASE, as_seen, keys.map(|key| TxnOp::delete(key, None)).collect()).await?;
+            released.push(lease.key);
+        }
+        for rest in resting.into_iter().filter(|rest| rest.node.as_ref() == Some(node)) {
+            let key = LeaseKey::new([(rest.subnet.family(), rest.subnet)].into_iter().collect());
+            for guard in key.iter().flat_map(|key| self.store.keys.guards(key)) {
+                let as_seen = vec![Compare::mod_revision(guard.clone(), CompareOp::Equal, rest.mod_revision)];
+                self.store.once(RELEASE, as_seen, vec![TxnOp::delete(guard, None)]).await?;
+            }
+            released.extend(key);
+        }
+        Ok(released)
+    }
+
+    async fn listed(&self) -> Arc<LeaseSet> {
+        let mut leases = self.leases();
+        let listed = leases.wait_for(Option::is_some).await.ok().and_then(|set| set.clone());
+        listed.unwrap_or_default()
+    }
+}
+
+const RESERVE: &str = "reserve the subnet";
+const RELEASE: &str = "release the lease";
+
+impl Store {
+    /// A transaction that is not tried again: a person decided on what was there.
+    async fn once(&self, operation: &'static str, seen: Vec<Compare>, then: Vec<TxnOp>) -> Result<(), StoreError> {
+        match self.transact(operation, seen, then, &[]).await? {
+            Outcome::Done(_) => Ok(()),
+            _ => Err(StoreError::Refused { operation, reason: "somebody changed it meanwhile; try again".into() }),
+        }
+    }
+
+    async fn time_left(&self, key: &LeaseKey) -> Result<Option<Duration>, StoreError> {
+        const ASK: &str = "ask how long a lease lasts";
+        let record = self.keys.lease(key);
+        let (mut found, _) = self
+            .connector
+            .ask(ASK, |client| {
+                let record = record.clone();
+                async move { client.kv_client().get(record, None).await }
+            })
+            .await?;
+        let Some(lease) = found.take_kvs().first().map(etcd_client::KeyValue::lease).filter(|lease| *lease != 0) else {
+            return Ok(None);
+        };
+        let left = self
+            .connector
+            .send(ASK, |client| async move { client.lease_client().time_to_live(lease, None).await })
+            .await?;
+        Ok(Some(Duration::from_secs(left.ttl().try_into().unwrap_or_default())))
+    }
+}
