@@ -272,7 +272,7 @@ impl Disk {
     }
 
     fn write(&self, name: &str, content: &impl Serialize) -> Result<(), FileError> {
-        replace(&self.dir.join(name), &encode(content), 0o644)
+        replace(&self.dir.join(name), &encode(content), 0o600)
     }
 }
 

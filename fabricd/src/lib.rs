@@ -21,6 +21,7 @@ pub mod kept;
 pub mod kernel;
 pub mod lease;
 pub mod pending;
+pub mod planned;
 pub mod pods;
 pub mod reconcile;
 pub mod rule_args;

@@ -14,7 +14,7 @@ use fabric_core::handoff::{NODE_FILE_VERSION, NodeFile, NodeSubnet, NotReady, Re
 use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::{Family, NodeName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
-use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep, desired, device_name};
+use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep, device_name};
 use fabric_core::rules::RuleOptions;
 use fabric_core::rules::change::{Change, change};
 use fabric_core::state::Sysctl;
@@ -28,6 +28,7 @@ use crate::kept::Kept;
 use crate::kernel::{Kernel, Observed};
 use crate::lease::{Holding, Own, Wanted};
 use crate::pending::Pending;
+use crate::planned::Planned;
 use crate::rules::Rules;
 use crate::store::{Connection, LeaseStore, Network};
 use crate::underlay::{self, Selector, Underlay};
@@ -66,6 +67,7 @@ pub struct Reconciler<S, K> {
     remembered: Option<NetworkConfig>,
     kept: Kept,
     commands: (mpsc::Sender<Command>, mpsc::Receiver<Command>),
+    planned: Planned,
     failures: u32,
 }
 
@@ -111,6 +113,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             remembered: before.network,
             kept: Kept::new(before.leases),
             commands: mpsc::channel(8),
+            planned: Planned::default(),
             failures: 0,
         }
     }
@@ -314,7 +317,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         network: &NetworkConfig,
         own: &Own,
         underlays: &PerFamily<Underlay>,
-        leases: &LeaseSet,
+        leases: &Arc<LeaseSet>,
     ) -> Result<bool, Blocked> {
         let vteps = vteps(network, own, underlays);
         view.mtu = vteps.values().map(|vtep| vtep.mtu).min().unwrap_or_default();
@@ -323,7 +326,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             .filter_map(|(family, vtep)| {
                 Some(VtepView {
                     device: device_name(family, network.vxlan.vni),
-                    underlay: underlays.get(family)?.dev.clone(),
+                    underlay: underlays.get(family)?.dev,
                     public_ip: own.endpoints.get(family)?.public_ip,
                     vtep: *vtep,
                 })
@@ -335,20 +338,21 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             on_link: on_link(observed, underlays).collect(),
         };
         let (have, foreign) = (&observed.ours, &observed.foreign);
-        let Desired { state, refused, conflicts, .. } =
-            desired(&Inputs { network, own: &own.key, vteps: &vteps, leases, facts: &facts, have, foreign });
+        let inputs = Inputs { network, own: &own.key, vteps: &vteps, leases, facts: &facts, have, foreign };
+        let Desired { state, refused, conflicts, .. } = self.planned.desired(&inputs, leases);
 
         // Before anything is there that decapsulates, those who may send to it are known.
-        let mut filter = change(&self.rules.wanted(network, own, observed, leases, &refused), &observed.rules);
+        let mut filter = change(&self.rules.wanted(network, own, observed, leases, refused), &observed.rules);
         if view.from_disk {
             filter = filter.without_removals();
         }
+        let plan = diff(state, have);
+        view.troubles = refused.iter().map(|(key, refusal)| (*key, PeerTrouble::Refused(refusal.clone()))).collect();
+        let conflicts = conflicts.clone();
         let filtered = self.enforce(&filter).await;
-        let plan = diff(&state, have);
         let failures = self.execute(&plan, view.from_disk).await;
         let is_peer = |lease: &&Arc<Lease>| lease.key != own.key && !lease.record.is_placeholder();
         view.peers = leases.iter().filter(is_peer).cloned().collect();
-        view.troubles = refused.into_iter().map(|(key, refusal)| (key, PeerTrouble::Refused(refusal))).collect();
         let pending = Pending::new(&failures, &conflicts);
         for peer in &view.peers {
             if let Some(reason) = pending.reason(peer) {
@@ -484,5 +488,5 @@ fn on_link<'a>(
 ) -> impl Iterator<Item = (Subnet, fabric_core::model::IfName)> + 'a {
     let chosen: BTreeSet<_> = underlays.values().map(|underlay| &underlay.dev).collect();
     let links = observed.host.links.iter().filter(move |link| chosen.contains(&link.name));
-    links.flat_map(|link| link.addresses.iter().map(|(_, prefix)| (*prefix, link.name.clone())))
+    links.flat_map(|link| link.addresses.iter().map(|(_, prefix)| (*prefix, link.name)))
 }

@@ -117,8 +117,8 @@ pub fn choose(selectors: &[Selector], host: &Host, family: Family) -> Result<Und
     let mut addresses = link.addresses.iter().map(|(ip, _)| *ip).filter(|ip| Family::of(*ip) == family);
     let local = wished.filter(|ip| Family::of(*ip) == family).or_else(|| addresses.next());
     match local {
-        Some(local) => Ok(Underlay { dev: link.name.clone(), local, mtu: link.mtu }),
-        None => Err(UnderlayError::NoAddress { dev: link.name.clone(), family }),
+        Some(local) => Ok(Underlay { dev: link.name, local, mtu: link.mtu }),
+        None => Err(UnderlayError::NoAddress { dev: link.name, family }),
     }
 }
 

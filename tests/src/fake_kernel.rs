@@ -75,8 +75,8 @@ impl Tables {
     pub fn host(addresses: &[(IpAddr, Subnet)]) -> Self {
         let mut tables = Self::default();
         let eth0: IfName = "eth0".parse().expect("valid");
-        tables.add_link(eth0.clone(), "veth", 1500);
-        tables.addresses = addresses.iter().map(|(ip, prefix)| (eth0.clone(), *ip, *prefix)).collect();
+        tables.add_link(eth0, "veth", 1500);
+        tables.addresses = addresses.iter().map(|(ip, prefix)| (eth0, *ip, *prefix)).collect();
         tables.sysctls = [(Sysctl::Ipv4Forward, 0), (Sysctl::Ipv6Forward, 0)].into();
         tables
     }
@@ -98,8 +98,8 @@ impl Tables {
         if self.links.contains_key(&name) || self.links.values().filter_map(|l| l.vxlan.as_ref()).any(same) {
             return Err(libc::EEXIST);
         }
-        self.add_link(name.clone(), "vxlan", vxlan.mtu);
-        self.sysctls.insert(Sysctl::AcceptRa(name.clone()), 1);
+        self.add_link(name, "vxlan", vxlan.mtu);
+        self.sysctls.insert(Sysctl::AcceptRa(name), 1);
         let link = self.links.get_mut(&name).expect("just added");
         link.up = vxlan.up;
         link.vxlan = Some(vxlan);
@@ -112,7 +112,7 @@ impl Tables {
         self.links.remove(dev);
         self.addresses.retain(|(d, _, _)| d != dev);
         self.fdb.retain(|(d, _), _| d != dev);
-        self.sysctls.remove(&Sysctl::AcceptRa(dev.clone()));
+        self.sysctls.remove(&Sysctl::AcceptRa(*dev));
     }
 
     /// `ip link set DEV down`: routes, nexthop objects, permanent neighbours and IPv6 addresses go; FDB entries and
@@ -183,9 +183,9 @@ impl Tables {
     /// One write, as the kernel takes it. Deleting what is gone is fine.
     fn write(&mut self, op: &Op) -> Result<(), i32> {
         match op {
-            Op::Link(name, Change::Create(link)) => self.add_vxlan(name.clone(), link.clone())?,
+            Op::Link(name, Change::Create(link)) => self.add_vxlan(*name, *link)?,
             Op::Link(name, Change::Replace { now, .. }) => {
-                let was = self.our_link(name).ok_or(libc::ENODEV)?.clone();
+                let was = *self.our_link(name).ok_or(libc::ENODEV)?;
                 if !was.can_become(now) {
                     return Err(libc::EOPNOTSUPP);
                 }
@@ -196,7 +196,7 @@ impl Tables {
                     self.neighbours.retain(|(dev, _), _| dev != name);
                 }
                 let link = self.links.get_mut(name).expect("just seen");
-                (link.up, link.mtu, link.vxlan) = (now.up, now.mtu, Some(now.clone()));
+                (link.up, link.mtu, link.vxlan) = (now.up, now.mtu, Some(*now));
             }
             Op::Link(name, Change::Delete(_)) => {
                 if self.our_link(name).is_some() {
@@ -208,24 +208,24 @@ impl Tables {
             }
             Op::Address(dev, Change::Create(address) | Change::Replace { now: address, .. }) => {
                 self.present(dev)?;
-                self.addresses.insert((dev.clone(), address.base(), *address));
+                self.addresses.insert((*dev, address.base(), *address));
             }
             Op::Address(dev, Change::Delete(address)) => {
-                self.addresses.remove(&(dev.clone(), address.base(), *address));
+                self.addresses.remove(&(*dev, address.base(), *address));
             }
             Op::Fdb(dev, mac, Change::Create(dst) | Change::Replace { now: dst, .. }) => {
                 self.present(dev)?;
-                self.fdb.insert((dev.clone(), *mac), *dst);
+                self.fdb.insert((*dev, *mac), *dst);
             }
             Op::Fdb(dev, mac, Change::Delete(_)) => {
-                self.fdb.remove(&(dev.clone(), *mac));
+                self.fdb.remove(&(*dev, *mac));
             }
             Op::Neighbour(dev, ip, Change::Create(mac) | Change::Replace { now: mac, .. }) => {
                 self.present(dev)?;
-                self.neighbours.insert((dev.clone(), *ip), *mac);
+                self.neighbours.insert((*dev, *ip), *mac);
             }
             Op::Neighbour(dev, ip, Change::Delete(_)) => {
-                self.neighbours.remove(&(dev.clone(), *ip));
+                self.neighbours.remove(&(*dev, *ip));
             }
             Op::Nexthop(..) if self.without_nexthop_objects => return Err(libc::EOPNOTSUPP),
             Op::Nexthop(id, Change::Create(to)) => {
@@ -233,11 +233,11 @@ impl Tables {
                 if self.nexthops.contains_key(id) {
                     return Err(libc::EEXIST);
                 }
-                self.nexthops.insert(*id, (ROUTE_PROTOCOL, to.clone()));
+                self.nexthops.insert(*id, (ROUTE_PROTOCOL, *to));
             }
             Op::Nexthop(id, Change::Replace { now: to, .. }) => {
                 self.usable(&to.dev)?;
-                self.nexthops.insert(*id, (ROUTE_PROTOCOL, to.clone()));
+                self.nexthops.insert(*id, (ROUTE_PROTOCOL, *to));
             }
             Op::Nexthop(id, Change::Delete(_)) => self.delete_nexthop(*id),
             Op::Route(dst, Change::Create(via)) => {
@@ -267,25 +267,20 @@ impl Tables {
         let others = || self.links.iter().filter(|(name, _)| !ours(name));
         Observed {
             ours: KernelState {
-                links: self.links.keys().filter_map(|dev| Some((dev.clone(), self.our_link(dev)?.clone()))).collect(),
+                links: self.links.keys().filter_map(|dev| Some((*dev, *self.our_link(dev)?))).collect(),
                 addresses: self
                     .addresses
                     .iter()
                     .filter(|(dev, ip, prefix)| ours(dev) && *ip == prefix.base())
-                    .map(|(dev, _, prefix)| (dev.clone(), *prefix))
+                    .map(|(dev, _, prefix)| (*dev, *prefix))
                     .collect(),
-                fdb: self.fdb.iter().filter(|((dev, _), _)| ours(dev)).map(|(k, v)| (k.clone(), *v)).collect(),
-                neighbours: self
-                    .neighbours
-                    .iter()
-                    .filter(|((dev, _), _)| ours(dev))
-                    .map(|(k, v)| (k.clone(), *v))
-                    .collect(),
+                fdb: self.fdb.iter().filter(|((dev, _), _)| ours(dev)).map(|(k, v)| (*k, *v)).collect(),
+                neighbours: self.neighbours.iter().filter(|((dev, _), _)| ours(dev)).map(|(k, v)| (*k, *v)).collect(),
                 nexthops: self
                     .nexthops
                     .iter()
                     .filter(|(id, (protocol, nexthop))| self.is_our_nexthop(**id, *protocol, nexthop))
-                    .map(|(id, (_, nexthop))| (*id, nexthop.clone()))
+                    .map(|(id, (_, nexthop))| (*id, *nexthop))
                     .collect(),
                 routes: self
                     .routes
@@ -297,7 +292,7 @@ impl Tables {
                     .sysctls
                     .iter()
                     .filter(|(setting, _)| !matches!(setting, Sysctl::AcceptRa(dev) if !ours(dev)))
-                    .map(|(setting, value)| (setting.clone(), *value))
+                    .map(|(setting, value)| (*setting, *value))
                     .collect(),
             },
             foreign: Foreign {
@@ -316,7 +311,7 @@ impl Tables {
                 links: others()
                     .map(|(name, link)| {
                         let vxlan = link.vxlan.as_ref().map(|v| (v.vni.get(), v.port, Family::of(v.local)));
-                        (name.clone(), ForeignLink { kind: link.kind.clone(), vxlan })
+                        (*name, ForeignLink { kind: link.kind.clone(), vxlan })
                     })
                     .collect(),
             },
@@ -324,7 +319,7 @@ impl Tables {
                 links: others()
                     .map(|(name, link)| HostLink {
                         index: link.index,
-                        name: name.clone(),
+                        name: *name,
                         mtu: link.mtu,
                         up: link.up,
                         loopback: name.as_str() == "lo",

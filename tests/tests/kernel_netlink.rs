@@ -162,7 +162,7 @@ fn refusal_carries_the_kernels_own_words() {
         let mut world = RealWorld::default();
         ip("link add flannel.1 type vxlan id 1 dstport 8472 local 192.0.2.1");
         let dev = device(Family::V4);
-        let create = Op::Link(dev.clone(), Change::Create(wanted(Family::V4, 1).links[&dev].clone()));
+        let create = Op::Link(dev, Change::Create(wanted(Family::V4, 1).links[&dev]));
         let error = world.kernel().apply(&[create]).await.remove(0).expect_err("the VNI is taken");
         let KernelError::Refused { op, detail, .. } = &error else { panic!("{error}") };
         assert!(op.starts_with("ip link add fabric.1 "), "{op}");
@@ -216,7 +216,7 @@ fn host_is_seen_with_its_addresses_default_routes_and_ways() {
         let dev: IfName = v("eth0");
         assert_eq!(
             host.reaches,
-            [(far, dev.clone(), v("192.0.2.1")), (far6, dev, v("2001:db8:ff::1"))],
+            [(far, dev, v("192.0.2.1")), (far6, dev, v("2001:db8:ff::1"))],
             "to the third there is no way"
         );
     });

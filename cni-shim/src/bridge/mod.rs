@@ -98,7 +98,7 @@ impl Call<BridgeConf> {
         let cable = Cable {
             port: port_name(&self.conf.name, &pod.id),
             port_mac: random_mac(),
-            ifname: pod.id.ifname.clone(),
+            ifname: pod.id.ifname,
             mac: self.conf.wished_mac(&self.args)?.unwrap_or_else(random_mac),
             mtu: self.conf.mtu,
         };

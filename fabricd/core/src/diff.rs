@@ -5,6 +5,7 @@
 //! it builds on, so that when one fails only those above it wait: see [`Gate`].
 
 use std::borrow::Cow;
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
@@ -76,7 +77,7 @@ pub enum Op {
 }
 
 /// What names an entry, over all tables.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Key {
     /// A device.
     Link(IfName),
@@ -99,13 +100,13 @@ impl Op {
     #[must_use]
     pub fn key(&self) -> Key {
         match self {
-            Self::Link(name, _) => Key::Link(name.clone()),
-            Self::Sysctl(sysctl, _) => Key::Sysctl(sysctl.clone()),
+            Self::Link(name, _) => Key::Link(*name),
+            Self::Sysctl(sysctl, _) => Key::Sysctl(*sysctl),
             Self::Address(dev, Change::Create(a) | Change::Delete(a) | Change::Replace { now: a, .. }) => {
-                Key::Address(dev.clone(), *a)
+                Key::Address(*dev, *a)
             }
-            Self::Fdb(dev, mac, _) => Key::Fdb(dev.clone(), *mac),
-            Self::Neighbour(dev, ip, _) => Key::Neighbour(dev.clone(), *ip),
+            Self::Fdb(dev, mac, _) => Key::Fdb(*dev, *mac),
+            Self::Neighbour(dev, ip, _) => Key::Neighbour(*dev, *ip),
             Self::Nexthop(id, _) => Key::Nexthop(*id),
             Self::Route(dst, _) => Key::Route(*dst),
         }
@@ -130,12 +131,12 @@ impl Op {
     pub fn needs(&self) -> Vec<Key> {
         match self {
             Self::Link(..) => vec![],
-            Self::Sysctl(Sysctl::AcceptRa(dev), _) => vec![Key::Link(dev.clone())],
+            Self::Sysctl(Sysctl::AcceptRa(dev), _) => vec![Key::Link(*dev)],
             Self::Sysctl(..) => vec![],
-            Self::Address(dev, c) if c.wanted().is_some() => vec![Key::Link(dev.clone())],
-            Self::Fdb(dev, _, c) if c.wanted().is_some() => vec![Key::Link(dev.clone())],
+            Self::Address(dev, c) if c.wanted().is_some() => vec![Key::Link(*dev)],
+            Self::Fdb(dev, _, c) if c.wanted().is_some() => vec![Key::Link(*dev)],
             Self::Neighbour(dev, _, c) => {
-                c.wanted().map(|mac| vec![Key::Link(dev.clone()), Key::Fdb(dev.clone(), *mac)]).unwrap_or_default()
+                c.wanted().map(|mac| vec![Key::Link(*dev), Key::Fdb(*dev, *mac)]).unwrap_or_default()
             }
             Self::Nexthop(_, c) => c.wanted().map(over_vtep).unwrap_or_default(),
             Self::Route(_, c) => c.wanted().map(below_route).unwrap_or_default(),
@@ -147,7 +148,7 @@ impl Op {
     #[must_use]
     pub fn holds(&self) -> Vec<Key> {
         match self {
-            Self::Neighbour(dev, _, c) => c.found().map(|mac| vec![Key::Fdb(dev.clone(), *mac)]).unwrap_or_default(),
+            Self::Neighbour(dev, _, c) => c.found().map(|mac| vec![Key::Fdb(*dev, *mac)]).unwrap_or_default(),
             Self::Nexthop(_, c) => c.found().map(over_vtep).unwrap_or_default(),
             Self::Route(_, c) => c.found().map(below_route).unwrap_or_default(),
             _ => vec![],
@@ -170,7 +171,7 @@ impl Op {
 }
 
 fn over_vtep(nexthop: &Nexthop) -> Vec<Key> {
-    vec![Key::Link(nexthop.dev.clone()), Key::Neighbour(nexthop.dev.clone(), nexthop.gateway)]
+    vec![Key::Link(nexthop.dev), Key::Neighbour(nexthop.dev, nexthop.gateway)]
 }
 
 fn below_route(via: &Via) -> Vec<Key> {
@@ -224,8 +225,7 @@ pub fn diff(want: &KernelState, have: &KernelState) -> Plan {
         .filter(|(name, link)| want.links.get(*name).is_some_and(|want| !link.can_become(want)))
         .map(|(name, _)| name)
         .collect();
-    let first: Vec<Op> =
-        outgrown.iter().map(|name| Op::Link((*name).clone(), Change::Delete(have.links[*name].clone()))).collect();
+    let first: Vec<Op> = outgrown.iter().map(|name| Op::Link(*(*name), Change::Delete(have.links[*name]))).collect();
     // A new MAC address costs a device its permanent neighbours (`neigh_changeaddr`).
     let renamed: BTreeSet<&IfName> = have
         .links
@@ -242,13 +242,11 @@ pub fn diff(want: &KernelState, have: &KernelState) -> Plan {
     };
 
     let addresses = |state: &KernelState| -> BTreeMap<(IfName, Subnet), Subnet> {
-        state.addresses.iter().map(|(dev, a)| ((dev.clone(), *a), *a)).collect()
+        state.addresses.iter().map(|(dev, a)| ((*dev, *a), *a)).collect()
     };
     let mut ops = Vec::new();
     ops.extend(changes(&want.links, &have.links).map(|(name, c)| Op::Link(name, c)));
-    ops.extend(
-        want.sysctls.iter().filter(|(k, v)| have.sysctls.get(k) != Some(v)).map(|(k, v)| Op::Sysctl(k.clone(), *v)),
-    );
+    ops.extend(want.sysctls.iter().filter(|(k, v)| have.sysctls.get(k) != Some(v)).map(|(k, v)| Op::Sysctl(*k, *v)));
     ops.extend(changes(&addresses(want), &addresses(&have)).map(|((dev, _), c)| Op::Address(dev, c)));
     ops.extend(changes(&want.fdb, &have.fdb).map(|((dev, mac), c)| Op::Fdb(dev, mac, c)));
     ops.extend(changes(&want.neighbours, &have.neighbours).map(|((dev, ip), c)| Op::Neighbour(dev, ip, c)));
@@ -279,17 +277,32 @@ pub fn without(state: &KernelState, gone: impl Fn(&IfName) -> bool) -> KernelSta
     left
 }
 
-fn changes<K: Ord + Clone, V: PartialEq + Clone>(
+/// What is missing, other or too much, in the order of the keys: one walk along both tables.
+fn changes<K: Ord + Copy, V: PartialEq + Clone>(
     want: &BTreeMap<K, V>,
     have: &BTreeMap<K, V>,
 ) -> impl Iterator<Item = (K, Change<V>)> {
-    let wanted = want.iter().filter_map(|(key, now)| match have.get(key) {
-        None => Some((key.clone(), Change::Create(now.clone()))),
-        Some(was) if was != now => Some((key.clone(), Change::Replace { was: was.clone(), now: now.clone() })),
-        Some(_) => None,
-    });
-    let unwanted = have.iter().filter(|(key, _)| !want.contains_key(key));
-    wanted.chain(unwanted.map(|(key, was)| (key.clone(), Change::Delete(was.clone()))))
+    let (mut want, mut have) = (want.iter().peekable(), have.iter().peekable());
+    std::iter::from_fn(move || {
+        loop {
+            let order = match (want.peek(), have.peek()) {
+                (Some((wanted, _)), Some((found, _))) => wanted.cmp(found),
+                (Some(_), None) => Ordering::Less,
+                (None, Some(_)) => Ordering::Greater,
+                (None, None) => return None,
+            };
+            match order {
+                Ordering::Less => return want.next().map(|(key, now)| (*key, Change::Create(now.clone()))),
+                Ordering::Greater => return have.next().map(|(key, was)| (*key, Change::Delete(was.clone()))),
+                Ordering::Equal => {
+                    let ((key, now), (_, was)) = (want.next()?, have.next()?);
+                    if now != was {
+                        return Some((*key, Change::Replace { was: was.clone(), now: now.clone() }));
+                    }
+                }
+            }
+        }
+    })
 }
 
 /// Decides which steps still make sense after some have failed.

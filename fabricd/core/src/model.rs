@@ -348,32 +348,21 @@ impl fmt::Debug for MacAddr {
     }
 }
 
-/// A network interface's name, as the kernel allows it (`dev_valid_name` in net/core/dev.c).
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+/// A network interface's name, as the kernel allows it (`dev_valid_name` in net/core/dev.c). Kept in place, as the
+/// kernel does: it is a part of thousands of keys.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct IfName(String);
+pub struct IfName([u8; Self::SIZE]);
 
 impl IfName {
+    /// `IFNAMSIZ`: the longest name and the zero byte that ends it.
+    const SIZE: usize = 16;
+
     /// The name as text.
     #[must_use]
     pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl TryFrom<String> for IfName {
-    type Error = Invalid;
-
-    fn try_from(name: String) -> Result<Self, Invalid> {
-        let fine = (1..=15).contains(&name.len())
-            && name != "."
-            && name != ".."
-            && !name.bytes().any(|b| b == b'/' || b == b':' || b.is_ascii_whitespace() || b == 0);
-        if fine {
-            Ok(Self(name))
-        } else {
-            Err(Invalid::new("interface name", &name, "1 to 15 bytes without '/', ':' or white space"))
-        }
+        let end = self.0.iter().position(|byte| *byte == 0).unwrap_or(Self::SIZE);
+        std::str::from_utf8(&self.0[..end]).expect("made from text")
     }
 }
 
@@ -381,19 +370,42 @@ impl FromStr for IfName {
     type Err = Invalid;
 
     fn from_str(name: &str) -> Result<Self, Invalid> {
-        name.to_owned().try_into()
+        let fine = (1..Self::SIZE).contains(&name.len())
+            && name != "."
+            && name != ".."
+            && !name.bytes().any(|b| b == b'/' || b == b':' || b.is_ascii_whitespace() || b == 0);
+        if !fine {
+            return Err(Invalid::new("interface name", name, "1 to 15 bytes without '/', ':' or white space"));
+        }
+        let mut bytes = [0; Self::SIZE];
+        bytes[..name.len()].copy_from_slice(name.as_bytes());
+        Ok(Self(bytes))
+    }
+}
+
+impl TryFrom<String> for IfName {
+    type Error = Invalid;
+
+    fn try_from(name: String) -> Result<Self, Invalid> {
+        name.parse()
     }
 }
 
 impl From<IfName> for String {
     fn from(name: IfName) -> Self {
-        name.0
+        name.as_str().to_owned()
     }
 }
 
 impl fmt::Display for IfName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&self.0)
+        f.pad(self.as_str())
+    }
+}
+
+impl fmt::Debug for IfName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self.as_str(), f)
     }
 }
 

@@ -5,7 +5,7 @@
 //! the peer's VTEP; and the FDB entry, which turns that MAC into the underlay address that the packet is
 //! sent to. So a peer costs four entries (three in IPv6), and all of them are made here from its lease.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
 use crate::leases::{Lease, LeaseSet};
@@ -155,7 +155,7 @@ pub fn desired(inputs: &Inputs<'_>) -> Desired {
         }
     }
 
-    let mut accepted = Accepted::new(inputs);
+    let mut accepted = Accepted::default();
     let mut nexthop_ids = NexthopIds::new(inputs);
     // Of two leases that clash the older one counts, whatever order they are listed in.
     let others = inputs.leases.iter().map(AsRef::as_ref).filter(|l| l.key != *inputs.own);
@@ -195,7 +195,7 @@ fn own_device(inputs: &Inputs<'_>, family: Family, vtep: &Vtep) -> Result<IfName
     }
     let same = (vxlan.vni.get(), vxlan.port, Family::of(vtep.local));
     match inputs.foreign.links.iter().find(|(_, link)| link.vxlan == Some(same)) {
-        Some((other, _)) => Err(Conflict::Vni { name: other.clone(), vni: vxlan.vni, port: vxlan.port }),
+        Some((other, _)) => Err(Conflict::Vni { name: *other, vni: vxlan.vni, port: vxlan.port }),
         None => Ok(name),
     }
 }
@@ -215,9 +215,9 @@ fn own_link(network: &NetworkConfig, vtep: Vtep) -> VxlanLink {
 }
 
 fn own_entries(state: &mut KernelState, facts: &Facts, family: Family, own: Subnet, dev: &IfName) {
-    state.addresses.insert((dev.clone(), Subnet::host(own.base())));
+    state.addresses.insert((*dev, Subnet::host(own.base())));
     if facts.ipv6 {
-        state.sysctls.insert(Sysctl::AcceptRa(dev.clone()), 0);
+        state.sysctls.insert(Sysctl::AcceptRa(*dev), 0);
     }
     let forward = match family {
         Family::V4 => Sysctl::Ipv4Forward,
@@ -239,8 +239,8 @@ fn peer_entries(
         return;
     }
     let state = &mut desired.state;
-    state.fdb.insert((dev.clone(), endpoint.vtep_mac), endpoint.public_ip);
-    state.neighbours.insert((dev.clone(), subnet.base()), endpoint.vtep_mac);
+    state.fdb.insert((dev, endpoint.vtep_mac), endpoint.public_ip);
+    state.neighbours.insert((dev, subnet.base()), endpoint.vtep_mac);
     let via = match direct_link(inputs, endpoint.public_ip) {
         Some(link) => Via::Direct(Nexthop { gateway: endpoint.public_ip, dev: link }),
         None => {
@@ -263,23 +263,19 @@ fn direct_link(inputs: &Inputs<'_>, peer: IpAddr) -> Option<IfName> {
         return None;
     }
     let links = inputs.facts.on_link.iter().filter(|(prefix, _)| prefix.contains(peer));
-    links.max_by_key(|(prefix, _)| prefix.prefix_len()).map(|(_, link)| link.clone())
+    links.max_by_key(|(prefix, _)| prefix.prefix_len()).map(|(_, link)| *link)
 }
 
 /// What earlier leases have claimed, so that a later one can't take it from them.
-struct Accepted {
-    subnets: BTreeMap<IpAddr, (Subnet, String)>,
-    macs: BTreeMap<(Family, MacAddr), String>,
+#[derive(Default)]
+struct Accepted<'a> {
+    subnets: BTreeMap<IpAddr, (Subnet, &'a Lease)>,
+    macs: HashMap<(Family, MacAddr), &'a Lease>,
 }
 
-impl Accepted {
-    fn new(inputs: &Inputs<'_>) -> Self {
-        let macs = inputs.vteps.iter().map(|(family, vtep)| ((family, vtep.mac), "this node".to_owned())).collect();
-        Self { subnets: BTreeMap::new(), macs }
-    }
-
+impl<'a> Accepted<'a> {
     /// The endpoints of `lease` in the families that are in use here, or why none of it is to be programmed.
-    fn check(&mut self, inputs: &Inputs<'_>, lease: &Lease) -> Result<PerFamily<Endpoint>, Refusal> {
+    fn check(&mut self, inputs: &Inputs<'_>, lease: &'a Lease) -> Result<PerFamily<Endpoint>, Refusal> {
         let endpoints = match &lease.record.backend {
             Backend::Vxlan(endpoints) => *endpoints,
             Backend::Reserved(_) => return Ok(PerFamily::default()),
@@ -301,7 +297,7 @@ impl Accepted {
             if let Some((_, (_, holder))) =
                 [before, after].into_iter().flatten().find(|(_, (other, _))| other.overlaps(*subnet))
             {
-                return Err(Refusal::Overlaps(*subnet, holder.clone()));
+                return Err(Refusal::Overlaps(*subnet, holder.holder()));
             }
             let ours = inputs.vteps.values().any(|vtep| vtep.local == endpoint.public_ip);
             if ours {
@@ -310,14 +306,17 @@ impl Accepted {
             if endpoint.vni != inputs.network.vxlan.vni {
                 return Err(Refusal::Vni(endpoint.vni, inputs.network.vxlan.vni));
             }
+            if inputs.vteps.get(family).is_some_and(|vtep| vtep.mac == endpoint.vtep_mac) {
+                return Err(Refusal::SameMac(endpoint.vtep_mac, "this node".into()));
+            }
             if let Some(holder) = self.macs.get(&(family, endpoint.vtep_mac)) {
-                return Err(Refusal::SameMac(endpoint.vtep_mac, holder.clone()));
+                return Err(Refusal::SameMac(endpoint.vtep_mac, holder.holder()));
             }
         }
         for (family, subnet) in lease.key.subnets().iter() {
-            self.subnets.insert(subnet.base(), (*subnet, lease.holder()));
+            self.subnets.insert(subnet.base(), (*subnet, lease));
             if let Some(endpoint) = endpoints.get(family) {
-                self.macs.insert((family, endpoint.vtep_mac), lease.holder());
+                self.macs.insert((family, endpoint.vtep_mac), lease);
             }
         }
         Ok(endpoints)
@@ -326,17 +325,17 @@ impl Accepted {
 
 /// Gives every nexthop an id: the one it has, else the lowest that nobody uses.
 struct NexthopIds<'a> {
-    held: BTreeMap<&'a Nexthop, NexthopId>,
-    used: BTreeSet<NexthopId>,
+    held: HashMap<&'a Nexthop, NexthopId>,
+    inputs: &'a Inputs<'a>,
     next: u32,
 }
 
 impl<'a> NexthopIds<'a> {
-    fn new(inputs: &Inputs<'a>) -> Self {
+    fn new(inputs: &'a Inputs<'a>) -> Self {
         Self {
             // Of doubles (another daemon's doing) the lowest id stays, the others are swept.
             held: inputs.have.nexthops.iter().rev().map(|(id, nexthop)| (nexthop, *id)).collect(),
-            used: inputs.have.nexthops.keys().chain(&inputs.foreign.nexthop_ids).copied().collect(),
+            inputs,
             next: NEXTHOP_ID_BASE,
         }
     }
@@ -345,7 +344,8 @@ impl<'a> NexthopIds<'a> {
         if let Some(id) = self.held.get(nexthop) {
             return *id;
         }
-        while self.used.contains(&NexthopId(self.next)) {
+        let used = |id| self.inputs.have.nexthops.contains_key(&id) || self.inputs.foreign.nexthop_ids.contains(&id);
+        while used(NexthopId(self.next)) {
             self.next += 1;
         }
         self.next += 1;

@@ -17,7 +17,7 @@ pub const ROUTE_PROTOCOL: u8 = 250;
 pub const NEXTHOP_ID_BASE: u32 = 0xFA00_0000;
 
 /// A VXLAN device. The fields above `mac` can't change without making the device anew.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VxlanLink {
     /// VXLAN network identifier.
     pub vni: Vni,
@@ -47,7 +47,7 @@ impl VxlanLink {
 }
 
 /// A nexthop object: how to reach a peer's subnet.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Nexthop {
     /// The peer's overlay address.
     pub gateway: IpAddr,
@@ -80,7 +80,7 @@ pub enum Via {
 }
 
 /// A kernel setting below `/proc/sys/net`.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Sysctl {
     /// `ipv4/ip_forward`: this host forwards IPv4.
     Ipv4Forward,

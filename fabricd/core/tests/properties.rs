@@ -89,13 +89,13 @@ fn take(state: &mut KernelState, op: &Op) {
             if change.found().map(|link| link.mac) != change.wanted().map(|link| link.mac) {
                 state.neighbours.retain(|(dev, _), _| dev != name);
             }
-            set(&mut state.links, name.clone(), change);
+            set(&mut state.links, *name, change);
         }
-        Op::Sysctl(sysctl, value) => drop(state.sysctls.insert(sysctl.clone(), *value)),
-        Op::Address(dev, Change::Delete(address)) => drop(state.addresses.remove(&(dev.clone(), *address))),
-        Op::Address(dev, change) => drop(state.addresses.insert((dev.clone(), *change.wanted().unwrap()))),
-        Op::Fdb(dev, mac, change) => set(&mut state.fdb, (dev.clone(), *mac), change),
-        Op::Neighbour(dev, ip, change) => set(&mut state.neighbours, (dev.clone(), *ip), change),
+        Op::Sysctl(sysctl, value) => drop(state.sysctls.insert(*sysctl, *value)),
+        Op::Address(dev, Change::Delete(address)) => drop(state.addresses.remove(&(*dev, *address))),
+        Op::Address(dev, change) => drop(state.addresses.insert((*dev, *change.wanted().unwrap()))),
+        Op::Fdb(dev, mac, change) => set(&mut state.fdb, (*dev, *mac), change),
+        Op::Neighbour(dev, ip, change) => set(&mut state.neighbours, (*dev, *ip), change),
         Op::Nexthop(id, change) => {
             set(&mut state.nexthops, *id, change);
             if change.wanted().is_none() {

@@ -6,18 +6,19 @@
 //! ```text
 //!      apply(ops), enforce(rules)                observe()                       changed()
 //!                  │                                 │                               ▲
-//!   encode (nexthop) ▸ Request            tables, routes, forward, sysctl, nft       │
-//!                  │                                 ▲  (only what is stale)         │
+//!   encode (nexthop) ▸ Request          mirror: what is known  ◄── events ──  monitor: a socket of its own
+//!                  │                                 ▲                               ▲
+//!                  │                       tables, routes, forward, sysctl, nft      │
+//!                  ▼                                 │  (only what is stale)         │
+//!            socket: one send per 64 KiB, or one dump of a table                     │
 //!                  ▼                                 │                               │
-//!            socket: one send per 64 KiB, or one dump of a table        monitor: a socket of its own,
-//!                  │                                 ▲                  keeps the set of stale tables
-//!                  ▼                                 │                               ▲
 //!            ────────────────────────────────────  kernel  ──────────────────────────────────────
 //! ```
 
 mod encode;
 mod forward;
 mod iptables_legacy;
+mod mirror;
 mod monitor;
 pub mod netlink;
 mod nexthop;

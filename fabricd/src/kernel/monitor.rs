@@ -1,9 +1,8 @@
-//! The monitor: listens to what the kernel says about itself and keeps the set of tables that must be read again.
+//! The monitor: listens to what the kernel says about itself, and keeps it until the next look.
 //!
-//! It holds no rows, only which tables are *stale*, because what the kernel does not say matters as much as what it
-//! says. A device that is deleted or set down takes IPv4 routes and nexthop objects along without a word, a deleted
-//! nexthop object its routes, a deleted address the routes that used it: so an event names the table that it is about
-//! and every table that may have shrunk in silence ([`Touch::of`]).
+//! Most events carry a row: that of an FDB entry, neighbour, route or nexthop object which came, changed or went. The
+//! [`Mirror`](super::mirror::Mirror) takes it over, so that one change never costs a table of thousands. What an event
+//! can't tell in full (a link, an address) names tables that are *stale*, to be read again.
 //!
 //! A node's pods make many events that are none of our business. [`Interest`] tells the links that matter; it is
 //! known after a look at the kernel. While a look is under way everything matters, since what the look will find is
@@ -17,20 +16,27 @@ use std::task::Poll;
 use futures::FutureExt as _;
 use netlink_packet_core::parse_i32;
 use netlink_packet_route::address::{AddressHeader, AddressScope};
-use netlink_packet_route::route::RouteMessage;
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{AsyncSocket, TokioSocket};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
-use super::nexthop::{RTM_DELNEXTHOP, RTM_NEWNEXTHOP};
+use super::nexthop::{self, NexthopRow, RTM_DELNEXTHOP, RTM_NEWNEXTHOP};
+use super::routes::{self, RouteRow};
+use super::tables::{self, Entry};
 use super::wire::{Frame, attributes, frames};
-use super::{Touched, routes, socket};
+use super::{Touched, socket};
 
 /// Room for the events of a burst: some 20,000.
 const RECEIVE_BUFFER: usize = 8 << 20;
+/// More events than this are not kept: reading everything again costs less.
+const QUEUE: usize = 100_000;
 
+const RTM_NEWNEIGH: u16 = 28;
+const RTM_DELNEIGH: u16 = 29;
+const RTM_NEWROUTE: u16 = 24;
+const RTM_DELROUTE: u16 = 25;
 const RTM_NEWNETCONF: u16 = 80;
 /// `NETCONFA_IFINDEX` and its value for the whole host.
 const NETCONF_INDEX: u16 = 1;
@@ -82,13 +88,11 @@ impl Table {
     ];
 }
 
-/// The links whose events mean more than that a link changed, by index.
+/// Which events matter.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Interest {
-    /// Our devices.
+    /// Our devices, by index: entries of other devices are not looked at.
     pub(super) ours: BTreeSet<u32>,
-    /// Links that routes of the main table lead out of.
-    pub(super) carriers: BTreeSet<u32>,
     /// Whether any change of routing may change the answer to `--iface-can-reach`.
     pub(super) every_route: bool,
 }
@@ -100,7 +104,9 @@ pub(super) struct Monitor {
     woken: Notify,
 }
 
+#[derive(Default)]
 struct Heard {
+    events: Vec<Event>,
     stale: BTreeSet<Table>,
     overrun: bool,
     interest: Option<Interest>,
@@ -119,7 +125,7 @@ impl Monitor {
                 .add_membership(group)
                 .or_else(|error| if group == NEXTHOP_GROUP { Ok(()) } else { Err(error) })?;
         }
-        let heard = Heard { stale: Table::ALL.into(), overrun: false, interest: None, buffer: vec![] };
+        let heard = Heard { stale: Table::ALL.into(), ..Heard::default() };
         let monitor = Arc::new(Self { socket, heard: Mutex::new(heard), woken: Notify::new() });
         let listener = Arc::clone(&monitor);
         Ok((monitor, tokio::spawn(async move { listener.listen().await })))
@@ -161,30 +167,42 @@ impl Monitor {
     fn hear(&self, heard: &mut Heard, received: io::Result<&[u8]>) -> io::Result<()> {
         match received {
             Ok(datagram) => {
-                for frame in frames(datagram) {
-                    let tables = Touch::of(&frame).tables(heard.interest.as_ref());
-                    self.note(heard, tables);
+                for event in frames(datagram).filter_map(|frame| Event::of(&frame)) {
+                    if heard.interest.as_ref().is_none_or(|interest| interest.covers(&event)) {
+                        heard.events.push(event);
+                    }
+                }
+                if heard.events.len() > QUEUE {
+                    self.lose(heard);
                 }
             }
-            Err(error) if socket::is_overrun(&error) => {
-                heard.overrun = true;
-                self.note(heard, Table::ALL);
-            }
+            Err(error) if socket::is_overrun(&error) => self.lose(heard),
             Err(error) => return Err(error),
+        }
+        if !heard.events.is_empty() {
+            self.woken.notify_one();
         }
         Ok(())
     }
 
-    /// The tables that events were about since the last call, those lying in the socket included. Until
-    /// [`Monitor::mind`] every event counts, unless there were none.
-    pub(super) fn take(&self) -> BTreeSet<Table> {
+    /// Something went unheard: only reading everything tells what.
+    fn lose(&self, heard: &mut Heard) {
+        heard.overrun = true;
+        heard.events = vec![];
+        self.note(heard, Table::ALL);
+    }
+
+    /// What was said since the last call, in order, that lying in the socket included, and the tables that are stale.
+    /// Until [`Monitor::mind`] every event counts, unless there was nothing.
+    pub(super) fn take(&self) -> (Vec<Event>, BTreeSet<Table>) {
         let mut heard = self.heard();
         self.drain(&mut heard);
         heard.overrun = false;
-        if !heard.stale.is_empty() {
+        let said = (std::mem::take(&mut heard.events), std::mem::take(&mut heard.stale));
+        if !said.0.is_empty() || !said.1.is_empty() {
             heard.interest = None;
         }
-        std::mem::take(&mut heard.stale)
+        said
     }
 
     /// From now on only events that touch these count.
@@ -197,14 +215,14 @@ impl Monitor {
         self.note(&mut self.heard(), tables);
     }
 
-    /// Waits until a table is stale.
+    /// Waits until something was said or a table is stale.
     pub(super) async fn changed(&self) -> Touched {
         loop {
             {
                 let heard = self.heard();
                 if heard.overrun {
                     return Touched::Everything;
-                } else if !heard.stale.is_empty() {
+                } else if !heard.stale.is_empty() || !heard.events.is_empty() {
                     return Touched::State;
                 }
             }
@@ -226,88 +244,83 @@ impl Monitor {
     }
 }
 
-/// What an event is about, as far as it matters here.
+/// Something that the kernel said, as far as it matters here.
 #[derive(Debug)]
-enum Touch {
-    Nothing,
+pub(super) enum Event {
+    /// A link came, changed or went.
     Link(u32),
+    /// An address of a link came, changed or went.
     Address(u32),
-    Neighbour {
-        index: u32,
-        fdb: bool,
-    },
-    Route(Box<RouteMessage>),
-    Nexthop {
-        deleted: bool,
-    },
+    /// An FDB entry or neighbour is such as this now.
+    Entry(Entry),
+    /// A route with our protocol is such as this now.
+    Route(RouteRow),
+    /// A route of somebody else came, changed or went.
+    HostRoute(Option<fabric_core::model::Subnet>),
+    /// A route came, changed or went that matters only to `--iface-can-reach`.
+    AnyRoute,
+    /// A nexthop object is such as this now.
+    Nexthop(NexthopRow),
+    /// A nexthop object is gone.
+    NexthopGone(NexthopRow),
+    /// Forwarding was turned on or off for the whole host.
     Forwarding,
     /// Not understood: whatever may be meant.
     Unknown,
 }
 
-impl Touch {
-    fn of(frame: &Frame<'_>) -> Self {
+impl Event {
+    fn of(frame: &Frame<'_>) -> Option<Self> {
         match frame.kind {
-            RTM_NEWNEXTHOP => return Self::Nexthop { deleted: false },
-            RTM_DELNEXTHOP => return Self::Nexthop { deleted: true },
+            RTM_NEWNEXTHOP => return Some(nexthop::decode(frame).map_or(Self::Unknown, Self::Nexthop)),
+            RTM_DELNEXTHOP => return Some(nexthop::decode(frame).map_or(Self::Unknown, Self::NexthopGone)),
+            RTM_NEWNEIGH | RTM_DELNEIGH => {
+                return tables::entry(frame, frame.kind == RTM_DELNEIGH).map(Self::Entry);
+            }
+            RTM_NEWROUTE | RTM_DELROUTE if routes::is_ours(frame) => {
+                return routes::row(frame, frame.kind == RTM_DELROUTE).map(Self::Route);
+            }
             RTM_NEWNETCONF => return netconf(frame),
             _ => {}
         }
         match frame.route_message() {
             // A bridge speaks of its ports in messages of its own family; the links are as they were.
-            Some(Rtnl::NewLink(link) | Rtnl::DelLink(link)) => match link.header.interface_family {
-                AddressFamily::Unspec => Self::Link(link.header.index),
-                _ => Self::Nothing,
-            },
+            Some(Rtnl::NewLink(link) | Rtnl::DelLink(link)) => {
+                (link.header.interface_family == AddressFamily::Unspec).then_some(Self::Link(link.header.index))
+            }
             // IPv6 link-local addresses come and go with every pod, and never show.
             Some(Rtnl::NewAddress(address) | Rtnl::DelAddress(address)) => match address.header {
-                AddressHeader { family: AddressFamily::Inet6, scope: AddressScope::Link, .. } => Self::Nothing,
-                AddressHeader { index, .. } => Self::Address(index),
+                AddressHeader { family: AddressFamily::Inet6, scope: AddressScope::Link, .. } => None,
+                AddressHeader { index, .. } => Some(Self::Address(index)),
             },
-            Some(Rtnl::NewNeighbour(entry) | Rtnl::DelNeighbour(entry)) => {
-                Self::Neighbour { index: entry.header.ifindex, fdb: entry.header.family == AddressFamily::Bridge }
-            }
-            Some(Rtnl::NewRoute(route) | Rtnl::DelRoute(route)) => Self::Route(Box::new(route)),
-            Some(_) => Self::Nothing,
-            None => Self::Unknown,
+            Some(Rtnl::NewRoute(route) | Rtnl::DelRoute(route)) => match routes::beside_ours(&route) {
+                Some(dst) => Some(Self::HostRoute(Some(dst))),
+                None if routes::is_default(&route) => Some(Self::HostRoute(None)),
+                None => Some(Self::AnyRoute),
+            },
+            Some(_) => None,
+            None => Some(Self::Unknown),
         }
     }
+}
 
-    /// The tables that this makes stale.
-    fn tables(&self, interest: Option<&Interest>) -> Vec<Table> {
-        use Table::{Addresses, Fdb, HostRoutes, Links, Neighbours, Nexthops, Routes, Sysctls};
-        let ours = |index| interest.is_none_or(|interest| interest.ours.contains(index));
-        let carrier = |index| interest.is_none_or(|interest| interest.carriers.contains(index));
-        match self {
-            Self::Nothing => vec![],
-            // Down or gone, it took routes, nexthop objects and neighbours along; up again, it may have got some.
-            Self::Link(index) if ours(index) => Table::ON_OUR_DEVICES.into(),
-            Self::Link(index) if carrier(index) => vec![Links, Addresses, Routes, HostRoutes],
-            Self::Link(_) => vec![Links],
-            // With the last address of a link go its routes, with any address those that have it as their source.
-            Self::Address(index) if ours(index) || carrier(index) => vec![Addresses, Routes, HostRoutes],
-            Self::Address(_) => vec![Addresses, HostRoutes],
-            Self::Neighbour { index, fdb: true } if ours(index) => vec![Fdb],
-            Self::Neighbour { index, fdb: false } if ours(index) => vec![Neighbours],
-            Self::Neighbour { .. } => vec![],
-            Self::Route(route) if routes::is_ours(route) => vec![Routes],
-            Self::Route(route) if routes::is_of_interest(route) => vec![HostRoutes],
-            Self::Route(_) if interest.is_none_or(|interest| interest.every_route) => vec![HostRoutes],
-            Self::Route(_) => vec![],
-            Self::Nexthop { deleted: false } => vec![Nexthops],
-            Self::Nexthop { deleted: true } => vec![Nexthops, Routes, HostRoutes],
-            Self::Forwarding => vec![Sysctls],
-            Self::Unknown => Table::ON_OUR_DEVICES.into(),
+impl Interest {
+    /// Whether an event matters.
+    fn covers(&self, event: &Event) -> bool {
+        match event {
+            Event::Entry(entry) => self.ours.contains(&entry.index),
+            Event::AnyRoute => self.every_route,
+            _ => true,
         }
     }
 }
 
 /// Settings are announced for every new device; only the host's own matter. (`accept_ra` is announced to nobody.)
-fn netconf(frame: &Frame<'_>) -> Touch {
+fn netconf(frame: &Frame<'_>) -> Option<Event> {
     // A `struct netconfmsg` is one byte, padded to four.
     let index = frame.body.get(4..).and_then(|body| attributes(body).find(|(kind, _)| *kind == NETCONF_INDEX));
     match index.map(|(_, value)| parse_i32(value)) {
-        Some(Ok(NETCONF_ALL)) => Touch::Forwarding,
-        _ => Touch::Nothing,
+        Some(Ok(NETCONF_ALL)) => Some(Event::Forwarding),
+        _ => None,
     }
 }

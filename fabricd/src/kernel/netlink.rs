@@ -1,9 +1,9 @@
 //! [`Netlink`]: the kernel of this network namespace.
 //!
 //! Reading and writing block (on the kernel's own lock above all), so they run on tokio's blocking threads, one at a
-//! time, each call bounded. What was read is kept by table; the monitor tells which tables are stale.
+//! time, each call bounded. What was read is kept by the [`Mirror`].
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -11,20 +11,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use fabric_core::diff::{Change, Op};
-use fabric_core::model::{IfName, MacAddr, Subnet};
-use fabric_core::rules::change::{Change as RuleChange, Found};
-use fabric_core::state::{Foreign, ForeignLink, KernelState, Sysctl, Via};
+use fabric_core::model::IfName;
+use fabric_core::rules::change::Change as RuleChange;
+use fabric_core::state::{Sysctl, Via};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use tokio::task::JoinHandle;
 
 use super::encode::{Device, Unsendable, encode};
-use super::monitor::{Interest, Monitor, Table};
+use super::mirror::Mirror;
+use super::monitor::{Monitor, Table};
 use super::nft::{self, Filter};
-use super::routes::{self, HostRoutes};
 use super::socket::{Refusal, RequestSocket};
-use super::tables::{self, Address, Link, Links, Nexthops};
-use super::{ForwardDrop, Kernel, KernelError, Observed, Touched, forward, sysctl};
-use crate::underlay::{Host, HostLink};
+use super::{Kernel, KernelError, Observed, Touched, sysctl, tables};
 
 /// A call that takes longer has a kernel that hangs: the largest plans take a second.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -71,9 +69,7 @@ impl Netlink {
             filter,
             monitor: Arc::clone(&monitor),
             options,
-            stale: BTreeSet::new(),
-            seen: Seen::default(),
-            observed: Arc::default(),
+            mirror: Mirror::default(),
         };
         Ok(Self { worker: Arc::new(Mutex::new(worker)), monitor, listeners })
     }
@@ -133,102 +129,15 @@ struct Worker {
     filter: Filter,
     monitor: Arc<Monitor>,
     options: Options,
-    /// Tables whose reading failed last time.
-    stale: BTreeSet<Table>,
-    seen: Seen,
-    observed: Arc<Observed>,
-}
-
-/// The tables as they were last read.
-#[derive(Default)]
-struct Seen {
-    links: Links,
-    addresses: Vec<Address>,
-    fdb: BTreeMap<(IfName, MacAddr), IpAddr>,
-    neighbours: BTreeMap<(IfName, IpAddr), MacAddr>,
-    /// `None` when the kernel knows no nexthop objects.
-    nexthops: Option<Nexthops>,
-    routes: BTreeMap<Subnet, Via>,
-    host_routes: HostRoutes,
-    reaches: Vec<(IpAddr, IfName, IpAddr)>,
-    sysctls: BTreeMap<Sysctl, u32>,
-    forward_drops: Vec<ForwardDrop>,
-    rules: Found,
+    mirror: Mirror,
 }
 
 impl Worker {
     fn observe(&mut self) -> Result<Arc<Observed>, KernelError> {
-        self.stale.append(&mut self.monitor.take());
-        if !self.stale.is_empty() {
-            self.read()?;
-            self.stale.clear();
-            self.monitor.mind(self.seen.interest(!self.options.can_reach.is_empty()));
-            self.observed = Arc::new(self.seen.observed());
-        }
-        Ok(Arc::clone(&self.observed))
-    }
-
-    /// Reads what is stale.
-    fn read(&mut self) -> Result<(), KernelError> {
-        let Self { socket, filter, seen, stale, options, .. } = self;
-        if stale.contains(&Table::Links) {
-            let links = tables::links(socket)?;
-            let ours = |links: &Links| -> Vec<(u32, IfName)> {
-                links.values().filter(|l| l.ours.is_some()).map(|l| (l.index, l.name.clone())).collect()
-            };
-            // Whatever was said about a device before it was known to be ours has been passed over.
-            if ours(&links) != ours(&seen.links) {
-                stale.extend(Table::ON_OUR_DEVICES);
-            }
-            seen.links = links;
-        }
-        let ours: Vec<&Link> = seen.links.values().filter(|link| link.ours.is_some()).collect();
-        if stale.contains(&Table::Addresses) {
-            seen.addresses = tables::addresses(socket)?;
-        }
-        if stale.contains(&Table::Fdb) {
-            seen.fdb = tables::fdb(socket, &ours)?;
-        }
-        if stale.contains(&Table::Neighbours) {
-            seen.neighbours = tables::neighbours(socket, &ours)?;
-        }
-        if stale.contains(&Table::Nexthops) {
-            seen.nexthops = tables::nexthops(socket, &seen.links)?;
-        }
-        if stale.contains(&Table::Routes) {
-            seen.routes = routes::ours(socket, &seen.links)?;
-        }
-        if stale.contains(&Table::HostRoutes) {
-            seen.host_routes = routes::of_others(socket, &seen.links)?;
-        }
-        if [Table::Links, Table::Addresses, Table::HostRoutes].iter().any(|table| stale.contains(table)) {
-            seen.reaches.clear();
-            for ip in &options.can_reach {
-                let way = routes::reach(socket, &seen.links, *ip);
-                seen.reaches.extend(way.map(|(dev, source)| (*ip, dev, source)));
-            }
-        }
-        if stale.contains(&Table::Sysctls) {
-            let wanted = [Sysctl::Ipv4Forward, Sysctl::Ipv6Forward]
-                .into_iter()
-                .chain(ours.iter().map(|link| Sysctl::AcceptRa(link.name.clone())));
-            seen.sysctls.clear();
-            for setting in wanted {
-                let value = sysctl::read(&options.sysctl_root, &setting).map_err(tables::reading("settings"))?;
-                seen.sysctls.extend(value.map(|value| (setting, value)));
-            }
-        }
-        if stale.contains(&Table::ForwardDrops) {
-            // A diagnosis: that it can't be made is no reason to do nothing.
-            seen.forward_drops = forward::drops().unwrap_or_else(|error| {
-                tracing::warn!(%error, "cannot tell which firewall chains drop forwarded packets");
-                vec![]
-            });
-        }
-        if stale.contains(&Table::Rules) {
-            seen.rules = filter.read().map_err(tables::reading("nftables"))?;
-        }
-        Ok(())
+        let heard = self.monitor.take();
+        let observed = self.mirror.look(heard, &mut self.socket, &mut self.filter, &self.options)?;
+        self.monitor.mind(self.mirror.interest(&self.options));
+        Ok(observed)
     }
 
     fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>> {
@@ -276,8 +185,7 @@ impl Worker {
                 detail: refusal.words,
             });
         }
-        change.apply_to(&mut self.seen.rules);
-        self.observed = Arc::new(self.seen.observed());
+        self.mirror.enforced(change);
         Ok(())
     }
 
@@ -294,7 +202,7 @@ impl Worker {
         {
             let link = tables::link_named(&mut self.socket, name)?;
             let device = link.map(|link| Device { index: link.index, ours: link.ours.is_some() });
-            devices.insert(name.clone(), device);
+            devices.insert(*name, device);
         }
         Ok(())
     }
@@ -354,86 +262,5 @@ fn refused(op: &Op, refusal: Refusal) -> KernelError {
         op: op.to_string().trim_start_matches(['+', '~', '-', ' ']).to_owned(),
         source: refusal.error,
         detail: Some(words).filter(|words| !words.is_empty()),
-    }
-}
-
-impl Seen {
-    fn interest(&self, every_route: bool) -> Interest {
-        let mut carriers: BTreeSet<u32> = self.host_routes.devices.iter().copied().collect();
-        let direct: BTreeSet<&IfName> = self
-            .routes
-            .values()
-            .filter_map(|via| if let Via::Direct(to) = via { Some(&to.dev) } else { None })
-            .collect();
-        carriers.extend(self.links.values().filter(|link| direct.contains(&link.name)).map(|link| link.index));
-        let ours = self.links.values().filter(|link| link.ours.is_some()).map(|link| link.index).collect();
-        Interest { ours, carriers, every_route }
-    }
-
-    fn observed(&self) -> Observed {
-        let nexthops = self.nexthops.clone().unwrap_or_default();
-        let is_ours = |index: u32| self.links.get(&index).filter(|link| link.ours.is_some());
-        Observed {
-            ours: KernelState {
-                links: self.links.values().filter_map(|l| Some((l.name.clone(), l.ours.clone()?))).collect(),
-                addresses: self
-                    .addresses
-                    .iter()
-                    .filter_map(|a| {
-                        // Ours are the first address of what they span; another is somebody's who put it there.
-                        let address = Subnet::holding(a.ip, a.prefix.prefix_len()).ok().filter(|s| s.base() == a.ip)?;
-                        Some((is_ours(a.index)?.name.clone(), address))
-                    })
-                    .collect(),
-                fdb: self.fdb.clone(),
-                neighbours: self.neighbours.clone(),
-                nexthops: nexthops.ours,
-                routes: self.routes.clone(),
-                sysctls: self.sysctls.clone(),
-            },
-            foreign: Foreign {
-                nexthop_ids: nexthops.foreign,
-                routes: self.host_routes.beside_ours.clone(),
-                links: self
-                    .others()
-                    .map(|l| (l.name.clone(), ForeignLink { kind: l.kind.clone(), vxlan: l.vxlan }))
-                    .collect(),
-            },
-            host: Host {
-                links: self.others().map(|link| self.host_link(link)).collect(),
-                default_routes: self.host_routes.defaults.clone(),
-                reaches: self.reaches.clone(),
-            },
-            nexthop_objects: self.nexthops.is_some(),
-            forward_drops: self.forward_drops.clone(),
-            rules: self.rules.clone(),
-            bridges: self.bridges(),
-        }
-    }
-
-    fn bridges(&self) -> BTreeMap<IfName, BTreeSet<IfName>> {
-        let mut bridges: BTreeMap<IfName, BTreeSet<IfName>> = BTreeMap::new();
-        for port in self.links.values() {
-            if let Some(bridge) = port.controller.and_then(|index| self.links.get(&index)) {
-                bridges.entry(bridge.name.clone()).or_default().insert(port.name.clone());
-            }
-        }
-        bridges
-    }
-
-    fn others(&self) -> impl Iterator<Item = &Link> {
-        self.links.values().filter(|link| link.ours.is_none())
-    }
-
-    fn host_link(&self, link: &Link) -> HostLink {
-        let addresses = self.addresses.iter().filter(|address| address.index == link.index && address.lasting);
-        HostLink {
-            index: link.index,
-            name: link.name.clone(),
-            mtu: link.mtu,
-            up: link.up,
-            loopback: link.loopback,
-            addresses: addresses.map(|address| (address.ip, address.prefix)).collect(),
-        }
     }
 }

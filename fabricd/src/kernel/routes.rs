@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::state::{Nexthop, NexthopId, ROUTE_PROTOCOL, Via};
+use netlink_packet_core::{parse_ip, parse_u32};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
@@ -17,7 +18,7 @@ use super::KernelError;
 use super::encode::IPV6_METRIC;
 use super::socket::RequestSocket;
 use super::tables::{Links, reading};
-use super::wire::{Frame, Request};
+use super::wire::{Frame, Request, attributes};
 use crate::underlay::DefaultRoute;
 
 /// The main table's routes of others.
@@ -31,20 +32,40 @@ pub(super) struct HostRoutes {
     pub(super) devices: Vec<u32>,
 }
 
+/// What a route with our protocol is now: where it leads, `None` when it is gone.
+#[derive(Debug)]
+pub(super) struct RouteRow {
+    pub(super) dst: Subnet,
+    pub(super) way: Option<Way>,
+}
+
+/// Where a route leads, as the kernel says it. Only what fabricd itself would write has a shape of its own.
+#[derive(Debug)]
+pub(super) enum Way {
+    Nexthop(NexthopId),
+    Gateway {
+        gateway: IpAddr,
+        index: u32,
+        onlink: bool,
+    },
+    /// Anything beyond: a source address, metrics, an encapsulation.
+    Strange(Box<RouteMessage>),
+}
+
 /// `ip route show table main proto 250`, of both families: ours, whatever device they lead out of.
 pub(super) fn ours(socket: &mut RequestSocket, links: &Links) -> Result<BTreeMap<Subnet, Via>, KernelError> {
-    let routes = dump(socket, RouteProtocol::Other(ROUTE_PROTOCOL))?;
-    Ok(routes
-        .iter()
-        .filter(|route| is_ours(route) && metric(route) == our_metric(route))
-        .filter_map(|route| Some((destination(route)?, via(route, links))))
-        .collect())
+    let rows = dump(socket, RouteProtocol::Other(ROUTE_PROTOCOL), |frame| {
+        row(frame, false).filter(|_| is_ours(frame)).and_then(|row| Some((row.dst, row.way?)))
+    })?;
+    Ok(rows.into_iter().map(|(dst, way)| (dst, way.via(dst, links))).collect())
 }
 
 /// `ip route show table main`, of both families, without ours.
 pub(super) fn of_others(socket: &mut RequestSocket, links: &Links) -> Result<HostRoutes, KernelError> {
     let mut found = HostRoutes::default();
-    for route in dump(socket, RouteProtocol::Unspec)?.iter().filter(|route| !is_ours(route)) {
+    // Ours, the most by far, are left out before they are read.
+    let others = |frame: &Frame<'_>| if is_ours(frame) { None } else { route_of(frame) };
+    for route in dump(socket, RouteProtocol::Unspec, others)?.iter().filter(|route| in_main_table(route)) {
         let Some(dst) = destination(route) else { continue };
         if metric(route) == our_metric(route) && route.header.tos == 0 {
             found.beside_ours.insert(dst, words(dst, route, links));
@@ -57,7 +78,7 @@ pub(super) fn of_others(socket: &mut RequestSocket, links: &Links) -> Result<Hos
         {
             found.defaults.push(DefaultRoute {
                 family: dst.family(),
-                dev: dev.name.clone(),
+                dev: dev.name,
                 metric: metric(route),
                 source: source(route),
             });
@@ -79,46 +100,98 @@ pub(super) fn reach(socket: &mut RequestSocket, links: &Links, ip: IpAddr) -> Op
         ..RouteHeader::default()
     };
     let route = socket.ask(&Request::new(&Rtnl::GetRoute(question), 0), route_of).ok()??;
-    Some((links.get(&device(&route)?)?.name.clone(), source(&route)?))
+    Some((links.get(&device(&route)?)?.name, source(&route)?))
 }
 
-/// True for a route that has our mark: our protocol, in the main table.
-pub(super) fn is_ours(route: &RouteMessage) -> bool {
-    route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL)
+/// True for a route that has our mark: our protocol, the sixth byte of a `struct rtmsg`.
+pub(super) fn is_ours(frame: &Frame<'_>) -> bool {
+    frame.body.get(5) == Some(&ROUTE_PROTOCOL)
 }
 
-/// True when [`HostRoutes`] would show it.
-pub(super) fn is_of_interest(route: &RouteMessage) -> bool {
-    in_main_table(route) && (metric(route) == our_metric(route) || route.header.destination_prefix_length == 0)
+/// Reads a route with our protocol out of a dump or an event; `None` when it is in another table or has another metric
+/// than ours.
+///
+/// By hand, since there are thousands: a `struct rtmsg` of twelve bytes (family, lengths of destination and source, TOS,
+/// table, protocol, scope, type, flags) and attributes.
+pub(super) fn row(frame: &Frame<'_>, gone: bool) -> Option<RouteRow> {
+    const CLONED: u32 = 0x200;
+    const ONLINK: u32 = 4;
+    let (head, rest) = frame.body.split_at_checked(12)?;
+    let [family, length, source_length, tos, table, _, _, kind, ..] = *head else { return None };
+    let flags = parse_u32(&head[8..12]).ok()?;
+    let (mut table, mut metric) = (u32::from(table), 0);
+    let (mut base, mut gateway, mut index, mut nexthop) = (None, None, None, None);
+    let mut strange = kind != u8::from(RouteType::Unicast) || tos != 0 || source_length != 0;
+    for (kind, value) in attributes(rest) {
+        match kind {
+            1 => base = parse_ip(value).ok(),
+            4 => index = parse_u32(value).ok(),
+            5 => gateway = parse_ip(value).ok(),
+            6 => metric = parse_u32(value).ok()?,
+            15 => table = parse_u32(value).ok()?,
+            30 => nexthop = parse_u32(value).ok().map(NexthopId),
+            // Source, preferred source, metrics, several ways, a gateway of another family, encapsulations.
+            2 | 7 | 8 | 9 | 18 | 21 | 22 => strange = true,
+            _ => {}
+        }
+    }
+    let (any, our_metric) = match i32::from(family) {
+        libc::AF_INET => (IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0),
+        libc::AF_INET6 => (IpAddr::V6(Ipv6Addr::UNSPECIFIED), IPV6_METRIC),
+        _ => return None,
+    };
+    if table != u32::from(RouteHeader::RT_TABLE_MAIN) || metric != our_metric || flags & CLONED != 0 {
+        return None;
+    }
+    // A default route names no destination.
+    let dst = Subnet::holding(base.unwrap_or(any), length).ok()?;
+    let way = match (nexthop, gateway, index) {
+        _ if gone => return Some(RouteRow { dst, way: None }),
+        // The kernel adds the gateway and device of the object, for readers that don't know objects.
+        (Some(id), _, _) if !strange => Way::Nexthop(id),
+        (None, Some(gateway), Some(index)) if !strange => Way::Gateway { gateway, index, onlink: flags & ONLINK != 0 },
+        _ => Way::Strange(Box::new(route_of(frame)?)),
+    };
+    Some(RouteRow { dst, way: Some(way) })
+}
+
+/// The destination of a route of others that would stand in the place of one of ours.
+pub(super) fn beside_ours(route: &RouteMessage) -> Option<Subnet> {
+    (in_main_table(route) && metric(route) == our_metric(route)).then(|| destination(route)).flatten()
+}
+
+/// True for a default route of the main table.
+pub(super) fn is_default(route: &RouteMessage) -> bool {
+    in_main_table(route) && route.header.destination_prefix_length == 0
 }
 
 /// True for the table that packets of the host itself and of pods are looked up in, after `local`.
-pub(super) fn in_main_table(route: &RouteMessage) -> bool {
+fn in_main_table(route: &RouteMessage) -> bool {
     let wide = route.attributes.iter().find_map(|a| match a {
         RouteAttribute::Table(table) => Some(*table),
         _ => None,
     });
     wide.unwrap_or_else(|| route.header.table.into()) == u32::from(RouteHeader::RT_TABLE_MAIN)
+        && !route.header.flags.contains(RouteFlags::Cloned)
 }
 
-fn dump(socket: &mut RequestSocket, protocol: RouteProtocol) -> Result<Vec<RouteMessage>, KernelError> {
+/// Both families' routes, of one protocol or all. Kernels before 4.20 don't filter for us: `decode` does it again.
+fn dump<T>(
+    socket: &mut RequestSocket,
+    protocol: RouteProtocol,
+    decode: impl Fn(&Frame<'_>) -> Option<T>,
+) -> Result<Vec<T>, KernelError> {
     let mut all = vec![];
-    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+    for (family, number) in [(AddressFamily::Inet, libc::AF_INET), (AddressFamily::Inet6, libc::AF_INET6)] {
         let mut filter = RouteMessage::default();
         filter.header.address_family = family;
         filter.header.table = RouteHeader::RT_TABLE_MAIN;
         filter.header.protocol = protocol;
-        let rows = socket.dump(&Request::new(&Rtnl::GetRoute(filter), 0), route_of);
-        match rows {
-            Ok(rows) => all.extend(
-                // Kernels before 4.20 don't filter for us, and one without IPv6 answers with all families.
-                rows.into_iter().filter(|r| {
-                    in_main_table(r)
-                        && r.header.address_family == family
-                        && !r.header.flags.contains(RouteFlags::Cloned)
-                        && (protocol == RouteProtocol::Unspec || r.header.protocol == protocol)
-                }),
-            ),
+        // A kernel without IPv6 answers with all families.
+        let of_family = |frame: &Frame<'_>| frame.body.first().is_some_and(|first| i32::from(*first) == number);
+        let decode = |frame: &Frame<'_>| if of_family(frame) { decode(frame) } else { None };
+        match socket.dump(&Request::new(&Rtnl::GetRoute(filter), 0), decode) {
+            Ok(mut rows) => all.append(&mut rows),
             // A namespace in which no IPv4 route was ever made has no main table yet; a kernel may lack IPv6.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EOPNOTSUPP)) => {}
             Err(error) => return Err(reading("routes")(error)),
@@ -134,38 +207,22 @@ fn route_of(frame: &Frame<'_>) -> Option<RouteMessage> {
     }
 }
 
-/// Where a route of ours leads. Only what fabricd itself would write has a shape of its own; anything beyond (a source
-/// address, metrics, an encapsulation) makes it [`Via::Other`].
-fn via(route: &RouteMessage, links: &Links) -> Via {
-    let other = || Via::Other(destination(route).map(|dst| words(dst, route, links)).unwrap_or_default());
-    let (mut gateway, mut oif, mut nexthop) = (None, None, None);
-    for attribute in &route.attributes {
-        match attribute {
-            RouteAttribute::NhId(id) => nexthop = Some(NexthopId(*id)),
-            RouteAttribute::Gateway(address) => gateway = ip(address),
-            RouteAttribute::Oif(index) => oif = links.get(index),
-            RouteAttribute::MultiPath(_)
-            | RouteAttribute::Via(_)
-            | RouteAttribute::PrefSource(_)
-            | RouteAttribute::Metrics(_)
-            | RouteAttribute::Encap(_)
-            | RouteAttribute::Source(_) => return other(),
-            _ => {}
+impl Way {
+    /// The same by the names of links.
+    pub(super) fn via(&self, dst: Subnet, links: &Links) -> Via {
+        match self {
+            Self::Nexthop(id) => Via::Nexthop(*id),
+            Self::Gateway { gateway, index, onlink } => {
+                let to = |dev| Nexthop { gateway: *gateway, dev };
+                match (links.get(index), onlink) {
+                    (Some(link), true) if link.ours.is_some() => Via::Gateway(to(link.name)),
+                    (Some(link), false) if link.ours.is_none() => Via::Direct(to(link.name)),
+                    (Some(link), _) => Via::Other(format!("via {gateway} dev {}", link.name)),
+                    (None, _) => Via::Other(format!("via {gateway} dev if{index}")),
+                }
+            }
+            Self::Strange(route) => Via::Other(words(dst, route, links)),
         }
-    }
-    if route.header.kind != RouteType::Unicast || route.header.tos != 0 {
-        return other();
-    }
-    let onlink = route.header.flags.contains(RouteFlags::Onlink);
-    match (nexthop, gateway, oif) {
-        // The kernel adds the gateway and device of the object, for readers that don't know objects.
-        (Some(id), _, _) => Via::Nexthop(id),
-        (None, Some(gateway), Some(dev)) => match (onlink, dev.ours.is_some()) {
-            (true, true) => Via::Gateway(Nexthop { gateway, dev: dev.name.clone() }),
-            (false, false) => Via::Direct(Nexthop { gateway, dev: dev.name.clone() }),
-            _ => other(),
-        },
-        _ => other(),
     }
 }
 
@@ -175,7 +232,8 @@ fn words(dst: Subnet, route: &RouteMessage, links: &Links) -> String {
     if route.header.kind != RouteType::Unicast {
         let _ = write!(text, "{} ", format!("{:?}", route.header.kind).to_lowercase());
     }
-    if !is_ours(route) {
+    let ours = route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL);
+    if !ours {
         let _ = write!(text, "{dst} ");
     }
     for attribute in &route.attributes {
@@ -196,7 +254,7 @@ fn words(dst: Subnet, route: &RouteMessage, links: &Links) -> String {
             _ => Ok(()),
         };
     }
-    if !is_ours(route) {
+    if !ours {
         let _ = write!(text, "proto {}", format!("{:?}", route.header.protocol).to_lowercase());
     }
     text.trim_end().to_owned()

@@ -12,15 +12,14 @@ use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessa
 use netlink_packet_route::link::{
     InfoData, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
 };
-use netlink_packet_route::neighbour::{
-    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
-};
+use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
 use rtnetlink::LinkUnspec;
 
+use super::nexthop::{self, NexthopRow};
 use super::socket::RequestSocket;
-use super::wire::{Frame, Request};
-use super::{KernelError, is_our_name, nexthop};
+use super::wire::{Frame, Request, attributes};
+use super::{KernelError, is_our_name};
 
 /// A link.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -189,10 +188,55 @@ fn address(message: &AddressMessage) -> Option<Address> {
     })
 }
 
-/// `bridge fdb show dev DEV`: the permanent unicast entries with a destination, which are ours on a device of ours.
+/// What an FDB entry or a neighbour is now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Entry {
+    /// Its device.
+    pub(super) index: u32,
+    pub(super) row: EntryRow,
+}
+
+/// By the kernel's key, what ours would say there; `None` when there is no such entry, or none of our making.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum EntryRow {
+    Fdb(MacAddr, Option<IpAddr>),
+    Neighbour(IpAddr, Option<MacAddr>),
+}
+
+/// Reads an entry out of a dump or an event. Ours, on a device of ours, are permanent. In the FDB they are unicast and
+/// have a destination, and neither the mark of another daemon (`extern_learn`) nor a port, VNI or device of their own;
+/// the kernel's own neighbours are `NOARP`.
 ///
-/// An entry of another daemon (`extern_learn`) and one with a port, VNI or device of its own are not; nor are the
-/// zero and multicast ones, to which the kernel floods.
+/// By hand, since there are thousands: a `struct ndmsg` of twelve bytes (family, three of padding, index, state, flags,
+/// type) and attributes.
+pub(super) fn entry(frame: &Frame<'_>, gone: bool) -> Option<Entry> {
+    const PERMANENT: u16 = 0x80;
+    const OWN: u8 = 0x02;
+    const EXTERN_LEARN: u8 = 0x10;
+    let (head, rest) = frame.body.split_at_checked(12)?;
+    let (mut dst, mut mac, mut strange) = (None, None, false);
+    for (kind, value) in attributes(rest) {
+        match kind {
+            1 => dst = netlink_packet_core::parse_ip(value).ok(),
+            2 => mac = mac_of(value),
+            // Port, VNI, device, source VNI.
+            6 | 7 | 8 | 11 => strange = true,
+            _ => {}
+        }
+    }
+    let there = !gone && u16::from_ne_bytes([head[8], head[9]]) == PERMANENT;
+    let row = match i32::from(head[0]) {
+        libc::AF_BRIDGE => {
+            let made_as_ours = head[10] & (OWN | EXTERN_LEARN) == OWN && !strange;
+            EntryRow::Fdb(mac?, dst.filter(|_| there && made_as_ours))
+        }
+        libc::AF_INET | libc::AF_INET6 => EntryRow::Neighbour(dst?, mac.filter(|_| there)),
+        _ => return None,
+    };
+    Some(Entry { index: u32::from_ne_bytes(head[4..8].try_into().ok()?), row })
+}
+
+/// `bridge fdb show dev DEV`: ours on our devices.
 pub(super) fn fdb(
     socket: &mut RequestSocket,
     ours: &[&Link],
@@ -203,23 +247,15 @@ pub(super) fn fdb(
         let mut filter = NeighbourMessage::default();
         filter.header.family = AddressFamily::Bridge;
         filter.header.ifindex = device.index;
-        for entry in neighbour_dump(socket, filter, device.index, "FDB")? {
-            let made_as_ours = entry.header.flags.contains(NeighbourFlags::Own)
-                && !entry.header.flags.contains(NeighbourFlags::ExtLearned)
-                && !entry.attributes.iter().any(|a| {
-                    use NeighbourAttribute::{IfIndex, Port, SourceVni, Vni};
-                    matches!(a, Port(_) | Vni(_) | IfIndex(_) | SourceVni(_))
-                });
-            if let (true, Some(mac), Some(dst)) = (made_as_ours, lladdr(&entry), destination(&entry)) {
-                all.insert((device.name.clone(), mac), dst);
-            }
-        }
+        all.extend(entries(socket, filter, device, "FDB", |row| match row {
+            EntryRow::Fdb(mac, dst) => Some(((device.name, mac), dst?)),
+            EntryRow::Neighbour(..) => None,
+        })?);
     }
     Ok(all)
 }
 
-/// `ip neighbour show nud permanent dev DEV`, of both families: ours on a device of ours. The kernel's own entries
-/// (multicast and such) are `NOARP`.
+/// `ip neighbour show nud permanent dev DEV`, of both families: ours on our devices.
 pub(super) fn neighbours(
     socket: &mut RequestSocket,
     ours: &[&Link],
@@ -229,47 +265,27 @@ pub(super) fn neighbours(
         // ... and neighbours by an attribute, in one dump for both families.
         let mut filter = NeighbourMessage::default();
         filter.attributes.push(NeighbourAttribute::IfIndex(device.index));
-        for entry in neighbour_dump(socket, filter, device.index, "neighbours")? {
-            let of_ip = matches!(entry.header.family, AddressFamily::Inet | AddressFamily::Inet6);
-            if let (true, Some(mac), Some(ip)) = (of_ip, lladdr(&entry), destination(&entry)) {
-                all.insert((device.name.clone(), ip), mac);
-            }
-        }
+        all.extend(entries(socket, filter, device, "neighbours", |row| match row {
+            EntryRow::Neighbour(ip, mac) => Some(((device.name, ip), mac?)),
+            EntryRow::Fdb(..) => None,
+        })?);
     }
     Ok(all)
 }
 
-/// The permanent entries of one device. Filtered here too: kernels before 4.20 don't filter for us.
-fn neighbour_dump(
+/// The entries of one device. Filtered here too: kernels before 4.20 don't filter for us.
+fn entries<T>(
     socket: &mut RequestSocket,
     filter: NeighbourMessage,
-    index: u32,
+    device: &Link,
     table: &'static str,
-) -> Result<Vec<NeighbourMessage>, KernelError> {
-    let decode = |frame: &Frame<'_>| match frame.route_message()? {
-        Rtnl::NewNeighbour(entry) => {
-            (entry.header.ifindex == index && entry.header.state == NeighbourState::Permanent).then_some(entry)
-        }
-        _ => None,
+    of: impl Fn(EntryRow) -> Option<T>,
+) -> Result<Vec<T>, KernelError> {
+    let decode = |frame: &Frame<'_>| {
+        let entry = entry(frame, false).filter(|entry| entry.index == device.index)?;
+        of(entry.row)
     };
     socket.dump(&Request::new(&Rtnl::GetNeighbour(filter), 0), decode).map_err(reading(table))
-}
-
-fn lladdr(entry: &NeighbourMessage) -> Option<MacAddr> {
-    entry.attributes.iter().find_map(|a| match a {
-        NeighbourAttribute::LinkLayerAddress(bytes) => mac_of(bytes),
-        _ => None,
-    })
-}
-
-fn destination(entry: &NeighbourMessage) -> Option<IpAddr> {
-    entry.attributes.iter().find_map(|a| match a {
-        NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => Some(IpAddr::V4(*ip)),
-        NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => Some(IpAddr::V6(*ip)),
-        // In the FDB the codec doesn't know which family an address has; its length says so.
-        NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => netlink_packet_core::parse_ip(bytes).ok(),
-        _ => None,
-    })
 }
 
 fn mac_of(bytes: &[u8]) -> Option<MacAddr> {
@@ -286,17 +302,19 @@ pub(super) fn nexthops(socket: &mut RequestSocket, links: &Links) -> Result<Opti
     };
     let mut all = Nexthops::default();
     for row in rows {
-        let device = row.device.and_then(|index| links.get(&index)).filter(|link| link.ours.is_some());
-        match (device, row.gateway) {
-            (Some(link), Some(gateway)) if row.protocol == ROUTE_PROTOCOL && row.id.0 >= NEXTHOP_ID_BASE => {
-                all.ours.insert(row.id, Nexthop { gateway, dev: link.name.clone() });
-            }
-            _ => {
-                all.foreign.insert(row.id);
-            }
+        match nexthop_of(&row, links) {
+            Some(nexthop) => drop(all.ours.insert(row.id, nexthop)),
+            None => drop(all.foreign.insert(row.id)),
         }
     }
     Ok(Some(all))
+}
+
+/// A nexthop object that is ours.
+pub(super) fn nexthop_of(row: &NexthopRow, links: &Links) -> Option<Nexthop> {
+    let device = links.get(&row.device?).filter(|link| link.ours.is_some())?;
+    (row.protocol == ROUTE_PROTOCOL && row.id.0 >= NEXTHOP_ID_BASE)
+        .then_some(Nexthop { gateway: row.gateway?, dev: device.name })
 }
 
 /// Puts the table's name to an error.

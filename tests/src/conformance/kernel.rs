@@ -118,7 +118,7 @@ pub fn wanted(family: Family, peers: u32) -> KernelState {
     let dev = device(family);
     let mut state = KernelState::default();
     state.links.insert(
-        dev.clone(),
+        dev,
         VxlanLink {
             vni: v::<u32>("1").try_into().expect("a VNI"),
             port: 8472,
@@ -130,14 +130,14 @@ pub fn wanted(family: Family, peers: u32) -> KernelState {
             up: true,
         },
     );
-    state.sysctls.insert(Sysctl::AcceptRa(dev.clone()), 0);
+    state.sysctls.insert(Sysctl::AcceptRa(dev), 0);
     state.sysctls.insert(if family == Family::V4 { Sysctl::Ipv4Forward } else { Sysctl::Ipv6Forward }, 1);
-    state.addresses.insert((dev.clone(), Subnet::host(subnet(family, 0).base())));
+    state.addresses.insert((dev, Subnet::host(subnet(family, 0).base())));
     for n in 1..peers {
         let dst = subnet(family, n);
-        let via = Nexthop { gateway: dst.base(), dev: dev.clone() };
-        state.fdb.insert((dev.clone(), mac(n)), underlay(family, n));
-        state.neighbours.insert((dev.clone(), dst.base()), mac(n));
+        let via = Nexthop { gateway: dst.base(), dev };
+        state.fdb.insert((dev, mac(n)), underlay(family, n));
+        state.neighbours.insert((dev, dst.base()), mac(n));
         let via = match family {
             Family::V4 => {
                 state.nexthops.insert(nexthop_id(n), via);
@@ -222,10 +222,10 @@ pub async fn every_entry_changes_in_place(world: &mut impl World, family: Family
     let link = want.links.get_mut(&dev).expect("wanted");
     (link.mac, link.mtu, link.learning) = (mac(99), 1300, true);
     link.local = underlay(family, 70);
-    want.fdb.insert((dev.clone(), mac(1)), underlay(family, 71));
-    want.neighbours.insert((dev.clone(), subnet(family, 2).base()), mac(1));
+    want.fdb.insert((dev, mac(1)), underlay(family, 71));
+    want.neighbours.insert((dev, subnet(family, 2).base()), mac(1));
     if family == Family::V4 {
-        let other = Nexthop { gateway: subnet(family, 2).base(), dev: dev.clone() };
+        let other = Nexthop { gateway: subnet(family, 2).base(), dev };
         want.nexthops.insert(nexthop_id(1), other);
     }
     let first = want.routes[&subnet(family, 1)].clone();
@@ -279,22 +279,22 @@ pub async fn repeated_steps_are_no_error(world: &mut impl World, family: Family)
     let again: Vec<Op> = want
         .addresses
         .iter()
-        .map(|(dev, address)| Op::Address(dev.clone(), Change::Create(*address)))
-        .chain(want.fdb.iter().map(|((dev, mac), dst)| Op::Fdb(dev.clone(), *mac, Change::Create(*dst))))
-        .chain(want.neighbours.iter().map(|((d, ip), mac)| Op::Neighbour(d.clone(), *ip, Change::Create(*mac))))
+        .map(|(dev, address)| Op::Address(*dev, Change::Create(*address)))
+        .chain(want.fdb.iter().map(|((dev, mac), dst)| Op::Fdb(*dev, *mac, Change::Create(*dst))))
+        .chain(want.neighbours.iter().map(|((d, ip), mac)| Op::Neighbour(*d, *ip, Change::Create(*mac))))
         .collect();
     assert_eq!(refusals(&kernel.apply(&again).await), []);
-    let link = want.links[&dev].clone();
+    let link = want.links[&dev];
     let mut deletions: Vec<Op> =
         want.routes.iter().map(|(dst, via)| Op::Route(*dst, Change::Delete(via.clone()))).collect();
-    deletions.extend(want.nexthops.iter().map(|(id, to)| Op::Nexthop(*id, Change::Delete(to.clone()))));
-    deletions.extend(want.neighbours.iter().map(|((d, ip), mac)| Op::Neighbour(d.clone(), *ip, Change::Delete(*mac))));
-    deletions.extend(want.fdb.iter().map(|((d, mac), dst)| Op::Fdb(d.clone(), *mac, Change::Delete(*dst))));
-    deletions.extend(want.addresses.iter().map(|(d, address)| Op::Address(d.clone(), Change::Delete(*address))));
+    deletions.extend(want.nexthops.iter().map(|(id, to)| Op::Nexthop(*id, Change::Delete(*to))));
+    deletions.extend(want.neighbours.iter().map(|((d, ip), mac)| Op::Neighbour(*d, *ip, Change::Delete(*mac))));
+    deletions.extend(want.fdb.iter().map(|((d, mac), dst)| Op::Fdb(*d, *mac, Change::Delete(*dst))));
+    deletions.extend(want.addresses.iter().map(|(d, address)| Op::Address(*d, Change::Delete(*address))));
     for _ in 0..2 {
         assert_eq!(refusals(&kernel.apply(&deletions).await), []);
     }
-    deletions.push(Op::Link(dev.clone(), Change::Delete(link)));
+    deletions.push(Op::Link(dev, Change::Delete(link)));
     for _ in 0..2 {
         assert_eq!(refusals(&kernel.apply(&deletions).await), []);
     }
@@ -307,8 +307,8 @@ pub async fn device_nexthop_or_route_that_is_there_is_not_made_again(world: &mut
     let want = wanted(family, 2);
     settles(kernel, &want).await;
     let dev = device(family);
-    let mut ops = vec![Op::Link(dev.clone(), Change::Create(want.links[&dev].clone()))];
-    ops.extend(want.nexthops.iter().map(|(id, to)| Op::Nexthop(*id, Change::Create(to.clone()))));
+    let mut ops = vec![Op::Link(dev, Change::Create(want.links[&dev]))];
+    ops.extend(want.nexthops.iter().map(|(id, to)| Op::Nexthop(*id, Change::Create(*to))));
     ops.extend(want.routes.iter().map(|(dst, via)| Op::Route(*dst, Change::Create(via.clone()))));
     let refused = refusals(&kernel.apply(&ops).await);
     assert_eq!(refused, (0..ops.len()).map(|at| (at, libc::EEXIST)).collect::<Vec<_>>());
@@ -375,10 +375,7 @@ pub async fn deleted_fdb_entry_and_neighbour_are_noticed(world: &mut impl World,
     let want = wanted(family, 3);
     let dev = device(family);
     settles(world.kernel(), &want).await;
-    for act in [
-        Act::DeleteFdb(dev.clone(), mac(1), underlay(family, 1)),
-        Act::DeleteNeighbour(dev.clone(), subnet(family, 2).base()),
-    ] {
+    for act in [Act::DeleteFdb(dev, mac(1), underlay(family, 1)), Act::DeleteNeighbour(dev, subnet(family, 2).base())] {
         world.act(&act);
         woken(world.kernel()).await;
         let steps = settles(world.kernel(), &want).await;
@@ -408,11 +405,11 @@ pub async fn what_others_made_stays_theirs(world: &mut impl World, family: Famil
     let elsewhere: IfName = v("vxlan7");
     let (route, foreign_id) = (subnet(family, 200), NexthopId(7));
     let over_eth0 = Nexthop { gateway: underlay(family, 200), dev: v("eth0") };
-    world.act(&Act::AddVxlan { name: elsewhere.clone(), vni: 7, port: 8472 });
+    world.act(&Act::AddVxlan { name: elsewhere, vni: 7, port: 8472 });
     world.act(&Act::AddVxlan { name: v("fabric.2"), vni: 3, port: 8472 });
-    world.act(&Act::AddFdb(elsewhere.clone(), mac(150), underlay(Family::V4, 50)));
-    world.act(&Act::AddNexthop(foreign_id, over_eth0.clone()));
-    world.act(&Act::AddNexthop(nexthop_id(99), over_eth0.clone()));
+    world.act(&Act::AddFdb(elsewhere, mac(150), underlay(Family::V4, 50)));
+    world.act(&Act::AddNexthop(foreign_id, over_eth0));
+    world.act(&Act::AddNexthop(nexthop_id(99), over_eth0));
     world.act(&Act::AddRoute(route, Nexthop { gateway: subnet(family, 1).base(), dev }));
     woken(world.kernel()).await;
     assert_eq!(ours(world.kernel(), &want).await, want);
@@ -464,12 +461,12 @@ pub async fn vxlan_of_others_with_our_vni_stays(world: &mut impl World, family: 
     }
     let want = wanted(family, 2);
     let taken: IfName = v("flannel.1");
-    world.act(&Act::AddVxlan { name: taken.clone(), vni: 1, port: 8472 });
+    world.act(&Act::AddVxlan { name: taken, vni: 1, port: 8472 });
     let observed = look(world.kernel()).await;
     assert!(observed.ours.links.is_empty());
     assert_eq!(observed.foreign.links[&taken].vxlan, Some((1, 8472, Family::V4)));
     let dev = device(family);
-    let create = Op::Link(dev.clone(), Change::Create(want.links[&dev].clone()));
+    let create = Op::Link(dev, Change::Create(want.links[&dev]));
     assert_eq!(refusals(&world.kernel().apply(&[create]).await), [(0, libc::EEXIST)]);
 }
 
@@ -479,11 +476,11 @@ pub async fn step_without_its_base_is_refused_alone(world: &mut impl World, fami
     let want = wanted(family, 2);
     settles(kernel, &want).await;
     let nowhere: IfName = v("fabric.9");
-    let to = |dev: &IfName| Nexthop { gateway: subnet(family, 8).base(), dev: dev.clone() };
+    let to = |dev: &IfName| Nexthop { gateway: subnet(family, 8).base(), dev: *dev };
     let ops = [
-        Op::Fdb(nowhere.clone(), mac(8), Change::Create(underlay(family, 8))),
+        Op::Fdb(nowhere, mac(8), Change::Create(underlay(family, 8))),
         Op::Fdb(device(family), mac(8), Change::Create(underlay(family, 8))),
-        Op::Neighbour(nowhere.clone(), subnet(family, 8).base(), Change::Create(mac(8))),
+        Op::Neighbour(nowhere, subnet(family, 8).base(), Change::Create(mac(8))),
         Op::Nexthop(nexthop_id(8), Change::Create(to(&nowhere))),
         Op::Route(subnet(family, 8), Change::Create(Via::Nexthop(nexthop_id(77)))),
         Op::Fdb(nowhere, mac(9), Change::Delete(underlay(family, 9))),
@@ -503,7 +500,7 @@ pub async fn batch_of_600_reports_exactly_the_three_that_fail(world: &mut impl W
     settles(kernel, &wanted(family, 1)).await;
     let dev = device(family);
     let mut ops: Vec<Op> =
-        (1..=600).map(|n| Op::Neighbour(dev.clone(), subnet(family, n).base(), Change::Create(mac(n)))).collect();
+        (1..=600).map(|n| Op::Neighbour(dev, subnet(family, n).base(), Change::Create(mac(n)))).collect();
     for at in [2, 299, 599] {
         ops[at] = Op::Route(subnet(family, 9), Change::Create(Via::Nexthop(nexthop_id(77))));
     }

@@ -40,7 +40,7 @@ pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
         rule(&[to(network)], Verdict::Masquerade, "into the network");
     }
     let table = ruleset.entry(TableFamily::Inet).or_default();
-    *table.at("masquerade", ChainKind::Nat, Place::Postrouting, BEFORE_SRCNAT) = rules;
+    *table.at("postrouting", ChainKind::Nat, Place::Postrouting, BEFORE_SRCNAT) = rules;
 }
 
 fn multicast(family: Family) -> Subnet {

@@ -31,7 +31,7 @@ pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
 }
 
 fn on_the_host(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
-    let from_pods = Match::new(Field::InInterface, Test::Named(inputs.bridge.clone()));
+    let from_pods = Match::new(Field::InInterface, Test::Named(*inputs.bridge));
     let table = ruleset.entry(TableFamily::Inet).or_default();
     table.at("prerouting", ChainKind::Filter, Place::Prerouting, senders::RAW).push(Rule::new(
         [from_pods.clone()],
@@ -67,7 +67,7 @@ fn on_the_host(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
 
 fn on_the_bridge(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
     let table = ruleset.entry(TableFamily::Bridge).or_default();
-    let ports = inputs.ports.iter().map(|port| Element(vec![Part::Interface(port.clone())]));
+    let ports = inputs.ports.iter().map(|port| Element(vec![Part::Interface(*port)]));
     table.set("ports", &[KeyField::Interface], ports);
     table.at("prerouting", ChainKind::Filter, Place::Prerouting, senders::RAW).push(Rule::new(
         [Match::all_in(&[Field::InInterface], "ports")],

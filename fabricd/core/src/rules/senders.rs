@@ -74,9 +74,10 @@ pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
     let table = ruleset.entry(super::TableFamily::Inet).or_default();
     for family in &families {
         let members = of_family(inputs, *family).flat_map(|member| {
-            let from = |net| Element(vec![Part::Net(Subnet::host(member.underlay)), Part::Net(net)]);
-            let link_local = (*family == Family::V6).then(|| from(link_local()));
-            [Some(from(member.subnet)), link_local].into_iter().flatten()
+            let from = move |net| Element(vec![Part::Net(Subnet::host(member.underlay)), Part::Net(net)]);
+            let link_local = (*family == Family::V6).then(link_local);
+            // The node's own address too: so it answers a pod whose address was not translated on the way.
+            [Some(member.subnet), Some(Subnet::host(member.underlay)), link_local].into_iter().flatten().map(from)
         });
         table.set(sets(*family).0, key(*family), members);
     }

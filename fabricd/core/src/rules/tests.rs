@@ -70,7 +70,7 @@ fn senders_are_judged_by_underlay_address_and_inner_source_together() {
     node.options.senders = vec![v("198.51.100.7/32")];
     assert_eq!(
         node.inet(),
-        r#"set members4 { type ipv4_addr . ipv4_addr; flags interval; elements = { 192.0.2.2 . 10.64.2.0/24 } }
+        r#"set members4 { type ipv4_addr . ipv4_addr; flags interval; elements = { 192.0.2.2 . 10.64.2.0/24, 192.0.2.2 . 192.0.2.2 } }
 set peers4 { type ipv4_addr; elements = { 192.0.2.2 } }
 chain input {
   type filter hook input priority 0; policy accept;
@@ -93,7 +93,7 @@ fn ipv6_senders_may_be_link_local_but_not_in_fragments() {
     node.options.check_senders = true;
     let text = node.inet();
     for line in [
-        "elements = { 2001:db8:ff::2 . 2001:db8:0:2::/64, 2001:db8:ff::2 . fe80::/10 } }",
+        "elements = { 2001:db8:ff::2 . 2001:db8:0:2::/64, 2001:db8:ff::2 . 2001:db8:ff::2, 2001:db8:ff::2 . fe80::/10 } }",
         "  meta nfproto ipv6 exthdr frag exists meta l4proto udp th dport 8472 counter drop comment \
          \"fragment of an encapsulated packet\"\n  meta nfproto ipv4",
         "@th,224,16 0x86dd ip6 saddr . @th,304,128 @members6 accept",
@@ -111,7 +111,7 @@ fn what_leaves_the_network_is_masqueraded_and_nothing_else() {
     assert_eq!(
         node.inet(),
         r#"set peers4 { type ipv4_addr; elements = { 192.0.2.2 } }
-chain masquerade {
+chain postrouting {
   type nat hook postrouting priority 99; policy accept;
   meta mark & 0x4000 == 0x4000 return comment "others translate it"
   meta nfproto ipv4 ip daddr 10.64.1.0/24 return comment "to a pod of this node"
@@ -206,6 +206,7 @@ fn peer_that_comes_or_goes_costs_its_own_elements_alone() {
     assert_eq!(
         join.to_string(),
         "+ nft add element inet fabric members4 { 192.0.2.3 . 10.64.3.0/24 }\n\
+         + nft add element inet fabric members4 { 192.0.2.3 . 192.0.2.3 }\n\
          + nft add element inet fabric peers4 { 192.0.2.3 }\n"
     );
     join.apply_to(&mut kernel);

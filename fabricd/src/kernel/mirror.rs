@@ -1,0 +1,269 @@
+//! The mirror: what the kernel holds, as it was last read and as has been heard since.
+//!
+//! A table is read by a dump, and then kept by its events. An event that came while its table was read says again what
+//! the dump has shown or says what came after it, so all events are taken over, in their order.
+//!
+//! What the kernel does *not* say matters as much. A device that is deleted or set down takes IPv4 routes and nexthop
+//! objects along without a word, a deleted nexthop object its routes, a deleted address the routes that used it: what
+//! went with a nexthop object is known and taken out here; any other such event makes every table stale that may have
+//! shrunk in silence, and a stale table is read anew at the next look.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use fabric_core::model::{IfName, Subnet};
+use fabric_core::rules::change::Change;
+use fabric_core::state::{ForeignLink, NexthopId, Sysctl, Via};
+
+use super::monitor::{Event, Interest, Table};
+use super::netlink::Options;
+use super::nft::Filter;
+use super::socket::RequestSocket;
+use super::tables::{self, Address, EntryRow, Link, Links};
+use super::{KernelError, Observed, forward, routes, sysctl};
+use crate::underlay::HostLink;
+
+/// What the kernel holds.
+#[derive(Default)]
+pub(super) struct Mirror {
+    /// What a look shows. The tables of thousands are kept here and nowhere else.
+    observed: Arc<Observed>,
+    links: Links,
+    addresses: Vec<Address>,
+    /// Indexes of the links that routes of others lead out of.
+    carriers: Vec<u32>,
+    /// Tables to be read anew.
+    stale: BTreeSet<Table>,
+    /// Nexthop objects whose routes the kernel has removed in silence.
+    gone: BTreeSet<NexthopId>,
+}
+
+impl Mirror {
+    /// Takes over what was heard, reads what is stale, and shows the whole.
+    ///
+    /// # Errors
+    /// When a table can't be read; it stays stale.
+    pub(super) fn look(
+        &mut self,
+        (events, stale): (Vec<Event>, BTreeSet<Table>),
+        socket: &mut RequestSocket,
+        filter: &mut Filter,
+        options: &Options,
+    ) -> Result<Arc<Observed>, KernelError> {
+        self.stale.extend(stale);
+        for event in events {
+            self.hear(event);
+        }
+        self.drop_routes_of_gone_nexthops();
+        if !self.stale.is_empty() {
+            self.read(socket, filter, options)?;
+            self.stale.clear();
+        }
+        Ok(Arc::clone(&self.observed))
+    }
+
+    /// Takes over what we wrote ourselves to our tables of nftables: it needn't be read again.
+    pub(super) fn enforced(&mut self, change: &Change) {
+        change.apply_to(&mut Arc::make_mut(&mut self.observed).rules);
+    }
+
+    /// What to listen to from now on.
+    pub(super) fn interest(&self, options: &Options) -> Interest {
+        let ours = self.links.values().filter(|link| link.ours.is_some()).map(|link| link.index).collect();
+        Interest { ours, every_route: !options.can_reach.is_empty() }
+    }
+
+    fn hear(&mut self, event: Event) {
+        use Table::{Addresses, HostRoutes, Links, Routes, Sysctls};
+        let is_ours = |index| self.links.get(&index).is_some_and(|link| link.ours.is_some());
+        match event {
+            // Down or gone, it took routes, nexthop objects and neighbours along; up again, it may have got some.
+            Event::Link(index) if is_ours(index) => self.stale.extend(Table::ON_OUR_DEVICES),
+            Event::Link(index) if self.carries(index) => self.stale.extend([Links, Addresses, Routes, HostRoutes]),
+            Event::Link(_) => self.stale.extend([Links]),
+            // With the last address of a link go its routes, with any address those that have it as their source.
+            Event::Address(index) if is_ours(index) || self.carries(index) => {
+                self.stale.extend([Addresses, Routes, HostRoutes]);
+            }
+            Event::Address(_) => self.stale.extend([Addresses, HostRoutes]),
+            Event::Entry(entry) => {
+                let Some(link) = self.links.get(&entry.index).filter(|link| link.ours.is_some()) else { return };
+                let ours = &mut Arc::make_mut(&mut self.observed).ours;
+                match entry.row {
+                    EntryRow::Fdb(mac, Some(dst)) => drop(ours.fdb.insert((link.name, mac), dst)),
+                    EntryRow::Fdb(mac, None) => drop(ours.fdb.remove(&(link.name, mac))),
+                    EntryRow::Neighbour(ip, Some(mac)) => drop(ours.neighbours.insert((link.name, ip), mac)),
+                    EntryRow::Neighbour(ip, None) => drop(ours.neighbours.remove(&(link.name, ip))),
+                }
+            }
+            Event::Route(row) => {
+                self.drop_routes_of_gone_nexthops();
+                let observed = Arc::make_mut(&mut self.observed);
+                // It may have taken the place of somebody's.
+                if observed.foreign.routes.contains_key(&row.dst) {
+                    self.stale.extend([HostRoutes]);
+                }
+                match row.way {
+                    Some(way) => drop(observed.ours.routes.insert(row.dst, way.via(row.dst, &self.links))),
+                    None => drop(observed.ours.routes.remove(&row.dst)),
+                }
+            }
+            // One of others may have taken the place of ours.
+            Event::HostRoute(Some(dst)) if self.observed.ours.routes.contains_key(&dst) => {
+                self.stale.extend([Routes, HostRoutes]);
+            }
+            Event::HostRoute(_) | Event::AnyRoute => self.stale.extend([HostRoutes]),
+            Event::Nexthop(row) => {
+                let observed = Arc::make_mut(&mut self.observed);
+                match tables::nexthop_of(&row, &self.links) {
+                    Some(nexthop) => {
+                        observed.foreign.nexthop_ids.remove(&row.id);
+                        observed.ours.nexthops.insert(row.id, nexthop);
+                    }
+                    None => {
+                        observed.ours.nexthops.remove(&row.id);
+                        observed.foreign.nexthop_ids.insert(row.id);
+                    }
+                }
+            }
+            Event::NexthopGone(row) => {
+                let observed = Arc::make_mut(&mut self.observed);
+                if observed.ours.nexthops.remove(&row.id).is_none() {
+                    observed.foreign.nexthop_ids.remove(&row.id);
+                    self.stale.extend([HostRoutes]);
+                }
+                self.gone.insert(row.id);
+            }
+            Event::Forwarding => self.stale.extend([Sysctls]),
+            Event::Unknown => self.stale.extend(Table::ON_OUR_DEVICES),
+        }
+    }
+
+    /// Once for many: each goes through all routes.
+    fn drop_routes_of_gone_nexthops(&mut self) {
+        let gone = std::mem::take(&mut self.gone);
+        let lost = |via: &Via| matches!(via, Via::Nexthop(id) if gone.contains(id));
+        if !gone.is_empty() && self.observed.ours.routes.values().any(lost) {
+            Arc::make_mut(&mut self.observed).ours.routes.retain(|_, via| !lost(via));
+        }
+    }
+
+    /// True for a link whose loss costs routes.
+    fn carries(&self, index: u32) -> bool {
+        let direct = |name: &IfName| {
+            self.observed.ours.routes.values().any(|via| matches!(via, Via::Direct(to) if to.dev == *name))
+        };
+        self.carriers.contains(&index) || self.links.get(&index).is_none_or(|link| direct(&link.name))
+    }
+
+    /// Reads what is stale.
+    fn read(&mut self, socket: &mut RequestSocket, filter: &mut Filter, options: &Options) -> Result<(), KernelError> {
+        let Self { observed, stale, .. } = self;
+        if stale.contains(&Table::Links) {
+            let links = tables::links(socket)?;
+            // Whatever was said about a device before it was known to be ours has been passed over.
+            if our_names(&links) != our_names(&self.links) {
+                stale.extend(Table::ON_OUR_DEVICES);
+            }
+            self.links = links;
+        }
+        let observed = Arc::make_mut(observed);
+        let ours: Vec<&Link> = self.links.values().filter(|link| link.ours.is_some()).collect();
+        if stale.contains(&Table::Addresses) {
+            self.addresses = tables::addresses(socket)?;
+        }
+        if stale.contains(&Table::Fdb) {
+            observed.ours.fdb = tables::fdb(socket, &ours)?;
+        }
+        if stale.contains(&Table::Neighbours) {
+            observed.ours.neighbours = tables::neighbours(socket, &ours)?;
+        }
+        if stale.contains(&Table::Nexthops) {
+            let found = tables::nexthops(socket, &self.links)?;
+            observed.nexthop_objects = found.is_some();
+            let found = found.unwrap_or_default();
+            (observed.ours.nexthops, observed.foreign.nexthop_ids) = (found.ours, found.foreign);
+        }
+        if stale.contains(&Table::Routes) {
+            observed.ours.routes = routes::ours(socket, &self.links)?;
+        }
+        if stale.contains(&Table::HostRoutes) {
+            let found = routes::of_others(socket, &self.links)?;
+            (observed.foreign.routes, observed.host.default_routes) = (found.beside_ours, found.defaults);
+            self.carriers = found.devices;
+        }
+        if [Table::Links, Table::Addresses, Table::HostRoutes].iter().any(|table| stale.contains(table)) {
+            observed.host.reaches.clear();
+            for ip in &options.can_reach {
+                let way = routes::reach(socket, &self.links, *ip);
+                observed.host.reaches.extend(way.map(|(dev, source): (IfName, IpAddr)| (*ip, dev, source)));
+            }
+            observed.ours.links = self.links.values().filter_map(|link| Some((link.name, link.ours?))).collect();
+            observed.ours.addresses = addresses_of(&ours, &self.addresses);
+            observed.bridges = bridges(&self.links);
+            let others = || self.links.values().filter(|link| link.ours.is_none());
+            observed.host.links = others().map(|link| host_link(link, &self.addresses)).collect();
+            observed.foreign.links =
+                others().map(|l| (l.name, ForeignLink { kind: l.kind.clone(), vxlan: l.vxlan })).collect();
+        }
+        if stale.contains(&Table::Sysctls) {
+            let wanted = [Sysctl::Ipv4Forward, Sysctl::Ipv6Forward]
+                .into_iter()
+                .chain(ours.iter().map(|link| Sysctl::AcceptRa(link.name)));
+            observed.ours.sysctls.clear();
+            for setting in wanted {
+                let value = sysctl::read(&options.sysctl_root, &setting).map_err(tables::reading("settings"))?;
+                observed.ours.sysctls.extend(value.map(|value| (setting, value)));
+            }
+        }
+        if stale.contains(&Table::ForwardDrops) {
+            // A diagnosis: that it can't be made is no reason to do nothing.
+            observed.forward_drops = forward::drops().unwrap_or_else(|error| {
+                tracing::warn!(%error, "cannot tell which firewall chains drop forwarded packets");
+                vec![]
+            });
+        }
+        if stale.contains(&Table::Rules) {
+            observed.rules = filter.read().map_err(tables::reading("nftables"))?;
+        }
+        Ok(())
+    }
+}
+
+/// The ports of every bridge.
+fn bridges(links: &Links) -> BTreeMap<IfName, BTreeSet<IfName>> {
+    let mut bridges: BTreeMap<IfName, BTreeSet<IfName>> = BTreeMap::new();
+    for port in links.values() {
+        if let Some(bridge) = port.controller.and_then(|index| links.get(&index)) {
+            bridges.entry(bridge.name).or_default().insert(port.name);
+        }
+    }
+    bridges
+}
+
+fn our_names(links: &Links) -> Vec<(u32, IfName)> {
+    links.values().filter(|link| link.ours.is_some()).map(|link| (link.index, link.name)).collect()
+}
+
+/// Ours are the first address of what they span; another is somebody's who put it there.
+fn addresses_of(devices: &[&Link], addresses: &[Address]) -> BTreeSet<(IfName, Subnet)> {
+    let ours = |address: &Address| {
+        let device = devices.iter().find(|device| device.index == address.index)?;
+        let subnet = Subnet::holding(address.ip, address.prefix.prefix_len()).ok()?;
+        (subnet.base() == address.ip).then_some((device.name, subnet))
+    };
+    addresses.iter().filter_map(ours).collect()
+}
+
+fn host_link(link: &Link, addresses: &[Address]) -> HostLink {
+    let addresses = addresses.iter().filter(|address| address.index == link.index && address.lasting);
+    HostLink {
+        index: link.index,
+        name: link.name,
+        mtu: link.mtu,
+        up: link.up,
+        loopback: link.loopback,
+        addresses: addresses.map(|address| (address.ip, address.prefix)).collect(),
+    }
+}
