@@ -15,12 +15,17 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use fabric_core::model::IfName;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
+
+use crate::bridge;
+use crate::error::CniError;
 
 /// How long a delegate may take. An ADD that runs into it is cleaned up by a DEL of the same length, and both
 /// must end within the two minutes that a kubelet waits.
@@ -85,6 +90,14 @@ pub trait Exec {
     /// # Errors
     /// [`ExecError`]; no process of its group is then left.
     fn exec(&self, invocation: &Invocation) -> Result<Exit, ExecError>;
+
+    /// Makes the bridge that the standard plugin is about to use, without IPv6's duplicate address detection: the
+    /// plugin leaves that on, and while it lasts, a second or two, the host can't ask for a pod's MAC address, so
+    /// packets for the first pod of a node are lost. The gateway's address is this node's by its lease.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    fn make_bridge(&self, name: &IfName, mtu: u32) -> Result<(), CniError>;
 }
 
 /// Runs delegates as processes.
@@ -95,6 +108,10 @@ pub struct Processes {
 }
 
 impl Exec for Processes {
+    fn make_bridge(&self, name: &IfName, mtu: u32) -> Result<(), CniError> {
+        bridge::make(&mut bridge::open_netlink()?, name, mtu)
+    }
+
     fn exec(&self, Invocation { plugin, env, stdin }: &Invocation) -> Result<Exit, ExecError> {
         let start = |source: io::Error| ExecError::Start { plugin: plugin.clone(), source };
         let follow = |source: io::Error| ExecError::Follow { plugin: plugin.clone(), source };
@@ -131,29 +148,43 @@ enum End {
 }
 
 /// Waits for the end of `pid`, which stays a zombie; kills its group when that takes longer than `deadline`.
+///
+/// Nobody waits for the watchdog's own end, which on a busy machine would take longer than all else in here. So what
+/// it may still do is settled under a lock: `pid` is reaped only when it says `Over` or `Late`, and a number that may be
+/// another process's by then is never killed.
 fn watch(pid: Pid, deadline: Duration) -> io::Result<End> {
-    thread::scope(|scope| {
-        let (ended, end) = mpsc::channel::<()>();
-        let watchdog = thread::Builder::new().spawn_scoped(scope, move || {
-            let late = end.recv_timeout(deadline) == Err(RecvTimeoutError::Timeout);
-            if late {
+    #[derive(PartialEq)]
+    enum Watched {
+        Running,
+        Over,
+        Late,
+    }
+    let watched = Arc::new(Mutex::new(Watched::Running));
+    let (ended, end) = mpsc::channel::<()>();
+    let watchdogs = Arc::clone(&watched);
+    thread::Builder::new().spawn(move || {
+        if end.recv_timeout(deadline) == Err(RecvTimeoutError::Timeout) {
+            let mut watched = watchdogs.lock().unwrap_or_else(PoisonError::into_inner);
+            if *watched == Watched::Running {
+                *watched = Watched::Late;
                 let _ = kill_process_group(pid, Signal::KILL);
             }
-            late
-        })?;
-        let status = loop {
-            match waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) {
-                Err(Errno::INTR) => {}
-                other => break other,
-            }
-        };
-        drop(ended);
-        if watchdog.join().unwrap_or(true) {
-            return Ok(End::TimedOut);
         }
-        let well = status?.is_some_and(|status| status.exit_status() == Some(0));
-        Ok(if well { End::Well } else { End::Badly })
-    })
+    })?;
+    let status = loop {
+        match waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) {
+            Err(Errno::INTR) => {}
+            other => break other,
+        }
+    };
+    let mut watched = watched.lock().unwrap_or_else(PoisonError::into_inner);
+    if *watched == Watched::Late {
+        return Ok(End::TimedOut);
+    }
+    *watched = Watched::Over;
+    drop(ended);
+    let well = status?.is_some_and(|status| status.exit_status() == Some(0));
+    Ok(if well { End::Well } else { End::Badly })
 }
 
 fn in_memory(content: &[u8]) -> io::Result<File> {

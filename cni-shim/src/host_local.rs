@@ -279,7 +279,9 @@ fn names(ranges: &[Range]) -> String {
     ranges.iter().map(|range| range.subnet.to_string()).collect::<Vec<_>>().join(",")
 }
 
-fn holder(text: &str) -> Option<AttachmentId> {
+/// Whose an address is, by the content of its file.
+#[must_use]
+pub fn holder(text: &str) -> Option<AttachmentId> {
     let (container, ifname) = text.trim().split_once("\r\n")?;
     Some(AttachmentId { container: container.to_owned().try_into().ok()?, ifname: ifname.parse().ok()? })
 }

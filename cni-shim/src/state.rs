@@ -11,7 +11,7 @@
 //! ended, ADD appends a line: the host's ends of the pod's cables, by which a sweep knows that the pod is gone.
 //!
 //! Nothing is forced to the disk. A power cut that loses the file ends the pod too, and what is left of that, its
-//! address, the sweep frees (docs/decisions, "CNI state is not forced to the disk").
+//! address, the sweep frees (docs/decisions/0007-cni-state-is-not-forced-to-the-disk.md).
 //!
 //! The open file carries a lock (`flock`), and the delegate inherits it. When a runtime kills the shim in the
 //! middle of an ADD, the delegate goes on alone for a moment; a DEL that ran now would free an address that
@@ -54,6 +54,18 @@ pub struct Saved {
     /// The host's ends of its cables; `None` while ADD is at work, or if it was cut off.
     #[serde(skip)]
     pub ports: Option<Vec<String>>,
+}
+
+impl Saved {
+    /// The content of a state file; `None` when it is cut, empty or something else.
+    #[must_use]
+    pub fn decode(content: &[u8]) -> Option<Self> {
+        // The second line may be missing, or cut.
+        let mut lines = content.splitn(2, |byte| *byte == b'\n');
+        let saved: Self = serde_json::from_slice(lines.next()?).ok()?;
+        let attached = lines.next().and_then(|line| serde_json::from_slice::<Attached>(line).ok());
+        Some(Self { ports: attached.map(|attached| attached.ports), ..saved })
+    }
 }
 
 /// The line that ADD appends.
@@ -201,13 +213,9 @@ pub fn lock(file: File, patience: Duration) -> io::Result<Option<File>> {
 }
 
 fn decode(file: &File) -> Option<Saved> {
-    let mut json = Vec::new();
-    file.take(MAX_STATE).read_to_end(&mut json).ok()?;
-    // The second line may be missing, or cut.
-    let mut lines = json.splitn(2, |byte| *byte == b'\n');
-    let saved: Saved = serde_json::from_slice(lines.next()?).ok()?;
-    let attached = lines.next().and_then(|line| serde_json::from_slice::<Attached>(line).ok());
-    Some(Saved { ports: attached.map(|attached| attached.ports), ..saved })
+    let mut content = Vec::new();
+    file.take(MAX_STATE).read_to_end(&mut content).ok()?;
+    Saved::decode(&content)
 }
 
 fn parse_stem(stem: &str) -> Option<AttachmentId> {

@@ -1,5 +1,6 @@
 use std::fs;
 
+use proptest::prelude::*;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -93,4 +94,21 @@ fn drafts_of_the_dead_are_swept_and_those_of_the_living_are_not() {
     drop(living);
     all.sweep_drafts(None);
     assert_eq!(all.file_names().expect("listed"), ["c1@eth0.json"]);
+}
+
+proptest! {
+    #[test]
+    fn no_content_of_a_state_file_makes_it_panic_or_name_a_path(
+        content in prop_oneof![
+            prop::collection::vec(any::<u8>(), 0..300),
+            any::<(String, String)>().prop_map(|(container, ifname)| {
+                json!({"containerID": container, "ifname": ifname, "netns": null, "config": {}}).to_string().into()
+            }),
+        ],
+    ) {
+        if let Some(saved) = Saved::decode(&content) {
+            let name = format!("{}@{}", saved.id.container, saved.id.ifname);
+            prop_assert!(!name.contains('/'));
+        }
+    }
 }

@@ -19,7 +19,7 @@ use ipnetwork::IpNetwork;
 use serde_json::{Map, Value};
 
 use crate::bridge::wiring::{self, Link};
-use crate::bridge::{in_the_way, namespace};
+use crate::bridge::{in_the_way, namespace, random_mac};
 use crate::error::{CniError, Code};
 use crate::host_local::{Book, DATA_DIR};
 use crate::netlink::{Netlink, Refused};
@@ -97,11 +97,13 @@ pub enum Bridge {
 /// # Errors
 /// Code 11 when pods are, with their names; 105 when the kernel refuses.
 pub fn make_way(config: &Map<String, Value>, attachments: &Attachments) -> Result<Bridge, CniError> {
-    let Some(name) = config.get("bridge").and_then(Value::as_str).and_then(|name| name.parse::<IfName>().ok()) else {
-        return Ok(Bridge::Clean);
-    };
+    let Some(name) = bridge_of(config) else { return Ok(Bridge::Clean) };
     let mut netlink = open()?;
     let Some(bridge) = wiring::link(&mut netlink, &name).map_err(|e| refused(&e))? else { return Ok(Bridge::Missing) };
+    if bridge.mac.is_none() {
+        // A first ADD that failed has left it so, and `bridge` would fail on it for ever.
+        netlink.write(&[wiring::set_mac(bridge.index, &bridge.name, random_mac())]).map_err(|e| refused(&e))?;
+    }
     let is_set = |key| config.get(key).is_some_and(|value| *value == true);
     if !is_set("isGateway") && !is_set("isDefaultGateway") {
         return Ok(Bridge::Clean);
@@ -143,7 +145,13 @@ pub fn make_way(config: &Map<String, Value>, attachments: &Attachments) -> Resul
 }
 
 /// The gateways' addresses with their lengths, by the rendered ranges.
-fn gateways(config: &Map<String, Value>) -> Vec<IpNetwork> {
+/// The bridge that a rendered configuration names.
+pub fn bridge_of(config: &Map<String, Value>) -> Option<IfName> {
+    config.get("bridge")?.as_str()?.parse().ok()
+}
+
+/// The gateways' addresses of a rendered configuration, which the bridge is to have.
+pub fn gateways(config: &Map<String, Value>) -> Vec<IpNetwork> {
     let ranges = config.get("ipam").and_then(|ipam| ipam["ranges"].as_array()).into_iter().flatten();
     let subnets = ranges.filter_map(|set| set[0]["subnet"].as_str()?.parse::<fabric_core::model::Subnet>().ok());
     subnets.filter_map(|subnet| IpNetwork::new(subnet.gateway(), subnet.prefix_len()).ok()).collect()

@@ -10,6 +10,7 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use fabric_core::handoff::{NODE_FILE_VERSION, NodeFile, NodeSubnet, NotReady, Readiness};
+use fabric_core::model::IfName;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -54,6 +55,10 @@ pub struct FakeBridge {
 }
 
 impl Exec for FakeBridge {
+    fn make_bridge(&self, _: &IfName, _: u32) -> Result<(), CniError> {
+        Ok(())
+    }
+
     fn exec(&self, call: &Invocation) -> Result<Exit, ExecError> {
         let env: BTreeMap<_, _> = call.env.iter().cloned().collect();
         let verb = env["CNI_COMMAND"].to_string_lossy().into_owned();

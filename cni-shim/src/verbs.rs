@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ipnetwork::IpNetwork;
 use serde_json::{Map, Value, json};
 
 use crate::bridge::namespace;
@@ -18,7 +19,7 @@ use crate::exec::Exec;
 use crate::ready::{await_ready_node, ready_node};
 use crate::request::{Action, Attachment, AttachmentId, Call, Identifier, Request, Verb};
 use crate::state::{Attachments, PATIENCE, Saved};
-use crate::sweep::{Bridge, Cables, free_orphans, make_way};
+use crate::sweep::{Bridge, Cables, bridge_of, free_orphans, gateways, make_way};
 use crate::version::SpecVersion;
 
 /// Does what is asked, and returns what to print, if anything.
@@ -163,6 +164,10 @@ impl Answering<'_> {
             self.sweep()?;
             if conf.uses_host_local() {
                 free_orphans(data_dir(config), &conf.name, &self.attachments, None)?;
+            }
+            if let (Some(bridge), true) = (bridge_of(config), gateways(config).iter().any(IpNetwork::is_ipv6)) {
+                let mtu = config.get("mtu").and_then(Value::as_u64).and_then(|mtu| mtu.try_into().ok());
+                self.exec.make_bridge(&bridge, mtu.unwrap_or_default())?;
             }
         }
         Ok(())

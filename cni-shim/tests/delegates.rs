@@ -5,7 +5,7 @@ mod common;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use common::{DELEGATES, Host, PLUGINS, ip, on_a_host, on_a_host_with_each_delegate, run};
+use common::{DELEGATES, Host, PLUGINS, eventually, ip, on_a_host, on_a_host_with_each_delegate, run};
 use serde_json::{Value, json};
 
 const OURS: &str = env!("CARGO_BIN_EXE_fabric-bridge");
@@ -95,7 +95,7 @@ fn plugins_can_be_swapped_under_running_pods() {
         }
         assert_eq!(host.addresses().iter().collect::<BTreeSet<_>>().len(), 12);
         for number in 1..6 {
-            run(&format!("ip netns exec pod-0 ping -c 1 -w 15 10.244.3.{}", number + 2));
+            eventually(&format!("ip netns exec pod-0 ping -c 1 -W 2 10.244.3.{}", number + 2));
         }
         // Each pod is taken down by the plugin that did not make it, without a state file to say who did.
         std::fs::remove_dir_all(host.path("state")).expect("removed");
@@ -229,7 +229,7 @@ fn pods_on_other_delegates_and_other_ipam_plugins_come_and_go() {
         host.add("pod-1");
         host.add("pod-2");
         for target in ["10.244.3.3", "fd00:10:244:3::3"] {
-            run(&format!("ip netns exec pod-1 ping -c 1 -w 15 {target}"));
+            eventually(&format!("ip netns exec pod-1 ping -c 1 -W 2 {target}"));
         }
         for pod in ["pod-1", "pod-2"] {
             host.ask("DEL", pod, &host.conf("1.0.0")).expect("DEL succeeds");
@@ -293,7 +293,7 @@ fn plugins_of_a_chain_build_on_our_result() {
         }
         let last = results.last().expect("one");
         assert_eq!(last["ips"], results[0]["ips"]);
-        run("ip netns exec pod-1 ping -c 1 -w 15 10.244.3.1");
+        eventually("ip netns exec pod-1 ping -c 1 -W 2 10.244.3.1");
         let loopback = json!({"cniVersion": "1.0.0", "name": "lo", "type": "loopback"});
         let plugin = Path::new(PLUGINS).join("loopback");
         host.call(&plugin, "ADD", "pod-1", "lo", &loopback).expect("loopback succeeds");

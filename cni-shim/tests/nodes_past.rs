@@ -4,7 +4,7 @@ mod common;
 
 use std::fs;
 
-use common::{Host, ip, on_a_host_with_each_delegate, run};
+use common::{Host, eventually, ip, on_a_host_with_each_delegate, run};
 use serde_json::json;
 
 const NETWORK: &str = "10.244.0.0/16";
@@ -54,7 +54,7 @@ fn addresses_of_dead_pods_are_freed_when_they_are_needed_while_others_live() {
         common::wait_until("its cable is gone", || run("ip -o link show type veth").lines().count() == 4);
         let result = host.add("pod-6");
         assert_eq!(result["ips"][0]["address"], "10.244.3.4/29");
-        run("ip netns exec pod-1 ping -c 1 -w 15 10.244.3.4");
+        eventually("ip netns exec pod-1 ping -c 1 -W 2 10.244.3.4");
     });
 }
 
@@ -97,7 +97,7 @@ fn gc_frees_what_the_runtime_does_not_name_even_if_no_state_file_tells_of_it() {
         let mut left = host.addresses();
         left.sort();
         assert_eq!(left, ["10.244.3.2", "fd00:10:244:3::2"]);
-        run("ip netns exec pod-1 ping -c 1 -w 15 10.244.3.1");
+        eventually("ip netns exec pod-1 ping -c 1 -W 2 10.244.3.1");
     });
 }
 
@@ -130,7 +130,7 @@ fn bridge_of_an_earlier_subnet_is_readdressed_when_no_pod_uses_it() {
         let mut addresses: Vec<_> = addresses.iter().filter_map(|a| a["local"].as_str()).collect();
         addresses.sort_unstable();
         assert_eq!(addresses, ["10.244.3.1", "2001:db8::1", "fd00:10:244:3::1"]);
-        run("ip netns exec pod-2 ping -c 1 -w 15 10.244.3.1");
+        eventually("ip netns exec pod-2 ping -c 1 -W 2 10.244.3.1");
     });
 }
 
@@ -148,7 +148,7 @@ fn bridge_of_an_earlier_subnet_that_pods_use_is_left_alone_and_the_pods_are_name
             assert!(msg.contains(word), "{word} in {msg}");
         }
         assert_eq!(told["code"], 11);
-        run("ip netns exec pod-1 ping -c 1 -w 15 10.244.9.1");
+        eventually("ip netns exec pod-1 ping -c 1 -W 2 10.244.9.1");
         assert_eq!(host.addresses().len(), 2);
 
         for pod in ["pod-1", "pod-2"] {

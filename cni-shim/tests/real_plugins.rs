@@ -7,7 +7,7 @@ use std::fs;
 use std::thread;
 use std::time::Duration;
 
-use common::{Host, all, ip, on_a_host_with_each_delegate, run};
+use common::{Host, all, eventually, ip, on_a_host_with_each_delegate, run};
 use serde_json::{Value, json};
 
 const V4: (&str, &str) = ("10.244.0.0/16", "10.244.3.0/24");
@@ -35,7 +35,7 @@ fn pod_is_on_the_network(host: &Host, families: &[(&str, &str, &str, &str)]) {
             let there = |route: &Value| route["dst"] == dst && route["gateway"] == *gateway;
             assert!(routes.as_array().expect("routes").iter().any(there), "{dst} via {gateway} in {routes}");
         }
-        run(&format!("ip netns exec pod-1 ping -c 1 -w 15 {gateway}"));
+        eventually(&format!("ip netns exec pod-1 ping -c 1 -W 2 {gateway}"));
     }
     let port = run("bridge -d link show").lines().any(|line| line.contains("hairpin on"));
     assert!(port, "{}", run("bridge -d link show"));
@@ -75,7 +75,7 @@ fn pod_has_address_routes_mtu_and_gateway_on_ipv6() {
         host.ready(None, Some(V6));
         let result = host.add("pod-1");
         assert_eq!(result["ips"][0]["address"], FAMILIES[1].2);
-        run("ip netns exec pod-1 ping -c 1 -w 15 fd00:10:244:3::1");
+        eventually("ip netns exec pod-1 ping -c 1 -W 2 fd00:10:244:3::1");
         host.ask("DEL", "pod-1", &host.conf("1.0.0")).expect("DEL succeeds");
         host.assert_clean();
     });
@@ -88,7 +88,7 @@ fn two_pods_and_a_pod_with_itself_talk_over_the_bridge() {
         host.add("pod-1");
         host.add("pod-2");
         for target in ["10.244.3.2", "10.244.3.3", "fd00:10:244:3::2", "fd00:10:244:3::3"] {
-            run(&format!("ip netns exec pod-1 ping -c 1 -w 15 {target}"));
+            eventually(&format!("ip netns exec pod-1 ping -c 1 -W 2 {target}"));
         }
     });
 }
@@ -156,7 +156,7 @@ fn second_add_is_refused_and_the_first_pod_keeps_talking() {
         host.add("pod-1");
         let told = host.ask("ADD", "pod-1", &host.conf("1.0.0")).expect_err("attached already");
         assert_eq!(told["code"], 103, "{told}");
-        run("ip netns exec pod-1 ping -c 1 -w 15 10.244.3.1");
+        eventually("ip netns exec pod-1 ping -c 1 -W 2 10.244.3.1");
         assert_eq!(host.addresses(), ["10.244.3.2"]);
     });
 }
@@ -263,5 +263,64 @@ fn full_disk_refuses_the_add_and_recovers() {
         fs::remove_file(filler).expect("removed");
         host.ask("ADD", "pod-1", &host.conf("1.0.0")).expect("ADD succeeds");
         run(&format!("umount -l {}", state.display()));
+    });
+}
+
+#[test]
+fn full_disk_of_addresses_refuses_the_add_and_leaves_no_address_that_is_nobodys() {
+    on_a_host_with_each_delegate(|host| {
+        host.ready(Some(V4), None);
+        run("ip netns add pod-1");
+        let addresses = host.path("addresses");
+        fs::create_dir(&addresses).expect("a folder");
+        // So few inodes that there is room for the folder and the lock, but for nothing else.
+        run(&format!("mount -t tmpfs -o nr_inodes=3 tmpfs {}", addresses.display()));
+        host.ask("ADD", "pod-1", &host.conf("1.0.0")).expect_err("the disk is full");
+        host.assert_clean();
+        run(&format!("mount -o remount,nr_inodes=100 {}", addresses.display()));
+        host.ask("ADD", "pod-1", &host.conf("1.0.0")).expect("ADD succeeds");
+        run(&format!("umount -l {}", addresses.display()));
+    });
+}
+
+#[test]
+fn add_without_enough_descriptors_fails_cleanly_or_succeeds() {
+    on_a_host_with_each_delegate(|host| {
+        host.ready(Some(V4), None);
+        let conf = host.conf("1.0.0");
+        let mut failed = 0;
+        for limit in 3..16 {
+            run("ip netns add pod-1");
+            let outcome = host.ask_with_descriptors(limit, "ADD", "pod-1", &conf);
+            if let Err(told) = outcome {
+                assert!(told["msg"].is_string() || told.is_null(), "{told}");
+                failed += 1;
+            }
+            host.ask("DEL", "pod-1", &conf).expect("DEL succeeds");
+            host.assert_clean();
+            run("ip netns del pod-1");
+        }
+        assert!(failed > 0, "the limits were too generous to show anything");
+    });
+}
+
+#[test]
+fn pods_that_come_while_others_go_have_addresses_of_their_own() {
+    on_a_host_with_each_delegate(|host| {
+        host.ready_on_both();
+        let conf = host.conf("1.0.0");
+        let names = |from: usize| (from..from + 50).map(|n| format!("pod-{n}")).collect::<Vec<_>>();
+        let (first, second) = (names(0), names(50));
+        first.iter().chain(&second).for_each(|pod| drop(run(&format!("ip netns add {pod}"))));
+        all(first.iter().map(|pod| host.start("ADD", pod, &conf)).collect())
+            .into_iter()
+            .for_each(|result| drop(result.expect("ADD succeeds")));
+
+        let pairs = first.iter().zip(&second);
+        let turns = pairs.flat_map(|(old, new)| [host.start("DEL", old, &conf), host.start("ADD", new, &conf)]);
+        let results = all(turns.collect()).into_iter().map(|result| result.expect("it succeeds"));
+        let given: BTreeSet<_> = results.filter(|result| !result.is_null()).map(|r| r["ips"].to_string()).collect();
+        assert_eq!(given.len(), 50);
+        assert_eq!(host.addresses().len(), 100);
     });
 }

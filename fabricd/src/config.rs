@@ -88,7 +88,7 @@ pub struct Config {
     #[arg(long, env = "FABRICD_SOCKET", value_name = "FILE", default_value = DEFAULT_SOCKET)]
     pub socket: PathBuf,
 
-    /// Where /healthz and /readyz answer; "off" for nowhere
+    /// Where /healthz, /readyz and /metrics answer; "off" for nowhere
     #[arg(long, env = "FABRICD_HEALTH_ADDR", value_name = "IP:PORT", default_value = "127.0.0.1:9472", value_parser = parse_address)]
     pub health_addr: Address,
 

@@ -72,6 +72,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let reconciler = Reconciler::new(node, store, open_kernel(&config)?, files, before);
     let controls = Controls { lease: keeper.commands(), network: reconciler.commands() };
     let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
+    let metrics = reconciler.metrics();
 
     // Each on a task of its own, so that none waits for another's turn.
     let mut tasks = JoinSet::new();
@@ -90,7 +91,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     });
     if let Some(listener) = health {
         let view = view.clone();
-        tasks.spawn(async { format!("the health endpoint has ended: {:?}", health::serve(listener, view).await) });
+        tasks.spawn(async {
+            format!("the health endpoint has ended: {:?}", health::serve(listener, view, metrics).await)
+        });
     }
     tasks.spawn(async { format!("the gRPC API has ended: {:?}", status::serve(api, view, controls).await) });
 

@@ -46,8 +46,9 @@ const MAGIC: &str = "fabricd-state";
 const LEASE: &str = "lease.state";
 const PEERS: &str = "peers.state";
 
-/// The peers are written at most so often: 5,000 of them are more than a megabyte, and may change all the time.
-const PEERS_EVERY: Duration = Duration::from_secs(10);
+/// How long the peers are not written again, for each of them: 5,000 are more than a megabyte, may change all the time,
+/// and are written every ten seconds; a few are written at once.
+const REST_PER_PEER: Duration = Duration::from_millis(2);
 
 /// Why a file can't be used.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -324,7 +325,8 @@ pub async fn follow(disk: Disk, mut view: watch::Receiver<Arc<View>>) {
         let changed = !now.from_disk && now.leases.is_some() && now.leases != peers;
         if changed && peers_due <= Instant::now() {
             peers.clone_from(&now.leases);
-            peers_due = Instant::now() + PEERS_EVERY;
+            let count = now.leases.as_ref().map_or(0, |leases| leases.len());
+            peers_due = Instant::now() + REST_PER_PEER.saturating_mul(count.try_into().unwrap_or(u32::MAX));
             let (disk, leases) = (disk.clone(), now.leases.clone());
             write(move || leases.map_or(Ok(()), |leases| disk.save_peers(&leases))).await;
         }

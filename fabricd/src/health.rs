@@ -1,4 +1,4 @@
-//! `/healthz` and `/readyz` over HTTP, for probes.
+//! `/healthz` and `/readyz` over HTTP, for probes, and `/metrics` beside them.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -6,23 +6,31 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::http::header::{CONTENT_TYPE, HeaderName};
 use axum::routing::get;
 use fabric_core::handoff::Readiness;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
+use crate::metrics::Metrics;
 use crate::view::View;
 
 /// Answers on `listener` until the process ends.
 ///
 /// `/healthz` is 200 while the reconcile loop lives, 500 when it has ended. `/readyz` is 200 when pods may be added,
-/// else 503 with the reason in the body.
+/// else 503 with the reason in the body. `/metrics` is for Prometheus.
 ///
 /// # Errors
 /// When the listener breaks.
-pub async fn serve(listener: TcpListener, view: watch::Receiver<Arc<View>>) -> std::io::Result<()> {
-    let router = Router::new().route("/healthz", get(healthz)).route("/readyz", get(readyz)).with_state(view);
-    axum::serve(listener, router).await
+pub async fn serve(
+    listener: TcpListener,
+    view: watch::Receiver<Arc<View>>,
+    metrics: Arc<Metrics>,
+) -> std::io::Result<()> {
+    let probes = Router::new().route("/healthz", get(healthz)).route("/readyz", get(readyz)).with_state(view.clone());
+    let numbers = Router::new().route("/metrics", get(numbers)).with_state((view, metrics));
+    axum::serve(listener, probes.merge(numbers)).await
 }
 
 /// Opens the address of `--health-addr`.
@@ -31,8 +39,11 @@ pub async fn serve(listener: TcpListener, view: watch::Receiver<Arc<View>>) -> s
 /// When it is taken or not this host's, with the way out.
 pub async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
     use anyhow::Context as _;
-    let told =
-        || format!("cannot listen on {address} for /healthz and /readyz; choose another with --health-addr, or off");
+    let told = || {
+        format!(
+            "cannot listen on {address} for /healthz, /readyz and /metrics; choose another with --health-addr, or off"
+        )
+    };
     TcpListener::bind(address).await.with_context(told)
 }
 
@@ -49,4 +60,12 @@ async fn readyz(State(view): State<watch::Receiver<Arc<View>>>) -> (StatusCode, 
         Readiness::Ready => (StatusCode::OK, "ready\n".into()),
         Readiness::NotReady { reason, .. } => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {reason}\n")),
     }
+}
+
+type Told = (watch::Receiver<Arc<View>>, Arc<Metrics>);
+
+async fn numbers(State((view, metrics)): State<Told>) -> ([(HeaderName, &'static str); 1], String) {
+    let format = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    let view = view.borrow().clone();
+    ([(CONTENT_TYPE, format)], metrics.render(&view, Instant::now()))
 }

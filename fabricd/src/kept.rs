@@ -1,7 +1,9 @@
 //! [`Kept`]: peers that are not let go of because the store has forgotten them.
 //!
-//! A store that was emptied, or set back to an older copy of itself, shows few leases until the nodes have claimed theirs
-//! again. Their routes must not go meanwhile (law 1): the peers of before stay for as long as that may take.
+//! A lease that ended by itself says that a node and the store lost touch, not that its pods are gone: its routes stay
+//! until the subnet is leased anew. And a store that was emptied, or set back to an older copy of
+//! itself, shows few leases until the nodes have claimed theirs again: the peers of before stay for as long as that may
+//! take.
 
 use std::sync::Arc;
 
@@ -64,10 +66,10 @@ impl Kept {
             }
             self.before = None;
         }
-        let merged = match &self.before {
-            Some(before) => Arc::new(set.keeping(before)),
-            None => set,
-        };
+        // A node that was cut off from the store for longer than its lease lasts may well be reachable itself.
+        let kept = self.before.iter().flat_map(|before| before.iter());
+        let mut kept = kept.chain(set.departed().values()).peekable();
+        let merged = if kept.peek().is_some() { Arc::new(set.keeping(kept)) } else { set.clone() };
         self.last = Some(merged.clone());
         (Some(merged), false)
     }

@@ -6,7 +6,7 @@
 //!   lease <──wanted── reconcile ──plan──> kernel
 //!   (keeper) ─holding─>   │   <──observed──┘
 //!                         ├──> files (node.json, subnet.env)
-//!                         └──> view ──> status (gRPC), health
+//!                         └──> view ──> status (gRPC), health, metrics
 //! ```
 //!
 //! Store and kernel never see each other. docs/architecture.md tells the whole story.
@@ -20,6 +20,7 @@ pub mod install_cni;
 pub mod kept;
 pub mod kernel;
 pub mod lease;
+pub mod metrics;
 pub mod pending;
 pub mod planned;
 pub mod pods;

@@ -43,6 +43,12 @@ impl Pending {
         pending
     }
 
+    /// True when no peer is touched.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.subnets.is_empty() && self.overlay.is_empty() && self.macs.is_empty()
+    }
+
     /// Why this peer is not fully programmed, the lowest cause first; `None` when it is.
     #[must_use]
     pub fn reason(&self, lease: &Lease) -> Option<&str> {

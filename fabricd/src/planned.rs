@@ -1,5 +1,6 @@
 //! [`Planned`]: what was last found to be desired, and from what. At thousands of peers to find that anew costs far more
-//! than to see that nothing has changed; and after every write the loop comes back to see what became of it.
+//! than to see what has changed: mostly nothing, since after every write the loop comes back to see what became of it, or
+//! a lease or two, which [`Desired::follow`] takes over.
 
 use std::sync::Arc;
 
@@ -28,11 +29,19 @@ struct Given {
 impl Planned {
     /// What is desired. `leases` are those of `inputs`.
     pub fn desired(&mut self, inputs: &Inputs<'_>, leases: &Arc<LeaseSet>) -> &Desired {
-        let same = self.0.as_ref().is_some_and(|(given, _)| given.decides(inputs, leases));
-        if !same {
-            self.0 = None;
-        }
-        let (_, desired) = self.0.get_or_insert_with(|| (Given::of(inputs, leases), desired(inputs)));
+        let kept = self.0.take().and_then(|(mut given, mut known)| {
+            let followed = given.decides(inputs) && {
+                let (went, came): (Vec<_>, Vec<_>) = leases.changes(&given.leases).unzip();
+                let (went, came): (Vec<_>, Vec<_>) = (
+                    went.into_iter().flatten().map(Arc::as_ref).collect(),
+                    came.into_iter().flatten().map(Arc::as_ref).collect(),
+                );
+                (went.is_empty() && came.is_empty()) || known.follow(inputs, &went, &came)
+            };
+            given.leases = Arc::clone(leases);
+            followed.then_some((given, known))
+        });
+        let (_, desired) = self.0.insert(kept.unwrap_or_else(|| (Given::of(inputs, leases), desired(inputs))));
         desired
     }
 }
@@ -49,9 +58,9 @@ impl Given {
         }
     }
 
-    fn decides(&self, inputs: &Inputs<'_>, leases: &Arc<LeaseSet>) -> bool {
-        Arc::ptr_eq(&self.leases, leases)
-            && self.network == *inputs.network
+    /// Whether all but the leases is the same.
+    fn decides(&self, inputs: &Inputs<'_>) -> bool {
+        self.network == *inputs.network
             && self.own == *inputs.own
             && self.vteps == *inputs.vteps
             && self.facts == *inputs.facts

@@ -25,8 +25,9 @@ use tracing::{debug, info, warn};
 use crate::disk::State;
 use crate::files::{Files, unknown};
 use crate::kept::Kept;
-use crate::kernel::{Kernel, Observed};
+use crate::kernel::{Kernel, Observed, Touched};
 use crate::lease::{Holding, Own, Wanted};
+use crate::metrics::Metrics;
 use crate::pending::Pending;
 use crate::planned::Planned;
 use crate::rules::Rules;
@@ -68,6 +69,7 @@ pub struct Reconciler<S, K> {
     kept: Kept,
     commands: (mpsc::Sender<Command>, mpsc::Receiver<Command>),
     planned: Planned,
+    metrics: Arc<Metrics>,
     failures: u32,
 }
 
@@ -114,6 +116,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             kept: Kept::new(before.leases),
             commands: mpsc::channel(8),
             planned: Planned::default(),
+            metrics: Arc::default(),
             failures: 0,
         }
     }
@@ -133,6 +136,11 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         self.commands.0.clone()
     }
 
+    /// What it does, counted.
+    pub fn metrics(&self) -> Arc<Metrics> {
+        Arc::clone(&self.metrics)
+    }
+
     /// Runs until the lease keeper or the store is gone. The kernel keeps what it has.
     pub async fn run(mut self, mut holding: watch::Receiver<Holding>) {
         let mut leases = self.store.leases();
@@ -140,6 +148,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let mut connection = self.store.connection();
         let mut replaced = self.store.replaced();
         let mut audit = Instant::now() + AUDIT;
+        let mut out_of_sync = Some(Instant::now());
         loop {
             let mut view =
                 View { connection: connection.borrow_and_update().clone(), ..View::new(self.node.name.clone()) };
@@ -152,11 +161,18 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             (view.leases, view.from_disk) = self.kept.merge(set);
             let now = (network.borrow_and_update().clone(), holding.borrow_and_update().clone());
             let again = self.pass(&mut view, now).await;
+            self.metrics.passed();
+            if view.readiness == Readiness::Ready
+                && again.is_none()
+                && let Some(since) = out_of_sync.take()
+            {
+                self.metrics.in_sync(since.elapsed());
+            }
             self.publish(view);
 
             let retry = again.map(|delay| Instant::now() + delay).into_iter().chain(self.kept.until()).min();
             tokio::select! {
-                _ = self.kernel.changed() => {}
+                touched = self.kernel.changed() => if touched == Touched::Everything { self.metrics.resynced() },
                 changed = leases.changed() => if changed.is_err() { return },
                 changed = network.changed() => if changed.is_err() { return },
                 changed = connection.changed() => if changed.is_err() { return },
@@ -165,9 +181,11 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 () = sleep_until(retry.unwrap_or(audit)), if retry.is_some() => {}
                 () = sleep_until(audit) => {
                     self.kernel.distrust();
+                    self.metrics.audited();
                     audit = Instant::now() + AUDIT;
                 }
             }
+            out_of_sync.get_or_insert_with(Instant::now);
         }
     }
 
@@ -351,12 +369,12 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let conflicts = conflicts.clone();
         let filtered = self.enforce(&filter).await;
         let failures = self.execute(&plan, view.from_disk).await;
-        let is_peer = |lease: &&Arc<Lease>| lease.key != own.key && !lease.record.is_placeholder();
-        view.peers = leases.iter().filter(is_peer).cloned().collect();
         let pending = Pending::new(&failures, &conflicts);
-        for peer in &view.peers {
-            if let Some(reason) = pending.reason(peer) {
-                view.troubles.entry(peer.key).or_insert_with(|| PeerTrouble::Pending(reason.into()));
+        if !pending.is_empty() {
+            let waits = |peer: &Arc<Lease>| Some((peer.key, PeerTrouble::Pending(pending.reason(peer)?.into())));
+            let waiting: Vec<_> = view.peers().filter_map(waits).collect();
+            for (key, trouble) in waiting {
+                view.troubles.entry(key).or_insert(trouble);
             }
         }
         if let Some(conflict) = conflicts.iter().find(|c| !matches!(c, Conflict::Route { .. })) {
@@ -400,6 +418,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             let go: Vec<Op> = go.into_iter().cloned().collect();
             for (op, result) in go.iter().zip(self.kernel.apply(&go).await) {
                 debug!(%op, ok = result.is_ok(), "kernel write");
+                self.metrics.wrote(op, &result);
                 if let Err(error) = result {
                     gate.failed(op);
                     failures.push((op.clone(), error.to_string()));
@@ -451,7 +470,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         self.view.send_if_modified(|current| {
             match (&current.readiness, &view.readiness) {
                 (before, now) if before == now => {}
-                (_, Readiness::Ready) => info!(peers = view.peers.len(), mtu = view.mtu, "ready"),
+                (_, Readiness::Ready) => info!(peers = view.peers().count(), mtu = view.mtu, "ready"),
                 (_, Readiness::NotReady { code: NotReady::Starting, reason }) => info!(reason, "not ready"),
                 (_, Readiness::NotReady { reason, .. }) => warn!(reason, "not ready"),
             }

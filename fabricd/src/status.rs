@@ -126,7 +126,7 @@ pub fn status_of(view: &View, now: Instant) -> v1::GetStatusResponse {
         Readiness::Ready => (true, String::new()),
         Readiness::NotReady { reason, .. } => (false, reason.clone()),
     };
-    let peers: Vec<v1::Peer> = view.peers.iter().map(|lease| peer(view, lease)).collect();
+    let peers: Vec<v1::Peer> = view.peers().map(|lease| peer(view, lease)).collect();
     let programmed = peers.iter().filter(|peer| peer.state() == v1::PeerState::Programmed).count();
     let unreadable = view.leases.iter().flat_map(|leases| leases.unreadable());
     let unreadable =

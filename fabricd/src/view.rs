@@ -37,8 +37,6 @@ pub struct View {
     pub vteps: Vec<VtepView>,
     /// MTU of the pods' interfaces in bytes; 0 until it is known.
     pub mtu: u32,
-    /// All leases but ours.
-    pub peers: Vec<Arc<Lease>>,
     /// Peers that are not fully programmed.
     pub troubles: BTreeMap<LeaseKey, PeerTrouble>,
     /// What an operator should know, each with the way out.
@@ -84,9 +82,17 @@ impl View {
             pending: vec![],
             vteps: vec![],
             mtu: 0,
-            peers: vec![],
             troubles: BTreeMap::new(),
             warnings: vec![],
         }
+    }
+
+    /// All leases but ours, once they can be programmed.
+    pub fn peers(&self) -> impl Iterator<Item = &Arc<Lease>> {
+        let own = self.holding.own.as_ref().map(|own| own.key);
+        let leases = self.leases.iter().filter(|_| !self.vteps.is_empty());
+        leases
+            .flat_map(|leases| leases.iter())
+            .filter(move |lease| Some(lease.key) != own && !lease.record.is_placeholder())
     }
 }

@@ -75,6 +75,12 @@ impl EtcdServer {
         &self.client
     }
 
+    /// The number of its process, while it runs.
+    #[must_use]
+    pub fn pid(&self) -> Option<i32> {
+        self.process.as_ref().filter(|process| !process.has_ended()).map(|process| process.pid.as_raw())
+    }
+
     /// Kills it at once, as a power cut would. The data stays.
     pub fn kill(&mut self) {
         self.process = None;

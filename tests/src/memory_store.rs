@@ -10,12 +10,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use fabric_core::leases::{Entry, Event, LeaseSet};
-use fabric_core::model::{Family, Subnet};
+use fabric_core::model::{Family, NodeName, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::record::{LeaseKey, Record};
 use fabricd::store::{Claim, Connection, Expect, Grant, LeaseStore, Network, Resting, StoreError};
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::time::{Instant, sleep_until};
+
+use crate::revisions::Owners;
 
 const SUBNETS: &str = "subnets/";
 const RESERVATIONS: &str = "fabric/reservations/";
@@ -36,6 +38,18 @@ struct State {
     leases: BTreeMap<i64, HeldLease>,
     last_lease: i64,
     nodes: Vec<Weak<Node>>,
+    owners: Owners,
+    /// The first time that two nodes owned one address.
+    overlap: Option<String>,
+}
+
+/// What a store had in it at some time.
+#[derive(Clone)]
+pub struct Snapshot {
+    revision: i64,
+    pairs: BTreeMap<String, Pair>,
+    /// Leases by their time to live.
+    leases: BTreeMap<i64, Duration>,
 }
 
 #[derive(Clone)]
@@ -133,10 +147,50 @@ impl MemoryCluster {
         let mut state = self.lock();
         let (generation, last_lease, nodes) =
             (state.generation + 1, state.last_lease, std::mem::take(&mut state.nodes));
-        *state = State { generation, last_lease, nodes, ..State::default() };
+        let overlap = state.overlap.take();
+        *state = State { generation, last_lease, nodes, overlap, ..State::default() };
         for node in state.nodes() {
             state.list(&node);
         }
+    }
+
+    /// All that is in it.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let state = self.lock();
+        let leases = state.leases.iter().map(|(id, lease)| (*id, lease.ttl)).collect();
+        Snapshot { revision: state.revision, pairs: state.pairs.clone(), leases }
+    }
+
+    /// Puts an older copy of itself in its place; its leases begin anew, as in a restored etcd.
+    pub fn restore(&self, snapshot: &Snapshot) {
+        let mut state = self.lock();
+        state.generation += 1;
+        state.revision = snapshot.revision;
+        state.pairs.clone_from(&snapshot.pairs);
+        let begin = |(id, ttl): (&i64, &Duration)| (*id, HeldLease { ttl: *ttl, expires: Instant::now() + *ttl });
+        state.leases = snapshot.leases.iter().map(begin).collect();
+        state.owners.store_was_replaced();
+        for (key, pair) in &snapshot.pairs {
+            state.witness(key, Some(pair));
+        }
+        for node in state.nodes() {
+            state.list(&node);
+        }
+        drop(state);
+        snapshot.leases.keys().for_each(|id| self.watch_expiry(*id));
+    }
+
+    /// Who owns a subnet, as the record under its key says.
+    #[must_use]
+    pub fn owner(&self, key: &LeaseKey) -> Option<NodeName> {
+        self.lock().owners.owner(key).cloned()
+    }
+
+    /// The first time that two nodes owned one address, at any revision.
+    #[must_use]
+    pub fn overlap(&self) -> Option<String> {
+        self.lock().overlap.clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -173,7 +227,8 @@ impl State {
             let create_revision = self.pairs.get(&key).map_or(mod_revision, |pair| pair.create_revision);
             let pair = Pair { value, create_revision, mod_revision, lease };
             self.pairs.insert(key.clone(), pair.clone());
-            self.tell(&key, Some(&pair));
+            self.witness(&key, Some(&pair));
+            self.tell(&key, Some(&pair), false);
         }
     }
 
@@ -187,9 +242,12 @@ impl State {
     fn delete(&mut self, keys: &[String]) {
         let keys: Vec<&String> = keys.iter().filter(|key| self.pairs.contains_key(*key)).collect();
         self.revision += i64::from(!keys.is_empty());
+        let given_back =
+            keys.iter().any(|key| key.starts_with(GUARDS)) && keys.iter().any(|key| key.starts_with(SUBNETS));
         for key in keys {
             self.pairs.remove(key);
-            self.tell(key, None);
+            self.witness(key, None);
+            self.tell(key, None, given_back);
         }
     }
 
@@ -200,7 +258,14 @@ impl State {
         self.delete(&keys);
     }
 
-    fn tell(&self, key: &str, pair: Option<&Pair>) {
+    fn witness(&mut self, key: &str, pair: Option<&Pair>) {
+        let Some(key) = key.strip_prefix(SUBNETS) else { return };
+        if let Err(overlap) = self.owners.see(key, pair.map(|pair| &*pair.value), self.revision) {
+            self.overlap.get_or_insert(overlap.to_string());
+        }
+    }
+
+    fn tell(&self, key: &str, pair: Option<&Pair>, given_back: bool) {
         for node in self.nodes().iter().filter(|node| node.is_listening()) {
             if key == "config" {
                 self.list(node);
@@ -212,10 +277,17 @@ impl State {
                     *set = Some(Arc::new(folded));
                 });
             }
+            if let (Some(subnet), None) = (guarded(key), pair) {
+                node.leases.send_modify(|set| {
+                    let mut folded = set.as_deref().cloned().unwrap_or_default();
+                    folded.forget_departed(|departed| departed != subnet);
+                    *set = Some(Arc::new(folded));
+                });
+            }
             let Some(key) = key.strip_prefix(SUBNETS) else { continue };
             let event = match pair {
                 Some(pair) => Event::Put(entry(key, pair)),
-                None => Event::Delete { key: key.to_owned() },
+                None => Event::Delete { key: key.to_owned(), given_back },
             };
             node.leases.send_modify(|set| {
                 let mut folded = set.as_deref().cloned().unwrap_or_default();
@@ -242,6 +314,7 @@ impl State {
                     listed.reserve(key, Some(&pair.value), self.revision);
                 }
             }
+            listed.forget_departed(|subnet| self.pairs.keys().any(|key| guarded(key) == Some(subnet)));
             *set = Some(Arc::new(listed));
         });
         node.connection.send_replace(Connection::Up);
@@ -273,8 +346,7 @@ impl State {
         let records = self.pairs.keys().filter_map(|key| LeaseKey::decode(key.strip_prefix(SUBNETS)?).ok());
         let leased: Vec<Subnet> = records.flat_map(|key| key.subnets().values().copied().collect::<Vec<_>>()).collect();
         let resting = |(key, pair): (&String, &Pair)| {
-            let (base, length) = key.strip_prefix(GUARDS)?.split_once('/')?.1.rsplit_once('-')?;
-            let subnet = format!("{base}/{length}").parse().ok().filter(|subnet| !leased.contains(subnet))?;
+            let subnet = guarded(key).filter(|subnet| !leased.contains(subnet))?;
             let node = std::str::from_utf8(&pair.value).ok().and_then(|name| name.parse().ok());
             Some((key.clone(), Resting { subnet, node, mod_revision: pair.mod_revision }))
         };
@@ -298,6 +370,11 @@ fn entry(key: &str, pair: &Pair) -> Entry {
 
 fn record_key(key: &LeaseKey) -> String {
     format!("{SUBNETS}{key}")
+}
+
+fn guarded(key: &str) -> Option<Subnet> {
+    let (base, length) = key.strip_prefix(GUARDS)?.split_once('/')?.1.rsplit_once('-')?;
+    format!("{base}/{length}").parse().ok()
 }
 
 fn guard_keys(key: &LeaseKey) -> Vec<String> {

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use etcd_client::{DeleteOptions, Txn, TxnOp};
+use fabric_core::leases::LeaseSet;
 use fabric_tests::certificates::Certificates;
 use fabric_tests::conformance::store::{claim, flannel_value, key, leases, now, shows};
 use fabric_tests::etcd::EtcdServer;
@@ -63,7 +64,7 @@ async fn unreachable_store_names_its_endpoints_and_is_found_when_it_comes() {
     let reason = is_down(&store).await;
     assert!(reason.contains(DEAD) && reason.contains(etcd.endpoint()) && reason.contains("refused"), "{reason}");
     assert!(store.leases().borrow().is_none());
-    let claim = claim(1, "10.244.1.0-24", &fabric_core::leases::LeaseSet::default());
+    let claim = claim(1, "10.244.1.0-24", &LeaseSet::default());
     assert!(matches!(store.claim(&claim).await, Err(StoreError::Unreachable { .. })));
     etcd.restart().await.expect("starts");
     is_up(&store).await;
@@ -316,6 +317,70 @@ async fn watch_that_is_not_permitted_is_named() {
     let store = Etcd::start(Options { user: Some(user), ..Options::new(vec![etcd.endpoint().into()]) });
     let reason = is_down(&store).await;
     assert!(reason.contains("refused to watch the leases") && reason.contains("permission denied"), "{reason}");
+}
+
+/// The role that docs/operations.md gives a node.
+#[tokio::test]
+async fn role_of_a_node_is_enough_for_all_that_a_node_does_and_no_more() {
+    let etcd = etcd().await;
+    let [all, subnets, guards] = ["", "subnets/", "fabric/guard/"].map(at);
+    for args in [
+        &["role", "add", "fabric-node"][..],
+        &["role", "grant-permission", "--prefix", "fabric-node", "read", &all],
+        &["role", "grant-permission", "--prefix", "fabric-node", "readwrite", &subnets],
+        &["role", "grant-permission", "--prefix", "fabric-node", "readwrite", &guards],
+        &["user", "add", "root:secret"],
+        &["user", "grant-role", "root", "root"],
+        &["user", "add", "node:secret"],
+        &["user", "grant-role", "node", "fabric-node"],
+        &["auth", "enable"],
+    ] {
+        etcd.ctl(args).await;
+    }
+    let user = User { name: "node".into(), password: "secret".into() };
+    let store = Etcd::start(Options { user: Some(user), ..Options::new(vec![etcd.endpoint().into()]) });
+    let first = claim(1, "10.244.1.0-24", &*now(&store).await);
+    let grant = store.claim(&first).await.expect("allowed");
+    let grant = store.rewrite(&grant, &first.record).await.expect("allowed");
+    let grant = store.keep_alive(&grant).await.expect("allowed");
+    store.resting(Duration::from_secs(60)).await.expect("allowed");
+    let place = key("10.244.2.0-24");
+    let node = "node-2".parse().expect("a name");
+    let placeholder = fabric_core::record::Record::placeholder(&node, &place);
+    store.hold_place(&place, &placeholder).await.expect("allowed");
+    store.release(&grant).await.expect("allowed");
+
+    let config = store.network_init(br#"{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}"#, false).await;
+    assert!(config.is_err_and(|error| error.to_string().contains("permission denied")));
+    let reserved = store.reserve(&node, &place).await;
+    assert!(reserved.is_err_and(|error| error.to_string().contains("permission denied")));
+}
+
+/// A person's commands, as `fabricctl lease` gives them.
+#[tokio::test]
+async fn subnets_are_reserved_and_released_by_a_person() {
+    let etcd = etcd().await;
+    let store = store(&[etcd.endpoint()]);
+    let held = store.claim(&claim(1, "10.244.1.0-24", &*now(&store).await)).await.expect("free");
+    leases(&store, "the lease", |set| set.len() == 1).await;
+    let [one, two] = [1, 2].map(|n| format!("node-{n}").parse().expect("a name"));
+    let place = key("10.244.2.0-24");
+    let refused = store.reserve(&two, &held.key).await.expect_err("it is node-1's").to_string();
+    assert!(refused.contains("held by node-1"), "{refused}");
+    store.reserve(&two, &place).await.expect("free");
+    leases(&store, "the placeholder", |set| set.get(&place).is_some_and(|lease| lease.record.is_placeholder())).await;
+    let refused = store.reserve(&one, &place).await.expect_err("it is node-2's").to_string();
+    assert!(refused.contains("node-2"), "{refused}");
+    assert_eq!(store.unreserve(&two).await.expect("reachable"), [place]);
+    leases(&store, "no placeholder", |set| set.get(&place).is_none() && set.reservations().is_empty()).await;
+
+    let lease = now(&store).await.get(&held.key).expect("there").clone();
+    let left = store.time_left(&lease).await.expect("reachable").expect("it ends");
+    assert!(left > Duration::from_secs(500), "{left:?}");
+    assert_eq!(store.release_node(&one).await.expect("reachable"), [held.key]);
+    let gone = leases(&store, "no lease", LeaseSet::is_empty).await;
+    assert!(gone.departed().is_empty(), "a person said that it is gone");
+    store.claim(&claim(3, "10.244.1.0-24", &gone)).await.expect("nothing rests");
 }
 
 #[tokio::test]

@@ -190,13 +190,8 @@ impl Call<BridgeConf> {
         let show = |host: &mut Netlink| wiring::link(host, name).map_err(|e| refused(&e));
         let mut shown = show(host)?;
         if shown.is_none() {
-            match host.write(&[wiring::add_bridge(name, random_mac(), self.conf.mtu)]) {
-                // Another ADD was faster.
-                Err(e) if e.errno() != Some(Errno::EXIST) => return Err(refused(&e)),
-                _ => shown = show(host)?,
-            }
-            // Router advertisements of pods are not for the host.
-            let _ = sysctl(&format!("ipv6/conf/{name}/accept_ra"), "0");
+            make(host, name, self.conf.mtu)?;
+            shown = show(host)?;
         }
         let bridge =
             shown.ok_or_else(|| CniError::new(Code::Kernel, format!("{name} vanished as soon as it was made")))?;
@@ -475,14 +470,36 @@ fn gateway_for(given: &[Given], dst: IpNetwork) -> Option<IpAddr> {
     given.iter().find(|given| given.address.is_ipv4() == dst.is_ipv4()).map(|given| given.gateway)
 }
 
+/// Makes a bridge for pods, if there is none. Its addresses are usable at once, and its settings are in place before
+/// its first port gives it a carrier.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn make(host: &mut Netlink, name: &IfName, mtu: u32) -> Result<(), CniError> {
+    match host.write(&[wiring::add_bridge(name, random_mac(), mtu)]) {
+        // Another ADD was faster.
+        Err(e) if e.errno() != Some(Errno::EXIST) => return Err(refused(&e)),
+        _ => {}
+    }
+    // Router advertisements of pods are not for the host; a kernel without IPv6 has neither setting.
+    for setting in ["accept_ra", "accept_dad"] {
+        let _ = sysctl(&format!("ipv6/conf/{name}/{setting}"), "0");
+    }
+    Ok(())
+}
+
 /// A locally administered address that nobody else has, but for a chance of one in 2^46.
-fn random_mac() -> MacAddr {
+pub(crate) fn random_mac() -> MacAddr {
     let random = RandomState::new().hash_one(std::process::id()).to_be_bytes();
     let [_, _, a, b, c, d, e, f] = random;
     MacAddr::try_from([(a | 0x02) & 0xfe, b, c, d, e, f]).expect("a unicast address with a bit set")
 }
 
-fn open_netlink() -> Result<Netlink, CniError> {
+/// A netlink socket of this thread's network namespace.
+///
+/// # Errors
+/// When there can be none.
+pub fn open_netlink() -> Result<Netlink, CniError> {
     Netlink::open().map_err(|e| CniError::new(Code::Kernel, format!("cannot open a netlink socket: {e}")))
 }
 

@@ -30,7 +30,7 @@ pub struct Link {
     pub index: u32,
     /// Its name.
     pub name: String,
-    /// Its hardware address.
+    /// Its hardware address; none for a bridge that has neither ports nor an address of its own.
     pub mac: Option<MacAddr>,
     /// Set up by somebody.
     pub up: bool,
@@ -185,11 +185,16 @@ impl Cable {
     /// (`inetdev_event` and `ndisc_netdev_event` on NETDEV_CHANGEADDR). So whoever knew the address's former owner
     /// learns of the new one, and no packet socket has to be opened, whose closing takes a grace period.
     pub fn announce(&self, index: u32) -> Request {
-        let mut message = LinkMessage::default();
-        message.header.index = index;
-        message.attributes.push(LinkAttribute::Address(self.mac.octets().to_vec()));
-        Request::new(format!("ip link set {} address {}", self.ifname, self.mac), Rtnl::SetLink(message), 0)
+        set_mac(index, self.ifname.as_str(), self.mac)
     }
+}
+
+/// `ip link set NAME address MAC`.
+pub fn set_mac(index: u32, name: &str, mac: MacAddr) -> Request {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes.push(LinkAttribute::Address(mac.octets().to_vec()));
+    Request::new(format!("ip link set {name} address {mac}"), Rtnl::SetLink(message), 0)
 }
 
 /// `ip link del NAME`; with one end of a cable goes the other.

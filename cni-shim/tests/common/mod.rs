@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -97,6 +98,16 @@ impl Host {
         heard(self.start(verb, pod, conf).wait_with_output().expect("it ends"))
     }
 
+    /// The same by a process that may open so many descriptors. `Err` of null when it couldn't even be started.
+    pub fn ask_with_descriptors(&self, limit: u32, verb: &str, pod: &str, conf: &Value) -> Result<Value, Value> {
+        let wrapper = self.path("limited");
+        let shim = env!("CARGO_BIN_EXE_fabric-cni");
+        fs::write(&wrapper, format!("#!/bin/sh\nulimit -n {limit}\nexec {shim}\n")).expect("a script");
+        fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).expect("its mode");
+        let output = start(&wrapper, verb, pod, "eth0", conf).wait_with_output().expect("it ends");
+        if output.status.success() || output.status.code() == Some(1) { heard(output) } else { Err(Value::Null) }
+    }
+
     pub fn add(&self, pod: &str) -> Value {
         run(&format!("ip netns add {pod}"));
         // A runtime does this by the loopback plugin.
@@ -135,8 +146,8 @@ fn start(plugin: &Path, verb: &str, pod: &str, ifname: &str, conf: &Value) -> Ch
         .stderr(Stdio::piped())
         .spawn()
         .expect("the plugin starts");
-    let mut stdin = child.stdin.take().expect("piped");
-    stdin.write_all(conf.to_string().as_bytes()).expect("it reads its configuration");
+    // One that can't even start reads nothing.
+    let _ = child.stdin.take().expect("piped").write_all(conf.to_string().as_bytes());
     child
 }
 
@@ -165,10 +176,20 @@ pub fn all(running: Vec<Child>) -> Vec<Result<Value, Value>> {
     running.into_iter().map(|child| heard(child.wait_with_output().expect("it ends"))).collect()
 }
 
+/// Runs a command that must succeed in the end: a neighbour may not answer yet, while the plugin `bridge` has its
+/// address checked for duplicates.
+pub fn eventually(command: &str) {
+    wait_until(command, || output(command).status.success());
+}
+
+fn output(command: &str) -> Output {
+    let mut words = command.split_whitespace();
+    Command::new(words.next().expect("a command")).args(words).output().expect(command)
+}
+
 /// Runs a command that must succeed.
 pub fn run(command: &str) -> String {
-    let mut words = command.split_whitespace();
-    let output = Command::new(words.next().expect("a command")).args(words).output().expect(command);
+    let output = output(command);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command}: {stderr}{}", String::from_utf8_lossy(&output.stdout));
     String::from_utf8(output.stdout).expect("text")

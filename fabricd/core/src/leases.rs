@@ -1,5 +1,6 @@
 //! [`LeaseSet`]: all leases of the cluster, the fold of a snapshot and the events after it.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -59,6 +60,8 @@ pub enum Event {
     Delete {
         /// The key's last part.
         key: String,
+        /// True when the node gave it back, which takes the guards along; else it may come back.
+        given_back: bool,
     },
 }
 
@@ -68,6 +71,7 @@ pub struct LeaseSet {
     leases: BTreeMap<LeaseKey, Arc<Lease>>,
     unreadable: BTreeMap<String, RecordError>,
     reservations: BTreeMap<LeaseKey, NodeName>,
+    departed: BTreeMap<LeaseKey, Arc<Lease>>,
     revision: i64,
 }
 
@@ -75,10 +79,12 @@ impl LeaseSet {
     /// The set after a full list at `revision`. Entries that can't be read keep the value they had in `before`.
     #[must_use]
     pub fn snapshot(before: &Self, entries: Vec<Entry>, revision: i64) -> Self {
-        let mut set = Self { revision, ..Self::default() };
+        let mut set = Self { revision, departed: before.departed.clone(), ..Self::default() };
         for entry in entries {
             set.put(entry, before);
         }
+        let missing: Vec<_> = before.iter().filter(|lease| set.get(&lease.key).is_none()).cloned().collect();
+        missing.into_iter().for_each(|lease| set.depart(lease));
         set
     }
 
@@ -93,13 +99,31 @@ impl LeaseSet {
                     Self { leases: before.map(|lease| (lease.key, lease)).into_iter().collect(), ..Self::default() };
                 self.put(entry, &before);
             }
-            Event::Delete { key } => {
+            Event::Delete { key, given_back } => {
                 self.unreadable.remove(&key);
-                if let Ok(key) = LeaseKey::decode(&key) {
-                    self.leases.remove(&key);
-                }
+                let lease = LeaseKey::decode(&key).ok().and_then(|key| self.leases.remove(&key));
+                lease.into_iter().filter(|_| !given_back).for_each(|lease| self.depart(lease));
             }
         }
+    }
+
+    /// Notes that a lease has ended and its node may come back. flannel's leases have no guards, so nobody can tell.
+    fn depart(&mut self, lease: Arc<Lease>) {
+        if lease.record.node().is_some() && !lease.record.is_placeholder() {
+            self.departed.insert(lease.key, lease);
+        }
+    }
+
+    /// Leases that have ended while their guards stand: the nodes were cut off from the store, or are dead. Until the
+    /// subnets are leased anew, packets for them may still arrive.
+    #[must_use]
+    pub fn departed(&self) -> &BTreeMap<LeaseKey, Arc<Lease>> {
+        &self.departed
+    }
+
+    /// Forgets departed leases, unless guards still stand for all of their subnets.
+    pub fn forget_departed(&mut self, is_guarded: impl Fn(Subnet) -> bool) {
+        self.departed.retain(|key, _| key.subnets().values().all(|subnet| is_guarded(*subnet)));
     }
 
     /// Notes a reservation, or that it is gone. `key` is the last part of its key in the store, `node` its value; one
@@ -118,7 +142,7 @@ impl LeaseSet {
     /// free, and whose node or address is in no other lease. For a store that was emptied or set back, until its nodes
     /// have claimed their subnets again.
     #[must_use]
-    pub fn keeping(&self, before: &Self) -> Self {
+    pub fn keeping<'a>(&self, before: impl IntoIterator<Item = &'a Arc<Lease>>) -> Self {
         let subnets = self.leases.keys().flat_map(|key| key.subnets().values().copied());
         let taken = Taken::all(subnets);
         let nodes: BTreeSet<&NodeName> = self.iter().filter_map(|lease| lease.record.node()).collect();
@@ -131,14 +155,14 @@ impl LeaseSet {
                 && addresses(lease).iter().all(|ip| !used.contains(ip))
         };
         let mut set = self.clone();
-        set.leases.extend(before.iter().filter(is_missing).map(|lease| (lease.key, lease.clone())));
+        set.leases.extend(before.into_iter().filter(is_missing).map(|lease| (lease.key, lease.clone())));
         set
     }
 
     /// True when more than half of the leases that were known are not there any more; of a few, any number may go.
     #[must_use]
     pub fn lacks_most_of(&self, before: &Self) -> bool {
-        let gone = before.iter().filter(|lease| self.get(&lease.key).is_none()).count();
+        let gone = self.changes(before).filter(|(_, is)| is.is_none()).count();
         before.len() >= FEW && gone * 2 > before.len()
     }
 
@@ -156,6 +180,7 @@ impl LeaseSet {
         match read {
             Ok((key, record)) => {
                 let (create_revision, mod_revision) = (entry.create_revision, entry.mod_revision);
+                self.departed.retain(|departed, lease| *departed != key && lease.record.node() != record.node());
                 self.leases.insert(key, Arc::new(Lease { key, record, create_revision, mod_revision }));
             }
             Err(error) => {
@@ -167,6 +192,35 @@ impl LeaseSet {
     /// All leases, in the order of their subnets.
     pub fn iter(&self) -> impl Iterator<Item = &Arc<Lease>> {
         self.leases.values()
+    }
+
+    /// What has changed since `before`: each lease as it was, as it is, or both. One walk along both sets; what they
+    /// share is not looked into.
+    pub fn changes<'a>(
+        &'a self,
+        before: &'a Self,
+    ) -> impl Iterator<Item = (Option<&'a Arc<Lease>>, Option<&'a Arc<Lease>>)> {
+        let (mut was, mut is) = (before.iter().peekable(), self.iter().peekable());
+        std::iter::from_fn(move || {
+            loop {
+                let order = match (was.peek(), is.peek()) {
+                    (Some(was), Some(is)) => was.key.cmp(&is.key),
+                    (Some(_), None) => Ordering::Less,
+                    (None, Some(_)) => Ordering::Greater,
+                    (None, None) => return None,
+                };
+                match order {
+                    Ordering::Less => return Some((was.next(), None)),
+                    Ordering::Greater => return Some((None, is.next())),
+                    Ordering::Equal => {
+                        let (was, is) = (was.next()?, is.next()?);
+                        if !Arc::ptr_eq(was, is) {
+                            return Some((Some(was), Some(is)));
+                        }
+                    }
+                }
+            }
+        })
     }
 
     /// One lease.
@@ -236,7 +290,7 @@ mod tests {
         let mut folded =
             LeaseSet::snapshot(&LeaseSet::default(), vec![entry("10.244.1.0-24", &vxlan("192.0.2.1"), 3)], 3);
         folded.apply(Event::Put(entry("10.244.2.0-24", &vxlan("192.0.2.2"), 4)), 4);
-        folded.apply(Event::Delete { key: "10.244.1.0-24".into() }, 5);
+        folded.apply(Event::Delete { key: "10.244.1.0-24".into(), given_back: false }, 5);
         let listed = LeaseSet::snapshot(&LeaseSet::default(), vec![entry("10.244.2.0-24", &vxlan("192.0.2.2"), 4)], 5);
         assert_eq!(folded, listed);
     }
@@ -273,7 +327,7 @@ mod tests {
         let after =
             list(&[("10.244.2.128-25", "192.0.2.9"), ("10.244.7.0-24", "192.0.2.3"), ("10.244.4.0-24", "192.0.2.4")]);
         assert!(after.lacks_most_of(&before));
-        let kept: Vec<String> = after.keeping(&before).iter().map(|lease| lease.key.to_string()).collect();
+        let kept: Vec<String> = after.keeping(before.iter()).iter().map(|lease| lease.key.to_string()).collect();
         assert_eq!(kept, ["10.244.1.0-24", "10.244.2.128-25", "10.244.4.0-24", "10.244.7.0-24"]);
     }
 
@@ -287,6 +341,29 @@ mod tests {
             assert_eq!(set(1..left + 1).lacks_most_of(&set(1..known + 1)), most, "{known} → {left}");
         }
         assert!(set(10..20).lacks_most_of(&set(1..5)), "others in their place are no comfort");
+    }
+
+    #[test]
+    fn ended_lease_of_a_fabricd_node_departs_until_it_is_back_or_its_guard_is_gone() {
+        let value = |n: u8| {
+            vxlan(&format!("192.0.2.{n}"))
+                .replace("}}", &format!(r#"}},"Fabric":{{"v":1,"node":"node-{n}","boot":"b","netns":1,"epoch":1}}}}"#))
+        };
+        let lease = |n: u8| entry(&format!("10.244.{n}.0-24"), &value(n), 3);
+        let flannels = entry("10.244.9.0-24", &vxlan("192.0.2.9"), 3);
+        let all = vec![lease(1), lease(2), lease(3), lease(4), flannels];
+        let mut set = LeaseSet::snapshot(&LeaseSet::default(), all, 3);
+        for (n, given_back) in [(1, false), (2, true), (3, false), (9, false)] {
+            set.apply(Event::Delete { key: format!("10.244.{n}.0-24"), given_back }, 4);
+        }
+        let departed = |set: &LeaseSet| set.departed().keys().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(departed(&set), ["10.244.1.0-24", "10.244.3.0-24"]);
+        let listed = LeaseSet::snapshot(&set, vec![], 5);
+        assert_eq!(departed(&listed), ["10.244.1.0-24", "10.244.3.0-24", "10.244.4.0-24"], "a list tells no more");
+        set.apply(Event::Put(entry("10.244.7.0-24", &value(1), 6)), 6);
+        assert_eq!(departed(&set), ["10.244.3.0-24"], "the first is back, elsewhere");
+        set.forget_departed(|_| false);
+        assert!(set.departed().is_empty());
     }
 
     #[test]
@@ -305,7 +382,7 @@ mod tests {
         let mut set = LeaseSet::default();
         set.apply(Event::Put(entry("../config", "{}", 1)), 1);
         assert!(set.is_empty() && set.unreadable().len() == 1);
-        set.apply(Event::Delete { key: "../config".into() }, 2);
+        set.apply(Event::Delete { key: "../config".into(), given_back: false }, 2);
         assert!(set.unreadable().is_empty());
     }
 }

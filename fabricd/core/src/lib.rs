@@ -11,6 +11,7 @@
 
 pub mod alloc;
 pub mod diff;
+pub mod follow;
 pub mod handoff;
 pub mod holding;
 pub mod leases;

@@ -155,6 +155,7 @@ pub fn desired(inputs: &Inputs<'_>) -> Desired {
         }
     }
 
+    let devices = devices(inputs, &desired.state);
     let mut accepted = Accepted::default();
     let mut nexthop_ids = NexthopIds::new(inputs);
     // Of two leases that clash the older one counts, whatever order they are listed in.
@@ -165,12 +166,9 @@ pub fn desired(inputs: &Inputs<'_>) -> Desired {
         match accepted.check(inputs, lease) {
             Ok(endpoints) => {
                 desired.peers += 1;
-                for (family, endpoint) in endpoints.iter() {
-                    let dev = device_name(family, inputs.network.vxlan.vni);
-                    if let (Some(subnet), true) =
-                        (lease.key.subnets().get(family), desired.state.links.contains_key(&dev))
-                    {
-                        peer_entries(&mut desired, inputs, &mut nexthop_ids, *subnet, endpoint, dev);
+                for (family, dev) in devices.iter() {
+                    if let (Some(subnet), Some(endpoint)) = (lease.key.subnets().get(family), endpoints.get(family)) {
+                        peer_entries(&mut desired, inputs, &mut nexthop_ids, *subnet, endpoint, *dev);
                     }
                 }
             }
@@ -226,7 +224,13 @@ fn own_entries(state: &mut KernelState, facts: &Facts, family: Family, own: Subn
     state.sysctls.insert(forward, 1);
 }
 
-fn peer_entries(
+/// Our devices, in the families in which nothing stands in their way.
+pub(crate) fn devices(inputs: &Inputs<'_>, state: &KernelState) -> PerFamily<IfName> {
+    let names = Family::ALL.map(|family| (family, device_name(family, inputs.network.vxlan.vni)));
+    names.into_iter().filter(|(_, name)| state.links.contains_key(name)).collect()
+}
+
+pub(crate) fn peer_entries(
     desired: &mut Desired,
     inputs: &Inputs<'_>,
     nexthop_ids: &mut NexthopIds<'_>,
@@ -276,21 +280,11 @@ struct Accepted<'a> {
 impl<'a> Accepted<'a> {
     /// The endpoints of `lease` in the families that are in use here, or why none of it is to be programmed.
     fn check(&mut self, inputs: &Inputs<'_>, lease: &'a Lease) -> Result<PerFamily<Endpoint>, Refusal> {
-        let endpoints = match &lease.record.backend {
-            Backend::Vxlan(endpoints) => *endpoints,
-            Backend::Reserved(_) => return Ok(PerFamily::default()),
-            Backend::Other(name) => return Err(Refusal::Backend(name.clone())),
-        };
+        let endpoints = usable(inputs, lease)?;
         for (family, subnet) in lease.key.subnets().iter() {
-            let (Some(space), Some(endpoint)) = (inputs.network.spaces.get(family), endpoints.get(family)) else {
+            let (Some(_), Some(endpoint)) = (inputs.network.spaces.get(family), endpoints.get(family)) else {
                 continue;
             };
-            if !space.network.covers(*subnet) || subnet.prefix_len() < space.network.prefix_len() + 2 {
-                return Err(Refusal::OutsideNetwork(*subnet, space.network));
-            }
-            if let Some(own) = inputs.own.subnets().get(family).filter(|own| own.overlaps(*subnet)) {
-                return Err(Refusal::OverlapsOurs(*subnet, *own));
-            }
             // Subnets nest or lie apart, so only the nearest ones before and after can overlap.
             let before = self.subnets.range(..=subnet.base()).next_back();
             let after = self.subnets.range(subnet.base()..).next();
@@ -298,16 +292,6 @@ impl<'a> Accepted<'a> {
                 [before, after].into_iter().flatten().find(|(_, (other, _))| other.overlaps(*subnet))
             {
                 return Err(Refusal::Overlaps(*subnet, holder.holder()));
-            }
-            let ours = inputs.vteps.values().any(|vtep| vtep.local == endpoint.public_ip);
-            if ours {
-                return Err(Refusal::OurAddress(endpoint.public_ip));
-            }
-            if endpoint.vni != inputs.network.vxlan.vni {
-                return Err(Refusal::Vni(endpoint.vni, inputs.network.vxlan.vni));
-            }
-            if inputs.vteps.get(family).is_some_and(|vtep| vtep.mac == endpoint.vtep_mac) {
-                return Err(Refusal::SameMac(endpoint.vtep_mac, "this node".into()));
             }
             if let Some(holder) = self.macs.get(&(family, endpoint.vtep_mac)) {
                 return Err(Refusal::SameMac(endpoint.vtep_mac, holder.holder()));
@@ -323,28 +307,76 @@ impl<'a> Accepted<'a> {
     }
 }
 
+/// The endpoints of a lease that can be used here, whatever others hold, or why it can't.
+pub(crate) fn usable(inputs: &Inputs<'_>, lease: &Lease) -> Result<PerFamily<Endpoint>, Refusal> {
+    let endpoints = match &lease.record.backend {
+        Backend::Vxlan(endpoints) => *endpoints,
+        Backend::Reserved(_) => return Ok(PerFamily::default()),
+        Backend::Other(name) => return Err(Refusal::Backend(name.clone())),
+    };
+    for (family, subnet) in lease.key.subnets().iter() {
+        let (Some(space), Some(endpoint)) = (inputs.network.spaces.get(family), endpoints.get(family)) else {
+            continue;
+        };
+        if !space.network.covers(*subnet) || subnet.prefix_len() < space.network.prefix_len() + 2 {
+            return Err(Refusal::OutsideNetwork(*subnet, space.network));
+        }
+        if let Some(own) = inputs.own.subnets().get(family).filter(|own| own.overlaps(*subnet)) {
+            return Err(Refusal::OverlapsOurs(*subnet, *own));
+        }
+        if inputs.vteps.values().any(|vtep| vtep.local == endpoint.public_ip) {
+            return Err(Refusal::OurAddress(endpoint.public_ip));
+        }
+        if endpoint.vni != inputs.network.vxlan.vni {
+            return Err(Refusal::Vni(endpoint.vni, inputs.network.vxlan.vni));
+        }
+        if inputs.vteps.get(family).is_some_and(|vtep| vtep.mac == endpoint.vtep_mac) {
+            return Err(Refusal::SameMac(endpoint.vtep_mac, "this node".into()));
+        }
+    }
+    Ok(endpoints)
+}
+
 /// Gives every nexthop an id: the one it has, else the lowest that nobody uses.
-struct NexthopIds<'a> {
-    held: HashMap<&'a Nexthop, NexthopId>,
+pub(crate) struct NexthopIds<'a> {
+    held: Held<'a>,
+    /// What is planned already, but not yet there.
+    planned: &'a BTreeMap<NexthopId, Nexthop>,
     inputs: &'a Inputs<'a>,
     next: u32,
 }
 
+enum Held<'a> {
+    ByNexthop(HashMap<&'a Nexthop, NexthopId>),
+    /// For a few it costs more to sort them than to look through them.
+    Unsorted,
+}
+
 impl<'a> NexthopIds<'a> {
     fn new(inputs: &'a Inputs<'a>) -> Self {
-        Self {
-            // Of doubles (another daemon's doing) the lowest id stays, the others are swept.
-            held: inputs.have.nexthops.iter().rev().map(|(id, nexthop)| (nexthop, *id)).collect(),
-            inputs,
-            next: NEXTHOP_ID_BASE,
-        }
+        static NONE: BTreeMap<NexthopId, Nexthop> = BTreeMap::new();
+        // Of doubles (another daemon's doing) the lowest id stays, the others are swept.
+        let held = inputs.have.nexthops.iter().rev().map(|(id, nexthop)| (nexthop, *id)).collect();
+        Self { held: Held::ByNexthop(held), planned: &NONE, inputs, next: NEXTHOP_ID_BASE }
     }
 
-    fn of(&mut self, nexthop: &Nexthop) -> NexthopId {
-        if let Some(id) = self.held.get(nexthop) {
-            return *id;
+    /// For a few more nexthops beside those planned already.
+    pub(crate) fn beside(inputs: &'a Inputs<'a>, planned: &'a BTreeMap<NexthopId, Nexthop>) -> Self {
+        Self { held: Held::Unsorted, planned, inputs, next: NEXTHOP_ID_BASE }
+    }
+
+    pub(crate) fn of(&mut self, nexthop: &Nexthop) -> NexthopId {
+        let have = &self.inputs.have.nexthops;
+        let held = match &self.held {
+            Held::ByNexthop(held) => held.get(nexthop).copied(),
+            Held::Unsorted => have.iter().find(|(_, other)| *other == nexthop).map(|(id, _)| *id),
+        };
+        if let Some(id) = held {
+            return id;
         }
-        let used = |id| self.inputs.have.nexthops.contains_key(&id) || self.inputs.foreign.nexthop_ids.contains(&id);
+        let used = |id| {
+            have.contains_key(&id) || self.planned.contains_key(&id) || self.inputs.foreign.nexthop_ids.contains(&id)
+        };
         while used(NexthopId(self.next)) {
             self.next += 1;
         }

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use fabric_core::diff::diff;
-use fabric_core::leases::{Entry, LeaseSet};
+use fabric_core::leases::{Entry, Event, LeaseSet};
 use fabric_core::model::{Family, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Refusal, Vtep, desired};
@@ -299,4 +299,41 @@ fn sharing_a_lease_set_costs_no_copy_of_the_leases() {
     let set = leases(&[node_2()]);
     let copy = set.clone();
     assert!(Arc::ptr_eq(set.iter().next().unwrap(), copy.iter().next().unwrap()));
+}
+
+proptest::proptest! {
+    /// Whatever comes and goes, clashes included: to follow it, where that can be done, is to plan anew.
+    #[test]
+    fn to_follow_changes_is_to_plan_anew(changes in proptest::collection::vec((0..8_u8, 0..8_u8, 1..8_u8, proptest::bool::ANY), 1..40)) {
+        let node = Node::new(V4);
+        let (mut set, mut known) = (LeaseSet::default(), Desired::default());
+        for (revision, (subnet, wide, id, there)) in changes.into_iter().enumerate() {
+            let revision = i64::try_from(revision).unwrap() + 1;
+            // Now and then a subnet that covers two others.
+            let key = if wide == 0 { format!("10.244.{}.0-23", subnet & !1) } else { format!("10.244.{subnet}.0-24") };
+            let value = v4_peer(&format!("192.0.2.{id}"), &format!("02:42:c0:00:02:{id:02x}")).into_bytes();
+            let before = set.clone();
+            set.apply(
+                if there {
+                    Event::Put(Entry { key, value, create_revision: revision, mod_revision: revision })
+                } else {
+                    Event::Delete { key, given_back: true }
+                },
+                revision,
+            );
+            let Node { network, own, vteps, facts, foreign } = &node;
+            let have = known.state.clone();
+            let inputs = Inputs { network, own, vteps, leases: &set, facts, have: &have, foreign };
+            let (went, came): (Vec<_>, Vec<_>) = set.changes(&before).unzip();
+            let (went, came): (Vec<_>, Vec<_>) = (
+                went.into_iter().flatten().map(Arc::as_ref).collect(),
+                came.into_iter().flatten().map(Arc::as_ref).collect(),
+            );
+            let anew = desired(&inputs);
+            if revision > 1 && known.follow(&inputs, &went, &came) {
+                proptest::prop_assert_eq!(&known, &anew);
+            }
+            known = anew;
+        }
+    }
 }

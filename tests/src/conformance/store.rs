@@ -344,7 +344,8 @@ pub async fn unkept_lease_expires(h: &impl Harness) {
     let short = Claim { ttl: Duration::from_secs(1), ..claim(1, "10.244.1.0-24", &*now(&store).await) };
     let grant = store.claim(&short).await.expect("free");
     settled(&store, &grant).await;
-    leases(&store, "the end of the lease", LeaseSet::is_empty).await;
+    let ended = leases(&store, "the end of the lease", LeaseSet::is_empty).await;
+    assert!(ended.departed().contains_key(&grant.key), "its node may come back");
     let lease_id = grant.lease_id;
     assert_eq!(store.keep_alive(&grant).await, Err(StoreError::Expired { lease_id }));
     assert!(is_lost(&store.rewrite(&grant, &short.record).await));
@@ -392,6 +393,7 @@ pub async fn freed_subnet_rests_for_a_grace(h: &impl Harness) {
         }
     };
     timeout(PATIENCE, over).await.expect("the grace ends");
+    leases(&store, "nobody who may come back", |set| set.departed().is_empty()).await;
     store.claim(&claim(4, "10.244.1.0-24&fd00:1::-64", &gone)).await.expect("the grace is over");
 }
 
@@ -438,7 +440,7 @@ pub async fn release_removes_ours_alone(h: &impl Harness) {
     let (_, other) = claimed(&store, 2, "10.244.2.0-24").await;
     store.release(&grant).await.expect("held");
     let left = leases(&store, "one record", |set| set.len() == 1).await;
-    assert!(left.get(&other.key).is_some());
+    assert!(left.get(&other.key).is_some() && left.departed().is_empty(), "it doesn't come back");
     assert_eq!(h.get("fabric/guard/4/10.244.1.0-24").await, None);
     assert_eq!(h.get("fabric/guard/6/fd00:1::-64").await, None);
     store.release(&grant).await.expect("gone is fine");

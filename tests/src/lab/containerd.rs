@@ -16,7 +16,7 @@ use super::pod::Pod;
 use super::wait_until;
 
 /// The root file system that all containers of a node share, on the node.
-const ROOT: &str = "/var/lib/busybox";
+pub(super) const ROOT: &str = "/var/lib/busybox";
 
 /// How long containerd and its containers may take for anything.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -61,13 +61,14 @@ impl Containerd {
             "1000000",
         ];
         self.node.start_service(&service(name), &argv, &[])?;
-        wait_until("the container has an address", PATIENCE, || {
+        // ctr starts the process when the network is complete.
+        wait_until("the container runs", PATIENCE, || {
             let tasks = self.node.run(&["ctr", "task", "ls"])?;
             let task = tasks
                 .lines()
                 .map(|line| line.split_whitespace().collect::<Vec<_>>())
-                .find(|task| task.first() == Some(&name));
-            let pid = task.and_then(|task| task.get(1).map(ToString::to_string)).context("no such task")?;
+                .find(|task| task.first() == Some(&name) && task.contains(&"RUNNING"));
+            let pid = task.and_then(|task| task.get(1).map(ToString::to_string)).context("no such task that runs")?;
             let pod = self.node.adopt_pod(name, &format!("/proc/{pid}/ns/net"))?;
             pod.ips().first().context("no address yet")?;
             Ok(pod)
@@ -80,8 +81,8 @@ impl Containerd {
     /// # Errors
     /// There is no such container, or it doesn't end.
     pub fn kill(&self, pod: Pod) -> Result<()> {
-        self.node.run(&["ctr", "task", "kill", "--signal", "SIGKILL", pod.name()])?;
         let runs = self.node.service(&service(pod.name())).context("the container has ended before")?;
+        self.node.run(&["ctr", "task", "kill", "--signal", "SIGKILL", pod.name()])?;
         runs.wait_gone(PATIENCE)?;
         pod.forget()
     }
@@ -92,7 +93,7 @@ fn service(container: &str) -> String {
 }
 
 /// One static program under all its names.
-fn make_busybox_root(root: &Path) -> Result<()> {
+pub(super) fn make_busybox_root(root: &Path) -> Result<()> {
     for folder in ["bin", "etc", "proc", "sys", "dev", "run", "tmp", "root"] {
         fs::create_dir_all(root.join(folder))?;
     }

@@ -133,6 +133,44 @@ impl Etcd {
         format!("/run/{}", name(member))
     }
 
+    /// Where a member answers.
+    #[must_use]
+    pub fn address(&self, member: u16) -> std::net::IpAddr {
+        addresses::etcd(self.families.first(), member)
+    }
+
+    /// Empties a member that doesn't run.
+    ///
+    /// # Errors
+    /// Its data can't be removed.
+    pub fn wipe(&self, member: u16) -> Result<()> {
+        self.underlay.machine.run(&["rm", "-rf", &self.data_dir(member)])?;
+        Ok(())
+    }
+
+    /// Writes what the only member holds to a file in the underlay's machine.
+    ///
+    /// # Errors
+    /// etcdctl failed.
+    pub fn back_up(&self, file: &str) -> Result<()> {
+        self.ctl(&["snapshot", "save", file])?;
+        Ok(())
+    }
+
+    /// Puts such a file in the place of a member that doesn't run, and is the only one.
+    ///
+    /// # Errors
+    /// etcdctl failed.
+    pub fn restore(&self, member: u16, file: &str) -> Result<()> {
+        self.wipe(member)?;
+        let (name, peer, data) = (name(member), self.url(member, 2380), self.data_dir(member));
+        let cluster = format!("{name}={peer}");
+        let place = ["--name", &name, "--data-dir", &data, "--initial-cluster", &cluster];
+        let argv = [&["etcdctl", "snapshot", "restore", file][..], &place, &["--initial-advertise-peer-urls", &peer]];
+        self.underlay.machine.command(&argv.concat())?.env("ETCDCTL_API", "3").run()?;
+        Ok(())
+    }
+
     /// Runs `etcdctl` against all members and returns what it printed.
     ///
     /// # Errors

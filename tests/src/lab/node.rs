@@ -107,6 +107,15 @@ impl Node {
         Ok(())
     }
 
+    /// Starts another version of fabricd, by its path.
+    ///
+    /// # Errors
+    /// As [`Node::start_fabricd`].
+    pub fn start_this_fabricd(&self, program: &str) -> Result<()> {
+        self.start_service(FABRICD, &[program], &[])?;
+        Ok(())
+    }
+
     /// Stops fabricd in good order (SIGTERM) and waits for its end.
     ///
     /// # Errors

@@ -314,22 +314,26 @@ fn adopt(now: &Situation<'_>, lease: &Lease) -> Option<Step> {
         .then(|| Step::Adopt(held, lease.record.clone()))
 }
 
-/// A subnet for a node that has none: one that is reserved for it, else one that doesn't rest, else any.
+/// A subnet for a node that has none: one that is reserved for it, else one that doesn't rest, else any; the one that it
+/// was told to leave only when there is no other at all.
 fn fresh(now: &Situation<'_>) -> Result<Bid, Obstacle> {
     let seed = stable_hash(now.node.as_str().as_bytes());
     let others = |family| {
         let reserved = now.leases.reservations().iter().filter(|(_, node)| *node != now.node).map(|(key, _)| key);
-        let keys = reserved.chain(now.leave.as_ref());
-        now.leases.subnets(family).chain(keys.filter_map(move |key| key.subnets().get(family).copied()))
+        now.leases.subnets(family).chain(reserved.filter_map(move |key| key.subnets().get(family).copied()))
     };
     let resting: Vec<&Resting> = now.resting.iter().filter(|rest| rest.node.as_ref() != Some(now.node)).collect();
     let had = now.previous.map(|previous| previous.key);
     let preferred = now.leases.reservations().iter().find(|(_, node)| *node == now.node).map(|(key, _)| *key).or(had);
     let subnets = now.network.spaces.try_map(|family, space| {
         let preferred = preferred.and_then(|key| key.subnets().get(family).copied());
-        let at_rest = resting.iter().map(|rest| rest.subnet).filter(|subnet| subnet.family() == family);
-        choose(space, &Taken::new(space, others(family).chain(at_rest)), preferred, seed)
-            .or_else(|| choose(space, &Taken::new(space, others(family)), preferred, seed))
+        let at_rest = || resting.iter().map(|rest| rest.subnet).filter(|subnet| subnet.family() == family);
+        let left = || now.leave.and_then(|key| key.subnets().get(family).copied());
+        let free =
+            |others: &mut dyn Iterator<Item = Subnet>| choose(space, &Taken::new(space, others), preferred, seed);
+        free(&mut others(family).chain(left()).chain(at_rest()))
+            .or_else(|| free(&mut others(family).chain(left())))
+            .or_else(|| free(&mut others(family)))
             .ok_or(Obstacle::Exhausted { family, capacity: space.capacity(), network: space.network })
     })?;
     let in_the_way = resting.iter().filter(|rest| subnets.values().any(|subnet| subnet.overlaps(rest.subnet)));

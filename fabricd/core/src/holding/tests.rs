@@ -245,6 +245,11 @@ fn node_that_is_told_to_leave_its_subnet_gives_it_back_and_takes_another() {
     node.held = None;
     assert!(matches!(node.step(&leases), Step::Withdraw(_)), "its record is still there");
     assert_ne!(node.bid(&empty()).key, key(NINE));
+
+    let json =
+        br#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.9.0","SubnetMax":"10.244.9.0","Backend":{"Type":"vxlan"}}"#;
+    node.network = NetworkConfig::decode(json).expect("valid");
+    assert_eq!(node.bid(&empty()).key, key(NINE), "better than none");
 }
 
 #[test]

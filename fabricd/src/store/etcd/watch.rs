@@ -11,6 +11,7 @@
 //! A list is always right and takes milliseconds, so there is one way back for everything that can go wrong. Nothing is
 //! ever published but a whole list, or one with events folded in; while the store can't be reached, the last set stays.
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,7 +21,9 @@ use etcd_client::{
     EventType, GetOptions, KeyValue, Txn, TxnOp, TxnOpResponse, WatchOptions, WatchResponse, WatchStream,
 };
 use fabric_core::leases::{Entry, Event, LeaseSet};
+use fabric_core::model::Subnet;
 use fabric_core::network::NetworkConfig;
+use fabric_core::record::LeaseKey;
 use futures::FutureExt as _;
 use tokio::sync::watch::Sender;
 use tokio::time::{Instant, sleep, timeout};
@@ -171,6 +174,10 @@ async fn believe(store: &Store, listing: Listing) -> Result<(LeaseSet, Seen), St
         let gone = set.lacks_most_of(&before);
         warn!(known = before.len(), left = set.len(), gone, "second look at the leases taken; published");
     }
+    if !set.departed().is_empty() {
+        let guards = store.guards_without_record().await?;
+        set.forget_departed(|subnet| guards.iter().any(|(guarded, _)| *guarded == subnet));
+    }
     publish(&store.leases, Some(Arc::new(set.clone())));
     store.listed_of.store(seen.generation, Ordering::Release);
     Ok((set, seen))
@@ -226,6 +233,12 @@ fn take_in(store: &Store, set: &mut LeaseSet, seen: Seen, response: &WatchRespon
             revision => Interrupted::Relist(format!("history before revision {revision} was compacted")),
         });
     }
+    // What was given back took its guards along, in the same transaction.
+    let deleted_guard = |event: &etcd_client::Event| {
+        let kv = event.kv().filter(|_| event.event_type() == EventType::Delete)?;
+        Some((kv.mod_revision(), store.keys.guarded(kv.key())?))
+    };
+    let deleted_guards: BTreeSet<(i64, Subnet)> = response.events().iter().filter_map(deleted_guard).collect();
     let mut changes = 0;
     for event in response.events() {
         let Some(kv) = event.kv() else { continue };
@@ -236,7 +249,11 @@ fn take_in(store: &Store, set: &mut LeaseSet, seen: Seen, response: &WatchRespon
                 // A claim has to be decided on a set that is younger than the config.
                 return Err(Interrupted::Relist("the network config changed".into()));
             }
-            Place::Lease(key) if deleted => Event::Delete { key },
+            Place::Lease(key) if deleted => {
+                let subnets = LeaseKey::decode(&key).map(|key| *key.subnets()).unwrap_or_default();
+                let given_back = subnets.values().any(|s| deleted_guards.contains(&(kv.mod_revision(), *s)));
+                Event::Delete { key, given_back }
+            }
             Place::Lease(key) => Event::Put(entry(key, kv)),
             Place::Reservation(key) => {
                 set.reserve(&key, (!deleted).then(|| kv.value()), kv.mod_revision());
@@ -247,6 +264,10 @@ fn take_in(store: &Store, set: &mut LeaseSet, seen: Seen, response: &WatchRespon
         };
         // Not the header's revision: while a watch catches up, that is ahead of the events.
         set.apply(change, kv.mod_revision());
+        changes += 1;
+    }
+    if !set.departed().is_empty() && !deleted_guards.is_empty() {
+        set.forget_departed(|subnet| deleted_guards.iter().all(|(_, deleted)| *deleted != subnet));
         changes += 1;
     }
     Ok(changes)

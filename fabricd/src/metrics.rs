@@ -1,0 +1,235 @@
+//! What the daemon did, in numbers: `/metrics` in the OpenMetrics text format.
+//!
+//! Counters are raised by the reconcile loop. What the [`View`] says already (peers, readiness, lease, store) is read
+//! from it at the moment of asking, so that the two can't differ.
+
+use std::fmt;
+use std::time::Duration;
+
+use fabric_core::diff::{Change, Op};
+use fabric_core::handoff::{NotReady, Readiness};
+use nix::errno::Errno;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+use tokio::time::Instant;
+
+use crate::kernel::KernelError;
+use crate::store::Connection;
+use crate::view::{PeerTrouble, View};
+
+/// All counters, and the registry that shows them.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    passes: Counter,
+    audits: Counter,
+    resyncs: Counter,
+    operations: Family<Operation, Counter>,
+    errors: Family<Failure, Counter>,
+    lag: Histogram,
+    peers: Family<Peers, Gauge>,
+    ready: Gauge,
+    connected: Gauge,
+    revision: Gauge,
+    lease: Family<Lease, Gauge>,
+    expiry: Gauge,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Operation {
+    table: &'static str,
+    verb: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Failure {
+    errno: Word,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Peers {
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Lease {
+    state: &'static str,
+}
+
+/// A label that is made at run time.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Word(String);
+
+impl EncodeLabelValue for Word {
+    fn encode(&self, encoder: &mut prometheus_client::encoding::LabelValueEncoder<'_>) -> Result<(), fmt::Error> {
+        self.0.encode(encoder)
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let metrics = Self {
+            registry: Registry::with_prefix("fabricd"),
+            passes: Counter::default(),
+            audits: Counter::default(),
+            resyncs: Counter::default(),
+            operations: Family::default(),
+            errors: Family::default(),
+            // From one millisecond to half a minute.
+            lag: Histogram::new(exponential_buckets(0.001, 2.0, 16)),
+            peers: Family::default(),
+            ready: Gauge::default(),
+            connected: Gauge::default(),
+            revision: Gauge::default(),
+            lease: Family::default(),
+            expiry: Gauge::default(),
+        };
+        metrics.registered()
+    }
+}
+
+impl Metrics {
+    fn registered(mut self) -> Self {
+        let all = &mut self.registry;
+        all.register("passes", "Passes of the reconcile loop", self.passes.clone());
+        all.register(
+            "audits",
+            "Times that everything was looked at although nothing had happened",
+            self.audits.clone(),
+        );
+        all.register("kernel_resyncs", "Times that the kernel's notifications were lost", self.resyncs.clone());
+        all.register("kernel_operations", "Writes to the kernel", self.operations.clone());
+        all.register("kernel_errors", "Writes that the kernel refused", self.errors.clone());
+        let help = "From the first wake to a kernel that holds what is wanted";
+        all.register_with_unit("reconcile_lag", help, Unit::Seconds, self.lag.clone());
+        all.register("peers", "Leases of other nodes", self.peers.clone());
+        all.register("ready", "1 while pods may be added", self.ready.clone());
+        all.register("store_connected", "1 while the store answers", self.connected.clone());
+        all.register("store_revision", "The store's revision that is acted on", self.revision.clone());
+        all.register("lease", "1 for the state that this node's lease is in", self.lease.clone());
+        all.register_with_unit(
+            "lease_expiry",
+            "Until the lease ends unless kept alive",
+            Unit::Seconds,
+            self.expiry.clone(),
+        );
+        self
+    }
+
+    /// The loop looked at everything that it was woken for.
+    pub fn passed(&self) {
+        self.passes.inc();
+    }
+
+    /// The loop distrusts what it knows, as it does from time to time.
+    pub fn audited(&self) {
+        self.audits.inc();
+    }
+
+    /// The kernel said more than could be heard.
+    pub fn resynced(&self) {
+        self.resyncs.inc();
+    }
+
+    /// The kernel was asked for something.
+    pub fn wrote(&self, op: &Op, result: &Result<(), KernelError>) {
+        self.operations.get_or_create(&operation(op)).inc();
+        if let Err(error) = result {
+            let errno = error.errno().map_or_else(|| "none".into(), |errno| format!("{:?}", Errno::from_raw(errno)));
+            self.errors.get_or_create(&Failure { errno: Word(errno) }).inc();
+        }
+    }
+
+    /// The kernel holds what is wanted, so long after that was first known.
+    pub fn in_sync(&self, lag: Duration) {
+        self.lag.observe(lag.as_secs_f64());
+    }
+
+    /// All of it as text. `now` is what the lease's end is counted from.
+    #[must_use]
+    pub fn render(&self, view: &View, now: Instant) -> String {
+        self.show(view, now);
+        let mut text = String::new();
+        encode(&mut text, &self.registry).expect("writing to a string does not fail");
+        text
+    }
+
+    fn show(&self, view: &View, now: Instant) {
+        let number = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
+        let refused = view.troubles.values().filter(|t| matches!(t, PeerTrouble::Refused(_))).count();
+        let known = view.peers().count();
+        for (state, count) in [
+            ("known", known),
+            ("programmed", known.saturating_sub(view.troubles.len())),
+            ("refused", refused),
+            ("pending", view.troubles.len() - refused),
+        ] {
+            self.peers.get_or_create(&Peers { state }).set(number(count));
+        }
+        self.ready.set(i64::from(view.readiness == Readiness::Ready));
+        self.connected.set(i64::from(view.connection == Connection::Up));
+        self.revision.set(view.leases.as_ref().map_or(0, |leases| leases.revision()));
+        let held = match (&view.holding.own, &view.holding.trouble) {
+            (_, Some((NotReady::Quarantine, _))) => "quarantine",
+            (Some(_), None) => "held",
+            _ => "none",
+        };
+        for state in ["held", "quarantine", "none"] {
+            self.lease.get_or_create(&Lease { state }).set(i64::from(state == held));
+        }
+        let left = view.holding.expires.map_or(Duration::ZERO, |expires| expires.saturating_duration_since(now));
+        self.expiry.set(i64::try_from(left.as_secs()).unwrap_or(i64::MAX));
+    }
+}
+
+fn operation(op: &Op) -> Operation {
+    let (table, verb) = match op {
+        Op::Link(_, change) => ("link", verb(change)),
+        Op::Sysctl(..) => ("sysctl", "replace"),
+        Op::Address(_, change) => ("address", verb(change)),
+        Op::Fdb(_, _, change) => ("fdb", verb(change)),
+        Op::Neighbour(_, _, change) => ("neighbour", verb(change)),
+        Op::Nexthop(_, change) => ("nexthop", verb(change)),
+        Op::Route(_, change) => ("route", verb(change)),
+    };
+    Operation { table, verb }
+}
+
+fn verb<T>(change: &Change<T>) -> &'static str {
+    match change {
+        Change::Create(_) => "create",
+        Change::Replace { .. } => "replace",
+        Change::Delete(_) => "delete",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io;
+
+    #[test]
+    fn writes_and_refusals_are_counted_by_what_they_were() {
+        let metrics = Metrics::default();
+        let op = Op::Address("fabric.1".parse().unwrap(), Change::Create("10.244.1.0/32".parse().unwrap()));
+        let source = io::Error::from_raw_os_error(libc::EPERM);
+        metrics.wrote(&op, &Err(KernelError::Refused { op: op.to_string(), source, detail: None }));
+        metrics.wrote(&op, &Ok(()));
+        metrics.in_sync(Duration::from_millis(3));
+        let text = metrics.render(&View::new("node-1".parse().unwrap()), Instant::now());
+        for line in [
+            r#"fabricd_kernel_operations_total{table="address",verb="create"} 2"#,
+            r#"fabricd_kernel_errors_total{errno="EPERM"} 1"#,
+            r#"fabricd_reconcile_lag_seconds_bucket{le="0.004"} 1"#,
+            r#"fabricd_lease{state="none"} 1"#,
+            "fabricd_ready 0",
+        ] {
+            assert!(text.lines().any(|shown| shown == line), "{line} is not in\n{text}");
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! The store's side of many nodes, in one process, against one real etcd: what joins at once cost, and what an hour of
+//! rest does. Prints the table of docs/performance.md.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use clap::Parser;
+use fabric_core::holding::Instance;
+use fabric_core::model::PerFamily;
+use fabric_core::network::NetworkConfig;
+use fabric_tests::etcd::EtcdServer;
+use fabric_tests::revisions::Witness;
+use fabricd::lease::{Keeper, Tenant, Wanted};
+use fabricd::pods::PodAddresses;
+use fabricd::store::etcd::{Etcd, Options};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+
+const CONFIG: &str = r#"{"Network":"10.0.0.0/8","SubnetLen":24,"Backend":{"Type":"vxlan"}}"#;
+
+/// Many nodes' leases on one etcd.
+#[derive(Debug, Parser)]
+struct Args {
+    /// How many nodes join at once
+    #[arg(long, default_value_t = 5000)]
+    nodes: u32,
+    /// How long the rest is watched, in seconds
+    #[arg(long, default_value_t = 60)]
+    rest: u64,
+    /// Time to live of the leases, in seconds
+    #[arg(long, default_value_t = 86_400)]
+    ttl: u64,
+    /// How long all joins may take, in seconds
+    #[arg(long, default_value_t = 900)]
+    limit: u64,
+}
+
+/// What etcd has used since its start.
+#[derive(Clone, Copy)]
+struct Usage {
+    cpu_seconds: f64,
+    memory_mib: f64,
+    requests: f64,
+    revision_writes: f64,
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let args = Args::parse();
+    let etcd = EtcdServer::start().await?;
+    etcd.ctl(&["put", &format!("{}/config", Options::DEFAULT_PREFIX), CONFIG]).await;
+    let witness = Witness::start(etcd.endpoint(), Options::DEFAULT_PREFIX).await?;
+
+    let (before, began) = (Usage::of(&etcd)?, Instant::now());
+    let mut nodes = JoinSet::new();
+    let mut joins = JoinSet::new();
+    for n in 0..args.nodes {
+        let mut holding = start(n, etcd.endpoint(), &args, &mut nodes)?;
+        joins.spawn(async move {
+            let held = holding.wait_for(|holding| holding.own.is_some() && holding.trouble.is_none()).await;
+            held.map(|_| began.elapsed()).ok()
+        });
+    }
+    let joined =
+        timeout(Duration::from_secs(args.limit), joins.join_all()).await.context("not all nodes have joined")?;
+    let mut times: Vec<Duration> = joined.into_iter().flatten().collect();
+    ensure!(times.len() == usize::try_from(args.nodes)?, "{} of {} nodes have joined", times.len(), args.nodes);
+    times.sort();
+    let after_joins = Usage::of(&etcd)?;
+
+    // What the joins have left in queues is not of the rest.
+    sleep(Duration::from_secs(10)).await;
+    let rest_began = Usage::of(&etcd)?;
+    sleep(Duration::from_secs(args.rest)).await;
+    let rest_ended = Usage::of(&etcd)?;
+    let owners = witness.stop().await?;
+
+    let hours = f64::from(u32::try_from(args.rest)?) / 3600.0;
+    let per_node_hour = |now: f64, then: f64| (now - then) / hours / f64::from(args.nodes);
+    println!("| {} nodes, leases of {} s | all joins at once | rest, per node-hour |", args.nodes, args.ttl);
+    println!("|---|---|---|");
+    println!(
+        "| time: median, last | {:.1} s, {:.1} s | |",
+        times[times.len() / 2].as_secs_f64(),
+        times.last().map_or(0.0, Duration::as_secs_f64)
+    );
+    println!(
+        "| etcd's CPU | {:.1} s | {:.3} s |",
+        after_joins.cpu_seconds - before.cpu_seconds,
+        per_node_hour(rest_ended.cpu_seconds, rest_began.cpu_seconds)
+    );
+    println!("| etcd's memory | {:.0} MiB | {:.0} MiB in all |", after_joins.memory_mib, rest_ended.memory_mib);
+    println!(
+        "| requests | {:.1} a node | {:.2} |",
+        (after_joins.requests - before.requests) / f64::from(args.nodes),
+        per_node_hour(rest_ended.requests, rest_began.requests)
+    );
+    println!(
+        "| writes | {:.2} a node | {:.2} |",
+        (after_joins.revision_writes - before.revision_writes) / f64::from(args.nodes),
+        per_node_hour(rest_ended.revision_writes, rest_began.revision_writes)
+    );
+    println!("\nI1 held at every revision: {} changes of leases were followed.", owners.changes);
+    Ok(())
+}
+
+fn start(
+    n: u32,
+    endpoint: &str,
+    args: &Args,
+    tasks: &mut JoinSet<()>,
+) -> Result<watch::Receiver<fabricd::lease::Holding>> {
+    let mut options = Options::new(vec![endpoint.to_owned()]);
+    // One machine does the work of all of them.
+    options.request_timeout = Duration::from_secs(60);
+    let tenant = Tenant {
+        node: format!("node-{n}").parse()?,
+        instance: Instance { boot: format!("boot-{n}"), netns: 1 },
+        ttl: Duration::from_secs(args.ttl),
+        grace: Duration::from_secs(86_400),
+        pods: PodAddresses::new(Path::new("/nonexistent")),
+    };
+    let keeper = Keeper::new(Arc::new(Etcd::start(options)), tenant, None);
+    let network = NetworkConfig::decode(CONFIG.as_bytes())?;
+    let public_ips = PerFamily { v4: Some(std::net::Ipv4Addr::from_bits(0xc612_0000 + n).into()), v6: None };
+    let (wanted, wants) = watch::channel(Some(Wanted { network, public_ips }));
+    let holding = keeper.holding();
+    tasks.spawn(async move {
+        keeper.run(wants).await;
+        drop(wanted);
+    });
+    Ok(holding)
+}
+
+impl Usage {
+    fn of(etcd: &EtcdServer) -> Result<Self> {
+        let pid = etcd.pid().context("etcd has ended")?;
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        let ticks: Vec<f64> = stat.rsplit(')').next().unwrap_or_default().split(' ').flat_map(str::parse).collect();
+        // Fields 14 and 15 of proc(5); the state letter is no number.
+        let cpu_seconds = ticks.iter().skip(10).take(2).sum::<f64>() / 100.0;
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let rss =
+            status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse::<f64>().ok());
+        let metrics = metrics(etcd.endpoint())?;
+        let sum = |name: &str| {
+            let lines = metrics.lines().filter(|line| line.starts_with(name));
+            lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+        };
+        Ok(Self {
+            cpu_seconds,
+            memory_mib: rss.unwrap_or_default() / 1024.0,
+            requests: sum("grpc_server_started_total"),
+            revision_writes: sum("etcd_debugging_mvcc_put_total"),
+        })
+    }
+}
+
+fn metrics(endpoint: &str) -> Result<String> {
+    let address = endpoint.trim_start_matches("http://");
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+    write!(stream, "GET /metrics HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
