@@ -9,6 +9,7 @@ mod drift;
 mod kernel;
 mod pair;
 mod processes;
+pub mod rules;
 mod underlay;
 
 use std::time::{Duration, Instant};
@@ -41,7 +42,7 @@ pub struct Trial {
 /// All rows.
 #[must_use]
 pub fn all() -> Vec<Fault> {
-    [processes::ROWS, underlay::ROWS, drift::ROWS, kernel::ROWS].concat()
+    [processes::ROWS, underlay::ROWS, drift::ROWS, kernel::ROWS, rules::ROWS].concat()
 }
 
 /// How a trial went.
