@@ -4,7 +4,7 @@
 NAME ?= fabric
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build lab lab-down test lint
+.PHONY: help deps build lab lab-down test bench faults lint
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12

@@ -12,6 +12,7 @@ use clap::{Arg, ArgAction, Args, CommandFactory, FromArgMatches, Parser, ValueEn
 use fabric_core::model::{Family, NodeName, PerFamily};
 use regex::Regex;
 
+use crate::rule_args::RuleArgs;
 use crate::store::etcd::{Options, Tls, User};
 use crate::underlay::Selector;
 
@@ -58,6 +59,10 @@ pub struct Config {
     /// IPv6 address that peers send to, if it is another than the interface's
     #[arg(long, env = "FABRICD_PUBLIC_IPV6", value_name = "IPV6")]
     pub public_ipv6: Option<Ipv6Addr>,
+
+    /// What the packet filter is to do.
+    #[command(flatten)]
+    pub rules: RuleArgs,
 
     /// Folder of node.json, which fabric-cni reads
     #[arg(long, env = "FABRICD_RUN_DIR", value_name = "DIR", default_value = fabric_core::handoff::RUN_DIR)]

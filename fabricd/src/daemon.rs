@@ -11,6 +11,8 @@ use fabric_core::diff::diff;
 use fabric_core::holding::{Expect, Instance};
 use fabric_core::leases::LeaseSet;
 use fabric_core::record::LeaseKey;
+use fabric_core::rules::Ruleset;
+use fabric_core::rules::change::change;
 use fabric_core::state::KernelState;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::signal::unix::{SignalKind, signal};
@@ -49,7 +51,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         status::listen(&config.socket).with_context(|| format!("cannot listen on {}", config.socket.display()))?;
 
     let store = Arc::new(Etcd::start(config.etcd.options()?));
-    let files = Files::new(&config.run_dir, &config.subnet_file);
+    let files = Files::new(&config.run_dir, &config.subnet_file).masquerading(config.rules.ip_masq);
     let disk = Disk::new(&config.state_dir, config.node());
     let before = disk.load(&Uptime::now().context("cannot read how long this machine is up")?);
     let tenant = Tenant {
@@ -65,6 +67,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         selectors: config.selectors(),
         public_ips: config.public_ips(),
         prefix: config.etcd.prefix.trim_end_matches('/').to_owned(),
+        rules: config.rules.options(),
     };
     let reconciler = Reconciler::new(node, store, open_kernel(&config)?, files, before);
     let controls = Controls { lease: keeper.commands(), network: reconciler.commands() };
@@ -124,6 +127,12 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
             println!("{op}");
             refused.extend(result.err());
         }
+    }
+    // The filter last: while a device is there, not everybody may send to it.
+    let filter = change(&Ruleset::new(), &observed.rules);
+    if !filter.is_empty() {
+        print!("{filter}");
+        refused.extend(kernel.enforce(&filter).await.err());
     }
     println!("{} kernel entries removed", plan.ops().len() - refused.len());
 

@@ -15,6 +15,7 @@ pub struct Files {
     pub node: PathBuf,
     /// `subnet.env`.
     pub subnet: PathBuf,
+    masquerade: bool,
 }
 
 /// A file could not be written or removed.
@@ -31,7 +32,13 @@ impl Files {
     /// The files in `run_dir` and at `subnet`.
     #[must_use]
     pub fn new(run_dir: &Path, subnet: &Path) -> Self {
-        Self { node: run_dir.join(NODE_FILE), subnet: subnet.into() }
+        Self { node: run_dir.join(NODE_FILE), subnet: subnet.into(), masquerade: false }
+    }
+
+    /// The same files, `subnet.env` saying whether this node masquerades.
+    #[must_use]
+    pub fn masquerading(self, masquerade: bool) -> Self {
+        Self { masquerade, ..self }
     }
 
     /// What `node.json` says now; `None` when there is none that can be read, as after a reboot.
@@ -53,7 +60,7 @@ impl Files {
         }
         // subnet.env first: when node.json says ready, both are there.
         if content.readiness == Readiness::Ready {
-            replace(&self.subnet, content.subnet_env(false).as_bytes(), 0o644)?;
+            replace(&self.subnet, content.subnet_env(self.masquerade).as_bytes(), 0o644)?;
         }
         replace(&self.node, &content.encode(), 0o644)
     }

@@ -25,6 +25,8 @@ pub mod pending;
 pub mod planned;
 pub mod pods;
 pub mod reconcile;
+pub mod rule_args;
+pub mod rules;
 pub mod status;
 pub mod store;
 pub mod underlay;

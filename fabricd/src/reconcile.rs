@@ -15,6 +15,8 @@ use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::{Family, NodeName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep, device_name};
+use fabric_core::rules::RuleOptions;
+use fabric_core::rules::change::{Change, change};
 use fabric_core::state::Sysctl;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
@@ -28,6 +30,7 @@ use crate::lease::{Holding, Own, Wanted};
 use crate::metrics::Metrics;
 use crate::pending::Pending;
 use crate::planned::Planned;
+use crate::rules::Rules;
 use crate::store::{Connection, LeaseStore, Network};
 use crate::underlay::{self, Selector, Underlay};
 use crate::view::{PeerTrouble, View, VtepView};
@@ -46,6 +49,8 @@ pub struct Node {
     pub public_ips: PerFamily<IpAddr>,
     /// The prefix in the store, for messages.
     pub prefix: String,
+    /// What the packet filter is to do.
+    pub rules: RuleOptions,
 }
 
 /// The loop of one node.
@@ -57,6 +62,7 @@ pub struct Reconciler<S, K> {
     files: Files,
     wanted: watch::Sender<Option<Wanted>>,
     view: watch::Sender<Arc<View>>,
+    rules: Rules,
     applied: Option<NetworkConfig>,
     /// The config that was in force before the start, until the store has shown one.
     remembered: Option<NetworkConfig>,
@@ -98,6 +104,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     pub fn new(node: Node, store: Arc<S>, kernel: K, files: Files, before: State) -> Self {
         let view = View::new(node.name.clone());
         Self {
+            rules: Rules::new(node.rules.clone()),
             node,
             store,
             kernel,
@@ -352,9 +359,15 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let inputs = Inputs { network, own: &own.key, vteps: &vteps, leases, facts: &facts, have, foreign };
         let Desired { state, refused, conflicts, .. } = self.planned.desired(&inputs, leases);
 
+        // Before anything is there that decapsulates, those who may send to it are known.
+        let mut filter = change(&self.rules.wanted(network, own, observed, leases, refused), &observed.rules);
+        if view.from_disk {
+            filter = filter.without_removals();
+        }
         let plan = diff(state, have);
         view.troubles = refused.iter().map(|(key, refusal)| (*key, PeerTrouble::Refused(refusal.clone()))).collect();
         let conflicts = conflicts.clone();
+        let filtered = self.enforce(&filter).await;
         let failures = self.execute(&plan, view.from_disk).await;
         let pending = Pending::new(&failures, &conflicts);
         if !pending.is_empty() {
@@ -371,8 +384,25 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let fatal = failures.iter().find(|(op, _)| matches!(op, Op::Link(..) | Op::Address(..) | Op::Sysctl(..)));
         match fatal {
             Some((_, why)) => Err(failed(why)),
-            None => Ok(failures.is_empty()),
+            None => filtered.map_err(failed).map(|()| failures.is_empty()),
         }
+    }
+
+    /// Writes what the packet filter lacks.
+    async fn enforce(&mut self, change: &Change) -> Result<(), String> {
+        if change.is_empty() {
+            return Ok(());
+        }
+        let result = self.kernel.enforce(change).await;
+        for step in change.to_string().lines() {
+            debug!(step, ok = result.is_ok(), "filter write");
+        }
+        result.map_err(|error| {
+            if self.failures == 0 {
+                warn!(%error, "packet filter not written, retrying");
+            }
+            error.to_string()
+        })
     }
 
     /// Takes the steps of a plan, stage by stage. Gives those that failed or were left out, with the reason. What is only
@@ -447,10 +477,9 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             for warning in view.warnings.iter().filter(|warning| !current.warnings.contains(warning)) {
                 warn!(warning, "to be looked at");
             }
-            for (key, trouble) in
-                view.troubles.iter().filter(|(key, trouble)| current.troubles.get(key) != Some(trouble))
-            {
-                warn!(peer = %key, reason = %trouble, "peer not reachable");
+            let mut fresh = view.troubles.iter().filter(|(key, trouble)| current.troubles.get(key) != Some(trouble));
+            if let Some((key, trouble)) = fresh.next() {
+                warn!(peer = %key, reason = %trouble, more = fresh.count(), "peer not reachable");
             }
             let differs = **current != view;
             *current = Arc::new(view);

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use fabric_core::diff::{Change, Op};
 use fabric_core::model::{Family, IfName, MacAddr, Subnet};
+use fabric_core::rules::change::{Change as RuleChange, Found};
 use fabric_core::state::{
     Foreign, ForeignLink, KernelState, NEXTHOP_ID_BASE, Nexthop, NexthopId, ROUTE_PROTOCOL, Sysctl, Via, VxlanLink,
 };
@@ -61,6 +62,8 @@ pub struct Tables {
     pub sysctls: BTreeMap<Sysctl, u32>,
     /// Chains that drop what is forwarded.
     pub forward_drops: Vec<ForwardDrop>,
+    /// Our tables of nftables.
+    pub rules: Found,
     /// Whether nexthop objects are unknown (a kernel before 5.3).
     pub without_nexthop_objects: bool,
     last_index: u32,
@@ -333,6 +336,8 @@ impl Tables {
             },
             nexthop_objects: !self.without_nexthop_objects,
             forward_drops: self.forward_drops.clone(),
+            rules: self.rules.clone(),
+            bridges: BTreeMap::new(),
         }
     }
 }
@@ -359,6 +364,7 @@ type Matches = Box<dyn FnMut(&Op) -> bool + Send>;
 
 #[derive(Default)]
 struct State {
+    rule_changes: Vec<RuleChange>,
     tables: Tables,
     writes: Vec<Write>,
     faults: Vec<(Matches, i32)>,
@@ -401,6 +407,12 @@ impl FakeKernel {
     #[must_use]
     pub fn writes(&self) -> Vec<Write> {
         std::mem::take(&mut self.state().writes)
+    }
+
+    /// Every change of our tables of nftables since the last call, in order.
+    #[must_use]
+    pub fn rule_changes(&self) -> Vec<RuleChange> {
+        std::mem::take(&mut self.state().rule_changes)
     }
 
     /// From now on writes for which `matches` says so fail with `errno`. It is asked once for each write, so that it
@@ -478,6 +490,16 @@ impl Kernel for FakeKernel {
             }));
         }
         results
+    }
+
+    async fn enforce(&mut self, change: &RuleChange) -> Result<(), KernelError> {
+        let mut state = self.state();
+        change.apply_to(&mut state.tables.rules);
+        state.rule_changes.push(change.clone());
+        // As with the real one, our own writes wake nobody.
+        let rules = state.tables.rules.clone();
+        Arc::make_mut(&mut state.observed).rules = rules;
+        Ok(())
     }
 
     async fn changed(&mut self) -> Touched {

@@ -9,6 +9,7 @@ use fabric_core::diff::{Change, Key, Op};
 use fabric_core::handoff::{NotReady, Readiness};
 use fabric_core::holding::Instance;
 use fabric_core::model::{IfName, PerFamily, Subnet};
+use fabric_core::rules::RuleOptions;
 use fabric_core::state::{Nexthop, NexthopId, Via};
 use fabric_tests::fake_kernel::{FakeKernel, STATIC, Tables, Write};
 use fabric_tests::memory_store::{MemoryCluster, MemoryStore};
@@ -78,7 +79,13 @@ impl Host {
         let tenant = Tenant { node: name.clone(), instance, ttl: day, grace: day, pods };
         let keeper = Keeper::new(store.clone(), tenant, None);
         let selectors = vec![Selector::Iface(self.iface.into())];
-        let node = Node { name, selectors, public_ips: PerFamily::default(), prefix: "/coreos.com/network".into() };
+        let node = Node {
+            name,
+            selectors,
+            public_ips: PerFamily::default(),
+            prefix: "/coreos.com/network".into(),
+            rules: RuleOptions::default(),
+        };
         let reconciler = Reconciler::new(node, store.clone(), self.kernel.clone(), self.files(), State::default());
         let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
         let mut tasks = JoinSet::new();

@@ -19,5 +19,6 @@ pub mod model;
 pub mod network;
 pub mod plan;
 pub mod record;
+pub mod rules;
 pub mod state;
 pub mod subnet;

@@ -8,15 +8,17 @@
 //! went with a nexthop object is known and taken out here; any other such event makes every table stale that may have
 //! shrunk in silence, and a stale table is read anew at the next look.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use fabric_core::model::{IfName, Subnet};
+use fabric_core::rules::change::Change;
 use fabric_core::state::{ForeignLink, NexthopId, Sysctl, Via};
 
 use super::monitor::{Event, Interest, Table};
 use super::netlink::Options;
+use super::nft::Filter;
 use super::socket::RequestSocket;
 use super::tables::{self, Address, EntryRow, Link, Links};
 use super::{KernelError, Observed, forward, routes, sysctl};
@@ -46,6 +48,7 @@ impl Mirror {
         &mut self,
         (events, stale): (Vec<Event>, BTreeSet<Table>),
         socket: &mut RequestSocket,
+        filter: &mut Filter,
         options: &Options,
     ) -> Result<Arc<Observed>, KernelError> {
         self.stale.extend(stale);
@@ -54,10 +57,15 @@ impl Mirror {
         }
         self.drop_routes_of_gone_nexthops();
         if !self.stale.is_empty() {
-            self.read(socket, options)?;
+            self.read(socket, filter, options)?;
             self.stale.clear();
         }
         Ok(Arc::clone(&self.observed))
+    }
+
+    /// Takes over what we wrote ourselves to our tables of nftables: it needn't be read again.
+    pub(super) fn enforced(&mut self, change: &Change) {
+        change.apply_to(&mut Arc::make_mut(&mut self.observed).rules);
     }
 
     /// What to listen to from now on.
@@ -150,7 +158,7 @@ impl Mirror {
     }
 
     /// Reads what is stale.
-    fn read(&mut self, socket: &mut RequestSocket, options: &Options) -> Result<(), KernelError> {
+    fn read(&mut self, socket: &mut RequestSocket, filter: &mut Filter, options: &Options) -> Result<(), KernelError> {
         let Self { observed, stale, .. } = self;
         if stale.contains(&Table::Links) {
             let links = tables::links(socket)?;
@@ -193,6 +201,7 @@ impl Mirror {
             }
             observed.ours.links = self.links.values().filter_map(|link| Some((link.name, link.ours?))).collect();
             observed.ours.addresses = addresses_of(&ours, &self.addresses);
+            observed.bridges = bridges(&self.links);
             let others = || self.links.values().filter(|link| link.ours.is_none());
             observed.host.links = others().map(|link| host_link(link, &self.addresses)).collect();
             observed.foreign.links =
@@ -215,8 +224,22 @@ impl Mirror {
                 vec![]
             });
         }
+        if stale.contains(&Table::Rules) {
+            observed.rules = filter.read().map_err(tables::reading("nftables"))?;
+        }
         Ok(())
     }
+}
+
+/// The ports of every bridge.
+fn bridges(links: &Links) -> BTreeMap<IfName, BTreeSet<IfName>> {
+    let mut bridges: BTreeMap<IfName, BTreeSet<IfName>> = BTreeMap::new();
+    for port in links.values() {
+        if let Some(bridge) = port.controller.and_then(|index| links.get(&index)) {
+            bridges.entry(bridge.name).or_default().insert(port.name);
+        }
+    }
+    bridges
 }
 
 fn our_names(links: &Links) -> Vec<(u32, IfName)> {

@@ -4,11 +4,11 @@
 //! behaves alike, and one conformance suite runs on both. Only this folder names netlink:
 //!
 //! ```text
-//!              apply(ops)                        observe()                       changed()
+//!      apply(ops), enforce(rules)                observe()                       changed()
 //!                  │                                 │                               ▲
 //!   encode (nexthop) ▸ Request          mirror: what is known  ◄── events ──  monitor: a socket of its own
 //!                  │                                 ▲                               ▲
-//!                  │                       tables, routes, forward, sysctl           │
+//!                  │                       tables, routes, forward, sysctl, nft      │
 //!                  ▼                                 │  (only what is stale)         │
 //!            socket: one send per 64 KiB, or one dump of a table                     │
 //!                  ▼                                 │                               │
@@ -22,18 +22,21 @@ mod mirror;
 mod monitor;
 pub mod netlink;
 mod nexthop;
+mod nft;
 mod routes;
 mod socket;
 mod sysctl;
 mod tables;
 mod wire;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
 
 use fabric_core::diff::Op;
 use fabric_core::model::{Family, IfName};
+use fabric_core::rules::change::{Change, Found};
 use fabric_core::state::{Foreign, KernelState};
 
 use crate::underlay::Host;
@@ -51,6 +54,10 @@ pub struct Observed {
     pub nexthop_objects: bool,
     /// Chains of others that drop forwarded packets unless a rule accepts them.
     pub forward_drops: Vec<ForwardDrop>,
+    /// Our tables of nftables.
+    pub rules: Found,
+    /// The ports of every bridge.
+    pub bridges: BTreeMap<IfName, BTreeSet<IfName>>,
 }
 
 /// A base chain on the forward hook whose policy is drop; one of both families (`inet`) shows twice.
@@ -132,6 +139,12 @@ pub trait Kernel: Send {
     /// that is there. Creating a device, a nexthop object or a route where there is one is an error (`EEXIST`): it may
     /// be somebody else's.
     fn apply(&mut self, ops: &[Op]) -> impl Future<Output = Vec<Result<(), KernelError>>> + Send;
+
+    /// Writes a change of our tables of nftables, all of it or nothing.
+    ///
+    /// # Errors
+    /// When the kernel refuses; nothing has changed then.
+    fn enforce(&mut self, change: &Change) -> impl Future<Output = Result<(), KernelError>> + Send;
 
     /// Waits until something that [`Kernel::observe`] shows may have changed since the last observe began, be it by
     /// [`Kernel::apply`]; that observe failed wakes nobody. Cancel-safe.

@@ -59,10 +59,11 @@ pub(super) enum Table {
     HostRoutes,
     Sysctls,
     ForwardDrops,
+    Rules,
 }
 
 impl Table {
-    pub(super) const ALL: [Self; 9] = [
+    pub(super) const ALL: [Self; 10] = [
         Self::Links,
         Self::Addresses,
         Self::Fdb,
@@ -72,6 +73,7 @@ impl Table {
         Self::HostRoutes,
         Self::Sysctls,
         Self::ForwardDrops,
+        Self::Rules,
     ];
     /// What depends on our devices.
     pub(super) const ON_OUR_DEVICES: [Self; 8] = [

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use fabric_core::diff::{Change, Op};
 use fabric_core::model::IfName;
+use fabric_core::rules::change::Change as RuleChange;
 use fabric_core::state::{Sysctl, Via};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use tokio::task::JoinHandle;
@@ -19,6 +20,7 @@ use tokio::task::JoinHandle;
 use super::encode::{Device, Unsendable, encode};
 use super::mirror::Mirror;
 use super::monitor::{Monitor, Table};
+use super::nft::{self, Filter};
 use super::socket::{Refusal, RequestSocket};
 use super::{Kernel, KernelError, Observed, Touched, sysctl, tables};
 
@@ -44,7 +46,7 @@ impl Default for Options {
 pub struct Netlink {
     worker: Arc<Mutex<Worker>>,
     monitor: Arc<Monitor>,
-    listener: JoinHandle<()>,
+    listeners: Vec<JoinHandle<()>>,
 }
 
 impl Netlink {
@@ -57,13 +59,19 @@ impl Netlink {
         let gone = |error: io::Error| KernelError::Disconnected(error.to_string());
         // The monitor first, so that nothing happens between a look and listening.
         let (monitor, listener) = Monitor::start().map_err(gone)?;
+        let filter = Filter::open().map_err(gone)?;
+        let mut listeners = vec![listener];
+        if let Some(port) = filter.port() {
+            listeners.push(nft::watch::start(Arc::clone(&monitor), port).map_err(gone)?);
+        }
         let worker = Worker {
             socket: RequestSocket::open(NETLINK_ROUTE).map_err(gone)?,
+            filter,
             monitor: Arc::clone(&monitor),
             options,
             mirror: Mirror::default(),
         };
-        Ok(Self { worker: Arc::new(Mutex::new(worker)), monitor, listener })
+        Ok(Self { worker: Arc::new(Mutex::new(worker)), monitor, listeners })
     }
 
     /// Runs `job` on a blocking thread. When it is cancelled or takes too long, the job is still finished, and the next
@@ -84,7 +92,7 @@ impl Netlink {
 
 impl Drop for Netlink {
     fn drop(&mut self) {
-        self.listener.abort();
+        self.listeners.iter().for_each(JoinHandle::abort);
     }
 }
 
@@ -101,6 +109,11 @@ impl Kernel for Netlink {
         }
     }
 
+    async fn enforce(&mut self, change: &RuleChange) -> Result<(), KernelError> {
+        let change = change.clone();
+        self.work(move |worker| worker.enforce(&change)).await?
+    }
+
     async fn changed(&mut self) -> Touched {
         self.monitor.changed().await
     }
@@ -113,6 +126,7 @@ impl Kernel for Netlink {
 /// The blocking half.
 struct Worker {
     socket: RequestSocket,
+    filter: Filter,
     monitor: Arc<Monitor>,
     options: Options,
     mirror: Mirror,
@@ -121,7 +135,7 @@ struct Worker {
 impl Worker {
     fn observe(&mut self) -> Result<Arc<Observed>, KernelError> {
         let heard = self.monitor.take();
-        let observed = self.mirror.look(heard, &mut self.socket, &self.options)?;
+        let observed = self.mirror.look(heard, &mut self.socket, &mut self.filter, &self.options)?;
         self.monitor.mind(self.mirror.interest(&self.options));
         Ok(observed)
     }
@@ -158,6 +172,21 @@ impl Worker {
             }
         }
         results
+    }
+
+    /// What was written is known without reading it again.
+    fn enforce(&mut self, change: &RuleChange) -> Result<(), KernelError> {
+        let written = self.filter.write(change);
+        if let Err(refusal) = written {
+            self.monitor.distrust([Table::Rules]);
+            return Err(KernelError::Refused {
+                op: change.to_string().trim_end().replace('\n', "; "),
+                source: refusal.error,
+                detail: refusal.words,
+            });
+        }
+        self.mirror.enforced(change);
+        Ok(())
     }
 
     fn set(&mut self, setting: &Sysctl, value: u32) -> Result<(), Refusal> {

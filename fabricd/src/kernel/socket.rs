@@ -46,6 +46,7 @@ impl From<io::Error> for Refusal {
 /// A netlink socket for requests, in the network namespace of the thread that opened it.
 pub(super) struct RequestSocket {
     socket: Socket,
+    port: u32,
     sequence: u32,
     received: Vec<u8>,
 }
@@ -54,13 +55,42 @@ impl RequestSocket {
     /// Opens a socket of one netlink protocol (`NETLINK_ROUTE`, `NETLINK_NETFILTER`).
     pub(super) fn open(protocol: isize) -> io::Result<Self> {
         let mut socket = Socket::new(protocol)?;
-        socket.bind_auto()?;
+        let port = socket.bind_auto()?.port_number();
         grow_receive_buffer(&socket, RECEIVE_BUFFER)?;
         // Comforts of newer kernels; without them answers are longer, wordless, and dumps unfiltered.
         let _ = socket.set_cap_ack(true);
         let _ = socket.set_ext_ack(true);
         let _ = socket.set_netlink_get_strict_chk(true);
-        Ok(Self { socket, sequence: 0, received: Vec::with_capacity(RECEIVE) })
+        Ok(Self { socket, port, sequence: 0, received: Vec::with_capacity(RECEIVE) })
+    }
+
+    /// Its address: what the kernel tells others of our writes carries it.
+    pub(super) fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// Sends writes that happen as one or not at all, one of which asks for an acknowledgement. They have to be in one
+    /// datagram, however large.
+    pub(super) fn transact(&mut self, requests: &[Request]) -> Result<(), Refusal> {
+        let room: usize = requests.iter().map(Request::len).sum();
+        setsockopt(&self.socket, sockopt::SndBufForce, &(2 * room))
+            .or_else(|_| setsockopt(&self.socket, sockopt::SndBuf, &(2 * room)))
+            .map_err(io::Error::from)?;
+        self.send(requests, 0)?;
+        let mut done = false;
+        loop {
+            match self.receive() {
+                Ok(datagram) => {
+                    for answer in frames(datagram).filter_map(|frame| verdict(&frame)) {
+                        answer?;
+                        done = true;
+                    }
+                }
+                Err(error) if is_overrun(&error) => return Err(error.into()),
+                Err(_) if done => return Ok(()),
+                Err(_) => return Err(io::Error::from_raw_os_error(libc::ENOBUFS).into()),
+            }
+        }
     }
 
     /// Sends writes, one result for each.
@@ -254,7 +284,7 @@ mod tests {
         body.extend([36, 0, 0, 0, 104, 0, 5, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
         body.extend([9, 0, 1, 0]);
         body.extend(b"none\0\0\0\0");
-        let frame = Frame { kind: NLMSG_ERROR, flags: CAPPED | ACK_TLVS, sequence: 1, body: &body };
+        let frame = Frame { kind: NLMSG_ERROR, flags: CAPPED | ACK_TLVS, sequence: 1, port: 0, body: &body };
         assert_eq!(words(&frame), Some("none"));
         assert_eq!(errno(&body).map_err(|e| e.raw_os_error()), Err(Some(libc::EINVAL)));
     }

@@ -29,6 +29,8 @@ pub(super) struct Link {
     pub(super) mtu: u32,
     pub(super) up: bool,
     pub(super) loopback: bool,
+    /// The bridge (or bond) that it is a port of.
+    pub(super) controller: Option<u32>,
     pub(super) kind: String,
     /// VNI, port and underlay family of a VXLAN device, whoever made it.
     pub(super) vxlan: Option<(u32, u16, Family)>,
@@ -91,6 +93,7 @@ fn link(message: &LinkMessage) -> Option<Link> {
         mtu: 0,
         up: message.header.flags.contains(LinkFlags::Up),
         loopback: message.header.flags.contains(LinkFlags::Loopback),
+        controller: None,
         kind: String::new(),
         vxlan: None,
         ours: None,
@@ -100,6 +103,7 @@ fn link(message: &LinkMessage) -> Option<Link> {
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Controller(index) => link.controller = Some(*index),
             LinkAttribute::Address(bytes) => mac = mac_of(bytes),
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {

@@ -30,6 +30,11 @@ impl Request {
         Self { kind, flags: flags | NLM_F_REQUEST, body }
     }
 
+    /// With more flags.
+    pub(super) fn add_flags(&mut self, flags: u16) {
+        self.flags |= flags;
+    }
+
     /// Bytes that it takes in a datagram.
     pub(super) fn len(&self) -> usize {
         HEADER + self.body.len().next_multiple_of(4)
@@ -57,6 +62,8 @@ pub(super) struct Frame<'a> {
     pub(super) kind: u16,
     pub(super) flags: u16,
     pub(super) sequence: u32,
+    /// Whose request it answers or tells of.
+    pub(super) port: u32,
     pub(super) body: &'a [u8],
 }
 
@@ -83,6 +90,7 @@ pub(super) fn frames(mut datagram: &[u8]) -> impl Iterator<Item = Frame<'_>> {
             kind: parse_u16(&header[4..6]).ok()?,
             flags: parse_u16(&header[6..8]).ok()?,
             sequence: parse_u32(&header[8..12]).ok()?,
+            port: parse_u32(&header[12..16]).ok()?,
             body,
         })
     })

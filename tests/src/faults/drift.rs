@@ -56,11 +56,11 @@ const DEEDS: &[&str] = &[
     "ip link set fabric.1 address 02:00:00:00:00:98",
     "ip link set fabric.1 down",
     "ip link set fabric.1 type vxlan learning",
-    "sysctl -qw net.ipv4.ip_forward=0",
+    "echo 0 > /proc/sys/net/ipv4/ip_forward",
 ];
 
 /// No event speaks of these.
-const UNANNOUNCED: &[&str] = &["sysctl -qw net.ipv6.conf.fabric.1.accept_ra=1"];
+const UNANNOUNCED: &[&str] = &["echo 1 > /proc/sys/net/ipv6/conf/fabric.1/accept_ra"];
 
 fn entries_altered(trial: &mut Trial) -> Result<()> {
     let pair = trial.pair(200)?;

@@ -9,6 +9,7 @@ mod drift;
 mod kernel;
 mod pair;
 mod processes;
+pub mod rules;
 mod underlay;
 
 use std::time::{Duration, Instant};
@@ -36,12 +37,14 @@ pub struct Trial {
     pub name: String,
     /// What leaves a choice is chosen by this.
     pub random: fastrand::Rng,
+    /// How many times the limits a busy machine may take. Four keep what an event must tell within an audit's time.
+    pub slack: u32,
 }
 
 /// All rows.
 #[must_use]
 pub fn all() -> Vec<Fault> {
-    [processes::ROWS, underlay::ROWS, drift::ROWS, kernel::ROWS].concat()
+    [processes::ROWS, underlay::ROWS, drift::ROWS, kernel::ROWS, rules::ROWS].concat()
 }
 
 /// How a trial went.
@@ -55,11 +58,12 @@ pub struct Outcome {
 }
 
 impl Fault {
-    /// Tries it once.
+    /// Tries it once, with limits so many times as long.
     #[must_use]
-    pub fn try_with(&self, seed: u64) -> Outcome {
+    pub fn try_with(&self, seed: u64, slack: u32) -> Outcome {
         let began = Instant::now();
-        let mut trial = Trial { name: format!("fault-{}-{seed}", self.number), random: fastrand::Rng::with_seed(seed) };
+        let mut trial =
+            Trial { name: format!("fault-{}-{seed}", self.number), random: fastrand::Rng::with_seed(seed), slack };
         let broken = (self.trial)(&mut trial).with_context(|| format!("fault {}, seed {seed}", self.number)).err();
         Outcome { seed, took: began.elapsed(), broken }
     }

@@ -29,6 +29,7 @@ pub struct Pair {
     pub there: Pod,
     /// The other peers.
     pub crowd: Crowd,
+    slack: u32,
 }
 
 /// Traffic both ways.
@@ -45,7 +46,7 @@ impl Trial {
         let (here, there) = (node.add_pod("a")?, other.add_pod("b")?);
         let mut crowd = lab.crowd()?;
         crowd.join(1..peers + 1)?;
-        let pair = Pair { lab, node, other, here, there, crowd };
+        let pair = Pair { lab, node, other, here, there, crowd, slack: self.slack };
         pair.knows(peers + 1)?;
         Ok(pair)
     }
@@ -57,12 +58,18 @@ impl Pair {
     /// # Errors
     /// It doesn't get them.
     pub fn knows(&self, peers: u32) -> Result<()> {
-        wait_until(&format!("routes to {peers} peers"), PATIENCE, || {
-            let routes = self.node.run(&["ip", "route", "show", "proto", "250"])?;
-            let found = routes.lines().count();
-            ensure!(found == peers as usize, "{found}");
-            Ok(())
-        })
+        wait_until(&format!("routes to {peers} peers"), PATIENCE, || self.has_routes(peers))
+    }
+
+    /// Whether the node has routes to so many peers now.
+    ///
+    /// # Errors
+    /// It hasn't.
+    pub fn has_routes(&self, peers: u32) -> Result<()> {
+        let routes = self.node.run(&["ip", "route", "show", "proto", "250"])?;
+        let found = routes.lines().count();
+        ensure!(found == peers as usize, "{found} routes");
+        Ok(())
     }
 
     /// Starts packets both ways, a thousand a second.
@@ -89,12 +96,20 @@ impl Pair {
         self.node.run(&["sh", "-ec", script])
     }
 
+    /// Waits for something that has a limit.
+    ///
+    /// # Errors
+    /// It doesn't come in time.
+    pub fn within(&self, limit: Duration, what: &str, condition: impl FnMut() -> Result<()>) -> Result<()> {
+        wait_until(what, limit * self.slack, condition)
+    }
+
     /// Waits until the node shows what it did before.
     ///
     /// # Errors
     /// It doesn't in time: the error says in which lines.
     pub fn shows_again(&self, before: &str, limit: Duration) -> Result<()> {
-        wait_until("the node's tables are as before", limit, || {
+        self.within(limit, "the node's tables are as before", || {
             let now = self.shown()?;
             if now == before {
                 return Ok(());

@@ -85,7 +85,7 @@ fn mtu_changes(trial: &mut Trial) -> Result<()> {
     for _ in 0..3 {
         let mtu = trial.random.u32(1300..1500);
         pair.node.run(&["ip", "link", "set", "eth0", "mtu", &mtu.to_string()])?;
-        wait_until("device and files follow", BY_EVENT, || {
+        pair.within(BY_EVENT, "device and files follow", || {
             let link = pair.node.run(&["ip", "link", "show", "fabric.1"])?;
             ensure!(link.contains(&format!("mtu {} ", mtu - 50)), "{link}");
             ensure!(node_file(&pair)?.mtu == mtu - 50, "node.json says another");

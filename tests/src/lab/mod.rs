@@ -21,6 +21,7 @@
 //! | [`underlay`], [`addresses`], [`etcd`] | what all nodes share |
 //! | [`node`], [`pod`], [`cni`], [`containerd`], `plain` | nodes, and the kinds of pods on them |
 //! | [`crowd`] | peers that exist in etcd only, by the thousand |
+//! | [`attack`] | what must not get through |
 //! | [`stream`], [`connection`], [`matrix`], [`capture`], [`packet`] | traffic, counted and looked at |
 //! | [`witness`] | what the kernel says about its tables |
 //!
@@ -45,6 +46,7 @@
 //! where NAME is the test's, until its next run.
 
 pub mod addresses;
+pub mod attack;
 pub mod binaries;
 pub mod builder;
 pub mod capture;
@@ -83,6 +85,7 @@ use std::thread;
 use anyhow::{Context, Result, bail, ensure};
 
 pub use addresses::Families;
+pub use attack::Forged;
 pub use builder::{Builder, Wiring};
 pub use capture::Capture;
 pub use connection::Connection;

@@ -23,6 +23,8 @@ use super::machine::Machine;
 const GROUPS: [u32; 7] = [1, 3, 5, 7, 9, 11, 32];
 /// Our protocol number, in routes and nexthop objects.
 const OURS: u8 = 250;
+/// `RT_SCOPE_LINK`.
+const LINK_SCOPE: u8 = 253;
 const BUFFER: usize = 64 << 20;
 
 /// What is said of a table.
@@ -92,7 +94,9 @@ impl Event {
         match self.kind {
             Kind::Route => self.body.get(5) == Some(&OURS),
             Kind::Nexthop => self.body.get(2) == Some(&OURS),
-            Kind::Link | Kind::Address | Kind::Neighbour => on_device(4),
+            // Link-local addresses are the kernel's own doing.
+            Kind::Address => on_device(4) && self.body.get(3) != Some(&LINK_SCOPE),
+            Kind::Link | Kind::Neighbour => on_device(4),
         }
     }
 }

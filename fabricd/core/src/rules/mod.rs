@@ -1,0 +1,542 @@
+//! The packet filter: what our tables of nftables hold, as values.
+//!
+//! ```text
+//! RuleInputs ──> ruleset() ──> Ruleset ──> change() ──> Change ──> kernel, in one transaction
+//!                              Found (what is there) ──────┘
+//! ```
+//!
+//! A [`Table`] is rules, which hardly ever change, and sets, which change with every peer. So a table whose rules
+//! are as wanted gets single elements, and any other is replaced as a whole. [`change`](change::change) tells which.
+//!
+//! | module | whose packets it judges |
+//! |---|---|
+//! | [`senders`] | those that come encapsulated from other nodes |
+//! | [`pods`] | those that come from this node's pods |
+//! | [`masquerade`] | those that leave the network |
+
+pub mod change;
+pub mod masquerade;
+pub mod pods;
+pub mod senders;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use crate::model::{Family, IfName, MacAddr, PerFamily, Subnet, stable_hash};
+use crate::network::NetworkConfig;
+
+/// What every table of ours is called, and none of anybody else's.
+pub const TABLE: &str = "fabric";
+
+/// All tables.
+pub type Ruleset = BTreeMap<TableFamily, Table>;
+
+/// Which packets a table sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TableFamily {
+    /// IPv4 and IPv6, as the host receives, forwards and sends them.
+    Inet,
+    /// Frames between the ports of a bridge.
+    Bridge,
+}
+
+/// A table: chains by name, sets by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Table {
+    /// Chains.
+    pub chains: BTreeMap<&'static str, Chain>,
+    /// Sets.
+    pub sets: BTreeMap<&'static str, Set>,
+}
+
+/// A chain: rules, in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Chain {
+    /// Where packets enter it; none for one that rules jump to. The policy is always accept.
+    pub hook: Option<Hook>,
+    /// The rules.
+    pub rules: Vec<Rule>,
+}
+
+/// Where packets enter a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hook {
+    /// Filter or NAT.
+    pub kind: ChainKind,
+    /// The place on a packet's way.
+    pub place: Place,
+    /// The order among the chains of that place; what is lower comes first.
+    pub priority: i32,
+}
+
+/// What a chain may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChainKind {
+    /// Look and judge.
+    Filter,
+    /// Translate addresses: sees the first packet of a connection alone.
+    Nat,
+}
+
+/// A hook of netfilter. The numbers are the kernel's (`NF_INET_*`, `NF_BR_*`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Whatever comes in.
+    Prerouting = 0,
+    /// What is for this host.
+    Input = 1,
+    /// What passes through.
+    Forward = 2,
+    /// What this host sends.
+    Output = 3,
+    /// Whatever goes out.
+    Postrouting = 4,
+}
+
+/// A rule: what it is about, and what then happens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// All must hold.
+    pub matches: Vec<Match>,
+    /// Whether packets that get here are counted.
+    pub counted: bool,
+    /// What happens to them.
+    pub verdict: Verdict,
+    /// Why, in a few words: the rule's comment.
+    pub why: &'static str,
+}
+
+/// What happens to a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It may pass this chain.
+    Accept,
+    /// It is thrown away.
+    Drop,
+    /// It goes back to where the chain was entered.
+    Return,
+    /// It goes to this chain.
+    Jump(&'static str),
+    /// It gets the host's address, and a random port.
+    Masquerade,
+    /// No connection is remembered for it.
+    Notrack,
+}
+
+/// A condition on one field of a packet, or on several together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Match {
+    /// What is looked at.
+    pub fields: Vec<Field>,
+    /// What it must be.
+    pub test: Test,
+}
+
+/// Something that can be read off a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Field {
+    /// The interface that it came in by.
+    InInterface,
+    /// Its mark.
+    Mark,
+    /// Its address family, in a table that sees both.
+    NetworkFamily,
+    /// Its Ethernet type, in a table that sees frames.
+    EtherType,
+    /// The Ethernet address that it claims to come from.
+    SourceMac,
+    /// The address that an ARP message claims.
+    ArpSource,
+    /// TCP, UDP, …: for IPv6 the protocol behind all extension headers.
+    Protocol,
+    /// Whether it is a fragment of an IPv6 packet.
+    Fragment,
+    /// Source address.
+    Source(Family),
+    /// Destination address.
+    Target(Family),
+    /// Destination port.
+    TargetPort,
+    /// Type of an ICMP message.
+    IcmpType,
+    /// VNI of a VXLAN packet (RFC 7348 section 5: the UDP header, then four bytes of flags).
+    Vni,
+    /// Ethernet type of the packet inside.
+    InnerType,
+    /// Source address of the packet inside.
+    InnerSource(Family),
+}
+
+/// What a field must be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Test {
+    /// This number.
+    Is(u32),
+    /// This name.
+    Named(IfName),
+    /// A number with all these bits.
+    Bits(u32),
+    /// An address of this prefix.
+    Within(Subnet),
+    /// An address beyond this prefix.
+    Outside(Subnet),
+    /// In this set, all fields together.
+    In(&'static str),
+}
+
+/// A set that rules look into.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Set {
+    /// What an element is made of.
+    pub key: &'static [KeyField],
+    /// Whether elements are ranges; only of two fields and more.
+    pub ranges: bool,
+    /// The elements.
+    pub elements: BTreeSet<Element>,
+}
+
+/// One field of a set's key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum KeyField {
+    /// IPv4 address.
+    V4,
+    /// IPv6 address.
+    V6,
+    /// Name of an interface.
+    Interface,
+    /// Ethernet address.
+    Mac,
+}
+
+/// An element of a set: a part for each field of the key.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Element(pub Vec<Part>);
+
+/// One part of an element.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Part {
+    /// Addresses; one alone is a prefix of full length.
+    Net(Subnet),
+    /// An interface.
+    Interface(IfName),
+    /// An Ethernet address.
+    Mac(MacAddr),
+}
+
+/// What a node wants its filter to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RuleOptions {
+    /// Give packets that leave the network the node's address.
+    pub masquerade: bool,
+    /// Destinations beyond the network that see the pods' own addresses all the same.
+    pub no_masquerade_to: Vec<Subnet>,
+    /// … and the other nodes are such destinations.
+    pub no_masquerade_to_nodes: bool,
+    /// Decapsulate only what comes from a peer, with a source in that peer's subnet.
+    pub check_senders: bool,
+    /// Underlay addresses besides the peers' that may send, with any source of the network.
+    pub senders: Vec<Subnet>,
+    /// Remember no connections for encapsulated packets.
+    pub notrack: bool,
+    /// Let pods use no addresses but their own, send no router advertisements, and not speak VXLAN.
+    pub check_pods: bool,
+}
+
+impl Default for RuleOptions {
+    fn default() -> Self {
+        Self {
+            masquerade: false,
+            no_masquerade_to: vec![],
+            no_masquerade_to_nodes: false,
+            check_senders: true,
+            senders: vec![],
+            notrack: true,
+            check_pods: true,
+        }
+    }
+}
+
+/// A node that may send encapsulated packets, and the addresses that they may come from inside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Member {
+    /// Its underlay address.
+    pub underlay: IpAddr,
+    /// Its subnet, which holds its VTEP's address too.
+    pub subnet: Subnet,
+}
+
+/// All that decides what the filter should hold.
+#[derive(Clone, Debug)]
+pub struct RuleInputs<'a> {
+    /// The cluster's config.
+    pub network: &'a NetworkConfig,
+    /// The subnets that this node holds.
+    pub own: &'a PerFamily<Subnet>,
+    /// Who may send to it.
+    pub members: &'a BTreeSet<Member>,
+    /// The bridge of the pods.
+    pub bridge: &'a IfName,
+    /// Its ports.
+    pub ports: &'a BTreeSet<IfName>,
+    /// Prefixes that the pods have their addresses from: this node's subnets, and earlier ones that pods still use.
+    pub pod_subnets: &'a BTreeSet<Subnet>,
+    /// What is wanted.
+    pub options: &'a RuleOptions,
+}
+
+/// What the filter should hold.
+#[must_use]
+pub fn ruleset(inputs: &RuleInputs<'_>) -> Ruleset {
+    let mut ruleset = Ruleset::new();
+    if inputs.options.check_pods {
+        pods::add(&mut ruleset, inputs);
+    }
+    if inputs.options.notrack {
+        senders::add_notrack(&mut ruleset, inputs);
+    }
+    if inputs.options.check_senders {
+        senders::add(&mut ruleset, inputs);
+    }
+    if inputs.options.masquerade {
+        masquerade::add(&mut ruleset, inputs);
+    }
+    ruleset
+}
+
+/// `IPPROTO_UDP`.
+const UDP: u32 = 17;
+/// `NFPROTO_IPV4`, `NFPROTO_IPV6`.
+const fn nfproto(family: Family) -> u32 {
+    match family {
+        Family::V4 => 2,
+        Family::V6 => 10,
+    }
+}
+/// `ETH_P_IP`, `ETH_P_IPV6`.
+const fn ether_type(family: Family) -> u32 {
+    match family {
+        Family::V4 => 0x0800,
+        Family::V6 => 0x86dd,
+    }
+}
+
+impl Match {
+    fn new(field: Field, test: Test) -> Self {
+        Self { fields: vec![field], test }
+    }
+
+    fn is(field: Field, number: u32) -> Self {
+        Self::new(field, Test::Is(number))
+    }
+
+    fn family(family: Family) -> Self {
+        Self::is(Field::NetworkFamily, nfproto(family))
+    }
+
+    /// Together, in this set.
+    fn all_in(fields: &[Field], set: &'static str) -> Self {
+        Self { fields: fields.to_vec(), test: Test::In(set) }
+    }
+
+    /// UDP to this port.
+    fn udp_to(port: u16) -> [Self; 2] {
+        [Self::is(Field::Protocol, UDP), Self::is(Field::TargetPort, port.into())]
+    }
+}
+
+impl Rule {
+    fn new(matches: impl Into<Vec<Match>>, verdict: Verdict, why: &'static str) -> Self {
+        Self { matches: matches.into(), counted: false, verdict, why }
+    }
+
+    /// A rule that drops, and counts what it drops.
+    fn drop(matches: impl Into<Vec<Match>>, why: &'static str) -> Self {
+        Self { counted: true, ..Self::new(matches, Verdict::Drop, why) }
+    }
+
+    /// Its comment in the kernel. The number changes with the rule, and so tells whether the one that is there is this.
+    #[must_use]
+    pub fn comment(&self) -> String {
+        format!("{} [{:08x}]", self.why, stable_hash(self.to_string().as_bytes()) >> 32)
+    }
+}
+
+impl Table {
+    /// The chain of this name that packets enter at `place`.
+    fn at(&mut self, name: &'static str, kind: ChainKind, place: Place, priority: i32) -> &mut Vec<Rule> {
+        let chain = self.chains.entry(name).or_default();
+        chain.hook = Some(Hook { kind, place, priority });
+        &mut chain.rules
+    }
+
+    /// The chain of this name that rules jump to.
+    fn called(&mut self, name: &'static str) -> &mut Vec<Rule> {
+        &mut self.chains.entry(name).or_default().rules
+    }
+
+    /// A set of this name, with these elements.
+    fn set(&mut self, name: &'static str, key: &'static [KeyField], elements: impl IntoIterator<Item = Element>) {
+        let ranges = key.len() > 1 && key.iter().all(|field| matches!(field, KeyField::V4 | KeyField::V6));
+        self.sets.insert(name, Set { key, ranges, elements: elements.into_iter().collect() });
+    }
+}
+
+impl Set {
+    /// Its kind, as `nft` writes it: `type ipv4_addr . ipv4_addr; flags interval;`.
+    #[must_use]
+    pub fn declaration(&self) -> String {
+        let words = self.key.iter().map(|field| match field {
+            KeyField::V4 => "ipv4_addr",
+            KeyField::V6 => "ipv6_addr",
+            KeyField::Interface => "ifname",
+            KeyField::Mac => "ether_addr",
+        });
+        let words: Vec<&str> = words.collect();
+        format!("type {};{}", words.join(" . "), if self.ranges { " flags interval;" } else { "" })
+    }
+}
+
+impl fmt::Display for TableFamily {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Inet => "inet",
+            Self::Bridge => "bridge",
+        })
+    }
+}
+
+impl fmt::Display for Table {
+    /// As `nft list table` shows it, but for its family and name.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, set) in &self.sets {
+            write!(f, "set {name} {{ {}", set.declaration())?;
+            let elements: Vec<String> = set.elements.iter().map(ToString::to_string).collect();
+            if !elements.is_empty() {
+                write!(f, " elements = {{ {} }}", elements.join(", "))?;
+            }
+            writeln!(f, " }}")?;
+        }
+        for (name, chain) in &self.chains {
+            writeln!(f, "chain {name} {{")?;
+            if let Some(hook) = chain.hook {
+                writeln!(f, "  {hook}")?;
+            }
+            for rule in &chain.rules {
+                writeln!(f, "  {rule} comment \"{}\"", rule.why)?;
+            }
+            writeln!(f, "}}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            ChainKind::Filter => "filter",
+            ChainKind::Nat => "nat",
+        };
+        let place = match self.place {
+            Place::Prerouting => "prerouting",
+            Place::Input => "input",
+            Place::Forward => "forward",
+            Place::Output => "output",
+            Place::Postrouting => "postrouting",
+        };
+        write!(f, "type {kind} hook {place} priority {}; policy accept;", self.priority)
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for condition in &self.matches {
+            write!(f, "{condition} ")?;
+        }
+        if self.counted {
+            f.write_str("counter ")?;
+        }
+        match self.verdict {
+            Verdict::Accept => f.write_str("accept"),
+            Verdict::Drop => f.write_str("drop"),
+            Verdict::Return => f.write_str("return"),
+            Verdict::Jump(chain) => write!(f, "jump {chain}"),
+            Verdict::Masquerade => f.write_str("masquerade fully-random"),
+            Verdict::Notrack => f.write_str("notrack"),
+        }
+    }
+}
+
+impl fmt::Display for Match {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (position, field) in self.fields.iter().enumerate() {
+            write!(f, "{}{field}", if position == 0 { "" } else { " . " })?;
+        }
+        match &self.test {
+            Test::Is(_) if self.fields == [Field::Fragment] => f.write_str(" exists"),
+            Test::Is(number) => write!(f, " {}", Spelled(self.fields.first().copied(), *number)),
+            Test::Named(name) => write!(f, " {:?}", name.as_str()),
+            Test::Bits(bits) => write!(f, " & {bits:#x} == {bits:#x}"),
+            Test::Within(prefix) => write!(f, " {prefix}"),
+            Test::Outside(prefix) => write!(f, " != {prefix}"),
+            Test::In(set) => write!(f, " @{set}"),
+        }
+    }
+}
+
+/// A number as `nft` writes it for this field.
+struct Spelled(Option<Field>, u32);
+
+impl fmt::Display for Spelled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.0, self.1) {
+            (Some(Field::NetworkFamily), 2) => f.write_str("ipv4"),
+            (Some(Field::NetworkFamily), 10) => f.write_str("ipv6"),
+            (Some(Field::Protocol), UDP) => f.write_str("udp"),
+            (Some(Field::EtherType | Field::InnerType), number) => write!(f, "{number:#06x}"),
+            (_, number) => number.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for Field {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::InInterface => "iifname",
+            Self::Mark => "meta mark",
+            Self::NetworkFamily => "meta nfproto",
+            Self::EtherType => "meta protocol",
+            Self::SourceMac => "ether saddr",
+            Self::ArpSource => "arp saddr ip",
+            Self::Protocol => "meta l4proto",
+            Self::Fragment => "exthdr frag",
+            Self::Source(Family::V4) => "ip saddr",
+            Self::Source(Family::V6) => "ip6 saddr",
+            Self::Target(Family::V4) => "ip daddr",
+            Self::Target(Family::V6) => "ip6 daddr",
+            Self::TargetPort => "th dport",
+            Self::IcmpType => "@th,0,8",
+            Self::Vni => "@th,96,24",
+            Self::InnerType => "@th,224,16",
+            Self::InnerSource(Family::V4) => "@th,336,32",
+            Self::InnerSource(Family::V6) => "@th,304,128",
+        })
+    }
+}
+
+impl fmt::Display for Element {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (position, part) in self.0.iter().enumerate() {
+            f.write_str(if position == 0 { "" } else { " . " })?;
+            match part {
+                Part::Net(net) if net.prefix_len() == net.family().bits() => net.base().fmt(f)?,
+                Part::Net(net) => net.fmt(f)?,
+                Part::Interface(name) => write!(f, "{:?}", name.as_str())?,
+                Part::Mac(mac) => mac.fmt(f)?,
+            }
+        }
+        Ok(())
+    }
+}

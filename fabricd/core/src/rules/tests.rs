@@ -1,0 +1,256 @@
+//! What the filter holds, as text, and what is written when something changes.
+
+use std::collections::BTreeSet;
+
+use super::change::{Found, change};
+use super::{Member, RuleInputs, RuleOptions, Ruleset, TableFamily, ruleset};
+use crate::model::{IfName, PerFamily, Subnet};
+use crate::network::NetworkConfig;
+
+struct Node {
+    network: NetworkConfig,
+    own: PerFamily<Subnet>,
+    members: BTreeSet<Member>,
+    ports: BTreeSet<IfName>,
+    options: RuleOptions,
+}
+
+fn v<T: std::str::FromStr>(text: &str) -> T {
+    text.parse().unwrap_or_else(|_| panic!("{text} in a test is wrong"))
+}
+
+impl Node {
+    fn v4() -> Self {
+        let config = r#"{"Network":"10.64.0.0/12","Backend":{"Type":"vxlan","VNI":7}}"#;
+        Self::new(config, PerFamily { v4: Some(v("10.64.1.0/24")), v6: None })
+    }
+
+    fn dual() -> Self {
+        let config = r#"{"EnableIPv6":true,"Network":"10.64.0.0/12","IPv6Network":"2001:db8::/48",
+                         "Backend":{"Type":"vxlan","VNI":7}}"#;
+        Self::new(config, PerFamily { v4: Some(v("10.64.1.0/24")), v6: Some(v("2001:db8:0:1::/64")) })
+    }
+
+    fn new(config: &str, own: PerFamily<Subnet>) -> Self {
+        Self {
+            network: NetworkConfig::decode(config.as_bytes()).expect("valid"),
+            own,
+            members: BTreeSet::new(),
+            ports: BTreeSet::new(),
+            options: RuleOptions { check_senders: false, notrack: false, check_pods: false, ..RuleOptions::default() },
+        }
+    }
+
+    fn with_peer(mut self, underlay: &str, subnet: &str) -> Self {
+        self.members.insert(Member { underlay: v(underlay), subnet: v(subnet) });
+        self
+    }
+
+    fn rules(&self) -> Ruleset {
+        ruleset(&RuleInputs {
+            network: &self.network,
+            own: &self.own,
+            members: &self.members,
+            bridge: &v("cni0"),
+            ports: &self.ports,
+            pod_subnets: &self.own.values().copied().collect(),
+            options: &self.options,
+        })
+    }
+
+    fn inet(&self) -> String {
+        self.rules()[&TableFamily::Inet].to_string()
+    }
+}
+
+#[test]
+fn senders_are_judged_by_underlay_address_and_inner_source_together() {
+    let mut node = Node::v4().with_peer("192.0.2.2", "10.64.2.0/24");
+    node.options.check_senders = true;
+    node.options.senders = vec![v("198.51.100.7/32")];
+    assert_eq!(
+        node.inet(),
+        r#"set members4 { type ipv4_addr . ipv4_addr; flags interval; elements = { 192.0.2.2 . 10.64.2.0/24, 192.0.2.2 . 192.0.2.2 } }
+set peers4 { type ipv4_addr; elements = { 192.0.2.2 } }
+chain input {
+  type filter hook input priority 0; policy accept;
+  meta nfproto ipv4 meta l4proto udp th dport 8472 @th,96,24 7 jump senders comment "encapsulated"
+}
+chain senders {
+  meta nfproto ipv4 @th,224,16 0x0800 ip saddr . @th,336,32 @members4 accept comment "a peer, from its own subnet"
+  meta nfproto ipv4 @th,224,16 0x0800 ip saddr 198.51.100.7/32 @th,336,32 10.64.0.0/12 accept comment "allowed by --allow-sender"
+  meta nfproto ipv4 @th,224,16 0x0800 ip saddr @peers4 counter drop comment "a peer, but its source is not in the peer's subnet"
+  meta nfproto ipv4 ip saddr @peers4 counter drop comment "a peer, but inside is something else"
+  counter drop comment "from no peer"
+}
+"#
+    );
+}
+
+#[test]
+fn ipv6_senders_may_be_link_local_but_not_in_fragments() {
+    let mut node = Node::dual().with_peer("2001:db8:ff::2", "2001:db8:0:2::/64");
+    node.options.check_senders = true;
+    let text = node.inet();
+    for line in [
+        "elements = { 2001:db8:ff::2 . 2001:db8:0:2::/64, 2001:db8:ff::2 . 2001:db8:ff::2, 2001:db8:ff::2 . fe80::/10 } }",
+        "  meta nfproto ipv6 exthdr frag exists meta l4proto udp th dport 8472 counter drop comment \
+         \"fragment of an encapsulated packet\"\n  meta nfproto ipv4",
+        "@th,224,16 0x86dd ip6 saddr . @th,304,128 @members6 accept",
+    ] {
+        assert!(text.contains(line), "{line}\nis not in\n{text}");
+    }
+}
+
+#[test]
+fn what_leaves_the_network_is_masqueraded_and_nothing_else() {
+    let mut node = Node::v4().with_peer("192.0.2.2", "10.64.2.0/24");
+    node.options.masquerade = true;
+    node.options.no_masquerade_to = vec![v("203.0.113.0/24")];
+    node.options.no_masquerade_to_nodes = true;
+    assert_eq!(
+        node.inet(),
+        r#"set peers4 { type ipv4_addr; elements = { 192.0.2.2 } }
+chain postrouting {
+  type nat hook postrouting priority 99; policy accept;
+  meta mark & 0x4000 == 0x4000 return comment "others translate it"
+  meta nfproto ipv4 ip daddr 10.64.1.0/24 return comment "to a pod of this node"
+  meta nfproto ipv4 ip saddr 10.64.0.0/12 ip daddr 10.64.0.0/12 return comment "within the network"
+  meta nfproto ipv4 ip saddr 10.64.0.0/12 ip daddr 224.0.0.0/4 return comment "multicast"
+  meta nfproto ipv4 ip saddr 10.64.0.0/12 ip daddr 203.0.113.0/24 return comment "excepted by --no-masquerade-to"
+  meta nfproto ipv4 ip saddr 10.64.0.0/12 ip daddr @peers4 return comment "to a node, excepted by --no-masquerade-to"
+  meta nfproto ipv4 ip saddr 10.64.0.0/12 masquerade fully-random comment "out of the network"
+  meta nfproto ipv4 ip daddr 10.64.0.0/12 masquerade fully-random comment "into the network"
+}
+"#
+    );
+}
+
+#[test]
+fn pods_send_from_their_subnet_and_are_neither_routers_nor_nodes() {
+    let mut node = Node::dual();
+    node.options.check_pods = true;
+    node.ports = [v("veth1")].into();
+    let text = node.rules().iter().map(|(family, table)| format!("table {family}\n{table}")).collect::<String>();
+    assert_eq!(
+        text,
+        r#"table inet
+chain forward {
+  type filter hook forward priority 0; policy accept;
+  iifname "cni0" meta l4proto udp th dport 8472 counter drop comment "a pod does not speak VXLAN"
+}
+chain input {
+  type filter hook input priority 0; policy accept;
+  iifname "cni0" meta l4proto udp th dport 8472 counter drop comment "a pod does not speak VXLAN"
+}
+chain pods {
+  meta nfproto ipv6 meta l4proto 58 @th,0,8 134 counter drop comment "a pod is no router"
+  meta nfproto ipv6 meta l4proto 58 @th,0,8 137 counter drop comment "a pod is no router"
+  meta nfproto ipv4 ip saddr 10.64.1.0/24 return comment "its own address"
+  meta nfproto ipv6 ip6 saddr 2001:db8:0:1::/64 return comment "its own address"
+  meta nfproto ipv6 ip6 saddr fe80::/10 return comment "neighbour discovery"
+  meta nfproto ipv6 ip6 saddr ::/128 meta l4proto 58 return comment "neighbour discovery"
+  counter drop comment "a pod's source is not in this node's subnet"
+}
+chain prerouting {
+  type filter hook prerouting priority -300; policy accept;
+  iifname "cni0" jump pods comment "from a pod"
+}
+table bridge
+set ports { type ifname; elements = { "veth1" } }
+chain pods {
+  meta protocol 0x0800 meta l4proto 1 @th,0,8 5 counter drop comment "a pod is no router"
+  meta protocol 0x0800 meta l4proto 1 @th,0,8 9 counter drop comment "a pod is no router"
+  meta protocol 0x86dd meta l4proto 58 @th,0,8 134 counter drop comment "a pod is no router"
+  meta protocol 0x86dd meta l4proto 58 @th,0,8 137 counter drop comment "a pod is no router"
+  meta protocol 0x0800 ip saddr != 10.64.1.0/24 counter drop comment "a pod's source is not in this node's subnet"
+  meta protocol 0x0806 arp saddr ip != 10.64.1.0/24 arp saddr ip != 0.0.0.0/32 counter drop comment "a pod's source is not in this node's subnet"
+  meta protocol 0x86dd ip6 saddr != 2001:db8:0:1::/64 ip6 saddr != fe80::/10 ip6 saddr != ::/128 counter drop comment "a pod's source is not in this node's subnet"
+}
+chain prerouting {
+  type filter hook prerouting priority -300; policy accept;
+  iifname @ports jump pods comment "from a pod"
+}
+"#
+    );
+}
+
+#[test]
+fn nothing_wanted_is_no_table() {
+    assert_eq!(Node::v4().rules(), Ruleset::new());
+}
+
+fn everything() -> Node {
+    let mut node = Node::dual().with_peer("192.0.2.2", "10.64.2.0/24");
+    node.options = RuleOptions { masquerade: true, no_masquerade_to_nodes: true, ..RuleOptions::default() };
+    node
+}
+
+fn found(rules: &Ruleset) -> Found {
+    let mut found = Found::new();
+    change(rules, &Found::new()).apply_to(&mut found);
+    found
+}
+
+#[test]
+fn what_is_as_wanted_is_left_alone() {
+    let rules = everything().rules();
+    assert!(change(&rules, &found(&rules)).is_empty());
+}
+
+#[test]
+fn peer_that_comes_or_goes_costs_its_own_elements_alone() {
+    let (before, after) = (everything().rules(), everything().with_peer("192.0.2.3", "10.64.3.0/24").rules());
+    let mut kernel = found(&before);
+    let join = change(&after, &kernel);
+    assert_eq!(
+        join.to_string(),
+        "+ nft add element inet fabric members4 { 192.0.2.3 . 10.64.3.0/24 }\n\
+         + nft add element inet fabric members4 { 192.0.2.3 . 192.0.2.3 }\n\
+         + nft add element inet fabric peers4 { 192.0.2.3 }\n"
+    );
+    join.apply_to(&mut kernel);
+    assert_eq!(kernel, found(&after));
+    assert_eq!(change(&before, &kernel).to_string(), join.to_string().replace("+ nft add", "- nft delete"));
+}
+
+#[test]
+fn table_with_anything_else_in_it_is_replaced_as_a_whole() {
+    let rules = everything().rules();
+    type Spoil = fn(&mut BTreeSet<String>);
+    let spoiled: [(&str, Spoil); 3] = [
+        ("a rule less", |layout| layout.retain(|line| !line.starts_with("rule input 0"))),
+        ("a rule more", |layout| layout.extend(["rule input 9 of somebody else".to_owned()])),
+        ("another rule", |layout| {
+            let line = layout.iter().find(|line| line.starts_with("rule input 0")).cloned().expect("there is one");
+            layout.remove(&line);
+            layout.insert(line.replace('[', "[0"));
+        }),
+    ];
+    for (what, spoil) in spoiled {
+        let mut kernel = found(&rules);
+        spoil(&mut kernel.get_mut(&TableFamily::Inet).expect("there").layout);
+        let repair = change(&rules, &kernel);
+        assert_eq!(repair.to_string(), "~ nft replace table inet fabric\n", "{what}");
+        repair.apply_to(&mut kernel);
+        assert_eq!(kernel, found(&rules), "{what}");
+    }
+}
+
+#[test]
+fn table_that_is_not_wanted_any_more_goes() {
+    let mut kernel = found(&everything().rules());
+    let cleanup = change(&Ruleset::new(), &kernel);
+    assert_eq!(cleanup.to_string(), "- nft delete table inet fabric\n- nft delete table bridge fabric\n");
+    cleanup.apply_to(&mut kernel);
+    assert_eq!(kernel, Found::new());
+}
+
+#[test]
+fn comments_fit_into_what_nft_allows() {
+    for table in everything().rules().values() {
+        for rule in table.chains.values().flat_map(|chain| &chain.rules) {
+            assert!(rule.comment().len() < 128, "{}", rule.comment());
+        }
+    }
+}

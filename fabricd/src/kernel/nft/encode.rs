@@ -1,0 +1,217 @@
+//! From a [`Change`] to the messages of one transaction. Each function gives the command of `nft` that would do the same.
+
+use fabric_core::model::{Subnet, to_bits};
+use fabric_core::rules::change::{Change, ElementChange};
+use fabric_core::rules::{Chain, ChainKind, Element, KeyField, Part, Rule, Set, TABLE, Table, TableFamily};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE};
+
+use super::attributes::Attributes;
+use super::expr::{DATA_VALUE, LIST_ELEMENT, address_bytes, expressions, interface};
+use super::{message, nfproto};
+use crate::kernel::wire::Request;
+
+/// `NFT_MSG_*` (linux/netfilter/nf_tables.h).
+const NEW_TABLE: u16 = 0;
+const DELETE_TABLE: u16 = 2;
+const NEW_CHAIN: u16 = 3;
+const NEW_RULE: u16 = 6;
+const NEW_SET: u16 = 9;
+const NEW_ELEMENTS: u16 = 12;
+const DELETE_ELEMENTS: u16 = 14;
+
+/// `NFNL_MSG_BATCH_BEGIN`, `NFNL_MSG_BATCH_END`: what is between happens as one, or not at all.
+const BATCH_BEGIN: u16 = 16;
+const BATCH_END: u16 = 17;
+/// `NFNL_SUBSYS_NFTABLES`: whose batch it is.
+const SUBSYSTEM: u16 = 10;
+
+/// `NF_ACCEPT`.
+const ACCEPT: u32 = 1;
+/// `NFT_SET_INTERVAL`, `NFT_SET_CONCAT`.
+pub(super) const RANGES: u32 = 0x04;
+pub(super) const CONCATENATED: u32 = 0x80;
+/// Bits of one field in a key's type, which is for `nft` to print by.
+pub(super) const TYPE_BITS: u32 = 6;
+
+/// Room for elements in one message: a list of attributes has to stay below 64 KiB.
+const LIST: usize = 60_000;
+
+/// The messages of a change: begin, what is to be done, end.
+pub(super) fn transaction(change: &Change) -> Vec<Request> {
+    let mut steps = vec![];
+    for family in &change.removed {
+        steps.extend(remove_table(*family));
+    }
+    for (family, table) in &change.replaced {
+        steps.extend(remove_table(*family));
+        steps.extend(make_table(*family, table));
+    }
+    for ElementChange { table, set, shape, removed, added } in &change.elements {
+        steps.extend(elements(*table, set, shape, removed, DELETE_ELEMENTS));
+        steps.extend(elements(*table, set, shape, added, NEW_ELEMENTS));
+    }
+    if let Some(last) = steps.last_mut() {
+        last.add_flags(NLM_F_ACK);
+    }
+    let bracket = |kind| Request::raw(kind, 0, Attributes::message(0, SUBSYSTEM).into_bytes());
+    [vec![bracket(BATCH_BEGIN)], steps, vec![bracket(BATCH_END)]].concat()
+}
+
+/// `nft add table FAMILY fabric; nft delete table FAMILY fabric`: gone, whether it was there or not.
+fn remove_table(family: TableFamily) -> [Request; 2] {
+    // NFTA_TABLE_NAME
+    let named = || start(family).text(1, TABLE).into_bytes();
+    [Request::raw(message(NEW_TABLE), NLM_F_CREATE, named()), Request::raw(message(DELETE_TABLE), 0, named())]
+}
+
+/// `nft add table FAMILY fabric { … }`. Chains and sets come before the rules, which name them.
+fn make_table(family: TableFamily, table: &Table) -> Vec<Request> {
+    let mut steps = vec![Request::raw(message(NEW_TABLE), NLM_F_CREATE, start(family).text(1, TABLE).into_bytes())];
+    steps.extend(table.chains.iter().map(|(name, chain)| make_chain(family, name, chain)));
+    for ((name, set), id) in table.sets.iter().zip(1..) {
+        steps.push(make_set(family, name, set, id));
+        let all: Vec<Element> = set.elements.iter().cloned().collect();
+        steps.extend(elements(family, name, set, &all, NEW_ELEMENTS));
+    }
+    for (name, chain) in &table.chains {
+        steps.extend(chain.rules.iter().map(|rule| make_rule(family, name, rule)));
+    }
+    steps
+}
+
+/// `nft add chain FAMILY fabric NAME { type … hook … priority …; policy accept; }`.
+fn make_chain(family: TableFamily, name: &str, chain: &Chain) -> Request {
+    // NFTA_CHAIN_TABLE, _NAME, _HOOK, _POLICY, _TYPE
+    let mut body = start(family).text(1, TABLE).text(3, name);
+    if let Some(hook) = chain.hook {
+        // NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY
+        let place = Attributes::default().number(1, hook.place as u32).bytes(2, &hook.priority.to_be_bytes());
+        body = body.nested(4, &place).number(5, ACCEPT).text(7, chain_kind(hook.kind));
+    }
+    Request::raw(message(NEW_CHAIN), NLM_F_CREATE, body.into_bytes())
+}
+
+/// The kernel's word for a kind of chain.
+pub(super) fn chain_kind(kind: ChainKind) -> &'static str {
+    match kind {
+        ChainKind::Filter => "filter",
+        ChainKind::Nat => "nat",
+    }
+}
+
+/// `nft add set FAMILY fabric NAME { type …; flags interval; }`.
+fn make_set(family: TableFamily, name: &str, set: &Set, id: u32) -> Request {
+    let size = |field: &KeyField| u32::try_from(width(*field)).expect("16 bytes at most");
+    let length = set.key.iter().map(|field| size(field).next_multiple_of(4)).sum::<u32>();
+    let kind = set.key.iter().fold(0, |kind, field| kind << TYPE_BITS | datatype(*field));
+    // A key of one field is as long as that field.
+    let length = if let [field] = set.key { size(field) } else { length };
+    // NFTA_SET_TABLE, _NAME, _FLAGS, _KEY_TYPE, _KEY_LEN, _DESC, _ID
+    let mut body = start(family).text(1, TABLE).text(2, name).number(3, flags(set)).number(4, kind).number(5, length);
+    if set.key.len() > 1 {
+        let fields = set.key.iter().fold(Attributes::default(), |list, field| {
+            // NFTA_SET_FIELD_LEN
+            list.nested(LIST_ELEMENT, &Attributes::default().number(1, size(field)))
+        });
+        // NFTA_SET_DESC_CONCAT
+        body = body.nested(9, &Attributes::default().nested(2, &fields));
+    }
+    // NFTA_SET_USERDATA, for `nft` to print by: the key's byte order (type 0, four bytes) is the host's for names.
+    if let [KeyField::Interface] = set.key {
+        body = body.bytes(13, &[&[0, 4][..], &1_u32.to_ne_bytes()].concat());
+    }
+    Request::raw(message(NEW_SET), NLM_F_CREATE, body.number(10, id).into_bytes())
+}
+
+/// The flags of a set, as the kernel gives them back.
+pub(super) fn flags(set: &Set) -> u32 {
+    let concatenated = if set.key.len() > 1 { CONCATENATED } else { 0 };
+    if set.ranges { RANGES | concatenated } else { concatenated }
+}
+
+/// `nft add element FAMILY fabric SET { … }` or `delete`, in as many messages as it takes.
+fn elements(family: TableFamily, set: &str, shape: &Set, elements: &[Element], kind: u16) -> Vec<Request> {
+    let send = |list: &Attributes| {
+        // NFTA_SET_ELEM_LIST_TABLE, _SET, _ELEMENTS
+        let body = start(family).text(1, TABLE).text(2, set).nested(3, list).into_bytes();
+        Request::raw(message(kind), if kind == NEW_ELEMENTS { NLM_F_CREATE } else { 0 }, body)
+    };
+    let mut messages = vec![];
+    let mut list = Attributes::default();
+    for element in elements {
+        let (first, last) = bounds(element);
+        let value = |bytes: &[u8]| Attributes::default().bytes(DATA_VALUE, bytes);
+        // NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_KEY_END
+        let mut one = Attributes::default().nested(1, &value(&first));
+        if shape.ranges {
+            one = one.nested(10, &value(&last));
+        }
+        list = list.nested(LIST_ELEMENT, &one);
+        if list.len() > LIST {
+            messages.push(send(&std::mem::take(&mut list)));
+        }
+    }
+    if list.len() > 0 {
+        messages.push(send(&list));
+    }
+    messages
+}
+
+/// The lowest and the highest key of an element: its parts, each filled up to a multiple of four bytes, but for one
+/// that stands alone.
+fn bounds(element: &Element) -> (Vec<u8>, Vec<u8>) {
+    let (mut first, mut last) = (vec![], vec![]);
+    for part in &element.0 {
+        let (low, high) = match part {
+            Part::Net(net) => net_bounds(*net),
+            Part::Interface(name) => (interface(name.as_str()), interface(name.as_str())),
+            Part::Mac(mac) => (mac.octets().to_vec(), mac.octets().to_vec()),
+        };
+        for (key, bytes) in [(&mut first, low), (&mut last, high)] {
+            key.extend(bytes);
+            if element.0.len() > 1 {
+                key.resize(key.len().next_multiple_of(4), 0);
+            }
+        }
+    }
+    (first, last)
+}
+
+fn net_bounds(net: Subnet) -> (Vec<u8>, Vec<u8>) {
+    let bytes = |ip| address_bytes(net.family(), to_bits(ip));
+    (bytes(net.base()), bytes(net.last()))
+}
+
+/// `nft add rule FAMILY fabric CHAIN … comment "…"`.
+fn make_rule(family: TableFamily, chain: &str, rule: &Rule) -> Request {
+    let comment = [rule.comment().as_bytes(), &[0]].concat();
+    // A list of type, length and value of its own: NFTNL_UDATA_RULE_COMMENT is 0.
+    let length = u8::try_from(comment.len()).expect("a comment is a few words");
+    let userdata = [&[0, length], comment.as_slice()].concat();
+    // NFTA_RULE_TABLE, _CHAIN, _EXPRESSIONS, _USERDATA
+    let body = start(family).text(1, TABLE).text(2, chain).nested(4, &expressions(rule)).bytes(7, &userdata);
+    Request::raw(message(NEW_RULE), NLM_F_CREATE | NLM_F_APPEND, body.into_bytes())
+}
+
+fn start(family: TableFamily) -> Attributes {
+    Attributes::message(nfproto(family), 0)
+}
+
+/// Bytes of a field.
+pub(super) fn width(field: KeyField) -> usize {
+    match field {
+        KeyField::V4 => 4,
+        KeyField::V6 | KeyField::Interface => 16,
+        KeyField::Mac => 6,
+    }
+}
+
+/// What `nft` calls `TYPE_IPADDR`, `TYPE_IP6ADDR`, `TYPE_ETHERADDR` and `TYPE_IFNAME`; the kernel only keeps it.
+pub(super) fn datatype(field: KeyField) -> u32 {
+    match field {
+        KeyField::V4 => 7,
+        KeyField::V6 => 8,
+        KeyField::Mac => 9,
+        KeyField::Interface => 41,
+    }
+}

@@ -1,0 +1,70 @@
+//! nftables over netlink: our tables written in one transaction, read back, and watched.
+//!
+//! ```text
+//!   Change ── encode (expr) ──► one datagram: begin, …, end ──► kernel ──► events ── watch ──► read again
+//!   Found  ◄── read ◄── dumps of our tables alone ◄───────────────┘
+//! ```
+//!
+//! What we wrote ourselves is known without reading it again; the events of our own transactions are passed over.
+
+mod attributes;
+mod encode;
+mod expr;
+mod read;
+pub(super) mod watch;
+
+use std::io;
+
+use fabric_core::rules::TableFamily;
+use fabric_core::rules::change::{Change, Found};
+use netlink_sys::protocols::NETLINK_NETFILTER;
+
+use super::socket::{Refusal, RequestSocket};
+
+/// The kernel's packet filter.
+pub(super) struct Filter {
+    /// `None` when the kernel has no netfilter.
+    socket: Option<RequestSocket>,
+}
+
+impl Filter {
+    /// Opens the one of this thread's network namespace.
+    pub(super) fn open() -> io::Result<Self> {
+        match RequestSocket::open(NETLINK_NETFILTER) {
+            Ok(socket) => Ok(Self { socket: Some(socket) }),
+            Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => Ok(Self { socket: None }),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The netlink port that our transactions come from.
+    pub(super) fn port(&self) -> Option<u32> {
+        self.socket.as_ref().map(RequestSocket::port)
+    }
+
+    /// What is there of our tables.
+    pub(super) fn read(&mut self) -> io::Result<Found> {
+        self.socket.as_mut().map_or_else(|| Ok(Found::new()), read::tables)
+    }
+
+    /// Writes a change, all of it or nothing.
+    pub(super) fn write(&mut self, change: &Change) -> Result<(), Refusal> {
+        match &mut self.socket {
+            Some(socket) => socket.transact(&encode::transaction(change)),
+            None => Err(io::Error::from_raw_os_error(libc::EPROTONOSUPPORT).into()),
+        }
+    }
+}
+
+/// `NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_*`.
+const fn message(kind: u16) -> u16 {
+    10 << 8 | kind
+}
+
+/// `NFPROTO_INET`, `NFPROTO_BRIDGE`.
+const fn nfproto(family: TableFamily) -> u8 {
+    match family {
+        TableFamily::Inet => 1,
+        TableFamily::Bridge => 7,
+    }
+}

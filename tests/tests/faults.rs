@@ -1,0 +1,38 @@
+//! Each fault once. `make faults SEEDS=20` tries them again and again.
+
+use fabric_tests::faults;
+
+fn holds(number: u8) {
+    for fault in faults::all().iter().filter(|fault| fault.number == number) {
+        if let Some(error) = fault.try_with(1, 4).broken {
+            panic!("{}: {error:?}", fault.what);
+        }
+    }
+}
+
+macro_rules! faults {
+    ($($name:ident = $number:literal),* $(,)?) => {
+        $(#[test] fn $name() { holds($number) })*
+
+        #[test]
+        fn every_fault_has_its_test() {
+            let known = [$($number),*];
+            assert!(faults::all().iter().all(|fault| known.contains(&fault.number)));
+        }
+    };
+}
+
+faults! {
+    killed_while_programming = 1,
+    crash_loop = 2,
+    underlay_flaps = 14,
+    underlay_address_changes = 15,
+    underlay_mtu_changes = 16,
+    device_deleted = 17,
+    entries_altered = 18,
+    what_is_foreign = 19,
+    peers_re_created = 20,
+    churn = 21,
+    notifications_lost = 22,
+    downgrade = 34,
+}

@@ -1,0 +1,196 @@
+//! Our tables of nftables in the real kernel, with `nft` as an independent witness.
+
+use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use fabric_core::model::{PerFamily, Subnet};
+use fabric_core::network::NetworkConfig;
+use fabric_core::rules::change::change;
+use fabric_core::rules::{Member, RuleInputs, RuleOptions, Ruleset, TableFamily, ruleset};
+use fabric_tests::conformance::kernel::{look, v, woken};
+use fabric_tests::netns::{in_netns_async, run};
+use fabricd::kernel::Kernel as _;
+use fabricd::kernel::netlink::{Netlink, Options};
+
+const CONFIG: &str = r#"{"EnableIPv6":true,"Network":"10.64.0.0/12","IPv6Network":"2001:db8::/48",
+                         "Backend":{"Type":"vxlan","VNI":7}}"#;
+
+fn rules(peers: u32) -> Ruleset {
+    let member = |underlay: u32, subnet: u32| Member {
+        underlay: Ipv4Addr::from_bits(0xc612_0000 + underlay).into(),
+        subnet: Subnet::holding(Ipv4Addr::from_bits(0x0a40_0000 + (subnet << 8)).into(), 24).expect("valid"),
+    };
+    let mut members: BTreeSet<Member> = (2..2 + peers).map(|peer| member(peer, peer)).collect();
+    members.insert(Member { underlay: v("2001:db8:ff::2"), subnet: v("2001:db8:0:2::/64") });
+    let own: PerFamily<Subnet> = PerFamily { v4: Some(v("10.64.1.0/24")), v6: Some(v("2001:db8:0:1::/64")) };
+    let options = RuleOptions {
+        masquerade: true,
+        no_masquerade_to: vec![v("203.0.113.0/25")],
+        no_masquerade_to_nodes: true,
+        senders: vec![v("198.51.100.7/32")],
+        ..RuleOptions::default()
+    };
+    ruleset(&RuleInputs {
+        network: &NetworkConfig::decode(CONFIG.as_bytes()).expect("valid"),
+        own: &own,
+        members: &members,
+        bridge: &v("cni0"),
+        ports: &["veth1", "veth2"].map(v).into(),
+        pod_subnets: &own.values().copied().collect(),
+        options: &options,
+    })
+}
+
+fn kernel() -> Netlink {
+    Netlink::new(Options::default()).expect("netlink opens")
+}
+
+/// Brings the tables to what is wanted; gives what was written.
+async fn settle(kernel: &mut Netlink, want: &Ruleset) -> String {
+    let change = change(want, &look(kernel).await.rules);
+    if !change.is_empty() {
+        kernel.enforce(&change).await.unwrap_or_else(|error| panic!("{error}"));
+    }
+    change.to_string()
+}
+
+/// What `nft` shows, handles included: they change when anything is made anew.
+fn shown() -> String {
+    run("nft", "-a -n list ruleset")
+}
+
+/// The same in a fixed order, and as a table shows that was made anew.
+fn without_handles() -> Vec<String> {
+    let list = |family| run("nft", &format!("-n list table {family} fabric"));
+    let all = list("inet") + &list("bridge");
+    // A set has no order.
+    let is_separator = |c| matches!(c, ',' | '=' | '{' | '}' | '\n');
+    let mut lines: Vec<String> = all.split(is_separator).map(|line| line.trim().to_owned()).collect();
+    lines.sort();
+    lines
+}
+
+#[test]
+fn nft_shows_what_was_written_and_it_is_found_again() {
+    in_netns_async(|| async {
+        let (mut first, want) = (kernel(), rules(2));
+        assert_eq!(
+            settle(&mut first, &want).await,
+            "~ nft replace table inet fabric\n~ nft replace table bridge fabric\n"
+        );
+        let listed = shown();
+        for line in [
+            "type nat hook postrouting priority 99; policy accept;",
+            "type filter hook prerouting priority -300; policy accept;",
+            "elements = { 198.18.0.2 . 10.64.2.0/24",
+            "elements = { 2001:db8:ff::2 . 2001:db8:0:2::/64",
+            "elements = { \"veth1\"",
+            "@th,96,24 0x7 jump senders comment \"encapsulated [",
+            "@th,224,16 0x800 ip saddr . @th,336,32 @members4 accept",
+            "@th,224,16 0x86dd ip6 saddr . @th,304,128 @members6 accept",
+            "exthdr frag 1 udp dport 8472 counter",
+            "udp dport 8472 @th,96,24 0x7 notrack",
+            "meta mark & 0x00004000 == 0x00004000 return",
+            "ip saddr 10.64.0.0/12 ip daddr 203.0.113.0/25 return",
+            "ip saddr 10.64.0.0/12 masquerade fully-random",
+            "ip6 saddr 2001:db8::/48 ip6 daddr ff00::/8 return",
+            "iifname \"cni0\" udp dport 8472 counter packets 0 bytes 0 drop",
+            "arp saddr ip != 10.64.1.0/24",
+        ] {
+            assert!(listed.contains(line), "{line}\nis not in\n{listed}");
+        }
+        let mut restarted = kernel();
+        for (family, table) in &want {
+            assert_eq!(look(&mut restarted).await.rules[family], table.found());
+        }
+        assert_eq!(settle(&mut restarted, &want).await, "");
+        assert_eq!(shown(), listed);
+    });
+}
+
+#[test]
+fn peer_that_comes_or_goes_changes_elements_alone() {
+    in_netns_async(|| async {
+        let mut kernel = kernel();
+        settle(&mut kernel, &rules(2)).await;
+        let before = shown();
+        assert_eq!(settle(&mut kernel, &rules(3)).await.lines().count(), 3);
+        assert!(shown().contains("198.18.0.4 . 10.64.4.0/24"));
+        assert_eq!(settle(&mut kernel, &rules(3)).await, "", "what was written is known");
+        settle(&mut kernel, &rules(2)).await;
+        assert_eq!(shown(), before);
+    });
+}
+
+#[test]
+fn whatever_is_done_to_our_tables_wakes_and_is_put_right() {
+    in_netns_async(|| async {
+        let (mut kernel, want) = (kernel(), rules(1));
+        settle(&mut kernel, &want).await;
+        let before = without_handles();
+        for deed in [
+            "flush ruleset",
+            "flush table inet fabric",
+            "flush chain inet fabric senders",
+            "delete table bridge fabric",
+            "delete element inet fabric members4 { 198.18.0.2 . 10.64.2.0/24 }",
+            "add element inet fabric members4 { 198.18.0.9 . 10.64.0.0/12 }",
+            "add element inet fabric members4 { 198.18.0.9 . 10.64.0.3-10.64.0.5 }",
+            "flush set inet fabric peers4",
+            "insert rule inet fabric input accept",
+            "add chain inet fabric extra",
+            "add set inet fabric extra { type mark; }",
+            "add table inet fabric { flags dormant; }",
+            "chain inet fabric input { policy drop; }",
+        ] {
+            run("nft", deed);
+            woken(&mut kernel).await;
+            assert_ne!(settle(&mut kernel, &want).await, "", "{deed}");
+            assert!(without_handles() == before, "after {deed} there is\n{}", shown());
+        }
+    });
+}
+
+#[test]
+fn tables_of_others_wake_nobody_and_stay_as_they_are() {
+    in_netns_async(|| async {
+        let mut kernel = kernel();
+        settle(&mut kernel, &rules(2)).await;
+        let before = look(&mut kernel).await;
+        run("nft", "add table inet other");
+        run("nft", "add chain inet other fabric { type filter hook input priority 0; }");
+        run("nft", "add table ip fabric");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert!(Arc::ptr_eq(&before, &look(&mut kernel).await));
+        let others = || ["inet other", "ip fabric"].map(|table| run("nft", &format!("-a list table {table}")));
+        let listed = others();
+        run("nft", "delete table inet fabric");
+        woken(&mut kernel).await;
+        settle(&mut kernel, &rules(5)).await;
+        settle(&mut kernel, &Ruleset::new()).await;
+        assert_eq!(others(), listed);
+    });
+}
+
+#[test]
+fn five_thousand_peers_are_one_transaction_and_one_more_costs_little() {
+    in_netns_async(|| async {
+        let mut kernel = kernel();
+        let began = Instant::now();
+        settle(&mut kernel, &rules(5_000)).await;
+        let all = began.elapsed();
+        let (more, began) = (change(&rules(5_001), &look(&mut kernel).await.rules), Instant::now());
+        kernel.enforce(&more).await.expect("written");
+        println!("5,000 peers in {all:?}, one more in {:?}", began.elapsed());
+        assert!(began.elapsed() < Duration::from_millis(100), "{:?}", began.elapsed());
+        let found = &look(&mut kernel_anew()).await.rules[&TableFamily::Inet];
+        assert_eq!(found.elements["members4"].len(), 10_002);
+    });
+}
+
+/// A daemon that knows nothing but what the kernel tells it.
+fn kernel_anew() -> Netlink {
+    kernel()
+}

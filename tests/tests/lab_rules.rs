@@ -1,0 +1,221 @@
+//! The packet filter in the Lab: attacks fail, rules come back, others' rules stay, and pods reach the outside.
+
+use std::net::{IpAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use fabric_core::model::Family;
+use fabric_tests::faults::rules::{Field, is_repaired, mac, nobodys, restart_with, rules_of};
+use fabric_tests::lab::{Forged, Lab, Node, Pod, Stream, addresses, wait_until};
+
+/// How long a rule may be missing.
+const REPAIR: Duration = Duration::from_secs(2);
+const SOON: Duration = Duration::from_secs(5);
+
+#[test]
+fn attacks_get_through_a_vxlan_made_by_hand() -> Result<()> {
+    let outcomes = Field::by_hand(Lab::builder())?.attacks()?;
+    let failed: Vec<_> = outcomes.iter().filter(|(_, got_through)| !got_through).collect();
+    assert!(failed.is_empty(), "what proves nothing below, since it fails here: {failed:#?}");
+    Ok(())
+}
+
+#[test]
+fn attacks_fail_on_the_fabric_and_are_counted() -> Result<()> {
+    let field = Field::of_fabricd(Lab::builder(), &["--ip-masq"])?;
+    let through: Vec<String> = field.attacks()?.into_iter().filter(|(_, got)| *got).map(|(name, _)| name).collect();
+    assert_eq!(through, ["the peer itself over IPv4", "the peer itself over IPv6"]);
+    let rules = field.target.node.run(&["nft", "list", "ruleset"])?;
+    for reason in ["from no peer", "source is not in the peer's subnet", "a pod does not speak VXLAN", "no router"] {
+        let counted = rules.lines().any(|rule| rule.contains(reason) && !rule.contains("packets 0 "));
+        assert!(counted, "nothing is counted as {reason:?} in\n{rules}");
+    }
+    Ok(())
+}
+
+#[test]
+fn each_part_can_be_switched_off() -> Result<()> {
+    let field = Field::of_fabricd(Lab::builder(), &[])?;
+    for (args, lacking) in [
+        (&["--check-senders=false"][..], &["chain senders", "members4"][..]),
+        (&["--check-pods=false"], &["table bridge", "cni0"]),
+        (&["--notrack=false"], &["notrack"]),
+        (&["--check-senders=false", "--check-pods=false", "--notrack=false"], &["table"]),
+    ] {
+        restart_with(&field.target.node, args)?;
+        let rules = field.target.node.run(&["nft", "list", "ruleset"])?;
+        assert!(lacking.iter().all(|word| !rules.contains(word)), "{args:?}: {rules}");
+    }
+    Ok(())
+}
+
+#[test]
+fn masquerade_that_others_flush_is_back_within_two_seconds() -> Result<()> {
+    let field = Field::of_fabricd(Lab::builder(), &["--ip-masq"])?;
+    let node = &field.target.node;
+    for deed in ["flush ruleset", "flush chain inet fabric postrouting", "delete table inet fabric"] {
+        is_repaired(node, deed)?;
+        let outside =
+            Outside::at(field.lab.underlay().machine.network()?, addresses::gateway(Family::V4), &field.target)?;
+        assert_eq!(outside.sees()?, node.underlay_ip(Family::V4), "after `nft {deed}`");
+    }
+    Ok(())
+}
+
+#[test]
+fn member_that_somebody_deletes_is_back_within_two_seconds() -> Result<()> {
+    let field = Field::of_fabricd(Lab::builder(), &[])?;
+    let stream = Stream::start(&field.peer, &field.target)?;
+    field.target.node.run(&["nft", "flush", "set", "inet", "fabric", "members4"])?;
+    stream.wait_for(1_000, SOON)?;
+    let report = stream.stop()?;
+    assert!(report.longest_gap < REPAIR, "{report:?}");
+    Ok(())
+}
+
+#[test]
+fn restarts_and_crashes_leave_the_rules_alone() -> Result<()> {
+    let field = Field::of_fabricd(Lab::builder(), &["--ip-masq"])?;
+    let node = &field.target.node;
+    // Handles change with everything that is made anew, and counters begin at zero.
+    let shown = || node.run(&["nft", "-a", "-s", "list", "ruleset"]);
+    let before = shown()?;
+    let stream = Stream::start(&field.peer, &field.target)?;
+    for _ in 0..3 {
+        restart_with(node, &["--ip-masq"])?;
+        node.kill_fabricd()?;
+        node.start_fabricd_with(&["--ip-masq"], &[])?;
+        node.wait_ready()?;
+    }
+    assert_eq!(shown()?, before);
+    assert_eq!(stream.stop()?.lost, 0);
+    node.stop_fabricd()?;
+    node.run(&["fabricd", "--cleanup"])?;
+    assert_eq!(node.run(&["nft", "list", "ruleset"])?, "");
+    Ok(())
+}
+
+/// A host beyond the network that answers UDP, and a pod that talks to it.
+struct Outside {
+    server: UdpSocket,
+    client: UdpSocket,
+}
+
+impl Outside {
+    fn at(place: fabric_tests::lab::spaces::Spaces, ip: IpAddr, pod: &Pod) -> Result<Self> {
+        let server = place.run(|| Ok(UdpSocket::bind((ip, 0))?))?;
+        let client = pod.network()?.run(|| Ok(UdpSocket::bind((pod.ip(Family::of(ip))?, 0))?))?;
+        client.connect(server.local_addr()?)?;
+        server.set_read_timeout(Some(SOON))?;
+        client.set_read_timeout(Some(SOON))?;
+        Ok(Self { server, client })
+    }
+
+    /// The address that the outside sees; it also answers.
+    fn sees(&self) -> Result<IpAddr> {
+        self.client.send(b"hello")?;
+        let (_, from) = self.server.recv_from(&mut [0; 16]).context("nothing arrives outside")?;
+        self.server.send_to(b"hello", from)?;
+        self.client.recv(&mut [0; 16]).context("no answer from outside")?;
+        Ok(from.ip())
+    }
+}
+
+#[test]
+fn pods_reach_the_outside_as_their_node_and_each_other_as_themselves() -> Result<()> {
+    let field = Field::of_fabricd(Lab::builder(), &["--ip-masq"])?;
+    let (node, pod) = (&field.target.node, &field.target);
+    for family in Family::ALL {
+        let outside = Outside::at(field.lab.underlay().machine.network()?, addresses::gateway(family), pod)?;
+        assert_eq!(outside.sees()?, node.underlay_ip(family));
+        let other_node = Outside::at(field.peer.node.network()?, field.peer.node.underlay_ip(family), pod)?;
+        assert_eq!(other_node.sees()?, node.underlay_ip(family));
+        let stream = Stream::start_with(pod, &field.peer, family, 100)?.stop()?;
+        assert_eq!(stream.sources, [pod.ip(family)?].into(), "no translation within the network");
+    }
+    assert!(node.run(&["cat", "/run/flannel/subnet.env"])?.contains("FLANNEL_IPMASQ=true"));
+
+    // The other node knows the way back by the fabric.
+    restart_with(node, &["--ip-masq", "--no-masquerade-to", "nodes"])?;
+    let other_node = Outside::at(field.peer.node.network()?, field.peer.node.underlay_ip(Family::V4), pod)?;
+    assert_eq!(other_node.sees()?, pod.ip(Family::V4)?);
+    Ok(())
+}
+
+#[test]
+fn rules_of_others_stay_byte_identical_and_a_dropping_policy_is_named_with_the_way_out() -> Result<()> {
+    let field = Field::of_fabricd(Lab::builder(), &["--ip-masq"])?;
+    let node = &field.target.node;
+    // What kube-proxy, Docker and firewalld leave behind, in both kinds of iptables and in nftables.
+    for line in [
+        "iptables-nft -t nat -N KUBE-SERVICES",
+        "iptables-nft -t nat -A PREROUTING -j KUBE-SERVICES",
+        "iptables-nft -t nat -N KUBE-POSTROUTING",
+        "iptables-nft -t nat -A POSTROUTING -j KUBE-POSTROUTING",
+        "iptables-nft -t nat -A KUBE-POSTROUTING -m mark --mark 0x4000/0x4000 -j MASQUERADE",
+        "iptables-legacy -t mangle -A FORWARD -s 192.0.2.0/24 -j MARK --set-mark 7",
+        "nft add table inet firewalld",
+        "nft add chain inet firewalld filter_INPUT { type filter hook input priority 10; }",
+        "iptables-nft -P FORWARD DROP",
+    ] {
+        node.run(&line.split(' ').collect::<Vec<_>>())?;
+    }
+    let others = || -> Result<Vec<String>> {
+        [
+            &["nft", "-a", "-s", "list", "table", "ip", "nat"][..],
+            &["nft", "-a", "-s", "list", "table", "ip", "filter"],
+            &["nft", "-a", "-s", "list", "table", "inet", "firewalld"],
+            &["iptables-legacy-save", "-t", "mangle"],
+        ]
+        .into_iter()
+        // A comment with the time, and policies with counters, are no rules.
+        .map(|list| Ok(node.run(list)?.lines().filter(|line| !line.starts_with(['#', ':'])).collect()))
+        .collect()
+    };
+    let before = others()?;
+    restart_with(node, &["--ip-masq"])?;
+    let warning = wait_until("the warning", Duration::from_secs(15), || {
+        let status = node.status()?;
+        let warnings = status["warnings"].to_string();
+        ensure!(warnings.contains("iptables -I FORWARD"), "{status}");
+        Ok(warnings)
+    })?;
+    node.run(&["nft", "delete", "table", "inet", "fabric"])?;
+    wait_until("our rules are back", REPAIR, || rules_of(node))?;
+    assert_eq!(others()?, before);
+
+    let commands = warning.split("with: ").nth(1).context("no way out")?.trim_end_matches(['"', ']']).to_owned();
+    ensure!(Stream::start(&field.peer, &field.target).is_err(), "the policy drops");
+    for command in commands.split("; ") {
+        node.run(&command.split(' ').collect::<Vec<_>>())?;
+    }
+    assert_eq!(Stream::start(&field.peer, &field.target)?.stop()?.lost, 0);
+    Ok(())
+}
+
+#[test]
+fn other_users_of_the_port_are_not_touched() -> Result<()> {
+    let field = Field::of_fabricd(Lab::builder(), &[])?;
+    let node = &field.target.node;
+    node.run(&["ip", "link", "add", "theirs", "up", "type", "vxlan", "id", "77", "dstport", "8472", "dev", "eth0"])?;
+    let vtep = mac(node, "theirs")?;
+    let forged = Forged { vtep, vni: 77, source: nobodys(Family::V4), size: 100 };
+    let stranger = field.lab.underlay().machine.network()?;
+    assert!(forged.reaches(&stranger, node.underlay_ip(Family::V4), &field.target)?);
+    let ours = Forged { vni: 1, vtep: mac(node, "fabric.1")?, ..forged };
+    assert!(!ours.reaches(&stranger, node.underlay_ip(Family::V4), &field.target)?);
+    Ok(())
+}
+
+#[test]
+fn sender_that_is_allowed_by_option_gets_through() -> Result<()> {
+    let field = Field::of_fabricd(Lab::builder(), &["--allow-sender", "10.99.0.0/29"])?;
+    let node: &Arc<Node> = &field.target.node;
+    let source = field.peer.ip(Family::V4)?;
+    let forged = Forged { vtep: mac(node, "fabric.1")?, vni: 1, source, size: 100 };
+    let stranger = field.lab.underlay().machine.network()?;
+    let began = Instant::now();
+    assert!(forged.reaches(&stranger, node.underlay_ip(Family::V4), &field.target)?, "{:?}", began.elapsed());
+    Ok(())
+}
