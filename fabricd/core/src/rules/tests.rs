@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::change::{Found, change};
+use super::change::{Found, FoundSet, FoundTable, change};
 use super::{Member, RuleInputs, RuleOptions, Ruleset, TableFamily, ruleset};
 use crate::model::{IfName, PerFamily, Subnet};
 use crate::network::NetworkConfig;
@@ -215,23 +215,33 @@ fn peer_that_comes_or_goes_costs_its_own_elements_alone() {
 }
 
 #[test]
-fn table_with_anything_else_in_it_is_replaced_as_a_whole() {
+fn whatever_others_do_to_a_table_is_put_right_around_the_sets_that_serve() {
     let rules = everything().rules();
-    type Spoil = fn(&mut BTreeSet<String>);
-    let spoiled: [(&str, Spoil); 3] = [
-        ("a rule less", |layout| layout.retain(|line| !line.starts_with("rule input 0"))),
-        ("a rule more", |layout| layout.extend(["rule input 9 of somebody else".to_owned()])),
-        ("another rule", |layout| {
-            let line = layout.iter().find(|line| line.starts_with("rule input 0")).cloned().expect("there is one");
-            layout.remove(&line);
-            layout.insert(line.replace('[', "[0"));
-        }),
+    type Spoil = fn(&mut FoundTable);
+    const CHAINS: &str = "~ nft replace chains of table inet fabric\n";
+    let spoiled: [(&str, Spoil, &str); 7] = [
+        ("a rule less", |table| drop(table.chains.get_mut("input").expect("there").pop()), CHAINS),
+        ("a rule more", |table| table.chains.get_mut("input").expect("there").insert(1, "theirs".into()), CHAINS),
+        ("another rule", |table| table.chains.get_mut("input").expect("there")[1].push('0'), CHAINS),
+        ("a chain more", |table| drop(table.chains.insert("theirs".into(), vec![])), CHAINS),
+        ("a set more", |table| drop(table.sets.insert("theirs".into(), FoundSet::default())), CHAINS),
+        ("another set", |table| table.sets.get_mut("peers4").expect("there").declaration.clear(), CHAINS),
+        (
+            "a disabled table",
+            |table| table.disabled = true,
+            "- nft delete table inet fabric\n\
+             + nft add set inet fabric members4 { type ipv4_addr . ipv4_addr; flags interval; }\n\
+             + nft add set inet fabric members6 { type ipv6_addr . ipv6_addr; flags interval; }\n\
+             + nft add set inet fabric peers4 { type ipv4_addr; }\n\
+             + nft add set inet fabric peers6 { type ipv6_addr; }\n\
+             ~ nft replace chains of table inet fabric\n",
+        ),
     ];
-    for (what, spoil) in spoiled {
+    for (what, spoil, repaired_by) in spoiled {
         let mut kernel = found(&rules);
-        spoil(&mut kernel.get_mut(&TableFamily::Inet).expect("there").layout);
+        spoil(kernel.get_mut(&TableFamily::Inet).expect("there"));
         let repair = change(&rules, &kernel);
-        assert_eq!(repair.to_string(), "~ nft replace table inet fabric\n", "{what}");
+        assert_eq!(repair.to_string(), repaired_by, "{what}");
         repair.apply_to(&mut kernel);
         assert_eq!(kernel, found(&rules), "{what}");
     }

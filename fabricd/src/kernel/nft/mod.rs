@@ -1,4 +1,4 @@
-//! nftables over netlink: our tables written in one transaction, read back, and watched.
+//! nftables over netlink: our tables written in transactions, read back, and watched.
 //!
 //! ```text
 //!   Change ── encode (expr) ──► one datagram: begin, …, end ──► kernel ──► events ── watch ──► read again
@@ -47,10 +47,10 @@ impl Filter {
         self.socket.as_mut().map_or_else(|| Ok(Found::new()), read::tables)
     }
 
-    /// Writes a change, all of it or nothing.
+    /// Writes a change: its sets and then its rules, each all or nothing.
     pub(super) fn write(&mut self, change: &Change) -> Result<(), Refusal> {
         match &mut self.socket {
-            Some(socket) => socket.transact(&encode::transaction(change)),
+            Some(socket) => encode::transactions(change).iter().try_for_each(|steps| socket.transact(steps)),
             None => Err(io::Error::from_raw_os_error(libc::EPROTONOSUPPORT).into()),
         }
     }

@@ -1,10 +1,10 @@
 //! What is there of our tables, as far as it has to be known: see [`fabric_core::rules::change`].
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
 
 use fabric_core::model::{Family, Subnet, from_bits};
-use fabric_core::rules::change::{Found, FoundTable, Layout, chain_line, rule_line, set_line};
+use fabric_core::rules::change::{Found, FoundSet, FoundTable, NO_HOOK};
 use fabric_core::rules::{ChainKind, Element, Hook, KeyField, Part, Place, Set, TABLE, TableFamily};
 use netlink_packet_core::parse_u32_be;
 
@@ -21,7 +21,7 @@ const GET_RULE: u16 = 7;
 const GET_SET: u16 = 10;
 const GET_ELEMENTS: u16 = 13;
 
-/// A line that no table of ours has: it is going to be replaced.
+/// In the place of what no chain and no set of ours has: it is going to be replaced.
 const FOREIGN: &str = "of somebody else";
 
 /// `nft list table inet fabric`, `nft list table bridge fabric`.
@@ -51,34 +51,29 @@ fn table(socket: &mut RequestSocket, family: TableFamily) -> io::Result<Option<F
         }
         _ => return Ok(None),
     };
-    let mut layout = Layout::new();
-    if flags != 0 {
-        // Dormant, or owned by another program.
-        layout.insert(format!("table with flags {flags:#x}"));
-    }
-    layout.extend(socket.dump(&ask(GET_CHAIN, ours()), chain)?);
-
-    let mut positions: BTreeMap<String, usize> = BTreeMap::new();
+    // Dormant, or owned by another program.
+    let mut found = FoundTable { disabled: flags != 0, ..FoundTable::default() };
+    found
+        .chains
+        .extend(socket.dump(&ask(GET_CHAIN, ours()), chain)?.into_iter().map(|(name, hook)| (name, vec![hook])));
     for (chain, comment) in socket.dump(&ask(GET_RULE, ours()), rule)? {
-        let position = positions.entry(chain.clone()).or_default();
-        layout.insert(rule_line(&chain, *position, comment.as_deref()));
-        *position += 1;
+        found.chains.entry(chain).or_default().push(comment.unwrap_or_else(|| FOREIGN.to_owned()));
     }
-    let mut elements = BTreeMap::new();
     for (name, set) in socket.dump(&ask(GET_SET, ours()), set)? {
-        let Some(set) = set else {
-            layout.insert(set_line(&name, FOREIGN));
-            continue;
+        let there = match set {
+            Some(set) => elements(socket, &ask(GET_ELEMENTS, ours().text(2, &name)), &set)?,
+            None => FoundSet { declaration: FOREIGN.to_owned(), ..FoundSet::default() },
         };
-        layout.insert(set_line(&name, &set.declaration()));
-        let listed = socket.dump(&ask(GET_ELEMENTS, ours().text(2, &name)), |frame| Some(elements_of(frame, &set)))?;
-        let listed: Vec<Option<Element>> = listed.into_iter().flatten().collect();
-        if listed.contains(&None) {
-            layout.insert(set_line(&name, "with an element of somebody else"));
-        }
-        elements.insert(name, listed.into_iter().flatten().collect::<BTreeSet<Element>>());
+        found.sets.insert(name, there);
     }
-    Ok(Some(FoundTable { layout, elements }))
+    Ok(Some(found))
+}
+
+fn elements(socket: &mut RequestSocket, listing: &Request, set: &Set) -> io::Result<FoundSet> {
+    let listed: Vec<_> = socket.dump(listing, |frame| Some(elements_of(frame, set)))?.into_iter().flatten().collect();
+    let foreign = listed.contains(&None);
+    let declaration = if foreign { format!("with an element {FOREIGN}") } else { set.declaration() };
+    Ok(FoundSet { declaration, elements: listed.into_iter().flatten().collect() })
 }
 
 /// The attributes of a message.
@@ -119,10 +114,11 @@ pub(super) fn concerns_us(frame: &Frame<'_>) -> bool {
     families.contains(&family) && Values::of(frame).is_ours()
 }
 
-fn chain(frame: &Frame<'_>) -> Option<String> {
+/// A chain's name and hook.
+fn chain(frame: &Frame<'_>) -> Option<(String, String)> {
     let values = Values::of(frame);
-    let name = values.is_ours().then(|| values.text(3))??;
-    let Some(place) = values.nested(4) else { return Some(chain_line(name, None)) };
+    let name = values.is_ours().then(|| values.text(3))??.to_owned();
+    let Some(place) = values.nested(4) else { return Some((name, NO_HOOK.to_owned())) };
     let hook = || {
         let place = [Place::Prerouting, Place::Input, Place::Forward, Place::Output, Place::Postrouting]
             .into_iter()
@@ -132,7 +128,7 @@ fn chain(frame: &Frame<'_>) -> Option<String> {
         let priority = place_priority(&values)?;
         (values.number(5) == Some(1)).then(|| Hook { kind, place, priority }.to_string())
     };
-    Some(chain_line(name, Some(hook().as_deref().unwrap_or(FOREIGN))))
+    Some((name, hook().unwrap_or_else(|| FOREIGN.to_owned())))
 }
 
 fn place_priority(values: &Values<'_>) -> Option<i32> {
