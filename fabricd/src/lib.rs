@@ -24,6 +24,7 @@ pub mod metrics;
 pub mod pending;
 pub mod planned;
 pub mod pods;
+pub mod ports;
 pub mod reconcile;
 pub mod rule_args;
 pub mod rules;

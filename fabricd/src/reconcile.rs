@@ -30,6 +30,7 @@ use crate::lease::{Holding, Own, Wanted};
 use crate::metrics::Metrics;
 use crate::pending::Pending;
 use crate::planned::Planned;
+use crate::ports::PodPorts;
 use crate::rules::Rules;
 use crate::store::{Connection, LeaseStore, Network};
 use crate::underlay::{self, Selector, Underlay};
@@ -121,6 +122,11 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         }
     }
 
+    /// Lets the pods of these ports use no addresses but their own.
+    pub fn guard_ports(&mut self, pods: watch::Receiver<Arc<PodPorts>>) {
+        self.rules.guard_ports(pods);
+    }
+
     /// What the lease should say, for the keeper.
     pub fn wanted(&self) -> watch::Receiver<Option<Wanted>> {
         self.wanted.subscribe()
@@ -177,6 +183,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 changed = network.changed() => if changed.is_err() { return },
                 changed = connection.changed() => if changed.is_err() { return },
                 changed = holding.changed() => if changed.is_err() { return },
+                () = self.rules.changed() => {}
                 Some(Command::Migrate { reply }) = self.commands.1.recv() => self.migrate(reply),
                 () = sleep_until(retry.unwrap_or(audit)), if retry.is_some() => {}
                 () = sleep_until(audit) => {
@@ -359,6 +366,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let inputs = Inputs { network, own: &own.key, vteps: &vteps, leases, facts: &facts, have, foreign };
         let Desired { state, refused, conflicts, .. } = self.planned.desired(&inputs, leases);
 
+        view.open_ports = self.rules.open_ports(observed);
+        view.dropped = observed.dropped.clone();
         // Before anything is there that decapsulates, those who may send to it are known.
         let mut filter = change(&self.rules.wanted(network, own, observed, leases, refused), &observed.rules);
         if view.from_disk {

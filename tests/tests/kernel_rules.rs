@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use fabric_core::model::{PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::rules::change::change;
-use fabric_core::rules::{Member, RuleInputs, RuleOptions, Ruleset, TableFamily, ruleset};
+use fabric_core::rules::{Member, Pod, RuleInputs, RuleOptions, Ruleset, TableFamily, ruleset};
 use fabric_tests::conformance::kernel::{look, v, woken};
 use fabric_tests::netns::{in_netns_async, run};
 use fabricd::kernel::Kernel as _;
@@ -38,6 +38,8 @@ fn rules(peers: u32) -> Ruleset {
         members: &members,
         bridge: &v("cni0"),
         ports: &["veth1", "veth2"].map(v).into(),
+        pods: &[(v("veth1"), Pod { mac: v("02:00:00:00:00:07"), ips: [v("10.64.1.7"), v("2001:db8:0:1::7")].into() })]
+            .into(),
         pod_subnets: &own.values().copied().collect(),
         options: &options,
     })
@@ -88,6 +90,11 @@ fn nft_shows_what_was_written_and_it_is_found_again() {
             "elements = { 198.18.0.2 . 10.64.2.0/24",
             "elements = { 2001:db8:ff::2 . 2001:db8:0:2::/64",
             "elements = { \"veth1\"",
+            "elements = { \"veth1\" . 02:00:00:00:00:07 . 10.64.1.7 }",
+            "elements = { \"veth1\" . 02:00:00:00:00:07 . 2001:db8:0:1::7 }",
+            "iifname . ether saddr . arp saddr ip @pods4 return",
+            "meta l4proto 58 @th,0,8 0x88 jump advertised",
+            "iifname . ether saddr . @th,64,128 @pods6 return",
             "@th,96,24 0x7 jump senders comment \"encapsulated [",
             "@th,224,16 0x800 ip saddr . @th,336,32 @members4 accept",
             "@th,224,16 0x86dd ip6 saddr . @th,304,128 @members6 accept",

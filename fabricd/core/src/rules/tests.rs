@@ -1,9 +1,9 @@
 //! What the filter holds, as text, and what is written when something changes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::change::{Found, FoundSet, FoundTable, change};
-use super::{Member, RuleInputs, RuleOptions, Ruleset, TableFamily, ruleset};
+use super::{Member, Pod, RuleInputs, RuleOptions, Ruleset, TableFamily, ruleset};
 use crate::model::{IfName, PerFamily, Subnet};
 use crate::network::NetworkConfig;
 
@@ -12,6 +12,7 @@ struct Node {
     own: PerFamily<Subnet>,
     members: BTreeSet<Member>,
     ports: BTreeSet<IfName>,
+    pods: BTreeMap<IfName, Pod>,
     options: RuleOptions,
 }
 
@@ -37,6 +38,7 @@ impl Node {
             own,
             members: BTreeSet::new(),
             ports: BTreeSet::new(),
+            pods: BTreeMap::new(),
             options: RuleOptions { check_senders: false, notrack: false, check_pods: false, ..RuleOptions::default() },
         }
     }
@@ -53,6 +55,7 @@ impl Node {
             members: &self.members,
             bridge: &v("cni0"),
             ports: &self.ports,
+            pods: &self.pods,
             pod_subnets: &self.own.values().copied().collect(),
             options: &self.options,
         })
@@ -130,7 +133,10 @@ chain postrouting {
 fn pods_send_from_their_subnet_and_are_neither_routers_nor_nodes() {
     let mut node = Node::dual();
     node.options.check_pods = true;
-    node.ports = [v("veth1")].into();
+    node.ports = [v("veth1"), v("veth2")].into();
+    let ips = [v("10.64.1.7"), v("2001:db8:0:1::7")].into();
+    let pod = Pod { mac: v("02:00:00:00:00:07"), ips };
+    node.pods = [(v("veth1"), pod.clone()), (v("gone"), pod)].into();
     let text = node.rules().iter().map(|(family, table)| format!("table {family}\n{table}")).collect::<String>();
     assert_eq!(
         text,
@@ -157,15 +163,34 @@ chain prerouting {
   iifname "cni0" jump pods comment "from a pod"
 }
 table bridge
-set ports { type ifname; elements = { "veth1" } }
+set known { type ifname; elements = { "veth1" } }
+set pods4 { type ifname . ether_addr . ipv4_addr; elements = { "veth1" . 02:00:00:00:00:07 . 10.64.1.7 } }
+set pods6 { type ifname . ether_addr . ipv6_addr; elements = { "veth1" . 02:00:00:00:00:07 . 2001:db8:0:1::7 } }
+set ports { type ifname; elements = { "veth1", "veth2" } }
+chain advertised {
+  iifname . ether saddr . @th,64,128 @pods6 return comment "its own address"
+  @th,64,128 fe80::/10 return comment "no pod's address"
+  iifname @known counter drop comment "a pod claims an address that is not its own"
+  @th,64,128 != 2001:db8:0:1::/64 counter drop comment "a pod's source is not in this node's subnet"
+}
 chain pods {
   meta protocol 0x0800 meta l4proto 1 @th,0,8 5 counter drop comment "a pod is no router"
   meta protocol 0x0800 meta l4proto 1 @th,0,8 9 counter drop comment "a pod is no router"
   meta protocol 0x86dd meta l4proto 58 @th,0,8 134 counter drop comment "a pod is no router"
   meta protocol 0x86dd meta l4proto 58 @th,0,8 137 counter drop comment "a pod is no router"
+  meta protocol 0x86dd meta l4proto 58 @th,0,8 136 jump advertised comment "it says where an address is"
+  meta protocol 0x0800 iifname . ether saddr . ip saddr @pods4 return comment "its own address"
+  meta protocol 0x0800 iifname @known counter drop comment "a pod claims an address that is not its own"
   meta protocol 0x0800 ip saddr != 10.64.1.0/24 counter drop comment "a pod's source is not in this node's subnet"
-  meta protocol 0x0806 arp saddr ip != 10.64.1.0/24 arp saddr ip != 0.0.0.0/32 counter drop comment "a pod's source is not in this node's subnet"
-  meta protocol 0x86dd ip6 saddr != 2001:db8:0:1::/64 ip6 saddr != fe80::/10 ip6 saddr != ::/128 counter drop comment "a pod's source is not in this node's subnet"
+  meta protocol 0x0806 iifname . ether saddr . arp saddr ip @pods4 return comment "its own address"
+  meta protocol 0x0806 arp saddr ip 0.0.0.0/32 return comment "no pod's address"
+  meta protocol 0x0806 iifname @known counter drop comment "a pod claims an address that is not its own"
+  meta protocol 0x0806 arp saddr ip != 10.64.1.0/24 counter drop comment "a pod's source is not in this node's subnet"
+  meta protocol 0x86dd iifname . ether saddr . ip6 saddr @pods6 return comment "its own address"
+  meta protocol 0x86dd ip6 saddr fe80::/10 return comment "no pod's address"
+  meta protocol 0x86dd ip6 saddr ::/128 return comment "no pod's address"
+  meta protocol 0x86dd iifname @known counter drop comment "a pod claims an address that is not its own"
+  meta protocol 0x86dd ip6 saddr != 2001:db8:0:1::/64 counter drop comment "a pod's source is not in this node's subnet"
 }
 chain prerouting {
   type filter hook prerouting priority -300; policy accept;

@@ -19,6 +19,7 @@ use fabric_core::rules::TableFamily;
 use fabric_core::rules::change::{Change, Found};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
+use super::Dropped;
 use super::socket::{Refusal, RequestSocket};
 
 /// The kernel's packet filter.
@@ -42,9 +43,9 @@ impl Filter {
         self.socket.as_ref().map(RequestSocket::port)
     }
 
-    /// What is there of our tables.
-    pub(super) fn read(&mut self) -> io::Result<Found> {
-        self.socket.as_mut().map_or_else(|| Ok(Found::new()), read::tables)
+    /// What is there of our tables, and what they have dropped.
+    pub(super) fn read(&mut self) -> io::Result<(Found, Dropped)> {
+        self.socket.as_mut().map_or_else(|| Ok(Default::default()), read::tables)
     }
 
     /// Writes a change: its sets and then its rules, each all or nothing.

@@ -5,7 +5,7 @@ use std::io;
 
 use fabric_core::model::{Family, Subnet, from_bits};
 use fabric_core::rules::change::{Found, FoundSet, FoundTable, NO_HOOK};
-use fabric_core::rules::{ChainKind, Element, Hook, KeyField, Part, Place, Set, TABLE, TableFamily};
+use fabric_core::rules::{ChainKind, Element, Hook, KeyField, Part, Place, Set, TABLE, TableFamily, reason};
 use netlink_packet_core::parse_u32_be;
 
 use super::attributes::Attributes;
@@ -13,6 +13,7 @@ use super::encode::{CONCATENATED, RANGES, TYPE_BITS, chain_kind, datatype, width
 use super::{message, nfproto};
 use crate::kernel::socket::RequestSocket;
 use crate::kernel::wire::{Frame, Request, attributes};
+use crate::kernel::{Count, Dropped};
 
 /// `NFT_MSG_GET*`.
 const GET_TABLE: u16 = 1;
@@ -25,17 +26,17 @@ const GET_ELEMENTS: u16 = 13;
 const FOREIGN: &str = "of somebody else";
 
 /// `nft list table inet fabric`, `nft list table bridge fabric`.
-pub(super) fn tables(socket: &mut RequestSocket) -> io::Result<Found> {
-    let mut found = Found::new();
+pub(super) fn tables(socket: &mut RequestSocket) -> io::Result<(Found, Dropped)> {
+    let (mut found, mut dropped) = (Found::new(), Dropped::new());
     for family in [TableFamily::Inet, TableFamily::Bridge] {
-        if let Some(table) = table(socket, family)? {
+        if let Some(table) = table(socket, family, &mut dropped)? {
             found.insert(family, table);
         }
     }
-    Ok(found)
+    Ok((found, dropped))
 }
 
-fn table(socket: &mut RequestSocket, family: TableFamily) -> io::Result<Option<FoundTable>> {
+fn table(socket: &mut RequestSocket, family: TableFamily, dropped: &mut Dropped) -> io::Result<Option<FoundTable>> {
     let ask = |kind, body: Attributes| Request::raw(message(kind), 0, body.into_bytes());
     let ours = || Attributes::message(nfproto(family), 0).text(1, TABLE);
     let flags = match socket.ask(&ask(GET_TABLE, ours()), |frame| Some(Values::of(frame).number(2).unwrap_or(0))) {
@@ -56,7 +57,12 @@ fn table(socket: &mut RequestSocket, family: TableFamily) -> io::Result<Option<F
     found
         .chains
         .extend(socket.dump(&ask(GET_CHAIN, ours()), chain)?.into_iter().map(|(name, hook)| (name, vec![hook])));
-    for (chain, comment) in socket.dump(&ask(GET_RULE, ours()), rule)? {
+    for RuleFound { chain, comment, counter } in socket.dump(&ask(GET_RULE, ours()), rule)? {
+        if let Some((reason, counter)) = comment.as_deref().and_then(reason).zip(counter) {
+            let sum = dropped.entry(reason.to_owned()).or_default();
+            sum.packets += counter.packets;
+            sum.bytes += counter.bytes;
+        }
         found.chains.entry(chain).or_default().push(comment.unwrap_or_else(|| FOREIGN.to_owned()));
     }
     for (name, set) in socket.dump(&ask(GET_SET, ours()), set)? {
@@ -135,7 +141,14 @@ fn place_priority(values: &Values<'_>) -> Option<i32> {
     Some(values.nested(4)?.number(2)?.cast_signed())
 }
 
-fn rule(frame: &Frame<'_>) -> Option<(String, Option<String>)> {
+/// A rule, as far as it has to be known.
+struct RuleFound {
+    chain: String,
+    comment: Option<String>,
+    counter: Option<Count>,
+}
+
+fn rule(frame: &Frame<'_>) -> Option<RuleFound> {
     let values = Values::of(frame);
     let chain = values.is_ours().then(|| values.text(2))??.to_owned();
     // Type 0 is the comment: type, length, text and a zero.
@@ -144,18 +157,32 @@ fn rule(frame: &Frame<'_>) -> Option<(String, Option<String>)> {
         _ => None,
     };
     let comment = comment.and_then(|text| std::str::from_utf8(text).ok()).map(|text| text.trim_end_matches('\0'));
-    Some((chain, comment.map(str::to_owned)))
+    Some(RuleFound {
+        chain,
+        comment: comment.map(str::to_owned),
+        counter: values.nested(4).and_then(|list| counter(&list)),
+    })
+}
+
+/// The counter among a rule's expressions.
+fn counter(list: &Values<'_>) -> Option<Count> {
+    let mut expressions = attributes(list.0).map(|(_, expression)| Values(expression));
+    let data = expressions.find(|expression| expression.text(1) == Some("counter"))?.nested(2)?;
+    // NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS
+    let number = |kind| Some(u64::from_be_bytes(data.bytes(kind)?.try_into().ok()?));
+    Some(Count { bytes: number(1)?, packets: number(2)? })
 }
 
 /// A set by its name; `None` when it isn't of a kind that we make.
 fn set(frame: &Frame<'_>) -> Option<(String, Option<Set>)> {
-    const KEYS: [&[KeyField]; 6] = [
+    const KEYS: [&[KeyField]; 7] = [
         &[KeyField::V4],
         &[KeyField::V6],
         &[KeyField::Interface],
         &[KeyField::V4, KeyField::V4],
         &[KeyField::V6, KeyField::V6],
         &[KeyField::Interface, KeyField::Mac, KeyField::V4],
+        &[KeyField::Interface, KeyField::Mac, KeyField::V6],
     ];
     let values = Values::of(frame);
     let name = values.is_ours().then(|| values.text(2))??.to_owned();
