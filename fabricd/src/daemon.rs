@@ -31,7 +31,7 @@ use crate::reconcile::{Node, Reconciler};
 use crate::status::Controls;
 use crate::store::etcd::Etcd;
 use crate::store::{Claim, LeaseStore as _};
-use crate::{health, status};
+use crate::{health, ports, status};
 
 /// How long `--cleanup` waits for the store before it leaves the lease to end by itself.
 const GIVE_UP: Duration = Duration::from_secs(10);
@@ -66,10 +66,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         name: config.node().clone(),
         selectors: config.selectors(),
         public_ips: config.public_ips(),
-        prefix: config.etcd.prefix.trim_end_matches('/').to_owned(),
         rules: config.rules.options(),
     };
-    let reconciler = Reconciler::new(node, store, open_kernel(&config)?, files, before);
+    let mut reconciler = Reconciler::new(node, store, open_kernel(&config)?, files, before);
+    if config.rules.check_pods {
+        reconciler.guard_ports(ports::follow(config.cni_state_dir.clone()));
+    }
     let controls = Controls { lease: keeper.commands(), network: reconciler.commands() };
     let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
     let metrics = reconciler.metrics();

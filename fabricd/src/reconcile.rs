@@ -30,6 +30,7 @@ use crate::lease::{Holding, Own, Wanted};
 use crate::metrics::Metrics;
 use crate::pending::Pending;
 use crate::planned::Planned;
+use crate::ports::PodPorts;
 use crate::rules::Rules;
 use crate::store::{Connection, LeaseStore, Network};
 use crate::underlay::{self, Selector, Underlay};
@@ -47,8 +48,6 @@ pub struct Node {
     pub selectors: Vec<Selector>,
     /// Addresses to publish instead of the interface's.
     pub public_ips: PerFamily<IpAddr>,
-    /// The prefix in the store, for messages.
-    pub prefix: String,
     /// What the packet filter is to do.
     pub rules: RuleOptions,
 }
@@ -121,6 +120,11 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         }
     }
 
+    /// Lets the pods of these ports use no addresses but their own.
+    pub fn guard_ports(&mut self, pods: watch::Receiver<Arc<PodPorts>>) {
+        self.rules.guard_ports(pods);
+    }
+
     /// What the lease should say, for the keeper.
     pub fn wanted(&self) -> watch::Receiver<Option<Wanted>> {
         self.wanted.subscribe()
@@ -177,6 +181,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 changed = network.changed() => if changed.is_err() { return },
                 changed = connection.changed() => if changed.is_err() { return },
                 changed = holding.changed() => if changed.is_err() { return },
+                () = self.rules.changed() => {}
                 Some(Command::Migrate { reply }) = self.commands.1.recv() => self.migrate(reply),
                 () = sleep_until(retry.unwrap_or(audit)), if retry.is_some() => {}
                 () = sleep_until(audit) => {
@@ -252,7 +257,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         {
             return Err(failed(format!(
                 "the network {space} overlaps {link}, which this node's underlay interface reaches directly; \
-                 choose another network with: fabricctl network init --force --network …"
+                 {}",
+                self.store.config_place().change
             )));
         }
         let public_ips = underlays.map(|family, u| self.node.public_ips.get(family).copied().unwrap_or(u.local));
@@ -284,7 +290,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     /// The config that counts: the first valid one, with what can change under running pods kept up to date. Until the
     /// store has shown one it is that of before the start.
     fn network_in_force(&mut self, view: &mut View, network: &Network) -> Result<NetworkConfig, Blocked> {
-        let key = format!("{}/config", self.node.prefix);
+        let place = self.store.config_place();
+        let key = &place.name;
         let trouble = match (network, self.applied) {
             (Network::Valid(config), None) => {
                 (self.applied, self.remembered) = (Some(*config), None);
@@ -306,9 +313,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 Connection::Down(reason) => format!("waiting for the network config: {reason}"),
                 Connection::Unknown | Connection::Up => format!("waiting for the network config at {key}"),
             },
-            (Network::Missing, _) => format!(
-                "there is no network config at {key}; make one with: fabricctl network init --network 10.244.0.0/16"
-            ),
+            (Network::Missing, _) => format!("there is no network config at {key}; {}", place.make),
             (Network::Invalid(error), _) => format!("the network config at {key} can't be used: {error}"),
         };
         let Some(applied) = self.applied.or(self.remembered) else { return Err(starting(trouble)) };
@@ -359,6 +364,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let inputs = Inputs { network, own: &own.key, vteps: &vteps, leases, facts: &facts, have, foreign };
         let Desired { state, refused, conflicts, .. } = self.planned.desired(&inputs, leases);
 
+        view.open_ports = self.rules.open_ports(observed);
+        view.dropped = observed.dropped.clone();
         // Before anything is there that decapsulates, those who may send to it are known.
         let mut filter = change(&self.rules.wanted(network, own, observed, leases, refused), &observed.rules);
         if view.from_disk {

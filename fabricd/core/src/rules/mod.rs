@@ -150,6 +150,8 @@ pub enum Field {
     SourceMac,
     /// The address that an ARP message claims.
     ArpSource,
+    /// The address that a neighbour advertisement claims (RFC 4861 section 4.4).
+    AdvertisedAddress,
     /// TCP, UDP, …: for IPv6 the protocol behind all extension headers.
     Protocol,
     /// Whether it is a fragment of an IPv6 packet.
@@ -270,6 +272,15 @@ pub struct Member {
     pub subnet: Subnet,
 }
 
+/// A pod of this node: what it may send from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pod {
+    /// The MAC address of its interface.
+    pub mac: MacAddr,
+    /// Its addresses.
+    pub ips: BTreeSet<IpAddr>,
+}
+
 /// All that decides what the filter should hold.
 #[derive(Clone, Debug)]
 pub struct RuleInputs<'a> {
@@ -283,6 +294,8 @@ pub struct RuleInputs<'a> {
     pub bridge: &'a IfName,
     /// Its ports.
     pub ports: &'a BTreeSet<IfName>,
+    /// The pods, as far as it is known which are behind these ports.
+    pub pods: &'a BTreeMap<IfName, Pod>,
     /// Prefixes that the pods have their addresses from: this node's subnets, and earlier ones that pods still use.
     pub pod_subnets: &'a BTreeSet<Subnet>,
     /// What is wanted.
@@ -364,6 +377,12 @@ impl Rule {
     pub fn comment(&self) -> String {
         format!("{} [{:08x}]", self.why, stable_hash(self.to_string().as_bytes()) >> 32)
     }
+}
+
+/// What a rule's comment says, without its number.
+#[must_use]
+pub fn reason(comment: &str) -> Option<&str> {
+    comment.rsplit_once(" [").map(|(why, _)| why)
 }
 
 impl Table {
@@ -519,6 +538,7 @@ impl fmt::Display for Field {
             Self::EtherType => "meta protocol",
             Self::SourceMac => "ether saddr",
             Self::ArpSource => "arp saddr ip",
+            Self::AdvertisedAddress => "@th,64,128",
             Self::Protocol => "meta l4proto",
             Self::Fragment => "exthdr frag",
             Self::Source(Family::V4) => "ip saddr",

@@ -1,9 +1,9 @@
 //! What the filter holds, as text, and what is written when something changes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::change::{Found, change};
-use super::{Member, RuleInputs, RuleOptions, Ruleset, TableFamily, ruleset};
+use super::change::{Found, FoundSet, FoundTable, change};
+use super::{Member, Pod, RuleInputs, RuleOptions, Ruleset, TableFamily, ruleset};
 use crate::model::{IfName, PerFamily, Subnet};
 use crate::network::NetworkConfig;
 
@@ -12,6 +12,7 @@ struct Node {
     own: PerFamily<Subnet>,
     members: BTreeSet<Member>,
     ports: BTreeSet<IfName>,
+    pods: BTreeMap<IfName, Pod>,
     options: RuleOptions,
 }
 
@@ -37,6 +38,7 @@ impl Node {
             own,
             members: BTreeSet::new(),
             ports: BTreeSet::new(),
+            pods: BTreeMap::new(),
             options: RuleOptions { check_senders: false, notrack: false, check_pods: false, ..RuleOptions::default() },
         }
     }
@@ -53,6 +55,7 @@ impl Node {
             members: &self.members,
             bridge: &v("cni0"),
             ports: &self.ports,
+            pods: &self.pods,
             pod_subnets: &self.own.values().copied().collect(),
             options: &self.options,
         })
@@ -147,7 +150,10 @@ chain postrouting {
 fn pods_send_from_their_subnet_and_are_neither_routers_nor_nodes() {
     let mut node = Node::dual();
     node.options.check_pods = true;
-    node.ports = [v("veth1")].into();
+    node.ports = [v("veth1"), v("veth2")].into();
+    let ips = [v("10.64.1.7"), v("2001:db8:0:1::7")].into();
+    let pod = Pod { mac: v("02:00:00:00:00:07"), ips };
+    node.pods = [(v("veth1"), pod.clone()), (v("gone"), pod)].into();
     let text = node.rules().iter().map(|(family, table)| format!("table {family}\n{table}")).collect::<String>();
     assert_eq!(
         text,
@@ -174,15 +180,34 @@ chain prerouting {
   iifname "cni0" jump pods comment "from a pod"
 }
 table bridge
-set ports { type ifname; elements = { "veth1" } }
+set known { type ifname; elements = { "veth1" } }
+set pods4 { type ifname . ether_addr . ipv4_addr; elements = { "veth1" . 02:00:00:00:00:07 . 10.64.1.7 } }
+set pods6 { type ifname . ether_addr . ipv6_addr; elements = { "veth1" . 02:00:00:00:00:07 . 2001:db8:0:1::7 } }
+set ports { type ifname; elements = { "veth1", "veth2" } }
+chain advertised {
+  iifname . ether saddr . @th,64,128 @pods6 return comment "its own address"
+  @th,64,128 fe80::/10 return comment "no pod's address"
+  iifname @known counter drop comment "a pod claims an address that is not its own"
+  @th,64,128 != 2001:db8:0:1::/64 counter drop comment "a pod's source is not in this node's subnet"
+}
 chain pods {
   meta protocol 0x0800 meta l4proto 1 @th,0,8 5 counter drop comment "a pod is no router"
   meta protocol 0x0800 meta l4proto 1 @th,0,8 9 counter drop comment "a pod is no router"
   meta protocol 0x86dd meta l4proto 58 @th,0,8 134 counter drop comment "a pod is no router"
   meta protocol 0x86dd meta l4proto 58 @th,0,8 137 counter drop comment "a pod is no router"
+  meta protocol 0x86dd meta l4proto 58 @th,0,8 136 jump advertised comment "it says where an address is"
+  meta protocol 0x0800 iifname . ether saddr . ip saddr @pods4 return comment "its own address"
+  meta protocol 0x0800 iifname @known counter drop comment "a pod claims an address that is not its own"
   meta protocol 0x0800 ip saddr != 10.64.1.0/24 counter drop comment "a pod's source is not in this node's subnet"
-  meta protocol 0x0806 arp saddr ip != 10.64.1.0/24 arp saddr ip != 0.0.0.0/32 counter drop comment "a pod's source is not in this node's subnet"
-  meta protocol 0x86dd ip6 saddr != 2001:db8:0:1::/64 ip6 saddr != fe80::/10 ip6 saddr != ::/128 counter drop comment "a pod's source is not in this node's subnet"
+  meta protocol 0x0806 iifname . ether saddr . arp saddr ip @pods4 return comment "its own address"
+  meta protocol 0x0806 arp saddr ip 0.0.0.0/32 return comment "no pod's address"
+  meta protocol 0x0806 iifname @known counter drop comment "a pod claims an address that is not its own"
+  meta protocol 0x0806 arp saddr ip != 10.64.1.0/24 counter drop comment "a pod's source is not in this node's subnet"
+  meta protocol 0x86dd iifname . ether saddr . ip6 saddr @pods6 return comment "its own address"
+  meta protocol 0x86dd ip6 saddr fe80::/10 return comment "no pod's address"
+  meta protocol 0x86dd ip6 saddr ::/128 return comment "no pod's address"
+  meta protocol 0x86dd iifname @known counter drop comment "a pod claims an address that is not its own"
+  meta protocol 0x86dd ip6 saddr != 2001:db8:0:1::/64 counter drop comment "a pod's source is not in this node's subnet"
 }
 chain prerouting {
   type filter hook prerouting priority -300; policy accept;
@@ -232,23 +257,33 @@ fn peer_that_comes_or_goes_costs_its_own_elements_alone() {
 }
 
 #[test]
-fn table_with_anything_else_in_it_is_replaced_as_a_whole() {
+fn whatever_others_do_to_a_table_is_put_right_around_the_sets_that_serve() {
     let rules = everything().rules();
-    type Spoil = fn(&mut BTreeSet<String>);
-    let spoiled: [(&str, Spoil); 3] = [
-        ("a rule less", |layout| layout.retain(|line| !line.starts_with("rule input 0"))),
-        ("a rule more", |layout| layout.extend(["rule input 9 of somebody else".to_owned()])),
-        ("another rule", |layout| {
-            let line = layout.iter().find(|line| line.starts_with("rule input 0")).cloned().expect("there is one");
-            layout.remove(&line);
-            layout.insert(line.replace('[', "[0"));
-        }),
+    type Spoil = fn(&mut FoundTable);
+    const CHAINS: &str = "~ nft replace chains of table inet fabric\n";
+    let spoiled: [(&str, Spoil, &str); 7] = [
+        ("a rule less", |table| drop(table.chains.get_mut("input").expect("there").pop()), CHAINS),
+        ("a rule more", |table| table.chains.get_mut("input").expect("there").insert(1, "theirs".into()), CHAINS),
+        ("another rule", |table| table.chains.get_mut("input").expect("there")[1].push('0'), CHAINS),
+        ("a chain more", |table| drop(table.chains.insert("theirs".into(), vec![])), CHAINS),
+        ("a set more", |table| drop(table.sets.insert("theirs".into(), FoundSet::default())), CHAINS),
+        ("another set", |table| table.sets.get_mut("peers4").expect("there").declaration.clear(), CHAINS),
+        (
+            "a disabled table",
+            |table| table.disabled = true,
+            "- nft delete table inet fabric\n\
+             + nft add set inet fabric members4 { type ipv4_addr . ipv4_addr; flags interval; }\n\
+             + nft add set inet fabric members6 { type ipv6_addr . ipv6_addr; flags interval; }\n\
+             + nft add set inet fabric peers4 { type ipv4_addr; }\n\
+             + nft add set inet fabric peers6 { type ipv6_addr; }\n\
+             ~ nft replace chains of table inet fabric\n",
+        ),
     ];
-    for (what, spoil) in spoiled {
+    for (what, spoil, repaired_by) in spoiled {
         let mut kernel = found(&rules);
-        spoil(&mut kernel.get_mut(&TableFamily::Inet).expect("there").layout);
+        spoil(kernel.get_mut(&TableFamily::Inet).expect("there"));
         let repair = change(&rules, &kernel);
-        assert_eq!(repair.to_string(), "~ nft replace table inet fabric\n", "{what}");
+        assert_eq!(repair.to_string(), repaired_by, "{what}");
         repair.apply_to(&mut kernel);
         assert_eq!(kernel, found(&rules), "{what}");
     }

@@ -95,6 +95,7 @@ fn load(field: Field) -> (Load, usize) {
         Field::Target(Family::V6) => (Payload(NETWORK, 24), 16),
         Field::IcmpType => (Payload(TRANSPORT, 0), 1),
         Field::TargetPort => (Payload(TRANSPORT, 2), 2),
+        Field::AdvertisedAddress => (Payload(TRANSPORT, 8), 16),
         Field::Vni => (Payload(TRANSPORT, VNI), 3),
         Field::InnerType => (Payload(TRANSPORT, INNER_TYPE), 2),
         Field::InnerSource(Family::V4) | Field::InnerSubnet(Family::V4, _) => (Payload(TRANSPORT, INNER_IP + 12), 4),
