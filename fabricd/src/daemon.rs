@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,10 +22,11 @@ use tracing::{info, warn};
 
 use crate::config::Config;
 use crate::disk::{self, Disk, Uptime};
-use crate::files::Files;
+use crate::files::{Files, remove_if_there};
 use crate::kernel::Kernel as _;
 use crate::kernel::netlink::{self, Netlink};
 use crate::lease::{Keeper, Tenant};
+use crate::leftovers::Leftovers;
 use crate::pods::PodAddresses;
 use crate::reconcile::{Node, Reconciler};
 use crate::status::Controls;
@@ -114,6 +115,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 pub async fn cleanup(config: Config) -> anyhow::Result<()> {
     let _lock = lock(&config.run_dir)?;
     let mut kernel = open_kernel(&config)?;
+    let leftovers = Leftovers::of_node(&config.run_dir, &config.cni_data_dir);
     // No pod may be added while the rest goes.
     Files::new(&config.run_dir, &config.subnet_file).remove()?;
     Disk::new(&config.state_dir, config.node()).remove()?;
@@ -135,12 +137,16 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
         refused.extend(kernel.enforce(&filter).await.err());
     }
     println!("{} kernel entries removed", plan.ops().len() - refused.len());
+    print!("{}", leftovers.remove().await?);
 
     match timeout(GIVE_UP, release(&config)).await {
         Ok(Ok(Some(key))) => println!("lease of {key} given back"),
         Ok(Ok(None)) => println!("this node, {}, holds no lease", config.node()),
         Ok(Err(error)) => warn!(%error, "lease not given back, it ends by itself"),
         Err(_) => warn!(endpoints = ?config.etcd.endpoints, "store not reached, the lease ends by itself"),
+    }
+    for file in [&config.socket, &lock_file(&config.run_dir)] {
+        remove_if_there(file)?;
     }
     match refused.into_iter().next() {
         Some(first) => Err(first).context("not everything could be removed"),
@@ -176,7 +182,7 @@ fn open_kernel(config: &Config) -> anyhow::Result<Netlink> {
 
 /// Makes sure that no other fabricd works on this node: two would undo each other's work.
 fn lock(run_dir: &Path) -> anyhow::Result<Flock<fs::File>> {
-    let path = run_dir.join("fabricd.lock");
+    let path = lock_file(run_dir);
     let open = || {
         fs::create_dir_all(run_dir)?;
         fs::File::options().create(true).append(true).open(&path)
@@ -185,6 +191,10 @@ fn lock(run_dir: &Path) -> anyhow::Result<Flock<fs::File>> {
     Flock::lock(file, FlockArg::LockExclusiveNonblock)
         .map_err(|(_, errno)| anyhow::Error::from(errno))
         .with_context(|| format!("another fabricd holds {}; end it first", path.display()))
+}
+
+fn lock_file(run_dir: &Path) -> PathBuf {
+    run_dir.join("fabricd.lock")
 }
 
 fn instance() -> anyhow::Result<Instance> {

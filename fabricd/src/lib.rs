@@ -20,6 +20,7 @@ pub mod install_cni;
 pub mod kept;
 pub mod kernel;
 pub mod lease;
+pub mod leftovers;
 pub mod metrics;
 pub mod pending;
 pub mod planned;
