@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,12 +24,20 @@ use tracing::{info, warn};
 use crate::api::{Controls, Sources, Tls};
 use crate::config::Config;
 use crate::disk::{self, Disk, Uptime};
+<<<<<<< HEAD
 use crate::events::Events;
 use crate::files::Files;
 use crate::kernel::Kernel as _;
 use crate::kernel::netlink::{self, Netlink};
 use crate::lease::{Keeper, Tenant};
 use crate::log_level::LogLevel;
+=======
+use crate::files::{Files, remove_if_there};
+use crate::kernel::Kernel as _;
+use crate::kernel::netlink::{self, Netlink};
+use crate::lease::{Keeper, Tenant};
+use crate::leftovers::Leftovers;
+>>>>>>> kube
 use crate::pods::PodAddresses;
 use crate::reconcile::{Node, Reconciler};
 use crate::store::etcd::Etcd;
@@ -149,6 +157,7 @@ async fn api_for_others(config: &Config) -> anyhow::Result<Option<(TcpListener, 
 pub async fn cleanup(config: Config) -> anyhow::Result<()> {
     let _lock = lock(&config.run_dir)?;
     let mut kernel = open_kernel(&config)?;
+    let leftovers = Leftovers::of_node(&config.run_dir, &config.cni_data_dir);
     // No pod may be added while the rest goes.
     Files::new(&config.run_dir, &config.subnet_file).remove()?;
     Disk::new(&config.state_dir, config.node()).remove()?;
@@ -170,12 +179,16 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
         refused.extend(kernel.enforce(&filter).await.err());
     }
     println!("{} kernel entries removed", plan.ops().len() - refused.len());
+    print!("{}", leftovers.remove().await?);
 
     match timeout(GIVE_UP, release(&config)).await {
         Ok(Ok(Some(key))) => println!("lease of {key} given back"),
         Ok(Ok(None)) => println!("this node, {}, holds no lease", config.node()),
         Ok(Err(error)) => warn!(%error, "lease not given back, it ends by itself"),
         Err(_) => warn!(endpoints = ?config.etcd.endpoints, "store not reached, the lease ends by itself"),
+    }
+    for file in [&config.socket, &lock_file(&config.run_dir)] {
+        remove_if_there(file)?;
     }
     match refused.into_iter().next() {
         Some(first) => Err(first).context("not everything could be removed"),
@@ -211,7 +224,7 @@ fn open_kernel(config: &Config) -> anyhow::Result<Netlink> {
 
 /// Makes sure that no other fabricd works on this node: two would undo each other's work.
 fn lock(run_dir: &Path) -> anyhow::Result<Flock<fs::File>> {
-    let path = run_dir.join("fabricd.lock");
+    let path = lock_file(run_dir);
     let open = || {
         fs::create_dir_all(run_dir)?;
         fs::File::options().create(true).append(true).open(&path)
@@ -220,6 +233,10 @@ fn lock(run_dir: &Path) -> anyhow::Result<Flock<fs::File>> {
     Flock::lock(file, FlockArg::LockExclusiveNonblock)
         .map_err(|(_, errno)| anyhow::Error::from(errno))
         .with_context(|| format!("another fabricd holds {}; end it first", path.display()))
+}
+
+fn lock_file(run_dir: &Path) -> PathBuf {
+    run_dir.join("fabricd.lock")
 }
 
 fn instance() -> anyhow::Result<Instance> {

@@ -23,6 +23,7 @@ pub mod install_cni;
 pub mod kept;
 pub mod kernel;
 pub mod lease;
+pub mod leftovers;
 pub mod log_level;
 pub mod metrics;
 pub mod pending;

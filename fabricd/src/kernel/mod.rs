@@ -15,6 +15,7 @@
 //!            ────────────────────────────────────  kernel  ──────────────────────────────────────
 //! ```
 
+pub mod bridge;
 mod encode;
 mod forward;
 mod iptables_legacy;
