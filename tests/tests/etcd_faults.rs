@@ -384,6 +384,21 @@ async fn subnets_are_reserved_and_released_by_a_person() {
 }
 
 #[tokio::test]
+async fn record_taken_over_by_its_own_node_leaves_no_lease_behind() {
+    let etcd = etcd().await;
+    let store = store(&[etcd.endpoint()]);
+    let first = claim(1, "10.244.1.0-24", &*now(&store).await);
+    let mut grant = store.claim(&first).await.expect("free");
+    // As a node does that starts again and remembers nothing.
+    for _ in 0..3 {
+        let again = fabricd::store::Claim { expect: Expect::Revision(grant.mod_revision), ..first.clone() };
+        grant = store.claim(&again).await.expect("its own");
+    }
+    assert!(etcd.ctl(&["lease", "list"]).await.starts_with("found 1 leases"));
+    assert!(etcd.ctl(&["get", &at("subnets/10.244.1.0-24")]).await.contains("node-1"), "the record went along");
+}
+
+#[tokio::test]
 async fn certificates_are_used_and_a_wrong_or_missing_one_is_named() {
     let [certificates, others] = [(); 2].map(|()| Certificates::create().expect("certificates"));
     let (ca, client) = (certificates.ca(), certificates.client());
