@@ -18,15 +18,24 @@ impl Certificates {
     /// When `openssl` is missing or fails.
     pub fn create() -> anyhow::Result<Self> {
         let all = Self { dir: tempfile::tempdir()? };
-        let (ca, ca_key) = (all.ca(), all.dir.path().join("ca.key"));
+        all.renew()?;
+        Ok(all)
+    }
+
+    /// Makes all of them anew, in the same files: another authority too.
+    ///
+    /// # Errors
+    /// When `openssl` is missing or fails.
+    pub fn renew(&self) -> anyhow::Result<()> {
+        let (ca, ca_key) = (self.ca(), self.dir.path().join("ca.key"));
         openssl(
             &["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=tests"],
             &[("-out", &ca), ("-keyout", &ca_key)],
         )?;
-        let extensions = all.dir.path().join("extensions");
+        let extensions = self.dir.path().join("extensions");
         std::fs::write(&extensions, "subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")?;
         for name in ["server", "client"] {
-            let ((certificate, key), request) = (all.pair(name), all.dir.path().join(name).with_extension("csr"));
+            let ((certificate, key), request) = (self.pair(name), self.dir.path().join(name).with_extension("csr"));
             let subject = format!("/CN={name}");
             openssl(
                 &["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", &subject],
@@ -43,7 +52,7 @@ impl Certificates {
                 ],
             )?;
         }
-        Ok(all)
+        Ok(())
     }
 
     /// The authority's certificate.
