@@ -208,6 +208,7 @@ async fn release(config: &Config) -> anyhow::Result<Option<LeaseKey>> {
         record: lease.record.clone(),
         expect: Expect::Revision(lease.mod_revision),
         seen_revision: leases.revision(),
+        outdated: false,
         evict: vec![],
         ttl: config.lease_ttl,
     };
