@@ -66,7 +66,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         name: config.node().clone(),
         selectors: config.selectors(),
         public_ips: config.public_ips(),
-        prefix: config.etcd.prefix.trim_end_matches('/').to_owned(),
         rules: config.rules.options(),
     };
     let mut reconciler = Reconciler::new(node, store, open_kernel(&config)?, files, before);

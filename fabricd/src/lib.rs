@@ -11,6 +11,7 @@
 //!
 //! Store and kernel never see each other. docs/architecture.md tells the whole story.
 
+pub mod api_server;
 pub mod config;
 pub mod daemon;
 pub mod disk;
@@ -22,6 +23,7 @@ pub mod kernel;
 pub mod lease;
 pub mod metrics;
 pub mod pending;
+pub mod pki;
 pub mod planned;
 pub mod pods;
 pub mod ports;

@@ -6,11 +6,18 @@ use std::process::ExitCode;
 use fabricd::config::{Config, ConfigError, LogFormat};
 use fabricd::daemon;
 use fabricd::install_cni::InstallCni;
+use fabricd::pki::Pki;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     if let Some(install) = InstallCni::asked(std::env::args_os()) {
         return match install.run() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&format!("{error:#}")),
+        };
+    }
+    if let Some(pki) = Pki::asked(std::env::args_os()) {
+        return match pki.run() {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&format!("{error:#}")),
         };

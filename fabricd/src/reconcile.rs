@@ -48,8 +48,6 @@ pub struct Node {
     pub selectors: Vec<Selector>,
     /// Addresses to publish instead of the interface's.
     pub public_ips: PerFamily<IpAddr>,
-    /// The prefix in the store, for messages.
-    pub prefix: String,
     /// What the packet filter is to do.
     pub rules: RuleOptions,
 }
@@ -259,7 +257,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         {
             return Err(failed(format!(
                 "the network {space} overlaps {link}, which this node's underlay interface reaches directly; \
-                 choose another network with: fabricctl network init --force --network …"
+                 {}",
+                self.store.config_place().change
             )));
         }
         let public_ips = underlays.map(|family, u| self.node.public_ips.get(family).copied().unwrap_or(u.local));
@@ -291,7 +290,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     /// The config that counts: the first valid one, with what can change under running pods kept up to date. Until the
     /// store has shown one it is that of before the start.
     fn network_in_force(&mut self, view: &mut View, network: &Network) -> Result<NetworkConfig, Blocked> {
-        let key = format!("{}/config", self.node.prefix);
+        let place = self.store.config_place();
+        let key = &place.name;
         let trouble = match (network, self.applied) {
             (Network::Valid(config), None) => {
                 (self.applied, self.remembered) = (Some(*config), None);
@@ -313,9 +313,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 Connection::Down(reason) => format!("waiting for the network config: {reason}"),
                 Connection::Unknown | Connection::Up => format!("waiting for the network config at {key}"),
             },
-            (Network::Missing, _) => format!(
-                "there is no network config at {key}; make one with: fabricctl network init --network 10.244.0.0/16"
-            ),
+            (Network::Missing, _) => format!("there is no network config at {key}; {}", place.make),
             (Network::Invalid(error), _) => format!("the network config at {key} can't be used: {error}"),
         };
         let Some(applied) = self.applied.or(self.remembered) else { return Err(starting(trouble)) };

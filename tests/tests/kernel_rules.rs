@@ -87,8 +87,8 @@ fn nft_shows_what_was_written_and_it_is_found_again() {
         for line in [
             "type nat hook postrouting priority 99; policy accept;",
             "type filter hook prerouting priority -300; policy accept;",
-            "elements = { 198.18.0.2 . 10.64.2.0/24",
-            "elements = { 2001:db8:ff::2 . 2001:db8:0:2::/64",
+            "elements = { 198.18.0.2 . 10.64.2.0",
+            "elements = { 2001:db8:ff::2 . 2001:db8:0:2::",
             "elements = { \"veth1\"",
             "elements = { \"veth1\" . 02:00:00:00:00:07 . 10.64.1.7 }",
             "elements = { \"veth1\" . 02:00:00:00:00:07 . 2001:db8:0:1::7 }",
@@ -96,8 +96,8 @@ fn nft_shows_what_was_written_and_it_is_found_again() {
             "icmpv6 type 136 jump advertised",
             "iifname . ether saddr . @th,64,128 @pods6 return",
             "@th,96,24 0x7 jump senders comment \"encapsulated [",
-            "@th,224,16 0x800 ip saddr . @th,336,32 @members4 accept",
-            "@th,224,16 0x86dd ip6 saddr . @th,304,128 @members6 accept",
+            "@th,224,16 0x800 ip saddr . @th,336,32 & 0xffffff00 @members4 accept",
+            "@th,224,16 0x86dd ip6 saddr . @th,304,128 & 0xffffffffffffffff0000000000000000 @members6 accept",
             "exthdr frag 1 udp dport 8472 counter",
             "udp dport 8472 @th,96,24 0x7 notrack",
             "meta mark & 0x00004000 == 0x00004000 return",
@@ -125,7 +125,7 @@ fn peer_that_comes_or_goes_changes_elements_alone() {
         settle(&mut kernel, &rules(2)).await;
         let before = shown();
         assert_eq!(settle(&mut kernel, &rules(3)).await.lines().count(), 3);
-        assert!(shown().contains("198.18.0.4 . 10.64.4.0/24"));
+        assert!(shown().contains("198.18.0.4 . 10.64.4.0"));
         assert_eq!(settle(&mut kernel, &rules(3)).await, "", "what was written is known");
         settle(&mut kernel, &rules(2)).await;
         assert_eq!(shown(), before);
@@ -143,9 +143,9 @@ fn whatever_is_done_to_our_tables_wakes_and_is_put_right() {
             "flush table inet fabric",
             "flush chain inet fabric senders",
             "delete table bridge fabric",
-            "delete element inet fabric members4 { 198.18.0.2 . 10.64.2.0/24 }",
-            "add element inet fabric members4 { 198.18.0.9 . 10.64.0.0/12 }",
-            "add element inet fabric members4 { 198.18.0.9 . 10.64.0.3-10.64.0.5 }",
+            "delete element inet fabric members4 { 198.18.0.2 . 10.64.2.0 }",
+            "add element inet fabric odd4 { 198.18.0.9 . 10.64.0.0/12 }",
+            "add element inet fabric odd4 { 198.18.0.9 . 10.64.0.3-10.64.0.5 }",
             "flush set inet fabric peers4",
             "insert rule inet fabric input accept",
             "add chain inet fabric extra",
@@ -186,15 +186,14 @@ fn tables_of_others_wake_nobody_and_stay_as_they_are() {
 fn five_thousand_peers_are_one_transaction_and_one_more_costs_little() {
     in_netns_async(|| async {
         let mut kernel = kernel();
-        let began = Instant::now();
         settle(&mut kernel, &rules(5_000)).await;
-        let all = began.elapsed();
-        let (more, began) = (change(&rules(5_001), &look(&mut kernel).await.rules), Instant::now());
+        let more = change(&rules(5_001), &look(&mut kernel).await.rules);
+        let lines: Vec<_> = more.to_string().lines().map(str::to_owned).collect();
+        assert!(lines.len() <= 4 && lines.iter().all(|line| line.starts_with("add element")), "{lines:?}");
         kernel.enforce(&more).await.expect("written");
-        println!("5,000 peers in {all:?}, one more in {:?}", began.elapsed());
-        assert!(began.elapsed() < Duration::from_millis(100), "{:?}", began.elapsed());
         let found = &look(&mut kernel_anew()).await.rules[&TableFamily::Inet];
-        assert_eq!(found.sets["members4"].elements.len(), 10_002);
+        let (usual, odd) = (found.sets["members4"].elements.len(), found.sets["odd4"].elements.len());
+        assert_eq!((usual + odd, odd), (10_002, 19), "addresses that end in 0");
     });
 }
 

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::handoff::NotReady;
-use fabric_core::holding::{Bid, Held, Instance, Loss, Obstacle, Previous, Resting, Situation, Step, next_step};
+use fabric_core::holding::{
+    Assigned, Bid, Held, Instance, Loss, Obstacle, Previous, Resting, Situation, Step, next_step,
+};
 use fabric_core::leases::LeaseSet;
 use fabric_core::record::{LeaseKey, Record};
 use tokio::sync::{mpsc, watch};
@@ -89,16 +91,21 @@ impl<S: LeaseStore> Keeper<S> {
     pub async fn run(mut self, mut wanted: watch::Receiver<Option<Wanted>>) {
         let mut leases = self.store.leases();
         let mut replaced = self.store.replaced();
+        let mut assigned = self.store.assigned();
         loop {
             let want = wanted.borrow_and_update().clone();
             let set = leases.borrow_and_update().clone();
             let wake = match (want, set) {
-                (Some(want), Some(set)) => self.advance(&want, &set).await,
+                (Some(want), Some(set)) => {
+                    let assigned = assigned.as_mut().map(|assigned| assigned.borrow_and_update().clone());
+                    self.advance(&want, &set, assigned.as_ref()).await
+                }
                 _ => self.renew_if_due().await,
             };
             tokio::select! {
                 changed = wanted.changed() => if changed.is_err() { return },
                 changed = leases.changed() => if changed.is_err() { return },
+                () = changes(&mut assigned) => {}
                 changed = replaced.changed() => match changed {
                     Ok(()) => self.begin_anew(),
                     Err(_) => return,
@@ -110,7 +117,7 @@ impl<S: LeaseStore> Keeper<S> {
     }
 
     /// Does what is to be done now, and says when to look again should nothing change until then.
-    async fn advance(&mut self, want: &Wanted, leases: &LeaseSet) -> Instant {
+    async fn advance(&mut self, want: &Wanted, leases: &LeaseSet, assigned: Option<&Assigned>) -> Instant {
         if self.remembered_revision.take().is_some_and(|revision| leases.revision() < revision) {
             warn!("the store is older than what this node has seen of it before its start");
             self.replaced = Some(Instant::now());
@@ -134,6 +141,7 @@ impl<S: LeaseStore> Keeper<S> {
             leave: self.leave,
             settling: self.settles_until().is_some(),
             resting: &self.resting,
+            assigned,
         });
         let seen = leases.revision();
         let outcome = match step {
@@ -186,19 +194,24 @@ impl<S: LeaseStore> Keeper<S> {
                 self.lose("its time has run out in the store");
                 return Instant::now();
             }
-            // What is remembered stands until its time is over.
-            Err(error @ StoreError::Unreachable { .. }) if self.unconfirmed.is_some() => debug!(%error, "trying again"),
+            // A node that has a subnet has said what became of its lease; nothing new is known.
+            Err(error @ StoreError::Unreachable { .. }) if self.has_troubled_subnet() => debug!(%error, "trying again"),
             Err(error) => self.hinder(&error.to_string()),
         }
         let again = Instant::now() + self.retry.next();
         self.grant.as_ref().map_or(again, |grant| again.min(grant.expires))
     }
 
+    fn has_troubled_subnet(&self) -> bool {
+        let holding = self.holding.borrow();
+        holding.own.is_some() && holding.trouble.is_some()
+    }
+
     fn look_again_at(&self, obstacle: &Obstacle) -> Instant {
         let now = Instant::now();
         match obstacle {
             Obstacle::Settling => self.settles_until().unwrap_or(now),
-            Obstacle::Occupied { .. } | Obstacle::Unfit(_) => now + PODS,
+            Obstacle::Occupied { .. } | Obstacle::Unfit(_) | Obstacle::Moved { .. } => now + PODS,
             _ => now + REST,
         }
     }
@@ -373,6 +386,16 @@ impl<S: LeaseStore> Keeper<S> {
             true
         });
     }
+}
+
+/// Waits for a change of what is assigned; for ever where nothing is.
+async fn changes(assigned: &mut Option<watch::Receiver<Assigned>>) {
+    if let Some(assigned) = assigned
+        && assigned.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending::<()>().await;
 }
 
 fn epoch(record: &Record) -> u64 {

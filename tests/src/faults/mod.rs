@@ -7,11 +7,17 @@
 
 mod cni;
 mod drift;
+mod garbage;
 mod kernel;
+mod leased;
+mod outage;
+mod outages;
+mod ownership;
 mod pair;
 mod processes;
 pub mod rules;
 mod runtime;
+mod stampede;
 mod underlay;
 
 use std::time::{Duration, Instant};
@@ -46,7 +52,8 @@ pub struct Trial {
 /// All rows.
 #[must_use]
 pub fn all() -> Vec<Fault> {
-    [processes::ROWS, underlay::ROWS, drift::ROWS, kernel::ROWS, cni::ROWS, rules::ROWS].concat()
+    let leases = [outages::ROWS, ownership::ROWS, garbage::ROWS].concat();
+    [processes::ROWS, &leases, underlay::ROWS, drift::ROWS, kernel::ROWS, cni::ROWS, rules::ROWS].concat()
 }
 
 /// How a trial went.

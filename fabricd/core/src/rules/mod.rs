@@ -170,6 +170,8 @@ pub enum Field {
     InnerType,
     /// Source address of the packet inside.
     InnerSource(Family),
+    /// The first so many bits of it, and zeros.
+    InnerSubnet(Family, u8),
 }
 
 /// What a field must be.
@@ -396,10 +398,14 @@ impl Table {
         &mut self.chains.entry(name).or_default().rules
     }
 
-    /// A set of this name, with these elements.
+    /// A set of this name, with these elements. Looking into it costs the same however many there are.
     fn set(&mut self, name: &'static str, key: &'static [KeyField], elements: impl IntoIterator<Item = Element>) {
-        let ranges = key.len() > 1 && key.iter().all(|field| matches!(field, KeyField::V4 | KeyField::V6));
-        self.sets.insert(name, Set { key, ranges, elements: elements.into_iter().collect() });
+        self.sets.insert(name, Set { key, ranges: false, elements: elements.into_iter().collect() });
+    }
+
+    /// The same for prefixes, of a few only: the kernel goes through all of them for each packet, and for each change.
+    fn ranges(&mut self, name: &'static str, key: &'static [KeyField], elements: impl IntoIterator<Item = Element>) {
+        self.sets.insert(name, Set { key, ranges: true, elements: elements.into_iter().collect() });
     }
 }
 
@@ -522,6 +528,9 @@ impl fmt::Display for Spelled {
 
 impl fmt::Display for Field {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Self::InnerSubnet(family, length) = self {
+            return write!(f, "{}/{length}", Self::InnerSource(*family));
+        }
         f.write_str(match self {
             Self::InInterface => "iifname",
             Self::Mark => "meta mark",
@@ -540,8 +549,8 @@ impl fmt::Display for Field {
             Self::IcmpType => "@th,0,8",
             Self::Vni => "@th,96,24",
             Self::InnerType => "@th,224,16",
-            Self::InnerSource(Family::V4) => "@th,336,32",
-            Self::InnerSource(Family::V6) => "@th,304,128",
+            Self::InnerSource(Family::V4) | Self::InnerSubnet(Family::V4, _) => "@th,336,32",
+            Self::InnerSource(Family::V6) | Self::InnerSubnet(Family::V6, _) => "@th,304,128",
         })
     }
 }

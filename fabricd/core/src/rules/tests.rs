@@ -73,14 +73,17 @@ fn senders_are_judged_by_underlay_address_and_inner_source_together() {
     node.options.senders = vec![v("198.51.100.7/32")];
     assert_eq!(
         node.inet(),
-        r#"set members4 { type ipv4_addr . ipv4_addr; flags interval; elements = { 192.0.2.2 . 10.64.2.0/24, 192.0.2.2 . 192.0.2.2 } }
+        r#"set members4 { type ipv4_addr . ipv4_addr; elements = { 192.0.2.2 . 10.64.2.0, 192.0.2.2 . 192.0.2.2 } }
+set odd4 { type ipv4_addr . ipv4_addr; flags interval; }
 set peers4 { type ipv4_addr; elements = { 192.0.2.2 } }
 chain input {
   type filter hook input priority 0; policy accept;
   meta nfproto ipv4 meta l4proto udp th dport 8472 @th,96,24 7 jump senders comment "encapsulated"
 }
 chain senders {
-  meta nfproto ipv4 @th,224,16 0x0800 ip saddr . @th,336,32 @members4 accept comment "a peer, from its own subnet"
+  meta nfproto ipv4 @th,224,16 0x0800 ip saddr . @th,336,32/24 @members4 accept comment "a peer, from its own subnet"
+  meta nfproto ipv4 @th,224,16 0x0800 ip saddr . @th,336,32 @members4 accept comment "a peer's node"
+  meta nfproto ipv4 @th,224,16 0x0800 ip saddr . @th,336,32 @odd4 accept comment "a peer, from a subnet of another length"
   meta nfproto ipv4 @th,224,16 0x0800 ip saddr 198.51.100.7/32 @th,336,32 10.64.0.0/12 accept comment "allowed by --allow-sender"
   meta nfproto ipv4 @th,224,16 0x0800 ip saddr @peers4 counter drop comment "a peer, but its source is not in the peer's subnet"
   meta nfproto ipv4 ip saddr @peers4 counter drop comment "a peer, but inside is something else"
@@ -91,15 +94,29 @@ chain senders {
 }
 
 #[test]
+fn what_can_not_be_cut_to_our_length_is_kept_as_ranges() {
+    let mut node = Node::v4().with_peer("192.0.2.0", "10.64.2.0/24").with_peer("192.0.2.3", "10.64.8.0/22");
+    node.options.check_senders = true;
+    let text = node.inet();
+    for line in [
+        "members4 { type ipv4_addr . ipv4_addr; elements = { 192.0.2.0 . 10.64.2.0, 192.0.2.3 . 192.0.2.3 } }",
+        "odd4 { type ipv4_addr . ipv4_addr; flags interval; elements = { 192.0.2.0 . 192.0.2.0, 192.0.2.3 . 10.64.8.0/22 } }",
+    ] {
+        assert!(text.contains(line), "{line}\nis not in\n{text}");
+    }
+}
+
+#[test]
 fn ipv6_senders_may_be_link_local_but_not_in_fragments() {
     let mut node = Node::dual().with_peer("2001:db8:ff::2", "2001:db8:0:2::/64");
     node.options.check_senders = true;
     let text = node.inet();
     for line in [
-        "elements = { 2001:db8:ff::2 . 2001:db8:0:2::/64, 2001:db8:ff::2 . 2001:db8:ff::2, 2001:db8:ff::2 . fe80::/10 } }",
+        "elements = { 2001:db8:ff::2 . 2001:db8:0:2::, 2001:db8:ff::2 . 2001:db8:ff::2 } }",
+        "@th,224,16 0x86dd ip6 saddr @peers6 @th,304,128 fe80::/10 accept",
         "  meta nfproto ipv6 exthdr frag exists meta l4proto udp th dport 8472 counter drop comment \
          \"fragment of an encapsulated packet\"\n  meta nfproto ipv4",
-        "@th,224,16 0x86dd ip6 saddr . @th,304,128 @members6 accept",
+        "@th,224,16 0x86dd ip6 saddr . @th,304,128/64 @members6 accept",
     ] {
         assert!(text.contains(line), "{line}\nis not in\n{text}");
     }
@@ -230,7 +247,7 @@ fn peer_that_comes_or_goes_costs_its_own_elements_alone() {
     let join = change(&after, &kernel);
     assert_eq!(
         join.to_string(),
-        "+ nft add element inet fabric members4 { 192.0.2.3 . 10.64.3.0/24 }\n\
+        "+ nft add element inet fabric members4 { 192.0.2.3 . 10.64.3.0 }\n\
          + nft add element inet fabric members4 { 192.0.2.3 . 192.0.2.3 }\n\
          + nft add element inet fabric peers4 { 192.0.2.3 }\n"
     );
