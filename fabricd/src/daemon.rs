@@ -173,7 +173,8 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
         }
     }
     // The filter last: while a device is there, not everybody may send to it.
-    let filter = change(&Ruleset::new(), &observed.rules);
+    let mut filter = change(&Ruleset::new(), &observed.rules);
+    filter.doors = observed.doors.iter().filter_map(|door| door.change(None)).collect();
     if !filter.is_empty() {
         print!("{filter}");
         refused.extend(kernel.enforce(&filter).await.err());

@@ -17,6 +17,7 @@ use fabric_core::network::NetworkConfig;
 use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep, device_name};
 use fabric_core::rules::RuleOptions;
 use fabric_core::rules::change::{Change, change};
+use fabric_core::rules::door::Door;
 use fabric_core::state::Sysctl;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
@@ -25,7 +26,7 @@ use tracing::{debug, info, warn};
 use crate::disk::State;
 use crate::files::{Files, unknown};
 use crate::kept::Kept;
-use crate::kernel::{Kernel, Observed, Touched};
+use crate::kernel::{ForwardDrop, Kernel, Observed, Touched};
 use crate::lease::{Holding, Own, Wanted};
 use crate::metrics::Metrics;
 use crate::pending::Pending;
@@ -309,7 +310,14 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             *current = wanted;
             differs
         });
-        for drop in &observed.forward_drops {
+        let ours = observed.hazards.iter().filter(|(family, _)| network.spaces.get(*family).is_some());
+        view.warnings.extend(ours.map(|(_, words)| words.clone()));
+        let shut = self.rules.doors(&network, &observed);
+        let open = |drop: &&ForwardDrop| {
+            let spares = |door: &Door| drop.is_behind(door) && !shut.iter().any(|change| change.family == door.family);
+            self.rules.opens_doors() && observed.doors.iter().any(spares)
+        };
+        for drop in observed.forward_drops.iter().filter(|drop| !open(drop)) {
             if let Some(space) = network.spaces.get(drop.family) {
                 let remedy = drop.remedy.replace("{network}", &space.network.to_string()).replace('\n', "; ");
                 view.warnings.push(format!(
@@ -429,6 +437,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         if view.from_disk {
             filter = filter.without_removals();
         }
+        filter.doors = self.rules.doors(network, observed);
         let plan = diff(state, have);
         view.troubles = refused.iter().map(|(key, refusal)| (*key, PeerTrouble::Refused(refusal.clone()))).collect();
         let conflicts = conflicts.clone();
