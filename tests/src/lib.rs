@@ -4,6 +4,7 @@ pub mod bench;
 pub mod certificates;
 pub mod conformance;
 pub mod etcd;
+pub mod fake_api;
 pub mod fake_kernel;
 pub mod faults;
 pub mod lab;

@@ -1,18 +1,24 @@
-//! One suite for every lease store: the one in memory and the one in a real etcd.
+//! One suite for every lease store: the one in memory, the one in a real etcd, and the one in Kubernetes, which stands
+//! before a fake API server here.
 
-use fabric_tests::conformance::store::{self as suite, Harness};
+use fabric_core::record::LeaseKey;
+use fabric_tests::conformance::store::{self as suite, Harness, assigned, choosing};
+use fabric_tests::kubernetes::Cluster;
 use fabric_tests::etcd::EtcdServer;
 use fabric_tests::memory_store::{MemoryCluster, MemoryStore};
 use fabricd::store::etcd::{Etcd, Options};
+use fabricd::store::kubernetes::Kubernetes;
 
 struct Memory(MemoryCluster);
 
 impl Harness for Memory {
     type Store = MemoryStore;
 
-    fn node(&self) -> MemoryStore {
+    fn node(&self, _number: u8) -> MemoryStore {
         self.0.node()
     }
+
+    async fn assign(&self, _number: u8, _subnets: &LeaseKey) {}
 
     async fn put(&self, key: &str, value: &str) {
         self.0.put(key, value.as_bytes());
@@ -53,9 +59,11 @@ impl RealEtcd {
 impl Harness for RealEtcd {
     type Store = Etcd;
 
-    fn node(&self) -> Etcd {
+    fn node(&self, _number: u8) -> Etcd {
         Etcd::start(Options::new(vec![self.0.endpoint().to_owned()]))
     }
+
+    async fn assign(&self, _number: u8, _subnets: &LeaseKey) {}
 
     async fn put(&self, key: &str, value: &str) {
         self.0.ctl(&["put", &Self::key(key), value]).await;
@@ -85,6 +93,55 @@ impl Harness for RealEtcd {
     }
 }
 
+/// What is a key in etcd is a Node here, and the network config a file.
+impl Harness for Cluster {
+    type Store = Kubernetes;
+
+    fn node(&self, number: u8) -> Kubernetes {
+        self.store(number)
+    }
+
+    async fn assign(&self, number: u8, subnets: &LeaseKey) {
+        self.give(&format!("node-{number}"), subnets);
+    }
+
+    async fn put(&self, key: &str, value: &str) {
+        match key.strip_prefix("subnets/") {
+            Some(subnets) => self.flannel_says(&suite::key(subnets), value),
+            None => self.write_config(value),
+        }
+    }
+
+    async fn put_elsewhere(&self, _key: &str, _value: &str) {}
+
+    async fn delete(&self, key: &str) {
+        match key.strip_prefix("subnets/") {
+            Some(subnets) => self.remove(&suite::key(subnets)),
+            None => self.remove_config(),
+        }
+    }
+
+    async fn get(&self, key: &str) -> Option<String> {
+        panic!("there are no keys like {key} in Kubernetes")
+    }
+
+    async fn revision(&self) -> i64 {
+        self.api.revision()
+    }
+
+    async fn revoke(&self, lease_id: i64) {
+        panic!("there are no leases like {lease_id} in Kubernetes")
+    }
+}
+
+/// The promises of a suite as tests, on each of these stores.
+macro_rules! conformance {
+    ($suite:ident on $($stores:tt)*) => { $suite! { @each $($stores)* } };
+}
+
+macro_rules! on {
+    ($suite:ident: $($promise:ident,)*; $($store:ident = $(#[$test:meta])+ $harness:expr,)*) => { };
+}
 macro_rules! conformance {
     ($($promise:ident,)*) => {
         mod in_memory {
