@@ -152,6 +152,12 @@ impl FakeApi {
         self.state.objects().get(collection, name).ok()
     }
 
+    /// All objects of a collection.
+    #[must_use]
+    pub fn all(&self, collection: &str) -> Vec<Value> {
+        self.state.objects().page(collection, "", usize::MAX).0
+    }
+
     /// The revision of the last change.
     #[must_use]
     pub fn revision(&self) -> i64 {

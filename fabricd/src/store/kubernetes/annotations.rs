@@ -56,6 +56,20 @@ fn annotation<'a>(node: &'a Node, name: &str) -> Option<&'a str> {
     node.annotation(&format!("{PREFIX}{name}"))
 }
 
+/// Whether a node has given its lease back: without a mark a Node has merely lost its annotations, and its peers wait for
+/// them.
+pub(super) fn is_given_back(node: &Node) -> bool {
+    annotation(node, MANAGED.0).is_some_and(|managed| managed != MANAGED.1)
+}
+
+/// The annotations of a lease that is given back: first the mark, for those who watch, then nothing.
+pub(super) fn given_back() -> [BTreeMap<String, Option<String>>; 2] {
+    let nothing: BTreeMap<_, _> = all().map(|name| (name, None)).collect();
+    let mut marked = nothing.clone();
+    marked.insert(format!("{PREFIX}{}", MANAGED.0), Some("false".to_owned()));
+    [marked, nothing]
+}
+
 /// What a Node says about its lease; `None` when it is none of this network's. A family without annotations is left
 /// out: a flannel of one family alone runs in clusters with both.
 pub(super) fn read(node: &Node) -> Option<Published> {
@@ -107,7 +121,7 @@ pub(super) fn write(record: &Record) -> BTreeMap<String, Option<String>> {
 }
 
 /// The names of all that [`write()`] sets.
-pub(super) fn all() -> impl Iterator<Item = String> {
+fn all() -> impl Iterator<Item = String> {
     let of_families = NAMES.values().flat_map(|names| [names.public_ip.0, names.backend_data.0]).collect::<Vec<_>>();
     [MANAGED.0, BACKEND_TYPE.0].into_iter().chain(of_families).map(|name| format!("{PREFIX}{name}"))
 }

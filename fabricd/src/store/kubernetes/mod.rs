@@ -19,7 +19,6 @@ mod node;
 mod nodes;
 mod write;
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -159,11 +158,14 @@ impl LeaseStore for Kubernetes {
     }
 
     async fn release(&self, grant: &Grant) -> Result<(), StoreError> {
-        let nothing: BTreeMap<_, _> = annotations::all().map(|name| (name, None)).collect();
-        match self.shared.say(grant.key, nothing).await {
-            Ok(_) | Err(StoreError::Lost { .. }) => Ok(()),
-            Err(error) => Err(error),
+        for annotations in annotations::given_back() {
+            match self.shared.say(grant.key, annotations).await {
+                Ok(_) => {}
+                Err(StoreError::Lost { .. }) => return Ok(()),
+                Err(error) => return Err(error),
+            }
         }
+        Ok(())
     }
 
     async fn resting(&self, _grace: Duration) -> Result<Vec<Resting>, StoreError> {

@@ -17,6 +17,7 @@ use super::node::Node;
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Known {
     published: Option<Published>,
+    /// Those that may still be had back by the Node's name.
     subnets: PerFamily<Subnet>,
     created: i64,
     /// Revision of the last change of its lease.
@@ -78,7 +79,8 @@ impl Nodes {
     }
 
     fn note(&mut self, node: &Node, before: Option<&Known>) {
-        let (published, subnets) = (annotations::read(node), node.subnets());
+        let published = annotations::read(node);
+        let subnets = if annotations::is_given_back(node) { PerFamily::default() } else { node.subnets() };
         let unchanged = before.filter(|before| before.published == published && before.subnets == subnets);
         let changed = unchanged.map_or(node.revision(), |before| before.changed);
         if let Some(published) = &published {

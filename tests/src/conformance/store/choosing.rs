@@ -1,6 +1,7 @@
 //! Stores in which nodes choose their subnets: of many that want one, one gets it, and keeps it while it lives and for a
 //! grace beyond.
 
+use std::future::Future;
 use std::time::Duration;
 
 use fabric_core::leases::LeaseSet;
@@ -8,7 +9,19 @@ use fabric_core::record::Record;
 use fabricd::store::{Claim, Expect, Grant, LeaseStore, StoreError};
 use tokio::time::timeout;
 
-use super::{Harness, PATIENCE, claim, flannel_value, is_lost, key, leases, now, settled};
+use super::{PATIENCE, claim, flannel_value, is_lost, key, leases, now, settled};
+
+/// A hand that reaches deeper: into keys, and the leases that they hang on.
+pub trait Harness: super::Harness {
+    /// Writes a key outside the prefix.
+    fn put_elsewhere(&self, key: &str, value: &str) -> impl Future<Output = ()> + Send;
+
+    /// The value of a key under the prefix.
+    fn get(&self, key: &str) -> impl Future<Output = Option<String>> + Send;
+
+    /// Ends a lease of the store's.
+    fn revoke(&self, lease_id: i64) -> impl Future<Output = ()> + Send;
+}
 
 /// The same claim, to take over what was last changed at this revision.
 fn over(claim: Claim, revision: i64) -> Claim {
