@@ -7,6 +7,7 @@ pub mod etcd;
 pub mod fake_api;
 pub mod fake_kernel;
 pub mod faults;
+pub mod keepers;
 pub mod kubernetes;
 pub mod lab;
 pub mod memory_store;

@@ -194,12 +194,17 @@ impl<S: LeaseStore> Keeper<S> {
                 self.lose("its time has run out in the store");
                 return Instant::now();
             }
-            // What is remembered stands until its time is over.
-            Err(error @ StoreError::Unreachable { .. }) if self.unconfirmed.is_some() => debug!(%error, "trying again"),
+            // A node that has a subnet has said what became of its lease; nothing new is known.
+            Err(error @ StoreError::Unreachable { .. }) if self.has_troubled_subnet() => debug!(%error, "trying again"),
             Err(error) => self.hinder(&error.to_string()),
         }
         let again = Instant::now() + self.retry.next();
         self.grant.as_ref().map_or(again, |grant| again.min(grant.expires))
+    }
+
+    fn has_troubled_subnet(&self) -> bool {
+        let holding = self.holding.borrow();
+        holding.own.is_some() && holding.trouble.is_some()
     }
 
     fn look_again_at(&self, obstacle: &Obstacle) -> Instant {
