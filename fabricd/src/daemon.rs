@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use fabric_core::diff::diff;
+use fabric_core::handoff::Readiness;
 use fabric_core::holding::{Expect, Instance};
 use fabric_core::leases::LeaseSet;
 use fabric_core::record::LeaseKey;
@@ -15,23 +16,28 @@ use fabric_core::rules::Ruleset;
 use fabric_core::rules::change::change;
 use fabric_core::state::KernelState;
 use nix::fcntl::{Flock, FlockArg};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use crate::config::Config;
+use crate::api::{Controls, Sources, Tls};
+use crate::config::{Config, StoreKind};
 use crate::disk::{self, Disk, Uptime};
-use crate::files::Files;
+use crate::events::Events;
+use crate::files::{Files, remove_if_there};
 use crate::kernel::Kernel as _;
 use crate::kernel::netlink::{self, Netlink};
 use crate::lease::{Keeper, Tenant};
+use crate::leftovers::Leftovers;
+use crate::log_level::LogLevel;
 use crate::pods::PodAddresses;
 use crate::reconcile::{Node, Reconciler};
-use crate::status::Controls;
 use crate::store::etcd::Etcd;
-use crate::store::{Claim, LeaseStore as _};
-use crate::{health, ports, status};
+use crate::store::kubernetes::Kubernetes;
+use crate::store::{Claim, LeaseStore};
+use crate::{api, events, health, ports};
 
 /// How long `--cleanup` waits for the store before it leaves the lease to end by itself.
 const GIVE_UP: Duration = Duration::from_secs(10);
@@ -40,17 +46,24 @@ const GIVE_UP: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// What keeps it from starting at all. Whatever can pass by itself (no store, no interface yet) is waited for instead.
-pub async fn run(config: Config) -> anyhow::Result<()> {
+pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
     let _lock = lock(&config.run_dir)?;
-    info!(node = %config.node(), version = env!("CARGO_PKG_VERSION"), endpoints = ?config.etcd.endpoints, "fabricd starts");
+    info!(node = %config.node(), version = env!("CARGO_PKG_VERSION"), store = ?config.store, "fabricd starts");
+    match config.store {
+        StoreKind::Etcd => serve(&config, Etcd::start(config.etcd.options()?), log_level).await,
+        StoreKind::Kubernetes => serve(&config, Kubernetes::start(config.kubernetes()), log_level).await,
+    }
+}
+
+async fn serve(config: &Config, store: impl LeaseStore, log_level: LogLevel) -> anyhow::Result<()> {
     let health = match config.health_addr.0 {
         Some(address) => Some(health::listen(address).await?),
         None => None,
     };
-    let api =
-        status::listen(&config.socket).with_context(|| format!("cannot listen on {}", config.socket.display()))?;
+    let api = api::listen(&config.socket).with_context(|| format!("cannot listen on {}", config.socket.display()))?;
+    let remote = api_for_others(config).await?;
 
-    let store = Arc::new(Etcd::start(config.etcd.options()?));
+    let store = Arc::new(store);
     let files = Files::new(&config.run_dir, &config.subnet_file).masquerading(config.rules.ip_masq);
     let disk = Disk::new(&config.state_dir, config.node());
     let before = disk.load(&Uptime::now().context("cannot read how long this machine is up")?);
@@ -68,11 +81,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         public_ips: config.public_ips(),
         rules: config.rules.options(),
     };
-    let mut reconciler = Reconciler::new(node, store, open_kernel(&config)?, files, before);
+    let mut reconciler = Reconciler::new(node, store.clone(), open_kernel(config)?, files, before);
     if config.rules.check_pods {
         reconciler.guard_ports(ports::follow(config.cni_state_dir.clone()));
     }
     let controls = Controls { lease: keeper.commands(), network: reconciler.commands() };
+    let events = Arc::new(Events::default());
     let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
     let metrics = reconciler.metrics();
 
@@ -86,6 +100,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         reconciler.run(holding).await;
         "the reconcile loop has ended".to_owned()
     });
+    let mut seen = view.clone();
+    tasks.spawn(async move {
+        while seen.changed().await.is_ok() {
+            store.announce(seen.borrow_and_update().readiness == Readiness::Ready);
+        }
+        "the reconcile loop has ended".to_owned()
+    });
     let seen = view.clone();
     tasks.spawn(async {
         disk::follow(disk, seen).await;
@@ -97,7 +118,19 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             format!("the health endpoint has ended: {:?}", health::serve(listener, view, metrics).await)
         });
     }
-    tasks.spawn(async { format!("the gRPC API has ended: {:?}", status::serve(api, view, controls).await) });
+    let (told, seen) = (events.clone(), view.clone());
+    tasks.spawn(async {
+        events::follow(told, seen).await;
+        "the reconcile loop has ended".to_owned()
+    });
+    let sources = Sources { view, events, log_level, controls };
+    if let Some((listener, tls)) = remote {
+        let sources = sources.clone();
+        tasks.spawn(async move {
+            format!("the gRPC API for other nodes has ended: {:?}", api::serve_tls(listener, &tls, sources).await)
+        });
+    }
+    tasks.spawn(async { format!("the gRPC API has ended: {:?}", api::serve(api, sources).await) });
 
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
@@ -109,6 +142,23 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Opens the API to other nodes, if it is asked for: never without certificates.
+async fn api_for_others(config: &Config) -> anyhow::Result<Option<(TcpListener, Tls)>> {
+    let files = [&config.api_cafile, &config.api_certfile, &config.api_keyfile];
+    match (config.api_addr.0, Tls::of(files.map(Option::as_ref))?) {
+        (Some(address), Some(tls)) => {
+            let listener = TcpListener::bind(address).await;
+            let told = || format!("cannot listen on {address} for other nodes; choose another with --api-addr, or off");
+            Ok(Some((listener.with_context(told)?, tls)))
+        }
+        (Some(address), None) => bail!(
+            "--api-addr {address} needs --api-cafile, --api-certfile and --api-keyfile: nobody may ask without a \
+             certificate"
+        ),
+        (None, _) => Ok(None),
+    }
+}
+
 /// Removes all that fabricd made on this node, and gives its lease back.
 ///
 /// # Errors
@@ -116,6 +166,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 pub async fn cleanup(config: Config) -> anyhow::Result<()> {
     let _lock = lock(&config.run_dir)?;
     let mut kernel = open_kernel(&config)?;
+    let leftovers = Leftovers::of_node(&config.run_dir, &config.cni_data_dir);
     // No pod may be added while the rest goes.
     Files::new(&config.run_dir, &config.subnet_file).remove()?;
     Disk::new(&config.state_dir, config.node()).remove()?;
@@ -131,18 +182,29 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
         }
     }
     // The filter last: while a device is there, not everybody may send to it.
-    let filter = change(&Ruleset::new(), &observed.rules);
+    let mut filter = change(&Ruleset::new(), &observed.rules);
+    filter.doors = observed.doors.iter().filter_map(|door| door.change(None)).collect();
     if !filter.is_empty() {
         print!("{filter}");
         refused.extend(kernel.enforce(&filter).await.err());
     }
     println!("{} kernel entries removed", plan.ops().len() - refused.len());
+    print!("{}", leftovers.remove().await?);
 
-    match timeout(GIVE_UP, release(&config)).await {
+    let released = timeout(GIVE_UP, async {
+        match config.store {
+            StoreKind::Etcd => release(&config, Etcd::start(config.etcd.options()?)).await,
+            StoreKind::Kubernetes => release(&config, Kubernetes::start(config.kubernetes())).await,
+        }
+    });
+    match released.await {
         Ok(Ok(Some(key))) => println!("lease of {key} given back"),
         Ok(Ok(None)) => println!("this node, {}, holds no lease", config.node()),
         Ok(Err(error)) => warn!(%error, "lease not given back, it ends by itself"),
-        Err(_) => warn!(endpoints = ?config.etcd.endpoints, "store not reached, the lease ends by itself"),
+        Err(_) => warn!(store = ?config.store, "store not reached, the lease ends by itself"),
+    }
+    for file in [&config.socket, &lock_file(&config.run_dir)] {
+        remove_if_there(file)?;
     }
     match refused.into_iter().next() {
         Some(first) => Err(first).context("not everything could be removed"),
@@ -151,8 +213,7 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
 }
 
 /// Claims this node's record, whoever wrote it last, to give it back: so it goes only as long as it is this node's.
-async fn release(config: &Config) -> anyhow::Result<Option<LeaseKey>> {
-    let store = Etcd::start(config.etcd.options()?);
+async fn release(config: &Config, store: impl LeaseStore) -> anyhow::Result<Option<LeaseKey>> {
     let mut leases = store.leases();
     let leases: Arc<LeaseSet> = leases.wait_for(Option::is_some).await?.clone().expect("waited for");
     let Some(lease) = leases.of_node(config.node()) else { return Ok(None) };
@@ -162,6 +223,7 @@ async fn release(config: &Config) -> anyhow::Result<Option<LeaseKey>> {
         record: lease.record.clone(),
         expect: Expect::Revision(lease.mod_revision),
         seen_revision: leases.revision(),
+        outdated: false,
         evict: vec![],
         ttl: config.lease_ttl,
     };
@@ -178,7 +240,7 @@ fn open_kernel(config: &Config) -> anyhow::Result<Netlink> {
 
 /// Makes sure that no other fabricd works on this node: two would undo each other's work.
 fn lock(run_dir: &Path) -> anyhow::Result<Flock<fs::File>> {
-    let path = run_dir.join("fabricd.lock");
+    let path = lock_file(run_dir);
     let open = || {
         fs::create_dir_all(run_dir)?;
         fs::File::options().create(true).append(true).open(&path)
@@ -187,6 +249,10 @@ fn lock(run_dir: &Path) -> anyhow::Result<Flock<fs::File>> {
     Flock::lock(file, FlockArg::LockExclusiveNonblock)
         .map_err(|(_, errno)| anyhow::Error::from(errno))
         .with_context(|| format!("another fabricd holds {}; end it first", path.display()))
+}
+
+fn lock_file(run_dir: &Path) -> PathBuf {
+    run_dir.join("fabricd.lock")
 }
 
 fn instance() -> anyhow::Result<Instance> {

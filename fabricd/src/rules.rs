@@ -11,6 +11,7 @@ use fabric_core::model::{IfName, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::Refusal;
 use fabric_core::record::LeaseKey;
+use fabric_core::rules::door::{Door, DoorChange};
 use fabric_core::rules::{Member, RuleInputs, RuleOptions, Ruleset, ruleset};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -73,6 +74,22 @@ impl Rules {
         if self.pods.changed().await.is_err() {
             std::future::pending::<()>().await;
         }
+    }
+
+    /// What is to be written to chains of others: where one of them drops what is forwarded, its door is opened.
+    #[must_use]
+    pub fn doors(&self, network: &NetworkConfig, observed: &Observed) -> Vec<DoorChange> {
+        let opened = |door: &Door| {
+            let dropped = observed.forward_drops.iter().any(|drop| drop.is_behind(door));
+            network.spaces.get(door.family).map(|space| space.network).filter(|_| self.options.open_doors && dropped)
+        };
+        observed.doors.iter().filter_map(|door| door.change(opened(door))).collect()
+    }
+
+    /// Whether chains of others are written to at all.
+    #[must_use]
+    pub fn opens_doors(&self) -> bool {
+        self.options.open_doors
     }
 
     /// Ports whose pods are not known.

@@ -93,7 +93,7 @@ fn nft_shows_what_was_written_and_it_is_found_again() {
             "elements = { \"veth1\" . 02:00:00:00:00:07 . 10.64.1.7 }",
             "elements = { \"veth1\" . 02:00:00:00:00:07 . 2001:db8:0:1::7 }",
             "iifname . ether saddr . arp saddr ip @pods4 return",
-            "meta l4proto 58 @th,0,8 0x88 jump advertised",
+            "icmpv6 type 136 jump advertised",
             "iifname . ether saddr . @th,64,128 @pods6 return",
             "@th,96,24 0x7 jump senders comment \"encapsulated [",
             "@th,224,16 0x800 ip saddr . @th,336,32 & 0xffffff00 @members4 accept",
@@ -189,7 +189,7 @@ fn five_thousand_peers_are_one_transaction_and_one_more_costs_little() {
         settle(&mut kernel, &rules(5_000)).await;
         let more = change(&rules(5_001), &look(&mut kernel).await.rules);
         let lines: Vec<_> = more.to_string().lines().map(str::to_owned).collect();
-        assert!(lines.len() <= 4 && lines.iter().all(|line| line.starts_with("add element")), "{lines:?}");
+        assert!(lines.len() <= 4 && lines.iter().all(|line| line.starts_with("+ nft add element")), "{lines:?}");
         kernel.enforce(&more).await.expect("written");
         let found = &look(&mut kernel_anew()).await.rules[&TableFamily::Inet];
         let (usual, odd) = (found.sets["members4"].elements.len(), found.sets["odd4"].elements.len());

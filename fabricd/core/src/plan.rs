@@ -218,6 +218,10 @@ fn own_entries(state: &mut KernelState, ipv6: bool, family: Family, own: Subnet,
     if ipv6 {
         state.sysctls.insert(Sysctl::AcceptRa(*dev), 0);
     }
+    if family == Family::V4 {
+        // A peer with a route past the tunnel (DirectRouting, a flannel node) may send by it all the same.
+        state.sysctls.insert(Sysctl::RpFilter(*dev), 2);
+    }
     let forward = match family {
         Family::V4 => Sysctl::Ipv4Forward,
         Family::V6 => Sysctl::Ipv6Forward,
