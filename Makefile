@@ -43,6 +43,15 @@ e2e: root ## Run the manifests on a real Kubernetes, built on first use (15 minu
 helm: ## Check that the Helm chart says what the manifests say (needs helm)
 	@deploy/helm/check
 
+faults: root deps build ## Try every fault that must cost nothing (SEEDS=20 times; FAULTS="1 17" only these)
+	target/debug/faults $(FAULTS)
+
+# Any arguments of `bench`: BENCH="cold-start --peers 100,1000", FLANNELD=/path to have flanneld in the same run.
+BENCH ?=
+bench: root deps ## Measure fabricd beside iproute2, a VXLAN made by hand and flanneld (BENCH=cold-start: that alone)
+	cargo build --release -p fabricd -p fabric-cni -p fabric-tests
+	target/release/bench $(BENCH)
+
 lint: deps ## Check format and lints
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings

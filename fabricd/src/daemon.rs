@@ -15,24 +15,34 @@ use fabric_core::rules::Ruleset;
 use fabric_core::rules::change::change;
 use fabric_core::state::KernelState;
 use nix::fcntl::{Flock, FlockArg};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
+use crate::api::{Controls, Sources, Tls};
 use crate::config::Config;
 use crate::disk::{self, Disk, Uptime};
+<<<<<<< HEAD
+use crate::events::Events;
+use crate::files::Files;
+use crate::kernel::Kernel as _;
+use crate::kernel::netlink::{self, Netlink};
+use crate::lease::{Keeper, Tenant};
+use crate::log_level::LogLevel;
+=======
 use crate::files::{Files, remove_if_there};
 use crate::kernel::Kernel as _;
 use crate::kernel::netlink::{self, Netlink};
 use crate::lease::{Keeper, Tenant};
 use crate::leftovers::Leftovers;
+>>>>>>> kube
 use crate::pods::PodAddresses;
 use crate::reconcile::{Node, Reconciler};
-use crate::status::Controls;
 use crate::store::etcd::Etcd;
 use crate::store::{Claim, LeaseStore as _};
-use crate::{health, status};
+use crate::{api, events, health, ports};
 
 /// How long `--cleanup` waits for the store before it leaves the lease to end by itself.
 const GIVE_UP: Duration = Duration::from_secs(10);
@@ -41,15 +51,15 @@ const GIVE_UP: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// What keeps it from starting at all. Whatever can pass by itself (no store, no interface yet) is waited for instead.
-pub async fn run(config: Config) -> anyhow::Result<()> {
+pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
     let _lock = lock(&config.run_dir)?;
     info!(node = %config.node(), version = env!("CARGO_PKG_VERSION"), endpoints = ?config.etcd.endpoints, "fabricd starts");
     let health = match config.health_addr.0 {
         Some(address) => Some(health::listen(address).await?),
         None => None,
     };
-    let api =
-        status::listen(&config.socket).with_context(|| format!("cannot listen on {}", config.socket.display()))?;
+    let api = api::listen(&config.socket).with_context(|| format!("cannot listen on {}", config.socket.display()))?;
+    let remote = api_for_others(&config).await?;
 
     let store = Arc::new(Etcd::start(config.etcd.options()?));
     let files = Files::new(&config.run_dir, &config.subnet_file).masquerading(config.rules.ip_masq);
@@ -67,11 +77,14 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         name: config.node().clone(),
         selectors: config.selectors(),
         public_ips: config.public_ips(),
-        prefix: config.etcd.prefix.trim_end_matches('/').to_owned(),
         rules: config.rules.options(),
     };
-    let reconciler = Reconciler::new(node, store, open_kernel(&config)?, files, before);
+    let mut reconciler = Reconciler::new(node, store, open_kernel(&config)?, files, before);
+    if config.rules.check_pods {
+        reconciler.guard_ports(ports::follow(config.cni_state_dir.clone()));
+    }
     let controls = Controls { lease: keeper.commands(), network: reconciler.commands() };
+    let events = Arc::new(Events::default());
     let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
     let metrics = reconciler.metrics();
 
@@ -96,7 +109,19 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             format!("the health endpoint has ended: {:?}", health::serve(listener, view, metrics).await)
         });
     }
-    tasks.spawn(async { format!("the gRPC API has ended: {:?}", status::serve(api, view, controls).await) });
+    let (told, seen) = (events.clone(), view.clone());
+    tasks.spawn(async {
+        events::follow(told, seen).await;
+        "the reconcile loop has ended".to_owned()
+    });
+    let sources = Sources { view, events, log_level, controls };
+    if let Some((listener, tls)) = remote {
+        let sources = sources.clone();
+        tasks.spawn(async move {
+            format!("the gRPC API for other nodes has ended: {:?}", api::serve_tls(listener, &tls, sources).await)
+        });
+    }
+    tasks.spawn(async { format!("the gRPC API has ended: {:?}", api::serve(api, sources).await) });
 
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
@@ -106,6 +131,23 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     }
     info!("fabricd ends, the data plane stays");
     Ok(())
+}
+
+/// Opens the API to other nodes, if it is asked for: never without certificates.
+async fn api_for_others(config: &Config) -> anyhow::Result<Option<(TcpListener, Tls)>> {
+    let files = [&config.api_cafile, &config.api_certfile, &config.api_keyfile];
+    match (config.api_addr.0, Tls::of(files.map(Option::as_ref))?) {
+        (Some(address), Some(tls)) => {
+            let listener = TcpListener::bind(address).await;
+            let told = || format!("cannot listen on {address} for other nodes; choose another with --api-addr, or off");
+            Ok(Some((listener.with_context(told)?, tls)))
+        }
+        (Some(address), None) => bail!(
+            "--api-addr {address} needs --api-cafile, --api-certfile and --api-keyfile: nobody may ask without a \
+             certificate"
+        ),
+        (None, _) => Ok(None),
+    }
 }
 
 /// Removes all that fabricd made on this node, and gives its lease back.
@@ -166,6 +208,7 @@ async fn release(config: &Config) -> anyhow::Result<Option<LeaseKey>> {
         record: lease.record.clone(),
         expect: Expect::Revision(lease.mod_revision),
         seen_revision: leases.revision(),
+        outdated: false,
         evict: vec![],
         ttl: config.lease_ttl,
     };

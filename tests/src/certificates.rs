@@ -6,27 +6,49 @@ use std::process::Command;
 use anyhow::{Context as _, bail};
 use tempfile::TempDir;
 
-/// An authority, and what it signed: a server's certificate for 127.0.0.1 and a client's.
+/// An authority, and what it signed.
 pub struct Certificates {
     dir: TempDir,
+    /// Names, and the alternative name of each.
+    names: Vec<(String, String)>,
 }
 
 impl Certificates {
-    /// Makes them. They last a day.
+    /// A server's certificate for 127.0.0.1 and a client's.
+    ///
+    /// # Errors
+    /// As [`Certificates::create_for`].
+    pub fn create() -> anyhow::Result<Self> {
+        Self::create_for(&[("server", "IP:127.0.0.1"), ("client", "IP:127.0.0.1")])
+    }
+
+    /// Certificates by name, each for the alternative name beside it. They last a day.
     ///
     /// # Errors
     /// When `openssl` is missing or fails.
-    pub fn create() -> anyhow::Result<Self> {
-        let all = Self { dir: tempfile::tempdir()? };
-        let (ca, ca_key) = (all.ca(), all.dir.path().join("ca.key"));
+    pub fn create_for(names: &[(&str, &str)]) -> anyhow::Result<Self> {
+        let names = names.iter().map(|(name, alternative)| (String::from(*name), String::from(*alternative))).collect();
+        let all = Self { dir: tempfile::tempdir()?, names };
+        all.renew()?;
+        Ok(all)
+    }
+
+    /// Makes all of them anew, in the same files: another authority too.
+    ///
+    /// # Errors
+    /// When `openssl` is missing or fails.
+    pub fn renew(&self) -> anyhow::Result<()> {
+        let (ca, ca_key) = (self.ca(), self.dir.path().join("ca.key"));
         openssl(
             &["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=tests"],
             &[("-out", &ca), ("-keyout", &ca_key)],
         )?;
-        let extensions = all.dir.path().join("extensions");
-        std::fs::write(&extensions, "subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")?;
-        for name in ["server", "client"] {
-            let ((certificate, key), request) = (all.pair(name), all.dir.path().join(name).with_extension("csr"));
+        let extensions = self.dir.path().join("extensions");
+        for (name, alternative) in &self.names {
+            std::fs::write(&extensions, format!("subjectAltName={alternative}
+basicConstraints=CA:FALSE
+"))?;
+            let ((certificate, key), request) = (self.pair(name), self.dir.path().join(name).with_extension("csr"));
             let subject = format!("/CN={name}");
             openssl(
                 &["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", &subject],
@@ -43,7 +65,7 @@ impl Certificates {
                 ],
             )?;
         }
-        Ok(all)
+        Ok(())
     }
 
     /// The authority's certificate.
@@ -64,7 +86,9 @@ impl Certificates {
         self.pair("client")
     }
 
-    fn pair(&self, name: &str) -> (PathBuf, PathBuf) {
+    /// The certificate and key of this name.
+    #[must_use]
+    pub fn pair(&self, name: &str) -> (PathBuf, PathBuf) {
         (self.dir.path().join(name).with_extension("pem"), self.dir.path().join(name).with_extension("key"))
     }
 }

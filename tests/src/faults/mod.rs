@@ -6,10 +6,16 @@
 //! list it in [`all`]; `make faults` and the tests run what is listed.
 
 mod drift;
+mod garbage;
 mod kernel;
+mod leased;
+mod outage;
+mod outages;
+mod ownership;
 mod pair;
 mod processes;
 pub mod rules;
+mod stampede;
 mod underlay;
 
 use std::time::{Duration, Instant};
@@ -44,7 +50,8 @@ pub struct Trial {
 /// All rows.
 #[must_use]
 pub fn all() -> Vec<Fault> {
-    [processes::ROWS, underlay::ROWS, drift::ROWS, kernel::ROWS, rules::ROWS].concat()
+    let leases = [outages::ROWS, ownership::ROWS, garbage::ROWS].concat();
+    [processes::ROWS, &leases, underlay::ROWS, drift::ROWS, kernel::ROWS, rules::ROWS].concat()
 }
 
 /// How a trial went.
