@@ -21,8 +21,9 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use crate::api::{Controls, Sources, Tls};
+use crate::api::{Controls, Remote, Sources, Tls};
 use crate::config::Config;
+use crate::diagnosis::{Inspector, Places};
 use crate::disk::{self, Disk, Uptime};
 use crate::events::Events;
 use crate::files::Files;
@@ -30,11 +31,12 @@ use crate::kernel::Kernel as _;
 use crate::kernel::netlink::{self, Netlink};
 use crate::lease::{Keeper, Tenant};
 use crate::log_level::LogLevel;
+use crate::mesh::Mesh;
 use crate::pods::PodAddresses;
 use crate::reconcile::{Node, Reconciler};
 use crate::store::etcd::Etcd;
 use crate::store::{Claim, LeaseStore as _};
-use crate::{api, events, health};
+use crate::{api, events, health, mesh};
 
 /// How long `--cleanup` waits for the store before it leaves the lease to end by itself.
 const GIVE_UP: Duration = Duration::from_secs(10);
@@ -72,7 +74,7 @@ pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
         prefix: config.etcd.prefix.trim_end_matches('/').to_owned(),
         rules: config.rules.options(),
     };
-    let reconciler = Reconciler::new(node, store, open_kernel(&config)?, files, before);
+    let reconciler = Reconciler::new(node, store.clone(), open_kernel(&config)?, files, before);
     let controls = Controls { lease: keeper.commands(), network: reconciler.commands() };
     let events = Arc::new(Events::default());
     let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
@@ -93,18 +95,26 @@ pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
         disk::follow(disk, seen).await;
         "the reconcile loop has ended".to_owned()
     });
-    if let Some(listener) = health {
-        let view = view.clone();
-        tasks.spawn(async {
-            format!("the health endpoint has ended: {:?}", health::serve(listener, view, metrics).await)
-        });
-    }
     let (told, seen) = (events.clone(), view.clone());
     tasks.spawn(async {
         events::follow(told, seen).await;
         "the reconcile loop has ended".to_owned()
     });
-    let sources = Sources { view, events, log_level, controls };
+    let mesh = Arc::new(Mesh::default());
+    let (probed, told, seen) = (mesh.clone(), events.clone(), view.clone());
+    tasks.spawn(async {
+        mesh::run(probed, told, seen).await;
+        "the reconcile loop has ended".to_owned()
+    });
+    let inspector = Arc::new(Inspector { store: Some(store), mesh: mesh.clone(), places: places(&config) });
+    let access = remote.as_ref().and_then(|(_, tls)| Some((tls.clone(), config.api_addr.0?.port())));
+    let sources = Sources { view, events, mesh, inspector, remote: Remote { access }, log_level, controls };
+    if let Some(listener) = health {
+        let sources = sources.clone();
+        tasks.spawn(async {
+            format!("the health endpoint has ended: {:?}", health::serve(listener, sources, metrics).await)
+        });
+    }
     if let Some((listener, tls)) = remote {
         let sources = sources.clone();
         tasks.spawn(async move {
@@ -121,6 +131,18 @@ pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
     }
     info!("fabricd ends, the data plane stays");
     Ok(())
+}
+
+/// Where doctor looks.
+fn places(config: &Config) -> Places {
+    let of_etcd = [&config.etcd.cafile, &config.etcd.certfile];
+    let of_api = [&config.api_cafile, &config.api_certfile];
+    Places {
+        addresses: config.cni_data_dir.clone(),
+        attachments: "/var/lib/cni/fabric".into(),
+        root: "/".into(),
+        certificates: of_etcd.into_iter().chain(of_api).flatten().cloned().collect(),
+    }
 }
 
 /// Opens the API to other nodes, if it is asked for: never without certificates.

@@ -14,6 +14,7 @@
 pub mod api;
 pub mod config;
 pub mod daemon;
+pub mod diagnosis;
 pub mod disk;
 pub mod events;
 pub mod files;
@@ -23,7 +24,9 @@ pub mod kept;
 pub mod kernel;
 pub mod lease;
 pub mod log_level;
+pub mod mesh;
 pub mod metrics;
+pub mod page;
 pub mod pending;
 pub mod planned;
 pub mod pods;

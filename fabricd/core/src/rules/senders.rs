@@ -19,6 +19,18 @@ pub(super) const RAW: i32 = -300;
 /// `NF_IP_PRI_FILTER`.
 pub(super) const FILTER: i32 = 0;
 
+/// The set of who may send what.
+#[must_use]
+pub fn members(family: Family) -> &'static str {
+    sets(family).0
+}
+
+/// Its element for the node at `underlay`, which may send from `subnet`.
+#[must_use]
+pub fn element(underlay: std::net::IpAddr, subnet: Subnet) -> Element {
+    Element(vec![Part::Net(Subnet::host(underlay)), Part::Net(subnet)])
+}
+
 /// Sets of one family: who may send what, and who may send at all.
 const fn sets(family: Family) -> (&'static str, &'static str) {
     match family {
@@ -74,7 +86,7 @@ pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
     let table = ruleset.entry(super::TableFamily::Inet).or_default();
     for family in &families {
         let members = of_family(inputs, *family).flat_map(|member| {
-            let from = move |net| Element(vec![Part::Net(Subnet::host(member.underlay)), Part::Net(net)]);
+            let from = move |net| element(member.underlay, net);
             let link_local = (*family == Family::V6).then(link_local);
             // The node's own address too: so it answers a pod whose address was not translated on the way.
             [Some(member.subnet), Some(Subnet::host(member.underlay)), link_local].into_iter().flatten().map(from)

@@ -8,6 +8,7 @@
 //! What we wrote ourselves is known without reading it again; the events of our own transactions are passed over.
 
 mod attributes;
+pub(super) mod drops;
 mod encode;
 mod expr;
 mod read;

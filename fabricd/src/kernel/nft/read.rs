@@ -17,7 +17,7 @@ use crate::kernel::wire::{Frame, Request, attributes};
 /// `NFT_MSG_GET*`.
 const GET_TABLE: u16 = 1;
 const GET_CHAIN: u16 = 4;
-const GET_RULE: u16 = 7;
+pub(super) const GET_RULE: u16 = 7;
 const GET_SET: u16 = 10;
 const GET_ELEMENTS: u16 = 13;
 
@@ -82,19 +82,19 @@ fn table(socket: &mut RequestSocket, family: TableFamily) -> io::Result<Option<F
 }
 
 /// The attributes of a message.
-struct Values<'a>(&'a [u8]);
+pub(super) struct Values<'a>(pub(super) &'a [u8]);
 
 impl<'a> Values<'a> {
     /// Those behind the `struct nfgenmsg`.
-    fn of(frame: &Frame<'a>) -> Self {
+    pub(super) fn of(frame: &Frame<'a>) -> Self {
         Self(frame.body.get(4..).unwrap_or_default())
     }
 
-    fn bytes(&self, wanted: u16) -> Option<&'a [u8]> {
+    pub(super) fn bytes(&self, wanted: u16) -> Option<&'a [u8]> {
         attributes(self.0).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
     }
 
-    fn text(&self, wanted: u16) -> Option<&'a str> {
+    pub(super) fn text(&self, wanted: u16) -> Option<&'a str> {
         std::str::from_utf8(self.bytes(wanted)?).ok().map(|text| text.trim_end_matches('\0'))
     }
 
@@ -102,12 +102,12 @@ impl<'a> Values<'a> {
         parse_u32_be(self.bytes(wanted)?).ok()
     }
 
-    fn nested(&self, wanted: u16) -> Option<Self> {
+    pub(super) fn nested(&self, wanted: u16) -> Option<Self> {
         self.bytes(wanted).map(Self)
     }
 
     /// Whether it is about a table of ours: every kind of message has the table's name first.
-    fn is_ours(&self) -> bool {
+    pub(super) fn is_ours(&self) -> bool {
         self.text(1) == Some(TABLE)
     }
 }
@@ -142,13 +142,17 @@ fn place_priority(values: &Values<'_>) -> Option<i32> {
 fn rule(frame: &Frame<'_>) -> Option<(String, Option<String>)> {
     let values = Values::of(frame);
     let chain = values.is_ours().then(|| values.text(2))??.to_owned();
+    Some((chain, comment_of(&values).map(str::to_owned)))
+}
+
+/// The comment of a rule.
+pub(super) fn comment_of<'a>(rule: &Values<'a>) -> Option<&'a str> {
     // Type 0 is the comment: type, length, text and a zero.
-    let comment = match values.bytes(7) {
+    let comment = match rule.bytes(7) {
         Some([0, length, text @ ..]) => text.get(..usize::from(*length)),
         _ => None,
     };
-    let comment = comment.and_then(|text| std::str::from_utf8(text).ok()).map(|text| text.trim_end_matches('\0'));
-    Some((chain, comment.map(str::to_owned)))
+    comment.and_then(|text| std::str::from_utf8(text).ok()).map(|text| text.trim_end_matches('\0'))
 }
 
 /// A set by its name; `None` when it isn't of a kind that we make.
