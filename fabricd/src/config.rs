@@ -92,6 +92,22 @@ pub struct Config {
     #[arg(long, env = "FABRICD_SOCKET", value_name = "FILE", default_value = DEFAULT_SOCKET)]
     pub socket: PathBuf,
 
+    /// Where the gRPC API answers other nodes, which have to show a certificate; "off" for nowhere
+    #[arg(long, env = "FABRICD_API_ADDR", value_name = "IP:PORT", default_value = "off", value_parser = parse_address)]
+    pub api_addr: Address,
+
+    /// Authority that the nodes' certificates are of, in PEM
+    #[arg(long, env = "FABRICD_API_CAFILE", value_name = "FILE")]
+    pub api_cafile: Option<PathBuf>,
+
+    /// This node's certificate, with its name in it, in PEM
+    #[arg(long, env = "FABRICD_API_CERTFILE", value_name = "FILE")]
+    pub api_certfile: Option<PathBuf>,
+
+    /// Key of that certificate, in PEM
+    #[arg(long, env = "FABRICD_API_KEYFILE", value_name = "FILE")]
+    pub api_keyfile: Option<PathBuf>,
+
     /// Where /healthz, /readyz and /metrics answer; "off" for nowhere
     #[arg(long, env = "FABRICD_HEALTH_ADDR", value_name = "IP:PORT", default_value = "127.0.0.1:9472", value_parser = parse_address)]
     pub health_addr: Address,

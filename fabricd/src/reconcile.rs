@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use fabric_core::diff::{Gate, Op, Plan, diff};
 use fabric_core::handoff::{NODE_FILE_VERSION, NodeFile, NodeSubnet, NotReady, Readiness};
@@ -39,6 +39,8 @@ use crate::view::{PeerTrouble, View, VtepView};
 
 /// How often everything is looked at although nothing has happened.
 const AUDIT: Duration = Duration::from_secs(10);
+/// How many steps of the last plan are remembered.
+const REMEMBERED: usize = 500;
 
 /// The settings of this node that the loop needs.
 #[derive(Clone, Debug)]
@@ -68,6 +70,8 @@ pub struct Reconciler<S, K> {
     remembered: Option<NetworkConfig>,
     kept: Kept,
     commands: (mpsc::Sender<Command>, mpsc::Receiver<Command>),
+    lookers: Vec<oneshot::Sender<Looked>>,
+    last: Option<Arc<Written>>,
     planned: Planned,
     metrics: Arc<Metrics>,
     failures: u32,
@@ -81,6 +85,37 @@ pub enum Command {
         /// Where the answer goes.
         reply: oneshot::Sender<Vec<String>>,
     },
+    /// Tell what the next pass sees.
+    Look {
+        /// Where the answer goes.
+        reply: oneshot::Sender<Looked>,
+    },
+}
+
+/// What a pass saw, for somebody who asked. Nothing of it is copied.
+#[derive(Clone, Debug)]
+pub struct Looked {
+    /// What the kernel should hold; `None` as long as that isn't known.
+    pub wanted: Option<Arc<Desired>>,
+    /// What it holds; `None` when it can't be read.
+    pub observed: Option<Arc<Observed>>,
+    /// The last plan that was not empty.
+    pub last: Option<Arc<Written>>,
+    /// Why the node isn't ready. Empty when it is.
+    pub blocked: String,
+}
+
+/// A plan that was carried out.
+#[derive(Clone, Debug)]
+pub struct Written {
+    /// When.
+    pub at: SystemTime,
+    /// How many steps it had.
+    pub steps: usize,
+    /// How many failed or were left out.
+    pub failed: usize,
+    /// The first of them.
+    pub first: Vec<Op>,
 }
 
 /// Why a pass ended before there was anything to write.
@@ -115,6 +150,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             remembered: before.network,
             kept: Kept::new(before.leases),
             commands: mpsc::channel(8),
+            lookers: vec![],
+            last: None,
             planned: Planned::default(),
             metrics: Arc::default(),
             failures: 0,
@@ -173,6 +210,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             {
                 self.metrics.in_sync(since.elapsed());
             }
+            self.tell_lookers(&view).await;
             self.publish(view);
 
             let retry = again.map(|delay| Instant::now() + delay).into_iter().chain(self.kept.until()).min();
@@ -183,7 +221,10 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 changed = connection.changed() => if changed.is_err() { return },
                 changed = holding.changed() => if changed.is_err() { return },
                 () = self.rules.changed() => {}
-                Some(Command::Migrate { reply }) = self.commands.1.recv() => self.migrate(reply),
+                Some(command) = self.commands.1.recv() => match command {
+                    Command::Migrate { reply } => self.migrate(reply),
+                    Command::Look { reply } => self.lookers.push(reply),
+                },
                 () = sleep_until(retry.unwrap_or(audit)), if retry.is_some() => {}
                 () = sleep_until(audit) => {
                     self.kernel.distrust();
@@ -340,6 +381,23 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let _ = reply.send(pending);
     }
 
+    /// Answers those who asked what this pass saw: after its writes, so that what is left to do is what failed.
+    async fn tell_lookers(&mut self, view: &View) {
+        if self.lookers.is_empty() {
+            return;
+        }
+        let blocked = match &view.readiness {
+            Readiness::Ready => String::new(),
+            Readiness::NotReady { reason, .. } => reason.clone(),
+        };
+        let (wanted, last) = (self.planned.last(), self.last.clone());
+        let looked = Looked { wanted, observed: self.kernel.observe().await.ok(), last, blocked };
+        for reply in self.lookers.drain(..) {
+            // Whoever asked may have gone.
+            let _ = reply.send(looked.clone());
+        }
+    }
+
     /// Writes what the kernel lacks. True when nothing failed.
     async fn converge(
         &mut self,
@@ -379,11 +437,12 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         if view.from_disk {
             filter = filter.without_removals();
         }
-        filter.doors = self.rules.doors(network, observed);
         let plan = diff(state, have);
         view.troubles = refused.iter().map(|(key, refusal)| (*key, PeerTrouble::Refused(refusal.clone()))).collect();
         let conflicts = conflicts.clone();
         let filtered = self.enforce(&filter).await;
+        // What others have against a rule of ours is no reason not to be ready: the status shows their chain.
+        let _ = self.enforce(&Change { doors: self.rules.doors(network, observed), ..Change::default() }).await;
         let failures = self.execute(&plan, view.from_disk).await;
         let pending = Pending::new(&failures, &conflicts);
         if !pending.is_empty() {
@@ -443,6 +502,12 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         }
         if !plan.is_empty() {
             debug!(ops = plan.ops().len(), failed = failures.len(), "kernel written to");
+            self.last = Some(Arc::new(Written {
+                at: SystemTime::now(),
+                steps: plan.ops().len(),
+                failed: failures.len(),
+                first: plan.ops().iter().take(REMEMBERED).cloned().collect(),
+            }));
         }
         // The first of a series; how it goes on shows in the status.
         if let (Some((_, first)), 0) = (failures.first(), self.failures) {

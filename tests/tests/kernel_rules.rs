@@ -189,7 +189,7 @@ fn five_thousand_peers_are_one_transaction_and_one_more_costs_little() {
         settle(&mut kernel, &rules(5_000)).await;
         let more = change(&rules(5_001), &look(&mut kernel).await.rules);
         let lines: Vec<_> = more.to_string().lines().map(str::to_owned).collect();
-        assert!(lines.len() <= 4 && lines.iter().all(|line| line.starts_with("add element")), "{lines:?}");
+        assert!(lines.len() <= 4 && lines.iter().all(|line| line.starts_with("+ nft add element")), "{lines:?}");
         kernel.enforce(&more).await.expect("written");
         let found = &look(&mut kernel_anew()).await.rules[&TableFamily::Inet];
         let (usual, odd) = (found.sets["members4"].elements.len(), found.sets["odd4"].elements.len());

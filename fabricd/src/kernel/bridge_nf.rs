@@ -38,7 +38,10 @@ mod tests {
         fs::create_dir(root.path().join("bridge")).expect("a folder");
         fs::write(root.path().join("bridge/bridge-nf-call-iptables"), "0\n").expect("written");
         let said: Vec<String> = lacking(root.path()).into_iter().map(|(_, words)| words).collect();
-        assert!(said[0].contains("call-iptables is 0") && said[0].ends_with("with: sysctl -w net.bridge.bridge-nf-call-iptables=1"));
+        assert!(
+            said[0].contains("call-iptables is 0")
+                && said[0].ends_with("with: sysctl -w net.bridge.bridge-nf-call-iptables=1")
+        );
         assert!(said[1].contains("call-ip6tables is missing") && said[1].contains("modprobe br_netfilter; sysctl"));
         for name in ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"] {
             fs::write(root.path().join("bridge").join(name), "1\n").expect("written");

@@ -66,8 +66,6 @@ impl Mirror {
     /// Takes over what we wrote ourselves to our tables of nftables: it needn't be read again.
     pub(super) fn enforced(&mut self, change: &Change) {
         change.apply_to(&mut Arc::make_mut(&mut self.observed).rules);
-        // Their handles are the kernel's to give.
-        self.stale.extend((!change.doors.is_empty()).then_some(Table::ForwardDrops));
     }
 
     /// What to listen to from now on.

@@ -15,6 +15,7 @@
 //!            ────────────────────────────────────  kernel  ──────────────────────────────────────
 //! ```
 
+pub mod bridge;
 mod bridge_nf;
 mod encode;
 mod forward;

@@ -186,6 +186,10 @@ impl Worker {
             });
         }
         self.mirror.enforced(change);
+        if !change.doors.is_empty() {
+            // The handles of rules are the kernel's to give.
+            self.monitor.distrust([Table::ForwardDrops]);
+        }
         Ok(())
     }
 
