@@ -17,7 +17,7 @@ use tracing::{debug, error, info, warn};
 
 use super::backoff::Backoff;
 use super::{Command, Holding, Mark, Own, Remembered, Tenant, Wanted};
-use crate::store::{Claim, Grant, LeaseStore, StoreError};
+use crate::store::{Claim, Grant, LeaseStore, Network, StoreError};
 
 /// How long nothing is looked at when only a change can help; changes wake the keeper at once.
 const REST: Duration = Duration::from_secs(3600);
@@ -27,6 +27,15 @@ pub const SETTLING: Duration = Duration::from_secs(120);
 
 /// How often it is looked for pods that are in the way; nobody says when they go.
 const PODS: Duration = Duration::from_secs(10);
+
+/// What a claim was decided on.
+#[derive(Clone, Copy)]
+struct Seen {
+    /// The revision of the leases.
+    revision: i64,
+    /// True when the store shows another network config than the one in force.
+    outdated: bool,
+}
 
 /// The lease keeper of one node.
 #[derive(Debug)]
@@ -143,7 +152,10 @@ impl<S: LeaseStore> Keeper<S> {
             resting: &self.resting,
             assigned,
         });
-        let seen = leases.revision();
+        // The config in force comes from the reconcile loop: it may be one of before, for a moment or until a person says.
+        let network = self.store.network().borrow().clone();
+        let is_current = matches!(network, Network::Valid(current) if current.spaces == want.network.spaces);
+        let seen = Seen { revision: leases.revision(), outdated: !is_current };
         let outcome = match step {
             Step::Keep => return self.renew_if_due().await,
             Step::Wait(obstacle) => {
@@ -196,10 +208,14 @@ impl<S: LeaseStore> Keeper<S> {
             }
             // A node that has a subnet has said what became of its lease; nothing new is known.
             Err(error @ StoreError::Unreachable { .. }) if self.has_troubled_subnet() => debug!(%error, "trying again"),
+            // The lease itself stays, and is kept alive below.
+            Err(error) if self.grant.is_some() && self.retry.is_fresh() => {
+                warn!(%error, "lease not changed, trying again");
+            }
             Err(error) => self.hinder(&error.to_string()),
         }
         let again = Instant::now() + self.retry.next();
-        self.grant.as_ref().map_or(again, |grant| again.min(grant.expires))
+        if self.grant.is_none() { again } else { again.min(self.renew_if_due().await) }
     }
 
     fn has_troubled_subnet(&self) -> bool {
@@ -233,6 +249,10 @@ impl<S: LeaseStore> Keeper<S> {
     fn obey(&mut self, Command::Renumber { force, reply }: Command) {
         let answer = match self.previous.map(|previous| previous.key) {
             None => Err("this node has no subnet to leave".to_owned()),
+            Some(key) if self.is_assigned(&key) => Err(format!(
+                "{key} is what the cluster assigns to this node; it takes another one when its Node is made anew with \
+                 other podCIDRs"
+            )),
             Some(key) => match self.tenant.pods.in_subnets(&key) {
                 pods @ 1.. if !force => Err(format!(
                     "{pods} pods of this node have addresses in {key}, and would be cut off; \
@@ -249,9 +269,15 @@ impl<S: LeaseStore> Keeper<S> {
         let _ = reply.send(answer);
     }
 
-    async fn claim(&mut self, bid: Bid, seen_revision: i64) -> Result<(), StoreError> {
+    /// True when the cluster wants this node to have these very subnets.
+    fn is_assigned(&self, key: &LeaseKey) -> bool {
+        let has = |assigned: &Assigned| key.subnets().iter().all(|(family, s)| assigned.subnets.get(family) == Some(s));
+        self.store.assigned().is_some_and(|assigned| has(&assigned.borrow()))
+    }
+
+    async fn claim(&mut self, bid: Bid, seen: Seen) -> Result<(), StoreError> {
         let record = bid.record.clone();
-        let grant = self.store.claim(&self.as_claim(bid, seen_revision)).await?;
+        let grant = self.store.claim(&self.as_claim(bid, seen)).await?;
         info!(subnet = %grant.key, epoch = epoch(&record), ttl = ?grant.ttl, "lease held");
         self.hold(grant, &record);
         Ok(())
@@ -298,13 +324,13 @@ impl<S: LeaseStore> Keeper<S> {
         let Some(grant) = self.grant.clone() else { return Ok(()) };
         let written = timeout_at(grant.expires, self.store.rewrite(&grant, &record)).await;
         let grant = written.unwrap_or(Err(StoreError::Expired { lease_id: grant.lease_id }))?;
-        info!(subnet = %grant.key, "lease rewritten, this node's addresses have changed");
+        info!(subnet = %grant.key, "lease rewritten, it did not say what it should");
         self.hold(grant, &record);
         Ok(())
     }
 
-    async fn withdraw(&mut self, bid: Bid, seen_revision: i64) -> Result<(), StoreError> {
-        let grant = self.store.claim(&self.as_claim(bid, seen_revision)).await?;
+    async fn withdraw(&mut self, bid: Bid, seen: Seen) -> Result<(), StoreError> {
+        let grant = self.store.claim(&self.as_claim(bid, seen)).await?;
         info!(subnet = %grant.key, "record of this node withdrawn: it is to have another subnet");
         self.store.release(&grant).await
     }
@@ -316,9 +342,10 @@ impl<S: LeaseStore> Keeper<S> {
         Ok(())
     }
 
-    fn as_claim(&self, bid: Bid, seen_revision: i64) -> Claim {
-        let Bid { key, record, expect, evict } = bid;
-        Claim { node: self.tenant.node.clone(), key, record, expect, seen_revision, evict, ttl: self.tenant.ttl }
+    fn as_claim(&self, Bid { key, record, expect, evict }: Bid, seen: Seen) -> Claim {
+        let (node, ttl) = (self.tenant.node.clone(), self.tenant.ttl);
+        let (seen_revision, outdated) = (seen.revision, seen.outdated);
+        Claim { node, key, record, expect, seen_revision, outdated, evict, ttl }
     }
 
     /// Keeps the lease alive when a third of its time has passed, and stops acting as its owner when all has.

@@ -1,9 +1,11 @@
 //! The lease store: where the network config lies and the nodes' leases live.
 //!
-//! [`LeaseStore`] is what the daemon sees. [`etcd::Etcd`] is the real one; the test crate has one in memory, and one
-//! conformance suite runs on both.
+//! [`LeaseStore`] is what the daemon sees. [`etcd::Etcd`] and [`kubernetes::Kubernetes`] are the real ones; the test crate
+//! has one in memory, and one conformance suite runs on all.
 
 pub mod etcd;
+pub mod kubernetes;
+mod outage;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -65,8 +67,13 @@ pub struct Claim {
     /// What must be true of the key, else the claim is lost.
     pub expect: Expect,
     /// The revision of the [`LeaseSet`] that the choice was made on. A claim of a free subnet is lost when the network
-    /// config has changed since. Read the leases first and the config after them, so that it is not the older one.
+    /// config has changed since.
     pub seen_revision: i64,
+    /// True when the choice was made under another network config than the store shows: subnets may have another size
+    /// by now. Such a claim of a free subnet is lost when anything was leased since `seen_revision`, and makes all
+    /// claims lost that were decided before it. Read the leases first and the config that they are compared with after
+    /// them, so that it is not the older one.
+    pub outdated: bool,
     /// Guards of resting subnets that may be overwritten: their revisions.
     pub evict: Vec<i64>,
     /// Time to live of the lease, in whole seconds.

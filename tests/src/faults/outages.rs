@@ -65,15 +65,15 @@ fn store_away(trial: &mut Trial) -> Result<()> {
     fabric.until_routes(warm, 2)?;
     let frozen = trial.random.bool();
     if frozen {
-        etcd.freeze()?
+        etcd.freeze()?;
     } else {
-        etcd.kill()?
+        etcd.kill()?;
     }
     sleep(Duration::from_millis(trial.random.u64(0..2_000)));
     if trial.random.bool() {
-        cold.kill_fabricd()?
+        cold.kill_fabricd()?;
     } else {
-        cold.stop_fabricd()?
+        cold.stop_fabricd()?;
     }
     start(cold)?;
     cold.wait_trouble("as remembered from disk")?;
@@ -91,9 +91,9 @@ fn store_away(trial: &mut Trial) -> Result<()> {
     ensure!((cold.routes()?, warm.routes()?) == (2, 2), "routes have gone");
 
     if frozen {
-        etcd.thaw()?
+        etcd.thaw()?;
     } else {
-        etcd.start()?
+        etcd.start()?;
     }
     fabric.until_all_hold(&had)?;
     fabric.lost_nothing()

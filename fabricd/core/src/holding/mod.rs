@@ -165,7 +165,7 @@ pub fn next_step(now: &Situation<'_>) -> Step {
 fn keep(now: &Situation<'_>, held: Held) -> Step {
     match now.leases.get(&held.key) {
         _ if held.run_out => Step::Lost(Loss::RunOut(held.key)),
-        Some(lease) if lease.mod_revision == held.mod_revision => {
+        Some(lease) if lease.mod_revision == held.mod_revision && lease.record.node() == Some(now.node) => {
             let endpoints = endpoints(now, Some(lease));
             if now.leave == Some(held.key) || !fits(now.network, &held.key) {
                 Step::GiveBack
