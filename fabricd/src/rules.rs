@@ -111,6 +111,7 @@ impl Rules {
     ) -> &Ruleset {
         let now = Instant::now();
         self.moved.retain(|_, until| *until > now);
+        let pod_subnets = self.pod_subnets(network, own, observed);
         let mut given = Given {
             network: *network,
             own: own.key,
@@ -118,7 +119,7 @@ impl Rules {
             refused: refused.keys().copied().collect(),
             ports: observed.bridges.get(&self.bridge).cloned().unwrap_or_default(),
             pods: Arc::clone(&self.pods.borrow_and_update()),
-            pod_subnets: self.pod_subnets(network, own, observed),
+            pod_subnets,
             moved: self.moved.keys().copied().collect(),
         };
         let known = self.known.take().filter(|(before, _)| before.decides_as(&given));
