@@ -1,9 +1,11 @@
 //! The lease store: where the network config lies and the nodes' leases live.
 //!
-//! [`LeaseStore`] is what the daemon sees. [`etcd::Etcd`] is the real one; the test crate has one in memory, and one
-//! conformance suite runs on both.
+//! [`LeaseStore`] is what the daemon sees. [`etcd::Etcd`] and [`kubernetes::Kubernetes`] are the real ones; the test crate
+//! has one in memory, and one conformance suite runs on all.
 
 pub mod etcd;
+pub mod kubernetes;
+mod outage;
 
 use std::future::Future;
 use std::sync::Arc;

@@ -17,8 +17,8 @@ use crate::kernel::{Count, Dropped};
 
 /// `NFT_MSG_GET*`.
 const GET_TABLE: u16 = 1;
-const GET_CHAIN: u16 = 4;
-const GET_RULE: u16 = 7;
+pub(super) const GET_CHAIN: u16 = 4;
+pub(super) const GET_RULE: u16 = 7;
 const GET_SET: u16 = 10;
 const GET_ELEMENTS: u16 = 13;
 
@@ -83,19 +83,19 @@ fn elements(socket: &mut RequestSocket, listing: &Request, set: &Set) -> io::Res
 }
 
 /// The attributes of a message.
-struct Values<'a>(&'a [u8]);
+pub(super) struct Values<'a>(&'a [u8]);
 
 impl<'a> Values<'a> {
     /// Those behind the `struct nfgenmsg`.
-    fn of(frame: &Frame<'a>) -> Self {
+    pub(super) fn of(frame: &Frame<'a>) -> Self {
         Self(frame.body.get(4..).unwrap_or_default())
     }
 
-    fn bytes(&self, wanted: u16) -> Option<&'a [u8]> {
+    pub(super) fn bytes(&self, wanted: u16) -> Option<&'a [u8]> {
         attributes(self.0).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
     }
 
-    fn text(&self, wanted: u16) -> Option<&'a str> {
+    pub(super) fn text(&self, wanted: u16) -> Option<&'a str> {
         std::str::from_utf8(self.bytes(wanted)?).ok().map(|text| text.trim_end_matches('\0'))
     }
 
@@ -151,17 +151,23 @@ struct RuleFound {
 fn rule(frame: &Frame<'_>) -> Option<RuleFound> {
     let values = Values::of(frame);
     let chain = values.is_ours().then(|| values.text(2))??.to_owned();
-    // Type 0 is the comment: type, length, text and a zero.
-    let comment = match values.bytes(7) {
-        Some([0, length, text @ ..]) => text.get(..usize::from(*length)),
-        _ => None,
-    };
-    let comment = comment.and_then(|text| std::str::from_utf8(text).ok()).map(|text| text.trim_end_matches('\0'));
+    let comment = comment(&values);
     Some(RuleFound {
         chain,
         comment: comment.map(str::to_owned),
         counter: values.nested(4).and_then(|list| counter(&list)),
     })
+}
+
+/// A rule's comment.
+pub(super) fn comment<'a>(values: &Values<'a>) -> Option<&'a str> {
+    // NFTA_RULE_USERDATA, of which type 0 is the comment: type, length, text and a zero.
+    match values.bytes(7) {
+        Some([0, length, text @ ..]) => {
+            std::str::from_utf8(text.get(..usize::from(*length))?).ok().map(|text| text.trim_end_matches('\0'))
+        }
+        _ => None,
+    }
 }
 
 /// The counter among a rule's expressions.

@@ -15,7 +15,6 @@ mod connect;
 mod identity;
 mod keys;
 mod operator;
-mod outage;
 mod places;
 mod txn;
 mod watch;
