@@ -111,13 +111,14 @@ impl Rules {
     ) -> &Ruleset {
         let now = Instant::now();
         self.moved.retain(|_, until| *until > now);
+        let pods = Arc::clone(&self.pods.borrow_and_update());
         let mut given = Given {
             network: *network,
             own: own.key,
             leases: Arc::clone(leases),
             refused: refused.keys().copied().collect(),
             ports: observed.bridges.get(&self.bridge).cloned().unwrap_or_default(),
-            pods: Arc::clone(&self.pods.borrow_and_update()),
+            pods,
             pod_subnets: self.pod_subnets(network, own, observed),
             moved: self.moved.keys().copied().collect(),
         };
