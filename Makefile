@@ -24,6 +24,15 @@ lab-down: root ## Take it down again
 test: root deps build ## Run all tests
 	cargo test --workspace --no-fail-fast
 
+faults: root deps build ## Try every fault that must cost nothing (SEEDS=20 times; FAULTS="1 17" only these)
+	target/debug/faults $(FAULTS)
+
+# Any arguments of `bench`: BENCH="cold-start --peers 100,1000", FLANNELD=/path to have flanneld in the same run.
+BENCH ?=
+bench: root deps ## Measure fabricd beside iproute2, a VXLAN made by hand and flanneld (BENCH=cold-start: that alone)
+	cargo build --release -p fabricd -p fabric-cni -p fabric-tests
+	target/release/bench $(BENCH)
+
 lint: deps ## Check format and lints
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings

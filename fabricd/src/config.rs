@@ -76,6 +76,10 @@ pub struct Config {
     #[arg(long, env = "FABRICD_CNI_DATA_DIR", value_name = "DIR", default_value = "/var/lib/cni/networks")]
     pub cni_data_dir: PathBuf,
 
+    /// Folder where fabric-cni remembers the pods it has attached, each with its port and addresses
+    #[arg(long, env = "FABRICD_CNI_STATE_DIR", value_name = "DIR", default_value = fabric_core::handoff::ATTACHMENTS_DIR)]
+    pub cni_state_dir: PathBuf,
+
     /// flannel's file with the node's subnet, for others
     #[arg(long, env = "FABRICD_SUBNET_FILE", value_name = "FILE", default_value = "/run/flannel/subnet.env")]
     pub subnet_file: PathBuf,

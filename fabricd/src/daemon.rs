@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,17 +26,18 @@ use crate::config::Config;
 use crate::diagnosis::{Inspector, Places};
 use crate::disk::{self, Disk, Uptime};
 use crate::events::Events;
-use crate::files::Files;
+use crate::files::{Files, remove_if_there};
 use crate::kernel::Kernel as _;
 use crate::kernel::netlink::{self, Netlink};
 use crate::lease::{Keeper, Tenant};
+use crate::leftovers::Leftovers;
 use crate::log_level::LogLevel;
 use crate::mesh::Mesh;
 use crate::pods::PodAddresses;
 use crate::reconcile::{Node, Reconciler};
 use crate::store::etcd::Etcd;
 use crate::store::{Claim, LeaseStore as _};
-use crate::{api, events, health, mesh};
+use crate::{api, events, health, mesh, ports};
 
 /// How long `--cleanup` waits for the store before it leaves the lease to end by itself.
 const GIVE_UP: Duration = Duration::from_secs(10);
@@ -71,10 +72,12 @@ pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
         name: config.node().clone(),
         selectors: config.selectors(),
         public_ips: config.public_ips(),
-        prefix: config.etcd.prefix.trim_end_matches('/').to_owned(),
         rules: config.rules.options(),
     };
-    let reconciler = Reconciler::new(node, store.clone(), open_kernel(&config)?, files, before);
+    let mut reconciler = Reconciler::new(node, store.clone(), open_kernel(&config)?, files, before);
+    if config.rules.check_pods {
+        reconciler.guard_ports(ports::follow(config.cni_state_dir.clone()));
+    }
     let controls = Controls { lease: keeper.commands(), network: reconciler.commands() };
     let events = Arc::new(Events::default());
     let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
@@ -139,7 +142,7 @@ fn places(config: &Config) -> Places {
     let of_api = [&config.api_cafile, &config.api_certfile];
     Places {
         addresses: config.cni_data_dir.clone(),
-        attachments: "/var/lib/cni/fabric".into(),
+        attachments: config.cni_state_dir.clone(),
         root: "/".into(),
         certificates: of_etcd.into_iter().chain(of_api).flatten().cloned().collect(),
     }
@@ -169,6 +172,7 @@ async fn api_for_others(config: &Config) -> anyhow::Result<Option<(TcpListener, 
 pub async fn cleanup(config: Config) -> anyhow::Result<()> {
     let _lock = lock(&config.run_dir)?;
     let mut kernel = open_kernel(&config)?;
+    let leftovers = Leftovers::of_node(&config.run_dir, &config.cni_data_dir);
     // No pod may be added while the rest goes.
     Files::new(&config.run_dir, &config.subnet_file).remove()?;
     Disk::new(&config.state_dir, config.node()).remove()?;
@@ -184,18 +188,23 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
         }
     }
     // The filter last: while a device is there, not everybody may send to it.
-    let filter = change(&Ruleset::new(), &observed.rules);
+    let mut filter = change(&Ruleset::new(), &observed.rules);
+    filter.doors = observed.doors.iter().filter_map(|door| door.change(None)).collect();
     if !filter.is_empty() {
         print!("{filter}");
         refused.extend(kernel.enforce(&filter).await.err());
     }
     println!("{} kernel entries removed", plan.ops().len() - refused.len());
+    print!("{}", leftovers.remove().await?);
 
     match timeout(GIVE_UP, release(&config)).await {
         Ok(Ok(Some(key))) => println!("lease of {key} given back"),
         Ok(Ok(None)) => println!("this node, {}, holds no lease", config.node()),
         Ok(Err(error)) => warn!(%error, "lease not given back, it ends by itself"),
         Err(_) => warn!(endpoints = ?config.etcd.endpoints, "store not reached, the lease ends by itself"),
+    }
+    for file in [&config.socket, &lock_file(&config.run_dir)] {
+        remove_if_there(file)?;
     }
     match refused.into_iter().next() {
         Some(first) => Err(first).context("not everything could be removed"),
@@ -215,6 +224,7 @@ async fn release(config: &Config) -> anyhow::Result<Option<LeaseKey>> {
         record: lease.record.clone(),
         expect: Expect::Revision(lease.mod_revision),
         seen_revision: leases.revision(),
+        outdated: false,
         evict: vec![],
         ttl: config.lease_ttl,
     };
@@ -231,7 +241,7 @@ fn open_kernel(config: &Config) -> anyhow::Result<Netlink> {
 
 /// Makes sure that no other fabricd works on this node: two would undo each other's work.
 fn lock(run_dir: &Path) -> anyhow::Result<Flock<fs::File>> {
-    let path = run_dir.join("fabricd.lock");
+    let path = lock_file(run_dir);
     let open = || {
         fs::create_dir_all(run_dir)?;
         fs::File::options().create(true).append(true).open(&path)
@@ -240,6 +250,10 @@ fn lock(run_dir: &Path) -> anyhow::Result<Flock<fs::File>> {
     Flock::lock(file, FlockArg::LockExclusiveNonblock)
         .map_err(|(_, errno)| anyhow::Error::from(errno))
         .with_context(|| format!("another fabricd holds {}; end it first", path.display()))
+}
+
+fn lock_file(run_dir: &Path) -> PathBuf {
+    run_dir.join("fabricd.lock")
 }
 
 fn instance() -> anyhow::Result<Instance> {

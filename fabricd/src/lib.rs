@@ -12,6 +12,7 @@
 //! Store and kernel never see each other. docs/architecture.md tells the whole story.
 
 pub mod api;
+pub mod api_server;
 pub mod config;
 pub mod daemon;
 pub mod diagnosis;
@@ -23,13 +24,16 @@ pub mod install_cni;
 pub mod kept;
 pub mod kernel;
 pub mod lease;
+pub mod leftovers;
 pub mod log_level;
 pub mod mesh;
 pub mod metrics;
 pub mod page;
 pub mod pending;
+pub mod pki;
 pub mod planned;
 pub mod pods;
+pub mod ports;
 pub mod reconcile;
 pub mod rule_args;
 pub mod rules;

@@ -6,10 +6,17 @@ use fabricd::config::{Config, ConfigError};
 use fabricd::daemon;
 use fabricd::install_cni::InstallCni;
 use fabricd::log_level::LogLevel;
+use fabricd::pki::Pki;
 
 fn main() -> ExitCode {
     if let Some(install) = InstallCni::asked(std::env::args_os()) {
         return match install.run() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&format!("{error:#}")),
+        };
+    }
+    if let Some(pki) = Pki::asked(std::env::args_os()) {
+        return match pki.run() {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&format!("{error:#}")),
         };

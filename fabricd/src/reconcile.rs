@@ -17,6 +17,7 @@ use fabric_core::network::NetworkConfig;
 use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep, device_name};
 use fabric_core::rules::RuleOptions;
 use fabric_core::rules::change::{Change, change};
+use fabric_core::rules::door::Door;
 use fabric_core::state::Sysctl;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
@@ -25,11 +26,12 @@ use tracing::{debug, info, warn};
 use crate::disk::State;
 use crate::files::{Files, unknown};
 use crate::kept::Kept;
-use crate::kernel::{Kernel, Observed, Touched};
+use crate::kernel::{ForwardDrop, Kernel, Observed, Touched};
 use crate::lease::{Holding, Own, Wanted};
 use crate::metrics::Metrics;
 use crate::pending::Pending;
 use crate::planned::Planned;
+use crate::ports::PodPorts;
 use crate::rules::Rules;
 use crate::store::{Connection, LeaseStore, Network};
 use crate::underlay::{self, Selector, Underlay};
@@ -49,8 +51,6 @@ pub struct Node {
     pub selectors: Vec<Selector>,
     /// Addresses to publish instead of the interface's.
     pub public_ips: PerFamily<IpAddr>,
-    /// The prefix in the store, for messages.
-    pub prefix: String,
     /// What the packet filter is to do.
     pub rules: RuleOptions,
 }
@@ -158,6 +158,11 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         }
     }
 
+    /// Lets the pods of these ports use no addresses but their own.
+    pub fn guard_ports(&mut self, pods: watch::Receiver<Arc<PodPorts>>) {
+        self.rules.guard_ports(pods);
+    }
+
     /// What the lease should say, for the keeper.
     pub fn wanted(&self) -> watch::Receiver<Option<Wanted>> {
         self.wanted.subscribe()
@@ -215,6 +220,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 changed = network.changed() => if changed.is_err() { return },
                 changed = connection.changed() => if changed.is_err() { return },
                 changed = holding.changed() => if changed.is_err() { return },
+                () = self.rules.changed() => {}
                 Some(command) = self.commands.1.recv() => match command {
                     Command::Migrate { reply } => self.migrate(reply),
                     Command::Look { reply } => self.lookers.push(reply),
@@ -293,7 +299,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         {
             return Err(failed(format!(
                 "the network {space} overlaps {link}, which this node's underlay interface reaches directly; \
-                 choose another network with: fabricctl network init --force --network …"
+                 {}",
+                self.store.config_place().change
             )));
         }
         let public_ips = underlays.map(|family, u| self.node.public_ips.get(family).copied().unwrap_or(u.local));
@@ -303,7 +310,14 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             *current = wanted;
             differs
         });
-        for drop in &observed.forward_drops {
+        let ours = observed.hazards.iter().filter(|(family, _)| network.spaces.get(*family).is_some());
+        view.warnings.extend(ours.map(|(_, words)| words.clone()));
+        let shut = self.rules.doors(&network, &observed);
+        let open = |drop: &&ForwardDrop| {
+            let spares = |door: &Door| drop.is_behind(door) && !shut.iter().any(|change| change.family == door.family);
+            self.rules.opens_doors() && observed.doors.iter().any(spares)
+        };
+        for drop in observed.forward_drops.iter().filter(|drop| !open(drop)) {
             if let Some(space) = network.spaces.get(drop.family) {
                 let remedy = drop.remedy.replace("{network}", &space.network.to_string()).replace('\n', "; ");
                 view.warnings.push(format!(
@@ -325,7 +339,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     /// The config that counts: the first valid one, with what can change under running pods kept up to date. Until the
     /// store has shown one it is that of before the start.
     fn network_in_force(&mut self, view: &mut View, network: &Network) -> Result<NetworkConfig, Blocked> {
-        let key = format!("{}/config", self.node.prefix);
+        let place = self.store.config_place();
+        let key = &place.name;
         let trouble = match (network, self.applied) {
             (Network::Valid(config), None) => {
                 (self.applied, self.remembered) = (Some(*config), None);
@@ -347,9 +362,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 Connection::Down(reason) => format!("waiting for the network config: {reason}"),
                 Connection::Unknown | Connection::Up => format!("waiting for the network config at {key}"),
             },
-            (Network::Missing, _) => format!(
-                "there is no network config at {key}; make one with: fabricctl network init --network 10.244.0.0/16"
-            ),
+            (Network::Missing, _) => format!("there is no network config at {key}; {}", place.make),
             (Network::Invalid(error), _) => format!("the network config at {key} can't be used: {error}"),
         };
         let Some(applied) = self.applied.or(self.remembered) else { return Err(starting(trouble)) };
@@ -417,11 +430,14 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let inputs = Inputs { network, own: &own.key, vteps: &vteps, leases, facts: &facts, have, foreign };
         let Desired { state, refused, conflicts, .. } = self.planned.desired(&inputs, leases);
 
+        view.open_ports = self.rules.open_ports(observed);
+        view.dropped = observed.dropped.clone();
         // Before anything is there that decapsulates, those who may send to it are known.
         let mut filter = change(&self.rules.wanted(network, own, observed, leases, refused), &observed.rules);
         if view.from_disk {
             filter = filter.without_removals();
         }
+        filter.doors = self.rules.doors(network, observed);
         let plan = diff(state, have);
         view.troubles = refused.iter().map(|(key, refusal)| (*key, PeerTrouble::Refused(refusal.clone()))).collect();
         let conflicts = conflicts.clone();

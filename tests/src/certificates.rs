@@ -9,6 +9,8 @@ use tempfile::TempDir;
 /// An authority, and what it signed.
 pub struct Certificates {
     dir: TempDir,
+    /// Names, and the alternative name of each.
+    names: Vec<(String, String)>,
 }
 
 impl Certificates {
@@ -25,16 +27,33 @@ impl Certificates {
     /// # Errors
     /// When `openssl` is missing or fails.
     pub fn create_for(names: &[(&str, &str)]) -> anyhow::Result<Self> {
-        let all = Self { dir: tempfile::tempdir()? };
-        let (ca, ca_key) = (all.ca(), all.dir.path().join("ca.key"));
+        let names = names.iter().map(|(name, alternative)| (String::from(*name), String::from(*alternative))).collect();
+        let all = Self { dir: tempfile::tempdir()?, names };
+        all.renew()?;
+        Ok(all)
+    }
+
+    /// Makes all of them anew, in the same files: another authority too.
+    ///
+    /// # Errors
+    /// When `openssl` is missing or fails.
+    pub fn renew(&self) -> anyhow::Result<()> {
+        let (ca, ca_key) = (self.ca(), self.dir.path().join("ca.key"));
         openssl(
             &["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=tests"],
             &[("-out", &ca), ("-keyout", &ca_key)],
         )?;
-        let extensions = all.dir.path().join("extensions");
-        for (name, alternative) in names {
-            std::fs::write(&extensions, format!("subjectAltName={alternative}\nbasicConstraints=CA:FALSE\n"))?;
-            let ((certificate, key), request) = (all.pair(name), all.dir.path().join(name).with_extension("csr"));
+        let extensions = self.dir.path().join("extensions");
+        for (name, alternative) in &self.names {
+            std::fs::write(
+                &extensions,
+                format!(
+                    "subjectAltName={alternative}
+basicConstraints=CA:FALSE
+"
+                ),
+            )?;
+            let ((certificate, key), request) = (self.pair(name), self.dir.path().join(name).with_extension("csr"));
             let subject = format!("/CN={name}");
             openssl(
                 &["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", &subject],
@@ -51,7 +70,7 @@ impl Certificates {
                 ],
             )?;
         }
-        Ok(all)
+        Ok(())
     }
 
     /// The authority's certificate.

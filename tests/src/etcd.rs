@@ -27,6 +27,8 @@ pub struct EtcdServer {
     client: String,
     peer: String,
     tls: Option<Certificates>,
+    /// More arguments of its command line.
+    args: Vec<String>,
     /// Part of the cluster's identity: another number makes another cluster id.
     cluster: u32,
     process: Option<Process>,
@@ -38,7 +40,15 @@ impl EtcdServer {
     /// # Errors
     /// When `etcd` is not on the PATH, or doesn't answer.
     pub async fn start() -> anyhow::Result<Self> {
-        Self::start_with(None).await
+        Self::start_with(None, vec![]).await
+    }
+
+    /// Starts one with more arguments on its command line.
+    ///
+    /// # Errors
+    /// As [`EtcdServer::start`].
+    pub async fn start_with_args(args: &[&str]) -> anyhow::Result<Self> {
+        Self::start_with(None, args.iter().map(ToString::to_string).collect()).await
     }
 
     /// Starts one that speaks TLS, and only to clients with a certificate.
@@ -46,16 +56,27 @@ impl EtcdServer {
     /// # Errors
     /// As [`EtcdServer::start`].
     pub async fn start_with_tls(certificates: Certificates) -> anyhow::Result<Self> {
-        Self::start_with(Some(certificates)).await
+        let ca = certificates.ca();
+        let asks = ["--client-cert-auth", "--trusted-ca-file", &ca.to_string_lossy()].map(str::to_owned);
+        Self::start_with(Some(certificates), asks.to_vec()).await
     }
 
-    async fn start_with(tls: Option<Certificates>) -> anyhow::Result<Self> {
+    /// Starts one that speaks TLS, to any client.
+    ///
+    /// # Errors
+    /// As [`EtcdServer::start`].
+    pub async fn start_with_server_tls(certificates: Certificates) -> anyhow::Result<Self> {
+        Self::start_with(Some(certificates), vec![]).await
+    }
+
+    async fn start_with(tls: Option<Certificates>, args: Vec<String>) -> anyhow::Result<Self> {
         let scheme = if tls.is_some() { "https" } else { "http" };
         let mut server = Self {
             dir: tempfile::tempdir().context("cannot make a directory for etcd's data")?,
             client: format!("{scheme}://{}", free_port()?),
             peer: format!("http://{}", free_port()?),
             tls,
+            args,
             cluster: 1,
             process: None,
         };
@@ -91,6 +112,24 @@ impl EtcdServer {
     /// # Errors
     /// When it doesn't answer.
     pub async fn restart(&mut self) -> anyhow::Result<()> {
+        self.launch()?;
+        let deadline = Instant::now() + START;
+        while let Err(error) = self.try_ctl(&["endpoint", "health"]).await {
+            if Instant::now() > deadline || self.process.as_ref().is_none_or(Process::has_ended) {
+                let log = std::fs::read_to_string(self.log()).unwrap_or_default();
+                let tail = log.lines().rev().take(5).collect::<Vec<_>>().join("\n");
+                bail!("etcd does not answer at {}: {error:#}\n{tail}\nis Debian's etcd-server installed?", self.client);
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    /// Starts it again on the data that it had, killing it first if it runs, and doesn't wait.
+    ///
+    /// # Errors
+    /// When there is no `etcd`.
+    pub fn launch(&mut self) -> anyhow::Result<()> {
         self.kill();
         let log = std::fs::File::options().create(true).append(true).open(self.log())?;
         let mut command = Command::new("setpriv");
@@ -104,19 +143,11 @@ impl EtcdServer {
             // The shortest lease follows from these: one second.
             .args(["--heartbeat-interval", "50", "--election-timeout", "500"])
             .args(self.tls.iter().flat_map(server_tls))
+            .args(&self.args)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
         self.process = Some(Process::spawn(command).context("cannot start etcd through setpriv")?);
-        let deadline = Instant::now() + START;
-        while let Err(error) = self.try_ctl(&["endpoint", "health"]).await {
-            if Instant::now() > deadline || self.process.as_ref().is_none_or(Process::has_ended) {
-                let log = std::fs::read_to_string(self.log()).unwrap_or_default();
-                let tail = log.lines().rev().take(5).collect::<Vec<_>>().join("\n");
-                bail!("etcd does not answer at {}: {error:#}\n{tail}\nis Debian's etcd-server installed?", self.client);
-            }
-            sleep(Duration::from_millis(20)).await;
-        }
         Ok(())
     }
 
@@ -179,8 +210,7 @@ impl EtcdServer {
 
 fn server_tls(certificates: &Certificates) -> Vec<OsString> {
     let (certificate, key) = certificates.server();
-    let files = [("--cert-file", certificate), ("--key-file", key), ("--trusted-ca-file", certificates.ca())];
-    std::iter::once("--client-cert-auth".into()).chain(options(files)).collect()
+    options([("--cert-file", certificate), ("--key-file", key)]).collect()
 }
 
 fn client_tls(certificates: &Certificates) -> Vec<OsString> {
@@ -188,7 +218,7 @@ fn client_tls(certificates: &Certificates) -> Vec<OsString> {
     options([("--cert", certificate), ("--key", key), ("--cacert", certificates.ca())]).collect()
 }
 
-fn options(files: [(&'static str, PathBuf); 3]) -> impl Iterator<Item = OsString> {
+fn options<const N: usize>(files: [(&'static str, PathBuf); N]) -> impl Iterator<Item = OsString> {
     files.into_iter().flat_map(|(option, file)| [option.into(), file.into()])
 }
 

@@ -99,7 +99,7 @@ impl Tables {
             return Err(libc::EEXIST);
         }
         self.add_link(name, "vxlan", vxlan.mtu);
-        self.sysctls.insert(Sysctl::AcceptRa(name), 1);
+        self.sysctls.extend([(Sysctl::AcceptRa(name), 1), (Sysctl::RpFilter(name), 0)]);
         let link = self.links.get_mut(&name).expect("just added");
         link.up = vxlan.up;
         link.vxlan = Some(vxlan);
@@ -112,7 +112,7 @@ impl Tables {
         self.links.remove(dev);
         self.addresses.retain(|(d, _, _)| d != dev);
         self.fdb.retain(|(d, _), _| d != dev);
-        self.sysctls.remove(&Sysctl::AcceptRa(*dev));
+        self.sysctls.retain(|sysctl, _| sysctl.device() != Some(*dev));
     }
 
     /// `ip link set DEV down`: routes, nexthop objects, permanent neighbours and IPv6 addresses go; FDB entries and
@@ -291,7 +291,7 @@ impl Tables {
                 sysctls: self
                     .sysctls
                     .iter()
-                    .filter(|(setting, _)| !matches!(setting, Sysctl::AcceptRa(dev) if !ours(dev)))
+                    .filter(|(setting, _)| setting.device().is_none_or(|dev| ours(&dev)))
                     .map(|(setting, value)| (*setting, *value))
                     .collect(),
             },
@@ -337,6 +337,9 @@ impl Tables {
             nexthop_objects: !self.without_nexthop_objects,
             forward_drops: self.forward_drops.clone(),
             rules: self.rules.clone(),
+            dropped: BTreeMap::new(),
+            doors: vec![],
+            hazards: vec![],
             bridges: BTreeMap::new(),
         }
     }

@@ -6,6 +6,7 @@ pub mod conformance;
 pub mod etcd;
 pub mod fake_kernel;
 pub mod faults;
+pub mod keepers;
 pub mod lab;
 pub mod memory_store;
 pub mod netns;

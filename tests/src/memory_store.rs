@@ -13,7 +13,7 @@ use fabric_core::leases::{Entry, Event, LeaseSet};
 use fabric_core::model::{Family, NodeName, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::record::{LeaseKey, Record};
-use fabricd::store::{Claim, Connection, Expect, Grant, LeaseStore, Network, Resting, StoreError};
+use fabricd::store::{Claim, ConfigPlace, Connection, Expect, Grant, LeaseStore, Network, Resting, StoreError};
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::time::{Instant, sleep_until};
 
@@ -22,6 +22,7 @@ use crate::revisions::Owners;
 const SUBNETS: &str = "subnets/";
 const RESERVATIONS: &str = "fabric/reservations/";
 const GUARDS: &str = "fabric/guard/";
+const OUTDATED: &str = "fabric/guard/outdated";
 
 /// The store that many handles share.
 #[derive(Clone, Default)]
@@ -60,6 +61,14 @@ struct Pair {
     lease: Option<i64>,
 }
 
+impl Pair {
+    /// What it hangs on, if the claimer itself wrote it.
+    fn lease_of(&self, claim: &Claim) -> Option<i64> {
+        let record = Record::decode(&claim.key, &self.value).ok()?;
+        self.lease.filter(|_| record.node() == Some(&claim.node))
+    }
+}
+
 struct HeldLease {
     ttl: Duration,
     expires: Instant,
@@ -79,6 +88,7 @@ struct Node {
 #[derive(Default)]
 struct Faults {
     unreachable: bool,
+    refuses_writes: bool,
     claims_to_lose: u32,
     answers_to_lose: u32,
 }
@@ -325,7 +335,13 @@ impl State {
         let key = claim.key;
         let modified = |key: &str| self.pairs.get(key).map(|pair| pair.mod_revision);
         let as_expected = match claim.expect {
-            Expect::Absent => self.is_free(&key) && modified("config") <= Some(claim.seen_revision),
+            Expect::Absent => {
+                let mut decided_on = vec!["config", OUTDATED];
+                if claim.outdated {
+                    decided_on.extend(self.pairs.keys().filter(|key| key.starts_with(SUBNETS)).map(String::as_str));
+                }
+                self.is_free(&key) && decided_on.into_iter().all(|key| modified(key) <= Some(claim.seen_revision))
+            }
             Expect::Revision(revision) => modified(&record_key(&key)) == Some(revision),
         };
         let ours = |guard: &String| {
@@ -420,6 +436,11 @@ impl MemoryStore {
         }
     }
 
+    /// Lets the store take no writes, as one without space: to keep a lease alive is none.
+    pub fn refuse_writes(&self, refuse: bool) {
+        self.node.faults().refuses_writes = refuse;
+    }
+
     /// Lets the next `count` claims lose their race.
     pub fn lose_claims(&self, count: u32) {
         self.node.faults().claims_to_lose = count;
@@ -434,6 +455,12 @@ impl MemoryStore {
     async fn reach(&self) -> Result<(), StoreError> {
         tokio::task::yield_now().await;
         if self.node.faults().unreachable { Err(unreachable()) } else { Ok(()) }
+    }
+
+    async fn reach_to_write(&self, operation: &'static str) -> Result<(), StoreError> {
+        self.reach().await?;
+        let reason = "database space exceeded".to_owned();
+        if self.node.faults().refuses_writes { Err(StoreError::Refused { operation, reason }) } else { Ok(()) }
     }
 
     fn answer(&self, grant: Grant) -> Result<Grant, StoreError> {
@@ -460,6 +487,10 @@ impl LeaseStore for MemoryStore {
         self.node.leases.subscribe()
     }
 
+    fn config_place(&self) -> ConfigPlace {
+        ConfigPlace { name: "config".into(), make: "make one", change: "choose another network" }
+    }
+
     fn connection(&self) -> Receiver<Connection> {
         self.node.connection.subscribe()
     }
@@ -469,7 +500,7 @@ impl LeaseStore for MemoryStore {
     }
 
     async fn claim(&self, claim: &Claim) -> Result<Grant, StoreError> {
-        self.reach().await?;
+        self.reach_to_write("claim a lease").await?;
         let lost = StoreError::Lost { key: claim.key };
         if let left @ 1.. = &mut self.node.faults().claims_to_lose {
             *left -= 1;
@@ -479,9 +510,15 @@ impl LeaseStore for MemoryStore {
             let mut state = self.cluster.lock();
             state.check(claim)?;
             let (lease_id, expires) = state.grant(claim.ttl);
-            let guards = guard_keys(&claim.key).into_iter().map(|guard| (guard, claim.node.as_str().into(), None));
+            let outdated = (claim.outdated && claim.expect == Expect::Absent).then(|| OUTDATED.to_owned());
+            let named = guard_keys(&claim.key).into_iter().chain(outdated);
+            let named = named.map(|key| (key, claim.node.as_str().into(), None));
             let record = (record_key(&claim.key), claim.record.encode(), Some(lease_id));
-            state.put(std::iter::once(record).chain(guards).collect());
+            let before = state.pairs.get(&record.0).cloned();
+            state.put(std::iter::once(record).chain(named).collect());
+            if let Some(lease) = before.and_then(|before| before.lease_of(claim)) {
+                state.leases.remove(&lease);
+            }
             (lease_id, expires, state.revision)
         };
         self.cluster.watch_expiry(lease_id);
@@ -489,7 +526,7 @@ impl LeaseStore for MemoryStore {
     }
 
     async fn rewrite(&self, grant: &Grant, record: &Record) -> Result<Grant, StoreError> {
-        self.reach().await?;
+        self.reach_to_write("rewrite the lease").await?;
         let (key, lease_id) = (record_key(&grant.key), grant.lease_id);
         let mod_revision = {
             let mut state = self.cluster.lock();

@@ -2,13 +2,24 @@
 //! share an address. It must be shown them as they come: compaction and restored snapshots erase history.
 
 use std::collections::BTreeMap;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
-use etcd_client::{Client, EventType, WatchOptions};
+use anyhow::{Context as _, Result, anyhow, ensure};
+use etcd_client::{Client, EventType, GetOptions, KeyValue, WatchOptions};
 use fabric_core::model::NodeName;
 use fabric_core::record::{LeaseKey, Record};
+use tokio::runtime::Builder;
 use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+
+use crate::lab::spaces::Spaces;
+
+/// How soon a connection that broke is made again.
+const AGAIN: Duration = Duration::from_millis(50);
+
+/// How long the last revisions may take to be seen, on a busy machine.
+const AT_THE_END: Duration = Duration::from_secs(20);
 
 /// All records of fabricd nodes at one revision.
 #[derive(Clone, Debug, Default)]
@@ -55,53 +66,95 @@ impl Owners {
     }
 }
 
-/// A task that follows a real etcd.
+/// A thread that follows a real etcd, through its restarts too.
 #[derive(Debug)]
 pub struct Witness {
     stop: oneshot::Sender<()>,
-    task: JoinHandle<Result<Owners>>,
+    thread: JoinHandle<Result<Owners>>,
 }
 
 impl Witness {
-    /// Follows all leases under `prefix` from the first revision on.
-    ///
-    /// # Errors
-    /// etcd doesn't answer.
-    pub async fn start(endpoint: &str, prefix: &str) -> Result<Self> {
-        let client = Client::connect([endpoint], None).await?;
+    /// Follows all leases under `prefix`, from the first revision on, of an etcd that is reached from inside `spaces`.
+    #[must_use]
+    pub fn start(spaces: Spaces, endpoints: &str, prefix: &str) -> Self {
+        let endpoints = endpoints.split(',').map(str::to_owned).collect();
+        let followed =
+            Followed { endpoints, subnets: format!("{prefix}/subnets/"), owners: Owners::default(), last: 0 };
         let (stop, stopped) = oneshot::channel();
-        let task = tokio::spawn(follow(client, format!("{prefix}/subnets/"), stopped));
-        Ok(Self { stop, task })
+        let thread = thread::spawn(move || {
+            spaces.run(|| Builder::new_current_thread().enable_all().build()?.block_on(followed.until(stopped)))
+        });
+        Self { stop, thread }
     }
 
-    /// Ends, and tells what was seen.
+    /// Ends when all that is in the store has been seen, and tells what that was.
     ///
     /// # Errors
-    /// Two nodes owned one address at some revision, or etcd could not be followed to the end.
-    pub async fn stop(self) -> Result<Owners> {
+    /// Two nodes owned one address at some revision, or some could not be seen.
+    pub fn stop(self) -> Result<Owners> {
         // It has ended by itself when it failed.
         let _ = self.stop.send(());
-        self.task.await.context("the witness panicked")?
+        self.thread.join().map_err(|_| anyhow!("the witness panicked"))?
     }
 }
 
-async fn follow(client: Client, subnets: String, mut stopped: oneshot::Receiver<()>) -> Result<Owners> {
-    let mut owners = Owners::default();
-    let options = WatchOptions::new().with_prefix().with_start_revision(1);
-    let mut watch = client.watch_client();
-    let mut stream = watch.watch(subnets.clone(), Some(options)).await?;
-    loop {
-        let response = tokio::select! {
-            message = stream.message() => message?.context("etcd ended the watch")?,
-            _ = &mut stopped => return Ok(owners),
-        };
-        ensure!(!response.canceled(), "etcd ended the watch: {}", response.cancel_reason());
-        for event in response.events() {
-            let kv = event.kv().context("an event without a key")?;
-            let key = kv.key_str()?.trim_start_matches(&subnets);
-            let value = (event.event_type() == EventType::Put).then(|| kv.value());
-            owners.see(key, value, kv.mod_revision())?;
+struct Followed {
+    endpoints: Vec<String>,
+    subnets: String,
+    owners: Owners,
+    /// The last revision that was seen.
+    last: i64,
+}
+
+impl Followed {
+    async fn until(mut self, mut stopped: oneshot::Receiver<()>) -> Result<Owners> {
+        loop {
+            let asked = tokio::select! {
+                broken = self.watch(None) => { broken?; false }
+                _ = &mut stopped => true,
+            };
+            if asked {
+                break;
+            }
+            sleep(AGAIN).await;
         }
+        // One that is away at the end has nothing new to show.
+        if let Ok(Ok(end)) = timeout(AT_THE_END, self.last_change()).await {
+            while self.last < end {
+                timeout(AT_THE_END, self.watch(Some(end))).await.context("not all revisions were seen")??;
+            }
+        }
+        Ok(self.owners)
+    }
+
+    /// The revision of the last change of a lease that is still there.
+    async fn last_change(&self) -> Result<i64> {
+        let mut client = Client::connect(&self.endpoints, None).await?;
+        let options = GetOptions::new().with_prefix().with_keys_only();
+        let leases = client.get(self.subnets.as_str(), Some(options)).await?;
+        Ok(leases.kvs().iter().map(KeyValue::mod_revision).max().unwrap_or_default())
+    }
+
+    /// Sees every change after the last one, until that of `end` or until the connection breaks, which is no error.
+    async fn watch(&mut self, end: Option<i64>) -> Result<()> {
+        let options = WatchOptions::new().with_prefix().with_start_revision(self.last + 1);
+        let Ok(mut client) = Client::connect(&self.endpoints, None).await else { return Ok(()) };
+        let Ok(mut stream) = client.watch(self.subnets.as_str(), Some(options)).await else { return Ok(()) };
+        while end.is_none_or(|end| self.last < end) {
+            let Ok(Some(response)) = stream.message().await else { return Ok(()) };
+            ensure!(response.compact_revision() == 0, "revisions were compacted before they were seen");
+            if response.canceled() {
+                return Ok(());
+            }
+            for event in response.events() {
+                let kv = event.kv().context("an event without a key")?;
+                let key = kv.key_str()?.trim_start_matches(&self.subnets);
+                let value = (event.event_type() == EventType::Put).then(|| kv.value());
+                self.owners.see(key, value, kv.mod_revision())?;
+                self.last = kv.mod_revision();
+            }
+        }
+        Ok(())
     }
 }
 

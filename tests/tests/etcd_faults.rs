@@ -1,8 +1,8 @@
 //! What can happen to an etcd and to the way to it, and what the store makes of it.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use etcd_client::{DeleteOptions, Txn, TxnOp};
@@ -13,6 +13,7 @@ use fabric_tests::etcd::EtcdServer;
 use fabric_tests::tcp_proxy::{Link, TcpProxy};
 use fabricd::store::etcd::{Etcd, Init, Options, Tls, User};
 use fabricd::store::{Connection, Expect, LeaseStore, Network, StoreError};
+use futures::StreamExt as _;
 use tokio::time::Instant;
 
 /// Nobody listens there.
@@ -117,6 +118,36 @@ async fn changes_during_a_disconnection_are_found_though_history_is_compacted() 
     proxy.set(Link::Up);
     let set = leases(&store, "four other leases", |set| set.len() == 4).await;
     assert!(set.get(&key("10.244.1.0-24")).is_none());
+}
+
+/// A watcher that falls behind what is compacted is turned away by etcd: that is one list and one line of the log.
+#[tokio::test]
+async fn watch_overtaken_by_compaction_is_one_list_and_one_log_line() {
+    let log = tempfile::NamedTempFile::new().expect("a file");
+    let writer = Mutex::new(log.reopen().expect("open"));
+    let logging = tracing_subscriber::fmt().with_writer(writer).with_ansi(false).finish();
+    let _logging = tracing::subscriber::set_default(logging);
+    let (etcd, proxy, store) = proxied().await;
+    is_up(&store).await;
+    proxy.set(Link::Frozen);
+    // More than the connection's buffers hold, and soon: a connection that is frozen for 9 s is given up.
+    let client = etcd_client::Client::connect([etcd.endpoint()], None).await.expect("an endpoint");
+    let value = flannel_value("192.0.2.1").replacen('{', &format!(r#"{{"Padding":"{}","#, "x".repeat(8_000)), 1);
+    let put = |n: u32| {
+        let (mut kv, key) = (client.kv_client(), at(&format!("subnets/10.{}.{}.0-24", n / 200, n % 200)));
+        let value = value.clone();
+        async move { kv.put(key, value, None).await.expect("written").header().expect("a header").revision() }
+    };
+    let revisions: Vec<i64> = futures::stream::iter((0..3_000).map(put)).buffer_unordered(64).collect().await;
+    let last = revisions.into_iter().max().expect("many");
+    etcd.ctl(&["compact", "--physical", &last.to_string()]).await;
+    proxy.set(Link::Up);
+    leases(&store, "all leases", |set| set.len() == 3_000).await;
+    is_up(&store).await;
+    let told = std::fs::read_to_string(log.path()).expect("text");
+    let lines: Vec<&str> = told.lines().filter(|line| !line.contains("DEBUG")).collect();
+    assert_eq!(lines.len(), 1, "{told}");
+    assert!(lines[0].contains("was compacted"), "{told}");
 }
 
 #[tokio::test]
@@ -296,6 +327,27 @@ async fn user_and_password_are_used_and_a_wrong_one_is_named() {
     }
 }
 
+/// etcd forgets log-ins that are not used for a while, and all of them when it restarts.
+#[tokio::test]
+async fn log_in_that_etcd_has_forgotten_is_made_anew() {
+    let mut etcd = EtcdServer::start_with_args(&["--auth-token-ttl", "1"]).await.expect("a real etcd");
+    for args in [&["user", "add", "root:secret"][..], &["user", "grant-role", "root", "root"], &["auth", "enable"]] {
+        etcd.ctl(args).await;
+    }
+    let user = User { name: "root".into(), password: "secret".into() };
+    let store = Etcd::start(Options { user: Some(user), ..Options::new(vec![etcd.endpoint().into()]) });
+    let mut grant = store.claim(&claim(1, "10.244.1.0-24", &*now(&store).await)).await.expect("allowed");
+    for _ in 0..2 {
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        grant = store.keep_alive(&grant).await.expect("logs in again");
+    }
+    // `etcdctl` without a user is turned away by now, which would pass for an etcd that does not start.
+    etcd.launch().expect("starts");
+    is_down(&store).await;
+    is_up(&store).await;
+    store.keep_alive(&grant).await.expect("logs in again");
+}
+
 #[tokio::test]
 async fn watch_that_is_not_permitted_is_named() {
     let etcd = etcd().await;
@@ -384,6 +436,21 @@ async fn subnets_are_reserved_and_released_by_a_person() {
 }
 
 #[tokio::test]
+async fn record_taken_over_by_its_own_node_leaves_no_lease_behind() {
+    let etcd = etcd().await;
+    let store = store(&[etcd.endpoint()]);
+    let first = claim(1, "10.244.1.0-24", &*now(&store).await);
+    let mut grant = store.claim(&first).await.expect("free");
+    // As a node does that starts again and remembers nothing.
+    for _ in 0..3 {
+        let again = fabricd::store::Claim { expect: Expect::Revision(grant.mod_revision), ..first.clone() };
+        grant = store.claim(&again).await.expect("its own");
+    }
+    assert!(etcd.ctl(&["lease", "list"]).await.starts_with("found 1 leases"));
+    assert!(etcd.ctl(&["get", &at("subnets/10.244.1.0-24")]).await.contains("node-1"), "the record went along");
+}
+
+#[tokio::test]
 async fn certificates_are_used_and_a_wrong_or_missing_one_is_named() {
     let [certificates, others] = [(); 2].map(|()| Certificates::create().expect("certificates"));
     let (ca, client) = (certificates.ca(), certificates.client());
@@ -405,6 +472,31 @@ async fn certificates_are_used_and_a_wrong_or_missing_one_is_named() {
         let reason = is_down(&wrong).await;
         assert!(reason.contains(told), "{reason}\n  should tell: {told}");
     }
+}
+
+#[tokio::test]
+async fn ca_alone_is_enough_for_an_etcd_that_asks_for_no_certificate() {
+    let certificates = Certificates::create().expect("certificates");
+    let tls = Tls { ca: Some(certificates.ca()), client: None };
+    let etcd = EtcdServer::start_with_server_tls(certificates).await.expect("a real etcd");
+    // A CA makes it https.
+    let address = etcd.endpoint().trim_start_matches("https://").to_owned();
+    let store = Etcd::start(Options { tls, ..Options::new(vec![address]) });
+    store.claim(&claim(1, "10.244.1.0-24", &*now(&store).await)).await.expect("let in");
+}
+
+#[tokio::test]
+async fn rotated_certificates_are_taken_up_with_the_next_connection() {
+    let certificates = Certificates::create().expect("certificates");
+    let tls = Tls { ca: Some(certificates.ca()), client: Some(certificates.client()) };
+    let mut etcd = EtcdServer::start_with_tls(certificates).await.expect("a real etcd");
+    let store = Etcd::start(Options { tls, ..Options::new(vec![etcd.endpoint().into()]) });
+    let grant = store.claim(&claim(1, "10.244.1.0-24", &*now(&store).await)).await.expect("let in");
+    etcd.certificates().expect("it has some").renew().expect("renewed");
+    store.keep_alive(&grant).await.expect("the connection stands");
+    etcd.restart().await.expect("starts with the new ones");
+    is_up(&store).await;
+    store.keep_alive(&grant).await.expect("let in with the new ones");
 }
 
 #[tokio::test]

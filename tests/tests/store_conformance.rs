@@ -117,6 +117,7 @@ conformance! {
     overlapping_pairs_are_refused,
     claim_on_an_older_set_stands,
     claim_decided_under_another_config_is_lost,
+    claims_under_two_configs_never_overlap,
     record_is_stored_as_flannel_writes_it,
     rewrite_compares_the_revision,
     own_record_is_taken_over_by_its_revision,

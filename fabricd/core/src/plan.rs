@@ -217,6 +217,10 @@ fn own_entries(state: &mut KernelState, facts: &Facts, family: Family, own: Subn
     if facts.ipv6 {
         state.sysctls.insert(Sysctl::AcceptRa(*dev), 0);
     }
+    if family == Family::V4 {
+        // A peer with a route past the tunnel (DirectRouting, a flannel node) may send by it all the same.
+        state.sysctls.insert(Sysctl::RpFilter(*dev), 2);
+    }
     let forward = match family {
         Family::V4 => Sysctl::Ipv4Forward,
         Family::V6 => Sysctl::Ipv6Forward,

@@ -88,6 +88,9 @@ pub enum Sysctl {
     Ipv6Forward,
     /// `ipv6/conf/<dev>/accept_ra`: router advertisements on our device.
     AcceptRa(IfName),
+    /// `ipv4/conf/<dev>/rp_filter`: whether a packet that comes by our device must be answered by it. What counts is the
+    /// larger of this and `ipv4/conf/all/rp_filter`; 2 wants any way back at all, and so is milder than 1.
+    RpFilter(IfName),
 }
 
 impl Sysctl {
@@ -98,6 +101,16 @@ impl Sysctl {
             Self::Ipv4Forward => "ipv4/ip_forward".into(),
             Self::Ipv6Forward => "ipv6/conf/all/forwarding".into(),
             Self::AcceptRa(dev) => format!("ipv6/conf/{dev}/accept_ra"),
+            Self::RpFilter(dev) => format!("ipv4/conf/{dev}/rp_filter"),
+        }
+    }
+
+    /// The device that it goes with.
+    #[must_use]
+    pub fn device(&self) -> Option<IfName> {
+        match self {
+            Self::Ipv4Forward | Self::Ipv6Forward => None,
+            Self::AcceptRa(dev) | Self::RpFilter(dev) => Some(*dev),
         }
     }
 }

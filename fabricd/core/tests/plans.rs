@@ -104,6 +104,7 @@ fn a_new_node_builds_its_device_and_one_peer_from_the_bottom_up() {
         + ip link add fabric.1 address 02:42:c0:00:02:01 mtu 1450 up type vxlan id 1 dstport 8472 local 192.0.2.1 nolearning
         ~ sysctl -w net/ipv4/ip_forward=1
         ~ sysctl -w net/ipv6/conf/fabric.1/accept_ra=0
+        ~ sysctl -w net/ipv4/conf/fabric.1/rp_filter=2
         + ip address add 10.244.1.0/32 dev fabric.1
         + bridge fdb replace 02:42:c0:00:02:02 dev fabric.1 dst 192.0.2.2 self permanent
         + ip neighbour replace 10.244.2.0 lladdr 02:42:c0:00:02:02 dev fabric.1 nud permanent
@@ -202,12 +203,13 @@ fn device_with_another_port_is_made_anew_with_all_that_hangs_on_it() {
     let fresh =
         node.plan(&leases(&[node_2()]), &KernelState { sysctls: have.sysctls.clone(), ..KernelState::default() });
     have.links.values_mut().for_each(|link| link.port = 4789);
-    // The new device has a setting of its own, so that one is written again too.
+    // The new device has settings of its own, so they are written again too.
     let plan = node.plan(&leases(&[node_2()]), &have);
     let (first, rest) = plan.split_once('\n').unwrap();
     assert_eq!(first, "- ip link del fabric.1");
-    assert_eq!(rest.replace("~ sysctl -w net/ipv6/conf/fabric.1/accept_ra=0\n", ""), fresh);
-    assert!(rest.contains("accept_ra=0"));
+    let settings = "~ sysctl -w net/ipv6/conf/fabric.1/accept_ra=0\n~ sysctl -w net/ipv4/conf/fabric.1/rp_filter=2\n";
+    assert!(rest.contains(settings), "{rest}");
+    assert_eq!(rest.replace(settings, ""), fresh);
 }
 
 #[test]

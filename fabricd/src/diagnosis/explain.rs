@@ -322,21 +322,18 @@ fn arrival(scene: &Scene, question: &Question) -> Vec<Hop> {
     };
     let subnet = from.key.subnets().get(family).copied();
     let public_ip = from.record.endpoints().get(family).map(|endpoint| endpoint.public_ip);
-    let members = observed.rules.get(&TableFamily::Inet).and_then(|table| table.elements.get(senders::members(family)));
-    let mut hops = vec![match (members, subnet, public_ip) {
-        (None, ..) => Hop::unknown("filter", "who sends is not checked"),
-        (Some(members), Some(subnet), Some(public_ip)) => {
-            let member = senders::element(public_ip, subnet);
-            if members.contains(&member) {
-                Hop::fine("filter", format!("{public_ip} may send from {subnet}"))
-            } else {
-                Hop::failed(
-                    "filter",
-                    format!("{public_ip} may not send from {subnet}"),
-                    "it is no peer of this node (yet): see fabricctl peers here",
-                )
-            }
-        }
+    let table = observed.rules.get(&TableFamily::Inet);
+    let mut hops = vec![match (table, subnet, public_ip) {
+        (Some(table), Some(subnet), Some(public_ip)) => match senders::may_send(table, public_ip, subnet) {
+            None => Hop::unknown("filter", "who sends is not checked"),
+            Some(true) => Hop::fine("filter", format!("{public_ip} may send from {subnet}")),
+            Some(false) => Hop::failed(
+                "filter",
+                format!("{public_ip} may not send from {subnet}"),
+                "it is no peer of this node (yet): see fabricctl peers here",
+            ),
+        },
+        (None, ..) => Hop::unknown("filter", "there is no filter"),
         _ => Hop::failed("filter", format!("{} has no {family}", from.key), "a subnet of that family"),
     }];
     let published = question.to.as_ref().and_then(|to| to.record.endpoints().get(family).copied());

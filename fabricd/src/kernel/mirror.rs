@@ -21,7 +21,7 @@ use super::netlink::Options;
 use super::nft::Filter;
 use super::socket::RequestSocket;
 use super::tables::{self, Address, EntryRow, Link, Links};
-use super::{KernelError, Observed, forward, routes, sysctl};
+use super::{KernelError, Observed, bridge_nf, forward, routes, sysctl};
 use crate::underlay::HostLink;
 
 /// What the kernel holds.
@@ -66,6 +66,8 @@ impl Mirror {
     /// Takes over what we wrote ourselves to our tables of nftables: it needn't be read again.
     pub(super) fn enforced(&mut self, change: &Change) {
         change.apply_to(&mut Arc::make_mut(&mut self.observed).rules);
+        // Their handles are the kernel's to give.
+        self.stale.extend((!change.doors.is_empty()).then_some(Table::ForwardDrops));
     }
 
     /// What to listen to from now on.
@@ -210,7 +212,7 @@ impl Mirror {
         if stale.contains(&Table::Sysctls) {
             let wanted = [Sysctl::Ipv4Forward, Sysctl::Ipv6Forward]
                 .into_iter()
-                .chain(ours.iter().map(|link| Sysctl::AcceptRa(link.name)));
+                .chain(ours.iter().flat_map(|link| [Sysctl::AcceptRa(link.name), Sysctl::RpFilter(link.name)]));
             observed.ours.sysctls.clear();
             for setting in wanted {
                 let value = sysctl::read(&options.sysctl_root, &setting).map_err(tables::reading("settings"))?;
@@ -223,9 +225,11 @@ impl Mirror {
                 tracing::warn!(%error, "cannot tell which firewall chains drop forwarded packets");
                 vec![]
             });
+            observed.doors = filter.doors().map_err(tables::reading("nftables"))?;
+            observed.hazards = if filter.has_kube_proxy() { bridge_nf::lacking(&options.sysctl_root) } else { vec![] };
         }
         if stale.contains(&Table::Rules) {
-            observed.rules = filter.read().map_err(tables::reading("nftables"))?;
+            (observed.rules, observed.dropped) = filter.read().map_err(tables::reading("nftables"))?;
         }
         Ok(())
     }

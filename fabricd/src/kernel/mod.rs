@@ -15,6 +15,8 @@
 //!            ────────────────────────────────────  kernel  ──────────────────────────────────────
 //! ```
 
+pub mod bridge;
+mod bridge_nf;
 mod encode;
 mod forward;
 mod iptables_legacy;
@@ -40,6 +42,7 @@ use std::sync::Arc;
 use fabric_core::diff::Op;
 use fabric_core::model::{Family, IfName};
 use fabric_core::rules::change::{Change, Found};
+use fabric_core::rules::door::{Door, table_family};
 use fabric_core::state::{Foreign, KernelState};
 
 use crate::underlay::Host;
@@ -59,8 +62,26 @@ pub struct Observed {
     pub forward_drops: Vec<ForwardDrop>,
     /// Our tables of nftables.
     pub rules: Found,
+    /// What they have dropped, when they were last read.
+    pub dropped: Dropped,
+    /// Chains of others that are there for rules of ours.
+    pub doors: Vec<Door>,
+    /// Settings of the host that don't suit what runs on it, in words with the way out.
+    pub hazards: Vec<(Family, String)>,
     /// The ports of every bridge.
     pub bridges: BTreeMap<IfName, BTreeSet<IfName>>,
+}
+
+/// What the packet filter has dropped since its rules were written, by the rules' reasons.
+pub type Dropped = BTreeMap<String, Count>;
+
+/// Packets that a rule was applied to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Count {
+    /// How many.
+    pub packets: u64,
+    /// How many bytes they had, those of their IP headers included.
+    pub bytes: u64,
 }
 
 /// A base chain on the forward hook whose policy is drop; one of both families (`inet`) shows twice.
@@ -72,6 +93,14 @@ pub struct ForwardDrop {
     pub chain: String,
     /// Commands that let the pods' packets through, one a line, with `{network}` for the network of that family.
     pub remedy: String,
+}
+
+impl ForwardDrop {
+    /// Whether what passes this door is spared: it leads past Docker's own chain alone.
+    #[must_use]
+    pub fn is_behind(&self, door: &Door) -> bool {
+        self.family == door.family && self.chain == format!("{} filter FORWARD", table_family(door.family))
+    }
 }
 
 /// What has changed in the kernel.

@@ -14,6 +14,11 @@ impl Backoff {
         Self { failures: 0, seed: fabric_core::model::stable_hash(seed.as_bytes()) }
     }
 
+    /// True while nothing has failed since it was reset.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.failures == 0
+    }
+
     pub(super) fn reset(&mut self) {
         self.failures = 0;
     }

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::handoff::NotReady;
-use fabric_core::holding::{Bid, Held, Instance, Loss, Obstacle, Previous, Resting, Situation, Step, next_step};
+use fabric_core::holding::{
+    Assigned, Bid, Held, Instance, Loss, Obstacle, Previous, Resting, Situation, Step, next_step,
+};
 use fabric_core::leases::LeaseSet;
 use fabric_core::record::{LeaseKey, Record};
 use tokio::sync::{mpsc, watch};
@@ -15,7 +17,7 @@ use tracing::{debug, error, info, warn};
 
 use super::backoff::Backoff;
 use super::{Command, Holding, Mark, Own, Remembered, Tenant, Wanted};
-use crate::store::{Claim, Grant, LeaseStore, StoreError};
+use crate::store::{Claim, Grant, LeaseStore, Network, StoreError};
 
 /// How long nothing is looked at when only a change can help; changes wake the keeper at once.
 const REST: Duration = Duration::from_secs(3600);
@@ -25,6 +27,15 @@ pub const SETTLING: Duration = Duration::from_secs(120);
 
 /// How often it is looked for pods that are in the way; nobody says when they go.
 const PODS: Duration = Duration::from_secs(10);
+
+/// What a claim was decided on.
+#[derive(Clone, Copy)]
+struct Seen {
+    /// The revision of the leases.
+    revision: i64,
+    /// True when the store shows another network config than the one in force.
+    outdated: bool,
+}
 
 /// The lease keeper of one node.
 #[derive(Debug)]
@@ -89,16 +100,21 @@ impl<S: LeaseStore> Keeper<S> {
     pub async fn run(mut self, mut wanted: watch::Receiver<Option<Wanted>>) {
         let mut leases = self.store.leases();
         let mut replaced = self.store.replaced();
+        let mut assigned = self.store.assigned();
         loop {
             let want = wanted.borrow_and_update().clone();
             let set = leases.borrow_and_update().clone();
             let wake = match (want, set) {
-                (Some(want), Some(set)) => self.advance(&want, &set).await,
+                (Some(want), Some(set)) => {
+                    let assigned = assigned.as_mut().map(|assigned| assigned.borrow_and_update().clone());
+                    self.advance(&want, &set, assigned.as_ref()).await
+                }
                 _ => self.renew_if_due().await,
             };
             tokio::select! {
                 changed = wanted.changed() => if changed.is_err() { return },
                 changed = leases.changed() => if changed.is_err() { return },
+                () = changes(&mut assigned) => {}
                 changed = replaced.changed() => match changed {
                     Ok(()) => self.begin_anew(),
                     Err(_) => return,
@@ -110,7 +126,7 @@ impl<S: LeaseStore> Keeper<S> {
     }
 
     /// Does what is to be done now, and says when to look again should nothing change until then.
-    async fn advance(&mut self, want: &Wanted, leases: &LeaseSet) -> Instant {
+    async fn advance(&mut self, want: &Wanted, leases: &LeaseSet, assigned: Option<&Assigned>) -> Instant {
         if self.remembered_revision.take().is_some_and(|revision| leases.revision() < revision) {
             warn!("the store is older than what this node has seen of it before its start");
             self.replaced = Some(Instant::now());
@@ -134,8 +150,12 @@ impl<S: LeaseStore> Keeper<S> {
             leave: self.leave,
             settling: self.settles_until().is_some(),
             resting: &self.resting,
+            assigned,
         });
-        let seen = leases.revision();
+        // The config in force comes from the reconcile loop: it may be one of before, for a moment or until a person says.
+        let network = self.store.network().borrow().clone();
+        let is_current = matches!(network, Network::Valid(current) if current.spaces == want.network.spaces);
+        let seen = Seen { revision: leases.revision(), outdated: !is_current };
         let outcome = match step {
             Step::Keep => return self.renew_if_due().await,
             Step::Wait(obstacle) => {
@@ -186,19 +206,28 @@ impl<S: LeaseStore> Keeper<S> {
                 self.lose("its time has run out in the store");
                 return Instant::now();
             }
-            // What is remembered stands until its time is over.
-            Err(error @ StoreError::Unreachable { .. }) if self.unconfirmed.is_some() => debug!(%error, "trying again"),
+            // A node that has a subnet has said what became of its lease; nothing new is known.
+            Err(error @ StoreError::Unreachable { .. }) if self.has_troubled_subnet() => debug!(%error, "trying again"),
+            // The lease itself stays, and is kept alive below.
+            Err(error) if self.grant.is_some() && self.retry.is_fresh() => {
+                warn!(%error, "lease not changed, trying again");
+            }
             Err(error) => self.hinder(&error.to_string()),
         }
         let again = Instant::now() + self.retry.next();
-        self.grant.as_ref().map_or(again, |grant| again.min(grant.expires))
+        if self.grant.is_none() { again } else { again.min(self.renew_if_due().await) }
+    }
+
+    fn has_troubled_subnet(&self) -> bool {
+        let holding = self.holding.borrow();
+        holding.own.is_some() && holding.trouble.is_some()
     }
 
     fn look_again_at(&self, obstacle: &Obstacle) -> Instant {
         let now = Instant::now();
         match obstacle {
             Obstacle::Settling => self.settles_until().unwrap_or(now),
-            Obstacle::Occupied { .. } | Obstacle::Unfit(_) => now + PODS,
+            Obstacle::Occupied { .. } | Obstacle::Unfit(_) | Obstacle::Moved { .. } => now + PODS,
             _ => now + REST,
         }
     }
@@ -236,9 +265,9 @@ impl<S: LeaseStore> Keeper<S> {
         let _ = reply.send(answer);
     }
 
-    async fn claim(&mut self, bid: Bid, seen_revision: i64) -> Result<(), StoreError> {
+    async fn claim(&mut self, bid: Bid, seen: Seen) -> Result<(), StoreError> {
         let record = bid.record.clone();
-        let grant = self.store.claim(&self.as_claim(bid, seen_revision)).await?;
+        let grant = self.store.claim(&self.as_claim(bid, seen)).await?;
         info!(subnet = %grant.key, epoch = epoch(&record), ttl = ?grant.ttl, "lease held");
         self.hold(grant, &record);
         Ok(())
@@ -290,8 +319,8 @@ impl<S: LeaseStore> Keeper<S> {
         Ok(())
     }
 
-    async fn withdraw(&mut self, bid: Bid, seen_revision: i64) -> Result<(), StoreError> {
-        let grant = self.store.claim(&self.as_claim(bid, seen_revision)).await?;
+    async fn withdraw(&mut self, bid: Bid, seen: Seen) -> Result<(), StoreError> {
+        let grant = self.store.claim(&self.as_claim(bid, seen)).await?;
         info!(subnet = %grant.key, "record of this node withdrawn: it is to have another subnet");
         self.store.release(&grant).await
     }
@@ -303,9 +332,10 @@ impl<S: LeaseStore> Keeper<S> {
         Ok(())
     }
 
-    fn as_claim(&self, bid: Bid, seen_revision: i64) -> Claim {
-        let Bid { key, record, expect, evict } = bid;
-        Claim { node: self.tenant.node.clone(), key, record, expect, seen_revision, evict, ttl: self.tenant.ttl }
+    fn as_claim(&self, Bid { key, record, expect, evict }: Bid, seen: Seen) -> Claim {
+        let (node, ttl) = (self.tenant.node.clone(), self.tenant.ttl);
+        let (seen_revision, outdated) = (seen.revision, seen.outdated);
+        Claim { node, key, record, expect, seen_revision, outdated, evict, ttl }
     }
 
     /// Keeps the lease alive when a third of its time has passed, and stops acting as its owner when all has.
@@ -373,6 +403,16 @@ impl<S: LeaseStore> Keeper<S> {
             true
         });
     }
+}
+
+/// Waits for a change of what is assigned; for ever where nothing is.
+async fn changes(assigned: &mut Option<watch::Receiver<Assigned>>) {
+    if let Some(assigned) = assigned
+        && assigned.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending::<()>().await;
 }
 
 fn epoch(record: &Record) -> u64 {

@@ -4,21 +4,16 @@
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
-use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use clap::Parser;
-use fabric_core::holding::Instance;
-use fabric_core::model::PerFamily;
 use fabric_core::network::NetworkConfig;
 use fabric_tests::etcd::EtcdServer;
+use fabric_tests::keepers::{Keepers, OneKeeper};
+use fabric_tests::lab::spaces::Spaces;
 use fabric_tests::revisions::Witness;
-use fabricd::lease::{Keeper, Tenant, Wanted};
-use fabricd::pods::PodAddresses;
-use fabricd::store::etcd::{Etcd, Options};
-use tokio::sync::watch;
+use fabricd::store::etcd::Options;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -55,22 +50,26 @@ async fn main() -> Result<()> {
     let args = Args::parse();
     let etcd = EtcdServer::start().await?;
     etcd.ctl(&["put", &format!("{}/config", Options::DEFAULT_PREFIX), CONFIG]).await;
-    let witness = Witness::start(etcd.endpoint(), Options::DEFAULT_PREFIX).await?;
+    let witness = Witness::start(Spaces::own(), etcd.endpoint(), Options::DEFAULT_PREFIX);
 
+    let keepers = Keepers {
+        // One machine does the work of all of them.
+        etcd: Options { request_timeout: Duration::from_secs(60), ..Options::new(vec![etcd.endpoint().to_owned()]) },
+        network: NetworkConfig::decode(CONFIG.as_bytes())?,
+        ttl: Duration::from_secs(args.ttl),
+    };
     let (before, began) = (Usage::of(&etcd)?, Instant::now());
-    let mut nodes = JoinSet::new();
     let mut joins = JoinSet::new();
     for n in 0..args.nodes {
-        let mut holding = start(n, etcd.endpoint(), &args, &mut nodes)?;
+        let mut keeper = keepers.start(n);
         joins.spawn(async move {
-            let held = holding.wait_for(|holding| holding.own.is_some() && holding.trouble.is_none()).await;
-            held.map(|_| began.elapsed()).ok()
+            keeper.holds().await;
+            (began.elapsed(), keeper)
         });
     }
     let joined =
         timeout(Duration::from_secs(args.limit), joins.join_all()).await.context("not all nodes have joined")?;
-    let mut times: Vec<Duration> = joined.into_iter().flatten().collect();
-    ensure!(times.len() == usize::try_from(args.nodes)?, "{} of {} nodes have joined", times.len(), args.nodes);
+    let (mut times, _keepers): (Vec<Duration>, Vec<OneKeeper>) = joined.into_iter().unzip();
     times.sort();
     let after_joins = Usage::of(&etcd)?;
 
@@ -79,7 +78,7 @@ async fn main() -> Result<()> {
     let rest_began = Usage::of(&etcd)?;
     sleep(Duration::from_secs(args.rest)).await;
     let rest_ended = Usage::of(&etcd)?;
-    let owners = witness.stop().await?;
+    let owners = witness.stop()?;
 
     let hours = f64::from(u32::try_from(args.rest)?) / 3600.0;
     let per_node_hour = |now: f64, then: f64| (now - then) / hours / f64::from(args.nodes);
@@ -108,34 +107,6 @@ async fn main() -> Result<()> {
     );
     println!("\nI1 held at every revision: {} changes of leases were followed.", owners.changes);
     Ok(())
-}
-
-fn start(
-    n: u32,
-    endpoint: &str,
-    args: &Args,
-    tasks: &mut JoinSet<()>,
-) -> Result<watch::Receiver<fabricd::lease::Holding>> {
-    let mut options = Options::new(vec![endpoint.to_owned()]);
-    // One machine does the work of all of them.
-    options.request_timeout = Duration::from_secs(60);
-    let tenant = Tenant {
-        node: format!("node-{n}").parse()?,
-        instance: Instance { boot: format!("boot-{n}"), netns: 1 },
-        ttl: Duration::from_secs(args.ttl),
-        grace: Duration::from_secs(86_400),
-        pods: PodAddresses::new(Path::new("/nonexistent")),
-    };
-    let keeper = Keeper::new(Arc::new(Etcd::start(options)), tenant, None);
-    let network = NetworkConfig::decode(CONFIG.as_bytes())?;
-    let public_ips = PerFamily { v4: Some(std::net::Ipv4Addr::from_bits(0xc612_0000 + n).into()), v6: None };
-    let (wanted, wants) = watch::channel(Some(Wanted { network, public_ips }));
-    let holding = keeper.holding();
-    tasks.spawn(async move {
-        keeper.run(wants).await;
-        drop(wanted);
-    });
-    Ok(holding)
 }
 
 impl Usage {

@@ -131,6 +131,7 @@ pub fn wanted(family: Family, peers: u32) -> KernelState {
         },
     );
     state.sysctls.insert(Sysctl::AcceptRa(dev), 0);
+    state.sysctls.extend((family == Family::V4).then_some((Sysctl::RpFilter(dev), 2)));
     state.sysctls.insert(if family == Family::V4 { Sysctl::Ipv4Forward } else { Sysctl::Ipv6Forward }, 1);
     state.addresses.insert((dev, Subnet::host(subnet(family, 0).base())));
     for n in 1..peers {

@@ -60,7 +60,8 @@ const DEEDS: &[&str] = &[
 ];
 
 /// No event speaks of these.
-const UNANNOUNCED: &[&str] = &["echo 1 > /proc/sys/net/ipv6/conf/fabric.1/accept_ra"];
+const UNANNOUNCED: &[&str] =
+    &["echo 1 > /proc/sys/net/ipv6/conf/fabric.1/accept_ra", "echo 1 > /proc/sys/net/ipv4/conf/fabric.1/rp_filter"];
 
 fn entries_altered(trial: &mut Trial) -> Result<()> {
     let pair = trial.pair(200)?;

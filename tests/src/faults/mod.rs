@@ -5,11 +5,19 @@
 //! every seed is another trial and the same seed the same one. To add a row, write such a function in a module here and
 //! list it in [`all`]; `make faults` and the tests run what is listed.
 
+mod cni;
 mod drift;
+mod garbage;
 mod kernel;
+mod leased;
+mod outage;
+mod outages;
+mod ownership;
 mod pair;
 mod processes;
 pub mod rules;
+mod runtime;
+mod stampede;
 mod underlay;
 
 use std::time::{Duration, Instant};
@@ -44,7 +52,8 @@ pub struct Trial {
 /// All rows.
 #[must_use]
 pub fn all() -> Vec<Fault> {
-    [processes::ROWS, underlay::ROWS, drift::ROWS, kernel::ROWS, rules::ROWS].concat()
+    let leases = [outages::ROWS, ownership::ROWS, garbage::ROWS].concat();
+    [processes::ROWS, &leases, underlay::ROWS, drift::ROWS, kernel::ROWS, cni::ROWS, rules::ROWS].concat()
 }
 
 /// How a trial went.

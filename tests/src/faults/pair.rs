@@ -68,7 +68,7 @@ impl Pair {
     pub fn has_routes(&self, peers: u32) -> Result<()> {
         let routes = self.node.run(&["ip", "route", "show", "proto", "250"])?;
         let found = routes.lines().count();
-        ensure!(found == peers as usize, "{found} routes");
+        ensure!(found == peers as usize, "{found} routes, not {peers}");
         Ok(())
     }
 
@@ -77,7 +77,7 @@ impl Pair {
     /// # Errors
     /// They don't arrive.
     pub fn traffic(&self) -> Result<Traffic> {
-        Ok(Traffic([Stream::start(&self.here, &self.there)?, Stream::start(&self.there, &self.here)?]))
+        Traffic::between(&self.here, &self.there)
     }
 
     /// What fabricd keeps on the node, as iproute2 shows it.
@@ -92,7 +92,8 @@ impl Pair {
             ip neighbour show dev fabric.1 nud permanent | sort
             ip nexthop show protocol 250 | sort
             ip route show proto 250 | sort
-            cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/fabric.1/accept_ra";
+            cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/fabric.1/accept_ra \
+                /proc/sys/net/ipv4/conf/fabric.1/rp_filter";
         self.node.run(&["sh", "-ec", script])
     }
 
@@ -143,6 +144,14 @@ impl Pair {
 }
 
 impl Traffic {
+    /// Starts packets both ways, a thousand a second.
+    ///
+    /// # Errors
+    /// They don't arrive.
+    pub fn between(here: &Pod, there: &Pod) -> Result<Self> {
+        Ok(Self([Stream::start(here, there)?, Stream::start(there, here)?]))
+    }
+
     /// Waits until so many packets more have come through, each way.
     ///
     /// # Errors

@@ -18,7 +18,7 @@ pub(super) const ROWS: &[Fault] = &[
     Fault {
         number: 2,
         what: "restarted and killed, 20 times",
-        holds: "0 packets lost; nothing written to the kernel",
+        holds: "0 packets lost; nothing written to the kernel, nor to etcd",
         trial: crash_loop,
     },
     Fault {
@@ -45,6 +45,8 @@ fn killed_while_programming(trial: &mut Trial) -> Result<()> {
 fn crash_loop(trial: &mut Trial) -> Result<()> {
     let pair = trial.pair(100)?;
     let before = pair.shown()?;
+    let in_etcd = || anyhow::Ok((pair.lab.revision()?, pair.lab.etcd().ctl(&["lease", "list"])?));
+    let etcd_before = in_etcd()?;
     let traffic = pair.traffic()?;
     let said = pair.witnessed(|| {
         for _ in 0..20 {
@@ -57,6 +59,8 @@ fn crash_loop(trial: &mut Trial) -> Result<()> {
     })?;
     ensure!(said.is_empty(), "{} changes, the first: {}", said.len(), said[0]);
     pair.shows_again(&before, PATIENCE)?;
+    let etcd_after = in_etcd()?;
+    ensure!(etcd_after == etcd_before, "etcd's revision and leases: {etcd_before:?}, then {etcd_after:?}");
     traffic.lost_nothing()
 }
 

@@ -20,6 +20,7 @@
 //! | [`builder`] | what a lab is to be, and its start |
 //! | [`underlay`], [`addresses`], [`etcd`] | what all nodes share |
 //! | [`node`], [`pod`], [`cni`], [`containerd`], `plain` | nodes, and the kinds of pods on them |
+//! | [`lease`] | what a node says about its lease, and etcd about its record |
 //! | [`crowd`] | peers that exist in etcd only, by the thousand |
 //! | [`attack`] | what must not get through |
 //! | [`stream`], [`connection`], [`matrix`], [`capture`], [`packet`] | traffic, counted and looked at |
@@ -60,6 +61,7 @@ pub mod etcd;
 pub mod exec;
 pub mod http;
 pub mod init;
+pub mod lease;
 pub mod machine;
 pub mod matrix;
 pub mod node;

@@ -17,6 +17,12 @@ use nix::sched::{CloneFlags, setns, unshare};
 pub struct Spaces(Vec<(File, CloneFlags)>);
 
 impl Spaces {
+    /// Those of the caller.
+    #[must_use]
+    pub fn own() -> Self {
+        Self(vec![])
+    }
+
     /// All namespaces of a machine, by the number of its first process.
     ///
     /// # Errors

@@ -2,13 +2,13 @@
 
 use std::io;
 
-use fabric_core::rules::TableFamily;
+use fabric_core::rules::{TABLE, TableFamily, reason};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::super::socket::RequestSocket;
-use super::super::wire::{Frame, Request, attributes};
+use super::super::wire::{Frame, Request};
 use super::attributes::Attributes;
-use super::read::{GET_RULE, Values, comment_of};
+use super::read::{GET_RULE, RuleFound, rule};
 use super::{message, nfproto};
 
 /// The count of one rule.
@@ -35,7 +35,7 @@ pub fn drops() -> io::Result<Vec<Drops>> {
     };
     let mut all = vec![];
     for table in [TableFamily::Inet, TableFamily::Bridge] {
-        let ours = Attributes::message(nfproto(table), 0).text(1, fabric_core::rules::TABLE);
+        let ours = Attributes::message(nfproto(table), 0).text(1, TABLE);
         let request = Request::raw(message(GET_RULE), 0, ours.into_bytes());
         match socket.dump(&request, |frame| count(frame, table)) {
             Ok(counts) => all.extend(counts),
@@ -47,15 +47,7 @@ pub fn drops() -> io::Result<Vec<Drops>> {
 }
 
 fn count(frame: &Frame<'_>, table: TableFamily) -> Option<Drops> {
-    let values = Values::of(frame);
-    let chain = values.is_ours().then(|| values.text(2))??.to_owned();
-    // NFTA_RULE_EXPRESSIONS: a list, each with a name and data.
-    let counter = attributes(values.bytes(4)?)
-        .map(|(_, expression)| Values(expression))
-        .find(|expression| expression.text(1) == Some("counter"))?;
-    let packets = counter.nested(2)?.bytes(2)?.try_into().map(u64::from_be_bytes).ok()?;
-    // The comment ends with the number of the rule.
-    let why = comment_of(&values)?;
-    let why = why.rsplit_once(" [").map_or(why, |(why, _)| why).to_owned();
-    Some(Drops { table, chain, why, packets })
+    let RuleFound { chain, comment, counter } = rule(frame)?;
+    let why = comment.as_deref().and_then(reason)?.to_owned();
+    Some(Drops { table, chain, why, packets: counter?.packets })
 }

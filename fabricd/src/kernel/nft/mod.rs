@@ -1,4 +1,4 @@
-//! nftables over netlink: our tables written in one transaction, read back, and watched.
+//! nftables over netlink: our tables written in transactions, read back, and watched.
 //!
 //! ```text
 //!   Change ── encode (expr) ──► one datagram: begin, …, end ──► kernel ──► events ── watch ──► read again
@@ -8,6 +8,7 @@
 //! What we wrote ourselves is known without reading it again; the events of our own transactions are passed over.
 
 mod attributes;
+mod door;
 pub(super) mod drops;
 mod encode;
 mod expr;
@@ -18,8 +19,10 @@ use std::io;
 
 use fabric_core::rules::TableFamily;
 use fabric_core::rules::change::{Change, Found};
+use fabric_core::rules::door::Door;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
+use super::Dropped;
 use super::socket::{Refusal, RequestSocket};
 
 /// The kernel's packet filter.
@@ -43,15 +46,25 @@ impl Filter {
         self.socket.as_ref().map(RequestSocket::port)
     }
 
-    /// What is there of our tables.
-    pub(super) fn read(&mut self) -> io::Result<Found> {
-        self.socket.as_mut().map_or_else(|| Ok(Found::new()), read::tables)
+    /// What is there of our tables, and what they have dropped.
+    pub(super) fn read(&mut self) -> io::Result<(Found, Dropped)> {
+        self.socket.as_mut().map_or_else(|| Ok(Default::default()), read::tables)
     }
 
-    /// Writes a change, all of it or nothing.
+    /// Chains of others that are there for rules of ours.
+    pub(super) fn doors(&mut self) -> io::Result<Vec<Door>> {
+        self.socket.as_mut().map_or_else(|| Ok(vec![]), door::doors)
+    }
+
+    /// Whether kube-proxy's rules are here.
+    pub(super) fn has_kube_proxy(&mut self) -> bool {
+        self.socket.as_mut().is_some_and(door::has_kube_proxy)
+    }
+
+    /// Writes a change: its sets and then its rules, each all or nothing.
     pub(super) fn write(&mut self, change: &Change) -> Result<(), Refusal> {
         match &mut self.socket {
-            Some(socket) => socket.transact(&encode::transaction(change)),
+            Some(socket) => encode::transactions(change).iter().try_for_each(|steps| socket.transact(steps)),
             None => Err(io::Error::from_raw_os_error(libc::EPROTONOSUPPORT).into()),
         }
     }

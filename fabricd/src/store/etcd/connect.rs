@@ -307,6 +307,8 @@ async fn read(path: &Path) -> Result<Vec<u8>, Failure> {
 /// that stops, a connection that breaks.
 fn failure(operation: &'static str, error: &Error) -> Failure {
     let refused = match error {
+        // An old log-in says nothing about the request. A new connection logs in anew.
+        Error::GRpcStatus(status) if status.message().contains("invalid auth token") => false,
         Error::GRpcStatus(status) => match status.code() {
             Code::InvalidArgument
             | Code::NotFound

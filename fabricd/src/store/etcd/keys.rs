@@ -5,6 +5,7 @@
 //! <prefix>/subnets/10.244.3.0-24&fd00:3::-64      a lease                     flannel's
 //! <prefix>/fabric/guard/4/10.244.3.0-24           the node that has the subnet    ours
 //! <prefix>/fabric/guard/6/fd00:3::-64             the node that has the subnet    ours
+//! <prefix>/fabric/guard/outdated                  who last claimed under a config of before    ours
 //! <prefix>/fabric/reservations/10.244.3.0-24      the node that it is kept for    ours
 //! ```
 //!
@@ -78,6 +79,11 @@ impl Keys {
         key.subnets().iter().map(guard).collect()
     }
 
+    /// What every claim compares and one that was decided under a config of before writes.
+    pub(super) fn outdated(&self) -> String {
+        format!("{}outdated", self.all_guards())
+    }
+
     /// What the keys of all guards begin with.
     pub(super) fn all_guards(&self) -> String {
         format!("{}/fabric/guard/", self.prefix)
@@ -138,6 +144,7 @@ mod tests {
             assert!(["10.244.3.0/24", "fd00:3::/64"].contains(&subnet.as_str()), "{subnet}");
         }
         assert_eq!(keys.guarded(b"/coreos.com/network/fabric/guard/4/nonsense"), None);
+        assert_eq!(keys.guarded(keys.outdated().as_bytes()), None);
     }
 
     #[test]

@@ -33,7 +33,7 @@ use self::connect::Connector;
 pub use self::connect::{Options, Tls, User};
 use self::keys::Keys;
 pub use self::operator::Overview;
-use super::{Claim, Connection, Grant, LeaseStore, Network, Resting, StoreError};
+use super::{Claim, ConfigPlace, Connection, Grant, LeaseStore, Network, Resting, StoreError};
 
 /// The lease store in etcd. Dropping it ends its task.
 pub struct Etcd {
@@ -118,6 +118,14 @@ impl LeaseStore for Etcd {
 
     fn leases(&self) -> Receiver<Option<Arc<LeaseSet>>> {
         self.store.leases.subscribe()
+    }
+
+    fn config_place(&self) -> ConfigPlace {
+        ConfigPlace {
+            name: self.store.keys.config(),
+            make: "make one with: fabricctl network init --network 10.244.0.0/16",
+            change: "choose another network with: fabricctl network init --force --network …",
+        }
     }
 
     fn connection(&self) -> Receiver<Connection> {

@@ -127,7 +127,7 @@ impl Store {
     /// A transaction that is not tried again: a person decided on what was there.
     async fn once(&self, operation: &'static str, seen: Vec<Compare>, then: Vec<TxnOp>) -> Result<(), StoreError> {
         match self.transact(operation, seen, then, &[]).await? {
-            Outcome::Done(_) => Ok(()),
+            Outcome::Done(..) => Ok(()),
             _ => Err(StoreError::Refused { operation, reason: "somebody changed it meanwhile; try again".into() }),
         }
     }

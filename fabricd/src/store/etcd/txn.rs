@@ -1,11 +1,12 @@
 //! What a node writes: its lease, and through `fabricctl` the network config. Every write is one transaction that
 //! compares what it was decided on, so whatever happened meanwhile, it does all of it or nothing.
 //!
-//! A claim compares three things and puts two:
+//! A claim compares a few things and puts two:
 //!
 //! ```text
 //! if   no record has the IPv4 subnet,    or, to take over: the record is still at the revision that was seen
-//!      and the config is as it was seen
+//!      and the config is as it was seen,
+//!      and so is the key `outdated`
 //!      each guard is absent, or already this node's
 //! then put the record, on a lease of etcd's, and the guards, on none
 //! else read them all
@@ -16,6 +17,10 @@
 //! have one size, and two that overlap are equal and share a guard. Comparing that no record at all has changed since
 //! would do too, but then of many nodes that join at once each spoils the others' attempts: 400 took
 //! 41,000 attempts.
+//!
+//! A node may go on under the config of before while others have the next one: then sizes differ, and guards don't meet.
+//! Its claim of a free subnet is the rare one that compares that no record has changed, and it writes the key `outdated`,
+//! which spoils the claims that have not seen it.
 //!
 //! A guard stays when its record is gone: expired, deleted by hand, or written over by a flannel node that went away. The
 //! node that it names may take the subnet again; others only after the grace (see `places.rs`).
@@ -45,8 +50,8 @@ pub(super) struct EtcdLease {
 
 /// What a transaction found instead of doing its work.
 pub(super) enum Outcome {
-    /// It did its work, at this revision.
-    Done(i64),
+    /// It did its work, at this revision, and what it wrote over, if that was asked for.
+    Done(i64, Option<KeyValue>),
     /// Comparisons failed; the values of the keys that it was about.
     Failed(Vec<Option<KeyValue>>),
     /// The etcd lease to hang the keys on is gone.
@@ -120,17 +125,22 @@ impl Store {
 
         let (decided_on, usual) = match claim.expect {
             Expect::Absent => {
-                let config = Compare::mod_revision(self.keys.config(), CompareOp::Less, claim.seen_revision + 1);
-                (vec![config, self.is_free(&claim.key)], Guard::Nobodys)
+                let as_seen = |key| Compare::mod_revision(key, CompareOp::Less, claim.seen_revision + 1);
+                let mut decided_on =
+                    vec![as_seen(self.keys.config()), as_seen(self.keys.outdated()), self.is_free(&claim.key)];
+                if claim.outdated {
+                    decided_on.push(as_seen(self.keys.subnets()).with_prefix());
+                }
+                (decided_on, Guard::Nobodys)
             }
             Expect::Revision(revision) => {
                 (vec![Compare::mod_revision(record.clone(), CompareOp::Equal, revision)], Guard::Ours)
             }
         };
-        let on_lease = Some(PutOptions::new().with_lease(lease_id));
-        let puts: Vec<TxnOp> = std::iter::once(TxnOp::put(record, value, on_lease))
-            .chain(guards.iter().map(|guard| TxnOp::put(guard.clone(), claim.node.as_str(), None)))
-            .collect();
+        let on_lease = Some(PutOptions::new().with_lease(lease_id).with_prev_key());
+        let outdated = (claim.outdated && claim.expect == Expect::Absent).then(|| self.keys.outdated());
+        let named = guards.iter().cloned().chain(outdated).map(|key| TxnOp::put(key, claim.node.as_str(), None));
+        let puts: Vec<TxnOp> = std::iter::once(TxnOp::put(record, value, on_lease)).chain(named).collect();
 
         // The first attempt takes the guards to be as usual; the next ones know.
         let mut expected = vec![usual; guards.len()];
@@ -138,7 +148,10 @@ impl Store {
             let compare_guards = guards.iter().zip(&expected).map(|(key, guard)| guard.compare(key, &claim.node));
             let compares = decided_on.iter().cloned().chain(compare_guards).collect::<Vec<_>>();
             let found = match self.transact("claim a lease", compares, puts.clone(), &keys).await? {
-                Outcome::Done(revision) => return Ok(revision),
+                Outcome::Done(revision, before) => {
+                    self.discard_that_of(claim, before).await;
+                    return Ok(revision);
+                }
                 Outcome::LeaseGone => return Err(StoreError::Expired { lease_id }),
                 Outcome::Failed(found) => found,
             };
@@ -156,6 +169,16 @@ impl Store {
             }
         }
         Err(lost)
+    }
+
+    /// Revokes what this node's record hung on before it was claimed anew: else each restart without a memory would
+    /// leave a lease behind.
+    async fn discard_that_of(&self, claim: &Claim, before: Option<KeyValue>) {
+        let Some(before) = before.filter(|kv| kv.lease() != 0) else { return };
+        let record = Record::decode(&claim.key, before.value());
+        if record.is_ok_and(|record| record.node() == Some(&claim.node)) {
+            self.discard(before.lease()).await;
+        }
     }
 
     /// Compares that no record has the key, nor its IPv4 subnet in another pair.
@@ -181,7 +204,7 @@ impl Store {
             )
             .await?;
         let mod_revision = match outcome {
-            Outcome::Done(revision) => revision,
+            Outcome::Done(revision, _) => revision,
             Outcome::LeaseGone => return Err(StoreError::Expired { lease_id }),
             Outcome::Failed(found) => match found.into_iter().flatten().next() {
                 Some(kv) if kv.lease() == lease_id && kv.value() == value => kv.mod_revision(),
@@ -219,7 +242,7 @@ impl Store {
         let delete = |key: &String| TxnOp::delete(key.clone(), None);
         let ours = vec![Compare::lease(record.clone(), CompareOp::Equal, grant.lease_id)];
         let all = std::iter::once(&record).chain(&guards).map(delete).collect();
-        if !matches!(self.transact("release the lease", ours, all, &[]).await?, Outcome::Done(_)) {
+        if !matches!(self.transact("release the lease", ours, all, &[]).await?, Outcome::Done(..)) {
             for guard in &guards {
                 let ours = vec![Guard::Ours.compare(guard, &grant.node)];
                 self.transact("release a guard", ours, vec![delete(guard)], &[]).await?;
@@ -283,7 +306,12 @@ impl Store {
             .await?;
         let Some(response) = response else { return Ok(Outcome::LeaseGone) };
         if response.succeeded() {
-            return Ok(Outcome::Done(response.header().map_or(0, ResponseHeader::revision)));
+            let revision = response.header().map_or(0, ResponseHeader::revision);
+            let before = response.op_responses().into_iter().find_map(|response| match response {
+                TxnOpResponse::Put(mut put) => put.take_prev_key(),
+                _ => None,
+            });
+            return Ok(Outcome::Done(revision, before));
         }
         let found = response.op_responses().into_iter().map(|response| match response {
             TxnOpResponse::Get(mut range) => range.take_kvs().into_iter().next(),
@@ -313,7 +341,7 @@ impl Store {
             let put = TxnOp::put(key.clone(), json, None);
             let keys = std::slice::from_ref(&key);
             let found = match self.transact("write the network config", vec![unchanged], vec![put], keys).await? {
-                Outcome::Done(_) => return Ok(before.map_or(Init::Created, Init::Replaced)),
+                Outcome::Done(..) => return Ok(before.map_or(Init::Created, Init::Replaced)),
                 Outcome::LeaseGone => None,
                 Outcome::Failed(found) => found.into_iter().flatten().next().map(StoredConfig::from),
             };

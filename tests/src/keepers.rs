@@ -1,0 +1,80 @@
+//! The store's side of many nodes in one process: of each the real lease keeper and the real store, with a connection, a
+//! watch and a lease of its own.
+
+use std::net::Ipv4Addr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fabric_core::holding::Instance;
+use fabric_core::model::{NodeName, PerFamily};
+use fabric_core::network::NetworkConfig;
+use fabricd::lease::{Holding, Keeper, Tenant, Wanted};
+use fabricd::pods::PodAddresses;
+use fabricd::store::etcd::{Etcd, Options};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+/// What all of them have in common.
+#[derive(Clone, Debug)]
+pub struct Keepers {
+    /// Where etcd is.
+    pub etcd: Options,
+    /// The network config, which is in etcd too.
+    pub network: NetworkConfig,
+    /// Time to live of the leases.
+    pub ttl: Duration,
+}
+
+/// One node's. Its task ends with the value, and its lease stays.
+pub struct OneKeeper {
+    /// Its name.
+    pub node: NodeName,
+    /// What it holds.
+    pub holding: watch::Receiver<Holding>,
+    _wanted: watch::Sender<Option<Wanted>>,
+    _task: JoinSet<()>,
+}
+
+impl Keepers {
+    /// Starts that of the N-th node, `many-N` at an address of the range for benchmarks (RFC 2544).
+    ///
+    /// # Panics
+    /// Outside a runtime.
+    #[must_use]
+    pub fn start(&self, n: u32) -> OneKeeper {
+        let node: NodeName = format!("many-{n}").parse().expect("a name");
+        let tenant = Tenant {
+            node: node.clone(),
+            instance: Instance { boot: format!("boot-{n}"), netns: 1 },
+            ttl: self.ttl,
+            grace: Duration::from_secs(86_400),
+            pods: PodAddresses::new(Path::new("/nonexistent")),
+        };
+        let keeper = Keeper::new(Arc::new(Etcd::start(self.etcd.clone())), tenant, None);
+        let ip = Ipv4Addr::from_bits(Ipv4Addr::new(198, 18, 0, 0).to_bits() + n);
+        let public_ips = PerFamily { v4: Some(ip.into()), v6: None };
+        let (wanted, wants) = watch::channel(Some(Wanted { network: self.network, public_ips }));
+        let holding = keeper.holding();
+        let mut task = JoinSet::new();
+        task.spawn(keeper.run(wants));
+        OneKeeper { node, holding, _wanted: wanted, _task: task }
+    }
+}
+
+impl OneKeeper {
+    /// Waits until it holds a lease.
+    pub async fn holds(&mut self) {
+        let held = self.holding.wait_for(|holding| holding.own.is_some() && holding.trouble.is_none()).await;
+        drop(held.expect("its task lives as long as it does"));
+    }
+
+    /// Waits until it holds a lease, or says why not.
+    pub async fn answers(&mut self) -> Result<(), String> {
+        let holding = self.holding.wait_for(|holding| holding.own.is_some() || holding.trouble.is_some()).await;
+        match &holding.expect("its task lives as long as it does").trouble {
+            None => Ok(()),
+            Some((_, why)) => Err(why.clone()),
+        }
+    }
+}
