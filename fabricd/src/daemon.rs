@@ -15,6 +15,7 @@ use fabric_core::record::LeaseKey;
 use fabric_core::rules::Ruleset;
 use fabric_core::rules::change::change;
 use fabric_core::state::KernelState;
+use futures::FutureExt as _;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -22,8 +23,9 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use crate::api::{Controls, Sources, Tls};
+use crate::api::{Controls, Remote, Sources, Tls};
 use crate::config::{Config, StoreKind};
+use crate::diagnosis::{Inspector, Places, Probe};
 use crate::disk::{self, Disk, Uptime};
 use crate::events::Events;
 use crate::files::{Files, remove_if_there};
@@ -32,12 +34,13 @@ use crate::kernel::netlink::{self, Netlink};
 use crate::lease::{Keeper, Tenant};
 use crate::leftovers::Leftovers;
 use crate::log_level::LogLevel;
+use crate::mesh::Mesh;
 use crate::pods::PodAddresses;
 use crate::reconcile::{Node, Reconciler};
 use crate::store::etcd::Etcd;
 use crate::store::kubernetes::Kubernetes;
 use crate::store::{Claim, LeaseStore};
-use crate::{api, events, health, ports};
+use crate::{api, events, health, mesh, ports};
 
 /// How long `--cleanup` waits for the store before it leaves the lease to end by itself.
 const GIVE_UP: Duration = Duration::from_secs(10);
@@ -100,6 +103,11 @@ async fn serve(config: &Config, store: impl LeaseStore, log_level: LogLevel) -> 
         reconciler.run(holding).await;
         "the reconcile loop has ended".to_owned()
     });
+    let asked = store.clone();
+    let probe: Probe = Arc::new(move || {
+        let store = asked.clone();
+        async move { store.probe().await }.boxed()
+    });
     let mut seen = view.clone();
     tasks.spawn(async move {
         while seen.changed().await.is_ok() {
@@ -112,18 +120,26 @@ async fn serve(config: &Config, store: impl LeaseStore, log_level: LogLevel) -> 
         disk::follow(disk, seen).await;
         "the reconcile loop has ended".to_owned()
     });
-    if let Some(listener) = health {
-        let view = view.clone();
-        tasks.spawn(async {
-            format!("the health endpoint has ended: {:?}", health::serve(listener, view, metrics).await)
-        });
-    }
     let (told, seen) = (events.clone(), view.clone());
     tasks.spawn(async {
         events::follow(told, seen).await;
         "the reconcile loop has ended".to_owned()
     });
-    let sources = Sources { view, events, log_level, controls };
+    let mesh = Arc::new(Mesh::default());
+    let (probed, told, seen) = (mesh.clone(), events.clone(), view.clone());
+    tasks.spawn(async {
+        mesh::run(probed, told, seen).await;
+        "the reconcile loop has ended".to_owned()
+    });
+    let inspector = Arc::new(Inspector { store: Some(probe), mesh: mesh.clone(), places: places(config) });
+    let access = remote.as_ref().and_then(|(_, tls)| Some((tls.clone(), config.api_addr.0?.port())));
+    let sources = Sources { view, events, mesh, inspector, remote: Remote { access }, log_level, controls };
+    if let Some(listener) = health {
+        let sources = sources.clone();
+        tasks.spawn(async {
+            format!("the health endpoint has ended: {:?}", health::serve(listener, sources, metrics).await)
+        });
+    }
     if let Some((listener, tls)) = remote {
         let sources = sources.clone();
         tasks.spawn(async move {
@@ -140,6 +156,18 @@ async fn serve(config: &Config, store: impl LeaseStore, log_level: LogLevel) -> 
     }
     info!("fabricd ends, the data plane stays");
     Ok(())
+}
+
+/// Where doctor looks.
+fn places(config: &Config) -> Places {
+    let of_etcd = [&config.etcd.cafile, &config.etcd.certfile];
+    let of_api = [&config.api_cafile, &config.api_certfile];
+    Places {
+        addresses: config.cni_data_dir.clone(),
+        attachments: config.cni_state_dir.clone(),
+        root: "/".into(),
+        certificates: of_etcd.into_iter().chain(of_api).flatten().cloned().collect(),
+    }
 }
 
 /// Opens the API to other nodes, if it is asked for: never without certificates.

@@ -158,4 +158,8 @@ impl LeaseStore for Etcd {
     async fn hold_place(&self, key: &LeaseKey, placeholder: &Record) -> Result<(), StoreError> {
         self.store.hold_place(key, placeholder).await
     }
+
+    async fn probe(&self) -> Result<(), StoreError> {
+        self.read_config().await.map(drop)
+    }
 }

@@ -154,7 +154,9 @@ impl Shared {
         let (mut ready, mut own) = (self.ready.subscribe(), self.own.subscribe());
         let (mut pace, mut outage, mut told) = (Pace::default(), Outage::default(), false);
         loop {
-            let node = own.borrow_and_update().clone().filter(|_| *ready.borrow_and_update());
+            // Both are looked at in any case: what is not would be news for ever.
+            let is_ready = *ready.borrow_and_update();
+            let node = own.borrow_and_update().clone().filter(|_| is_ready);
             if let Some(change) = node.and_then(|node| readiness(&node, self.startup_taint.as_deref())) {
                 sleep(pace.delay()).await;
                 match send(self, change).await {
