@@ -8,12 +8,14 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use fabric_core::diff::diff;
+use fabric_core::handoff::Readiness;
 use fabric_core::holding::{Expect, Instance};
 use fabric_core::leases::LeaseSet;
 use fabric_core::record::LeaseKey;
 use fabric_core::rules::Ruleset;
 use fabric_core::rules::change::change;
 use fabric_core::state::KernelState;
+use futures::FutureExt as _;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -22,8 +24,8 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::api::{Controls, Remote, Sources, Tls};
-use crate::config::Config;
-use crate::diagnosis::{Inspector, Places};
+use crate::config::{Config, StoreKind};
+use crate::diagnosis::{Inspector, Places, Probe};
 use crate::disk::{self, Disk, Uptime};
 use crate::events::Events;
 use crate::files::{Files, remove_if_there};
@@ -36,7 +38,8 @@ use crate::mesh::Mesh;
 use crate::pods::PodAddresses;
 use crate::reconcile::{Node, Reconciler};
 use crate::store::etcd::Etcd;
-use crate::store::{Claim, LeaseStore as _};
+use crate::store::kubernetes::Kubernetes;
+use crate::store::{Claim, LeaseStore};
 use crate::{api, events, health, mesh, ports};
 
 /// How long `--cleanup` waits for the store before it leaves the lease to end by itself.
@@ -48,15 +51,22 @@ const GIVE_UP: Duration = Duration::from_secs(10);
 /// What keeps it from starting at all. Whatever can pass by itself (no store, no interface yet) is waited for instead.
 pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
     let _lock = lock(&config.run_dir)?;
-    info!(node = %config.node(), version = env!("CARGO_PKG_VERSION"), endpoints = ?config.etcd.endpoints, "fabricd starts");
+    info!(node = %config.node(), version = env!("CARGO_PKG_VERSION"), store = ?config.store, "fabricd starts");
+    match config.store {
+        StoreKind::Etcd => serve(&config, Etcd::start(config.etcd.options()?), log_level).await,
+        StoreKind::Kubernetes => serve(&config, Kubernetes::start(config.kubernetes()), log_level).await,
+    }
+}
+
+async fn serve(config: &Config, store: impl LeaseStore, log_level: LogLevel) -> anyhow::Result<()> {
     let health = match config.health_addr.0 {
         Some(address) => Some(health::listen(address).await?),
         None => None,
     };
     let api = api::listen(&config.socket).with_context(|| format!("cannot listen on {}", config.socket.display()))?;
-    let remote = api_for_others(&config).await?;
+    let remote = api_for_others(config).await?;
 
-    let store = Arc::new(Etcd::start(config.etcd.options()?));
+    let store = Arc::new(store);
     let files = Files::new(&config.run_dir, &config.subnet_file).masquerading(config.rules.ip_masq);
     let disk = Disk::new(&config.state_dir, config.node());
     let before = disk.load(&Uptime::now().context("cannot read how long this machine is up")?);
@@ -74,7 +84,7 @@ pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
         public_ips: config.public_ips(),
         rules: config.rules.options(),
     };
-    let mut reconciler = Reconciler::new(node, store.clone(), open_kernel(&config)?, files, before);
+    let mut reconciler = Reconciler::new(node, store.clone(), open_kernel(config)?, files, before);
     if config.rules.check_pods {
         reconciler.guard_ports(ports::follow(config.cni_state_dir.clone()));
     }
@@ -93,6 +103,18 @@ pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
         reconciler.run(holding).await;
         "the reconcile loop has ended".to_owned()
     });
+    let asked = store.clone();
+    let probe: Probe = Arc::new(move || {
+        let store = asked.clone();
+        async move { store.probe().await }.boxed()
+    });
+    let mut seen = view.clone();
+    tasks.spawn(async move {
+        while seen.changed().await.is_ok() {
+            store.announce(seen.borrow_and_update().readiness == Readiness::Ready);
+        }
+        "the reconcile loop has ended".to_owned()
+    });
     let seen = view.clone();
     tasks.spawn(async {
         disk::follow(disk, seen).await;
@@ -109,7 +131,7 @@ pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
         mesh::run(probed, told, seen).await;
         "the reconcile loop has ended".to_owned()
     });
-    let inspector = Arc::new(Inspector { store: Some(store), mesh: mesh.clone(), places: places(&config) });
+    let inspector = Arc::new(Inspector { store: Some(probe), mesh: mesh.clone(), places: places(config) });
     let access = remote.as_ref().and_then(|(_, tls)| Some((tls.clone(), config.api_addr.0?.port())));
     let sources = Sources { view, events, mesh, inspector, remote: Remote { access }, log_level, controls };
     if let Some(listener) = health {
@@ -197,11 +219,17 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
     println!("{} kernel entries removed", plan.ops().len() - refused.len());
     print!("{}", leftovers.remove().await?);
 
-    match timeout(GIVE_UP, release(&config)).await {
+    let released = timeout(GIVE_UP, async {
+        match config.store {
+            StoreKind::Etcd => release(&config, Etcd::start(config.etcd.options()?)).await,
+            StoreKind::Kubernetes => release(&config, Kubernetes::start(config.kubernetes())).await,
+        }
+    });
+    match released.await {
         Ok(Ok(Some(key))) => println!("lease of {key} given back"),
         Ok(Ok(None)) => println!("this node, {}, holds no lease", config.node()),
         Ok(Err(error)) => warn!(%error, "lease not given back, it ends by itself"),
-        Err(_) => warn!(endpoints = ?config.etcd.endpoints, "store not reached, the lease ends by itself"),
+        Err(_) => warn!(store = ?config.store, "store not reached, the lease ends by itself"),
     }
     for file in [&config.socket, &lock_file(&config.run_dir)] {
         remove_if_there(file)?;
@@ -213,8 +241,7 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
 }
 
 /// Claims this node's record, whoever wrote it last, to give it back: so it goes only as long as it is this node's.
-async fn release(config: &Config) -> anyhow::Result<Option<LeaseKey>> {
-    let store = Etcd::start(config.etcd.options()?);
+async fn release(config: &Config, store: impl LeaseStore) -> anyhow::Result<Option<LeaseKey>> {
     let mut leases = store.leases();
     let leases: Arc<LeaseSet> = leases.wait_for(Option::is_some).await?.clone().expect("waited for");
     let Some(lease) = leases.of_node(config.node()) else { return Ok(None) };

@@ -11,13 +11,14 @@ use std::io;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use fabric_core::device;
 use fabric_core::diff::{Change, Op};
 use fabric_core::model::{Family, IfName, MacAddr, Subnet};
 use fabric_core::rules::change::{Change as RuleChange, Found};
 use fabric_core::state::{
     Foreign, ForeignLink, KernelState, NEXTHOP_ID_BASE, Nexthop, NexthopId, ROUTE_PROTOCOL, Sysctl, Via, VxlanLink,
 };
-use fabricd::kernel::{ForwardDrop, Kernel, KernelError, Observed, Touched, is_our_name};
+use fabricd::kernel::{ForwardDrop, Kernel, KernelError, Observed, Touched};
 use fabricd::underlay::{DefaultRoute, Host, HostLink};
 use tokio::sync::Notify;
 
@@ -145,7 +146,18 @@ impl Tables {
 
     /// A VXLAN device whose name says that it is ours.
     fn our_link(&self, dev: &IfName) -> Option<&VxlanLink> {
-        self.links.get(dev)?.vxlan.as_ref().filter(|vxlan| is_our_name(dev, vxlan.vni.get()))
+        self.links.get(dev)?.vxlan.as_ref().filter(|vxlan| device::is_ours(dev, vxlan.vni))
+    }
+
+    /// Routes with our metric that are not ours.
+    fn routes_of_others(&self, which: impl Fn(&Subnet, &Via) -> bool) -> BTreeMap<Subnet, String> {
+        let others = self.routes.iter().filter(|(dst, (protocol, via))| *protocol != ROUTE_PROTOCOL && which(dst, via));
+        others.map(|(dst, (protocol, via))| (*dst, format!("{dst} {via:?} proto {protocol}"))).collect()
+    }
+
+    /// What flannel makes for a peer, over our own device.
+    fn is_plain(&self, dst: &Subnet, via: &Via) -> bool {
+        matches!(via, Via::Gateway(to) | Via::Direct(to) if to.gateway == dst.base() && self.our_link(&to.dev).is_some())
     }
 
     fn is_our_nexthop(&self, id: NexthopId, protocol: u8, nexthop: &Nexthop) -> bool {
@@ -302,12 +314,8 @@ impl Tables {
                     .filter(|(id, (protocol, nexthop))| !self.is_our_nexthop(**id, *protocol, nexthop))
                     .map(|(id, _)| *id)
                     .collect(),
-                routes: self
-                    .routes
-                    .iter()
-                    .filter(|(_, (protocol, _))| *protocol != ROUTE_PROTOCOL)
-                    .map(|(dst, (protocol, via))| (*dst, format!("{dst} {via:?} proto {protocol}")))
-                    .collect(),
+                routes: self.routes_of_others(|dst, via| !self.is_plain(dst, via)),
+                plain: self.routes_of_others(|dst, via| self.is_plain(dst, via)),
                 links: others()
                     .map(|(name, link)| {
                         let vxlan = link.vxlan.as_ref().map(|v| (v.vni.get(), v.port, Family::of(v.local)));

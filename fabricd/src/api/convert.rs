@@ -11,6 +11,7 @@ use crate::diagnosis::Outcome;
 use crate::diagnosis::checks::Finding;
 use crate::diagnosis::explain::Hop;
 use crate::events::{Event, Kind, unix_millis};
+use crate::kernel::Count;
 use crate::mesh::{Cause, Mesh, Way};
 use crate::reconcile::{Looked, Written};
 use crate::store::Connection;
@@ -60,7 +61,13 @@ pub fn status_of(view: &View, now: Instant) -> v1::GetStatusResponse {
         peers,
         warnings: view.warnings.iter().cloned().chain(unreadable).collect(),
         pending: view.pending.clone(),
+        dropped: view.dropped.iter().filter(|(_, count)| count.packets > 0).map(dropped).collect(),
+        open_ports: view.open_ports.iter().map(ToString::to_string).collect(),
     }
+}
+
+fn dropped((reason, count): (&String, &Count)) -> v1::Dropped {
+    v1::Dropped { reason: reason.clone(), packets: count.packets, bytes: count.bytes }
 }
 
 fn store(view: &View) -> v1::Store {

@@ -10,11 +10,12 @@ pub mod pod_places;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use futures::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::mesh::Mesh;
 use crate::reconcile::{self, Looked};
-use crate::store::etcd::Etcd;
+use crate::store::StoreError;
 use crate::view::View;
 
 /// How something was found.
@@ -43,11 +44,14 @@ pub struct Places {
     pub certificates: Vec<PathBuf>,
 }
 
+/// Asks the store something that it must answer itself: [`LeaseStore::probe`](crate::store::LeaseStore::probe).
+pub type Probe = Arc<dyn Fn() -> BoxFuture<'static, Result<(), StoreError>> + Send + Sync>;
+
 /// What questions are put to.
 #[derive(Clone)]
 pub struct Inspector {
     /// The store, to see how fast it answers; none in tests.
-    pub store: Option<Arc<Etcd>>,
+    pub store: Option<Probe>,
     /// The mesh.
     pub mesh: Arc<Mesh>,
     /// Files of the node.

@@ -149,14 +149,6 @@ impl KernelError {
     }
 }
 
-/// Whether a VXLAN device is ours: it is named `fabric.VNI` or `fabric6.VNI`, with its own VNI.
-#[must_use]
-pub fn is_our_name(name: &IfName, vni: u32) -> bool {
-    ["fabric.", "fabric6."]
-        .iter()
-        .any(|prefix| name.as_str().strip_prefix(prefix).is_some_and(|number| number == vni.to_string()))
-}
-
 /// A kernel that fabricd can look at and write to.
 pub trait Kernel: Send {
     /// What the kernel holds now. Cheap when nothing was touched since the last look.

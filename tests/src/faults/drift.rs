@@ -51,6 +51,7 @@ const DEEDS: &[&str] = &[
     "ip route del {subnet} proto 250",
     "ip route replace blackhole {subnet} proto 250",
     "ip route replace {subnet} via {base} dev fabric.1 onlink proto 250",
+    "ip route replace {subnet} via {base} dev fabric.1 onlink",
     "ip address flush dev fabric.1 scope global",
     "ip link set fabric.1 mtu 1300",
     "ip link set fabric.1 address 02:00:00:00:00:98",
