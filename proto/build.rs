@@ -1,15 +1,26 @@
 //! Generates the code from the protocol files, without protoc.
 
+/// The enums, by the fields that hold one: in JSON they are words.
+const ENUMS: [(&str, &str); 4] = [
+    ("Peer.state", "PeerState"),
+    ("PeerEvent.type", "ChangeType"),
+    ("LeaseEvent.type", "ChangeType"),
+    ("Event.kind", "EventKind"),
+];
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let protos = ["fabric/v1/fabric.proto"];
+    let protos = ["events", "fabric", "kernel", "leases", "service"];
+    let protos = protos.map(|name| format!("fabric/v1/{name}.proto"));
     let mut compiler = protox::Compiler::new(["."])?;
-    compiler.include_imports(true).open_files(protos)?;
+    compiler.include_imports(true).open_files(&protos)?;
     let descriptors = std::path::PathBuf::from(std::env::var("OUT_DIR")?).join("fabric.v1.bin");
     std::fs::write(descriptors, compiler.encode_file_descriptor_set())?;
-    tonic_prost_build::configure()
-        .type_attribute(".", "#[derive(serde::Serialize)]")
-        .field_attribute("fabric.v1.Peer.state", "#[serde(serialize_with = \"crate::peer_state\")]")
-        .compile_fds(compiler.file_descriptor_set())?;
+    let mut builder = tonic_prost_build::configure().type_attribute(".", "#[derive(serde::Serialize)]");
+    for (field, kind) in ENUMS {
+        let attribute = format!("#[serde(serialize_with = \"crate::word::<{kind}, _>\")]");
+        builder = builder.field_attribute(format!("fabric.v1.{field}"), attribute);
+    }
+    builder.compile_fds(compiler.file_descriptor_set())?;
     protos.iter().for_each(|proto| println!("cargo::rerun-if-changed={proto}"));
     Ok(())
 }

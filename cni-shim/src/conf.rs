@@ -14,7 +14,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use fabric_core::handoff::{NODE_FILE, RUN_DIR};
+use fabric_core::handoff::{ATTACHMENTS_DIR, NODE_FILE, RUN_DIR};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -65,7 +65,7 @@ fn default_ready_timeout() -> u16 {
 }
 
 fn default_state_dir() -> PathBuf {
-    "/var/lib/cni/fabric".into()
+    ATTACHMENTS_DIR.into()
 }
 
 /// A plugin's configuration.

@@ -8,7 +8,8 @@
 //!
 //! ADD writes the file before the delegate runs and gives it its name only when it is whole: so a killed ADD leaves
 //! either no file and nothing attached, or a file from which DEL can undo whatever was done. When the delegate has
-//! ended, ADD appends a line: the host's ends of the pod's cables, by which a sweep knows that the pod is gone.
+//! ended, ADD appends a line: the host's ends of the pod's cables, by which a sweep knows that the pod is gone, and the
+//! pod's addresses, by which the daemon keeps it to them.
 //!
 //! Nothing is forced to the disk. A power cut that loses the file ends the pod too, and what is left of that, its
 //! address, the sweep frees (docs/decisions/0007-cni-state-is-not-forced-to-the-disk.md).
@@ -25,6 +26,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use fabric_core::handoff::Attached;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::{FdFlags, fcntl_setfd};
 use serde::{Deserialize, Serialize};
@@ -60,18 +62,9 @@ impl Saved {
     /// The content of a state file; `None` when it is cut, empty or something else.
     #[must_use]
     pub fn decode(content: &[u8]) -> Option<Self> {
-        // The second line may be missing, or cut.
-        let mut lines = content.splitn(2, |byte| *byte == b'\n');
-        let saved: Self = serde_json::from_slice(lines.next()?).ok()?;
-        let attached = lines.next().and_then(|line| serde_json::from_slice::<Attached>(line).ok());
-        Some(Self { ports: attached.map(|attached| attached.ports), ..saved })
+        let saved: Self = serde_json::from_slice(content.split(|byte| *byte == b'\n').next()?).ok()?;
+        Some(Self { ports: Attached::decode(content).map(|attached| attached.ports), ..saved })
     }
-}
-
-/// The line that ADD appends.
-#[derive(Debug, Serialize, Deserialize)]
-struct Attached {
-    ports: Vec<String>,
 }
 
 /// The attachments of one network.
@@ -230,11 +223,9 @@ impl Held {
         Ok(Self { file, path })
     }
 
-    /// Remembers the host's ends of the pod's cables. Without them the attachment is merely not swept.
-    pub fn attached(&self, ports: Vec<String>) {
-        if let Ok(line) = serde_json::to_string(&Attached { ports }) {
-            let _ = (&self.file).write_all(line.as_bytes());
-        }
+    /// Remembers how the pod was attached. Without it the attachment is merely not swept, and its port not guarded.
+    pub fn attached(&self, attached: &Attached) {
+        let _ = (&self.file).write_all(&attached.encode());
     }
 
     /// What was saved; `None` when the file is cut, empty or something else.

@@ -61,7 +61,7 @@ fn cables_are_remembered_when_they_are_known_and_a_cut_line_is_none() {
     let (all, id) = (attachments(&dir), id("c1", "eth0"));
     let held = all.create(&saved(&id)).expect("saved");
     assert_eq!(all.read(&id).expect("whole").ports, None);
-    held.attached(vec!["veth1".into()]);
+    held.attached(&Attached { ports: vec!["veth1".into()], ..Attached::default() });
     assert_eq!(all.read(&id).expect("whole").ports, Some(vec!["veth1".to_owned()]));
     let whole = fs::read(&held.path).expect("a file");
     fs::write(&held.path, &whole[..whole.len() - 1]).expect("a file");

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use fabric_core::handoff::Attached;
 use ipnetwork::IpNetwork;
 use serde_json::{Map, Value, json};
 
@@ -66,7 +67,7 @@ impl Answering<'_> {
         });
         match attached {
             Ok(result) => {
-                held.attached(ports_of(&result, &saved.config));
+                held.attached(&attached_by(&result, &saved.config));
                 Ok(result)
             }
             Err((failure, undone)) => Err(match undone.and_then(|()| held.forget()) {
@@ -188,12 +189,18 @@ fn data_dir(config: &Map<String, Value>) -> Option<&Path> {
     config.get("ipam")?.get("dataDir")?.as_str().map(Path::new)
 }
 
-/// The host's ends of a pod's cables, by the result of ADD. The bridge, which is there too, is no cable.
-fn ports_of(result: &Value, config: &Map<String, Value>) -> Vec<String> {
-    let interfaces = result["interfaces"].as_array().into_iter().flatten();
-    let on_the_host = interfaces.filter(|i| i["sandbox"].as_str().unwrap_or_default().is_empty());
-    let names = on_the_host.filter(|i| Some(&i["name"]) != config.get("bridge")).filter_map(|i| i["name"].as_str());
-    names.map(str::to_owned).collect()
+/// How a pod was attached, by the result of ADD. The bridge, which is there too, is no end of a cable.
+fn attached_by(result: &Value, config: &Map<String, Value>) -> Attached {
+    let list = |key: &str| result[key].as_array().into_iter().flatten();
+    let (in_the_pod, on_the_host): (Vec<&Value>, Vec<&Value>) =
+        list("interfaces").partition(|i| i["sandbox"].as_str().is_some_and(|sandbox| !sandbox.is_empty()));
+    let cables = on_the_host.into_iter().filter(|i| Some(&i["name"]) != config.get("bridge"));
+    let prefixes = list("ips").filter_map(|ip| ip["address"].as_str()?.parse::<IpNetwork>().ok());
+    Attached {
+        ports: cables.filter_map(|i| i["name"].as_str()).map(str::to_owned).collect(),
+        mac: in_the_pod.first().and_then(|i| i["mac"].as_str()?.parse().ok()),
+        ips: prefixes.map(|prefix| prefix.ip()).collect(),
+    }
 }
 
 #[cfg(test)]

@@ -76,6 +76,10 @@ pub struct Config {
     #[arg(long, env = "FABRICD_CNI_DATA_DIR", value_name = "DIR", default_value = "/var/lib/cni/networks")]
     pub cni_data_dir: PathBuf,
 
+    /// Folder where fabric-cni remembers the pods it has attached, each with its port and addresses
+    #[arg(long, env = "FABRICD_CNI_STATE_DIR", value_name = "DIR", default_value = fabric_core::handoff::ATTACHMENTS_DIR)]
+    pub cni_state_dir: PathBuf,
+
     /// flannel's file with the node's subnet, for others
     #[arg(long, env = "FABRICD_SUBNET_FILE", value_name = "FILE", default_value = "/run/flannel/subnet.env")]
     pub subnet_file: PathBuf,
@@ -87,6 +91,22 @@ pub struct Config {
     /// Unix socket of the gRPC API
     #[arg(long, env = "FABRICD_SOCKET", value_name = "FILE", default_value = DEFAULT_SOCKET)]
     pub socket: PathBuf,
+
+    /// Where the gRPC API answers other nodes, which have to show a certificate; "off" for nowhere
+    #[arg(long, env = "FABRICD_API_ADDR", value_name = "IP:PORT", default_value = "off", value_parser = parse_address)]
+    pub api_addr: Address,
+
+    /// Authority that the nodes' certificates are of, in PEM
+    #[arg(long, env = "FABRICD_API_CAFILE", value_name = "FILE")]
+    pub api_cafile: Option<PathBuf>,
+
+    /// This node's certificate, with its name in it, in PEM
+    #[arg(long, env = "FABRICD_API_CERTFILE", value_name = "FILE")]
+    pub api_certfile: Option<PathBuf>,
+
+    /// Key of that certificate, in PEM
+    #[arg(long, env = "FABRICD_API_KEYFILE", value_name = "FILE")]
+    pub api_keyfile: Option<PathBuf>,
 
     /// Where /healthz, /readyz and /metrics answer; "off" for nowhere
     #[arg(long, env = "FABRICD_HEALTH_ADDR", value_name = "IP:PORT", default_value = "127.0.0.1:9472", value_parser = parse_address)]

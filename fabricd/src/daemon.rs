@@ -15,23 +15,30 @@ use fabric_core::rules::Ruleset;
 use fabric_core::rules::change::change;
 use fabric_core::state::KernelState;
 use nix::fcntl::{Flock, FlockArg};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
+use crate::api::{Controls, Sources, Tls};
 use crate::config::Config;
 use crate::disk::{self, Disk, Uptime};
-use crate::files::Files;
+use crate::events::Events;
+use crate::files::{Files, remove_if_there};
 use crate::kernel::Kernel as _;
 use crate::kernel::netlink::{self, Netlink};
 use crate::lease::{Keeper, Tenant};
+use crate::leftovers::Leftovers;
+use crate::log_level::LogLevel;
 use crate::pods::PodAddresses;
 use crate::reconcile::{Node, Reconciler};
-use crate::status::Controls;
 use crate::store::etcd::Etcd;
 use crate::store::{Claim, LeaseStore as _};
-use crate::{health, status};
+use crate::{api, events, health, ports};
+
+/// How long a daemon that was killed may take until the kernel has closed its files.
+const WAY_OUT: Duration = Duration::from_secs(2);
 
 /// How long `--cleanup` waits for the store before it leaves the lease to end by itself.
 const GIVE_UP: Duration = Duration::from_secs(10);
@@ -40,20 +47,20 @@ const GIVE_UP: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// What keeps it from starting at all. Whatever can pass by itself (no store, no interface yet) is waited for instead.
-pub async fn run(config: Config) -> anyhow::Result<()> {
-    let _lock = lock(&config.run_dir)?;
+pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
+    let _lock = lock(&config.run_dir).await?;
     info!(node = %config.node(), version = env!("CARGO_PKG_VERSION"), endpoints = ?config.etcd.endpoints, "fabricd starts");
     let health = match config.health_addr.0 {
         Some(address) => Some(health::listen(address).await?),
         None => None,
     };
-    let api =
-        status::listen(&config.socket).with_context(|| format!("cannot listen on {}", config.socket.display()))?;
+    let api = api::listen(&config.socket).with_context(|| format!("cannot listen on {}", config.socket.display()))?;
+    let remote = api_for_others(&config).await?;
 
-    let store = Arc::new(Etcd::start(config.etcd.options()?));
     let files = Files::new(&config.run_dir, &config.subnet_file).masquerading(config.rules.ip_masq);
     let disk = Disk::new(&config.state_dir, config.node());
     let before = disk.load(&Uptime::now().context("cannot read how long this machine is up")?);
+    let store = Arc::new(Etcd::start_remembering(config.etcd.options()?, before.leases.clone()));
     let tenant = Tenant {
         node: config.node().clone(),
         instance: instance()?,
@@ -66,11 +73,14 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         name: config.node().clone(),
         selectors: config.selectors(),
         public_ips: config.public_ips(),
-        prefix: config.etcd.prefix.trim_end_matches('/').to_owned(),
         rules: config.rules.options(),
     };
-    let reconciler = Reconciler::new(node, store, open_kernel(&config)?, files, before);
+    let mut reconciler = Reconciler::new(node, store, open_kernel(&config)?, files, before);
+    if config.rules.check_pods {
+        reconciler.guard_ports(ports::follow(config.cni_state_dir.clone()));
+    }
     let controls = Controls { lease: keeper.commands(), network: reconciler.commands() };
+    let events = Arc::new(Events::default());
     let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
     let metrics = reconciler.metrics();
 
@@ -95,7 +105,19 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             format!("the health endpoint has ended: {:?}", health::serve(listener, view, metrics).await)
         });
     }
-    tasks.spawn(async { format!("the gRPC API has ended: {:?}", status::serve(api, view, controls).await) });
+    let (told, seen) = (events.clone(), view.clone());
+    tasks.spawn(async {
+        events::follow(told, seen).await;
+        "the reconcile loop has ended".to_owned()
+    });
+    let sources = Sources { view, events, log_level, controls };
+    if let Some((listener, tls)) = remote {
+        let sources = sources.clone();
+        tasks.spawn(async move {
+            format!("the gRPC API for other nodes has ended: {:?}", api::serve_tls(listener, &tls, sources).await)
+        });
+    }
+    tasks.spawn(async { format!("the gRPC API has ended: {:?}", api::serve(api, sources).await) });
 
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
@@ -107,13 +129,31 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Opens the API to other nodes, if it is asked for: never without certificates.
+async fn api_for_others(config: &Config) -> anyhow::Result<Option<(TcpListener, Tls)>> {
+    let files = [&config.api_cafile, &config.api_certfile, &config.api_keyfile];
+    match (config.api_addr.0, Tls::of(files.map(Option::as_ref))?) {
+        (Some(address), Some(tls)) => {
+            let listener = TcpListener::bind(address).await;
+            let told = || format!("cannot listen on {address} for other nodes; choose another with --api-addr, or off");
+            Ok(Some((listener.with_context(told)?, tls)))
+        }
+        (Some(address), None) => bail!(
+            "--api-addr {address} needs --api-cafile, --api-certfile and --api-keyfile: nobody may ask without a \
+             certificate"
+        ),
+        (None, _) => Ok(None),
+    }
+}
+
 /// Removes all that fabricd made on this node, and gives its lease back.
 ///
 /// # Errors
 /// When the kernel refuses to let something go, or a file can't be removed. What could be removed is.
 pub async fn cleanup(config: Config) -> anyhow::Result<()> {
-    let _lock = lock(&config.run_dir)?;
+    let _lock = lock(&config.run_dir).await?;
     let mut kernel = open_kernel(&config)?;
+    let leftovers = Leftovers::of_node(&config.run_dir, &config.cni_data_dir);
     // No pod may be added while the rest goes.
     Files::new(&config.run_dir, &config.subnet_file).remove()?;
     Disk::new(&config.state_dir, config.node()).remove()?;
@@ -135,12 +175,16 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
         refused.extend(kernel.enforce(&filter).await.err());
     }
     println!("{} kernel entries removed", plan.ops().len() - refused.len());
+    print!("{}", leftovers.remove().await?);
 
     match timeout(GIVE_UP, release(&config)).await {
         Ok(Ok(Some(key))) => println!("lease of {key} given back"),
         Ok(Ok(None)) => println!("this node, {}, holds no lease", config.node()),
         Ok(Err(error)) => warn!(%error, "lease not given back, it ends by itself"),
         Err(_) => warn!(endpoints = ?config.etcd.endpoints, "store not reached, the lease ends by itself"),
+    }
+    for file in [&config.socket, &lock_file(&config.run_dir)] {
+        remove_if_there(file)?;
     }
     match refused.into_iter().next() {
         Some(first) => Err(first).context("not everything could be removed"),
@@ -175,17 +219,27 @@ fn open_kernel(config: &Config) -> anyhow::Result<Netlink> {
     Netlink::new(options).context("cannot talk to the kernel over netlink")
 }
 
-/// Makes sure that no other fabricd works on this node: two would undo each other's work.
-fn lock(run_dir: &Path) -> anyhow::Result<Flock<fs::File>> {
+/// Makes sure that no other fabricd works on this node: two would undo each other's work. One that was killed may still be
+/// on its way out.
+async fn lock(run_dir: &Path) -> anyhow::Result<Flock<fs::File>> {
     let path = run_dir.join("fabricd.lock");
     let open = || {
         fs::create_dir_all(run_dir)?;
         fs::File::options().create(true).append(true).open(&path)
     };
-    let file = open().with_context(|| format!("cannot open {}; is the folder writable?", path.display()))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock)
-        .map_err(|(_, errno)| anyhow::Error::from(errno))
-        .with_context(|| format!("another fabricd holds {}; end it first", path.display()))
+    let mut file = open().with_context(|| format!("cannot open {}; is the folder writable?", path.display()))?;
+    let end = Instant::now() + WAY_OUT;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((_, errno)) if Instant::now() > end => {
+                let told = format!("another fabricd holds {}; end it first", path.display());
+                return Err(anyhow::Error::from(errno).context(told));
+            }
+            Err((again, _)) => file = again,
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
 }
 
 fn instance() -> anyhow::Result<Instance> {

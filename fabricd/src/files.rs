@@ -70,15 +70,18 @@ impl Files {
     /// # Errors
     /// [`FileError`], with the file.
     pub fn remove(&self) -> Result<(), FileError> {
-        for file in [&self.node, &self.subnet] {
-            match fs::remove_file(file) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                    return Err(FileError { file: file.clone(), source });
-                }
-                _ => {}
-            }
-        }
-        Ok(())
+        [&self.node, &self.subnet].into_iter().try_for_each(|file| remove_if_there(file))
+    }
+}
+
+/// Removes a file that may be missing.
+///
+/// # Errors
+/// When it is there and stays.
+pub fn remove_if_there(file: &Path) -> Result<(), FileError> {
+    match fs::remove_file(file) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(FileError { file: file.into(), source }),
+        _ => Ok(()),
     }
 }
 

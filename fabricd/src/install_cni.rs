@@ -4,6 +4,9 @@
 //! call the node ready, and pods would fail before. Everything arrives by rename, so a runtime never starts half a
 //! binary nor reads half a conflist, and a pod that is being added meanwhile isn't disturbed. Away it goes the other way
 //! round.
+//!
+//! In Kubernetes the two steps are two containers, since an init container that waited for the daemon would wait for
+//! ever: `--only plugins` before the daemon, `--only conflist --stay` beside it.
 
 use std::ffi::OsString;
 use std::fs;
@@ -16,6 +19,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::{Parser, ValueEnum};
 use fabric_core::handoff::{NODE_FILE, NodeFile, RUN_DIR, Readiness};
 use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::files::{FileError, replace};
 
@@ -30,6 +34,9 @@ const CONFLIST: &str = include_str!("../../deploy/cni/10-fabric.conflist");
 
 /// How often the node is asked whether it is ready.
 const PERIOD: Duration = Duration::from_millis(200);
+
+/// How often `--stay` looks whether the conflist is still as it should be.
+const WATCH_PERIOD: Duration = Duration::from_secs(5);
 
 /// Put the CNI plugins and their conflist in place, the conflist when this node is ready
 #[derive(Clone, Debug, Parser)]
@@ -63,9 +70,26 @@ pub struct InstallCni {
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
     pub ready_timeout: u64,
 
+    /// Do only half of it: put the plugins in place, without waiting for the node, or the conflist
+    #[arg(long, value_name = "PART", conflicts_with = "uninstall")]
+    pub only: Option<Part>,
+
+    /// Wait for the node without end, and put the conflist back whenever it is gone or changed, until SIGTERM
+    #[arg(long, conflicts_with_all = ["uninstall", "ready_timeout"])]
+    pub stay: bool,
+
     /// Take conflist and plugins away again
     #[arg(long)]
     pub uninstall: bool,
+}
+
+/// Half of an installation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Part {
+    /// fabric-cni and fabric-bridge.
+    Plugins,
+    /// What names them.
+    Conflist,
 }
 
 /// A version of the spec that a conflist may ask for.
@@ -93,10 +117,24 @@ impl InstallCni {
     /// # Errors
     /// A file can't be read or written; the node doesn't become ready; something else has our conflist's name.
     pub fn run(&self) -> Result<()> {
-        if self.uninstall { self.uninstall() } else { self.install() }
+        if self.uninstall {
+            return self.uninstall();
+        }
+        if self.only != Some(Part::Conflist) {
+            self.install_plugins()?;
+        }
+        if self.only == Some(Part::Plugins) {
+            return Ok(());
+        }
+        self.refuse_foreign_conflist()?;
+        if self.stay {
+            return self.keep_conflist();
+        }
+        self.wait_until_ready()?;
+        self.install_conflist()
     }
 
-    fn install(&self) -> Result<()> {
+    fn install_plugins(&self) -> Result<()> {
         let source = match &self.source_dir {
             Some(dir) => dir.clone(),
             None => std::env::current_exe()?.parent().unwrap_or(Path::new("/")).to_owned(),
@@ -108,12 +146,38 @@ impl InstallCni {
             replace(&self.bin_dir.join(plugin), &content, 0o755)?;
             println!("{}", self.bin_dir.join(plugin).display());
         }
-        self.refuse_foreign_conflist()?;
-        self.wait_until_ready()?;
+        Ok(())
+    }
+
+    fn install_conflist(&self) -> Result<()> {
         let conflist = format!("{:#}\n", self.conflist()?);
+        if fs::read(self.conflist_path()).is_ok_and(|there| there == conflist.as_bytes()) {
+            return Ok(());
+        }
         replace(&self.conflist_path(), conflist.as_bytes(), 0o644)?;
         println!("{}", self.conflist_path().display());
         self.warn_of_an_earlier_one()
+    }
+
+    /// Until SIGTERM, which the first process of a container only notices if it asks for it.
+    fn keep_conflist(&self) -> Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let mut terminate = signal(SignalKind::terminate())?;
+            loop {
+                let period = if self.not_ready().is_none() {
+                    self.refuse_foreign_conflist()?;
+                    self.install_conflist()?;
+                    WATCH_PERIOD
+                } else {
+                    PERIOD
+                };
+                tokio::select! {
+                    _ = terminate.recv() => return Ok(()),
+                    () = tokio::time::sleep(period) => {}
+                }
+            }
+        })
     }
 
     /// The conflist first: from then on the runtime adds no more pods.
@@ -156,20 +220,25 @@ impl InstallCni {
     }
 
     fn wait_until_ready(&self) -> Result<()> {
-        let file = self.run_dir.join(NODE_FILE);
         let deadline = Instant::now() + Duration::from_secs(self.ready_timeout);
-        loop {
-            let node = fs::read(&file).map_err(|e| e.to_string());
-            let node = node.and_then(|json| NodeFile::decode(&json).map_err(|e| e.to_string()));
-            let why = match node.map(|node| node.readiness) {
-                Ok(Readiness::Ready) => return Ok(()),
-                Ok(Readiness::NotReady { reason, .. }) => reason,
-                Err(e) => format!("{}: {e}; is fabricd running?", file.display()),
-            };
+        while let Some(why) = self.not_ready() {
             if Instant::now() >= deadline {
-                bail!("the plugins are in place but not the conflist, since this node is not ready: {why}");
+                bail!("the conflist is not in place, since this node is not ready: {why}");
             }
             thread::sleep(PERIOD);
+        }
+        Ok(())
+    }
+
+    /// Why no pod can be added to this node, if so.
+    fn not_ready(&self) -> Option<String> {
+        let file = self.run_dir.join(NODE_FILE);
+        let node = fs::read(&file).map_err(|e| e.to_string());
+        let node = node.and_then(|json| NodeFile::decode(&json).map_err(|e| e.to_string()));
+        match node.map(|node| node.readiness) {
+            Ok(Readiness::Ready) => None,
+            Ok(Readiness::NotReady { reason, .. }) => Some(reason),
+            Err(e) => Some(format!("{}: {e}; is fabricd running?", file.display())),
         }
     }
 
@@ -263,6 +332,19 @@ mod tests {
         assert!(error.contains("no lease yet"), "{error}");
         assert!(content(&dir, "bin/fabric-cni").is_some());
         assert_eq!(content(&dir, "net.d/10-fabric.conflist"), None);
+    }
+
+    #[test]
+    fn plugins_alone_wait_for_nobody_and_the_conflist_alone_brings_no_plugins() {
+        let (dir, install) = machine(false, &["--only", "plugins"]);
+        install.run().expect("installed");
+        assert!(content(&dir, "bin/fabric-cni").is_some());
+        assert_eq!(content(&dir, "net.d/10-fabric.conflist"), None);
+
+        let (dir, install) = machine(true, &["--only", "conflist"]);
+        install.run().expect("installed");
+        assert_eq!(content(&dir, "bin/fabric-cni"), None);
+        assert!(content(&dir, "net.d/10-fabric.conflist").is_some());
     }
 
     #[test]

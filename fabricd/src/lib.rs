@@ -6,28 +6,34 @@
 //!   lease <──wanted── reconcile ──plan──> kernel
 //!   (keeper) ─holding─>   │   <──observed──┘
 //!                         ├──> files (node.json, subnet.env)
-//!                         └──> view ──> status (gRPC), health, metrics
+//!                         └──> view ──> api (gRPC), events, health, metrics
 //! ```
 //!
 //! Store and kernel never see each other. docs/architecture.md tells the whole story.
 
+pub mod api;
+pub mod api_server;
 pub mod config;
 pub mod daemon;
 pub mod disk;
+pub mod events;
 pub mod files;
 pub mod health;
 pub mod install_cni;
 pub mod kept;
 pub mod kernel;
 pub mod lease;
+pub mod leftovers;
+pub mod log_level;
 pub mod metrics;
 pub mod pending;
+pub mod pki;
 pub mod planned;
 pub mod pods;
+pub mod ports;
 pub mod reconcile;
 pub mod rule_args;
 pub mod rules;
-pub mod status;
 pub mod store;
 pub mod underlay;
 pub mod view;

@@ -13,7 +13,7 @@ use fabric_core::state::Foreign;
 
 /// What is desired, as long as what decides it stays the same.
 #[derive(Clone, Debug, Default)]
-pub struct Planned(Option<(Given, Desired)>);
+pub struct Planned(Option<(Given, Arc<Desired>)>);
 
 /// What decides, but for what the kernel has of ours: that only gives nexthop objects their ids, and those stay.
 #[derive(Clone, Debug)]
@@ -36,13 +36,19 @@ impl Planned {
                     went.into_iter().flatten().map(Arc::as_ref).collect(),
                     came.into_iter().flatten().map(Arc::as_ref).collect(),
                 );
-                (went.is_empty() && came.is_empty()) || known.follow(inputs, &went, &came)
+                (went.is_empty() && came.is_empty()) || Arc::make_mut(&mut known).follow(inputs, &went, &came)
             };
             given.leases = Arc::clone(leases);
             followed.then_some((given, known))
         });
-        let (_, desired) = self.0.insert(kept.unwrap_or_else(|| (Given::of(inputs, leases), desired(inputs))));
+        let (_, desired) =
+            self.0.insert(kept.unwrap_or_else(|| (Given::of(inputs, leases), Arc::new(desired(inputs)))));
         desired
+    }
+
+    /// What was desired last. Copied by the next change for as long as somebody keeps it.
+    pub fn last(&self) -> Option<Arc<Desired>> {
+        self.0.as_ref().map(|(_, desired)| Arc::clone(desired))
     }
 }
 

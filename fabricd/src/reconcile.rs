@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use fabric_core::diff::{Gate, Op, Plan, diff};
 use fabric_core::handoff::{NODE_FILE_VERSION, NodeFile, NodeSubnet, NotReady, Readiness};
@@ -30,6 +30,7 @@ use crate::lease::{Holding, Own, Wanted};
 use crate::metrics::Metrics;
 use crate::pending::Pending;
 use crate::planned::Planned;
+use crate::ports::PodPorts;
 use crate::rules::Rules;
 use crate::store::{Connection, LeaseStore, Network};
 use crate::underlay::{self, Selector, Underlay};
@@ -37,6 +38,8 @@ use crate::view::{PeerTrouble, View, VtepView};
 
 /// How often everything is looked at although nothing has happened.
 const AUDIT: Duration = Duration::from_secs(10);
+/// How many steps of the last plan are remembered.
+const REMEMBERED: usize = 500;
 
 /// The settings of this node that the loop needs.
 #[derive(Clone, Debug)]
@@ -47,8 +50,6 @@ pub struct Node {
     pub selectors: Vec<Selector>,
     /// Addresses to publish instead of the interface's.
     pub public_ips: PerFamily<IpAddr>,
-    /// The prefix in the store, for messages.
-    pub prefix: String,
     /// What the packet filter is to do.
     pub rules: RuleOptions,
 }
@@ -68,6 +69,8 @@ pub struct Reconciler<S, K> {
     remembered: Option<NetworkConfig>,
     kept: Kept,
     commands: (mpsc::Sender<Command>, mpsc::Receiver<Command>),
+    lookers: Vec<oneshot::Sender<Looked>>,
+    last: Option<Arc<Written>>,
     planned: Planned,
     metrics: Arc<Metrics>,
     failures: u32,
@@ -81,6 +84,37 @@ pub enum Command {
         /// Where the answer goes.
         reply: oneshot::Sender<Vec<String>>,
     },
+    /// Tell what the next pass sees.
+    Look {
+        /// Where the answer goes.
+        reply: oneshot::Sender<Looked>,
+    },
+}
+
+/// What a pass saw, for somebody who asked. Nothing of it is copied.
+#[derive(Clone, Debug)]
+pub struct Looked {
+    /// What the kernel should hold; `None` as long as that isn't known.
+    pub wanted: Option<Arc<Desired>>,
+    /// What it holds; `None` when it can't be read.
+    pub observed: Option<Arc<Observed>>,
+    /// The last plan that was not empty.
+    pub last: Option<Arc<Written>>,
+    /// Why the node isn't ready. Empty when it is.
+    pub blocked: String,
+}
+
+/// A plan that was carried out.
+#[derive(Clone, Debug)]
+pub struct Written {
+    /// When.
+    pub at: SystemTime,
+    /// How many steps it had.
+    pub steps: usize,
+    /// How many failed or were left out.
+    pub failed: usize,
+    /// The first of them.
+    pub first: Vec<Op>,
 }
 
 /// Why a pass ended before there was anything to write.
@@ -115,10 +149,17 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             remembered: before.network,
             kept: Kept::new(before.leases),
             commands: mpsc::channel(8),
+            lookers: vec![],
+            last: None,
             planned: Planned::default(),
             metrics: Arc::default(),
             failures: 0,
         }
+    }
+
+    /// Lets the pods of these ports use no addresses but their own.
+    pub fn guard_ports(&mut self, pods: watch::Receiver<Arc<PodPorts>>) {
+        self.rules.guard_ports(pods);
     }
 
     /// What the lease should say, for the keeper.
@@ -168,6 +209,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             {
                 self.metrics.in_sync(since.elapsed());
             }
+            self.tell_lookers(&view).await;
             self.publish(view);
 
             let retry = again.map(|delay| Instant::now() + delay).into_iter().chain(self.kept.until()).min();
@@ -177,7 +219,11 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 changed = network.changed() => if changed.is_err() { return },
                 changed = connection.changed() => if changed.is_err() { return },
                 changed = holding.changed() => if changed.is_err() { return },
-                Some(Command::Migrate { reply }) = self.commands.1.recv() => self.migrate(reply),
+                () = self.rules.changed() => {}
+                Some(command) = self.commands.1.recv() => match command {
+                    Command::Migrate { reply } => self.migrate(reply),
+                    Command::Look { reply } => self.lookers.push(reply),
+                },
                 () = sleep_until(retry.unwrap_or(audit)), if retry.is_some() => {}
                 () = sleep_until(audit) => {
                     self.kernel.distrust();
@@ -252,7 +298,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         {
             return Err(failed(format!(
                 "the network {space} overlaps {link}, which this node's underlay interface reaches directly; \
-                 choose another network with: fabricctl network init --force --network …"
+                 {}",
+                self.store.config_place().change
             )));
         }
         let public_ips = underlays.map(|family, u| self.node.public_ips.get(family).copied().unwrap_or(u.local));
@@ -284,7 +331,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     /// The config that counts: the first valid one, with what can change under running pods kept up to date. Until the
     /// store has shown one it is that of before the start.
     fn network_in_force(&mut self, view: &mut View, network: &Network) -> Result<NetworkConfig, Blocked> {
-        let key = format!("{}/config", self.node.prefix);
+        let place = self.store.config_place();
+        let key = &place.name;
         let trouble = match (network, self.applied) {
             (Network::Valid(config), None) => {
                 (self.applied, self.remembered) = (Some(*config), None);
@@ -306,9 +354,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 Connection::Down(reason) => format!("waiting for the network config: {reason}"),
                 Connection::Unknown | Connection::Up => format!("waiting for the network config at {key}"),
             },
-            (Network::Missing, _) => format!(
-                "there is no network config at {key}; make one with: fabricctl network init --network 10.244.0.0/16"
-            ),
+            (Network::Missing, _) => format!("there is no network config at {key}; {}", place.make),
             (Network::Invalid(error), _) => format!("the network config at {key} can't be used: {error}"),
         };
         let Some(applied) = self.applied.or(self.remembered) else { return Err(starting(trouble)) };
@@ -325,6 +371,23 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         }
         // Whoever asked may have gone.
         let _ = reply.send(pending);
+    }
+
+    /// Answers those who asked what this pass saw: after its writes, so that what is left to do is what failed.
+    async fn tell_lookers(&mut self, view: &View) {
+        if self.lookers.is_empty() {
+            return;
+        }
+        let blocked = match &view.readiness {
+            Readiness::Ready => String::new(),
+            Readiness::NotReady { reason, .. } => reason.clone(),
+        };
+        let (wanted, last) = (self.planned.last(), self.last.clone());
+        let looked = Looked { wanted, observed: self.kernel.observe().await.ok(), last, blocked };
+        for reply in self.lookers.drain(..) {
+            // Whoever asked may have gone.
+            let _ = reply.send(looked.clone());
+        }
     }
 
     /// Writes what the kernel lacks. True when nothing failed.
@@ -359,6 +422,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let inputs = Inputs { network, own: &own.key, vteps: &vteps, leases, facts: &facts, have, foreign };
         let Desired { state, refused, conflicts, .. } = self.planned.desired(&inputs, leases);
 
+        view.open_ports = self.rules.open_ports(observed);
+        view.dropped = observed.dropped.clone();
         // Before anything is there that decapsulates, those who may send to it are known.
         let mut filter = change(&self.rules.wanted(network, own, observed, leases, refused), &observed.rules);
         if view.from_disk {
@@ -427,6 +492,12 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         }
         if !plan.is_empty() {
             debug!(ops = plan.ops().len(), failed = failures.len(), "kernel written to");
+            self.last = Some(Arc::new(Written {
+                at: SystemTime::now(),
+                steps: plan.ops().len(),
+                failed: failures.len(),
+                first: plan.ops().iter().take(REMEMBERED).cloned().collect(),
+            }));
         }
         // The first of a series; how it goes on shows in the status.
         if let (Some((_, first)), 0) = (failures.first(), self.failures) {

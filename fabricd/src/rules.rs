@@ -1,7 +1,9 @@
 //! [`Rules`]: what the reconcile loop knows of the packet filter. What it should hold is decided by
-//! [`fabric_core::rules::ruleset`]; here is the clock, for peers that change their address.
+//! [`fabric_core::rules::ruleset`]; here is the clock, for peers that change their address, and what the CNI plugin tells
+//! of the pods.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::leases::LeaseSet;
@@ -10,10 +12,12 @@ use fabric_core::network::NetworkConfig;
 use fabric_core::plan::Refusal;
 use fabric_core::record::LeaseKey;
 use fabric_core::rules::{Member, RuleInputs, RuleOptions, Ruleset, ruleset};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::kernel::Observed;
 use crate::lease::Own;
+use crate::ports::PodPorts;
 
 /// How long the address that a peer had before may go on sending: its packets are still under way, and its kernel may
 /// follow its lease a little later.
@@ -30,6 +34,8 @@ pub struct Rules {
     members: BTreeSet<Member>,
     /// Members that have moved, and until when they count.
     moved: BTreeMap<Member, Instant>,
+    /// Whose the bridge's ports are.
+    pods: watch::Receiver<Arc<PodPorts>>,
 }
 
 impl Rules {
@@ -37,7 +43,28 @@ impl Rules {
     #[must_use]
     pub fn new(options: RuleOptions) -> Self {
         let bridge = BRIDGE.parse().expect("a valid name");
-        Self { options, bridge, members: BTreeSet::new(), moved: BTreeMap::new() }
+        let (_, pods) = watch::channel(Arc::default());
+        Self { options, bridge, members: BTreeSet::new(), moved: BTreeMap::new(), pods }
+    }
+
+    /// Lets the pods of these ports use no addresses but their own.
+    pub fn guard_ports(&mut self, pods: watch::Receiver<Arc<PodPorts>>) {
+        self.pods = pods;
+    }
+
+    /// Waits until something changes that the loop doesn't learn from the kernel or the leases. Cancel-safe.
+    pub async fn changed(&mut self) {
+        if self.pods.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Ports whose pods are not known.
+    #[must_use]
+    pub fn open_ports(&self, observed: &Observed) -> BTreeSet<IfName> {
+        let (ports, pods) = (observed.bridges.get(&self.bridge), self.pods.borrow());
+        let open = ports.into_iter().flatten().filter(|port| !pods.contains_key(port));
+        open.filter(|_| self.options.check_pods).copied().collect()
     }
 
     /// What the filter should hold now, given the leases and which of them are refused.
@@ -59,12 +86,14 @@ impl Rules {
         });
         let members = self.with_moved(members.collect(), Instant::now());
         let no_ports = BTreeSet::new();
+        let pods = Arc::clone(&self.pods.borrow_and_update());
         ruleset(&RuleInputs {
             network,
             own: own.key.subnets(),
             members: &members,
             bridge: &self.bridge,
             ports: observed.bridges.get(&self.bridge).unwrap_or(&no_ports),
+            pods: &pods,
             pod_subnets: &self.pod_subnets(network, own, observed),
             options: &self.options,
         })

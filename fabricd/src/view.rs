@@ -1,6 +1,6 @@
 //! [`View`]: what the daemon knows, as the reconcile loop saw it last. The API, readiness and metrics only read it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -11,6 +11,7 @@ use fabric_core::network::NetworkConfig;
 use fabric_core::plan::{Refusal, Vtep};
 use fabric_core::record::LeaseKey;
 
+use crate::kernel::Dropped;
 use crate::lease::Holding;
 use crate::store::Connection;
 
@@ -41,6 +42,10 @@ pub struct View {
     pub troubles: BTreeMap<LeaseKey, PeerTrouble>,
     /// What an operator should know, each with the way out.
     pub warnings: Vec<String>,
+    /// Ports of the pods' bridge of which nobody has told whose they are: every address of this node may send there.
+    pub open_ports: BTreeSet<IfName>,
+    /// What the packet filter has dropped since its rules were written, by reason; not older than an audit.
+    pub dropped: Dropped,
 }
 
 /// One end of the tunnels, with what surrounds it.
@@ -84,6 +89,8 @@ impl View {
             mtu: 0,
             troubles: BTreeMap::new(),
             warnings: vec![],
+            open_ports: BTreeSet::new(),
+            dropped: Dropped::new(),
         }
     }
 

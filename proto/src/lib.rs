@@ -9,9 +9,29 @@ pub mod v1 {
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/fabric.v1.bin"));
 }
 
-/// In JSON a peer's state is the last word of its name, in lower case.
+/// An enum of the API, as people and programs read it.
+pub trait Word: TryFrom<i32> + Default {
+    /// Its name without that of its type, in lower case: `pending` for `PEER_STATE_PENDING`.
+    fn word(self) -> String;
+}
+
+macro_rules! words {
+    ($($kind:ident $prefix:literal),*) => {
+        $(impl Word for v1::$kind {
+            fn word(self) -> String {
+                self.as_str_name().trim_start_matches($prefix).to_lowercase()
+            }
+        })*
+    };
+}
+words!(
+    PeerState "PEER_STATE_",
+    ChangeType "CHANGE_TYPE_",
+    EventKind "EVENT_KIND_"
+);
+
+/// In JSON an enum is its word; a number that this version doesn't know is `unspecified`.
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands out references")]
-fn peer_state<S: serde::Serializer>(state: &i32, to: S) -> Result<S::Ok, S::Error> {
-    let name = v1::PeerState::try_from(*state).unwrap_or_default().as_str_name();
-    to.serialize_str(&name.trim_start_matches("PEER_STATE_").to_lowercase())
+fn word<W: Word, S: serde::Serializer>(value: &i32, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(&W::try_from(*value).unwrap_or_default().word())
 }

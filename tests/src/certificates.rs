@@ -6,18 +6,29 @@ use std::process::Command;
 use anyhow::{Context as _, bail};
 use tempfile::TempDir;
 
-/// An authority, and what it signed: a server's certificate for 127.0.0.1 and a client's.
+/// An authority, and what it signed.
 pub struct Certificates {
     dir: TempDir,
+    /// Names, and what else the certificate is for.
+    names: Vec<(String, String)>,
 }
 
 impl Certificates {
-    /// Makes them. They last a day.
+    /// A server's certificate for 127.0.0.1 and a client's.
+    ///
+    /// # Errors
+    /// As [`Certificates::create_for`].
+    pub fn create() -> anyhow::Result<Self> {
+        Self::create_for(&[("server", "IP:127.0.0.1"), ("client", "IP:127.0.0.1")])
+    }
+
+    /// Certificates by name, each for the alternative name beside it. They last a day.
     ///
     /// # Errors
     /// When `openssl` is missing or fails.
-    pub fn create() -> anyhow::Result<Self> {
-        let all = Self { dir: tempfile::tempdir()? };
+    pub fn create_for(names: &[(&str, &str)]) -> anyhow::Result<Self> {
+        let owned = |(name, alternative): &(&str, &str)| ((*name).to_owned(), (*alternative).to_owned());
+        let all = Self { dir: tempfile::tempdir()?, names: names.iter().map(owned).collect() };
         all.renew()?;
         Ok(all)
     }
@@ -33,8 +44,8 @@ impl Certificates {
             &[("-out", &ca), ("-keyout", &ca_key)],
         )?;
         let extensions = self.dir.path().join("extensions");
-        std::fs::write(&extensions, "subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")?;
-        for name in ["server", "client"] {
+        for (name, alternative) in &self.names {
+            std::fs::write(&extensions, format!("subjectAltName={alternative}\nbasicConstraints=CA:FALSE\n"))?;
             let ((certificate, key), request) = (self.pair(name), self.dir.path().join(name).with_extension("csr"));
             let subject = format!("/CN={name}");
             openssl(
@@ -73,7 +84,9 @@ impl Certificates {
         self.pair("client")
     }
 
-    fn pair(&self, name: &str) -> (PathBuf, PathBuf) {
+    /// The certificate and key of this name.
+    #[must_use]
+    pub fn pair(&self, name: &str) -> (PathBuf, PathBuf) {
         (self.dir.path().join(name).with_extension("pem"), self.dir.path().join(name).with_extension("key"))
     }
 }

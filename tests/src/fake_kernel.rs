@@ -337,6 +337,7 @@ impl Tables {
             nexthop_objects: !self.without_nexthop_objects,
             forward_drops: self.forward_drops.clone(),
             rules: self.rules.clone(),
+            dropped: BTreeMap::new(),
             bridges: BTreeMap::new(),
         }
     }

@@ -13,7 +13,7 @@ use fabric_core::leases::{Entry, Event, LeaseSet};
 use fabric_core::model::{Family, NodeName, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::record::{LeaseKey, Record};
-use fabricd::store::{Claim, Connection, Expect, Grant, LeaseStore, Network, Resting, StoreError};
+use fabricd::store::{Claim, ConfigPlace, Connection, Expect, Grant, LeaseStore, Network, Resting, StoreError};
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::time::{Instant, sleep_until};
 
@@ -485,6 +485,10 @@ impl LeaseStore for MemoryStore {
 
     fn leases(&self) -> Receiver<Option<Arc<LeaseSet>>> {
         self.node.leases.subscribe()
+    }
+
+    fn config_place(&self) -> ConfigPlace {
+        ConfigPlace { name: "config".into(), make: "make one", change: "choose another network" }
     }
 
     fn connection(&self) -> Receiver<Connection> {

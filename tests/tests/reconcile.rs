@@ -79,13 +79,7 @@ impl Host {
         let tenant = Tenant { node: name.clone(), instance, ttl: day, grace: day, pods };
         let keeper = Keeper::new(store.clone(), tenant, None);
         let selectors = vec![Selector::Iface(self.iface.into())];
-        let node = Node {
-            name,
-            selectors,
-            public_ips: PerFamily::default(),
-            prefix: "/coreos.com/network".into(),
-            rules: RuleOptions::default(),
-        };
+        let node = Node { name, selectors, public_ips: PerFamily::default(), rules: RuleOptions::default() };
         let reconciler = Reconciler::new(node, store.clone(), self.kernel.clone(), self.files(), State::default());
         let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
         let mut tasks = JoinSet::new();
@@ -342,7 +336,7 @@ async fn every_obstacle_is_said_with_the_way_out() {
     let config = |json: &str| Host::new(json, &[]);
     let mut host = config("{}");
     host.cluster.delete("config");
-    assert!(host.start().refusing("there is no network config").await.contains("fabricctl network init --network"));
+    assert!(host.start().refusing("there is no network config").await.contains("make one"));
 
     let reason = config(r#"{"Network":"10.244.0.0/16"}"#).start().refusing("there is no Backend").await;
     assert!(reason.contains(r#"add "Backend": {"Type": "vxlan"}"#), "{reason}");

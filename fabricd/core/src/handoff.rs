@@ -1,13 +1,15 @@
-//! What the daemon tells its CNI plugin, and others, through files.
+//! What the daemon and its CNI plugin tell each other, and others, through files.
 //!
 //! `node.json` is for `fabric-cni`, which reads nothing else. `subnet.env` is flannel's file, for programs
-//! that expect it. Both are replaced by rename, so a reader sees an old one or a new one, whole.
+//! that expect it. Both are replaced by rename, so a reader sees an old one or a new one, whole. The other way goes
+//! what `fabric-cni` remembers of each pod, from which the daemon learns whose a port of the bridge is.
 
 use std::fmt::Write as _;
+use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{NodeName, PerFamily, Subnet};
+use crate::model::{MacAddr, NodeName, PerFamily, Subnet};
 
 /// Version of `node.json` that this code writes.
 pub const NODE_FILE_VERSION: u32 = 1;
@@ -145,9 +147,55 @@ impl NodeFile {
     }
 }
 
+/// Default folder of what `fabric-cni` remembers: a folder for each network, a file for each attachment.
+pub const ATTACHMENTS_DIR: &str = "/var/lib/cni/fabric";
+
+/// How a pod was attached: the second line of its attachment's file, once that has succeeded.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// The host's ends of its cables.
+    pub ports: Vec<String>,
+    /// MAC address of its own end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddr>,
+    /// Its addresses.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ips: Vec<IpAddr>,
+}
+
+impl Attached {
+    /// Reads the second line of an attachment's file; `None` when it is missing, or cut.
+    #[must_use]
+    pub fn decode(file: &[u8]) -> Option<Self> {
+        serde_json::from_slice(file.splitn(2, |byte| *byte == b'\n').nth(1)?).ok()
+    }
+
+    /// That line.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("plain members")
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn attachment_is_read_from_the_second_line_of_a_file_of_any_release() {
+        let attached = Attached {
+            ports: vec!["veth1".into()],
+            mac: Some("02:42:c0:00:02:01".parse().expect("valid")),
+            ips: vec!["10.244.3.7".parse().expect("valid"), "fd00::7".parse().expect("valid")],
+        };
+        let file = [b"{\"the\":\"first\"}\n".as_slice(), &attached.encode()].concat();
+        assert_eq!(Attached::decode(&file), Some(attached));
+        let before = Attached { ports: vec!["veth1".into()], ..Attached::default() };
+        assert_eq!(Attached::decode(b"{}\n{\"ports\":[\"veth1\"]}"), Some(before));
+        for missing in [b"".as_slice(), b"{}", b"{}\n", &file[..file.len() - 1], b"{}\n{\"ports\":[],\"mac\":\"x\"}"] {
+            assert_eq!(Attached::decode(missing), None);
+        }
+    }
 
     fn dual_stack() -> NodeFile {
         let subnet = |network: &str, subnet: &str| NodeSubnet {

@@ -225,7 +225,7 @@ impl Mirror {
             });
         }
         if stale.contains(&Table::Rules) {
-            observed.rules = filter.read().map_err(tables::reading("nftables"))?;
+            (observed.rules, observed.dropped) = filter.read().map_err(tables::reading("nftables"))?;
         }
         Ok(())
     }

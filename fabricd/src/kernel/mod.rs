@@ -15,6 +15,7 @@
 //!            ────────────────────────────────────  kernel  ──────────────────────────────────────
 //! ```
 
+pub mod bridge;
 mod encode;
 mod forward;
 mod iptables_legacy;
@@ -56,8 +57,22 @@ pub struct Observed {
     pub forward_drops: Vec<ForwardDrop>,
     /// Our tables of nftables.
     pub rules: Found,
+    /// What they have dropped, when they were last read.
+    pub dropped: Dropped,
     /// The ports of every bridge.
     pub bridges: BTreeMap<IfName, BTreeSet<IfName>>,
+}
+
+/// What the packet filter has dropped since its rules were written, by the rules' reasons.
+pub type Dropped = BTreeMap<String, Count>;
+
+/// Packets that a rule was applied to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Count {
+    /// How many.
+    pub packets: u64,
+    /// How many bytes they had, those of their IP headers included.
+    pub bytes: u64,
 }
 
 /// A base chain on the forward hook whose policy is drop; one of both families (`inet`) shows twice.

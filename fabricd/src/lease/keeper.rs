@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::handoff::NotReady;
-use fabric_core::holding::{Bid, Held, Instance, Loss, Obstacle, Previous, Resting, Situation, Step, next_step};
+use fabric_core::holding::{
+    Assigned, Bid, Held, Instance, Loss, Obstacle, Previous, Resting, Situation, Step, next_step,
+};
 use fabric_core::leases::LeaseSet;
 use fabric_core::record::{LeaseKey, Record};
 use tokio::sync::{mpsc, watch};
@@ -98,16 +100,21 @@ impl<S: LeaseStore> Keeper<S> {
     pub async fn run(mut self, mut wanted: watch::Receiver<Option<Wanted>>) {
         let mut leases = self.store.leases();
         let mut replaced = self.store.replaced();
+        let mut assigned = self.store.assigned();
         loop {
             let want = wanted.borrow_and_update().clone();
             let set = leases.borrow_and_update().clone();
             let wake = match (want, set) {
-                (Some(want), Some(set)) => self.advance(&want, &set).await,
+                (Some(want), Some(set)) => {
+                    let assigned = assigned.as_mut().map(|assigned| assigned.borrow_and_update().clone());
+                    self.advance(&want, &set, assigned.as_ref()).await
+                }
                 _ => self.renew_if_due().await,
             };
             tokio::select! {
                 changed = wanted.changed() => if changed.is_err() { return },
                 changed = leases.changed() => if changed.is_err() { return },
+                () = changes(&mut assigned) => {}
                 changed = replaced.changed() => match changed {
                     Ok(()) => self.begin_anew(),
                     Err(_) => return,
@@ -119,7 +126,7 @@ impl<S: LeaseStore> Keeper<S> {
     }
 
     /// Does what is to be done now, and says when to look again should nothing change until then.
-    async fn advance(&mut self, want: &Wanted, leases: &LeaseSet) -> Instant {
+    async fn advance(&mut self, want: &Wanted, leases: &LeaseSet, assigned: Option<&Assigned>) -> Instant {
         if self.remembered_revision.take().is_some_and(|revision| leases.revision() < revision) {
             warn!("the store is older than what this node has seen of it before its start");
             self.replaced = Some(Instant::now());
@@ -143,6 +150,7 @@ impl<S: LeaseStore> Keeper<S> {
             leave: self.leave,
             settling: self.settles_until().is_some(),
             resting: &self.resting,
+            assigned,
         });
         // The config in force comes from the reconcile loop: it may be one of before, for a moment or until a person says.
         let network = self.store.network().borrow().clone();
@@ -219,7 +227,7 @@ impl<S: LeaseStore> Keeper<S> {
         let now = Instant::now();
         match obstacle {
             Obstacle::Settling => self.settles_until().unwrap_or(now),
-            Obstacle::Occupied { .. } | Obstacle::Unfit(_) => now + PODS,
+            Obstacle::Occupied { .. } | Obstacle::Unfit(_) | Obstacle::Moved { .. } => now + PODS,
             _ => now + REST,
         }
     }
@@ -395,6 +403,16 @@ impl<S: LeaseStore> Keeper<S> {
             true
         });
     }
+}
+
+/// Waits for a change of what is assigned; for ever where nothing is.
+async fn changes(assigned: &mut Option<watch::Receiver<Assigned>>) {
+    if let Some(assigned) = assigned
+        && assigned.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending::<()>().await;
 }
 
 fn epoch(record: &Record) -> u64 {

@@ -9,7 +9,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use fabric_core::holding::{Expect, Resting};
+pub use fabric_core::holding::{Assigned, Expect, Resting};
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::NodeName;
 use fabric_core::network::{ConfigError, NetworkConfig};
@@ -29,6 +29,17 @@ pub enum Network {
     Invalid(ConfigError),
     /// The config.
     Valid(NetworkConfig),
+}
+
+/// Where the network config lies, for messages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigPlace {
+    /// The place.
+    pub name: String,
+    /// How a first config comes there.
+    pub make: &'static str,
+    /// How another one comes there.
+    pub change: &'static str,
 }
 
 /// How the connection to the store is.
@@ -132,6 +143,18 @@ pub trait LeaseStore: Send + Sync + 'static {
     /// All leases, always the whole latest set; `None` until a full snapshot has come. While the store can't be
     /// reached it keeps the last set.
     fn leases(&self) -> watch::Receiver<Option<Arc<LeaseSet>>>;
+
+    /// Where the network config lies.
+    fn config_place(&self) -> ConfigPlace;
+
+    /// What the cluster assigns to this node, and every change of it; `None` from a store in which nodes choose their
+    /// subnets. It is never older than the leases.
+    fn assigned(&self) -> Option<watch::Receiver<Assigned>> {
+        None
+    }
+
+    /// Tells the cluster whether the data plane of this node is ready. Where nobody asks for that, nothing happens.
+    fn announce(&self, _ready: bool) {}
 
     /// How the connection is.
     fn connection(&self) -> watch::Receiver<Connection>;

@@ -68,7 +68,7 @@ impl Pair {
     pub fn has_routes(&self, peers: u32) -> Result<()> {
         let routes = self.node.run(&["ip", "route", "show", "proto", "250"])?;
         let found = routes.lines().count();
-        ensure!(found == peers as usize, "{found} routes");
+        ensure!(found == peers as usize, "{found} routes, not {peers}");
         Ok(())
     }
 

@@ -4,6 +4,7 @@
 //! made by hand, where they get through: so that they prove something where they fail.
 
 use std::net::{IpAddr, UdpSocket};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -76,6 +77,14 @@ pub fn nobodys(family: Family) -> IpAddr {
     }
 }
 
+/// An address of the same node that no pod has.
+fn beside(ip: IpAddr) -> IpAddr {
+    match ip {
+        IpAddr::V4(ip) => IpAddr::V4((ip.to_bits() & !0xff | 250).into()),
+        IpAddr::V6(ip) => IpAddr::V6((ip.to_bits() & !0xffff | 250).into()),
+    }
+}
+
 /// Two nodes with a VXLAN device each, a pod on each, and another on the first.
 #[derive(Debug)]
 pub struct Field {
@@ -118,10 +127,13 @@ impl Field {
         }
         let field = Self::with(lab, ["fabric.1", "fabric6.1"])?;
         for node in field.lab.nodes() {
-            // The bridge's ports are known a moment after the pods are there, the peer's address after it has joined.
+            // A port is known a moment after its pod is there, the peer's address after it has joined.
+            let pods = [&field.target, &field.neighbour, &field.peer];
+            let own: Vec<_> = pods.into_iter().filter(|pod| Arc::ptr_eq(&pod.node, node)).flat_map(Pod::ips).collect();
             wait_until("the filter knows peer and pods", SOON, || {
                 let rules = node.run(&["nft", "list", "ruleset"])?;
-                ensure!(rules.contains("veth") && rules.contains("10.99.0.") && rules.contains("fe80::/10"), "{rules}");
+                let knows = |ip: &&IpAddr| rules.contains(&format!(" . {ip}"));
+                ensure!(own.iter().all(knows) && rules.contains("10.99.0.") && rules.contains("fe80::/10"), "{rules}");
                 Ok(())
             })?;
         }
@@ -189,16 +201,18 @@ impl Field {
                 attack(name, sent.reaches(&machine.network()?, node, &self.target)?);
                 cut(machine, link, "whole")?;
             }
-            attack("4: a spoofing pod", self.spoofs(family, &self.peer)?);
-            attack("4: a spoofing pod of the same bridge", self.spoofs(family, &self.neighbour)?);
+            attack("4: a pod as nobody", self.spoofs(&self.peer, nobodys(family))?);
+            attack("4: a pod as nobody, on the same bridge", self.spoofs(&self.neighbour, nobodys(family))?);
+            let of_its_node = beside(self.neighbour.ip(family)?);
+            attack("4: a pod as another of its own node", self.spoofs(&self.neighbour, of_its_node)?);
         }
         outcomes.push(("4: a router advertisement to a pod".into(), self.advertises()?));
         Ok(outcomes)
     }
 
     /// Whether a pod reaches the target under an address that isn't its own.
-    fn spoofs(&self, family: Family, pod: &Pod) -> Result<bool> {
-        let false_ip = nobodys(family);
+    fn spoofs(&self, pod: &Pod, false_ip: IpAddr) -> Result<bool> {
+        let family = Family::of(false_ip);
         let prefix = format!("{false_ip}/{}", family.bits());
         pod.run(&["ip", "address", "add", &prefix, "dev", "lo"])?;
         let sink = self.target.network()?.run(|| Ok(UdpSocket::bind((self.target.ip(family)?, 0))?))?;

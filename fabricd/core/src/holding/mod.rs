@@ -14,12 +14,14 @@
 //! In quarantine no address is handed out and what runs goes on: the subnet that a node had is had back if that can be
 //! at all. A subnet whose lease has ended rests for a grace before another node may have it, unless there is no other.
 
+mod assigned;
 mod reason;
 #[cfg(test)]
 mod tests;
 
 use std::net::IpAddr;
 
+pub use self::assigned::Assigned;
 pub use self::reason::{Loss, Obstacle};
 use crate::alloc::{Taken, choose};
 use crate::leases::{Lease, LeaseSet};
@@ -110,6 +112,8 @@ pub struct Situation<'a> {
     pub settling: bool,
     /// Subnets that rest, as far as that was asked for.
     pub resting: &'a [Resting],
+    /// What the cluster assigns to this node, where nodes don't choose for themselves.
+    pub assigned: Option<&'a Assigned>,
 }
 
 /// What to do next.
@@ -151,9 +155,10 @@ pub struct Bid {
 /// What to do about the lease.
 #[must_use]
 pub fn next_step(now: &Situation<'_>) -> Step {
-    match now.held {
-        Some(held) => keep(now, held),
-        None => acquire(now),
+    match (now.assigned, now.held) {
+        (Some(assigned), _) => assigned::next_step(now, assigned),
+        (None, Some(held)) => keep(now, held),
+        (None, None) => acquire(now),
     }
 }
 

@@ -20,6 +20,12 @@ pub enum Loss {
     /// Nobody has said so yet, but by the local clock it is over.
     #[error("the lease of {0} has run out, and the store can't be reached to keep it alive")]
     RunOut(LeaseKey),
+    /// The cluster has assigned other subnets.
+    #[error("the cluster has assigned {1} to this node instead of {0}")]
+    Reassigned(LeaseKey, LeaseKey),
+    /// The cluster assigns nothing to this node, or nothing that could be used: as when its Node was deleted.
+    #[error("the cluster does not assign {0} to this node any more")]
+    Unassigned(LeaseKey),
 }
 
 /// Why there is nothing to ask for.
@@ -86,4 +92,32 @@ pub enum Obstacle {
     /// The store has lost leases, and nodes that hold subnets come first.
     #[error("the store was emptied or set back; nodes that held subnets claim them first, for two minutes")]
     Settling,
+    /// The cluster has not assigned a subnet.
+    #[error(
+        "no {0} subnet is assigned to this node; does the controller manager run with --allocate-node-cidrs and a \
+         --cluster-cidr of that family, and has the Node a podCIDR?"
+    )]
+    NotAssigned(Family),
+    /// The subnet that is assigned is none of the network.
+    #[error(
+        "the subnet {subnet} that is assigned to this node lies outside the network {network}; \
+         the network config and the controller manager's --cluster-cidr must agree"
+    )]
+    Outside {
+        /// The subnet.
+        subnet: Subnet,
+        /// The network.
+        network: Subnet,
+    },
+    /// Another subnet is assigned than pods of this node have addresses in.
+    #[error(
+        "{assigned} is assigned to this node now, and its pods still have addresses in {had}; remove those pods, or \
+         cut them off with: fabricctl lease renumber --force"
+    )]
+    Moved {
+        /// The subnets of before.
+        had: LeaseKey,
+        /// What is assigned.
+        assigned: LeaseKey,
+    },
 }

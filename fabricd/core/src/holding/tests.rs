@@ -1,5 +1,7 @@
 //! Every situation is put before the decision, and one step is expected.
 
+mod assigned;
+
 use super::*;
 use crate::leases::Entry;
 
@@ -15,6 +17,7 @@ struct Node {
     leave: Option<LeaseKey>,
     settling: bool,
     resting: Vec<Resting>,
+    assigned: Option<Assigned>,
 }
 
 impl Node {
@@ -31,6 +34,7 @@ impl Node {
             leave: None,
             settling: false,
             resting: vec![],
+            assigned: None,
         }
     }
 
@@ -61,6 +65,7 @@ impl Node {
             leave: self.leave,
             settling: self.settling,
             resting: &self.resting,
+            assigned: self.assigned.as_ref(),
         })
     }
 

@@ -1,17 +1,19 @@
-//! [`change`]: from the tables that are there to those that are wanted, in one transaction.
+//! [`change`]: from the tables that are there to those that are wanted.
 //!
-//! The kernel doesn't give rules back in the form in which it got them. So what is compared is a table's [`Layout`]:
-//! its chains, how its sets are declared, and of each rule the number in its comment, all as lines of text. Whatever
-//! somebody else adds, changes or takes away makes another layout, and such a table is replaced as a whole. Elements
-//! of sets the kernel does give back; they are compared one by one.
+//! The kernel doesn't give rules back in the form in which it got them. So of a chain only lines of text are compared:
+//! its hook, and each rule's comment, which ends with a number that tells the rule from all others. Whatever somebody
+//! else adds, changes or takes away makes other lines, and then all chains of that table are replaced. Elements of
+//! sets the kernel does give back; they are compared one by one.
+//!
+//! A change is two transactions: first the sets, then the rules that look into them. In one alone packets would be
+//! lost, since the kernel shows new rules to packets a moment before it fills the new sets that these rules look into
+//! (`nf_tables_commit` moves the generation on first, and `nft_set_commit_update` is last). Sets are kept while they
+//! serve, and chains are replaced around them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use super::{Element, Hook, Ruleset, Set, TABLE, Table, TableFamily};
-
-/// What is known of a table that is there.
-pub type Layout = BTreeSet<String>;
+use super::{Chain, Element, Hook, Ruleset, Set, TABLE, Table, TableFamily};
 
 /// The tables of ours that are there.
 pub type Found = BTreeMap<TableFamily, FoundTable>;
@@ -19,21 +21,34 @@ pub type Found = BTreeMap<TableFamily, FoundTable>;
 /// A table of ours that is there.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FoundTable {
-    /// Chains, declarations of sets, and the rules' numbers.
-    pub layout: Layout,
-    /// Elements by set.
-    pub elements: BTreeMap<String, BTreeSet<Element>>,
+    /// Chains by name: of each the hook, and then the rules' comments.
+    pub chains: BTreeMap<String, Vec<String>>,
+    /// Sets by name.
+    pub sets: BTreeMap<String, FoundSet>,
+    /// It has no effect (`flags dormant`), or another program holds it.
+    pub disabled: bool,
 }
 
-/// What is to be written, in one transaction.
+/// A set that is there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FoundSet {
+    /// Its declaration as `nft` writes it; other words for one that we don't make.
+    pub declaration: String,
+    /// Its elements.
+    pub elements: BTreeSet<Element>,
+}
+
+/// What is to be written: tables and sets in one transaction, chains in a second.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Change {
     /// Tables that go.
     pub removed: BTreeSet<TableFamily>,
-    /// Tables that are made, in the place of whatever has their name.
-    pub replaced: BTreeMap<TableFamily, Table>,
-    /// Elements of tables that stay.
+    /// Sets that come, with their elements.
+    pub sets: Vec<(TableFamily, &'static str, Set)>,
+    /// Elements of sets that stay.
     pub elements: Vec<ElementChange>,
+    /// Tables whose chains are made anew.
+    pub rules: BTreeMap<TableFamily, RuleChange>,
 }
 
 /// What is to be written to one set.
@@ -51,78 +66,94 @@ pub struct ElementChange {
     pub added: Vec<Element>,
 }
 
-/// A chain's line.
-#[must_use]
-pub fn chain_line(name: &str, hook: Option<&str>) -> String {
-    format!("chain {name} {{ {} }}", hook.unwrap_or("no hook"))
+/// All chains of one table, in the place of those that are there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RuleChange {
+    /// Chains that go, with all rules.
+    pub old_chains: BTreeSet<String>,
+    /// Sets that go with them: nobody wants them, or not as they are declared.
+    pub old_sets: BTreeSet<String>,
+    /// Sets that come in the place of such.
+    pub sets: BTreeMap<&'static str, Set>,
+    /// Chains that come.
+    pub chains: BTreeMap<&'static str, Chain>,
 }
 
-/// A rule's line: its comment ends with the number that tells it from all others.
-#[must_use]
-pub fn rule_line(chain: &str, position: usize, comment: Option<&str>) -> String {
-    format!("rule {chain} {position} {}", comment.unwrap_or("of somebody else"))
+impl Chain {
+    /// Its lines, once it is there.
+    #[must_use]
+    pub fn lines(&self) -> Vec<String> {
+        let hook = self.hook.as_ref().map_or_else(|| NO_HOOK.to_owned(), Hook::to_string);
+        [hook].into_iter().chain(self.rules.iter().map(super::Rule::comment)).collect()
+    }
 }
 
-/// A set's line.
-#[must_use]
-pub fn set_line(name: &str, declaration: &str) -> String {
-    format!("set {name} {{ {declaration} }}")
+/// In the place of a hook, for a chain that rules jump to.
+pub const NO_HOOK: &str = "no hook";
+
+impl Set {
+    fn found(&self) -> FoundSet {
+        FoundSet { declaration: self.declaration(), elements: self.elements.clone() }
+    }
+}
+
+fn found_chains(chains: &BTreeMap<&'static str, Chain>) -> BTreeMap<String, Vec<String>> {
+    chains.iter().map(|(name, chain)| ((*name).to_owned(), chain.lines())).collect()
 }
 
 impl Table {
-    /// Its layout, once it is there.
-    #[must_use]
-    pub fn layout(&self) -> Layout {
-        let chains = self.chains.iter().flat_map(|(name, chain)| {
-            let hook = chain.hook.as_ref().map(Hook::to_string);
-            let rules = chain.rules.iter().enumerate();
-            let rules = rules.map(move |(position, rule)| rule_line(name, position, Some(&rule.comment())));
-            [chain_line(name, hook.as_deref())].into_iter().chain(rules)
-        });
-        chains.chain(self.sets.iter().map(|(name, set)| set_line(name, &set.declaration()))).collect()
-    }
-
     /// What will be found of it, once it is there.
     #[must_use]
     pub fn found(&self) -> FoundTable {
-        let elements = self.sets.iter().map(|(name, set)| ((*name).to_owned(), set.elements.clone())).collect();
-        FoundTable { layout: self.layout(), elements }
+        let sets = self.sets.iter().map(|(name, set)| ((*name).to_owned(), set.found())).collect();
+        FoundTable { chains: found_chains(&self.chains), sets, disabled: false }
     }
 }
 
 /// The steps from `have` to `want`.
 #[must_use]
 pub fn change(want: &Ruleset, have: &Found) -> Change {
-    let mut change = Change {
-        removed: have.keys().filter(|table| !want.contains_key(table)).copied().collect(),
-        ..Change::default()
-    };
+    let serves = |family: &TableFamily, found: &FoundTable| want.contains_key(family) && !found.disabled;
+    let removed = have.iter().filter(|(family, found)| !serves(family, found)).map(|(family, _)| *family).collect();
+    let mut change = Change { removed, ..Change::default() };
+    let nothing = FoundTable::default();
     for (family, table) in want {
-        match have.get(family) {
-            Some(found) if found.layout == table.layout() => {
-                for (name, set) in &table.sets {
-                    let there = found.elements.get(*name);
-                    let is_there = |element: &&Element| there.is_some_and(|there| there.contains(*element));
-                    let added: Vec<Element> = set.elements.iter().filter(|e| !is_there(e)).cloned().collect();
-                    let removed = there.into_iter().flatten().filter(|e| !set.elements.contains(*e));
-                    let removed: Vec<Element> = removed.cloned().collect();
-                    if !added.is_empty() || !removed.is_empty() {
-                        let shape = Set { elements: BTreeSet::new(), ..*set };
-                        change.elements.push(ElementChange { table: *family, set: name, shape, removed, added });
-                    }
-                }
-            }
-            _ => drop(change.replaced.insert(*family, table.clone())),
-        }
+        let found = have.get(family).filter(|found| !found.disabled);
+        change.bring(*family, table, found.unwrap_or(&nothing));
     }
     change
 }
 
 impl Change {
+    /// Adds the steps from `found` to `table`.
+    fn bring(&mut self, family: TableFamily, table: &Table, found: &FoundTable) {
+        let mut rules = RuleChange { chains: table.chains.clone(), ..RuleChange::default() };
+        for (name, set) in &table.sets {
+            match found.sets.get(*name) {
+                None => self.sets.push((family, name, set.clone())),
+                Some(there) if there.declaration == set.declaration() => {
+                    let added: Vec<Element> = set.elements.difference(&there.elements).cloned().collect();
+                    let removed: Vec<Element> = there.elements.difference(&set.elements).cloned().collect();
+                    if !added.is_empty() || !removed.is_empty() {
+                        let shape = Set { elements: BTreeSet::new(), ..*set };
+                        self.elements.push(ElementChange { table: family, set: name, shape, removed, added });
+                    }
+                }
+                Some(_) => drop(rules.sets.insert(name, set.clone())),
+            }
+        }
+        let is_old = |name: &String| !table.sets.contains_key(name.as_str()) || rules.sets.contains_key(name.as_str());
+        rules.old_sets = found.sets.keys().filter(|name| is_old(name)).cloned().collect();
+        if found.chains != found_chains(&table.chains) || !rules.old_sets.is_empty() {
+            rules.old_chains = found.chains.keys().cloned().collect();
+            self.rules.insert(family, rules);
+        }
+    }
+
     /// True when nothing is to be written.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.removed.is_empty() && self.replaced.is_empty() && self.elements.is_empty()
+        self.removed.is_empty() && self.sets.is_empty() && self.elements.is_empty() && self.rules.is_empty()
     }
 
     /// The same, but for elements that go: when what is wanted is only remembered, a peer may be newer than that.
@@ -136,15 +167,20 @@ impl Change {
     /// What is there after it.
     pub fn apply_to(&self, found: &mut Found) {
         found.retain(|family, _| !self.removed.contains(family));
-        found.extend(self.replaced.iter().map(|(family, table)| (*family, table.found())));
+        for (family, name, set) in &self.sets {
+            found.entry(*family).or_default().sets.insert((*name).to_owned(), set.found());
+        }
         for ElementChange { table, set, removed, added, .. } in &self.elements {
-            let elements = found.get_mut(table).and_then(|table| table.elements.get_mut(*set));
-            if let Some(elements) = elements {
-                for element in removed {
-                    elements.remove(element);
-                }
-                elements.extend(added.iter().cloned());
+            if let Some(set) = found.get_mut(table).and_then(|table| table.sets.get_mut(*set)) {
+                set.elements.retain(|element| !removed.contains(element));
+                set.elements.extend(added.iter().cloned());
             }
+        }
+        for (family, rules) in &self.rules {
+            let table = found.entry(*family).or_default();
+            table.sets.retain(|name, _| !rules.old_sets.contains(name));
+            table.sets.extend(rules.sets.iter().map(|(name, set)| ((*name).to_owned(), set.found())));
+            table.chains = found_chains(&rules.chains);
         }
     }
 }
@@ -155,8 +191,8 @@ impl fmt::Display for Change {
         for family in &self.removed {
             writeln!(f, "- nft delete table {family} {TABLE}")?;
         }
-        for family in self.replaced.keys() {
-            writeln!(f, "~ nft replace table {family} {TABLE}")?;
+        for (family, name, set) in &self.sets {
+            writeln!(f, "+ nft add set {family} {TABLE} {name} {{ {} }}", set.declaration())?;
         }
         for ElementChange { table, set, removed, added, .. } in &self.elements {
             for element in removed {
@@ -165,6 +201,9 @@ impl fmt::Display for Change {
             for element in added {
                 writeln!(f, "+ nft add element {table} {TABLE} {set} {{ {element} }}")?;
             }
+        }
+        for family in self.rules.keys() {
+            writeln!(f, "~ nft replace chains of table {family} {TABLE}")?;
         }
         Ok(())
     }

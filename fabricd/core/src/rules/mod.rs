@@ -150,6 +150,8 @@ pub enum Field {
     SourceMac,
     /// The address that an ARP message claims.
     ArpSource,
+    /// The address that a neighbour advertisement claims (RFC 4861 section 4.4).
+    AdvertisedAddress,
     /// TCP, UDP, …: for IPv6 the protocol behind all extension headers.
     Protocol,
     /// Whether it is a fragment of an IPv6 packet.
@@ -168,6 +170,8 @@ pub enum Field {
     InnerType,
     /// Source address of the packet inside.
     InnerSource(Family),
+    /// The first so many bits of it, and zeros.
+    InnerSubnet(Family, u8),
 }
 
 /// What a field must be.
@@ -268,6 +272,15 @@ pub struct Member {
     pub subnet: Subnet,
 }
 
+/// A pod of this node: what it may send from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pod {
+    /// The MAC address of its interface.
+    pub mac: MacAddr,
+    /// Its addresses.
+    pub ips: BTreeSet<IpAddr>,
+}
+
 /// All that decides what the filter should hold.
 #[derive(Clone, Debug)]
 pub struct RuleInputs<'a> {
@@ -281,6 +294,8 @@ pub struct RuleInputs<'a> {
     pub bridge: &'a IfName,
     /// Its ports.
     pub ports: &'a BTreeSet<IfName>,
+    /// The pods, as far as it is known which are behind these ports.
+    pub pods: &'a BTreeMap<IfName, Pod>,
     /// Prefixes that the pods have their addresses from: this node's subnets, and earlier ones that pods still use.
     pub pod_subnets: &'a BTreeSet<Subnet>,
     /// What is wanted.
@@ -364,6 +379,12 @@ impl Rule {
     }
 }
 
+/// What a rule's comment says, without its number.
+#[must_use]
+pub fn reason(comment: &str) -> Option<&str> {
+    comment.rsplit_once(" [").map(|(why, _)| why)
+}
+
 impl Table {
     /// The chain of this name that packets enter at `place`.
     fn at(&mut self, name: &'static str, kind: ChainKind, place: Place, priority: i32) -> &mut Vec<Rule> {
@@ -377,10 +398,14 @@ impl Table {
         &mut self.chains.entry(name).or_default().rules
     }
 
-    /// A set of this name, with these elements.
+    /// A set of this name, with these elements. Looking into it costs the same however many there are.
     fn set(&mut self, name: &'static str, key: &'static [KeyField], elements: impl IntoIterator<Item = Element>) {
-        let ranges = key.len() > 1 && key.iter().all(|field| matches!(field, KeyField::V4 | KeyField::V6));
-        self.sets.insert(name, Set { key, ranges, elements: elements.into_iter().collect() });
+        self.sets.insert(name, Set { key, ranges: false, elements: elements.into_iter().collect() });
+    }
+
+    /// The same for prefixes, of a few only: the kernel goes through all of them for each packet, and for each change.
+    fn ranges(&mut self, name: &'static str, key: &'static [KeyField], elements: impl IntoIterator<Item = Element>) {
+        self.sets.insert(name, Set { key, ranges: true, elements: elements.into_iter().collect() });
     }
 }
 
@@ -503,6 +528,9 @@ impl fmt::Display for Spelled {
 
 impl fmt::Display for Field {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Self::InnerSubnet(family, length) = self {
+            return write!(f, "{}/{length}", Self::InnerSource(*family));
+        }
         f.write_str(match self {
             Self::InInterface => "iifname",
             Self::Mark => "meta mark",
@@ -510,6 +538,7 @@ impl fmt::Display for Field {
             Self::EtherType => "meta protocol",
             Self::SourceMac => "ether saddr",
             Self::ArpSource => "arp saddr ip",
+            Self::AdvertisedAddress => "@th,64,128",
             Self::Protocol => "meta l4proto",
             Self::Fragment => "exthdr frag",
             Self::Source(Family::V4) => "ip saddr",
@@ -520,8 +549,8 @@ impl fmt::Display for Field {
             Self::IcmpType => "@th,0,8",
             Self::Vni => "@th,96,24",
             Self::InnerType => "@th,224,16",
-            Self::InnerSource(Family::V4) => "@th,336,32",
-            Self::InnerSource(Family::V6) => "@th,304,128",
+            Self::InnerSource(Family::V4) | Self::InnerSubnet(Family::V4, _) => "@th,336,32",
+            Self::InnerSource(Family::V6) | Self::InnerSubnet(Family::V6, _) => "@th,304,128",
         })
     }
 }

@@ -2,15 +2,16 @@
 //!
 //! Twice, since a bridge hands frames between its ports past the host's own hooks. In the host's table the test is by
 //! the bridge, and holds from a pod's first packet. In the bridge's table it is by port: a port is known a moment
-//! after it is made.
+//! after it is made, and whose it is a moment later, when the CNI plugin has saved it. From then on only the pod's own
+//! MAC address and addresses pass there; until then, all of this node.
 
-use std::net::Ipv6Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use super::{
-    ChainKind, Element, Field, KeyField, Match, Part, Place, Rule, RuleInputs, Ruleset, TableFamily, Test, Verdict,
-    ether_type, senders,
+    ChainKind, Element, Field, KeyField, Match, Part, Place, Pod, Rule, RuleInputs, Ruleset, TableFamily, Test,
+    Verdict, ether_type, senders,
 };
-use crate::model::{Family, Subnet};
+use crate::model::{Family, IfName, Subnet};
 
 const ICMP: u32 = 1;
 const ICMPV6: u32 = 58;
@@ -18,12 +19,14 @@ const ICMPV6: u32 = 58;
 const REDIRECT: u32 = 5;
 const ADVERTISEMENT: u32 = 9;
 const V6_ADVERTISEMENT: u32 = 134;
+const NEIGHBOUR_ADVERTISEMENT: u32 = 136;
 const V6_REDIRECT: u32 = 137;
 /// `ETH_P_ARP`.
 const ARP: u32 = 0x0806;
 
 const ROUTERS: &str = "a pod is no router";
 const SPOOFED: &str = "a pod's source is not in this node's subnet";
+const FORGED: &str = "a pod claims an address that is not its own";
 
 pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
     on_the_host(ruleset, inputs);
@@ -67,42 +70,81 @@ fn on_the_host(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
 
 fn on_the_bridge(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
     let table = ruleset.entry(TableFamily::Bridge).or_default();
-    let ports = inputs.ports.iter().map(|port| Element(vec![Part::Interface(*port)]));
-    table.set("ports", &[KeyField::Interface], ports);
+    let port = |port: &IfName| Element(vec![Part::Interface(*port)]);
+    table.set("ports", &[KeyField::Interface], inputs.ports.iter().map(port));
+    let known: Vec<(&IfName, &Pod)> = inputs.pods.iter().filter(|(port, _)| inputs.ports.contains(port)).collect();
+    table.set("known", &[KeyField::Interface], known.iter().map(|(name, _)| port(name)));
+    for family in Family::ALL {
+        let (set, key) = own_addresses(family);
+        let of_pod = |(port, pod): &(&IfName, &Pod)| {
+            let of_family = pod.ips.iter().filter(move |ip| Family::of(**ip) == family);
+            let (port, mac) = (Part::Interface(**port), Part::Mac(pod.mac));
+            of_family
+                .map(|ip| Element(vec![port.clone(), mac.clone(), Part::Net(Subnet::host(*ip))]))
+                .collect::<Vec<_>>()
+        };
+        table.set(set, key, known.iter().flat_map(of_pod));
+    }
     table.at("prerouting", ChainKind::Filter, Place::Prerouting, senders::RAW).push(Rule::new(
         [Match::all_in(&[Field::InInterface], "ports")],
         Verdict::Jump("pods"),
         "from a pod",
     ));
     let pods = table.called("pods");
-    let of = |ether_type| Match::is(Field::EtherType, ether_type);
     for (family, protocol, kinds) in
         [(Family::V4, ICMP, [REDIRECT, ADVERTISEMENT]), (Family::V6, ICMPV6, [V6_ADVERTISEMENT, V6_REDIRECT])]
     {
         for kind in kinds {
-            pods.push(Rule::drop(
-                [of(ether_type(family)), Match::is(Field::Protocol, protocol), Match::is(Field::IcmpType, kind)],
-                ROUTERS,
-            ));
+            pods.push(Rule::drop(message(family, protocol, kind), ROUTERS));
         }
     }
-    for (ether_type, source, family) in [
-        (ether_type(Family::V4), Field::Source(Family::V4), Family::V4),
-        (ARP, Field::ArpSource, Family::V4),
-        (ether_type(Family::V6), Field::Source(Family::V6), Family::V6),
-    ] {
-        let mut fine: Vec<Subnet> = inputs.pod_subnets.iter().copied().filter(|net| net.family() == family).collect();
-        match source {
-            // A probe asks for an address from nowhere (RFC 5227 section 1.1).
-            Field::ArpSource => fine.push(Subnet::host(std::net::Ipv4Addr::UNSPECIFIED.into())),
-            Field::Source(Family::V6) => {
-                fine.extend([senders::link_local(), Subnet::host(Ipv6Addr::UNSPECIFIED.into())]);
-            }
-            _ => {}
-        }
-        // Outside of all of them.
-        let mut matches = vec![of(ether_type)];
-        matches.extend(fine.into_iter().map(|net| Match::new(source, Test::Outside(net))));
-        pods.push(Rule::drop(matches, SPOOFED));
+    let advertisement = message(Family::V6, ICMPV6, NEIGHBOUR_ADVERTISEMENT);
+    pods.push(Rule::new(advertisement, Verdict::Jump("advertised"), "it says where an address is"));
+    judge(pods, inputs, &[of(ether_type(Family::V4))], Field::Source(Family::V4), Family::V4);
+    judge(pods, inputs, &[of(ARP)], Field::ArpSource, Family::V4);
+    judge(pods, inputs, &[of(ether_type(Family::V6))], Field::Source(Family::V6), Family::V6);
+    judge(table.called("advertised"), inputs, &[], Field::AdvertisedAddress, Family::V6);
+}
+
+/// Of such a frame a known pod may claim its own addresses in `source`, any other every address of this node.
+fn judge(rules: &mut Vec<Rule>, inputs: &RuleInputs<'_>, frame: &[Match], source: Field, family: Family) {
+    let and = |matches: &[Match]| [frame, matches].concat();
+    let its_own = Match::all_in(&[Field::InInterface, Field::SourceMac, source], own_addresses(family).0);
+    rules.push(Rule::new(and(&[its_own]), Verdict::Return, "its own address"));
+    for net in of_nobody(source) {
+        rules.push(Rule::new(and(&[Match::new(source, Test::Within(net))]), Verdict::Return, "no pod's address"));
     }
+    rules.push(Rule::drop(and(&[Match::all_in(&[Field::InInterface], "known")]), FORGED));
+    // Outside of all of them.
+    let nets = inputs.pod_subnets.iter().filter(|net| net.family() == family);
+    let outside: Vec<Match> = nets.map(|net| Match::new(source, Test::Outside(*net))).collect();
+    rules.push(Rule::drop(and(&outside), SPOOFED));
+}
+
+/// Addresses that are no pod's in particular.
+fn of_nobody(source: Field) -> Vec<Subnet> {
+    match source {
+        // A probe asks for an address from nowhere (RFC 5227 section 1.1).
+        Field::ArpSource => vec![Subnet::host(Ipv4Addr::UNSPECIFIED.into())],
+        Field::AdvertisedAddress => vec![senders::link_local()],
+        Field::Source(Family::V6) => vec![senders::link_local(), Subnet::host(Ipv6Addr::UNSPECIFIED.into())],
+        _ => vec![],
+    }
+}
+
+/// The set of the pods' own addresses, and its key.
+const fn own_addresses(family: Family) -> (&'static str, &'static [KeyField]) {
+    match family {
+        Family::V4 => ("pods4", &[KeyField::Interface, KeyField::Mac, KeyField::V4]),
+        Family::V6 => ("pods6", &[KeyField::Interface, KeyField::Mac, KeyField::V6]),
+    }
+}
+
+fn of(ether_type: u32) -> Match {
+    Match::is(Field::EtherType, ether_type)
+}
+
+/// A message of ICMP in a frame.
+fn message(family: Family, protocol: u32, kind: u32) -> [Match; 3] {
+    [of(ether_type(family)), Match::is(Field::Protocol, protocol), Match::is(Field::IcmpType, kind)]
 }

@@ -3,10 +3,15 @@
 //! A VXLAN device takes any packet with its VNI from anybody, and what is inside is as good as a pod's. So on the
 //! input hook, which an encapsulated packet passes on its way to the device, each with our port *and our VNI* has to
 //! show that the two addresses belong together: the node that it comes from, and the pod that it claims to come from.
-//! Both are members of one set, with an element for each peer.
+//!
+//! Of a claimed address the subnet is what counts, and nearly all subnets have one length. So it is cut to that length
+//! and looked up in a hash table together with the sender's. A set of ranges would take subnets as they are, and was
+//! tried: with 10,000 elements the kernel (`nft_pipapo_remove`) takes 15 ms to let one go.
 //!
 //! Fragments are put together before that hook, for IPv4 always. IPv6 does so only where connections are tracked;
 //! elsewhere the first fragment, the only one with a port, is dropped, and without it nothing is put together.
+
+use std::net::IpAddr;
 
 use super::{
     ChainKind, Element, Field, KeyField, Match, Member, Part, Place, Rule, RuleInputs, Ruleset, Test, Verdict,
@@ -19,26 +24,29 @@ pub(super) const RAW: i32 = -300;
 /// `NF_IP_PRI_FILTER`.
 pub(super) const FILTER: i32 = 0;
 
-/// Sets of one family: who may send what, and who may send at all.
-const fn sets(family: Family) -> (&'static str, &'static str) {
-    match family {
-        Family::V4 => ("members4", "peers4"),
-        Family::V6 => ("members6", "peers6"),
-    }
+/// The sets of one family.
+struct Sets {
+    /// Who may send what.
+    members: &'static str,
+    /// The same, where it doesn't fit there.
+    odd: &'static str,
+    /// Who may send at all.
+    peers: &'static str,
+    key: &'static [KeyField],
 }
 
-const fn key(family: Family) -> &'static [KeyField] {
+const fn sets(family: Family) -> Sets {
     match family {
-        Family::V4 => &[KeyField::V4, KeyField::V4],
-        Family::V6 => &[KeyField::V6, KeyField::V6],
+        Family::V4 => Sets { members: "members4", odd: "odd4", peers: "peers4", key: &[KeyField::V4, KeyField::V4] },
+        Family::V6 => Sets { members: "members6", odd: "odd6", peers: "peers6", key: &[KeyField::V6, KeyField::V6] },
     }
 }
 
 /// The set of the peers' underlay addresses, for whoever wants to know them.
 pub(super) fn peers(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>, family: Family) -> &'static str {
-    let name = sets(family).1;
+    let Sets { peers: name, key, .. } = sets(family);
     let peers = of_family(inputs, family).map(|member| Element(vec![Part::Net(Subnet::host(member.underlay))]));
-    ruleset.entry(super::TableFamily::Inet).or_default().set(name, &key(family)[..1], peers);
+    ruleset.entry(super::TableFamily::Inet).or_default().set(name, &key[..1], peers);
     name
 }
 
@@ -73,13 +81,19 @@ pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
     }
     let table = ruleset.entry(super::TableFamily::Inet).or_default();
     for family in &families {
-        let members = of_family(inputs, *family).flat_map(|member| {
-            let from = move |net| Element(vec![Part::Net(Subnet::host(member.underlay)), Part::Net(net)]);
-            let link_local = (*family == Family::V6).then(link_local);
-            // The node's own address too: so it answers a pod whose address was not translated on the way.
-            [Some(member.subnet), Some(Subnet::host(member.underlay)), link_local].into_iter().flatten().map(from)
+        let (length, sets) = (usual_length(inputs, *family), sets(*family));
+        // The node's own address too: so it answers a pod whose address was not translated on the way.
+        let pairs = of_family(inputs, *family)
+            .flat_map(|member| [member.subnet, Subnet::host(member.underlay)].map(|inside| (member.underlay, inside)));
+        let (usual, odd): (Vec<_>, Vec<_>) = pairs.partition(|(underlay, inside)| {
+            // An address that could be a subnet's would stand for all of that subnet.
+            if *inside == Subnet::host(*underlay) { !is_base(*underlay, length) } else { inside.prefix_len() == length }
         });
-        table.set(sets(*family).0, key(*family), members);
+        let element =
+            |(from, inside): (IpAddr, Subnet)| Element(vec![Part::Net(Subnet::host(from)), Part::Net(inside)]);
+        let base = |(from, inside): (IpAddr, Subnet)| element((from, Subnet::host(inside.base())));
+        table.set(sets.members, sets.key, usual.into_iter().map(base));
+        table.ranges(sets.odd, sets.key, odd.into_iter().map(element));
     }
 
     let port = inputs.network.vxlan.port;
@@ -101,24 +115,42 @@ pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
     senders.push(Rule::drop([], "from no peer"));
 }
 
-/// The common case first: one look-up for a packet of a peer.
+/// The length of the peers' subnets: that of our own, as all nodes choose theirs by one config.
+fn usual_length(inputs: &RuleInputs<'_>, family: Family) -> u8 {
+    inputs.own.get(family).map_or(family.bits(), |own| own.prefix_len())
+}
+
+fn is_base(ip: IpAddr, length: u8) -> bool {
+    Subnet::holding(ip, length).is_ok_and(|subnet| subnet.base() == ip)
+}
+
+/// The common case first: one look-up for a packet of a peer's pod.
 fn judge(rules: &mut Vec<Rule>, inputs: &RuleInputs<'_>, family: Family) {
-    let (members, peers) = sets(family);
+    let Sets { members, odd, peers, .. } = sets(family);
     let (source, inside) = (Field::Source(family), Field::InnerSource(family));
+    let subnet = Field::InnerSubnet(family, usual_length(inputs, family));
     let outer = Match::family(family);
     let inner = Match::is(Field::InnerType, ether_type(family));
-    rules.push(Rule::new(
-        [outer.clone(), inner.clone(), Match::all_in(&[source, inside], members)],
-        Verdict::Accept,
-        "a peer, from its own subnet",
-    ));
+    let of_a_peer = Match::all_in(&[source], peers);
+    for (fields, set, why) in [
+        ([source, subnet], members, "a peer, from its own subnet"),
+        ([source, inside], members, "a peer's node"),
+        ([source, inside], odd, "a peer, from a subnet of another length"),
+    ] {
+        let matches = [outer.clone(), inner.clone(), Match::all_in(&fields, set)];
+        rules.push(Rule::new(matches, Verdict::Accept, why));
+    }
+    if family == Family::V6 {
+        let link_local = Match::new(inside, Test::Within(link_local()));
+        let matches = [outer.clone(), inner.clone(), of_a_peer.clone(), link_local];
+        rules.push(Rule::new(matches, Verdict::Accept, "a peer's kernel"));
+    }
     let network = inputs.network.spaces.get(family).map(|space| space.network);
     for sender in inputs.options.senders.iter().filter(|sender| sender.family() == family) {
         let mut matches = vec![outer.clone(), inner.clone(), Match::new(source, Test::Within(*sender))];
         matches.extend(network.map(|network| Match::new(inside, Test::Within(network))));
         rules.push(Rule::new(matches, Verdict::Accept, "allowed by --allow-sender"));
     }
-    let of_a_peer = Match::all_in(&[source], peers);
     rules.push(Rule::drop(
         [outer.clone(), inner, of_a_peer.clone()],
         "a peer, but its source is not in the peer's subnet",

@@ -1,9 +1,9 @@
 //! What the filter holds, as text, and what is written when something changes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::change::{Found, change};
-use super::{Member, RuleInputs, RuleOptions, Ruleset, TableFamily, ruleset};
+use super::change::{Found, FoundSet, FoundTable, change};
+use super::{Member, Pod, RuleInputs, RuleOptions, Ruleset, TableFamily, ruleset};
 use crate::model::{IfName, PerFamily, Subnet};
 use crate::network::NetworkConfig;
 
@@ -12,6 +12,7 @@ struct Node {
     own: PerFamily<Subnet>,
     members: BTreeSet<Member>,
     ports: BTreeSet<IfName>,
+    pods: BTreeMap<IfName, Pod>,
     options: RuleOptions,
 }
 
@@ -37,6 +38,7 @@ impl Node {
             own,
             members: BTreeSet::new(),
             ports: BTreeSet::new(),
+            pods: BTreeMap::new(),
             options: RuleOptions { check_senders: false, notrack: false, check_pods: false, ..RuleOptions::default() },
         }
     }
@@ -53,6 +55,7 @@ impl Node {
             members: &self.members,
             bridge: &v("cni0"),
             ports: &self.ports,
+            pods: &self.pods,
             pod_subnets: &self.own.values().copied().collect(),
             options: &self.options,
         })
@@ -70,14 +73,17 @@ fn senders_are_judged_by_underlay_address_and_inner_source_together() {
     node.options.senders = vec![v("198.51.100.7/32")];
     assert_eq!(
         node.inet(),
-        r#"set members4 { type ipv4_addr . ipv4_addr; flags interval; elements = { 192.0.2.2 . 10.64.2.0/24, 192.0.2.2 . 192.0.2.2 } }
+        r#"set members4 { type ipv4_addr . ipv4_addr; elements = { 192.0.2.2 . 10.64.2.0, 192.0.2.2 . 192.0.2.2 } }
+set odd4 { type ipv4_addr . ipv4_addr; flags interval; }
 set peers4 { type ipv4_addr; elements = { 192.0.2.2 } }
 chain input {
   type filter hook input priority 0; policy accept;
   meta nfproto ipv4 meta l4proto udp th dport 8472 @th,96,24 7 jump senders comment "encapsulated"
 }
 chain senders {
-  meta nfproto ipv4 @th,224,16 0x0800 ip saddr . @th,336,32 @members4 accept comment "a peer, from its own subnet"
+  meta nfproto ipv4 @th,224,16 0x0800 ip saddr . @th,336,32/24 @members4 accept comment "a peer, from its own subnet"
+  meta nfproto ipv4 @th,224,16 0x0800 ip saddr . @th,336,32 @members4 accept comment "a peer's node"
+  meta nfproto ipv4 @th,224,16 0x0800 ip saddr . @th,336,32 @odd4 accept comment "a peer, from a subnet of another length"
   meta nfproto ipv4 @th,224,16 0x0800 ip saddr 198.51.100.7/32 @th,336,32 10.64.0.0/12 accept comment "allowed by --allow-sender"
   meta nfproto ipv4 @th,224,16 0x0800 ip saddr @peers4 counter drop comment "a peer, but its source is not in the peer's subnet"
   meta nfproto ipv4 ip saddr @peers4 counter drop comment "a peer, but inside is something else"
@@ -88,15 +94,29 @@ chain senders {
 }
 
 #[test]
+fn what_can_not_be_cut_to_our_length_is_kept_as_ranges() {
+    let mut node = Node::v4().with_peer("192.0.2.0", "10.64.2.0/24").with_peer("192.0.2.3", "10.64.8.0/22");
+    node.options.check_senders = true;
+    let text = node.inet();
+    for line in [
+        "members4 { type ipv4_addr . ipv4_addr; elements = { 192.0.2.0 . 10.64.2.0, 192.0.2.3 . 192.0.2.3 } }",
+        "odd4 { type ipv4_addr . ipv4_addr; flags interval; elements = { 192.0.2.0 . 192.0.2.0, 192.0.2.3 . 10.64.8.0/22 } }",
+    ] {
+        assert!(text.contains(line), "{line}\nis not in\n{text}");
+    }
+}
+
+#[test]
 fn ipv6_senders_may_be_link_local_but_not_in_fragments() {
     let mut node = Node::dual().with_peer("2001:db8:ff::2", "2001:db8:0:2::/64");
     node.options.check_senders = true;
     let text = node.inet();
     for line in [
-        "elements = { 2001:db8:ff::2 . 2001:db8:0:2::/64, 2001:db8:ff::2 . 2001:db8:ff::2, 2001:db8:ff::2 . fe80::/10 } }",
+        "elements = { 2001:db8:ff::2 . 2001:db8:0:2::, 2001:db8:ff::2 . 2001:db8:ff::2 } }",
+        "@th,224,16 0x86dd ip6 saddr @peers6 @th,304,128 fe80::/10 accept",
         "  meta nfproto ipv6 exthdr frag exists meta l4proto udp th dport 8472 counter drop comment \
          \"fragment of an encapsulated packet\"\n  meta nfproto ipv4",
-        "@th,224,16 0x86dd ip6 saddr . @th,304,128 @members6 accept",
+        "@th,224,16 0x86dd ip6 saddr . @th,304,128/64 @members6 accept",
     ] {
         assert!(text.contains(line), "{line}\nis not in\n{text}");
     }
@@ -130,7 +150,10 @@ chain postrouting {
 fn pods_send_from_their_subnet_and_are_neither_routers_nor_nodes() {
     let mut node = Node::dual();
     node.options.check_pods = true;
-    node.ports = [v("veth1")].into();
+    node.ports = [v("veth1"), v("veth2")].into();
+    let ips = [v("10.64.1.7"), v("2001:db8:0:1::7")].into();
+    let pod = Pod { mac: v("02:00:00:00:00:07"), ips };
+    node.pods = [(v("veth1"), pod.clone()), (v("gone"), pod)].into();
     let text = node.rules().iter().map(|(family, table)| format!("table {family}\n{table}")).collect::<String>();
     assert_eq!(
         text,
@@ -157,15 +180,34 @@ chain prerouting {
   iifname "cni0" jump pods comment "from a pod"
 }
 table bridge
-set ports { type ifname; elements = { "veth1" } }
+set known { type ifname; elements = { "veth1" } }
+set pods4 { type ifname . ether_addr . ipv4_addr; elements = { "veth1" . 02:00:00:00:00:07 . 10.64.1.7 } }
+set pods6 { type ifname . ether_addr . ipv6_addr; elements = { "veth1" . 02:00:00:00:00:07 . 2001:db8:0:1::7 } }
+set ports { type ifname; elements = { "veth1", "veth2" } }
+chain advertised {
+  iifname . ether saddr . @th,64,128 @pods6 return comment "its own address"
+  @th,64,128 fe80::/10 return comment "no pod's address"
+  iifname @known counter drop comment "a pod claims an address that is not its own"
+  @th,64,128 != 2001:db8:0:1::/64 counter drop comment "a pod's source is not in this node's subnet"
+}
 chain pods {
   meta protocol 0x0800 meta l4proto 1 @th,0,8 5 counter drop comment "a pod is no router"
   meta protocol 0x0800 meta l4proto 1 @th,0,8 9 counter drop comment "a pod is no router"
   meta protocol 0x86dd meta l4proto 58 @th,0,8 134 counter drop comment "a pod is no router"
   meta protocol 0x86dd meta l4proto 58 @th,0,8 137 counter drop comment "a pod is no router"
+  meta protocol 0x86dd meta l4proto 58 @th,0,8 136 jump advertised comment "it says where an address is"
+  meta protocol 0x0800 iifname . ether saddr . ip saddr @pods4 return comment "its own address"
+  meta protocol 0x0800 iifname @known counter drop comment "a pod claims an address that is not its own"
   meta protocol 0x0800 ip saddr != 10.64.1.0/24 counter drop comment "a pod's source is not in this node's subnet"
-  meta protocol 0x0806 arp saddr ip != 10.64.1.0/24 arp saddr ip != 0.0.0.0/32 counter drop comment "a pod's source is not in this node's subnet"
-  meta protocol 0x86dd ip6 saddr != 2001:db8:0:1::/64 ip6 saddr != fe80::/10 ip6 saddr != ::/128 counter drop comment "a pod's source is not in this node's subnet"
+  meta protocol 0x0806 iifname . ether saddr . arp saddr ip @pods4 return comment "its own address"
+  meta protocol 0x0806 arp saddr ip 0.0.0.0/32 return comment "no pod's address"
+  meta protocol 0x0806 iifname @known counter drop comment "a pod claims an address that is not its own"
+  meta protocol 0x0806 arp saddr ip != 10.64.1.0/24 counter drop comment "a pod's source is not in this node's subnet"
+  meta protocol 0x86dd iifname . ether saddr . ip6 saddr @pods6 return comment "its own address"
+  meta protocol 0x86dd ip6 saddr fe80::/10 return comment "no pod's address"
+  meta protocol 0x86dd ip6 saddr ::/128 return comment "no pod's address"
+  meta protocol 0x86dd iifname @known counter drop comment "a pod claims an address that is not its own"
+  meta protocol 0x86dd ip6 saddr != 2001:db8:0:1::/64 counter drop comment "a pod's source is not in this node's subnet"
 }
 chain prerouting {
   type filter hook prerouting priority -300; policy accept;
@@ -205,7 +247,7 @@ fn peer_that_comes_or_goes_costs_its_own_elements_alone() {
     let join = change(&after, &kernel);
     assert_eq!(
         join.to_string(),
-        "+ nft add element inet fabric members4 { 192.0.2.3 . 10.64.3.0/24 }\n\
+        "+ nft add element inet fabric members4 { 192.0.2.3 . 10.64.3.0 }\n\
          + nft add element inet fabric members4 { 192.0.2.3 . 192.0.2.3 }\n\
          + nft add element inet fabric peers4 { 192.0.2.3 }\n"
     );
@@ -215,23 +257,33 @@ fn peer_that_comes_or_goes_costs_its_own_elements_alone() {
 }
 
 #[test]
-fn table_with_anything_else_in_it_is_replaced_as_a_whole() {
+fn whatever_others_do_to_a_table_is_put_right_around_the_sets_that_serve() {
     let rules = everything().rules();
-    type Spoil = fn(&mut BTreeSet<String>);
-    let spoiled: [(&str, Spoil); 3] = [
-        ("a rule less", |layout| layout.retain(|line| !line.starts_with("rule input 0"))),
-        ("a rule more", |layout| layout.extend(["rule input 9 of somebody else".to_owned()])),
-        ("another rule", |layout| {
-            let line = layout.iter().find(|line| line.starts_with("rule input 0")).cloned().expect("there is one");
-            layout.remove(&line);
-            layout.insert(line.replace('[', "[0"));
-        }),
+    type Spoil = fn(&mut FoundTable);
+    const CHAINS: &str = "~ nft replace chains of table inet fabric\n";
+    let spoiled: [(&str, Spoil, &str); 7] = [
+        ("a rule less", |table| drop(table.chains.get_mut("input").expect("there").pop()), CHAINS),
+        ("a rule more", |table| table.chains.get_mut("input").expect("there").insert(1, "theirs".into()), CHAINS),
+        ("another rule", |table| table.chains.get_mut("input").expect("there")[1].push('0'), CHAINS),
+        ("a chain more", |table| drop(table.chains.insert("theirs".into(), vec![])), CHAINS),
+        ("a set more", |table| drop(table.sets.insert("theirs".into(), FoundSet::default())), CHAINS),
+        ("another set", |table| table.sets.get_mut("peers4").expect("there").declaration.clear(), CHAINS),
+        (
+            "a disabled table",
+            |table| table.disabled = true,
+            "- nft delete table inet fabric\n\
+             + nft add set inet fabric members4 { type ipv4_addr . ipv4_addr; flags interval; }\n\
+             + nft add set inet fabric members6 { type ipv6_addr . ipv6_addr; flags interval; }\n\
+             + nft add set inet fabric peers4 { type ipv4_addr; }\n\
+             + nft add set inet fabric peers6 { type ipv6_addr; }\n\
+             ~ nft replace chains of table inet fabric\n",
+        ),
     ];
-    for (what, spoil) in spoiled {
+    for (what, spoil, repaired_by) in spoiled {
         let mut kernel = found(&rules);
-        spoil(&mut kernel.get_mut(&TableFamily::Inet).expect("there").layout);
+        spoil(kernel.get_mut(&TableFamily::Inet).expect("there"));
         let repair = change(&rules, &kernel);
-        assert_eq!(repair.to_string(), "~ nft replace table inet fabric\n", "{what}");
+        assert_eq!(repair.to_string(), repaired_by, "{what}");
         repair.apply_to(&mut kernel);
         assert_eq!(kernel, found(&rules), "{what}");
     }

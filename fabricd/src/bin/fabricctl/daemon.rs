@@ -9,6 +9,9 @@ use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tower::service_fn;
 
+/// The largest answer that is read, in bytes: all kernel entries of 5,000 peers are 4 million.
+const LARGEST: usize = 64 << 20;
+
 /// Connects to the daemon's socket.
 pub async fn connect(socket: &Path) -> anyhow::Result<FabricClient<Channel>> {
     let told = || format!("cannot reach the daemon at {}; is fabricd running, and are you root?", socket.display());
@@ -19,7 +22,7 @@ pub async fn connect(socket: &Path) -> anyhow::Result<FabricClient<Channel>> {
     };
     // The name is for HTTP's sake; the connector goes to the socket.
     let channel = Endpoint::from_static("http://fabricd").connect_with_connector(service_fn(connect)).await;
-    Ok(FabricClient::new(channel.with_context(told)?))
+    Ok(FabricClient::new(channel.with_context(told)?).max_decoding_message_size(LARGEST))
 }
 
 /// The daemon's own words, without gRPC's around them.

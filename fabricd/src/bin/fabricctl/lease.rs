@@ -17,9 +17,10 @@ use fabricd::store::etcd::{Etcd, Overview};
 use serde::Serialize;
 
 use crate::network::{PATIENCE, unreached};
+use crate::output::{OutputArg, Screen};
 use crate::status::span;
-use crate::table::render;
-use crate::{Answer, Output, daemon};
+use crate::table::{Cell, render};
+use crate::{Answer, daemon};
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -70,9 +71,8 @@ pub enum Command {
 
 #[derive(Debug, Args)]
 pub struct ListArgs {
-    /// Form of the output
-    #[arg(short, long, default_value = "table")]
-    output: Output,
+    #[command(flatten)]
+    form: OutputArg,
     /// Where etcd is.
     #[command(flatten)]
     etcd: EtcdArgs,
@@ -155,7 +155,7 @@ fn check(config: &NetworkConfig, key: &LeaseKey) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn list(ListArgs { output, etcd }: ListArgs, node: Option<NodeName>) -> anyhow::Result<Answer> {
+async fn list(ListArgs { form, etcd }: ListArgs, node: Option<NodeName>) -> anyhow::Result<Answer> {
     let store = Etcd::start(etcd.options()?);
     let overview = in_time(&etcd, store.overview()).await?;
     let mut rows = rows(&overview);
@@ -170,10 +170,7 @@ async fn list(ListArgs { output, etcd }: ListArgs, node: Option<NodeName>) -> an
             row.into_iter().for_each(|row| row.expires_in_seconds = left.map(|left| left.as_secs()));
         }
     }
-    Ok(Answer::fine(match output {
-        Output::Json => serde_json::to_string_pretty(&rows)? + "\n",
-        Output::Table => table(&rows),
-    }))
+    Ok(Answer::fine(form.output.show(&rows, |screen| table(screen, &rows))?))
 }
 
 fn rows(Overview { leases, resting }: &Overview) -> Vec<Row> {
@@ -210,14 +207,22 @@ fn state(lease: &Lease, reserved: bool) -> &'static str {
     }
 }
 
-fn table(rows: &[Row]) -> String {
-    let cells = |row: &Row| {
+fn table(screen: &Screen, rows: &[Row]) -> String {
+    let cells = |row: &Row| -> [Cell; 6] {
         let node = if row.node.is_empty() { "(flannel)".into() } else { row.node.clone() };
         let ends = row.expires_in_seconds.map(|left| span(left.try_into().unwrap_or(i64::MAX))).unwrap_or_default();
-        [row.subnets.join(" "), node, row.state.into(), row.public_addresses.join(" "), row.epoch.to_string(), ends]
+        let cells = [
+            row.subnets.join(" "),
+            node,
+            row.state.into(),
+            row.public_addresses.join(" "),
+            row.epoch.to_string(),
+            ends,
+        ];
+        cells.map(Cell::from)
     };
-    let rows: Vec<[String; 6]> = rows.iter().map(cells).collect();
-    render(["SUBNET", "NODE", "STATE", "UNDERLAY", "CLAIM", "ENDS IN"], &rows)
+    let rows: Vec<[Cell; 6]> = rows.iter().map(cells).collect();
+    render(screen, ["SUBNET", "NODE", "STATE", "UNDERLAY", "CLAIM", "ENDS IN"], &rows)
 }
 
 fn subnets_of(key: &LeaseKey) -> Vec<String> {
@@ -261,7 +266,7 @@ SUBNET         NODE       STATE                UNDERLAY   CLAIM  ENDS IN
 10.244.3.0/24  node-3     reserved, node away             0
 10.244.4.0/24  node-4     resting                         0
 ";
-        assert_eq!(table(&rows(&Overview { leases: leases.into(), resting: vec![rest] })), want);
+        assert_eq!(table(&Screen::default(), &rows(&Overview { leases: leases.into(), resting: vec![rest] })), want);
     }
 
     #[test]

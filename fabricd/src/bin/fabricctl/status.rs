@@ -2,32 +2,37 @@
 
 use std::fmt::Write as _;
 use std::path::Path;
-use std::process::ExitCode;
 
-use fabric_proto::v1::{GetStatusRequest, GetStatusResponse, Peer, PeerState};
+use fabric_proto::v1::{GetStatusRequest, GetStatusResponse};
 
-use crate::table::render;
-use crate::{Answer, daemon};
+use crate::output::{Output, Screen, Tone};
+use crate::peers::peer_table;
+use crate::{Answer, NOT_READY, daemon};
 
-/// Exit code of a node that is not ready.
-const NOT_READY: u8 = 3;
-
-pub async fn show(socket: &Path, json: bool) -> anyhow::Result<Answer> {
+pub async fn show(socket: &Path, output: Output) -> anyhow::Result<Answer> {
     let status = daemon::connect(socket).await?.get_status(GetStatusRequest {}).await?.into_inner();
-    let text = if json { serde_json::to_string_pretty(&status)? + "\n" } else { describe(&status) };
-    let code = if status.ready { ExitCode::SUCCESS } else { ExitCode::from(NOT_READY) };
-    Ok(Answer { text, code })
+    Ok(Answer::well_if(status.ready, output.show(&status, |screen| describe(screen, &status))?, NOT_READY))
 }
 
-fn describe(status: &GetStatusResponse) -> String {
+fn describe(screen: &Screen, status: &GetStatusResponse) -> String {
     let mut text = String::new();
     let mut line = |name: &str, value: String| {
         let _ = writeln!(text, "{name:10}{value}");
     };
     line("Node", status.node.clone());
-    line("State", if status.ready { "ready".into() } else { format!("NOT READY: {}", status.reason) });
+    line(
+        "State",
+        match status.ready {
+            true => screen.paint("ready", Tone::Good),
+            false => screen.paint(&format!("NOT READY: {}", status.reason), Tone::Bad),
+        },
+    );
     if let Some(store) = &status.store {
-        let state = if store.connected { "connected".into() } else { format!("NOT CONNECTED: {}", store.reason) };
+        let state = if store.connected {
+            "connected".into()
+        } else {
+            screen.paint(&format!("NOT CONNECTED: {}", store.reason), Tone::Bad)
+        };
         line("Store", format!("{state}, revision {}", store.revision));
     }
     if let Some(network) = &status.network {
@@ -56,27 +61,15 @@ fn describe(status: &GetStatusResponse) -> String {
     }
     line("Peers", format!("{} known, {} programmed", status.peers.len(), status.peers_programmed));
     for change in &status.pending {
-        line("Pending", change.clone());
+        line("Pending", screen.paint(change, Tone::Doubtful));
     }
     for warning in &status.warnings {
-        line("Warning", warning.clone());
+        line("Warning", screen.paint(warning, Tone::Doubtful));
     }
     if !status.peers.is_empty() {
-        let rows: Vec<[String; 5]> = status.peers.iter().map(row).collect();
-        let _ = write!(text, "\n{}", render(["PEER", "SUBNET", "UNDERLAY", "VTEP", "STATE"], &rows));
+        let _ = write!(text, "\n{}", peer_table(screen, &status.peers));
     }
     text
-}
-
-fn row(peer: &Peer) -> [String; 5] {
-    let state = match peer.state() {
-        PeerState::Programmed => "programmed".into(),
-        PeerState::Pending => format!("pending: {}", peer.reason),
-        PeerState::Refused => format!("refused: {}", peer.reason),
-        PeerState::Unspecified => "unknown".into(),
-    };
-    let node = if peer.node.is_empty() { "(flannel)".into() } else { peer.node.clone() };
-    [node, peer.subnets.join(" "), peer.public_addresses.join(" "), peer.vtep_macs.join(" "), state]
 }
 
 pub fn span(seconds: i64) -> String {
@@ -90,7 +83,7 @@ pub fn span(seconds: i64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fabric_proto::v1::{Lease, Network, Store, Vtep};
+    use fabric_proto::v1::{Lease, Network, Peer, PeerState, Store, Vtep};
 
     #[test]
     fn status_reads_as_a_page() {
@@ -142,7 +135,7 @@ PEER       SUBNET         UNDERLAY   VTEP               STATE
 node-2     10.244.2.0/24  192.0.2.2  02:42:c0:00:02:02  programmed
 (flannel)  10.244.3.0/24  192.0.2.3  02:42:c0:00:02:03  refused: its VNI is 2, ours is 1
 ";
-        assert_eq!(describe(&status), want);
+        assert_eq!(describe(&Screen::default(), &status), want);
         let json = serde_json::to_value(&status).unwrap();
         assert_eq!(json["peers"][0]["state"], "programmed");
     }

@@ -1,27 +1,96 @@
 //! Columns that line up.
 
-/// `rows` as lines, each column as wide as its widest cell, two spaces between.
-pub fn render<const N: usize>(header: [&str; N], rows: &[[String; N]]) -> String {
+use crate::output::{Screen, Tone};
+
+/// One cell of a table.
+#[derive(Clone, Debug, Default)]
+pub struct Cell {
+    text: String,
+    tone: Tone,
+}
+
+impl Cell {
+    /// A cell that means something.
+    pub fn toned(text: impl Into<String>, tone: Tone) -> Self {
+        Self { text: text.into(), tone }
+    }
+}
+
+impl<T: Into<String>> From<T> for Cell {
+    fn from(text: T) -> Self {
+        Self::toned(text, Tone::Plain)
+    }
+}
+
+/// `rows` as lines, each column as wide as its widest cell, two spaces between. What is too wide for the screen is cut,
+/// and ends in `…`.
+pub fn render<const N: usize>(screen: &Screen, header: [&str; N], rows: &[[Cell; N]]) -> String {
     let mut widths = header.map(str::len);
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
+            *width = (*width).max(cell.text.chars().count());
         }
     }
-    let line = |cells: [&str; N]| {
-        let cells = cells.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
-        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned() + "\n"
-    };
-    let body = rows.iter().map(|row| line(std::array::from_fn(|i| row[i].as_str())));
-    std::iter::once(line(header)).chain(body).collect()
+    let head = header.map(Cell::from);
+    let lines = std::iter::once(&head).chain(rows);
+    lines.map(|row| line(screen, widths, row) + "\n").collect()
+}
+
+fn line<const N: usize>(screen: &Screen, widths: [usize; N], row: &[Cell; N]) -> String {
+    let mut room = screen.width.unwrap_or(usize::MAX);
+    let mut line = String::new();
+    let last = row.iter().rposition(|cell| !cell.text.is_empty());
+    for (position, (cell, width)) in row.iter().zip(widths).enumerate().take(last.map_or(0, |last| last + 1)) {
+        let text = cut(&cell.text, room);
+        let padding = if Some(position) == last { 0 } else { width + 2 - cell.text.chars().count() };
+        line += &screen.paint(&text, cell.tone);
+        room = room.saturating_sub(text.chars().count());
+        line += &" ".repeat(padding.min(room));
+        room = room.saturating_sub(padding);
+        if room == 0 {
+            break;
+        }
+    }
+    line
+}
+
+/// `text`, or as much of it as fits.
+fn cut(text: &str, room: usize) -> String {
+    if text.chars().count() <= room {
+        return text.to_owned();
+    }
+    text.chars().take(room.saturating_sub(1)).chain(['…']).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    fn table(screen: &Screen) -> String {
+        let rows = [["node-1", "10.244.1.0/24", ""], ["n2", "-", "a long story"]];
+        render(screen, ["NODE", "SUBNET", "WHY"], &rows.map(|row| row.map(Cell::from)))
+    }
+
     #[test]
     fn columns_line_up_and_lines_end_without_spaces() {
-        let rows = [["node-1", "10.244.1.0/24", ""], ["n2", "-", "x"]].map(|row| row.map(str::to_owned));
-        let want = "NODE    SUBNET         WHY\nnode-1  10.244.1.0/24\nn2      -              x\n";
-        assert_eq!(super::render(["NODE", "SUBNET", "WHY"], &rows), want);
+        let want = "NODE    SUBNET         WHY\nnode-1  10.244.1.0/24\nn2      -              a long story\n";
+        assert_eq!(table(&Screen::default()), want);
+    }
+
+    #[test]
+    fn what_is_too_wide_for_the_terminal_is_cut() {
+        for width in 1..40 {
+            let told = table(&Screen { width: Some(width), colour: false });
+            assert!(told.lines().all(|line| line.chars().count() <= width), "{width}:\n{told}");
+        }
+        assert!(table(&Screen { width: Some(27), colour: false }).ends_with("n2      -              a l…\n"));
+    }
+
+    #[test]
+    fn colours_cost_no_width_and_are_for_terminals_only() {
+        let rows = [[Cell::toned("ready", Tone::Good), "x".into()]];
+        let screen = Screen { width: Some(8), colour: true };
+        assert_eq!(render(&screen, ["A", "B"], &rows), "A      B\n\u{1b}[32mready\u{1b}[0m  x\n");
+        assert_eq!(render(&Screen::default(), ["A", "B"], &rows), "A      B\nready  x\n");
     }
 }

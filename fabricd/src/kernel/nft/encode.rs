@@ -1,8 +1,8 @@
-//! From a [`Change`] to the messages of one transaction. Each function gives the command of `nft` that would do the same.
+//! From a [`Change`] to the messages of its transactions. Each function gives the command of `nft` that would do the same.
 
 use fabric_core::model::{Subnet, to_bits};
-use fabric_core::rules::change::{Change, ElementChange};
-use fabric_core::rules::{Chain, ChainKind, Element, KeyField, Part, Rule, Set, TABLE, Table, TableFamily};
+use fabric_core::rules::change::{Change, ElementChange, RuleChange};
+use fabric_core::rules::{Chain, ChainKind, Element, KeyField, Part, Rule, Set, TABLE, TableFamily};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE};
 
 use super::attributes::Attributes;
@@ -14,8 +14,11 @@ use crate::kernel::wire::Request;
 const NEW_TABLE: u16 = 0;
 const DELETE_TABLE: u16 = 2;
 const NEW_CHAIN: u16 = 3;
+const DELETE_CHAIN: u16 = 5;
 const NEW_RULE: u16 = 6;
+const DELETE_RULES: u16 = 8;
 const NEW_SET: u16 = 9;
+const DELETE_SET: u16 = 11;
 const NEW_ELEMENTS: u16 = 12;
 const DELETE_ELEMENTS: u16 = 14;
 
@@ -36,20 +39,23 @@ pub(super) const TYPE_BITS: u32 = 6;
 /// Room for elements in one message: a list of attributes has to stay below 64 KiB.
 const LIST: usize = 60_000;
 
-/// The messages of a change: begin, what is to be done, end.
-pub(super) fn transaction(change: &Change) -> Vec<Request> {
-    let mut steps = vec![];
-    for family in &change.removed {
-        steps.extend(remove_table(*family));
-    }
-    for (family, table) in &change.replaced {
-        steps.extend(remove_table(*family));
-        steps.extend(make_table(*family, table));
+/// The messages of a change, transaction by transaction: sets, and then the rules that look into them.
+pub(super) fn transactions(change: &Change) -> Vec<Vec<Request>> {
+    let mut sets: Vec<Request> = change.removed.iter().copied().flat_map(remove_table).collect();
+    for ((family, name, set), id) in change.sets.iter().zip(1..) {
+        sets.push(make_table(*family));
+        sets.extend(make_set(*family, name, set, id));
     }
     for ElementChange { table, set, shape, removed, added } in &change.elements {
-        steps.extend(elements(*table, set, shape, removed, DELETE_ELEMENTS));
-        steps.extend(elements(*table, set, shape, added, NEW_ELEMENTS));
+        sets.extend(elements(*table, set, shape, removed, DELETE_ELEMENTS));
+        sets.extend(elements(*table, set, shape, added, NEW_ELEMENTS));
     }
+    let rules = change.rules.iter().flat_map(|(family, change)| replace_rules(*family, change)).collect();
+    [sets, rules].into_iter().filter(|steps| !steps.is_empty()).map(transaction).collect()
+}
+
+/// Begin, what is to be done, end.
+fn transaction(mut steps: Vec<Request>) -> Vec<Request> {
     if let Some(last) = steps.last_mut() {
         last.add_flags(NLM_F_ACK);
     }
@@ -60,20 +66,29 @@ pub(super) fn transaction(change: &Change) -> Vec<Request> {
 /// `nft add table FAMILY fabric; nft delete table FAMILY fabric`: gone, whether it was there or not.
 fn remove_table(family: TableFamily) -> [Request; 2] {
     // NFTA_TABLE_NAME
-    let named = || start(family).text(1, TABLE).into_bytes();
-    [Request::raw(message(NEW_TABLE), NLM_F_CREATE, named()), Request::raw(message(DELETE_TABLE), 0, named())]
+    [make_table(family), Request::raw(message(DELETE_TABLE), 0, start(family).text(1, TABLE).into_bytes())]
 }
 
-/// `nft add table FAMILY fabric { … }`. Chains and sets come before the rules, which name them.
-fn make_table(family: TableFamily, table: &Table) -> Vec<Request> {
-    let mut steps = vec![Request::raw(message(NEW_TABLE), NLM_F_CREATE, start(family).text(1, TABLE).into_bytes())];
-    steps.extend(table.chains.iter().map(|(name, chain)| make_chain(family, name, chain)));
-    for ((name, set), id) in table.sets.iter().zip(1..) {
-        steps.push(make_set(family, name, set, id));
-        let all: Vec<Element> = set.elements.iter().cloned().collect();
-        steps.extend(elements(family, name, set, &all, NEW_ELEMENTS));
-    }
-    for (name, chain) in &table.chains {
+/// `nft add table FAMILY fabric`.
+fn make_table(family: TableFamily) -> Request {
+    Request::raw(message(NEW_TABLE), NLM_F_CREATE, start(family).text(1, TABLE).into_bytes())
+}
+
+/// `nft flush table FAMILY fabric`, all chains deleted, and those that are wanted made. Rules come last: they name
+/// chains and sets.
+fn replace_rules(family: TableFamily, change: &RuleChange) -> Vec<Request> {
+    let named = |kind, name: u16, value: &str| {
+        Request::raw(message(kind), 0, start(family).text(1, TABLE).text(name, value).into_bytes())
+    };
+    let mut steps = vec![make_table(family)];
+    // NFTA_RULE_TABLE alone: those of all chains, which may jump to each other.
+    steps.push(Request::raw(message(DELETE_RULES), 0, start(family).text(1, TABLE).into_bytes()));
+    // NFTA_CHAIN_NAME, NFTA_SET_NAME
+    steps.extend(change.old_chains.iter().map(|chain| named(DELETE_CHAIN, 3, chain)));
+    steps.extend(change.old_sets.iter().map(|set| named(DELETE_SET, 2, set)));
+    steps.extend(change.sets.iter().zip(1..).flat_map(|((name, set), id)| make_set(family, name, set, id)));
+    steps.extend(change.chains.iter().map(|(name, chain)| make_chain(family, name, chain)));
+    for (name, chain) in &change.chains {
         steps.extend(chain.rules.iter().map(|rule| make_rule(family, name, rule)));
     }
     steps
@@ -99,8 +114,8 @@ pub(super) fn chain_kind(kind: ChainKind) -> &'static str {
     }
 }
 
-/// `nft add set FAMILY fabric NAME { type …; flags interval; }`.
-fn make_set(family: TableFamily, name: &str, set: &Set, id: u32) -> Request {
+/// `nft add set FAMILY fabric NAME { type …; flags interval; elements = { … } }`.
+fn make_set(family: TableFamily, name: &str, set: &Set, id: u32) -> Vec<Request> {
     let size = |field: &KeyField| u32::try_from(width(*field)).expect("16 bytes at most");
     let length = set.key.iter().map(|field| size(field).next_multiple_of(4)).sum::<u32>();
     let kind = set.key.iter().fold(0, |kind, field| kind << TYPE_BITS | datatype(*field));
@@ -120,7 +135,10 @@ fn make_set(family: TableFamily, name: &str, set: &Set, id: u32) -> Request {
     if let [KeyField::Interface] = set.key {
         body = body.bytes(13, &[&[0, 4][..], &1_u32.to_ne_bytes()].concat());
     }
-    Request::raw(message(NEW_SET), NLM_F_CREATE, body.number(10, id).into_bytes())
+    let all: Vec<Element> = set.elements.iter().cloned().collect();
+    let mut steps = elements(family, name, set, &all, NEW_ELEMENTS);
+    steps.insert(0, Request::raw(message(NEW_SET), NLM_F_CREATE, body.number(10, id).into_bytes()));
+    steps
 }
 
 /// The flags of a set, as the kernel gives them back.

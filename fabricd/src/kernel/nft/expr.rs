@@ -95,10 +95,11 @@ fn load(field: Field) -> (Load, usize) {
         Field::Target(Family::V6) => (Payload(NETWORK, 24), 16),
         Field::IcmpType => (Payload(TRANSPORT, 0), 1),
         Field::TargetPort => (Payload(TRANSPORT, 2), 2),
+        Field::AdvertisedAddress => (Payload(TRANSPORT, 8), 16),
         Field::Vni => (Payload(TRANSPORT, VNI), 3),
         Field::InnerType => (Payload(TRANSPORT, INNER_TYPE), 2),
-        Field::InnerSource(Family::V4) => (Payload(TRANSPORT, INNER_IP + 12), 4),
-        Field::InnerSource(Family::V6) => (Payload(TRANSPORT, INNER_IP + 8), 16),
+        Field::InnerSource(Family::V4) | Field::InnerSubnet(Family::V4, _) => (Payload(TRANSPORT, INNER_IP + 12), 4),
+        Field::InnerSource(Family::V6) | Field::InnerSubnet(Family::V6, _) => (Payload(TRANSPORT, INNER_IP + 8), 16),
     }
 }
 
@@ -124,7 +125,7 @@ impl List {
             Test::Is(number) => self.compare(EQUAL, &spelled(*number, condition.fields.first().copied(), length)),
             Test::Named(name) => self.compare(EQUAL, &interface(name.as_str())),
             Test::Bits(bits) => {
-                self.mask(&bits.to_ne_bytes());
+                self.mask(FIRST, &bits.to_ne_bytes());
                 self.compare(EQUAL, &bits.to_ne_bytes());
             }
             Test::Within(prefix) => self.compare_prefix(EQUAL, *prefix),
@@ -151,25 +152,25 @@ impl List {
                 self.add("exthdr", data.number(3, 0).number(4, bytes).number(5, PRESENT));
             }
         }
+        if let Field::InnerSubnet(family, length) = field {
+            self.mask(register, &prefix_mask(family, length));
+        }
         length
     }
 
     fn compare_prefix(&mut self, how: u32, prefix: Subnet) {
-        let bits = prefix.family().bits();
-        if prefix.prefix_len() < bits {
-            let mask = !(u128::MAX.checked_shr(prefix.prefix_len().into()).unwrap_or(0) >> (128 - bits));
-            // Of IPv4 the lower 32 bits count.
-            self.mask(&mask.to_be_bytes()[16 - usize::from(bits / 8)..]);
+        if prefix.prefix_len() < prefix.family().bits() {
+            self.mask(FIRST, &prefix_mask(prefix.family(), prefix.prefix_len()));
         }
         self.compare(how, &address_bytes(prefix.family(), to_bits(prefix.base())));
     }
 
-    /// What is in the first register, but for the bits that are zero in `mask`.
-    fn mask(&mut self, mask: &[u8]) {
+    /// What is in the register, but for the bits that are zero in `mask`.
+    fn mask(&mut self, register: u32, mask: &[u8]) {
         let value = |bytes: &[u8]| Attributes::default().bytes(DATA_VALUE, bytes);
         let length = u32::try_from(mask.len()).expect("a mask has at most 16 bytes");
         // NFTA_BITWISE_SREG, _DREG, _LEN, _MASK, _XOR
-        let data = Attributes::default().number(1, FIRST).number(2, FIRST).number(3, length);
+        let data = Attributes::default().number(1, register).number(2, register).number(3, length);
         self.add("bitwise", data.nested(4, &value(mask)).nested(5, &value(&vec![0; mask.len()])));
     }
 
@@ -199,6 +200,12 @@ fn spelled(number: u32, field: Option<Field>, length: usize) -> Vec<u8> {
         Some(Field::Mark) => number.to_ne_bytes().to_vec(),
         _ => number.to_be_bytes()[4 - length.min(4)..].to_vec(),
     }
+}
+
+/// As many ones as the prefix is long, then zeros.
+fn prefix_mask(family: Family, length: u8) -> Vec<u8> {
+    let host = u128::MAX.checked_shr(length.into()).unwrap_or(0) >> (128 - family.bits());
+    address_bytes(family, !host)
 }
 
 /// An address of a family, from its bits as [`to_bits`] gives them.

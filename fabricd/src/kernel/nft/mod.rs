@@ -1,4 +1,4 @@
-//! nftables over netlink: our tables written in one transaction, read back, and watched.
+//! nftables over netlink: our tables written in transactions, read back, and watched.
 //!
 //! ```text
 //!   Change ── encode (expr) ──► one datagram: begin, …, end ──► kernel ──► events ── watch ──► read again
@@ -19,6 +19,7 @@ use fabric_core::rules::TableFamily;
 use fabric_core::rules::change::{Change, Found};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
+use super::Dropped;
 use super::socket::{Refusal, RequestSocket};
 
 /// The kernel's packet filter.
@@ -42,15 +43,15 @@ impl Filter {
         self.socket.as_ref().map(RequestSocket::port)
     }
 
-    /// What is there of our tables.
-    pub(super) fn read(&mut self) -> io::Result<Found> {
-        self.socket.as_mut().map_or_else(|| Ok(Found::new()), read::tables)
+    /// What is there of our tables, and what they have dropped.
+    pub(super) fn read(&mut self) -> io::Result<(Found, Dropped)> {
+        self.socket.as_mut().map_or_else(|| Ok(Default::default()), read::tables)
     }
 
-    /// Writes a change, all of it or nothing.
+    /// Writes a change: its sets and then its rules, each all or nothing.
     pub(super) fn write(&mut self, change: &Change) -> Result<(), Refusal> {
         match &mut self.socket {
-            Some(socket) => socket.transact(&encode::transaction(change)),
+            Some(socket) => encode::transactions(change).iter().try_for_each(|steps| socket.transact(steps)),
             None => Err(io::Error::from_raw_os_error(libc::EPROTONOSUPPORT).into()),
         }
     }

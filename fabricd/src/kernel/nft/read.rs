@@ -1,11 +1,11 @@
 //! What is there of our tables, as far as it has to be known: see [`fabric_core::rules::change`].
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
 
 use fabric_core::model::{Family, Subnet, from_bits};
-use fabric_core::rules::change::{Found, FoundTable, Layout, chain_line, rule_line, set_line};
-use fabric_core::rules::{ChainKind, Element, Hook, KeyField, Part, Place, Set, TABLE, TableFamily};
+use fabric_core::rules::change::{Found, FoundSet, FoundTable, NO_HOOK};
+use fabric_core::rules::{ChainKind, Element, Hook, KeyField, Part, Place, Set, TABLE, TableFamily, reason};
 use netlink_packet_core::parse_u32_be;
 
 use super::attributes::Attributes;
@@ -13,6 +13,7 @@ use super::encode::{CONCATENATED, RANGES, TYPE_BITS, chain_kind, datatype, width
 use super::{message, nfproto};
 use crate::kernel::socket::RequestSocket;
 use crate::kernel::wire::{Frame, Request, attributes};
+use crate::kernel::{Count, Dropped};
 
 /// `NFT_MSG_GET*`.
 const GET_TABLE: u16 = 1;
@@ -21,21 +22,21 @@ const GET_RULE: u16 = 7;
 const GET_SET: u16 = 10;
 const GET_ELEMENTS: u16 = 13;
 
-/// A line that no table of ours has: it is going to be replaced.
+/// In the place of what no chain and no set of ours has: it is going to be replaced.
 const FOREIGN: &str = "of somebody else";
 
 /// `nft list table inet fabric`, `nft list table bridge fabric`.
-pub(super) fn tables(socket: &mut RequestSocket) -> io::Result<Found> {
-    let mut found = Found::new();
+pub(super) fn tables(socket: &mut RequestSocket) -> io::Result<(Found, Dropped)> {
+    let (mut found, mut dropped) = (Found::new(), Dropped::new());
     for family in [TableFamily::Inet, TableFamily::Bridge] {
-        if let Some(table) = table(socket, family)? {
+        if let Some(table) = table(socket, family, &mut dropped)? {
             found.insert(family, table);
         }
     }
-    Ok(found)
+    Ok((found, dropped))
 }
 
-fn table(socket: &mut RequestSocket, family: TableFamily) -> io::Result<Option<FoundTable>> {
+fn table(socket: &mut RequestSocket, family: TableFamily, dropped: &mut Dropped) -> io::Result<Option<FoundTable>> {
     let ask = |kind, body: Attributes| Request::raw(message(kind), 0, body.into_bytes());
     let ours = || Attributes::message(nfproto(family), 0).text(1, TABLE);
     let flags = match socket.ask(&ask(GET_TABLE, ours()), |frame| Some(Values::of(frame).number(2).unwrap_or(0))) {
@@ -51,34 +52,34 @@ fn table(socket: &mut RequestSocket, family: TableFamily) -> io::Result<Option<F
         }
         _ => return Ok(None),
     };
-    let mut layout = Layout::new();
-    if flags != 0 {
-        // Dormant, or owned by another program.
-        layout.insert(format!("table with flags {flags:#x}"));
-    }
-    layout.extend(socket.dump(&ask(GET_CHAIN, ours()), chain)?);
-
-    let mut positions: BTreeMap<String, usize> = BTreeMap::new();
-    for (chain, comment) in socket.dump(&ask(GET_RULE, ours()), rule)? {
-        let position = positions.entry(chain.clone()).or_default();
-        layout.insert(rule_line(&chain, *position, comment.as_deref()));
-        *position += 1;
-    }
-    let mut elements = BTreeMap::new();
-    for (name, set) in socket.dump(&ask(GET_SET, ours()), set)? {
-        let Some(set) = set else {
-            layout.insert(set_line(&name, FOREIGN));
-            continue;
-        };
-        layout.insert(set_line(&name, &set.declaration()));
-        let listed = socket.dump(&ask(GET_ELEMENTS, ours().text(2, &name)), |frame| Some(elements_of(frame, &set)))?;
-        let listed: Vec<Option<Element>> = listed.into_iter().flatten().collect();
-        if listed.contains(&None) {
-            layout.insert(set_line(&name, "with an element of somebody else"));
+    // Dormant, or owned by another program.
+    let mut found = FoundTable { disabled: flags != 0, ..FoundTable::default() };
+    found
+        .chains
+        .extend(socket.dump(&ask(GET_CHAIN, ours()), chain)?.into_iter().map(|(name, hook)| (name, vec![hook])));
+    for RuleFound { chain, comment, counter } in socket.dump(&ask(GET_RULE, ours()), rule)? {
+        if let Some((reason, counter)) = comment.as_deref().and_then(reason).zip(counter) {
+            let sum = dropped.entry(reason.to_owned()).or_default();
+            sum.packets += counter.packets;
+            sum.bytes += counter.bytes;
         }
-        elements.insert(name, listed.into_iter().flatten().collect::<BTreeSet<Element>>());
+        found.chains.entry(chain).or_default().push(comment.unwrap_or_else(|| FOREIGN.to_owned()));
     }
-    Ok(Some(FoundTable { layout, elements }))
+    for (name, set) in socket.dump(&ask(GET_SET, ours()), set)? {
+        let there = match set {
+            Some(set) => elements(socket, &ask(GET_ELEMENTS, ours().text(2, &name)), &set)?,
+            None => FoundSet { declaration: FOREIGN.to_owned(), ..FoundSet::default() },
+        };
+        found.sets.insert(name, there);
+    }
+    Ok(Some(found))
+}
+
+fn elements(socket: &mut RequestSocket, listing: &Request, set: &Set) -> io::Result<FoundSet> {
+    let listed: Vec<_> = socket.dump(listing, |frame| Some(elements_of(frame, set)))?.into_iter().flatten().collect();
+    let foreign = listed.contains(&None);
+    let declaration = if foreign { format!("with an element {FOREIGN}") } else { set.declaration() };
+    Ok(FoundSet { declaration, elements: listed.into_iter().flatten().collect() })
 }
 
 /// The attributes of a message.
@@ -119,10 +120,11 @@ pub(super) fn concerns_us(frame: &Frame<'_>) -> bool {
     families.contains(&family) && Values::of(frame).is_ours()
 }
 
-fn chain(frame: &Frame<'_>) -> Option<String> {
+/// A chain's name and hook.
+fn chain(frame: &Frame<'_>) -> Option<(String, String)> {
     let values = Values::of(frame);
-    let name = values.is_ours().then(|| values.text(3))??;
-    let Some(place) = values.nested(4) else { return Some(chain_line(name, None)) };
+    let name = values.is_ours().then(|| values.text(3))??.to_owned();
+    let Some(place) = values.nested(4) else { return Some((name, NO_HOOK.to_owned())) };
     let hook = || {
         let place = [Place::Prerouting, Place::Input, Place::Forward, Place::Output, Place::Postrouting]
             .into_iter()
@@ -132,14 +134,21 @@ fn chain(frame: &Frame<'_>) -> Option<String> {
         let priority = place_priority(&values)?;
         (values.number(5) == Some(1)).then(|| Hook { kind, place, priority }.to_string())
     };
-    Some(chain_line(name, Some(hook().as_deref().unwrap_or(FOREIGN))))
+    Some((name, hook().unwrap_or_else(|| FOREIGN.to_owned())))
 }
 
 fn place_priority(values: &Values<'_>) -> Option<i32> {
     Some(values.nested(4)?.number(2)?.cast_signed())
 }
 
-fn rule(frame: &Frame<'_>) -> Option<(String, Option<String>)> {
+/// A rule, as far as it has to be known.
+struct RuleFound {
+    chain: String,
+    comment: Option<String>,
+    counter: Option<Count>,
+}
+
+fn rule(frame: &Frame<'_>) -> Option<RuleFound> {
     let values = Values::of(frame);
     let chain = values.is_ours().then(|| values.text(2))??.to_owned();
     // Type 0 is the comment: type, length, text and a zero.
@@ -148,18 +157,32 @@ fn rule(frame: &Frame<'_>) -> Option<(String, Option<String>)> {
         _ => None,
     };
     let comment = comment.and_then(|text| std::str::from_utf8(text).ok()).map(|text| text.trim_end_matches('\0'));
-    Some((chain, comment.map(str::to_owned)))
+    Some(RuleFound {
+        chain,
+        comment: comment.map(str::to_owned),
+        counter: values.nested(4).and_then(|list| counter(&list)),
+    })
+}
+
+/// The counter among a rule's expressions.
+fn counter(list: &Values<'_>) -> Option<Count> {
+    let mut expressions = attributes(list.0).map(|(_, expression)| Values(expression));
+    let data = expressions.find(|expression| expression.text(1) == Some("counter"))?.nested(2)?;
+    // NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS
+    let number = |kind| Some(u64::from_be_bytes(data.bytes(kind)?.try_into().ok()?));
+    Some(Count { bytes: number(1)?, packets: number(2)? })
 }
 
 /// A set by its name; `None` when it isn't of a kind that we make.
 fn set(frame: &Frame<'_>) -> Option<(String, Option<Set>)> {
-    const KEYS: [&[KeyField]; 6] = [
+    const KEYS: [&[KeyField]; 7] = [
         &[KeyField::V4],
         &[KeyField::V6],
         &[KeyField::Interface],
         &[KeyField::V4, KeyField::V4],
         &[KeyField::V6, KeyField::V6],
         &[KeyField::Interface, KeyField::Mac, KeyField::V4],
+        &[KeyField::Interface, KeyField::Mac, KeyField::V6],
     ];
     let values = Values::of(frame);
     let name = values.is_ours().then(|| values.text(2))??.to_owned();

@@ -1,0 +1,172 @@
+//! The daemon's types in the API's words.
+
+use fabric_core::diff::diff;
+use fabric_core::handoff::Readiness;
+use fabric_core::leases::Lease;
+use fabric_core::state::KernelState;
+use fabric_proto::v1;
+use tokio::time::Instant;
+
+use crate::events::{Event, Kind, unix_millis};
+use crate::reconcile::{Looked, Written};
+use crate::store::Connection;
+use crate::view::{PeerTrouble, View};
+
+/// A view in the API's words. `now` is what the lease's end is counted from.
+#[must_use]
+pub fn status_of(view: &View, now: Instant) -> v1::GetStatusResponse {
+    let (ready, reason) = match &view.readiness {
+        Readiness::Ready => (true, String::new()),
+        Readiness::NotReady { reason, .. } => (false, reason.clone()),
+    };
+    let peers: Vec<v1::Peer> = view.peers().map(|lease| peer(view, lease)).collect();
+    let programmed = peers.iter().filter(|peer| peer.state() == v1::PeerState::Programmed).count();
+    let unreadable = view.leases.iter().flat_map(|leases| leases.unreadable());
+    let unreadable =
+        unreadable.map(|(key, error)| format!("the lease {key} can't be read, its last good value counts: {error}"));
+    v1::GetStatusResponse {
+        node: view.node.to_string(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        ready,
+        reason,
+        store: Some(store(view)),
+        network: view.network.map(|network| v1::Network {
+            spaces: network.spaces.values().map(|space| space.network.to_string()).collect(),
+            vni: network.vxlan.vni.get(),
+            port: network.vxlan.port.into(),
+        }),
+        lease: view.holding.own.as_ref().zip(view.holding.expires).map(|(own, expires)| v1::Lease {
+            subnets: own.key.subnets().values().map(ToString::to_string).collect(),
+            expires_in_seconds: expires.saturating_duration_since(now).as_secs().try_into().unwrap_or(i64::MAX),
+            epoch: own.epoch,
+        }),
+        vteps: view
+            .vteps
+            .iter()
+            .map(|end| v1::Vtep {
+                device: end.device.to_string(),
+                mac: end.vtep.mac.to_string(),
+                underlay_device: end.underlay.to_string(),
+                underlay_address: end.vtep.local.to_string(),
+                public_address: end.public_ip.to_string(),
+                mtu: end.vtep.mtu,
+            })
+            .collect(),
+        peers_programmed: number(programmed),
+        peers,
+        warnings: view.warnings.iter().cloned().chain(unreadable).collect(),
+        pending: view.pending.clone(),
+    }
+}
+
+fn store(view: &View) -> v1::Store {
+    let (connected, reason) = match &view.connection {
+        Connection::Up => (true, String::new()),
+        Connection::Unknown => (false, "not tried yet".into()),
+        Connection::Down(reason) => (false, reason.clone()),
+    };
+    v1::Store { connected, reason, revision: view.leases.as_ref().map_or(0, |leases| leases.revision()) }
+}
+
+/// Another node, and how far it is programmed.
+#[must_use]
+pub fn peer(view: &View, lease: &Lease) -> v1::Peer {
+    let (state, reason) = match view.troubles.get(&lease.key) {
+        None => (v1::PeerState::Programmed, String::new()),
+        Some(trouble @ PeerTrouble::Pending(_)) => (v1::PeerState::Pending, trouble.to_string()),
+        Some(trouble @ PeerTrouble::Refused(_)) => (v1::PeerState::Refused, trouble.to_string()),
+    };
+    let endpoints = lease.record.endpoints();
+    v1::Peer {
+        node: lease.record.node().map(ToString::to_string).unwrap_or_default(),
+        subnets: lease.key.subnets().values().map(ToString::to_string).collect(),
+        public_addresses: endpoints.values().map(|endpoint| endpoint.public_ip.to_string()).collect(),
+        vtep_macs: endpoints.values().map(|endpoint| endpoint.vtep_mac.to_string()).collect(),
+        state: state.into(),
+        reason,
+    }
+}
+
+/// A lease as the store has it.
+#[must_use]
+pub fn lease_record(view: &View, lease: &Lease) -> v1::LeaseRecord {
+    let endpoints = lease.record.endpoints();
+    v1::LeaseRecord {
+        node: lease.record.node().map(ToString::to_string).unwrap_or_default(),
+        subnets: lease.key.subnets().values().map(ToString::to_string).collect(),
+        public_addresses: endpoints.values().map(|endpoint| endpoint.public_ip.to_string()).collect(),
+        vtep_macs: endpoints.values().map(|endpoint| endpoint.vtep_mac.to_string()).collect(),
+        epoch: lease.record.owner.as_ref().map_or(0, |owner| owner.epoch),
+        create_revision: lease.create_revision,
+        mod_revision: lease.mod_revision,
+        own: view.holding.own.as_ref().is_some_and(|own| own.key == lease.key),
+        reserved: lease.record.is_placeholder(),
+    }
+}
+
+/// Something that happened.
+#[must_use]
+pub fn event(event: &Event) -> v1::Event {
+    let kind = match event.kind {
+        Kind::Readiness => v1::EventKind::Readiness,
+        Kind::Store => v1::EventKind::Store,
+        Kind::Lease => v1::EventKind::Lease,
+        Kind::Peer => v1::EventKind::Peer,
+        Kind::Mesh => v1::EventKind::Mesh,
+        Kind::Warning => v1::EventKind::Warning,
+    };
+    v1::Event {
+        number: event.number,
+        unix_millis: event.unix_millis,
+        kind: kind.into(),
+        subject: event.subject.clone(),
+        message: event.message.clone(),
+        warning: event.warning,
+    }
+}
+
+/// What the kernel holds and should hold; every entry too with `entries`.
+#[must_use]
+pub fn kernel_state(looked: &Looked, entries: bool) -> v1::GetKernelStateResponse {
+    let wanted = looked.wanted.as_ref().map(|desired| &desired.state);
+    let had = looked.observed.as_ref().map(|observed| &observed.ours);
+    let plan = wanted.zip(had).map(|(wanted, had)| diff(wanted, had).ops().iter().map(ToString::to_string).collect());
+    v1::GetKernelStateResponse {
+        wanted: wanted.map(|state| tables(state, entries)),
+        had: had.map(|state| tables(state, entries)),
+        plan: plan.unwrap_or_default(),
+        last: looked.last.as_deref().map(written),
+        blocked: looked.blocked.clone(),
+    }
+}
+
+fn written(plan: &Written) -> v1::WrittenPlan {
+    v1::WrittenPlan {
+        unix_millis: unix_millis(plan.at),
+        steps: number(plan.steps),
+        failed: number(plan.failed),
+        lines: plan.first.iter().map(ToString::to_string).collect(),
+    }
+}
+
+fn tables(state: &KernelState, entries: bool) -> v1::KernelTables {
+    let lines = || {
+        let all = diff(state, &KernelState::default());
+        // All of them are made, so the sign says nothing.
+        all.ops().iter().map(|op| op.to_string().trim_start_matches(['+', '~', ' ']).to_owned()).collect()
+    };
+    v1::KernelTables {
+        links: number(state.links.len()),
+        addresses: number(state.addresses.len()),
+        fdb: number(state.fdb.len()),
+        neighbours: number(state.neighbours.len()),
+        nexthops: number(state.nexthops.len()),
+        routes: number(state.routes.len()),
+        sysctls: number(state.sysctls.len()),
+        entries: if entries { lines() } else { vec![] },
+    }
+}
+
+fn number(count: usize) -> u32 {
+    count.try_into().unwrap_or(u32::MAX)
+}

@@ -1,0 +1,160 @@
+//! The methods of `fabric.v1.Fabric`.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use fabric_proto::v1;
+use fabric_proto::v1::fabric_server::Fabric;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::{Request, Response, Status};
+
+use super::changes::{self, Changes};
+use super::convert;
+use crate::events::Events;
+use crate::log_level::LogLevel;
+use crate::view::View;
+use crate::{lease, reconcile};
+
+/// Where a person's commands go.
+#[derive(Clone, Debug)]
+pub struct Controls {
+    /// To the lease keeper.
+    pub lease: mpsc::Sender<lease::Command>,
+    /// To the reconcile loop.
+    pub network: mpsc::Sender<reconcile::Command>,
+}
+
+/// What the answers are made of.
+#[derive(Clone, Debug)]
+pub struct Sources {
+    /// What the reconcile loop knows.
+    pub view: watch::Receiver<Arc<View>>,
+    /// What happened.
+    pub events: Arc<Events>,
+    /// What is logged.
+    pub log_level: LogLevel,
+    /// Whom to tell what a person wants.
+    pub controls: Controls,
+}
+
+/// The API, for one kind of asker.
+#[derive(Debug)]
+pub struct Service {
+    sources: Sources,
+    /// Whether anything may be changed.
+    may_change: bool,
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+
+impl Service {
+    /// For root on this node.
+    #[must_use]
+    pub fn for_root(sources: Sources) -> Self {
+        Self { sources, may_change: true }
+    }
+
+    /// For other nodes: to look only.
+    #[must_use]
+    pub fn for_peers(sources: Sources) -> Self {
+        Self { sources, may_change: false }
+    }
+
+    fn controls(&self) -> Result<&Controls, Status> {
+        self.may_change
+            .then_some(&self.sources.controls)
+            .ok_or_else(|| Status::permission_denied("changes are made on the node itself, through its unix socket"))
+    }
+
+    fn view(&self) -> Arc<View> {
+        self.sources.view.borrow().clone()
+    }
+}
+
+#[tonic::async_trait]
+impl Fabric for Service {
+    async fn get_status(&self, _: Request<v1::GetStatusRequest>) -> Answer<v1::GetStatusResponse> {
+        Ok(Response::new(convert::status_of(&self.view(), Instant::now())))
+    }
+
+    async fn renumber_lease(&self, request: Request<v1::RenumberLeaseRequest>) -> Answer<v1::RenumberLeaseResponse> {
+        let (reply, answer) = oneshot::channel();
+        let force = request.into_inner().force;
+        self.controls()?.lease.send(lease::Command::Renumber { force, reply }).await.map_err(|_| ending())?;
+        let left = answer.await.map_err(|_| ending())?.map_err(Status::failed_precondition)?;
+        let left = left.subnets().values().map(ToString::to_string).collect();
+        Ok(Response::new(v1::RenumberLeaseResponse { left }))
+    }
+
+    async fn migrate_network(&self, _: Request<v1::MigrateNetworkRequest>) -> Answer<v1::MigrateNetworkResponse> {
+        let (reply, answer) = oneshot::channel();
+        self.controls()?.network.send(reconcile::Command::Migrate { reply }).await.map_err(|_| ending())?;
+        let changes = answer.await.map_err(|_| ending())?;
+        Ok(Response::new(v1::MigrateNetworkResponse { changes }))
+    }
+
+    async fn list_peers(&self, _: Request<v1::ListPeersRequest>) -> Answer<v1::ListPeersResponse> {
+        let view = self.view();
+        let peers = view.peers().map(|lease| convert::peer(&view, lease)).collect();
+        Ok(Response::new(v1::ListPeersResponse { peers }))
+    }
+
+    type WatchPeersStream = Changes<v1::PeerEvent>;
+
+    async fn watch_peers(&self, _: Request<v1::WatchPeersRequest>) -> Answer<Self::WatchPeersStream> {
+        Ok(Response::new(changes::peers(self.sources.view.clone())))
+    }
+
+    async fn list_leases(&self, _: Request<v1::ListLeasesRequest>) -> Answer<v1::ListLeasesResponse> {
+        let view = self.view();
+        let leases = view.leases.iter().flat_map(|leases| leases.iter());
+        let leases = leases.map(|lease| convert::lease_record(&view, lease)).collect();
+        let revision = view.leases.as_ref().map_or(0, |leases| leases.revision());
+        Ok(Response::new(v1::ListLeasesResponse { leases, revision }))
+    }
+
+    type WatchLeasesStream = Changes<v1::LeaseEvent>;
+
+    async fn watch_leases(&self, _: Request<v1::WatchLeasesRequest>) -> Answer<Self::WatchLeasesStream> {
+        Ok(Response::new(changes::leases(self.sources.view.clone())))
+    }
+
+    async fn get_kernel_state(
+        &self,
+        request: Request<v1::GetKernelStateRequest>,
+    ) -> Answer<v1::GetKernelStateResponse> {
+        let (reply, answer) = oneshot::channel();
+        let look = reconcile::Command::Look { reply };
+        self.sources.controls.network.send(look).await.map_err(|_| ending())?;
+        let looked = answer.await.map_err(|_| ending())?;
+        Ok(Response::new(convert::kernel_state(&looked, request.into_inner().entries)))
+    }
+
+    type WatchEventsStream = Pin<Box<dyn Stream<Item = Result<v1::Event, Status>> + Send>>;
+
+    async fn watch_events(&self, request: Request<v1::WatchEventsRequest>) -> Answer<Self::WatchEventsStream> {
+        let (past, coming) = self.sources.events.read();
+        let past = tokio_stream::iter(past.into_iter().map(|event| Ok(convert::event(&event))));
+        if !request.into_inner().follow {
+            return Ok(Response::new(Box::pin(past)));
+        }
+        // Those that a slow reader has missed show as a gap in the numbers.
+        let coming = coming.filter_map(Result::ok).map(|event| Ok(convert::event(&event)));
+        Ok(Response::new(Box::pin(past.chain(coming))))
+    }
+
+    async fn set_log_level(&self, request: Request<v1::SetLogLevelRequest>) -> Answer<v1::SetLogLevelResponse> {
+        let level = request.into_inner().level;
+        if !level.is_empty() {
+            self.controls()?;
+            self.sources.log_level.set(&level).map_err(Status::invalid_argument)?;
+        }
+        Ok(Response::new(v1::SetLogLevelResponse { level: self.sources.log_level.get() }))
+    }
+}
+
+fn ending() -> Status {
+    Status::unavailable("the daemon is ending; try again")
+}

@@ -1,0 +1,93 @@
+//! In which form an answer is printed.
+
+use std::io::IsTerminal as _;
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+
+/// The form of the output.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct OutputArg {
+    /// Form of the output
+    #[arg(short, long, default_value = "table")]
+    pub output: Output,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people: cut to the terminal's width.
+    Table,
+    /// For people: everything, however wide.
+    Wide,
+    /// For programs.
+    Json,
+    /// For programs.
+    Yaml,
+}
+
+impl Output {
+    /// `value` in this form; `table` makes the one for people, for a terminal of the given width.
+    pub fn show<T: Serialize>(self, value: &T, table: impl FnOnce(&Screen) -> String) -> anyhow::Result<String> {
+        Ok(match self {
+            Self::Table => table(&Screen::stdout()),
+            Self::Wide => table(&Screen { width: None, ..Screen::stdout() }),
+            Self::Json => serde_json::to_string_pretty(value)? + "\n",
+            Self::Yaml => serde_yaml_ng::to_string(value)?,
+        })
+    }
+
+    /// One of many values that are printed as they come: a line, or in YAML a document.
+    pub fn show_next<T: Serialize>(self, value: &T, line: impl FnOnce(&Screen) -> String) -> anyhow::Result<String> {
+        Ok(match self {
+            Self::Json => serde_json::to_string(value)? + "\n",
+            Self::Yaml => format!("---\n{}", serde_yaml_ng::to_string(value)?),
+            Self::Table | Self::Wide => self.show(value, line)?,
+        })
+    }
+}
+
+/// What is printed on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Screen {
+    /// How many characters a line has; any number when it is no terminal.
+    pub width: Option<usize>,
+    /// Whether colours are understood.
+    pub colour: bool,
+}
+
+impl Screen {
+    /// Standard output. `NO_COLOR` (no-color.org) is respected.
+    pub fn stdout() -> Self {
+        if !std::io::stdout().is_terminal() {
+            return Self::default();
+        }
+        let width = rustix::termios::tcgetwinsize(std::io::stdout()).ok().map(|size| usize::from(size.ws_col));
+        let colour = std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
+        Self { width: width.filter(|width| *width > 0), colour }
+    }
+
+    /// `text` in the colour of `tone`.
+    pub fn paint(&self, text: &str, tone: Tone) -> String {
+        let code = match tone {
+            Tone::Good => 32,
+            Tone::Doubtful => 33,
+            Tone::Bad => 31,
+            Tone::Plain => return text.to_owned(),
+        };
+        if self.colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+    }
+}
+
+/// What a word means.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tone {
+    /// Nothing in particular.
+    #[default]
+    Plain,
+    /// All is well.
+    Good,
+    /// To be looked at.
+    Doubtful,
+    /// It hurts.
+    Bad,
+}

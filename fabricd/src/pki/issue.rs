@@ -1,0 +1,110 @@
+//! What is made, kept and made anew, wherever it lies.
+
+use anyhow::{Context as _, Result, ensure};
+use time::OffsetDateTime;
+
+use super::authority::{Authority, Pair, Subject, ends_soon};
+
+/// One of the certificates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Item {
+    /// Signs the others.
+    Authority,
+    /// etcd's members have it.
+    Server,
+    /// fabricd has it.
+    Client,
+}
+
+/// Where certificates are kept.
+pub trait Place {
+    /// What a person calls the place of an item.
+    fn name(&self, item: Item) -> String;
+
+    /// What is there.
+    async fn read(&self, item: Item) -> Result<Option<Pair>>;
+
+    /// Puts it there, with the authority's certificate beside it; false when there is one by now.
+    async fn create(&self, item: Item, pair: &Pair, ca: &str) -> Result<bool>;
+
+    /// Puts it in the place of the one that is there.
+    async fn replace(&self, item: Item, pair: &Pair, ca: &str) -> Result<()>;
+
+    /// Shows the authority's certificate to those who may not see its key.
+    async fn publish(&self, ca: &str) -> Result<()>;
+}
+
+/// What the certificates are to be like.
+pub struct Plan {
+    /// Where etcd's members are.
+    pub addresses: Vec<String>,
+    /// How long they last.
+    pub days: u32,
+}
+
+impl Plan {
+    fn subjects(&self) -> [(Item, Subject); 2] {
+        [(Item::Server, Subject::Server(self.addresses.clone())), (Item::Client, Subject::Client)]
+    }
+
+    /// Makes what is missing.
+    ///
+    /// # Errors
+    /// A place can't be read or written; something that is there doesn't fit, and `renew` would help.
+    pub async fn init(&self, place: &impl Place) -> Result<()> {
+        let made = Authority::create()?;
+        let authority = Authority::open(obtain(place, Item::Authority, &made.certificate, || Ok(made.clone())).await?)?;
+        place.publish(authority.certificate()).await?;
+        for (item, subject) in self.subjects() {
+            let pair = obtain(place, item, authority.certificate(), || authority.sign(&subject, self.days)).await?;
+            let objection = authority.objection(&subject, &pair.certificate);
+            let objection = objection.with_context(|| format!("cannot use {}", place.name(item)))?;
+            ensure!(
+                objection.is_none(),
+                "{} can't be used: {}; make it anew with: fabricd pki renew",
+                place.name(item),
+                objection.unwrap_or_default()
+            );
+        }
+        Ok(())
+    }
+
+    /// Makes anew what ends soon or doesn't fit, or all but the authority. The authority stays: who trusts it goes on.
+    ///
+    /// # Errors
+    /// A place can't be read or written; there is nothing yet to renew.
+    pub async fn renew(&self, place: &impl Place, all: bool) -> Result<()> {
+        let missing = |item| format!("there is no {}; make it with: fabricd pki init", place.name(item));
+        let authority = place.read(Item::Authority).await?.with_context(|| missing(Item::Authority))?;
+        let authority = Authority::open(authority)?;
+        for (item, subject) in self.subjects() {
+            let pair = place.read(item).await?.with_context(|| missing(item))?;
+            let reason = match authority.objection(&subject, &pair.certificate)? {
+                _ if all => "told to".to_owned(),
+                Some(objection) => objection,
+                None if ends_soon(&pair.certificate, OffsetDateTime::now_utc())? => "it ends soon".to_owned(),
+                None => {
+                    println!("{} stays", place.name(item));
+                    continue;
+                }
+            };
+            place.replace(item, &authority.sign(&subject, self.days)?, authority.certificate()).await?;
+            println!("{} made anew: {reason}", place.name(item));
+        }
+        Ok(())
+    }
+}
+
+/// What is there, or else what is made now. Of two that make it at once, one gives way.
+async fn obtain(place: &impl Place, item: Item, ca: &str, make: impl FnOnce() -> Result<Pair>) -> Result<Pair> {
+    if let Some(pair) = place.read(item).await? {
+        println!("{} is there", place.name(item));
+        return Ok(pair);
+    }
+    let pair = make()?;
+    if place.create(item, &pair, ca).await? {
+        println!("{} made", place.name(item));
+        return Ok(pair);
+    }
+    place.read(item).await?.with_context(|| format!("{} was made and removed meanwhile", place.name(item)))
+}

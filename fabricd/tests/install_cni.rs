@@ -1,0 +1,72 @@
+//! `fabricd install-cni --only conflist --stay`, as the container beside the daemon runs it.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+/// Generous: the machine may be busy.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn start(dir: &Path) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_fabricd"))
+        .args(["install-cni", "--only", "conflist", "--stay"])
+        .arg("--bin-dir")
+        .arg(dir.join("bin"))
+        .arg("--conf-dir")
+        .arg(dir.join("net.d"))
+        .arg("--run-dir")
+        .arg(dir.join("run"))
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("started")
+}
+
+fn tell(dir: &Path, state: &str) {
+    let subnet = r#"{"network": "10.244.0.0/16", "subnet": "10.244.3.0/24"}"#;
+    let node =
+        format!(r#"{{"version": 1, "node": "node-1", "state": {state}, "ipv4": {subnet}, "mtu": 1450, "epoch": 1}}"#);
+    let file = dir.join("run/node.json");
+    fs::write(file.with_extension("new"), node).expect("written");
+    fs::rename(file.with_extension("new"), file).expect("renamed");
+}
+
+fn wait_until(what: &str, holds: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what} never came true");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn conflist_comes_with_readiness_comes_back_when_lost_and_stays_at_the_end() {
+    let dir = TempDir::new().expect("a folder");
+    let dir = dir.path();
+    for folder in ["bin", "net.d", "run"] {
+        fs::create_dir(dir.join(folder)).expect("a folder");
+    }
+    let conflist = dir.join("net.d/10-fabric.conflist");
+    tell(dir, r#""not-ready", "code": "starting", "reason": "no lease yet""#);
+    let mut stays = start(dir);
+    thread::sleep(Duration::from_millis(500));
+    assert!(!conflist.exists(), "the node is not ready");
+
+    tell(dir, r#""ready""#);
+    wait_until("the conflist of a ready node", || conflist.exists());
+    fs::remove_file(&conflist).expect("removed");
+    wait_until("a conflist that was removed", || conflist.exists());
+    fs::write(&conflist, r#"{"plugins": [{"type": "fabric-cni", "readyTimeout": 0}]}"#).expect("written");
+    wait_until("a conflist that was changed", || {
+        fs::read_to_string(&conflist).is_ok_and(|text| !text.contains("readyTimeout"))
+    });
+
+    kill(Pid::from_raw(i32::try_from(stays.id()).expect("a pid")), Signal::SIGTERM).expect("it runs");
+    assert!(stays.wait().expect("waited for").success());
+    assert!(conflist.exists());
+}

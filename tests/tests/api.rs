@@ -1,0 +1,219 @@
+//! The gRPC API, served by the daemon's own code on what a test publishes: no kernel, no store.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use fabric_core::handoff::Readiness;
+use fabric_core::leases::{Entry, LeaseSet};
+use fabric_core::plan::Vtep;
+use fabric_proto::v1;
+use fabric_proto::v1::fabric_client::FabricClient;
+use fabric_tests::certificates::Certificates;
+use fabricd::api::{self, Controls, Sources, Tls};
+use fabricd::config::LogFormat;
+use fabricd::events::{Events, Kind};
+use fabricd::log_level::LogLevel;
+use fabricd::view::{View, VtepView};
+use fabricd::{lease, reconcile};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tonic::Code;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use tonic_health::pb::health_client::HealthClient;
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+use tonic_reflection::pb::v1::{ServerReflectionRequest, ServiceResponse};
+
+/// A daemon's API, and what feeds it.
+struct Api {
+    view: watch::Sender<Arc<View>>,
+    sources: Sources,
+    network: mpsc::Receiver<reconcile::Command>,
+    _lease: mpsc::Receiver<lease::Command>,
+}
+
+impl Api {
+    fn new() -> Result<Self> {
+        let (view, seen) = watch::channel(Arc::new(view(&[2])?));
+        let (to_network, network) = mpsc::channel(1);
+        let (to_lease, lease) = mpsc::channel(1);
+        let sources = Sources {
+            view: seen,
+            events: Arc::new(Events::default()),
+            log_level: LogLevel::start(LogFormat::Text, "warn").map_err(anyhow::Error::msg)?,
+            controls: Controls { lease: to_lease, network: to_network },
+        };
+        Ok(Self { view, sources, network, _lease: lease })
+    }
+
+    fn serve(&self, socket: &Path) -> Result<()> {
+        tokio::spawn(api::serve(api::listen(socket)?, self.sources.clone()));
+        Ok(())
+    }
+}
+
+/// What a ready node-1 knows when these nodes hold leases.
+fn view(nodes: &[u8]) -> Result<View> {
+    let entry = |n: &u8| {
+        Entry {
+        key: format!("10.244.{n}.0-24"),
+        value: format!(
+            r#"{{"PublicIP":"192.0.2.{n}","BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"02:42:c0:00:02:0{n}"}},"Fabric":{{"v":1,"node":"node-{n}","boot":"b","netns":1,"epoch":1}}}}"#
+        )
+        .into_bytes(),
+        create_revision: 1,
+        mod_revision: 1,
+    }
+    };
+    let leases = LeaseSet::snapshot(&LeaseSet::default(), nodes.iter().map(entry).collect(), 7);
+    let vtep = Vtep { mac: "02:42:c0:00:02:01".parse()?, local: "192.0.2.1".parse()?, mtu: 1450 };
+    Ok(View {
+        readiness: Readiness::Ready,
+        leases: Some(Arc::new(leases)),
+        vteps: vec![VtepView {
+            device: "fabric.1".parse()?,
+            underlay: "eth0".parse()?,
+            public_ip: "192.0.2.1".parse()?,
+            vtep,
+        }],
+        ..View::new("node-1".parse()?)
+    })
+}
+
+async fn over(socket: &Path) -> Result<Channel> {
+    let uri = format!("unix://{}", socket.display());
+    Ok(Endpoint::new(uri)?.connect().await?)
+}
+
+/// One test, since what is logged is one for the process.
+#[tokio::test]
+async fn api_answers_watches_and_keeps_others_out() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let socket = dir.path().join("fabricd.sock");
+    let mut api = Api::new()?;
+    api.serve(&socket)?;
+    assert_eq!(std::fs::metadata(&socket)?.permissions().mode() & 0o777, 0o600);
+    let mut client = FabricClient::new(over(&socket).await?);
+
+    lists_and_watches(&api, &mut client).await?;
+    events_are_told(&api, &mut client).await?;
+    kernel_state_is_asked_of_the_loop(&mut api, &mut client).await?;
+    let level = |level: &str| v1::SetLogLevelRequest { level: level.into() };
+    assert_eq!(client.set_log_level(level("debug")).await?.into_inner().level, "debug");
+    assert_eq!(client.set_log_level(level("loud")).await.unwrap_err().code(), Code::InvalidArgument);
+    health_and_reflection_are_served(&socket).await?;
+    tls_is_for_those_who_show_a_certificate_and_to_look_only(&api).await
+}
+
+async fn lists_and_watches(api: &Api, client: &mut FabricClient<Channel>) -> Result<()> {
+    let peers = client.list_peers(v1::ListPeersRequest {}).await?.into_inner().peers;
+    assert_eq!(peers.iter().map(|peer| peer.node.as_str()).collect::<Vec<_>>(), ["node-2"]);
+    let leases = client.list_leases(v1::ListLeasesRequest {}).await?.into_inner();
+    assert_eq!((leases.leases[0].epoch, leases.revision), (1, 7));
+
+    let mut peers = client.watch_peers(v1::WatchPeersRequest {}).await?.into_inner();
+    let mut leases = client.watch_leases(v1::WatchLeasesRequest {}).await?.into_inner();
+    for (publish, want) in [
+        (None, (v1::ChangeType::Added, "node-2")),
+        (Some(vec![2, 3]), (v1::ChangeType::Added, "node-3")),
+        (Some(vec![3]), (v1::ChangeType::Removed, "node-2")),
+    ] {
+        if let Some(nodes) = publish {
+            api.view.send_replace(Arc::new(view(&nodes)?));
+        }
+        let change = peers.message().await?.context("the stream goes on")?;
+        assert_eq!((change.r#type(), change.peer.context("a peer")?.node.as_str()), want);
+        let change = leases.message().await?.context("the stream goes on")?;
+        assert_eq!((change.r#type(), change.lease.context("a lease")?.node.as_str()), want);
+    }
+    Ok(())
+}
+
+async fn events_are_told(api: &Api, client: &mut FabricClient<Channel>) -> Result<()> {
+    let tell = |message: &str| api.sources.events.tell(Kind::Peer, "node-2", message, false);
+    tell("came");
+    let mut past = client.watch_events(v1::WatchEventsRequest { follow: false }).await?.into_inner();
+    assert_eq!(past.message().await?.context("one is remembered")?.message, "came");
+    assert!(past.message().await?.is_none(), "without follow it ends");
+    let mut all = client.watch_events(v1::WatchEventsRequest { follow: true }).await?.into_inner();
+    tell("went");
+    for (number, message) in [(1, "came"), (2, "went")] {
+        let event = all.message().await?.context("the stream goes on")?;
+        assert_eq!((event.number, event.message.as_str()), (number, message));
+    }
+    Ok(())
+}
+
+async fn kernel_state_is_asked_of_the_loop(api: &mut Api, client: &mut FabricClient<Channel>) -> Result<()> {
+    let answer = async {
+        let Some(reconcile::Command::Look { reply }) = api.network.recv().await else { panic!("not asked") };
+        let looked = reconcile::Looked { wanted: None, observed: None, last: None, blocked: "no lease".into() };
+        reply.send(looked).expect("somebody waits");
+    };
+    let request = v1::GetKernelStateRequest { entries: true };
+    let (state, ()) = tokio::join!(client.get_kernel_state(request), answer);
+    let state = state?.into_inner();
+    assert_eq!((state.wanted, state.blocked.as_str()), (None, "no lease"));
+    Ok(())
+}
+
+async fn health_and_reflection_are_served(socket: &Path) -> Result<()> {
+    let service = "fabric.v1.Fabric".to_owned();
+    let mut health = HealthClient::new(over(socket).await?);
+    let health = health.check(HealthCheckRequest { service: service.clone() }).await?.into_inner();
+    assert_eq!(health.status(), ServingStatus::Serving);
+
+    let ask = |question| ServerReflectionRequest { host: String::new(), message_request: Some(question) };
+    let questions = [MessageRequest::ListServices(String::new()), MessageRequest::FileContainingSymbol(service)];
+    let mut reflection = ServerReflectionClient::new(over(socket).await?);
+    let questions = tokio_stream::iter(questions.map(ask));
+    let mut answers = reflection.server_reflection_info(questions).await?.into_inner();
+    let answer = answers.message().await?.and_then(|answer| answer.message_response).context("an answer")?;
+    let MessageResponse::ListServicesResponse(listed) = answer else { anyhow::bail!("another answer: {answer:?}") };
+    let named = |name: &str| listed.service.contains(&ServiceResponse { name: name.into() });
+    assert!(named("fabric.v1.Fabric") && named("grpc.health.v1.Health"), "{listed:?}");
+    let answer = answers.message().await?.and_then(|answer| answer.message_response).context("an answer")?;
+    assert!(matches!(answer, MessageResponse::FileDescriptorResponse(_)), "{answer:?}");
+    Ok(())
+}
+
+async fn tls_is_for_those_who_show_a_certificate_and_to_look_only(api: &Api) -> Result<()> {
+    let ours = Certificates::create_for(&[("node-1", "DNS:node-1"), ("node-2", "DNS:node-2")])?;
+    let strangers = Certificates::create_for(&[("node-2", "DNS:node-2")])?;
+    let (certificate, key) = ours.pair("node-1");
+    let tls = Tls::read(&ours.ca(), &certificate, &key)?;
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let address = listener.local_addr()?;
+    let sources = api.sources.clone();
+    tokio::spawn(async move { api::serve_tls(listener, &tls, sources).await });
+
+    let ask = async |identity: Option<&Certificates>, name: &str| -> Result<FabricClient<Channel>> {
+        let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(std::fs::read(ours.ca())?));
+        tls = tls.domain_name(name);
+        if let Some(of) = identity {
+            let (certificate, key) = of.pair("node-2");
+            tls = tls.identity(Identity::from_pem(std::fs::read(certificate)?, std::fs::read(key)?));
+        }
+        let mut client =
+            FabricClient::new(Channel::from_shared(format!("https://{address}"))?.tls_config(tls)?.connect().await?);
+        client.get_status(v1::GetStatusRequest {}).await?;
+        Ok(client)
+    };
+    assert!(ask(None, "node-1").await.is_err(), "without a certificate");
+    assert!(ask(Some(&strangers), "node-1").await.is_err(), "with one of another authority");
+    assert!(ask(Some(&ours), "node-3").await.is_err(), "this is node-1");
+    let mut client = ask(Some(&ours), "node-1").await?;
+    let code = |answer: Result<_, tonic::Status>| answer.err().map(|status| status.code());
+    let refused = client.set_log_level(v1::SetLogLevelRequest { level: "debug".into() }).await.map(drop);
+    assert_eq!(code(refused), Some(Code::PermissionDenied));
+    let refused = client.renumber_lease(v1::RenumberLeaseRequest { force: true }).await.map(drop);
+    assert_eq!(code(refused), Some(Code::PermissionDenied));
+    let refused = client.migrate_network(v1::MigrateNetworkRequest {}).await.map(drop);
+    assert_eq!(code(refused), Some(Code::PermissionDenied));
+    assert!(Tls::of([Some(&ours.ca()), None, None]).is_err(), "half of the files");
+    Ok(())
+}
