@@ -3,8 +3,11 @@
 # The lab that `lab` and `lab-down` are about; any number can be up side by side.
 NAME ?= fabric
 
+# How `image` and `e2e` compile: release, or dev to have it sooner.
+PROFILE ?= release
+
 .DEFAULT_GOAL := help
-.PHONY: help deps build lab lab-down test bench faults lint
+.PHONY: help deps build lab lab-down test bench faults image deb e2e helm lint
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -23,6 +26,30 @@ lab-down: root ## Take it down again
 
 test: root deps build ## Run all tests
 	cargo test --workspace --no-fail-fast
+
+image: ## Build the container image, without Docker, into target/image/fabricd.tar
+	@PROFILE=$(PROFILE) deploy/image/build
+
+deb: ## Build a Debian package into target/debian
+	@deploy/deb/build
+
+e2e: root ## Run the manifests on a real Kubernetes, built on first use (15 minutes)
+	@tests/deps e2e
+	tests/e2e/kubernetes
+	PROFILE=$(PROFILE) deploy/image/build
+	tests/e2e/run $(SCENARIO)
+
+helm: ## Check that the Helm chart says what the manifests say (needs helm)
+	@deploy/helm/check
+
+faults: root deps build ## Try every fault that must cost nothing (SEEDS=20 times; FAULTS="1 17" only these)
+	target/debug/faults $(FAULTS)
+
+# Any arguments of `bench`: BENCH="cold-start --peers 100,1000", FLANNELD=/path to have flanneld in the same run.
+BENCH ?=
+bench: root deps ## Measure fabricd beside iproute2, a VXLAN made by hand and flanneld (BENCH=cold-start: that alone)
+	cargo build --release -p fabricd -p fabric-cni -p fabric-tests
+	target/release/bench $(BENCH)
 
 lint: deps ## Check format and lints
 	cargo fmt --all --check

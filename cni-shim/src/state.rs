@@ -27,6 +27,7 @@ use std::thread;
 use std::time::Duration;
 
 use fabric_core::handoff::Attached;
+use fabric_core::model::stable_hash;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::{FdFlags, fcntl_setfd};
 use serde::{Deserialize, Serialize};
@@ -59,12 +60,37 @@ pub struct Saved {
 }
 
 impl Saved {
-    /// The content of a state file; `None` when it is cut, empty or something else.
+    /// The content of a state file; `None` when it is cut, empty, spoiled or something else.
     #[must_use]
     pub fn decode(content: &[u8]) -> Option<Self> {
-        let saved: Self = serde_json::from_slice(content.split(|byte| *byte == b'\n').next()?).ok()?;
+        let FirstLine { saved, checksum } =
+            serde_json::from_slice(content.split(|byte| *byte == b'\n').next()?).ok()?;
+        if checksum.is_some_and(|checksum| checksum != saved.checksum()) {
+            return None;
+        }
         Some(Self { ports: Attached::decode(content).map(|attached| attached.ports), ..saved })
     }
+
+    /// What ADD writes before the delegate runs.
+    fn encode(&self) -> serde_json::Result<Vec<u8>> {
+        let mut line = serde_json::to_vec(&FirstLine { checksum: Some(self.checksum()), saved: self.clone() })?;
+        line.push(b'\n');
+        Ok(line)
+    }
+
+    fn checksum(&self) -> String {
+        format!("{:016x}", stable_hash(serde_json::to_string(self).expect("plain members").as_bytes()))
+    }
+}
+
+/// The first line of a state file. A bad disk can leave JSON that is still JSON: a DEL that used it would free nothing.
+#[derive(Serialize, Deserialize)]
+struct FirstLine {
+    #[serde(flatten)]
+    saved: Saved,
+    /// Missing in files of earlier builds.
+    #[serde(default)]
+    checksum: Option<String>,
 }
 
 /// The attachments of one network.
@@ -122,7 +148,7 @@ impl Attachments {
         fs::create_dir_all(&self.dir)?;
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(draft)?;
         file.lock()?;
-        file.write_all(format!("{}\n", serde_json::to_string(saved)?).as_bytes())?;
+        file.write_all(&saved.encode()?)?;
         // A plain rename would replace the file of an ADD that runs at the same time.
         renameat_with(CWD, draft, CWD, path, RenameFlags::NOREPLACE)?;
         Held::inherited(file, path.to_owned())

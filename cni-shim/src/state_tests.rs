@@ -56,6 +56,17 @@ fn of_two_that_create_at_once_one_wins_and_stays_whole() {
 }
 
 #[test]
+fn spoiled_file_that_is_still_json_is_none_and_one_without_a_checksum_is_read() {
+    let id = id("c1", "eth0");
+    let mut other = saved(&id);
+    other.config.insert("mtu".into(), json!(1450));
+    let whole = String::from_utf8(other.encode().expect("encoded")).expect("text");
+    assert_eq!(Saved::decode(whole.as_bytes()), Some(other.clone()));
+    assert_eq!(Saved::decode(whole.replace("1450", "1451").as_bytes()), None);
+    assert_eq!(Saved::decode(&serde_json::to_vec(&other).expect("encoded")), Some(other));
+}
+
+#[test]
 fn cables_are_remembered_when_they_are_known_and_a_cut_line_is_none() {
     let dir = TempDir::new().expect("a folder");
     let (all, id) = (attachments(&dir), id("c1", "eth0"));

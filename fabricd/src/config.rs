@@ -14,6 +14,7 @@ use regex::Regex;
 
 use crate::rule_args::RuleArgs;
 use crate::store::etcd::{Options, Tls, User};
+use crate::store::kubernetes;
 use crate::underlay::Selector;
 
 /// Node daemon of the fabricd overlay network.
@@ -28,9 +29,17 @@ pub struct Config {
     #[arg(long, env = "FABRICD_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
 
-    /// Where the leases are.
+    /// Where the leases are
+    #[arg(long, env = "FABRICD_STORE", value_name = "STORE", default_value = "etcd")]
+    pub store: StoreKind,
+
+    /// How etcd is reached.
     #[command(flatten)]
     pub etcd: EtcdArgs,
+
+    /// How Kubernetes is reached.
+    #[command(flatten)]
+    pub kubernetes: KubernetesArgs,
 
     /// How long the lease outlives a node that is gone, as in 90s, 30m, 24h
     #[arg(long, env = "FABRICD_LEASE_TTL", value_name = "TIME", default_value = "24h", value_parser = parse_duration)]
@@ -175,6 +184,27 @@ pub struct EtcdArgs {
     pub password_file: Option<PathBuf>,
 }
 
+/// How the API server of Kubernetes is reached, and what it is told.
+#[derive(Clone, Debug, Args)]
+pub struct KubernetesArgs {
+    /// With --store kubernetes: how to reach it [default: as a pod of the cluster, by its service account]
+    #[arg(long, env = "FABRICD_KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+
+    /// With --store kubernetes: flannel's net-conf.json, from a ConfigMap; followed when it changes
+    #[arg(
+        long,
+        env = "FABRICD_NET_CONFIG_PATH",
+        value_name = "FILE",
+        default_value = "/etc/kube-flannel/net-conf.json"
+    )]
+    pub net_config_path: PathBuf,
+
+    /// With --store kubernetes: taint of the Node that goes when its network works, as in fabric.io/not-ready
+    #[arg(long, env = "FABRICD_STARTUP_TAINT", value_name = "KEY")]
+    pub startup_taint: Option<String>,
+}
+
 impl EtcdArgs {
     /// These settings as the store takes them. The password is read from its file here.
     ///
@@ -206,6 +236,15 @@ impl EtcdArgs {
         let prefix = self.prefix.trim_end_matches('/').to_owned();
         Ok(Options { prefix, tls, user, ..Options::new(self.endpoints.clone()) })
     }
+}
+
+/// Where the leases are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum StoreKind {
+    /// In etcd: nodes choose their subnets.
+    Etcd,
+    /// In the Nodes of Kubernetes: the cluster assigns them.
+    Kubernetes,
 }
 
 /// Default path of the gRPC socket.
@@ -324,6 +363,13 @@ impl Config {
         self.node_name.as_ref().expect("load() fills it in")
     }
 
+    /// The settings of a store in Kubernetes.
+    #[must_use]
+    pub fn kubernetes(&self) -> kubernetes::Options {
+        let KubernetesArgs { kubeconfig, net_config_path, startup_taint } = self.kubernetes.clone();
+        kubernetes::Options { node: self.node().clone(), kubeconfig, config: net_config_path, startup_taint }
+    }
+
     /// How the underlay interface is chosen.
     #[must_use]
     pub fn selectors(&self) -> Vec<Selector> {
@@ -416,7 +462,7 @@ mod tests {
     #[test]
     fn mistakes_in_the_file_are_named() {
         for (file, told) in [
-            ("colour = 'red'", "there is no setting \"colour\"; there are node_name, etcd_endpoints"),
+            ("colour = 'red'", "there is no setting \"colour\"; there are node_name, store, etcd_endpoints"),
             ("cleanup = true", "there is no setting \"cleanup\""),
             ("lease_ttl = 'soon'", "from 5s to 8760h"),
             ("lease_ttl = ['1h']", "lease_ttl takes one value"),

@@ -2,18 +2,20 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use fabric_core::diff::diff;
+use fabric_core::handoff::Readiness;
 use fabric_core::holding::{Expect, Instance};
 use fabric_core::leases::LeaseSet;
 use fabric_core::record::LeaseKey;
 use fabric_core::rules::Ruleset;
 use fabric_core::rules::change::change;
 use fabric_core::state::KernelState;
+use futures::FutureExt as _;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -21,8 +23,9 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
-use crate::api::{Controls, Sources, Tls};
-use crate::config::Config;
+use crate::api::{Controls, Remote, Sources, Tls};
+use crate::config::{Config, StoreKind};
+use crate::diagnosis::{Inspector, Places, Probe};
 use crate::disk::{self, Disk, Uptime};
 use crate::events::Events;
 use crate::files::{Files, remove_if_there};
@@ -31,11 +34,13 @@ use crate::kernel::netlink::{self, Netlink};
 use crate::lease::{Keeper, Tenant};
 use crate::leftovers::Leftovers;
 use crate::log_level::LogLevel;
+use crate::mesh::Mesh;
 use crate::pods::PodAddresses;
 use crate::reconcile::{Node, Reconciler};
 use crate::store::etcd::Etcd;
-use crate::store::{Claim, LeaseStore as _};
-use crate::{api, events, health, ports};
+use crate::store::kubernetes::Kubernetes;
+use crate::store::{Claim, LeaseStore};
+use crate::{api, events, health, mesh, ports};
 
 /// How long a daemon that was killed may take until the kernel has closed its files.
 const WAY_OUT: Duration = Duration::from_secs(2);
@@ -49,18 +54,34 @@ const GIVE_UP: Duration = Duration::from_secs(10);
 /// What keeps it from starting at all. Whatever can pass by itself (no store, no interface yet) is waited for instead.
 pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
     let _lock = lock(&config.run_dir).await?;
-    info!(node = %config.node(), version = env!("CARGO_PKG_VERSION"), endpoints = ?config.etcd.endpoints, "fabricd starts");
+    let disk = Disk::new(&config.state_dir, config.node());
+    let before = disk.load(&Uptime::now().context("cannot read how long this machine is up")?);
+    info!(node = %config.node(), version = env!("CARGO_PKG_VERSION"), store = ?config.store, "fabricd starts");
+    match config.store {
+        StoreKind::Etcd => {
+            let store = Etcd::start_remembering(config.etcd.options()?, before.leases.clone());
+            serve(&config, store, before, log_level).await
+        }
+        StoreKind::Kubernetes => serve(&config, Kubernetes::start(config.kubernetes()), before, log_level).await,
+    }
+}
+
+async fn serve(
+    config: &Config,
+    store: impl LeaseStore,
+    before: disk::State,
+    log_level: LogLevel,
+) -> anyhow::Result<()> {
     let health = match config.health_addr.0 {
         Some(address) => Some(health::listen(address).await?),
         None => None,
     };
     let api = api::listen(&config.socket).with_context(|| format!("cannot listen on {}", config.socket.display()))?;
-    let remote = api_for_others(&config).await?;
+    let remote = api_for_others(config).await?;
 
+    let store = Arc::new(store);
     let files = Files::new(&config.run_dir, &config.subnet_file).masquerading(config.rules.ip_masq);
     let disk = Disk::new(&config.state_dir, config.node());
-    let before = disk.load(&Uptime::now().context("cannot read how long this machine is up")?);
-    let store = Arc::new(Etcd::start_remembering(config.etcd.options()?, before.leases.clone()));
     let tenant = Tenant {
         node: config.node().clone(),
         instance: instance()?,
@@ -75,7 +96,7 @@ pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
         public_ips: config.public_ips(),
         rules: config.rules.options(),
     };
-    let mut reconciler = Reconciler::new(node, store, open_kernel(&config)?, files, before);
+    let mut reconciler = Reconciler::new(node, store.clone(), open_kernel(config)?, files, before);
     if config.rules.check_pods {
         reconciler.guard_ports(ports::follow(config.cni_state_dir.clone()));
     }
@@ -94,23 +115,43 @@ pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
         reconciler.run(holding).await;
         "the reconcile loop has ended".to_owned()
     });
+    let asked = store.clone();
+    let probe: Probe = Arc::new(move || {
+        let store = asked.clone();
+        async move { store.probe().await }.boxed()
+    });
+    let mut seen = view.clone();
+    tasks.spawn(async move {
+        while seen.changed().await.is_ok() {
+            store.announce(seen.borrow_and_update().readiness == Readiness::Ready);
+        }
+        "the reconcile loop has ended".to_owned()
+    });
     let seen = view.clone();
     tasks.spawn(async {
         disk::follow(disk, seen).await;
         "the reconcile loop has ended".to_owned()
     });
-    if let Some(listener) = health {
-        let view = view.clone();
-        tasks.spawn(async {
-            format!("the health endpoint has ended: {:?}", health::serve(listener, view, metrics).await)
-        });
-    }
     let (told, seen) = (events.clone(), view.clone());
     tasks.spawn(async {
         events::follow(told, seen).await;
         "the reconcile loop has ended".to_owned()
     });
-    let sources = Sources { view, events, log_level, controls };
+    let mesh = Arc::new(Mesh::default());
+    let (probed, told, seen) = (mesh.clone(), events.clone(), view.clone());
+    tasks.spawn(async {
+        mesh::run(probed, told, seen).await;
+        "the reconcile loop has ended".to_owned()
+    });
+    let inspector = Arc::new(Inspector { store: Some(probe), mesh: mesh.clone(), places: places(config) });
+    let access = remote.as_ref().and_then(|(_, tls)| Some((tls.clone(), config.api_addr.0?.port())));
+    let sources = Sources { view, events, mesh, inspector, remote: Remote { access }, log_level, controls };
+    if let Some(listener) = health {
+        let sources = sources.clone();
+        tasks.spawn(async {
+            format!("the health endpoint has ended: {:?}", health::serve(listener, sources, metrics).await)
+        });
+    }
     if let Some((listener, tls)) = remote {
         let sources = sources.clone();
         tasks.spawn(async move {
@@ -127,6 +168,18 @@ pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
     }
     info!("fabricd ends, the data plane stays");
     Ok(())
+}
+
+/// Where doctor looks.
+fn places(config: &Config) -> Places {
+    let of_etcd = [&config.etcd.cafile, &config.etcd.certfile];
+    let of_api = [&config.api_cafile, &config.api_certfile];
+    Places {
+        addresses: config.cni_data_dir.clone(),
+        attachments: config.cni_state_dir.clone(),
+        root: "/".into(),
+        certificates: of_etcd.into_iter().chain(of_api).flatten().cloned().collect(),
+    }
 }
 
 /// Opens the API to other nodes, if it is asked for: never without certificates.
@@ -169,7 +222,8 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
         }
     }
     // The filter last: while a device is there, not everybody may send to it.
-    let filter = change(&Ruleset::new(), &observed.rules);
+    let mut filter = change(&Ruleset::new(), &observed.rules);
+    filter.doors = observed.doors.iter().filter_map(|door| door.change(None)).collect();
     if !filter.is_empty() {
         print!("{filter}");
         refused.extend(kernel.enforce(&filter).await.err());
@@ -177,11 +231,17 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
     println!("{} kernel entries removed", plan.ops().len() - refused.len());
     print!("{}", leftovers.remove().await?);
 
-    match timeout(GIVE_UP, release(&config)).await {
+    let released = timeout(GIVE_UP, async {
+        match config.store {
+            StoreKind::Etcd => release(&config, Etcd::start(config.etcd.options()?)).await,
+            StoreKind::Kubernetes => release(&config, Kubernetes::start(config.kubernetes())).await,
+        }
+    });
+    match released.await {
         Ok(Ok(Some(key))) => println!("lease of {key} given back"),
         Ok(Ok(None)) => println!("this node, {}, holds no lease", config.node()),
         Ok(Err(error)) => warn!(%error, "lease not given back, it ends by itself"),
-        Err(_) => warn!(endpoints = ?config.etcd.endpoints, "store not reached, the lease ends by itself"),
+        Err(_) => warn!(store = ?config.store, "store not reached, the lease ends by itself"),
     }
     for file in [&config.socket, &lock_file(&config.run_dir)] {
         remove_if_there(file)?;
@@ -193,8 +253,7 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
 }
 
 /// Claims this node's record, whoever wrote it last, to give it back: so it goes only as long as it is this node's.
-async fn release(config: &Config) -> anyhow::Result<Option<LeaseKey>> {
-    let store = Etcd::start(config.etcd.options()?);
+async fn release(config: &Config, store: impl LeaseStore) -> anyhow::Result<Option<LeaseKey>> {
     let mut leases = store.leases();
     let leases: Arc<LeaseSet> = leases.wait_for(Option::is_some).await?.clone().expect("waited for");
     let Some(lease) = leases.of_node(config.node()) else { return Ok(None) };
@@ -219,10 +278,11 @@ fn open_kernel(config: &Config) -> anyhow::Result<Netlink> {
     Netlink::new(options).context("cannot talk to the kernel over netlink")
 }
 
-/// Makes sure that no other fabricd works on this node: two would undo each other's work. One that was killed may still be
-/// on its way out.
+/// Makes sure that no other fabricd works on this node: two would undo each other's work.
+///
+/// One that was killed may still be on its way out.
 async fn lock(run_dir: &Path) -> anyhow::Result<Flock<fs::File>> {
-    let path = run_dir.join("fabricd.lock");
+    let path = lock_file(run_dir);
     let open = || {
         fs::create_dir_all(run_dir)?;
         fs::File::options().create(true).append(true).open(&path)
@@ -240,6 +300,10 @@ async fn lock(run_dir: &Path) -> anyhow::Result<Flock<fs::File>> {
         }
         sleep(Duration::from_millis(50)).await;
     }
+}
+
+fn lock_file(run_dir: &Path) -> PathBuf {
+    run_dir.join("fabricd.lock")
 }
 
 fn instance() -> anyhow::Result<Instance> {

@@ -28,7 +28,7 @@ use fabric_core::model::{NodeName, stable_hash};
 use fabric_core::network::{NetworkConfig, NetworkDocument};
 use fabric_core::record::{Backend, LeaseKey, Record};
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
@@ -106,12 +106,25 @@ struct MarkState {
     ttl_seconds: u64,
 }
 
-#[derive(Serialize, Deserialize)]
-struct PeersState {
+#[derive(Serialize)]
+struct PeersState<'a> {
+    node: &'a NodeName,
+    revision: i64,
+    #[serde(serialize_with = "one_by_one")]
+    leases: &'a LeaseSet,
+}
+
+#[derive(Deserialize)]
+struct StoredPeers {
     node: NodeName,
     revision: i64,
-    leases: Vec<LeaseEntry>,
+    leases: Vec<StoredEntry>,
 }
+
+/// Taken out of its JSON at once: the trees of thousands would be tens of megabytes.
+#[derive(Deserialize)]
+#[serde(from = "LeaseEntry")]
+struct StoredEntry(Entry);
 
 #[derive(Serialize, Deserialize)]
 struct LeaseEntry {
@@ -119,6 +132,22 @@ struct LeaseEntry {
     record: Value,
     create_revision: i64,
     mod_revision: i64,
+}
+
+impl From<LeaseEntry> for StoredEntry {
+    fn from(LeaseEntry { key, record, create_revision, mod_revision }: LeaseEntry) -> Self {
+        Self(Entry { key, value: record.to_string().into_bytes(), create_revision, mod_revision })
+    }
+}
+
+/// Made into JSON and written before the next is, for the same reason.
+fn one_by_one<S: Serializer>(leases: &LeaseSet, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(leases.iter().map(|lease| LeaseEntry {
+        key: lease.key.to_string(),
+        record: serde_json::from_slice(&lease.record.encode()).expect("just encoded"),
+        create_revision: lease.create_revision,
+        mod_revision: lease.mod_revision,
+    }))
 }
 
 /// The clock that goes on through a restart of the daemon: seconds since which boot.
@@ -157,13 +186,9 @@ impl Disk {
         if let Some((network, lease)) = self.read(LEASE, |lease: LeaseState| self.understand(lease, now)) {
             (state.network, state.lease) = (Some(network), Some(lease));
         }
-        state.leases = self.read(PEERS, |peers: PeersState| {
+        state.leases = self.read(PEERS, |peers: StoredPeers| {
             self.belongs(&peers.node)?;
-            let entry = |LeaseEntry { key, record, create_revision, mod_revision }| {
-                let value = record.to_string().into_bytes();
-                Entry { key, value, create_revision, mod_revision }
-            };
-            let entries = peers.leases.into_iter().map(entry).collect();
+            let entries = peers.leases.into_iter().map(|StoredEntry(entry)| entry).collect();
             Ok(Arc::new(LeaseSet::snapshot(&LeaseSet::default(), entries, peers.revision)))
         });
         if let (Some(lease), Some(leases)) = (&mut state.lease, &state.leases) {
@@ -205,14 +230,7 @@ impl Disk {
     /// # Errors
     /// [`FileError`].
     pub fn save_peers(&self, leases: &LeaseSet) -> Result<(), FileError> {
-        let entry = |lease: &Arc<fabric_core::leases::Lease>| LeaseEntry {
-            key: lease.key.to_string(),
-            record: serde_json::from_slice(&lease.record.encode()).expect("just encoded"),
-            create_revision: lease.create_revision,
-            mod_revision: lease.mod_revision,
-        };
-        let leases_ = leases.iter().map(entry).collect();
-        self.write(PEERS, &PeersState { node: self.node.clone(), revision: leases.revision(), leases: leases_ })
+        self.write(PEERS, &PeersState { node: &self.node, revision: leases.revision(), leases })
     }
 
     /// Removes all of it; that there is nothing is no error.

@@ -9,14 +9,16 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use fabric_core::device;
 use fabric_core::diff::{Gate, Op, Plan, diff};
 use fabric_core::handoff::{NODE_FILE_VERSION, NodeFile, NodeSubnet, NotReady, Readiness};
 use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::{Family, NodeName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
-use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep, device_name};
+use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep};
 use fabric_core::rules::RuleOptions;
 use fabric_core::rules::change::{Change, change};
+use fabric_core::rules::door::Door;
 use fabric_core::state::Sysctl;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
@@ -25,7 +27,7 @@ use tracing::{debug, info, warn};
 use crate::disk::State;
 use crate::files::{Files, unknown};
 use crate::kept::Kept;
-use crate::kernel::{Kernel, Observed, Touched};
+use crate::kernel::{ForwardDrop, Kernel, Observed, Touched};
 use crate::lease::{Holding, Own, Wanted};
 use crate::metrics::Metrics;
 use crate::pending::Pending;
@@ -309,7 +311,14 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             *current = wanted;
             differs
         });
-        for drop in &observed.forward_drops {
+        let ours = observed.hazards.iter().filter(|(family, _)| network.spaces.get(*family).is_some());
+        view.warnings.extend(ours.map(|(_, words)| words.clone()));
+        let shut = self.rules.doors(&network, &observed);
+        let open = |drop: &&ForwardDrop| {
+            let spares = |door: &Door| drop.is_behind(door) && !shut.iter().any(|change| change.family == door.family);
+            self.rules.opens_doors() && observed.doors.iter().any(spares)
+        };
+        for drop in observed.forward_drops.iter().filter(|drop| !open(drop)) {
             if let Some(space) = network.spaces.get(drop.family) {
                 let remedy = drop.remedy.replace("{network}", &space.network.to_string()).replace('\n', "; ");
                 view.warnings.push(format!(
@@ -402,17 +411,6 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     ) -> Result<bool, Blocked> {
         let vteps = vteps(network, own, underlays);
         view.mtu = vteps.values().map(|vtep| vtep.mtu).min().unwrap_or_default();
-        view.vteps = vteps
-            .iter()
-            .filter_map(|(family, vtep)| {
-                Some(VtepView {
-                    device: device_name(family, network.vxlan.vni),
-                    underlay: underlays.get(family)?.dev,
-                    public_ip: own.endpoints.get(family)?.public_ip,
-                    vtep: *vtep,
-                })
-            })
-            .collect();
         let facts = Facts {
             nexthop_objects: observed.nexthop_objects,
             ipv6: observed.ours.sysctls.contains_key(&Sysctl::Ipv6Forward),
@@ -420,19 +418,32 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         };
         let (have, foreign) = (&observed.ours, &observed.foreign);
         let inputs = Inputs { network, own: &own.key, vteps: &vteps, leases, facts: &facts, have, foreign };
-        let Desired { state, refused, conflicts, .. } = self.planned.desired(&inputs, leases);
+        let Desired { state, devices, refused, conflicts, .. } = self.planned.desired(&inputs, leases);
+        view.vteps = vteps
+            .iter()
+            .filter_map(|(family, vtep)| {
+                Some(VtepView {
+                    device: devices.get(family).copied().or_else(|| device::names(family, network.vxlan.vni).next())?,
+                    underlay: underlays.get(family)?.dev,
+                    public_ip: own.endpoints.get(family)?.public_ip,
+                    vtep: *vtep,
+                })
+            })
+            .collect();
 
         view.open_ports = self.rules.open_ports(observed);
         view.dropped = observed.dropped.clone();
         // Before anything is there that decapsulates, those who may send to it are known.
-        let mut filter = change(&self.rules.wanted(network, own, observed, leases, refused), &observed.rules);
+        let mut filter = change(self.rules.wanted(network, own, observed, leases, refused), &observed.rules);
         if view.from_disk {
             filter = filter.without_removals();
         }
-        let plan = diff(state, have);
+        let plan = diff(state, &foreign.lend(have, state));
         view.troubles = refused.iter().map(|(key, refusal)| (*key, PeerTrouble::Refused(refusal.clone()))).collect();
         let conflicts = conflicts.clone();
         let filtered = self.enforce(&filter).await;
+        // What others have against a rule of ours is no reason not to be ready: the status shows their chain.
+        let _ = self.enforce(&Change { doors: self.rules.doors(network, observed), ..Change::default() }).await;
         let failures = self.execute(&plan, view.from_disk).await;
         let pending = Pending::new(&failures, &conflicts);
         if !pending.is_empty() {

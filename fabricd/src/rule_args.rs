@@ -37,6 +37,10 @@ pub struct RuleArgs {
     #[arg(long, env = "FABRICD_CHECK_PODS", value_name = "BOOL", default_value = "true", action = clap::ArgAction::Set)]
     pub check_pods: bool,
 
+    /// Let the pods' packets through where others have a chain for such rules: Docker's DOCKER-USER
+    #[arg(long, env = "FABRICD_OPEN_DOORS", value_name = "BOOL", default_value = "true", action = clap::ArgAction::Set)]
+    pub open_doors: bool,
+
     /// Keep encapsulated packets out of connection tracking
     #[arg(long, env = "FABRICD_NOTRACK", value_name = "BOOL", default_value = "true", action = clap::ArgAction::Set)]
     pub notrack: bool,
@@ -79,6 +83,7 @@ impl RuleArgs {
             senders: self.allow_sender.clone(),
             notrack: self.notrack,
             check_pods: self.check_pods,
+            open_doors: self.open_doors,
         }
     }
 }

@@ -11,6 +11,7 @@ use fabric_core::model::{IfName, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::Refusal;
 use fabric_core::record::LeaseKey;
+use fabric_core::rules::door::{Door, DoorChange};
 use fabric_core::rules::{Member, RuleInputs, RuleOptions, Ruleset, ruleset};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -36,6 +37,22 @@ pub struct Rules {
     moved: BTreeMap<Member, Instant>,
     /// Whose the bridge's ports are.
     pods: watch::Receiver<Arc<PodPorts>>,
+    /// What was last found to be wanted, and from what: at thousands of peers that is far from nothing, and mostly the
+    /// loop comes by with nothing new.
+    known: Option<(Given, Ruleset)>,
+}
+
+/// What decides.
+#[derive(Debug)]
+struct Given {
+    network: NetworkConfig,
+    own: LeaseKey,
+    leases: Arc<LeaseSet>,
+    refused: BTreeSet<LeaseKey>,
+    ports: BTreeSet<IfName>,
+    pods: Arc<PodPorts>,
+    pod_subnets: BTreeSet<Subnet>,
+    moved: BTreeSet<Member>,
 }
 
 impl Rules {
@@ -44,7 +61,7 @@ impl Rules {
     pub fn new(options: RuleOptions) -> Self {
         let bridge = BRIDGE.parse().expect("a valid name");
         let (_, pods) = watch::channel(Arc::default());
-        Self { options, bridge, members: BTreeSet::new(), moved: BTreeMap::new(), pods }
+        Self { options, bridge, members: BTreeSet::new(), moved: BTreeMap::new(), pods, known: None }
     }
 
     /// Lets the pods of these ports use no addresses but their own.
@@ -57,6 +74,22 @@ impl Rules {
         if self.pods.changed().await.is_err() {
             std::future::pending::<()>().await;
         }
+    }
+
+    /// What is to be written to chains of others: where one of them drops what is forwarded, its door is opened.
+    #[must_use]
+    pub fn doors(&self, network: &NetworkConfig, observed: &Observed) -> Vec<DoorChange> {
+        let opened = |door: &Door| {
+            let dropped = observed.forward_drops.iter().any(|drop| drop.is_behind(door));
+            network.spaces.get(door.family).map(|space| space.network).filter(|_| self.options.open_doors && dropped)
+        };
+        observed.doors.iter().filter_map(|door| door.change(opened(door))).collect()
+    }
+
+    /// Whether chains of others are written to at all.
+    #[must_use]
+    pub fn opens_doors(&self) -> bool {
+        self.options.open_doors
     }
 
     /// Ports whose pods are not known.
@@ -73,30 +106,38 @@ impl Rules {
         network: &NetworkConfig,
         own: &Own,
         observed: &Observed,
-        leases: &LeaseSet,
+        leases: &Arc<LeaseSet>,
         refused: &BTreeMap<LeaseKey, Refusal>,
-    ) -> Ruleset {
-        let peers = leases.iter().filter(|lease| lease.key != own.key && !refused.contains_key(&lease.key));
-        let members = peers.flat_map(|lease| {
-            let endpoints = lease.record.endpoints();
-            let member = |(family, subnet): (_, &Subnet)| {
-                Some(Member { underlay: endpoints.get(family)?.public_ip, subnet: *subnet })
-            };
-            lease.key.subnets().iter().filter_map(member).collect::<Vec<_>>()
-        });
-        let members = self.with_moved(members.collect(), Instant::now());
-        let no_ports = BTreeSet::new();
+    ) -> &Ruleset {
+        let now = Instant::now();
+        self.moved.retain(|_, until| *until > now);
         let pods = Arc::clone(&self.pods.borrow_and_update());
-        ruleset(&RuleInputs {
-            network,
-            own: own.key.subnets(),
-            members: &members,
-            bridge: &self.bridge,
-            ports: observed.bridges.get(&self.bridge).unwrap_or(&no_ports),
-            pods: &pods,
-            pod_subnets: &self.pod_subnets(network, own, observed),
-            options: &self.options,
-        })
+        let mut given = Given {
+            network: *network,
+            own: own.key,
+            leases: Arc::clone(leases),
+            refused: refused.keys().copied().collect(),
+            ports: observed.bridges.get(&self.bridge).cloned().unwrap_or_default(),
+            pods,
+            pod_subnets: self.pod_subnets(network, own, observed),
+            moved: self.moved.keys().copied().collect(),
+        };
+        let known = self.known.take().filter(|(before, _)| before.decides_as(&given));
+        let ruleset = known.map(|(_, ruleset)| ruleset).unwrap_or_else(|| {
+            let members = self.with_moved(given.members(), now);
+            given.moved = self.moved.keys().copied().collect();
+            ruleset(&RuleInputs {
+                network,
+                own: own.key.subnets(),
+                members: &members,
+                bridge: &self.bridge,
+                ports: &given.ports,
+                pods: &given.pods,
+                pod_subnets: &given.pod_subnets,
+                options: &self.options,
+            })
+        });
+        &self.known.insert((given, ruleset)).1
     }
 
     /// The members, and those that have moved not long ago: their subnet is another address's now.
@@ -119,6 +160,33 @@ impl Rules {
         let of_the_network =
             |prefix: &Subnet| network.spaces.get(prefix.family()).is_some_and(|space| space.network.covers(*prefix));
         there.filter(of_the_network).chain(own.key.subnets().values().copied()).collect()
+    }
+}
+
+impl Given {
+    fn decides_as(&self, other: &Self) -> bool {
+        let rest = |given: &Self| (given.network, given.own);
+        let leases_are_the_same = || other.leases.changes(&self.leases).next().is_none();
+        rest(self) == rest(other)
+            && self.refused == other.refused
+            && self.ports == other.ports
+            && self.pods == other.pods
+            && self.pod_subnets == other.pod_subnets
+            && self.moved == other.moved
+            && leases_are_the_same()
+    }
+
+    /// All peers that are accepted.
+    fn members(&self) -> BTreeSet<Member> {
+        let peers = self.leases.iter().filter(|lease| lease.key != self.own && !self.refused.contains(&lease.key));
+        let members = peers.flat_map(|lease| {
+            let endpoints = lease.record.endpoints();
+            let member = move |(family, subnet): (_, &Subnet)| {
+                Some(Member { underlay: endpoints.get(family)?.public_ip, subnet: *subnet })
+            };
+            lease.key.subnets().iter().filter_map(member)
+        });
+        members.collect()
     }
 }
 

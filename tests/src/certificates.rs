@@ -9,7 +9,7 @@ use tempfile::TempDir;
 /// An authority, and what it signed.
 pub struct Certificates {
     dir: TempDir,
-    /// Names, and what else the certificate is for.
+    /// Names, and the alternative name of each.
     names: Vec<(String, String)>,
 }
 
@@ -27,8 +27,8 @@ impl Certificates {
     /// # Errors
     /// When `openssl` is missing or fails.
     pub fn create_for(names: &[(&str, &str)]) -> anyhow::Result<Self> {
-        let owned = |(name, alternative): &(&str, &str)| ((*name).to_owned(), (*alternative).to_owned());
-        let all = Self { dir: tempfile::tempdir()?, names: names.iter().map(owned).collect() };
+        let names = names.iter().map(|(name, alternative)| (String::from(*name), String::from(*alternative))).collect();
+        let all = Self { dir: tempfile::tempdir()?, names };
         all.renew()?;
         Ok(all)
     }

@@ -11,13 +11,14 @@ use std::io;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use fabric_core::device;
 use fabric_core::diff::{Change, Op};
 use fabric_core::model::{Family, IfName, MacAddr, Subnet};
 use fabric_core::rules::change::{Change as RuleChange, Found};
 use fabric_core::state::{
     Foreign, ForeignLink, KernelState, NEXTHOP_ID_BASE, Nexthop, NexthopId, ROUTE_PROTOCOL, Sysctl, Via, VxlanLink,
 };
-use fabricd::kernel::{ForwardDrop, Kernel, KernelError, Observed, Touched, is_our_name};
+use fabricd::kernel::{ForwardDrop, Kernel, KernelError, Observed, Touched};
 use fabricd::underlay::{DefaultRoute, Host, HostLink};
 use tokio::sync::Notify;
 
@@ -99,7 +100,7 @@ impl Tables {
             return Err(libc::EEXIST);
         }
         self.add_link(name, "vxlan", vxlan.mtu);
-        self.sysctls.insert(Sysctl::AcceptRa(name), 1);
+        self.sysctls.extend([(Sysctl::AcceptRa(name), 1), (Sysctl::RpFilter(name), 0)]);
         let link = self.links.get_mut(&name).expect("just added");
         link.up = vxlan.up;
         link.vxlan = Some(vxlan);
@@ -112,7 +113,7 @@ impl Tables {
         self.links.remove(dev);
         self.addresses.retain(|(d, _, _)| d != dev);
         self.fdb.retain(|(d, _), _| d != dev);
-        self.sysctls.remove(&Sysctl::AcceptRa(*dev));
+        self.sysctls.retain(|sysctl, _| sysctl.device() != Some(*dev));
     }
 
     /// `ip link set DEV down`: routes, nexthop objects, permanent neighbours and IPv6 addresses go; FDB entries and
@@ -145,7 +146,18 @@ impl Tables {
 
     /// A VXLAN device whose name says that it is ours.
     fn our_link(&self, dev: &IfName) -> Option<&VxlanLink> {
-        self.links.get(dev)?.vxlan.as_ref().filter(|vxlan| is_our_name(dev, vxlan.vni.get()))
+        self.links.get(dev)?.vxlan.as_ref().filter(|vxlan| device::is_ours(dev, vxlan.vni))
+    }
+
+    /// Routes with our metric that are not ours.
+    fn routes_of_others(&self, which: impl Fn(&Subnet, &Via) -> bool) -> BTreeMap<Subnet, String> {
+        let others = self.routes.iter().filter(|(dst, (protocol, via))| *protocol != ROUTE_PROTOCOL && which(dst, via));
+        others.map(|(dst, (protocol, via))| (*dst, format!("{dst} {via:?} proto {protocol}"))).collect()
+    }
+
+    /// What flannel makes for a peer, over our own device.
+    fn is_plain(&self, dst: &Subnet, via: &Via) -> bool {
+        matches!(via, Via::Gateway(to) | Via::Direct(to) if to.gateway == dst.base() && self.our_link(&to.dev).is_some())
     }
 
     fn is_our_nexthop(&self, id: NexthopId, protocol: u8, nexthop: &Nexthop) -> bool {
@@ -291,7 +303,7 @@ impl Tables {
                 sysctls: self
                     .sysctls
                     .iter()
-                    .filter(|(setting, _)| !matches!(setting, Sysctl::AcceptRa(dev) if !ours(dev)))
+                    .filter(|(setting, _)| setting.device().is_none_or(|dev| ours(&dev)))
                     .map(|(setting, value)| (*setting, *value))
                     .collect(),
             },
@@ -302,12 +314,8 @@ impl Tables {
                     .filter(|(id, (protocol, nexthop))| !self.is_our_nexthop(**id, *protocol, nexthop))
                     .map(|(id, _)| *id)
                     .collect(),
-                routes: self
-                    .routes
-                    .iter()
-                    .filter(|(_, (protocol, _))| *protocol != ROUTE_PROTOCOL)
-                    .map(|(dst, (protocol, via))| (*dst, format!("{dst} {via:?} proto {protocol}")))
-                    .collect(),
+                routes: self.routes_of_others(|dst, via| !self.is_plain(dst, via)),
+                plain: self.routes_of_others(|dst, via| self.is_plain(dst, via)),
                 links: others()
                     .map(|(name, link)| {
                         let vxlan = link.vxlan.as_ref().map(|v| (v.vni.get(), v.port, Family::of(v.local)));
@@ -338,6 +346,8 @@ impl Tables {
             forward_drops: self.forward_drops.clone(),
             rules: self.rules.clone(),
             dropped: BTreeMap::new(),
+            doors: vec![],
+            hazards: vec![],
             bridges: BTreeMap::new(),
         }
     }

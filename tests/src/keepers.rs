@@ -63,19 +63,16 @@ impl Keepers {
 }
 
 impl OneKeeper {
-    /// Waits until it holds a lease, however often it says why not.
-    ///
-    /// # Panics
-    /// Its task has.
+    /// Waits until it holds a lease.
     pub async fn holds(&mut self) {
         let held = self.holding.wait_for(|holding| holding.own.is_some() && holding.trouble.is_none()).await;
         drop(held.expect("its task lives as long as it does"));
     }
 
-    /// Waits until it holds a lease.
+    /// Waits until it holds a lease, or says why not.
     ///
     /// # Errors
-    /// It has none: what it says why not.
+    /// Why not.
     pub async fn answers(&mut self) -> Result<(), String> {
         let holding = self.holding.wait_for(|holding| holding.own.is_some() || holding.trouble.is_some()).await;
         match &holding.expect("its task lives as long as it does").trouble {

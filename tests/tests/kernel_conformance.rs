@@ -115,6 +115,7 @@ on_both_kernels! {
     route_of_ours_in_a_strange_shape_is_put_right
     what_others_made_stays_theirs
     place_that_others_took_is_refused
+    plain_route_of_others_is_replaced_in_place
     wider_route_of_others_is_no_obstacle
     vxlan_of_others_with_our_vni_stays
     step_without_its_base_is_refused_alone

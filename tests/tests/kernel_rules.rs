@@ -93,7 +93,7 @@ fn nft_shows_what_was_written_and_it_is_found_again() {
             "elements = { \"veth1\" . 02:00:00:00:00:07 . 10.64.1.7 }",
             "elements = { \"veth1\" . 02:00:00:00:00:07 . 2001:db8:0:1::7 }",
             "iifname . ether saddr . arp saddr ip @pods4 return",
-            "meta l4proto 58 @th,0,8 0x88 jump advertised",
+            "icmpv6 type 136 jump advertised",
             "iifname . ether saddr . @th,64,128 @pods6 return",
             "@th,96,24 0x7 jump senders comment \"encapsulated [",
             "@th,224,16 0x800 ip saddr . @th,336,32 & 0xffffff00 @members4 accept",

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use fabric_core::model::Family;
+use fabric_core::model::{Family, Subnet};
 use fabric_tests::faults::rules::{Field, is_repaired, mac, nobodys, restart_with, rules_of};
+use fabric_tests::lab::spaces::Spaces;
 use fabric_tests::lab::{Forged, Lab, Node, Pod, Stream, addresses, wait_until};
 
 /// How long a rule may be missing.
@@ -103,9 +104,14 @@ struct Outside {
 }
 
 impl Outside {
-    fn at(place: fabric_tests::lab::spaces::Spaces, ip: IpAddr, pod: &Pod) -> Result<Self> {
-        let server = place.run(|| Ok(UdpSocket::bind((ip, 0))?))?;
-        let client = pod.network()?.run(|| Ok(UdpSocket::bind((pod.ip(Family::of(ip))?, 0))?))?;
+    fn at(place: Spaces, ip: IpAddr, pod: &Pod) -> Result<Self> {
+        Self::between((place, ip), (pod.network()?, pod.ip(Family::of(ip))?))
+    }
+
+    /// Somebody who answers at the first place, and somebody who asks at the second.
+    fn between(server: (Spaces, IpAddr), client: (Spaces, IpAddr)) -> Result<Self> {
+        let socket = |(place, ip): (Spaces, IpAddr)| place.run(move || Ok(UdpSocket::bind((ip, 0))?));
+        let (server, client) = (socket(server)?, socket(client)?);
         client.connect(server.local_addr()?)?;
         server.set_read_timeout(Some(SOON))?;
         client.set_read_timeout(Some(SOON))?;
@@ -140,6 +146,63 @@ fn pods_reach_the_outside_as_their_node_and_each_other_as_themselves() -> Result
     restart_with(node, &["--ip-masq", "--no-masquerade-to", "nodes"])?;
     let other_node = Outside::at(field.peer.node.network()?, field.peer.node.underlay_ip(Family::V4), pod)?;
     assert_eq!(other_node.sees()?, pod.ip(Family::V4)?);
+    Ok(())
+}
+
+#[test]
+fn clients_and_exceptions_keep_their_addresses() -> Result<()> {
+    let field =
+        Field::of_fabricd(Lab::builder(), &["--ip-masq", "--no-masquerade-to", "198.51.100.0/24,2001:db8:9::/64"])?;
+    let (node, pod, far) = (&field.target.node, &field.target, &field.peer);
+    let outside = &field.lab.underlay().machine;
+    for (family, excepted, version) in [(Family::V4, "198.51.100.9", "-4"), (Family::V6, "2001:db8:9::9", "-6")] {
+        let via = node.underlay_ip(family).to_string();
+        outside.run(&["ip", version, "route", "add", addresses::pod_network(family), "via", &via])?;
+        let client = || Ok::<_, anyhow::Error>((outside.network()?, addresses::gateway(family)));
+        let at = |pod: &Pod| Ok::<_, anyhow::Error>((pod.network()?, pod.ip(family)?));
+
+        let to_us = Outside::between(at(pod)?, client()?)?;
+        assert_eq!(to_us.sees()?, addresses::gateway(family), "a client's address stays towards a pod of this node");
+        // Another node would answer a client directly, past the connection that was opened here.
+        let to_others = Outside::between(at(far)?, client()?)?;
+        let network: Subnet = addresses::pod_network(family).parse()?;
+        assert!(network.contains(to_others.sees()?), "towards a pod of another node it is this node's own");
+
+        let excepted: IpAddr = excepted.parse()?;
+        let prefix = format!("{excepted}/{}", family.bits());
+        outside.run(&["ip", "address", "add", &prefix, "dev", "lo"])?;
+        let to_excepted =
+            wait_until("the address can be used", SOON, || Outside::at(outside.network()?, excepted, pod))?;
+        node.run(&["ip", version, "route", "replace", &prefix, "via", &addresses::gateway(family).to_string()])?;
+        assert_eq!(to_excepted.sees()?, pod.ip(family)?, "excepted by --no-masquerade-to");
+
+        // kube-proxy's mark: it translates such packets itself, later. Here nobody does.
+        let to_gateway = Outside::at(outside.network()?, addresses::gateway(family), pod)?;
+        let ours = node.underlay_ip(family);
+        node.run(&[
+            "nft",
+            "add table inet marks { chain c { type filter hook prerouting priority mangle; meta mark set 0x4000; }; }",
+        ])?;
+        assert_eq!(to_gateway.sees()?, pod.ip(family)?, "marked 0x4000");
+        node.run(&["nft", "delete table inet marks"])?;
+        let unmarked = Outside::at(outside.network()?, addresses::gateway(family), pod)?;
+        assert_eq!(unmarked.sees()?, ours);
+    }
+    Ok(())
+}
+
+#[test]
+fn peers_with_direct_routes_pass_the_filter() -> Result<()> {
+    let network = ["--network", "10.244.0.0/16", "--ipv6-network", "fd00:10:244::/48", "--direct-routing"];
+    let field = Field::of_fabricd(Lab::builder().network(&network), &["--ip-masq"])?;
+    let routes = field.target.node.run(&["ip", "route", "show", "proto", "250"])?;
+    assert!(routes.contains("dev eth0"), "{routes}");
+    for family in Family::ALL {
+        let stream = Stream::start_with(&field.peer, &field.target, family, 1_000)?;
+        stream.wait_for(1_000, SOON)?;
+        let report = stream.stop()?;
+        assert_eq!((report.lost, report.sources), (0, [field.peer.ip(family)?].into()));
+    }
     Ok(())
 }
 

@@ -1,35 +1,43 @@
-//! One suite for every lease store: the one in memory and the one in a real etcd.
+//! One suite for every lease store: the one in memory, the one in a real etcd, and the one in Kubernetes, which stands
+//! before a fake API server here.
 
-use fabric_tests::conformance::store::{self as suite, Harness};
+use fabric_core::record::LeaseKey;
+use fabric_tests::conformance::store::{self as suite, Harness, assigned, choosing};
 use fabric_tests::etcd::EtcdServer;
+use fabric_tests::kubernetes::Cluster;
 use fabric_tests::memory_store::{MemoryCluster, MemoryStore};
 use fabricd::store::etcd::{Etcd, Options};
+use fabricd::store::kubernetes::Kubernetes;
 
 struct Memory(MemoryCluster);
 
 impl Harness for Memory {
     type Store = MemoryStore;
 
-    fn node(&self) -> MemoryStore {
+    fn node(&self, _number: u8) -> MemoryStore {
         self.0.node()
     }
+
+    async fn assign(&self, _number: u8, _subnets: &LeaseKey) {}
 
     async fn put(&self, key: &str, value: &str) {
         self.0.put(key, value.as_bytes());
     }
 
-    async fn put_elsewhere(&self, _key: &str, _value: &str) {}
-
     async fn delete(&self, key: &str) {
         self.0.delete(key);
     }
 
-    async fn get(&self, key: &str) -> Option<String> {
-        self.0.get(key).map(|value| String::from_utf8(value).expect("text"))
-    }
-
     async fn revision(&self) -> i64 {
         self.0.revision()
+    }
+}
+
+impl choosing::Harness for Memory {
+    async fn put_elsewhere(&self, _key: &str, _value: &str) {}
+
+    async fn get(&self, key: &str) -> Option<String> {
+        self.0.get(key).map(|value| String::from_utf8(value).expect("text"))
     }
 
     async fn revoke(&self, lease_id: i64) {
@@ -53,25 +61,18 @@ impl RealEtcd {
 impl Harness for RealEtcd {
     type Store = Etcd;
 
-    fn node(&self) -> Etcd {
+    fn node(&self, _number: u8) -> Etcd {
         Etcd::start(Options::new(vec![self.0.endpoint().to_owned()]))
     }
+
+    async fn assign(&self, _number: u8, _subnets: &LeaseKey) {}
 
     async fn put(&self, key: &str, value: &str) {
         self.0.ctl(&["put", &Self::key(key), value]).await;
     }
 
-    async fn put_elsewhere(&self, key: &str, value: &str) {
-        self.0.ctl(&["put", &format!("/elsewhere/{key}"), value]).await;
-    }
-
     async fn delete(&self, key: &str) {
         self.0.ctl(&["del", &Self::key(key)]).await;
-    }
-
-    async fn get(&self, key: &str) -> Option<String> {
-        let printed = self.0.ctl(&["get", "--print-value-only", &Self::key(key)]).await;
-        printed.strip_suffix('\n').map(str::to_owned)
     }
 
     async fn revision(&self) -> i64 {
@@ -79,60 +80,131 @@ impl Harness for RealEtcd {
         let answer: serde_json::Value = serde_json::from_str(&printed).expect("JSON");
         answer["header"]["revision"].as_i64().expect("a number")
     }
+}
+
+impl choosing::Harness for RealEtcd {
+    async fn put_elsewhere(&self, key: &str, value: &str) {
+        self.0.ctl(&["put", &format!("/elsewhere/{key}"), value]).await;
+    }
+
+    async fn get(&self, key: &str) -> Option<String> {
+        let printed = self.0.ctl(&["get", "--print-value-only", &Self::key(key)]).await;
+        printed.strip_suffix('\n').map(str::to_owned)
+    }
 
     async fn revoke(&self, lease_id: i64) {
         self.0.ctl(&["lease", "revoke", &format!("{lease_id:x}")]).await;
     }
 }
 
-macro_rules! conformance {
-    ($($promise:ident,)*) => {
-        mod in_memory {
-            use super::*;
-            $(
-                #[tokio::test(start_paused = true)]
-                async fn $promise() {
-                    suite::$promise(&Memory(MemoryCluster::default())).await;
-                }
-            )*
-        }
+/// What is a key in etcd is a Node here, and the network config a file.
+struct BeforeNodes(Cluster);
 
-        mod in_etcd {
-            use super::*;
-            $(
-                #[tokio::test]
-                async fn $promise() {
-                    suite::$promise(&RealEtcd::start().await).await;
-                }
-            )*
+impl Harness for BeforeNodes {
+    type Store = Kubernetes;
+
+    fn node(&self, number: u8) -> Kubernetes {
+        self.0.store(number)
+    }
+
+    async fn assign(&self, number: u8, subnets: &LeaseKey) {
+        self.0.give(&format!("node-{number}"), subnets);
+    }
+
+    async fn put(&self, key: &str, value: &str) {
+        match key.strip_prefix("subnets/") {
+            Some(subnets) => self.0.flannel_says(&suite::key(subnets), value),
+            None => self.0.write_config(value),
+        }
+    }
+
+    async fn delete(&self, key: &str) {
+        match key.strip_prefix("subnets/") {
+            Some(subnets) => self.0.remove(&suite::key(subnets)),
+            None => self.0.remove_config(),
+        }
+    }
+
+    async fn revision(&self) -> i64 {
+        self.0.api.revision()
+    }
+}
+
+/// Promises of a suite as tests: how each is run, and before what.
+macro_rules! promises {
+    ($suite:ident, #[$test:meta], $harness:expr, $($promise:ident,)*) => {
+        $(
+            #[$test]
+            async fn $promise() {
+                $suite::$promise(&$harness).await;
+            }
+        )*
+    };
+}
+
+macro_rules! of_every_store {
+    ($($how:tt)*) => {
+        promises! {
+            suite, $($how)*,
+            leases_are_unknown_until_the_snapshot,
+            network_config_is_followed,
+            unchanged_network_config_is_not_announced,
+            claim_on_an_older_set_stands,
+            keep_alive_extends_and_writes_nothing,
+            release_removes_ours_alone,
+            unreadable_record_keeps_the_last_good_one,
+            flannel_record_appears,
         }
     };
 }
 
-conformance! {
-    leases_are_unknown_until_the_snapshot,
-    network_config_is_followed,
-    unchanged_network_config_is_not_announced,
-    one_of_many_claimers_wins,
-    overlapping_pairs_are_refused,
-    claim_on_an_older_set_stands,
-    claim_decided_under_another_config_is_lost,
-    claims_under_two_configs_never_overlap,
-    record_is_stored_as_flannel_writes_it,
-    rewrite_compares_the_revision,
-    own_record_is_taken_over_by_its_revision,
-    foreign_write_over_a_record_is_noticed,
-    guard_outlives_its_record_for_its_owner,
-    taking_over_a_flannel_record_creates_the_guards,
-    keep_alive_extends_and_writes_nothing,
-    unkept_lease_expires,
-    revoked_lease_is_gone,
-    freed_subnet_rests_for_a_grace,
-    claim_ends_the_rest,
-    place_of_a_reserved_subnet_is_held,
-    release_removes_ours_alone,
-    release_leaves_a_foreign_record,
-    unreadable_record_keeps_the_last_good_one,
-    flannel_record_appears,
-    other_keys_are_ignored,
+macro_rules! where_nodes_choose {
+    ($($how:tt)*) => {
+        promises! {
+            choosing, $($how)*,
+            nothing_is_assigned,
+            one_of_many_claimers_wins,
+            overlapping_pairs_are_refused,
+            claim_decided_under_another_config_is_lost,
+            claims_under_two_configs_never_overlap,
+            record_is_stored_as_flannel_writes_it,
+            rewrite_compares_the_revision,
+            own_record_is_taken_over_by_its_revision,
+            foreign_write_over_a_record_is_noticed,
+            guard_outlives_its_record_for_its_owner,
+            taking_over_a_flannel_record_creates_the_guards,
+            unkept_lease_expires,
+            revoked_lease_is_gone,
+            freed_subnet_rests_for_a_grace,
+            claim_ends_the_rest,
+            place_of_a_reserved_subnet_is_held,
+            release_removes_the_guards,
+            release_leaves_a_foreign_record,
+            key_that_is_no_subnet_is_reported,
+            other_keys_are_ignored,
+        }
+    };
+}
+
+mod in_memory {
+    use super::*;
+    of_every_store! { #[tokio::test(start_paused = true)], Memory(MemoryCluster::default()) }
+    where_nodes_choose! { #[tokio::test(start_paused = true)], Memory(MemoryCluster::default()) }
+}
+
+mod in_etcd {
+    use super::*;
+    of_every_store! { #[tokio::test], RealEtcd::start().await }
+    where_nodes_choose! { #[tokio::test], RealEtcd::start().await }
+}
+
+mod in_kubernetes {
+    use super::*;
+    of_every_store! { #[tokio::test], BeforeNodes(Cluster::start()) }
+    promises! {
+        assigned, #[tokio::test], BeforeNodes(Cluster::start()),
+        only_what_is_assigned_can_be_claimed,
+        second_claim_writes_nothing,
+        nothing_rests_and_nothing_is_kept_for_anybody,
+    }
 }

@@ -131,8 +131,7 @@ impl Op {
     pub fn needs(&self) -> Vec<Key> {
         match self {
             Self::Link(..) => vec![],
-            Self::Sysctl(Sysctl::AcceptRa(dev), _) => vec![Key::Link(*dev)],
-            Self::Sysctl(..) => vec![],
+            Self::Sysctl(sysctl, _) => sysctl.device().map(Key::Link).into_iter().collect(),
             Self::Address(dev, c) if c.wanted().is_some() => vec![Key::Link(*dev)],
             Self::Fdb(dev, _, c) if c.wanted().is_some() => vec![Key::Link(*dev)],
             Self::Neighbour(dev, _, c) => {
@@ -267,7 +266,7 @@ pub fn without(state: &KernelState, gone: impl Fn(&IfName) -> bool) -> KernelSta
     left.fdb.retain(|(dev, _), _| !gone(dev));
     left.neighbours.retain(|(dev, _), _| !gone(dev));
     left.nexthops.retain(|_, nexthop| !gone(&nexthop.dev));
-    left.sysctls.retain(|sysctl, _| !matches!(sysctl, Sysctl::AcceptRa(dev) if gone(dev)));
+    left.sysctls.retain(|sysctl, _| !sysctl.device().is_some_and(|dev| gone(&dev)));
     let nexthops = &left.nexthops;
     left.routes.retain(|_, via| match via {
         Via::Nexthop(id) => nexthops.contains_key(id),

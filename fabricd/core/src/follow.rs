@@ -5,7 +5,7 @@
 //! never another answer: where it can't be taken it says so.
 
 use crate::leases::Lease;
-use crate::plan::{Desired, Inputs, NexthopIds, devices, peer_entries, usable};
+use crate::plan::{Desired, Inputs, NexthopIds, peer_entries, usable};
 use crate::record::Backend;
 use crate::state::{KernelState, Via};
 use crate::subnet::Subnet;
@@ -22,7 +22,7 @@ impl Desired {
         if clash || went.len() + came.len() > FEW || went.iter().chain(came).any(|lease| lease.key == *inputs.own) {
             return false;
         }
-        let devices = devices(inputs, &self.state);
+        let devices = self.devices;
         let (went, came) = (peers(went), peers(came));
         for lease in went {
             let Backend::Vxlan(endpoints) = &lease.record.backend else { return false };

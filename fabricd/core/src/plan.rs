@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
+use crate::device;
 use crate::leases::{Lease, LeaseSet};
 use crate::model::{Family, IfName, MacAddr, PerFamily, Subnet, Vni};
 use crate::network::NetworkConfig;
@@ -60,6 +61,8 @@ pub struct Inputs<'a> {
 pub struct Desired {
     /// Every entry.
     pub state: KernelState,
+    /// Our devices, in the families in which nothing stands in their way.
+    pub devices: PerFamily<IfName>,
     /// Peers that are programmed.
     pub peers: usize,
     /// Leases that are not, with the reason.
@@ -128,34 +131,29 @@ pub enum Conflict {
     },
 }
 
-/// Name of the VXLAN device: `fabric.<VNI>`, `fabric6.<VNI>`.
-#[must_use]
-pub fn device_name(family: Family, vni: Vni) -> IfName {
-    let stem = match family {
-        Family::V4 => "fabric",
-        Family::V6 => "fabric6",
-    };
-    format!("{stem}.{vni}").parse().expect("16777215 leaves room in 15 bytes")
-}
-
 /// What the kernel should hold.
 #[must_use]
 pub fn desired(inputs: &Inputs<'_>) -> Desired {
     let mut desired = Desired::default();
+    let mut devices = vec![];
     for (family, vtep) in inputs.vteps.iter() {
         let (Some(own), Some(_)) = (inputs.own.subnets().get(family), inputs.network.spaces.get(family)) else {
             continue;
         };
-        match own_device(inputs, family, vtep) {
+        let link = own_link(inputs.network, *vtep);
+        match own_device(inputs, family, &link) {
             Ok(dev) => {
-                own_entries(&mut desired.state, inputs.facts, family, *own, &dev);
-                desired.state.links.insert(dev, own_link(inputs.network, *vtep));
+                let ipv6 = inputs.facts.ipv6 && link.mtu >= IPV6_MIN_MTU;
+                own_entries(&mut desired.state, ipv6, family, *own, &dev);
+                desired.state.links.insert(dev, link);
+                devices.push((family, dev));
             }
             Err(conflict) => desired.conflicts.push(conflict),
         }
     }
 
-    let devices = devices(inputs, &desired.state);
+    desired.devices = devices.into_iter().collect();
+    let devices = desired.devices;
     let mut accepted = Accepted::default();
     let mut nexthop_ids = NexthopIds::new(inputs);
     // Of two leases that clash the older one counts, whatever order they are listed in.
@@ -180,9 +178,9 @@ pub fn desired(inputs: &Inputs<'_>) -> Desired {
     desired
 }
 
-fn own_device(inputs: &Inputs<'_>, family: Family, vtep: &Vtep) -> Result<IfName, Conflict> {
+fn own_device(inputs: &Inputs<'_>, family: Family, want: &VxlanLink) -> Result<IfName, Conflict> {
     let vxlan = &inputs.network.vxlan;
-    let name = device_name(family, vxlan.vni);
+    let name = device::choose(family, want, &inputs.have.links, &inputs.foreign.links);
     if let Some(link) = inputs.foreign.links.get(&name) {
         let what = match link.vxlan {
             Some((vni, port, _)) => format!("vxlan with VNI {vni}, UDP port {port}"),
@@ -191,7 +189,7 @@ fn own_device(inputs: &Inputs<'_>, family: Family, vtep: &Vtep) -> Result<IfName
         };
         return Err(Conflict::Name { name, what });
     }
-    let same = (vxlan.vni.get(), vxlan.port, Family::of(vtep.local));
+    let same = (vxlan.vni.get(), vxlan.port, Family::of(want.local));
     match inputs.foreign.links.iter().find(|(_, link)| link.vxlan == Some(same)) {
         Some((other, _)) => Err(Conflict::Vni { name: *other, vni: vxlan.vni, port: vxlan.port }),
         None => Ok(name),
@@ -212,22 +210,23 @@ fn own_link(network: &NetworkConfig, vtep: Vtep) -> VxlanLink {
     }
 }
 
-fn own_entries(state: &mut KernelState, facts: &Facts, family: Family, own: Subnet, dev: &IfName) {
+/// RFC 8200 section 5. A device with less has no IPv6, and none of its settings.
+const IPV6_MIN_MTU: u32 = 1280;
+
+fn own_entries(state: &mut KernelState, ipv6: bool, family: Family, own: Subnet, dev: &IfName) {
     state.addresses.insert((*dev, Subnet::host(own.base())));
-    if facts.ipv6 {
+    if ipv6 {
         state.sysctls.insert(Sysctl::AcceptRa(*dev), 0);
+    }
+    if family == Family::V4 {
+        // A peer with a route past the tunnel (DirectRouting, a flannel node) may send by it all the same.
+        state.sysctls.insert(Sysctl::RpFilter(*dev), 2);
     }
     let forward = match family {
         Family::V4 => Sysctl::Ipv4Forward,
         Family::V6 => Sysctl::Ipv6Forward,
     };
     state.sysctls.insert(forward, 1);
-}
-
-/// Our devices, in the families in which nothing stands in their way.
-pub(crate) fn devices(inputs: &Inputs<'_>, state: &KernelState) -> PerFamily<IfName> {
-    let names = Family::ALL.map(|family| (family, device_name(family, inputs.network.vxlan.vni)));
-    names.into_iter().filter(|(_, name)| state.links.contains_key(name)).collect()
 }
 
 pub(crate) fn peer_entries(

@@ -3,6 +3,7 @@
 //!
 //! docs/kernel-state.md says for every table how an entry is recognised as ours.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
@@ -88,6 +89,9 @@ pub enum Sysctl {
     Ipv6Forward,
     /// `ipv6/conf/<dev>/accept_ra`: router advertisements on our device.
     AcceptRa(IfName),
+    /// `ipv4/conf/<dev>/rp_filter`: whether a packet that comes by our device must be answered by it. What counts is the
+    /// larger of this and `ipv4/conf/all/rp_filter`; 2 wants any way back at all, and so is milder than 1.
+    RpFilter(IfName),
 }
 
 impl Sysctl {
@@ -98,6 +102,16 @@ impl Sysctl {
             Self::Ipv4Forward => "ipv4/ip_forward".into(),
             Self::Ipv6Forward => "ipv6/conf/all/forwarding".into(),
             Self::AcceptRa(dev) => format!("ipv6/conf/{dev}/accept_ra"),
+            Self::RpFilter(dev) => format!("ipv4/conf/{dev}/rp_filter"),
+        }
+    }
+
+    /// The device that it goes with.
+    #[must_use]
+    pub fn device(&self) -> Option<IfName> {
+        match self {
+            Self::Ipv4Forward | Self::Ipv6Forward => None,
+            Self::AcceptRa(dev) | Self::RpFilter(dev) => Some(*dev),
         }
     }
 }
@@ -148,8 +162,23 @@ pub struct Foreign {
     pub nexthop_ids: BTreeSet<NexthopId>,
     /// Routes of the main table with our metric that are not ours, by destination, each as `ip route` prints it.
     pub routes: BTreeMap<Subnet, String>,
+    /// Such routes again, but those that lead over our own device to the first address of their destination: what
+    /// flannel makes for a peer. One of ours takes their place.
+    pub plain: BTreeMap<Subnet, String>,
     /// Every other interface: name, and what it is when it is a VXLAN device.
     pub links: BTreeMap<IfName, ForeignLink>,
+}
+
+impl Foreign {
+    /// `have`, and of [`Foreign::plain`] those that stand where `want` has a route: so they are replaced in place.
+    #[must_use]
+    pub fn lend<'a>(&self, have: &'a KernelState, want: &KernelState) -> Cow<'a, KernelState> {
+        let mut lent = Cow::Borrowed(have);
+        for (dst, words) in self.plain.iter().filter(|(dst, _)| want.routes.contains_key(*dst)) {
+            lent.to_mut().routes.insert(*dst, Via::Other(words.clone()));
+        }
+        lent
+    }
 }
 
 /// An interface that is not ours, as far as it can stand in our way.

@@ -104,6 +104,7 @@ fn a_new_node_builds_its_device_and_one_peer_from_the_bottom_up() {
         + ip link add fabric.1 address 02:42:c0:00:02:01 mtu 1450 up type vxlan id 1 dstport 8472 local 192.0.2.1 nolearning
         ~ sysctl -w net/ipv4/ip_forward=1
         ~ sysctl -w net/ipv6/conf/fabric.1/accept_ra=0
+        ~ sysctl -w net/ipv4/conf/fabric.1/rp_filter=2
         + ip address add 10.244.1.0/32 dev fabric.1
         + bridge fdb replace 02:42:c0:00:02:02 dev fabric.1 dst 192.0.2.2 self permanent
         + ip neighbour replace 10.244.2.0 lladdr 02:42:c0:00:02:02 dev fabric.1 nud permanent
@@ -134,6 +135,13 @@ fn kernel_without_nexthop_objects_gets_plain_onlink_routes() {
     let plan = node.plan(&leases(&[node_2()]), &KernelState::default());
     assert!(plan.ends_with("+ ip route add 10.244.2.0/24 via 10.244.2.0 dev fabric.1 onlink proto 250\n"), "{plan}");
     assert!(!plan.contains("nexthop"), "{plan}");
+}
+
+#[test]
+fn device_too_narrow_for_ipv6_has_no_setting_of_it() {
+    let mut node = Node::new(V4);
+    node.vteps.v4.as_mut().unwrap().mtu = 1279;
+    assert!(!node.plan(&leases(&[node_2()]), &KernelState::default()).contains("accept_ra"));
 }
 
 #[test]
@@ -196,18 +204,44 @@ fn own_address_change_is_made_in_place() {
 }
 
 #[test]
-fn device_with_another_port_is_made_anew_with_all_that_hangs_on_it() {
-    let node = Node::new(V4);
+fn device_with_another_port_is_built_beside_the_old_one_which_goes_last() {
+    let mut node = Node::new(V4);
+    let have = node.desired(&leases(&[node_2()]), &KernelState::default()).state;
+    node.network.vxlan.port = 4789;
+    let want = "
+        + ip link add fab.1 address 02:42:c0:00:02:01 mtu 1450 up type vxlan id 1 dstport 4789 local 192.0.2.1 nolearning
+        ~ sysctl -w net/ipv6/conf/fab.1/accept_ra=0
+        ~ sysctl -w net/ipv4/conf/fab.1/rp_filter=2
+        + ip address add 10.244.1.0/32 dev fab.1
+        + bridge fdb replace 02:42:c0:00:02:02 dev fab.1 dst 192.0.2.2 self permanent
+        + ip neighbour replace 10.244.2.0 lladdr 02:42:c0:00:02:02 dev fab.1 nud permanent
+        + ip nexthop add id 4194304001 via 10.244.2.0 dev fab.1 onlink proto 250
+        ~ ip route replace 10.244.2.0/24 nhid 4194304001 proto 250
+        - ip nexthop del id 4194304000
+        - ip neighbour del 10.244.2.0 dev fabric.1
+        - bridge fdb del 02:42:c0:00:02:02 dev fabric.1 self
+        - ip address del 10.244.1.0/32 dev fabric.1
+        - ip link del fabric.1";
+    assert_eq!(node.plan(&leases(&[node_2()]), &have), steps(want));
+    let have = node.desired(&leases(&[node_2()]), &have).state;
+    assert_eq!(node.plan(&leases(&[node_2()]), &have), "", "the other name stays");
+}
+
+#[test]
+fn device_that_can_not_stand_beside_its_successor_is_made_anew_with_all_that_hangs_on_it() {
+    let mut node = Node::new(V4);
+    node.network.vxlan.gbp = true;
     let mut have = node.desired(&leases(&[node_2()]), &KernelState::default()).state;
     let fresh =
         node.plan(&leases(&[node_2()]), &KernelState { sysctls: have.sysctls.clone(), ..KernelState::default() });
-    have.links.values_mut().for_each(|link| link.port = 4789);
-    // The new device has a setting of its own, so that one is written again too.
+    have.links.values_mut().for_each(|link| link.gbp = false);
+    // The new device has settings of its own, so they are written again too.
     let plan = node.plan(&leases(&[node_2()]), &have);
     let (first, rest) = plan.split_once('\n').unwrap();
     assert_eq!(first, "- ip link del fabric.1");
-    assert_eq!(rest.replace("~ sysctl -w net/ipv6/conf/fabric.1/accept_ra=0\n", ""), fresh);
-    assert!(rest.contains("accept_ra=0"));
+    let settings = "~ sysctl -w net/ipv6/conf/fabric.1/accept_ra=0\n~ sysctl -w net/ipv4/conf/fabric.1/rp_filter=2\n";
+    assert!(rest.contains(settings), "{rest}");
+    assert_eq!(rest.replace(settings, ""), fresh);
 }
 
 #[test]

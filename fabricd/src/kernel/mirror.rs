@@ -14,14 +14,14 @@ use std::sync::Arc;
 
 use fabric_core::model::{IfName, Subnet};
 use fabric_core::rules::change::Change;
-use fabric_core::state::{ForeignLink, NexthopId, Sysctl, Via};
+use fabric_core::state::{Foreign, ForeignLink, NexthopId, Sysctl, Via};
 
 use super::monitor::{Event, Interest, Table};
 use super::netlink::Options;
 use super::nft::Filter;
 use super::socket::RequestSocket;
 use super::tables::{self, Address, EntryRow, Link, Links};
-use super::{KernelError, Observed, forward, routes, sysctl};
+use super::{KernelError, Observed, bridge_nf, forward, routes, sysctl};
 use crate::underlay::HostLink;
 
 /// What the kernel holds.
@@ -37,6 +37,8 @@ pub(super) struct Mirror {
     stale: BTreeSet<Table>,
     /// Nexthop objects whose routes the kernel has removed in silence.
     gone: BTreeSet<NexthopId>,
+    /// What was written to our tables of nftables since the last look.
+    enforced: Vec<Change>,
 }
 
 impl Mirror {
@@ -52,6 +54,9 @@ impl Mirror {
         options: &Options,
     ) -> Result<Arc<Observed>, KernelError> {
         self.stale.extend(stale);
+        for change in std::mem::take(&mut self.enforced) {
+            change.apply_to(&mut Arc::make_mut(&mut self.observed).rules);
+        }
         for event in events {
             self.hear(event);
         }
@@ -63,9 +68,10 @@ impl Mirror {
         Ok(Arc::clone(&self.observed))
     }
 
-    /// Takes over what we wrote ourselves to our tables of nftables: it needn't be read again.
-    pub(super) fn enforced(&mut self, change: &Change) {
-        change.apply_to(&mut Arc::make_mut(&mut self.observed).rules);
+    /// Takes note of what we wrote ourselves to our tables of nftables: it needn't be read again. The next look takes it
+    /// over, since whoever looks at the last one still holds it, and to change it now would be to copy all of it.
+    pub(super) fn enforced(&mut self, change: Change) {
+        self.enforced.push(change);
     }
 
     /// What to listen to from now on.
@@ -101,7 +107,8 @@ impl Mirror {
                 self.drop_routes_of_gone_nexthops();
                 let observed = Arc::make_mut(&mut self.observed);
                 // It may have taken the place of somebody's.
-                if observed.foreign.routes.contains_key(&row.dst) {
+                let Foreign { routes, plain, .. } = &observed.foreign;
+                if routes.contains_key(&row.dst) || plain.contains_key(&row.dst) {
                     self.stale.extend([HostRoutes]);
                 }
                 match row.way {
@@ -190,7 +197,8 @@ impl Mirror {
         }
         if stale.contains(&Table::HostRoutes) {
             let found = routes::of_others(socket, &self.links)?;
-            (observed.foreign.routes, observed.host.default_routes) = (found.beside_ours, found.defaults);
+            (observed.foreign.routes, observed.foreign.plain) = (found.beside_ours, found.plain);
+            observed.host.default_routes = found.defaults;
             self.carriers = found.devices;
         }
         if [Table::Links, Table::Addresses, Table::HostRoutes].iter().any(|table| stale.contains(table)) {
@@ -210,7 +218,7 @@ impl Mirror {
         if stale.contains(&Table::Sysctls) {
             let wanted = [Sysctl::Ipv4Forward, Sysctl::Ipv6Forward]
                 .into_iter()
-                .chain(ours.iter().map(|link| Sysctl::AcceptRa(link.name)));
+                .chain(ours.iter().flat_map(|link| [Sysctl::AcceptRa(link.name), Sysctl::RpFilter(link.name)]));
             observed.ours.sysctls.clear();
             for setting in wanted {
                 let value = sysctl::read(&options.sysctl_root, &setting).map_err(tables::reading("settings"))?;
@@ -223,6 +231,8 @@ impl Mirror {
                 tracing::warn!(%error, "cannot tell which firewall chains drop forwarded packets");
                 vec![]
             });
+            observed.doors = filter.doors().map_err(tables::reading("nftables"))?;
+            observed.hazards = if filter.has_kube_proxy() { bridge_nf::lacking(&options.sysctl_root) } else { vec![] };
         }
         if stale.contains(&Table::Rules) {
             (observed.rules, observed.dropped) = filter.read().map_err(tables::reading("nftables"))?;

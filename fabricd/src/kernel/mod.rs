@@ -16,6 +16,7 @@
 //! ```
 
 pub mod bridge;
+mod bridge_nf;
 mod encode;
 mod forward;
 mod iptables_legacy;
@@ -30,6 +31,9 @@ mod sysctl;
 mod tables;
 mod wire;
 
+pub use self::nft::drops::{Drops, drops};
+pub use self::routes::route_to;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::io;
@@ -38,6 +42,7 @@ use std::sync::Arc;
 use fabric_core::diff::Op;
 use fabric_core::model::{Family, IfName};
 use fabric_core::rules::change::{Change, Found};
+use fabric_core::rules::door::{Door, table_family};
 use fabric_core::state::{Foreign, KernelState};
 
 use crate::underlay::Host;
@@ -59,6 +64,10 @@ pub struct Observed {
     pub rules: Found,
     /// What they have dropped, when they were last read.
     pub dropped: Dropped,
+    /// Chains of others that are there for rules of ours.
+    pub doors: Vec<Door>,
+    /// Settings of the host that don't suit what runs on it, in words with the way out.
+    pub hazards: Vec<(Family, String)>,
     /// The ports of every bridge.
     pub bridges: BTreeMap<IfName, BTreeSet<IfName>>,
 }
@@ -84,6 +93,14 @@ pub struct ForwardDrop {
     pub chain: String,
     /// Commands that let the pods' packets through, one a line, with `{network}` for the network of that family.
     pub remedy: String,
+}
+
+impl ForwardDrop {
+    /// Whether what passes this door is spared: it leads past Docker's own chain alone.
+    #[must_use]
+    pub fn is_behind(&self, door: &Door) -> bool {
+        self.family == door.family && self.chain == format!("{} filter FORWARD", table_family(door.family))
+    }
 }
 
 /// What has changed in the kernel.
@@ -130,14 +147,6 @@ impl KernelError {
             Self::Disconnected(_) => None,
         }
     }
-}
-
-/// Whether a VXLAN device is ours: it is named `fabric.VNI` or `fabric6.VNI`, with its own VNI.
-#[must_use]
-pub fn is_our_name(name: &IfName, vni: u32) -> bool {
-    ["fabric.", "fabric6."]
-        .iter()
-        .any(|prefix| name.as_str().strip_prefix(prefix).is_some_and(|number| number == vni.to_string()))
 }
 
 /// A kernel that fabricd can look at and write to.

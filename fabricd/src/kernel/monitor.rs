@@ -197,7 +197,6 @@ impl Monitor {
     pub(super) fn take(&self) -> (Vec<Event>, BTreeSet<Table>) {
         let mut heard = self.heard();
         self.drain(&mut heard);
-        heard.overrun = false;
         let said = (std::mem::take(&mut heard.events), std::mem::take(&mut heard.stale));
         if !said.0.is_empty() || !said.1.is_empty() {
             heard.interest = None;
@@ -215,12 +214,12 @@ impl Monitor {
         self.note(&mut self.heard(), tables);
     }
 
-    /// Waits until something was said or a table is stale.
+    /// Waits until something was said or a table is stale. A loss is told once, even if all was read since: it is counted.
     pub(super) async fn changed(&self) -> Touched {
         loop {
             {
-                let heard = self.heard();
-                if heard.overrun {
+                let mut heard = self.heard();
+                if std::mem::take(&mut heard.overrun) {
                     return Touched::Everything;
                 } else if !heard.stale.is_empty() || !heard.events.is_empty() {
                     return Touched::State;

@@ -111,7 +111,7 @@ impl Kernel for Netlink {
 
     async fn enforce(&mut self, change: &RuleChange) -> Result<(), KernelError> {
         let change = change.clone();
-        self.work(move |worker| worker.enforce(&change)).await?
+        self.work(move |worker| worker.enforce(change)).await?
     }
 
     async fn changed(&mut self) -> Touched {
@@ -175,8 +175,8 @@ impl Worker {
     }
 
     /// What was written is known without reading it again.
-    fn enforce(&mut self, change: &RuleChange) -> Result<(), KernelError> {
-        let written = self.filter.write(change);
+    fn enforce(&mut self, change: RuleChange) -> Result<(), KernelError> {
+        let written = self.filter.write(&change);
         if let Err(refusal) = written {
             self.monitor.distrust([Table::Rules]);
             return Err(KernelError::Refused {
@@ -184,6 +184,10 @@ impl Worker {
                 source: refusal.error,
                 detail: refusal.words,
             });
+        }
+        if !change.doors.is_empty() {
+            // The handles of rules are the kernel's to give.
+            self.monitor.distrust([Table::ForwardDrops]);
         }
         self.mirror.enforced(change);
         Ok(())

@@ -12,6 +12,7 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
+use netlink_sys::protocols::NETLINK_ROUTE;
 use rtnetlink::RouteMessageBuilder;
 
 use super::KernelError;
@@ -26,6 +27,8 @@ use crate::underlay::DefaultRoute;
 pub(super) struct HostRoutes {
     /// Those with the metric that ours have: two routes can't share destination and metric.
     pub(super) beside_ours: BTreeMap<Subnet, String>,
+    /// Of those the ones that flannel, or somebody like it, made for a peer.
+    pub(super) plain: BTreeMap<Subnet, String>,
     /// Default routes.
     pub(super) defaults: Vec<DefaultRoute>,
     /// Indexes of the links that any of them leads out of.
@@ -68,7 +71,8 @@ pub(super) fn of_others(socket: &mut RequestSocket, links: &Links) -> Result<Hos
     for route in dump(socket, RouteProtocol::Unspec, others)?.iter().filter(|route| in_main_table(route)) {
         let Some(dst) = destination(route) else { continue };
         if metric(route) == our_metric(route) && route.header.tos == 0 {
-            found.beside_ours.insert(dst, words(dst, route, links));
+            let places = if is_plain(dst, route, links) { &mut found.plain } else { &mut found.beside_ours };
+            places.insert(dst, words(dst, route, links));
         }
         found.devices.extend(device(route));
         if let Some(dev) = device(route).and_then(|index| links.get(&index))
@@ -101,6 +105,17 @@ pub(super) fn reach(socket: &mut RequestSocket, links: &Links, ip: IpAddr) -> Op
     };
     let route = socket.ask(&Request::new(&Rtnl::GetRoute(question), 0), route_of).ok()??;
     Some((links.get(&device(&route)?)?.name, source(&route)?))
+}
+
+/// `ip route get IP`, over a socket of its own: the device and source address, or `None` when there is no way.
+///
+/// # Errors
+/// When the kernel can't be asked.
+pub fn route_to(ip: IpAddr) -> Result<Option<(IfName, IpAddr)>, KernelError> {
+    let socket = RequestSocket::open(NETLINK_ROUTE);
+    let mut socket = socket.map_err(|error| KernelError::Disconnected(error.to_string()))?;
+    let links = super::tables::links(&mut socket)?;
+    Ok(reach(&mut socket, &links, ip))
 }
 
 /// True for a route that has our mark: our protocol, the sixth byte of a `struct rtmsg`.
@@ -153,6 +168,19 @@ pub(super) fn row(frame: &Frame<'_>, gone: bool) -> Option<RouteRow> {
         _ => Way::Strange(Box::new(route_of(frame)?)),
     };
     Some(RouteRow { dst, way: Some(way) })
+}
+
+/// `ip route add DST via BASE dev OURS onlink`: over our own device to the first address of the destination, and nothing
+/// else. Whoever made it means the peer that ours is for.
+fn is_plain(dst: Subnet, route: &RouteMessage, links: &Links) -> bool {
+    let over_ours = device(route).and_then(|index| links.get(&index)).is_some_and(|link| link.ours.is_some());
+    let to_base =
+        route.attributes.iter().any(|a| matches!(a, RouteAttribute::Gateway(via) if ip(via) == Some(dst.base())));
+    let simple = !route
+        .attributes
+        .iter()
+        .any(|a| matches!(a, RouteAttribute::PrefSource(_) | RouteAttribute::MultiPath(_) | RouteAttribute::NhId(_)));
+    over_ours && to_base && simple && route.header.kind == RouteType::Unicast
 }
 
 /// The destination of a route of others that would stand in the place of one of ours.

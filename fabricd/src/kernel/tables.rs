@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 
+use fabric_core::device;
 use fabric_core::model::{Family, IfName, MacAddr, Subnet, Vni};
 use fabric_core::state::{NEXTHOP_ID_BASE, Nexthop, NexthopId, ROUTE_PROTOCOL, VxlanLink};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
@@ -16,10 +17,10 @@ use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
 use rtnetlink::LinkUnspec;
 
+use super::KernelError;
 use super::nexthop::{self, NexthopRow};
 use super::socket::RequestSocket;
 use super::wire::{Frame, Request, attributes};
-use super::{KernelError, is_our_name};
 
 /// A link.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -125,8 +126,7 @@ fn link(message: &LinkMessage) -> Option<Link> {
     Some(link)
 }
 
-/// VNI, port and source of a VXLAN device, and all of it when its name is that of ours: `fabric.VNI` or `fabric6.VNI`
-/// with its own VNI. A device without a source address has the unspecified one; the kernel then goes by IPv4.
+/// VNI, port and source of a VXLAN device, and all of it when its name is one of ours with its own VNI. A device without a source address has the unspecified one; the kernel then goes by IPv4.
 fn vxlan(data: &[InfoVxlan], link: &Link, mac: Option<MacAddr>) -> (u32, u16, IpAddr, Option<VxlanLink>) {
     let (mut vni, mut port, mut learning, mut gbp) = (0, 0, false, false);
     let mut local = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
@@ -145,7 +145,7 @@ fn vxlan(data: &[InfoVxlan], link: &Link, mac: Option<MacAddr>) -> (u32, u16, Ip
     }
     let ours = Vni::try_from(vni)
         .ok()
-        .filter(|_| is_our_name(&link.name, vni))
+        .filter(|vni| device::is_ours(&link.name, *vni))
         .and_then(|vni| Some(VxlanLink { vni, port, gbp, mac: mac?, local, mtu: link.mtu, learning, up: link.up }));
     (vni, port, local, ours)
 }

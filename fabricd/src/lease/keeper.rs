@@ -249,6 +249,10 @@ impl<S: LeaseStore> Keeper<S> {
     fn obey(&mut self, Command::Renumber { force, reply }: Command) {
         let answer = match self.previous.map(|previous| previous.key) {
             None => Err("this node has no subnet to leave".to_owned()),
+            Some(key) if self.is_assigned(&key) => Err(format!(
+                "{key} is what the cluster assigns to this node; it takes another one when its Node is made anew with \
+                 other podCIDRs"
+            )),
             Some(key) => match self.tenant.pods.in_subnets(&key) {
                 pods @ 1.. if !force => Err(format!(
                     "{pods} pods of this node have addresses in {key}, and would be cut off; \
@@ -263,6 +267,12 @@ impl<S: LeaseStore> Keeper<S> {
         }
         // Whoever asked may have gone.
         let _ = reply.send(answer);
+    }
+
+    /// True when the cluster wants this node to have these very subnets.
+    fn is_assigned(&self, key: &LeaseKey) -> bool {
+        let has = |assigned: &Assigned| key.subnets().iter().all(|(family, s)| assigned.subnets.get(family) == Some(s));
+        self.store.assigned().is_some_and(|assigned| has(&assigned.borrow()))
     }
 
     async fn claim(&mut self, bid: Bid, seen: Seen) -> Result<(), StoreError> {
@@ -314,7 +324,7 @@ impl<S: LeaseStore> Keeper<S> {
         let Some(grant) = self.grant.clone() else { return Ok(()) };
         let written = timeout_at(grant.expires, self.store.rewrite(&grant, &record)).await;
         let grant = written.unwrap_or(Err(StoreError::Expired { lease_id: grant.lease_id }))?;
-        info!(subnet = %grant.key, "lease rewritten, this node's addresses have changed");
+        info!(subnet = %grant.key, "lease rewritten, it did not say what it should");
         self.hold(grant, &record);
         Ok(())
     }

@@ -1,9 +1,11 @@
 //! The lease store: where the network config lies and the nodes' leases live.
 //!
-//! [`LeaseStore`] is what the daemon sees. [`etcd::Etcd`] is the real one; the test crate has one in memory, and one
-//! conformance suite runs on both.
+//! [`LeaseStore`] is what the daemon sees. [`etcd::Etcd`] and [`kubernetes::Kubernetes`] are the real ones; the test crate
+//! has one in memory, and one conformance suite runs on all.
 
 pub mod etcd;
+pub mod kubernetes;
+mod outage;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -203,4 +205,10 @@ pub trait LeaseStore: Send + Sync + 'static {
     /// # Errors
     /// [`StoreError::Unreachable`] or `Refused`.
     fn hold_place(&self, key: &LeaseKey, placeholder: &Record) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Reads something that the store itself must answer, to see how fast it does.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreachable`] or `Refused`.
+    fn probe(&self) -> impl Future<Output = Result<(), StoreError>> + Send;
 }

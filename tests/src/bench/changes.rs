@@ -1,4 +1,5 @@
-//! What changes cost at 5,000 peers: one lease, a thousand at once, a restart with nothing changed, and rest.
+//! What changes cost beside thousands of peers: one lease, many at once, the device deleted, a restart with nothing
+//! changed, and rest.
 
 use std::time::{Duration, Instant};
 
@@ -10,16 +11,28 @@ use crate::lab::{Lab, Node, Peer, Witness, crowd};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// How long rest is watched.
-const REST: Duration = Duration::from_secs(60);
+/// How it is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Peers that are there all the time.
+    pub peers: u32,
+    /// Leases that are added one at a time.
+    pub singles: u32,
+    /// Leases that come and go at once.
+    pub burst: u32,
+    /// Rounds of everything but the single leases.
+    pub rounds: usize,
+    /// How long rest is watched.
+    pub rest: Duration,
+}
 
-/// Measures with so many peers.
+/// Measures.
 ///
 /// # Errors
 /// The lab breaks.
-pub fn run(report: &mut Report, peers: u32, singles: u32) -> Result<()> {
-    let lab = Lab::builder().name("bench-changes").nodes(0).network(crowd::NETWORK).start()?;
-    let mut lab = lab;
+pub fn run(report: &mut Report, options: Options) -> Result<()> {
+    let Options { peers, singles, burst, rounds, rest } = options;
+    let mut lab = Lab::builder().name("bench-changes").nodes(0).network(crowd::NETWORK).start()?;
     let mut crowd = lab.crowd()?;
     crowd.join(1..peers + 1)?;
     let node = lab.boot_node()?;
@@ -53,27 +66,37 @@ pub fn run(report: &mut Report, peers: u32, singles: u32) -> Result<()> {
     crowd.leave(peers + 1..peers + 1 + singles)?;
     witness.wait_for_routes(singles as usize, true, LIMIT)?;
 
-    let section = format!("burst of 1,000, {peers} peers");
+    let section = format!("{burst} leases at once, {peers} peers");
     let (mut added, mut deleted) = (vec![], vec![]);
-    for _ in 0..5 {
+    for _ in 0..rounds {
         witness.forget();
         let began = Instant::now();
-        crowd.join(peers + 1..peers + 1001)?;
-        added.push(ms(witness.wait_for_routes(1000, false, LIMIT)? - began));
+        crowd.join(peers + 1..peers + 1 + burst)?;
+        added.push(ms(witness.wait_for_routes(burst as usize, false, LIMIT)? - began));
         witness.forget();
         let began = Instant::now();
-        crowd.leave(peers + 1..peers + 1001)?;
-        deleted.push(ms(witness.wait_for_routes(1000, true, LIMIT)? - began));
+        crowd.leave(peers + 1..peers + 1 + burst)?;
+        deleted.push(ms(witness.wait_for_routes(burst as usize, true, LIMIT)? - began));
     }
     report.figure(&section, "first put to all programmed", "ms", added);
     report.figure(&section, "first delete to all gone", "ms", deleted);
 
-    let section = format!("rest, {peers} peers");
+    let section = format!("VXLAN device deleted, {peers} peers");
+    let mut back = vec![];
+    for _ in 0..rounds {
+        witness.forget();
+        let began = Instant::now();
+        node.run(&["ip", "link", "del", "fabric.1"])?;
+        back.push(ms(witness.wait_for_routes(peers as usize, false, LIMIT)? - began));
+    }
+    report.figure(&section, "deleted to all programmed again", "ms", back);
+
     let devices = [index_of(&node, "fabric.1")?];
+    let section = format!("rest, {peers} peers");
     witness.forget();
     let (cpu, began) = (usage::cpu(&process)?, Instant::now());
     // Nothing to wait for: rest is a length of time.
-    std::thread::sleep(REST);
+    std::thread::sleep(rest);
     let used = ms(usage::cpu(&process)? - cpu) / began.elapsed().as_secs_f64() / 10.0;
     report.number(&section, "CPU, of one core", "%", used);
     let (resident, peak) = usage::resident(&process)?;
@@ -84,7 +107,7 @@ pub fn run(report: &mut Report, peers: u32, singles: u32) -> Result<()> {
 
     let section = format!("restart with nothing changed, {peers} peers");
     let (mut ready, mut cpu, mut changes) = (vec![], vec![], 0);
-    for _ in 0..5 {
+    for _ in 0..rounds {
         node.stop_fabricd()?;
         witness.forget();
         let began = Instant::now();

@@ -7,7 +7,7 @@
 //! | [`datapath`] | what pods get of the network, beside a VXLAN made by hand and the bare underlay |
 //! | [`cni`] | how long a pod's ADD and DEL take, beside `bridge` and `host-local` |
 //!
-//! [`report`] prints and keeps the figures, [`usage`] reads what a process used. Nothing here fails because a figure is
+//! [`report`] prints and keeps the figures, [`usage`] reads what a process used, [`traffic`] makes traffic. Nothing here fails because a figure is
 //! bad: a benchmark measures, it doesn't test.
 
 pub mod changes;
@@ -15,6 +15,7 @@ pub mod cni;
 pub mod cold_start;
 pub mod datapath;
 pub mod report;
+pub mod traffic;
 pub mod usage;
 
 pub use report::Report;

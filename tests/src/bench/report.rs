@@ -1,6 +1,7 @@
-//! Figures: medians of samples with their spread, ratios between them, as a table and as JSON.
+//! Figures: medians of samples with their spread, ratios between them, as lines, as tables of Markdown and as JSON.
 
 use std::fmt;
+use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -64,24 +65,50 @@ impl Report {
         self.number(section, name, "×", of / to)
     }
 
-    /// Writes everything as JSON.
+    /// Writes everything, as JSON and beside it as tables of Markdown, for docs/performance.md.
     ///
     /// # Errors
-    /// The file can't be written.
-    pub fn save(&self, path: &Path) -> Result<()> {
-        std::fs::write(path, serde_json::to_string_pretty(self)?)
-            .with_context(|| format!("cannot write {}", path.display()))
+    /// A file can't be written.
+    pub fn save(&self, json: &Path) -> Result<()> {
+        let write =
+            |path: &Path, text| std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()));
+        write(json, serde_json::to_string_pretty(self)?)?;
+        write(&json.with_extension("md"), self.markdown())
+    }
+
+    fn markdown(&self) -> String {
+        let conditions: Vec<String> = self.conditions.iter().map(|(name, value)| format!("{name} {value}")).collect();
+        let mut text = format!("Measured on: {}.\n", conditions.join(", "));
+        for section in self.figures.chunk_by(|a, b| a.section == b.section) {
+            let _ = write!(text, "\n| {} | median | least to most |\n|---|---|---|\n", section[0].section);
+            for figure in section {
+                let spread = figure.spread().map(|(least, most)| format!("{} to {}", amount(least), amount(most)));
+                let (median, spread) = (amount(figure.median), spread.unwrap_or_default());
+                let _ = writeln!(text, "| {} | {median} {} | {spread} |", figure.name, figure.unit);
+            }
+        }
+        text
+    }
+}
+
+impl Figure {
+    /// The least and the most of several samples.
+    fn spread(&self) -> Option<(f64, f64)> {
+        match &self.samples[..] {
+            [least, .., most] => Some((*least, *most)),
+            _ => None,
+        }
     }
 }
 
 impl fmt::Display for Figure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "  {:<58} {:>10} {}", self.name, amount(self.median), self.unit)?;
-        match &self.samples[..] {
-            [least, .., most] => {
-                write!(f, "  ({} to {}, {} samples)", amount(*least), amount(*most), self.samples.len())
+        match self.spread() {
+            Some((least, most)) => {
+                write!(f, "  ({} to {}, {} samples)", amount(least), amount(most), self.samples.len())
             }
-            _ => Ok(()),
+            None => Ok(()),
         }
     }
 }
@@ -135,5 +162,17 @@ mod tests {
         let samples = sorted((1..=101).rev().map(f64::from).collect());
         assert_eq!((quantile(&samples, 0.5), quantile(&samples, 0.99)), (51.0, 100.0));
         assert_eq!(quantile(&[7.0], 0.99), 7.0);
+    }
+
+    #[test]
+    fn each_section_is_a_table() {
+        let mut report = Report { conditions: vec![("CPUs".into(), "2".into())], figures: vec![] };
+        report.figure("start", "fabricd", "ms", vec![3.0, 1.0, 2.0]);
+        report.ratio("rest", "half", 1.0, 2.0);
+        assert_eq!(
+            report.markdown(),
+            "Measured on: CPUs 2.\n\n| start | median | least to most |\n|---|---|---|\n| fabricd | 2.00 ms | 1.00 to \
+             3.00 |\n\n| rest | median | least to most |\n|---|---|---|\n| half | 0.50 × |  |\n"
+        );
     }
 }

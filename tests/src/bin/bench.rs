@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
@@ -16,12 +17,21 @@ struct Cli {
     /// Numbers of peers for cold starts
     #[arg(long, value_delimiter = ',', default_value = "100,1000,5000,10000")]
     peers: Vec<u32>,
-    /// Cold starts for each number of peers
+    /// Rounds of cold starts for each number of peers, and of what is done many times
     #[arg(long, default_value_t = 5)]
     rounds: usize,
     /// Peers beside which single changes are measured
     #[arg(long, default_value_t = 5000)]
     crowd: u32,
+    /// Turns that each network between pods has
+    #[arg(long, default_value_t = 3)]
+    turns: usize,
+    /// How long a turn is, in milliseconds
+    #[arg(long, default_value_t = 1000)]
+    slice: u64,
+    /// How long rest is watched, in seconds
+    #[arg(long, default_value_t = 60)]
+    rest: u64,
     /// Pods that come and go for each way to attach one
     #[arg(long, default_value_t = 200)]
     pods: usize,
@@ -61,16 +71,19 @@ fn run(cli: &Cli) -> Result<()> {
         cold_start::run(&mut report, &cli.peers, cli.rounds, cli.flanneld.as_deref())?;
     }
     if wanted(Part::Changes) {
-        changes::run(&mut report, cli.crowd, 300)?;
+        let rest = Duration::from_secs(cli.rest);
+        let options = changes::Options { peers: cli.crowd, singles: 300, burst: 1000, rounds: cli.rounds, rest };
+        changes::run(&mut report, options)?;
     }
     if wanted(Part::Datapath) {
-        datapath::run(&mut report)?;
+        let slice = Duration::from_millis(cli.slice);
+        datapath::run(&mut report, datapath::Options { rounds: cli.turns, slice, crowd: cli.crowd })?;
     }
     if wanted(Part::Cni) {
         cni::run(&mut report, cli.pods)?;
     }
     report.save(&cli.json)?;
-    println!("\nall figures: {}", cli.json.display());
+    println!("\nall figures: {0}, as tables: {1}", cli.json.display(), cli.json.with_extension("md").display());
     Ok(())
 }
 

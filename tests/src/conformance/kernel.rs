@@ -131,6 +131,7 @@ pub fn wanted(family: Family, peers: u32) -> KernelState {
         },
     );
     state.sysctls.insert(Sysctl::AcceptRa(dev), 0);
+    state.sysctls.extend((family == Family::V4).then_some((Sysctl::RpFilter(dev), 2)));
     state.sysctls.insert(if family == Family::V4 { Sysctl::Ipv4Forward } else { Sysctl::Ipv6Forward }, 1);
     state.addresses.insert((dev, Subnet::host(subnet(family, 0).base())));
     for n in 1..peers {
@@ -444,6 +445,28 @@ pub async fn place_that_others_took_is_refused(world: &mut impl World, family: F
         }
     }
     assert_eq!(refused, [(Key::Route(subnet(family, 1)), Some(libc::EEXIST))]);
+}
+
+/// A route over our device to a peer's overlay address, as flannel makes it, gives way to ours; one beyond what is wanted
+/// stays.
+pub async fn plain_route_of_others_is_replaced_in_place(world: &mut impl World, family: Family) {
+    let want = wanted(family, 3);
+    let mut without = want.clone();
+    let dst = subnet(family, 1);
+    without.routes.remove(&dst);
+    settles(world.kernel(), &without).await;
+    let stays = subnet(family, 200);
+    for dst in [dst, stays] {
+        world.act(&Act::AddRoute(dst, Nexthop { gateway: dst.base(), dev: device(family) }));
+    }
+    woken(world.kernel()).await;
+    let observed = look(world.kernel()).await;
+    assert!(observed.foreign.plain.contains_key(&dst) && observed.foreign.plain.contains_key(&stays));
+    let plan = diff(&want, &observed.foreign.lend(&observed.ours, &want));
+    assert_eq!(plan.ops().len(), 1, "{plan}");
+    assert_eq!(refusals(&world.kernel().apply(plan.ops()).await), []);
+    assert_eq!(ours(world.kernel(), &want).await, want);
+    assert_eq!(look(world.kernel()).await.foreign.plain.keys().collect::<Vec<_>>(), [&stays]);
 }
 
 /// A wider route of somebody else, under which all of the overlay lies, is no obstacle.

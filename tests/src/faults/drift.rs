@@ -51,6 +51,7 @@ const DEEDS: &[&str] = &[
     "ip route del {subnet} proto 250",
     "ip route replace blackhole {subnet} proto 250",
     "ip route replace {subnet} via {base} dev fabric.1 onlink proto 250",
+    "ip route replace {subnet} via {base} dev fabric.1 onlink",
     "ip address flush dev fabric.1 scope global",
     "ip link set fabric.1 mtu 1300",
     "ip link set fabric.1 address 02:00:00:00:00:98",
@@ -60,7 +61,8 @@ const DEEDS: &[&str] = &[
 ];
 
 /// No event speaks of these.
-const UNANNOUNCED: &[&str] = &["echo 1 > /proc/sys/net/ipv6/conf/fabric.1/accept_ra"];
+const UNANNOUNCED: &[&str] =
+    &["echo 1 > /proc/sys/net/ipv6/conf/fabric.1/accept_ra", "echo 1 > /proc/sys/net/ipv4/conf/fabric.1/rp_filter"];
 
 fn entries_altered(trial: &mut Trial) -> Result<()> {
     let pair = trial.pair(200)?;

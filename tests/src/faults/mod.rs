@@ -5,6 +5,7 @@
 //! every seed is another trial and the same seed the same one. To add a row, write such a function in a module here and
 //! list it in [`all`]; `make faults` and the tests run what is listed.
 
+mod cni;
 mod drift;
 mod garbage;
 mod kernel;
@@ -15,6 +16,7 @@ mod ownership;
 mod pair;
 mod processes;
 pub mod rules;
+mod runtime;
 mod stampede;
 mod underlay;
 
@@ -51,7 +53,7 @@ pub struct Trial {
 #[must_use]
 pub fn all() -> Vec<Fault> {
     let leases = [outages::ROWS, ownership::ROWS, garbage::ROWS].concat();
-    [processes::ROWS, &leases, underlay::ROWS, drift::ROWS, kernel::ROWS, rules::ROWS].concat()
+    [processes::ROWS, &leases, underlay::ROWS, drift::ROWS, kernel::ROWS, cni::ROWS, rules::ROWS].concat()
 }
 
 /// How a trial went.

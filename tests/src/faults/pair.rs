@@ -92,7 +92,8 @@ impl Pair {
             ip neighbour show dev fabric.1 nud permanent | sort
             ip nexthop show protocol 250 | sort
             ip route show proto 250 | sort
-            cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/fabric.1/accept_ra";
+            cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/fabric.1/accept_ra \
+                /proc/sys/net/ipv4/conf/fabric.1/rp_filter";
         self.node.run(&["sh", "-ec", script])
     }
 

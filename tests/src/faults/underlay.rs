@@ -17,7 +17,7 @@ pub(super) const ROWS: &[Fault] = &[
     },
     Fault {
         number: 15,
-        what: "the underlay address changes, the interface is renamed",
+        what: "the underlay address changes and moves, interfaces are renamed",
         holds: "republished; subnet, MAC and device stay; traffic flows",
         trial: address_changes,
     },
@@ -69,6 +69,30 @@ fn address_changes(trial: &mut Trial) -> Result<()> {
     pair.node.run(&["ip", "link", "set", "eth0", "down"])?;
     pair.node.run(&["ip", "link", "set", "eth0", "name", "wan0"])?;
     pair.node.run(&["ip", "link", "set", "wan0", "up"])?;
+    pair.node.run(&["ip", "route", "replace", "default", "via", &gateway])?;
+    pair.node.wait_ready()?;
+    traffic.goes_on(300)?;
+
+    // To a bridge, as operators put their interface into one. Then that goes, and comes back.
+    pair.node.run(&["sh", "-ec", &format!("ip address del {fresh}/16 dev wan0")])?;
+    for _ in 0..2 {
+        let script = format!(
+            "ip link add br0 up type bridge
+             ip link set wan0 master br0
+             ip address add {fresh}/16 dev br0
+             ip route replace default via {gateway}"
+        );
+        pair.node.run(&["sh", "-ec", &script])?;
+        pair.within(BY_EVENT, "the bridge is the underlay", || {
+            let shown = pair.node.run(&["fabricctl", "status"])?;
+            ensure!(shown.contains("br0"), "{shown}");
+            Ok(())
+        })?;
+        pair.node.wait_ready()?;
+        traffic.goes_on(300)?;
+        pair.node.run(&["ip", "link", "del", "br0"])?;
+    }
+    pair.node.run(&["ip", "address", "add", &format!("{fresh}/16"), "dev", "wan0"])?;
     pair.node.run(&["ip", "route", "replace", "default", "via", &gateway])?;
     pair.node.wait_ready()?;
     traffic.flows()?;

@@ -32,11 +32,16 @@ impl Process {
         Ok(Self { pid, start_time, boot_id: boot_id()? })
     }
 
-    /// False once it has ended; a zombie has ended.
+    /// False once it has ended; a zombie has ended, but for one that waits for other threads of its own: those may still
+    /// hold files and locks.
     #[must_use]
     pub fn is_alive(&self) -> bool {
         let same_start = matches!(state_and_start(self.pid), Ok((state, start))
-            if start == self.start_time && !matches!(state.as_str(), "Z" | "X"));
+        if start == self.start_time && match state.as_str() {
+            "Z" => fs::read_dir(format!("/proc/{}/task", self.pid)).is_ok_and(|threads| threads.count() > 1),
+            "X" => false,
+            _ => true,
+        });
         same_start && boot_id().is_ok_and(|boot| boot == self.boot_id)
     }
 

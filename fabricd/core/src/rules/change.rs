@@ -13,6 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use super::door::{self, DoorChange};
 use super::{Chain, Element, Hook, Ruleset, Set, TABLE, Table, TableFamily};
 
 /// The tables of ours that are there.
@@ -49,6 +50,8 @@ pub struct Change {
     pub elements: Vec<ElementChange>,
     /// Tables whose chains are made anew.
     pub rules: BTreeMap<TableFamily, RuleChange>,
+    /// What is written to chains of others, each in a transaction of its own.
+    pub doors: Vec<DoorChange>,
 }
 
 /// What is to be written to one set.
@@ -153,7 +156,8 @@ impl Change {
     /// True when nothing is to be written.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.removed.is_empty() && self.sets.is_empty() && self.elements.is_empty() && self.rules.is_empty()
+        let ours = self.removed.is_empty() && self.sets.is_empty() && self.elements.is_empty();
+        ours && self.rules.is_empty() && self.doors.is_empty()
     }
 
     /// The same, but for elements that go: when what is wanted is only remembered, a peer may be newer than that.
@@ -204,6 +208,15 @@ impl fmt::Display for Change {
         }
         for family in self.rules.keys() {
             writeln!(f, "~ nft replace chains of table {family} {TABLE}")?;
+        }
+        for DoorChange { family, removed, added } in &self.doors {
+            let chain = format!("{} {} {}", door::table_family(*family), door::TABLE, door::CHAIN);
+            for handle in removed {
+                writeln!(f, "- nft delete rule {chain} handle {handle}")?;
+            }
+            for rule in added {
+                writeln!(f, "+ nft insert rule {chain} {rule}")?;
+            }
         }
         Ok(())
     }

@@ -13,8 +13,10 @@
 //! | [`senders`] | those that come encapsulated from other nodes |
 //! | [`pods`] | those that come from this node's pods |
 //! | [`masquerade`] | those that leave the network |
+//! | [`door`] | those that a chain of others would drop |
 
 pub mod change;
+pub mod door;
 pub mod masquerade;
 pub mod pods;
 pub mod senders;
@@ -247,6 +249,8 @@ pub struct RuleOptions {
     pub notrack: bool,
     /// Let pods use no addresses but their own, send no router advertisements, and not speak VXLAN.
     pub check_pods: bool,
+    /// Let the pods' packets through where others have a chain for such rules.
+    pub open_doors: bool,
 }
 
 impl Default for RuleOptions {
@@ -259,6 +263,7 @@ impl Default for RuleOptions {
             senders: vec![],
             notrack: true,
             check_pods: true,
+            open_doors: true,
         }
     }
 }

@@ -7,7 +7,7 @@ use netlink_packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE};
 
 use super::attributes::Attributes;
 use super::expr::{DATA_VALUE, LIST_ELEMENT, address_bytes, expressions, interface};
-use super::{message, nfproto};
+use super::{door, message, nfproto};
 use crate::kernel::wire::Request;
 
 /// `NFT_MSG_*` (linux/netfilter/nf_tables.h).
@@ -15,8 +15,8 @@ const NEW_TABLE: u16 = 0;
 const DELETE_TABLE: u16 = 2;
 const NEW_CHAIN: u16 = 3;
 const DELETE_CHAIN: u16 = 5;
-const NEW_RULE: u16 = 6;
-const DELETE_RULES: u16 = 8;
+pub(super) const NEW_RULE: u16 = 6;
+pub(super) const DELETE_RULES: u16 = 8;
 const NEW_SET: u16 = 9;
 const DELETE_SET: u16 = 11;
 const NEW_ELEMENTS: u16 = 12;
@@ -51,7 +51,8 @@ pub(super) fn transactions(change: &Change) -> Vec<Vec<Request>> {
         sets.extend(elements(*table, set, shape, added, NEW_ELEMENTS));
     }
     let rules = change.rules.iter().flat_map(|(family, change)| replace_rules(*family, change)).collect();
-    [sets, rules].into_iter().filter(|steps| !steps.is_empty()).map(transaction).collect()
+    let doors = change.doors.iter().map(door::messages);
+    [sets, rules].into_iter().chain(doors).filter(|steps| !steps.is_empty()).map(transaction).collect()
 }
 
 /// Begin, what is to be done, end.
@@ -202,13 +203,19 @@ fn net_bounds(net: Subnet) -> (Vec<u8>, Vec<u8>) {
 
 /// `nft add rule FAMILY fabric CHAIN … comment "…"`.
 fn make_rule(family: TableFamily, chain: &str, rule: &Rule) -> Request {
+    // NFTA_RULE_TABLE, _CHAIN
+    let place = start(family).text(1, TABLE).text(2, chain);
+    Request::raw(message(NEW_RULE), NLM_F_CREATE | NLM_F_APPEND, with_rule(place, rule).into_bytes())
+}
+
+/// What a rule says, behind where it is.
+pub(super) fn with_rule(place: Attributes, rule: &Rule) -> Attributes {
     let comment = [rule.comment().as_bytes(), &[0]].concat();
     // A list of type, length and value of its own: NFTNL_UDATA_RULE_COMMENT is 0.
     let length = u8::try_from(comment.len()).expect("a comment is a few words");
     let userdata = [&[0, length], comment.as_slice()].concat();
-    // NFTA_RULE_TABLE, _CHAIN, _EXPRESSIONS, _USERDATA
-    let body = start(family).text(1, TABLE).text(2, chain).nested(4, &expressions(rule)).bytes(7, &userdata);
-    Request::raw(message(NEW_RULE), NLM_F_CREATE | NLM_F_APPEND, body.into_bytes())
+    // NFTA_RULE_EXPRESSIONS, NFTA_RULE_USERDATA
+    place.nested(4, &expressions(rule)).bytes(7, &userdata)
 }
 
 fn start(family: TableFamily) -> Attributes {

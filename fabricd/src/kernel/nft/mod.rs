@@ -8,6 +8,8 @@
 //! What we wrote ourselves is known without reading it again; the events of our own transactions are passed over.
 
 mod attributes;
+mod door;
+pub(super) mod drops;
 mod encode;
 mod expr;
 mod read;
@@ -17,6 +19,7 @@ use std::io;
 
 use fabric_core::rules::TableFamily;
 use fabric_core::rules::change::{Change, Found};
+use fabric_core::rules::door::Door;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::Dropped;
@@ -46,6 +49,16 @@ impl Filter {
     /// What is there of our tables, and what they have dropped.
     pub(super) fn read(&mut self) -> io::Result<(Found, Dropped)> {
         self.socket.as_mut().map_or_else(|| Ok(Default::default()), read::tables)
+    }
+
+    /// Chains of others that are there for rules of ours.
+    pub(super) fn doors(&mut self) -> io::Result<Vec<Door>> {
+        self.socket.as_mut().map_or_else(|| Ok(vec![]), door::doors)
+    }
+
+    /// Whether kube-proxy's rules are here.
+    pub(super) fn has_kube_proxy(&mut self) -> bool {
+        self.socket.as_mut().is_some_and(door::has_kube_proxy)
     }
 
     /// Writes a change: its sets and then its rules, each all or nothing.

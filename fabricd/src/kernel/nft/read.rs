@@ -17,8 +17,8 @@ use crate::kernel::{Count, Dropped};
 
 /// `NFT_MSG_GET*`.
 const GET_TABLE: u16 = 1;
-const GET_CHAIN: u16 = 4;
-const GET_RULE: u16 = 7;
+pub(super) const GET_CHAIN: u16 = 4;
+pub(super) const GET_RULE: u16 = 7;
 const GET_SET: u16 = 10;
 const GET_ELEMENTS: u16 = 13;
 
@@ -83,19 +83,19 @@ fn elements(socket: &mut RequestSocket, listing: &Request, set: &Set) -> io::Res
 }
 
 /// The attributes of a message.
-struct Values<'a>(&'a [u8]);
+pub(super) struct Values<'a>(&'a [u8]);
 
 impl<'a> Values<'a> {
     /// Those behind the `struct nfgenmsg`.
-    fn of(frame: &Frame<'a>) -> Self {
+    pub(super) fn of(frame: &Frame<'a>) -> Self {
         Self(frame.body.get(4..).unwrap_or_default())
     }
 
-    fn bytes(&self, wanted: u16) -> Option<&'a [u8]> {
+    pub(super) fn bytes(&self, wanted: u16) -> Option<&'a [u8]> {
         attributes(self.0).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
     }
 
-    fn text(&self, wanted: u16) -> Option<&'a str> {
+    pub(super) fn text(&self, wanted: u16) -> Option<&'a str> {
         std::str::from_utf8(self.bytes(wanted)?).ok().map(|text| text.trim_end_matches('\0'))
     }
 
@@ -103,12 +103,12 @@ impl<'a> Values<'a> {
         parse_u32_be(self.bytes(wanted)?).ok()
     }
 
-    fn nested(&self, wanted: u16) -> Option<Self> {
+    pub(super) fn nested(&self, wanted: u16) -> Option<Self> {
         self.bytes(wanted).map(Self)
     }
 
     /// Whether it is about a table of ours: every kind of message has the table's name first.
-    fn is_ours(&self) -> bool {
+    pub(super) fn is_ours(&self) -> bool {
         self.text(1) == Some(TABLE)
     }
 }
@@ -142,26 +142,32 @@ fn place_priority(values: &Values<'_>) -> Option<i32> {
 }
 
 /// A rule, as far as it has to be known.
-struct RuleFound {
-    chain: String,
-    comment: Option<String>,
-    counter: Option<Count>,
+pub(super) struct RuleFound {
+    pub(super) chain: String,
+    pub(super) comment: Option<String>,
+    pub(super) counter: Option<Count>,
 }
 
-fn rule(frame: &Frame<'_>) -> Option<RuleFound> {
+pub(super) fn rule(frame: &Frame<'_>) -> Option<RuleFound> {
     let values = Values::of(frame);
     let chain = values.is_ours().then(|| values.text(2))??.to_owned();
-    // Type 0 is the comment: type, length, text and a zero.
-    let comment = match values.bytes(7) {
-        Some([0, length, text @ ..]) => text.get(..usize::from(*length)),
-        _ => None,
-    };
-    let comment = comment.and_then(|text| std::str::from_utf8(text).ok()).map(|text| text.trim_end_matches('\0'));
+    let comment = comment(&values);
     Some(RuleFound {
         chain,
         comment: comment.map(str::to_owned),
         counter: values.nested(4).and_then(|list| counter(&list)),
     })
+}
+
+/// A rule's comment.
+pub(super) fn comment<'a>(values: &Values<'a>) -> Option<&'a str> {
+    // NFTA_RULE_USERDATA, of which type 0 is the comment: type, length, text and a zero.
+    match values.bytes(7) {
+        Some([0, length, text @ ..]) => {
+            std::str::from_utf8(text.get(..usize::from(*length))?).ok().map(|text| text.trim_end_matches('\0'))
+        }
+        _ => None,
+    }
 }
 
 /// The counter among a rule's expressions.

@@ -15,7 +15,6 @@ mod connect;
 mod identity;
 mod keys;
 mod operator;
-mod outage;
 mod places;
 mod txn;
 mod watch;
@@ -168,5 +167,9 @@ impl LeaseStore for Etcd {
 
     async fn hold_place(&self, key: &LeaseKey, placeholder: &Record) -> Result<(), StoreError> {
         self.store.hold_place(key, placeholder).await
+    }
+
+    async fn probe(&self) -> Result<(), StoreError> {
+        self.read_config().await.map(drop)
     }
 }

@@ -33,7 +33,7 @@ use super::Store;
 use super::connect::reason;
 use super::identity::{Replaced, Seen};
 use super::keys::Place;
-use super::outage::Outage;
+use crate::store::outage::Outage;
 use crate::store::{Connection, Network, StoreError};
 
 /// The largest response that is taken, in bytes: 50,000 leases are about 15 MB.

@@ -1,0 +1,71 @@
+//! Chains of others: the one that is there for rules of ours, read and written (see [`fabric_core::rules::door`]), and those
+//! that show who else is at work here.
+
+use std::io;
+
+use fabric_core::model::Family;
+use fabric_core::rules::door::{CHAIN, Door, DoorChange, TABLE, is_ours};
+use netlink_packet_core::NLM_F_CREATE;
+
+use super::attributes::Attributes;
+use super::encode::{DELETE_RULES, NEW_RULE, with_rule};
+use super::message;
+use super::read::{GET_CHAIN, GET_RULE, Values, comment};
+use crate::kernel::socket::RequestSocket;
+use crate::kernel::wire::{Frame, Request};
+
+/// `nft -a list chain ip filter DOCKER-USER` and `ip6 …`: those that are there.
+pub(super) fn doors(socket: &mut RequestSocket) -> io::Result<Vec<Door>> {
+    let mut doors = vec![];
+    for family in Family::ALL {
+        if has_chain(socket, family, TABLE, CHAIN) {
+            let rules = socket.dump(&Request::raw(message(GET_RULE), 0, place(family).into_bytes()), rule)?;
+            doors.push(Door { family, rules });
+        }
+    }
+    Ok(doors)
+}
+
+/// Whether kube-proxy is here, by a chain that it makes with iptables-nft, or with nftables.
+pub(super) fn has_kube_proxy(socket: &mut RequestSocket) -> bool {
+    let known = [("nat", "KUBE-SERVICES"), ("kube-proxy", "services")];
+    Family::ALL.into_iter().any(|family| known.iter().any(|(table, chain)| has_chain(socket, family, table, chain)))
+}
+
+/// Whatever the kernel has against a chain, it isn't there.
+fn has_chain(socket: &mut RequestSocket, family: Family, table: &str, chain: &str) -> bool {
+    // NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME
+    let chain = Request::raw(message(GET_CHAIN), 0, start(family).text(1, table).text(3, chain).into_bytes());
+    matches!(socket.ask(&chain, |_| Some(())), Ok(Some(())))
+}
+
+/// `nft delete rule ip filter DOCKER-USER handle …; nft insert rule ip filter DOCKER-USER …`.
+pub(super) fn messages(change: &DoorChange) -> Vec<Request> {
+    let DoorChange { family, removed, added } = change;
+    // NFTA_RULE_HANDLE
+    let remove = |handle: &u64| {
+        Request::raw(message(DELETE_RULES), 0, place(*family).bytes(3, &handle.to_be_bytes()).into_bytes())
+    };
+    // Without NLM_F_APPEND a rule goes to the head.
+    let insert = |rule| Request::raw(message(NEW_RULE), NLM_F_CREATE, with_rule(place(*family), rule).into_bytes());
+    removed.iter().map(remove).chain(added.iter().map(insert)).collect()
+}
+
+/// A rule of ours there: its handle and its comment.
+fn rule(frame: &Frame<'_>) -> Option<(u64, String)> {
+    let values = Values::of(frame);
+    // A kernel that doesn't filter dumps shows those of all chains.
+    (values.text(1)? == TABLE && values.text(2)? == CHAIN).then_some(())?;
+    let comment = comment(&values).filter(|comment| is_ours(comment))?;
+    Some((u64::from_be_bytes(values.bytes(3)?.try_into().ok()?), comment.to_owned()))
+}
+
+/// NFTA_RULE_TABLE, NFTA_RULE_CHAIN
+fn place(family: Family) -> Attributes {
+    start(family).text(1, TABLE).text(2, CHAIN)
+}
+
+/// `NFPROTO_IPV4`, `NFPROTO_IPV6`.
+fn start(family: Family) -> Attributes {
+    Attributes::message(if family == Family::V4 { 2 } else { 10 }, 0)
+}

@@ -1,0 +1,295 @@
+//! The lease store in the API server of Kubernetes, in the form of flannel's kube subnet manager.
+//!
+//! ```text
+//!                            ┌── follow: list, then watch ──► leases(), assigned(), connection(), own Node
+//! Nodes ◄── API server ◄─────┤
+//!                            └── write: annotations ◄── claim, rewrite, release
+//!                                       condition, taint ◄── announce()
+//! net-conf.json ◄── config_file ──► network()
+//! ```
+//!
+//! A lease is a Node: its podCIDRs are the subnets, its annotations the record. The cluster assigns, so a claim only
+//! publishes, nothing expires, and what an etcd does with guards and reservations the API server does by itself: nobody
+//! else has a Node's podCIDRs.
+
+mod annotations;
+mod config_file;
+mod follow;
+mod node;
+mod nodes;
+mod write;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use fabric_core::leases::LeaseSet;
+use fabric_core::model::NodeName;
+use fabric_core::record::{LeaseKey, Record};
+use kube::Client;
+use tokio::sync::watch::{Receiver, Sender};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use self::node::Node;
+use self::write::Pace;
+use super::{Assigned, Claim, ConfigPlace, Connection, Grant, LeaseStore, Network, Resting, StoreError};
+use crate::api_server;
+
+/// What an assignment lasts, which nobody has to keep alive.
+const FOR_EVER: Duration = Duration::from_secs(365 * 86_400);
+
+/// How the API server is reached, and what it is told.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The name of this node's Node.
+    pub node: NodeName,
+    /// Who we are; without it the pod's service account.
+    pub kubeconfig: Option<PathBuf>,
+    /// flannel's `net-conf.json`.
+    pub config: PathBuf,
+    /// A taint of the Node that goes when the network works.
+    pub startup_taint: Option<String>,
+}
+
+/// The lease store in Kubernetes. Dropping it ends its tasks.
+pub struct Kubernetes {
+    shared: Arc<Shared>,
+    config: PathBuf,
+    _tasks: JoinSet<()>,
+}
+
+/// What the tasks and the calls share.
+struct Shared {
+    node: NodeName,
+    kubeconfig: Option<PathBuf>,
+    startup_taint: Option<String>,
+    client: Mutex<Option<Client>>,
+    network: Sender<Network>,
+    leases: Sender<Option<Arc<LeaseSet>>>,
+    connection: Sender<Connection>,
+    replaced: Sender<u64>,
+    assigned: Sender<Assigned>,
+    /// This node's Node as it was seen last.
+    own: Sender<Option<Arc<Node>>>,
+    ready: Sender<bool>,
+    /// Of the annotations; held while they are written.
+    pace: tokio::sync::Mutex<Pace>,
+}
+
+impl Kubernetes {
+    /// Starts to follow the API server, and returns at once. Whether it can be reached is told by
+    /// [`LeaseStore::connection`]. Must be called within a tokio runtime.
+    #[must_use]
+    pub fn start(options: Options) -> Self {
+        let Options { node, kubeconfig, config, startup_taint } = options;
+        let shared = Arc::new(Shared {
+            node,
+            kubeconfig,
+            startup_taint,
+            client: Mutex::default(),
+            network: Sender::new(Network::Unknown),
+            leases: Sender::new(None),
+            connection: Sender::new(Connection::Unknown),
+            replaced: Sender::new(0),
+            assigned: Sender::new(Assigned::default()),
+            own: Sender::new(None),
+            ready: Sender::new(false),
+            pace: tokio::sync::Mutex::default(),
+        });
+        let mut tasks = JoinSet::new();
+        tasks.spawn(config_file::follow_for_ever(shared.clone(), config.clone()));
+        tasks.spawn(follow::follow_for_ever(shared.clone()));
+        let announcer = shared.clone();
+        tasks.spawn(async move { announcer.keep_announcing().await });
+        Self { shared, config, _tasks: tasks }
+    }
+
+    async fn publish(&self, node: &NodeName, key: LeaseKey, record: &Record) -> Result<Grant, StoreError> {
+        let mod_revision = self.shared.say(key, annotations::write(record)).await?;
+        let expires = Instant::now() + FOR_EVER;
+        Ok(Grant { node: node.clone(), key, mod_revision, lease_id: 0, expires, ttl: FOR_EVER })
+    }
+}
+
+impl LeaseStore for Kubernetes {
+    fn network(&self) -> Receiver<Network> {
+        self.shared.network.subscribe()
+    }
+
+    fn leases(&self) -> Receiver<Option<Arc<LeaseSet>>> {
+        self.shared.leases.subscribe()
+    }
+
+    fn config_place(&self) -> ConfigPlace {
+        ConfigPlace {
+            name: self.config.display().to_string(),
+            make: "mount a ConfigMap with flannel's net-conf.json there, or say with --net-config-path where it is",
+            change: "choose another network in the ConfigMap, and as --cluster-cidr of the controller manager",
+        }
+    }
+
+    fn assigned(&self) -> Option<Receiver<Assigned>> {
+        Some(self.shared.assigned.subscribe())
+    }
+
+    fn announce(&self, ready: bool) {
+        self.shared.ready.send_if_modified(|known| std::mem::replace(known, ready) != ready);
+    }
+
+    fn connection(&self) -> Receiver<Connection> {
+        self.shared.connection.subscribe()
+    }
+
+    fn replaced(&self) -> Receiver<u64> {
+        self.shared.replaced.subscribe()
+    }
+
+    async fn claim(&self, claim: &Claim) -> Result<Grant, StoreError> {
+        self.publish(&claim.node, claim.key, &claim.record).await
+    }
+
+    async fn rewrite(&self, grant: &Grant, record: &Record) -> Result<Grant, StoreError> {
+        self.publish(&grant.node, grant.key, record).await
+    }
+
+    async fn keep_alive(&self, grant: &Grant) -> Result<Grant, StoreError> {
+        Ok(Grant { expires: Instant::now() + FOR_EVER, ..grant.clone() })
+    }
+
+    async fn release(&self, grant: &Grant) -> Result<(), StoreError> {
+        for annotations in annotations::given_back() {
+            match self.shared.say(grant.key, annotations).await {
+                Ok(_) => {}
+                Err(StoreError::Lost { .. }) => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    async fn resting(&self, _grace: Duration) -> Result<Vec<Resting>, StoreError> {
+        Err(assigned_here("tell which subnets rest"))
+    }
+
+    async fn hold_place(&self, _key: &LeaseKey, _placeholder: &Record) -> Result<(), StoreError> {
+        Err(assigned_here("keep a subnet for a node"))
+    }
+
+    async fn probe(&self) -> Result<(), StoreError> {
+        let version = self.shared.client().await?.apiserver_version().await;
+        version.map(drop).map_err(|error| unreachable(&error.to_string()))
+    }
+}
+
+impl Shared {
+    /// The client, made when it is first needed: a service account may come later than the daemon.
+    async fn client(&self) -> Result<Client, StoreError> {
+        if let Some(client) = self.held_client().clone() {
+            return Ok(client);
+        }
+        let made = api_server::client(self.kubeconfig.as_deref()).await;
+        let made = made.map_err(|error| unreachable(&format!("{error:#}")))?;
+        Ok(self.held_client().insert(made).clone())
+    }
+
+    /// Reads anew how the API server is reached, before the next request.
+    fn reconnect(&self) {
+        *self.held_client() = None;
+    }
+
+    fn held_client(&self) -> std::sync::MutexGuard<'_, Option<Client>> {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// This node's Node, as it was seen last.
+    fn own(&self) -> Option<Arc<Node>> {
+        self.own.borrow().clone()
+    }
+
+    /// Takes in a Node as the watch or the answer to a write shows it. They overtake each other.
+    fn observe(&self, node: Node) {
+        if node.name() != self.node.as_str() {
+            return;
+        }
+        let is_older =
+            |known: &Arc<Node>| known.metadata.uid == node.metadata.uid && node.revision() < known.revision();
+        if !self.own().is_some_and(|known| is_older(&known)) {
+            self.own_is(Some(node));
+        }
+    }
+
+    /// Takes in all Nodes of a list.
+    fn observe_all(&self, nodes: Vec<Node>) {
+        self.own_is(nodes.into_iter().find(|node| node.name() == self.node.as_str()));
+    }
+
+    /// Takes in that a Node was deleted.
+    fn gone(&self, node: &Node) {
+        if node.name() == self.node.as_str() {
+            self.own_is(None);
+        }
+    }
+
+    fn own_is(&self, node: Option<Node>) {
+        tell(&self.assigned, node.as_ref().map(annotations::assigned).unwrap_or_default());
+        tell(&self.own, node.map(Arc::new));
+    }
+
+    fn network_is(&self, network: Network) {
+        tell(&self.network, network);
+    }
+
+    fn connection_is(&self, connection: Connection) {
+        tell(&self.connection, connection);
+    }
+
+    fn leases_are(&self, set: &LeaseSet) {
+        tell(&self.leases, Some(Arc::new(set.clone())));
+    }
+
+    /// Whether most of the leases that are published are missing in a set.
+    fn would_lose_most(&self, set: &LeaseSet) -> bool {
+        self.leases.borrow().as_ref().is_some_and(|published| set.lacks_most_of(published))
+    }
+
+    fn was_replaced(&self) {
+        self.replaced.send_modify(|times| *times += 1);
+    }
+}
+
+/// Tells the receivers, if there is something to tell.
+fn tell<T: PartialEq>(channel: &Sender<T>, value: T) {
+    channel.send_if_modified(|known| {
+        let changed = *known != value;
+        *known = value;
+        changed
+    });
+}
+
+fn assigned_here(operation: &'static str) -> StoreError {
+    StoreError::Refused { operation, reason: "in Kubernetes the cluster assigns the subnets".to_owned() }
+}
+
+fn unreachable(reason: &str) -> StoreError {
+    StoreError::Unreachable { endpoints: "the API server of Kubernetes".to_owned(), reason: reason.to_owned() }
+}
+
+fn store_error(operation: &'static str, error: &kube::Error) -> StoreError {
+    match error {
+        kube::Error::Api(status) if status.code < 500 && status.code != 429 => {
+            StoreError::Refused { operation, reason: status.message.clone() }
+        }
+        kube::Error::Api(status) => unreachable(&status.message),
+        error => unreachable(&root_of(error)),
+    }
+}
+
+/// What an error says at its root: `Connection refused (os error 111)` lies three causes deep.
+fn root_of(error: &dyn std::error::Error) -> String {
+    let mut root = error;
+    while let Some(deeper) = root.source() {
+        root = deeper;
+    }
+    root.to_string()
+}

@@ -1,0 +1,186 @@
+//! What is written on this node's Node: the annotations of its lease, and what tells the cluster that its network works.
+//! Each is one patch that names what differs and nothing else; where nothing differs, nothing is sent.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use fabric_core::record::LeaseKey;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{Api, Patch, PatchParams};
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{info, warn};
+
+use super::node::Node;
+use super::{Shared, store_error, unreachable};
+use crate::store::StoreError;
+use crate::store::outage::Outage;
+
+/// How long one write may take.
+const WRITE_TIME: Duration = Duration::from_secs(10);
+
+/// In the list of who changed what.
+const MANAGER: &str = "fabricd";
+
+/// Says that no pod of this Node can be reached. A cloud's controller manager sets it when the Node is made, and takes
+/// care that nothing is scheduled there until it is `False`.
+const CONDITION: &str = "NetworkUnavailable";
+
+/// Writes that come soon after each other are spaced out: somebody undoes them.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    last: Option<Instant>,
+    in_a_row: u32,
+}
+
+impl Pace {
+    const SOON: Duration = Duration::from_secs(60);
+    const LONGEST: Duration = Duration::from_secs(30);
+
+    /// How long to wait before the next write.
+    fn delay(&self) -> Duration {
+        match self.in_a_row {
+            _ if self.last.is_none_or(|last| last.elapsed() > Self::SOON) => Duration::ZERO,
+            n => Duration::from_millis(100 << n.min(9)).min(Self::LONGEST),
+        }
+    }
+
+    /// Notes that something was written.
+    fn wrote(&mut self) {
+        let is_soon = self.last.is_some_and(|last| last.elapsed() < Self::SOON + Self::LONGEST);
+        self.in_a_row = if is_soon { self.in_a_row + 1 } else { 0 };
+        self.last = Some(Instant::now());
+        if self.in_a_row == 4 {
+            warn!("somebody undoes what is written on this Node; it is written again, but ever more slowly");
+        }
+    }
+}
+
+/// One write.
+pub(super) enum Change {
+    /// Of annotations or conditions: part of the Node's status.
+    Status(Value),
+    /// Of the taints, a list that can only be written as a whole.
+    Taints(Value),
+}
+
+/// The annotations that differ on a Node, if any do.
+pub(super) fn annotations(node: &Node, wanted: BTreeMap<String, Option<String>>) -> Option<Change> {
+    let differ: BTreeMap<_, _> =
+        wanted.into_iter().filter(|(name, value)| node.annotation(name) != value.as_deref()).collect();
+    // Its uid, so that another Node of the name isn't written on.
+    (!differ.is_empty()).then(|| Change::Status(json!({"metadata": {"uid": node.metadata.uid, "annotations": differ}})))
+}
+
+/// What tells the cluster that this Node's network works, as far as it isn't said: first the condition, then the taint.
+pub(super) fn readiness(node: &Node, startup_taint: Option<&str>) -> Option<Change> {
+    if node.condition(CONDITION) != Some("False") {
+        let now = Time(Timestamp::now());
+        let condition = json!({
+            "type": CONDITION, "status": "False", "reason": "FabricIsUp", "message": "fabricd is running on this node",
+            "lastHeartbeatTime": now, "lastTransitionTime": now,
+        });
+        return Some(Change::Status(
+            json!({"metadata": {"uid": node.metadata.uid}, "status": {"conditions": [condition]}}),
+        ));
+    }
+    let is_ours = |taint: &&Value| startup_taint.is_some_and(|key| taint["key"] == key);
+    let taints = node.spec.taints.as_deref().unwrap_or_default();
+    let others: Vec<&Value> = taints.iter().filter(|taint| !is_ours(taint)).collect();
+    // Whoever sets another taint meanwhile is not to be overwritten.
+    let seen = json!({"uid": node.metadata.uid, "resourceVersion": node.metadata.resource_version});
+    (others.len() < taints.len()).then(|| Change::Taints(json!({"metadata": seen, "spec": {"taints": others}})))
+}
+
+/// Sends a change; gives the Node as it is then.
+async fn send(shared: &Shared, change: Change) -> Result<Node, SendError> {
+    let nodes: Api<Node> = Api::all(shared.client().await?);
+    let params = PatchParams { field_manager: Some(MANAGER.into()), ..PatchParams::default() };
+    let name = shared.node.as_str();
+    let sent = match change {
+        Change::Status(patch) => timeout(WRITE_TIME, nodes.patch_status(name, &params, &Patch::Strategic(patch))).await,
+        Change::Taints(patch) => timeout(WRITE_TIME, nodes.patch(name, &params, &Patch::Merge(patch))).await,
+    };
+    match sent {
+        Ok(Ok(node)) => Ok(node),
+        // It was deleted, is another one, or has changed.
+        Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409 | 422) => Err(SendError::Outdated),
+        Ok(Err(error)) => Err(store_error("write on this node's Node", &error).into()),
+        Err(_) => Err(unreachable("it does not answer").into()),
+    }
+}
+
+/// Why a change was not made.
+enum SendError {
+    /// It was decided on a Node that is another by now.
+    Outdated,
+    /// Else.
+    Store(StoreError),
+}
+
+impl From<StoreError> for SendError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl Shared {
+    /// Makes the Node's annotations say this; gives the revision at which they do.
+    pub(super) async fn say(&self, key: LeaseKey, wanted: BTreeMap<String, Option<String>>) -> Result<i64, StoreError> {
+        let mut pace = self.pace.lock().await;
+        let lost = StoreError::Lost { key };
+        let Some(node) = self.own() else { return Err(lost) };
+        let has = |(family, subnet)| node.subnets().get(family) == Some(subnet);
+        if !key.subnets().iter().all(has) {
+            return Err(lost);
+        }
+        let Some(change) = annotations(&node, wanted) else { return Ok(node.revision()) };
+        sleep(pace.delay()).await;
+        match send(self, change).await {
+            Ok(node) => {
+                pace.wrote();
+                let revision = node.revision();
+                self.observe(node);
+                Ok(revision)
+            }
+            Err(SendError::Outdated) => Err(lost),
+            Err(SendError::Store(error)) => Err(error),
+        }
+    }
+
+    /// Says that this node's network works, while it does, and says it again when somebody takes it back.
+    pub(super) async fn keep_announcing(&self) {
+        let (mut ready, mut own) = (self.ready.subscribe(), self.own.subscribe());
+        let (mut pace, mut outage, mut told) = (Pace::default(), Outage::default(), false);
+        loop {
+            // Both are looked at in any case: what is not would be news for ever.
+            let is_ready = *ready.borrow_and_update();
+            let node = own.borrow_and_update().clone().filter(|_| is_ready);
+            if let Some(change) = node.and_then(|node| readiness(&node, self.startup_taint.as_deref())) {
+                sleep(pace.delay()).await;
+                match send(self, change).await {
+                    Ok(node) => {
+                        info!("the cluster is told that this node's network works");
+                        pace.wrote();
+                        (outage, told) = (Outage::default(), false);
+                        self.observe(node);
+                    }
+                    // The watch brings what is there by now.
+                    Err(SendError::Outdated) => {}
+                    Err(SendError::Store(error)) => {
+                        if !std::mem::replace(&mut told, true) {
+                            warn!(%error, "cannot tell the cluster that this node's network works, trying again");
+                        }
+                        sleep(outage.delay()).await;
+                        continue;
+                    }
+                }
+            }
+            tokio::select! {
+                changed = ready.changed() => if changed.is_err() { return },
+                changed = own.changed() => if changed.is_err() { return },
+            }
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! The fake API server's HTTP: what is asked for, and the answer in the server's words.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::State as Extract;
+use axum::http::{Method, StatusCode, Uri, header};
+use axum::response::{IntoResponse as _, Response};
+use futures::Stream;
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::objects::{Objects, Refusal};
+use super::{Fault, State};
+
+pub(super) fn router(state: Arc<State>) -> Router {
+    Router::new().fallback(answer).with_state(state)
+}
+
+async fn answer(Extract(state): Extract<Arc<State>>, method: Method, uri: Uri, body: Bytes) -> Response {
+    let fault = *state.fault.borrow();
+    match fault {
+        Fault::None => {}
+        Fault::Refuses(code) => return refuse((code, "Fault", "told to refuse".into())),
+        Fault::Slow(delay) => sleep(delay).await,
+        Fault::Hangs => std::future::pending().await,
+    }
+    let query = query(&uri);
+    if method == Method::GET {
+        return match (query.get("watch").map(String::as_str), path(uri.path())) {
+            (Some("true" | "1"), (collection, None, _)) => watch(state, collection, &query),
+            (_, (collection, None, _)) => list(&state.objects(), &collection, &query),
+            (_, (collection, Some(name), _)) => one(state.objects().get(&collection, &name)),
+        };
+    }
+    let body: Value = serde_json::from_slice(&body).unwrap_or_default();
+    state.writes().push((method.to_string(), uri.path().to_owned(), body.clone()));
+    let answer = match (method, path(uri.path())) {
+        (Method::POST, (collection, None, _)) => state.objects().create(&collection, body),
+        (Method::PATCH, (collection, Some(name), is_status)) => {
+            state.objects().patch(&collection, &name, &body, is_status)
+        }
+        (Method::DELETE, (collection, Some(name), _)) => state.objects().delete(&collection, &name),
+        (method, _) => Err((405, "MethodNotAllowed", format!("{method} {uri}"))),
+    };
+    state.tell();
+    one(answer)
+}
+
+/// The collection, the object in it, and whether its status is meant. Paths are `/api/v1/nodes/…` and
+/// `/api/v1/namespaces/NS/secrets/…`.
+fn path(path: &str) -> (String, Option<String>, bool) {
+    let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
+    let length = if parts.get(2) == Some(&"namespaces") { 5 } else { 3 };
+    let (collection, rest) = parts.split_at(length.min(parts.len()));
+    (format!("/{}", collection.join("/")), rest.first().map(ToString::to_string), rest.get(1) == Some(&"status"))
+}
+
+/// The query; of what is escaped there, nothing is asked for here but a name.
+fn query(uri: &Uri) -> BTreeMap<String, String> {
+    let pairs = uri.query().unwrap_or_default().split('&').filter_map(|pair| pair.split_once('='));
+    pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
+}
+
+fn number(query: &BTreeMap<String, String>, key: &str) -> Option<i64> {
+    query.get(key).and_then(|value| value.parse().ok())
+}
+
+fn list(objects: &Objects, collection: &str, query: &BTreeMap<String, String>) -> Response {
+    let limit = number(query, "limit").and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX);
+    let after = query.get("continue").map(String::as_str).unwrap_or_default();
+    let (items, more) = objects.page(collection, after, limit);
+    let metadata = json!({"resourceVersion": objects.revision().to_string(), "continue": more.unwrap_or_default()});
+    json_of(StatusCode::OK, &json!({"kind": "List", "apiVersion": "v1", "metadata": metadata, "items": items}))
+}
+
+fn watch(state: Arc<State>, collection: String, query: &BTreeMap<String, String>) -> Response {
+    let from = number(query, "resourceVersion").unwrap_or_default();
+    let seconds = number(query, "timeoutSeconds").and_then(|seconds| u64::try_from(seconds).ok()).unwrap_or(300);
+    let bookmarks = query.get("allowWatchBookmarks").is_some_and(|wanted| wanted == "true");
+    let end = Instant::now() + Duration::from_secs(seconds);
+    Body::from_stream(events(state, collection, from, bookmarks, end)).into_response()
+}
+
+/// The events of a watch, each a line, until its time is over or its history is forgotten.
+fn events(
+    state: Arc<State>,
+    collection: String,
+    from: i64,
+    wants_bookmarks: bool,
+    end: Instant,
+) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
+    let (news, mut bookmarks) = (state.news.subscribe(), state.bookmarks.subscribe());
+    bookmarks.mark_unchanged();
+    let begin = Some((state, news, bookmarks, from));
+    futures::stream::unfold(begin, move |watching| {
+        let collection = collection.clone();
+        async move {
+            let (state, mut news, mut bookmarks, mut from) = watching?;
+            loop {
+                news.mark_unchanged();
+                let (changes, now) = {
+                    let objects = state.objects();
+                    (objects.since(&collection, from), objects.revision())
+                };
+                match changes {
+                    Err(refusal) => return Some((line(&json!({"type": "ERROR", "object": status(&refusal)})), None)),
+                    Ok(changes) if !changes.is_empty() => {
+                        from = changes.last().map_or(from, |change| change.revision);
+                        let lines: Vec<u8> = changes.iter().flat_map(|change| wire(&change.event)).collect();
+                        return Some((Ok(Bytes::from(lines)), Some((state, news, bookmarks, from))));
+                    }
+                    Ok(_) => {}
+                }
+                tokio::select! {
+                    changed = news.changed() => changed.ok()?,
+                    changed = bookmarks.changed(), if wants_bookmarks => {
+                        changed.ok()?;
+                        from = now.max(from);
+                        let object = json!({"kind": "Node", "apiVersion": "v1", "metadata": {"resourceVersion": from.to_string()}});
+                        let bookmark = line(&json!({"type": "BOOKMARK", "object": object}));
+                        return Some((bookmark, Some((state, news, bookmarks, from))));
+                    }
+                    () = sleep_until(end) => return None,
+                }
+            }
+        }
+    })
+}
+
+fn wire(event: &Value) -> Vec<u8> {
+    format!("{event}\n").into_bytes()
+}
+
+fn line(event: &Value) -> Result<Bytes, std::convert::Infallible> {
+    Ok(Bytes::from(wire(event)))
+}
+
+fn one(answer: Result<Value, Refusal>) -> Response {
+    match answer {
+        Ok(object) => json_of(StatusCode::OK, &object),
+        Err(refusal) => refuse(refusal),
+    }
+}
+
+fn refuse(refusal: Refusal) -> Response {
+    json_of(StatusCode::from_u16(refusal.0).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR), &status(&refusal))
+}
+
+fn status((code, reason, message): &Refusal) -> Value {
+    json!({
+        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+        "code": code, "reason": reason, "message": message,
+    })
+}
+
+fn json_of(code: StatusCode, value: &Value) -> Response {
+    (code, [(header::CONTENT_TYPE, "application/json")], value.to_string()).into_response()
+}

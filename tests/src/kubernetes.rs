@@ -1,0 +1,128 @@
+//! [`Cluster`]: Nodes in a [`FakeApi`] and a `net-conf.json`, as `--store kubernetes` has them before it.
+
+use std::fs;
+use std::path::PathBuf;
+
+use fabric_core::record::LeaseKey;
+use fabricd::store::kubernetes::{Kubernetes, Options};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::fake_api::{FakeApi, NODES};
+
+/// The prefix of flannel's annotations.
+pub const PREFIX: &str = "flannel.alpha.coreos.com";
+
+/// The taint that goes when a node's network works.
+pub const TAINT: &str = "fabric.io/not-ready";
+
+/// A cluster of Kubernetes, as far as a lease store sees it.
+pub struct Cluster {
+    /// The API server.
+    pub api: FakeApi,
+    dir: TempDir,
+}
+
+impl Cluster {
+    /// One without Nodes and config.
+    ///
+    /// # Panics
+    /// When no port or no folder can be had.
+    #[must_use]
+    pub fn start() -> Self {
+        let api = FakeApi::start(([127, 0, 0, 1], 0).into()).expect("a free port");
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        api.kubeconfig(dir.path()).expect("written");
+        Self { api, dir }
+    }
+
+    /// The store of `node-<number>`.
+    #[must_use]
+    pub fn store(&self, number: u8) -> Kubernetes {
+        Kubernetes::start(Options {
+            node: format!("node-{number}").parse().expect("a name"),
+            kubeconfig: Some(self.dir.path().join("kubeconfig")),
+            config: self.config(),
+            startup_taint: Some(TAINT.to_owned()),
+        })
+    }
+
+    /// Makes a Node with these podCIDRs; one that has others is deleted first, since podCIDRs can't be changed.
+    pub fn give(&self, node: &str, subnets: &LeaseKey) {
+        let subnets: Vec<String> = subnets.subnets().values().map(ToString::to_string).collect();
+        let has = self.api.get(NODES, node).map(|node| node["spec"]["podCIDRs"].clone());
+        if has != Some(json!(subnets)) {
+            self.api.delete(NODES, node);
+            self.api.add_node(node, &subnets.iter().map(String::as_str).collect::<Vec<_>>());
+        }
+    }
+
+    /// Annotates the Node with these podCIDRs, a new one if there is none, with what is a record in etcd; with what is
+    /// none, so that nobody can read it.
+    pub fn flannel_says(&self, subnets: &LeaseKey, record: &str) {
+        let node = self.node_of(subnets).unwrap_or_else(|| flannels_name(subnets));
+        self.flannel_says_of(&node, subnets, record);
+    }
+
+    /// The same for the Node of this name.
+    pub fn flannel_says_of(&self, node: &str, subnets: &LeaseKey, record: &str) {
+        self.give(node, subnets);
+        let record: Value = serde_json::from_str(record).unwrap_or_else(|_| json!({"BackendData": record}));
+        let text = |member: &Value| member.as_str().map_or_else(|| member.to_string(), str::to_owned);
+        let annotation = |(name, member): (&str, &str)| {
+            let value = record.get(member).filter(|value| !value.is_null())?;
+            Some((format!("{PREFIX}/{name}"), json!(text(value))))
+        };
+        let names = [
+            ("backend-type", "BackendType"),
+            ("backend-data", "BackendData"),
+            ("backend-v6-data", "BackendV6Data"),
+            ("public-ip", "PublicIP"),
+            ("public-ipv6", "PublicIPv6"),
+        ];
+        let mut annotations: serde_json::Map<String, Value> = names.into_iter().filter_map(annotation).collect();
+        annotations.insert(format!("{PREFIX}/kube-subnet-manager"), json!("true"));
+        self.api.change(NODES, node, &json!({"metadata": {"annotations": annotations}}));
+    }
+
+    /// Deletes the Node with these podCIDRs.
+    pub fn remove(&self, subnets: &LeaseKey) {
+        if let Some(node) = self.node_of(subnets) {
+            self.api.delete(NODES, &node);
+        }
+    }
+
+    /// Writes `net-conf.json`.
+    ///
+    /// # Panics
+    /// When it can't be written.
+    pub fn write_config(&self, json: &str) {
+        let new = self.dir.path().join("new");
+        fs::write(&new, json).and_then(|()| fs::rename(new, self.config())).expect("written");
+    }
+
+    /// Removes `net-conf.json`.
+    ///
+    /// # Panics
+    /// When it can't be removed.
+    pub fn remove_config(&self) {
+        fs::remove_file(self.config()).expect("removed");
+    }
+
+    fn config(&self) -> PathBuf {
+        self.dir.path().join("net-conf.json")
+    }
+
+    fn node_of(&self, subnets: &LeaseKey) -> Option<String> {
+        let subnets: Vec<String> = subnets.subnets().values().map(ToString::to_string).collect();
+        let has = |node: &Value| node["spec"]["podCIDRs"] == json!(subnets);
+        let node = self.api.all(NODES).into_iter().find(has)?;
+        node["metadata"]["name"].as_str().map(str::to_owned)
+    }
+}
+
+/// The name of a Node that is made for flannel to annotate.
+#[must_use]
+pub fn flannels_name(subnets: &LeaseKey) -> String {
+    format!("flannel-{}", subnets.to_string().replace(|c: char| !c.is_ascii_alphanumeric(), "-"))
+}

@@ -1,0 +1,39 @@
+//! Every benchmark once, as short as it gets: that it measures at all. How fast is nobody's business here.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use fabric_tests::bench::{Report, changes, cold_start, datapath};
+
+#[test]
+fn cold_starts_are_measured() -> Result<()> {
+    let mut report = Report::default();
+    cold_start::run(&mut report, &[20], 1, None)?;
+    value(&report, "fabricd / iproute2, programming").map(drop)
+}
+
+#[test]
+fn changes_are_measured_and_rest_and_restarts_write_nothing() -> Result<()> {
+    let mut report = Report::default();
+    let rest = Duration::from_secs(2);
+    changes::run(&mut report, changes::Options { peers: 20, singles: 3, burst: 10, rounds: 2, rest })?;
+    for name in ["changes to the kernel's tables", "changes to the kernel's tables, all restarts"] {
+        ensure!(value(&report, name)? == 0.0, "{name}: {}", value(&report, name)?);
+    }
+    value(&report, "deleted to all programmed again").map(drop)
+}
+
+#[test]
+fn the_datapath_is_measured() -> Result<()> {
+    let mut report = Report::default();
+    datapath::run(&mut report, datapath::Options { rounds: 1, slice: Duration::from_millis(100), crowd: 20 })?;
+    for name in ["TCP, four streams: fabric / hand-made VXLAN", "round trips: on / off"] {
+        ensure!(value(&report, name)? > 0.0, "{name}: {}", value(&report, name)?);
+    }
+    Ok(())
+}
+
+fn value(report: &Report, name: &str) -> Result<f64> {
+    let figure = report.figures.iter().find(|figure| figure.name == name);
+    Ok(figure.with_context(|| format!("no figure {name:?}"))?.median)
+}
