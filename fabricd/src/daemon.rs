@@ -20,7 +20,7 @@ use nix::fcntl::{Flock, FlockArg};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
 use crate::api::{Controls, Remote, Sources, Tls};
@@ -42,6 +42,9 @@ use crate::store::kubernetes::Kubernetes;
 use crate::store::{Claim, LeaseStore};
 use crate::{api, events, health, mesh, ports};
 
+/// How long a daemon that was killed may take until the kernel has closed its files.
+const WAY_OUT: Duration = Duration::from_secs(2);
+
 /// How long `--cleanup` waits for the store before it leaves the lease to end by itself.
 const GIVE_UP: Duration = Duration::from_secs(10);
 
@@ -50,15 +53,25 @@ const GIVE_UP: Duration = Duration::from_secs(10);
 /// # Errors
 /// What keeps it from starting at all. Whatever can pass by itself (no store, no interface yet) is waited for instead.
 pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
-    let _lock = lock(&config.run_dir)?;
+    let _lock = lock(&config.run_dir).await?;
+    let disk = Disk::new(&config.state_dir, config.node());
+    let before = disk.load(&Uptime::now().context("cannot read how long this machine is up")?);
     info!(node = %config.node(), version = env!("CARGO_PKG_VERSION"), store = ?config.store, "fabricd starts");
     match config.store {
-        StoreKind::Etcd => serve(&config, Etcd::start(config.etcd.options()?), log_level).await,
-        StoreKind::Kubernetes => serve(&config, Kubernetes::start(config.kubernetes()), log_level).await,
+        StoreKind::Etcd => {
+            let store = Etcd::start_remembering(config.etcd.options()?, before.leases.clone());
+            serve(&config, store, before, log_level).await
+        }
+        StoreKind::Kubernetes => serve(&config, Kubernetes::start(config.kubernetes()), before, log_level).await,
     }
 }
 
-async fn serve(config: &Config, store: impl LeaseStore, log_level: LogLevel) -> anyhow::Result<()> {
+async fn serve(
+    config: &Config,
+    store: impl LeaseStore,
+    before: disk::State,
+    log_level: LogLevel,
+) -> anyhow::Result<()> {
     let health = match config.health_addr.0 {
         Some(address) => Some(health::listen(address).await?),
         None => None,
@@ -69,7 +82,6 @@ async fn serve(config: &Config, store: impl LeaseStore, log_level: LogLevel) -> 
     let store = Arc::new(store);
     let files = Files::new(&config.run_dir, &config.subnet_file).masquerading(config.rules.ip_masq);
     let disk = Disk::new(&config.state_dir, config.node());
-    let before = disk.load(&Uptime::now().context("cannot read how long this machine is up")?);
     let tenant = Tenant {
         node: config.node().clone(),
         instance: instance()?,
@@ -192,7 +204,7 @@ async fn api_for_others(config: &Config) -> anyhow::Result<Option<(TcpListener, 
 /// # Errors
 /// When the kernel refuses to let something go, or a file can't be removed. What could be removed is.
 pub async fn cleanup(config: Config) -> anyhow::Result<()> {
-    let _lock = lock(&config.run_dir)?;
+    let _lock = lock(&config.run_dir).await?;
     let mut kernel = open_kernel(&config)?;
     let leftovers = Leftovers::of_node(&config.run_dir, &config.cni_data_dir);
     // No pod may be added while the rest goes.
@@ -267,16 +279,27 @@ fn open_kernel(config: &Config) -> anyhow::Result<Netlink> {
 }
 
 /// Makes sure that no other fabricd works on this node: two would undo each other's work.
-fn lock(run_dir: &Path) -> anyhow::Result<Flock<fs::File>> {
+///
+/// One that was killed may still be on its way out.
+async fn lock(run_dir: &Path) -> anyhow::Result<Flock<fs::File>> {
     let path = lock_file(run_dir);
     let open = || {
         fs::create_dir_all(run_dir)?;
         fs::File::options().create(true).append(true).open(&path)
     };
-    let file = open().with_context(|| format!("cannot open {}; is the folder writable?", path.display()))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock)
-        .map_err(|(_, errno)| anyhow::Error::from(errno))
-        .with_context(|| format!("another fabricd holds {}; end it first", path.display()))
+    let mut file = open().with_context(|| format!("cannot open {}; is the folder writable?", path.display()))?;
+    let end = Instant::now() + WAY_OUT;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((_, errno)) if Instant::now() > end => {
+                let told = format!("another fabricd holds {}; end it first", path.display());
+                return Err(anyhow::Error::from(errno).context(told));
+            }
+            Err((again, _)) => file = again,
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
 }
 
 fn lock_file(run_dir: &Path) -> PathBuf {
