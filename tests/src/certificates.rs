@@ -1,9 +1,11 @@
 //! Throw-away certificates for tests of TLS, made by `openssl`.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
+use fabricd::pki::Pki;
 use tempfile::TempDir;
 
 /// An authority, and what it signed.
@@ -71,6 +73,23 @@ basicConstraints=CA:FALSE
             )?;
         }
         Ok(())
+    }
+
+    /// Has `fabricd pki init` make them.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn by_fabricd() -> anyhow::Result<Self> {
+        let all = Self { dir: tempfile::tempdir()?, names: vec![] };
+        let dir = all.dir.path().to_owned();
+        let line = ["fabricd", "pki", "init", "--etcd-address", "127.0.0.1", "--out"].map(OsString::from);
+        let pki = Pki::asked(line.into_iter().chain([dir.clone().into()])).context("the words for it")?;
+        // It brings a runtime of its own.
+        std::thread::spawn(|| pki.run()).join().map_err(|_| anyhow!("fabricd pki has panicked"))??;
+        for name in ["ca", "server", "client"] {
+            std::fs::rename(dir.join(name).with_extension("crt"), dir.join(name).with_extension("pem"))?;
+        }
+        Ok(all)
     }
 
     /// The authority's certificate.

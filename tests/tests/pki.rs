@@ -30,8 +30,8 @@ impl Cluster {
 
     fn pki(&self, action: &[&str]) -> anyhow::Result<()> {
         let kubeconfig = self.dir.path().join("kubeconfig").display().to_string();
-        let line = ["fabricd", "pki"].iter().chain(action);
-        let line = line.chain(&["--etcd-address", "192.0.2.10", "--namespace", "net", "--kubeconfig", &kubeconfig]);
+        let place = ["--etcd-address", "192.0.2.10", "--namespace", "net", "--kubeconfig", &kubeconfig];
+        let line = ["fabricd", "pki"].iter().chain(action).chain(&place);
         Pki::asked(line.map(Into::into)).expect("the words for it").run()
     }
 

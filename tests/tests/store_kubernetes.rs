@@ -250,3 +250,21 @@ async fn published_address_follows_the_annotation_that_overwrites_it() {
     let shown = shows(&mut assigned, "the address", |assigned| assigned.public_ips.v4.is_some()).await;
     assert_eq!(shown.public_ips.v4.map(|ip| ip.to_string()).as_deref(), Some("203.0.113.1"));
 }
+
+#[test]
+fn nobody_spins_while_there_is_no_node_to_announce() {
+    let (done, waiting) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        // Its clock moves when there is nothing to do, and only then.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
+        runtime.expect("a runtime").block_on(async {
+            let store = Cluster::start().store(1);
+            for ready in [true, false, true] {
+                store.announce(ready);
+                sleep(Duration::from_secs(5)).await;
+            }
+        });
+        done.send(())
+    });
+    waiting.recv_timeout(PATIENCE).expect("time passes");
+}
