@@ -51,11 +51,16 @@ fn key(now: &Situation<'_>, assigned: &Assigned) -> Result<LeaseKey, Obstacle> {
 fn keep(now: &Situation<'_>, held: Held, key: LeaseKey) -> Step {
     match now.leases.get(&key) {
         _ if held.key != key => Step::Lost(Loss::Reassigned(held.key, key)),
-        Some(lease) if lease.record.endpoints() == endpoints(now, Some(lease)) => Step::Keep,
+        // Of a record that can't be read any more the last good one is shown.
+        Some(lease) if is_readable(now, &key) && lease.record.endpoints() == endpoints(now, Some(lease)) => Step::Keep,
         // The set shows the time before our write.
         _ if now.leases.revision() < held.mod_revision => Step::Keep,
         lease => Step::Rewrite(publish(now, key, lease.map(AsRef::as_ref)).record),
     }
+}
+
+fn is_readable(now: &Situation<'_>, key: &LeaseKey) -> bool {
+    !now.leases.unreadable().contains_key(&key.to_string())
 }
 
 fn acquire(now: &Situation<'_>, key: LeaseKey) -> Step {

@@ -35,14 +35,17 @@ pub(super) struct Pace {
 }
 
 impl Pace {
+    /// A Node that is made anew needs a few.
+    const AT_ONCE: u32 = 4;
     const SOON: Duration = Duration::from_secs(60);
     const LONGEST: Duration = Duration::from_secs(30);
 
     /// How long to wait before the next write.
     fn delay(&self) -> Duration {
         match self.in_a_row {
+            ..=Self::AT_ONCE => Duration::ZERO,
             _ if self.last.is_none_or(|last| last.elapsed() > Self::SOON) => Duration::ZERO,
-            n => Duration::from_millis(100 << n.min(9)).min(Self::LONGEST),
+            n => Duration::from_millis(100 << n.saturating_sub(Self::AT_ONCE).min(9)).min(Self::LONGEST),
         }
     }
 
@@ -51,7 +54,7 @@ impl Pace {
         let is_soon = self.last.is_some_and(|last| last.elapsed() < Self::SOON + Self::LONGEST);
         self.in_a_row = if is_soon { self.in_a_row + 1 } else { 0 };
         self.last = Some(Instant::now());
-        if self.in_a_row == 4 {
+        if self.in_a_row == 2 * Self::AT_ONCE {
             warn!("somebody undoes what is written on this Node; it is written again, but ever more slowly");
         }
     }

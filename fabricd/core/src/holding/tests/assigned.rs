@@ -50,7 +50,10 @@ fn held_lease_is_kept_as_long_as_the_record_says_so_whoever_wrote_it() {
 fn record_that_was_erased_or_changed_is_written_again() {
     let (node, leases) = holder();
     let said = leases.get(&key(NINE)).expect("there").record.endpoints();
-    for leases in [set(&[(NINE, fabric("node-1", "192.0.2.99"), 9)], 9), set(&[], 9)] {
+    let half =
+        Entry { key: NINE.into(), value: br#"{"BackendType":"vxlan"}"#.to_vec(), create_revision: 5, mod_revision: 9 };
+    let unreadable = LeaseSet::snapshot(&leases, vec![half], 9);
+    for leases in [set(&[(NINE, fabric("node-1", "192.0.2.99"), 9)], 9), set(&[], 9), unreadable] {
         let Step::Rewrite(record) = node.step(&leases) else { panic!("{:?}", node.step(&leases)) };
         assert_eq!(record.endpoints(), said);
     }
