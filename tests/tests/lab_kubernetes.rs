@@ -84,7 +84,7 @@ impl Cluster {
 }
 
 fn routes(node: &Node) -> Result<String> {
-    node.run(&["ip", "route", "show", "10.244.0.0/16", "root", "10.244.0.0/16"])
+    node.run(&["ip", "route", "show", "proto", "250"])
 }
 
 #[test]
@@ -108,6 +108,7 @@ fn nodes_of_kubernetes_reach_each_other_and_outlive_their_api_server() -> Result
     cluster.api.stop();
     a.node.kill_fabricd()?;
     let before = routes(&a.node)?;
+    assert!(before.contains("10.244.3.0/24"), "{before}");
     a.node.run(&["ip", "route", "del", "10.244.3.0/24"])?;
     cluster.start_fabricd(&a.node)?;
     wait_until("the route to node-3 is back", SOON, || {
@@ -115,12 +116,15 @@ fn nodes_of_kubernetes_reach_each_other_and_outlive_their_api_server() -> Result
         ensure!(now == before, "{now}");
         Ok(())
     })?;
-    let status = a.node.status()?;
+    wait_until("it says what it goes by", SOON, || {
+        let reply = a.node.http_get(9472, "/readyz")?;
+        ensure!(reply.status == 503 && reply.body.contains("remembered from disk"), "{} {}", reply.status, reply.body);
+        Ok(())
+    })?;
     cluster.bring_back_the_api()?;
     a.node.wait_ready()?;
     let report = stream.stop()?;
     assert_eq!((report.lost, report.duplicated, report.refused), (0, 0, 0), "{report:?}");
-    assert!(status.to_string().contains("remembered from disk"), "{status}");
     assert!(Matrix::of(&pods)?.is_perfect());
     assert_eq!(cluster.api.writes().len(), 9, "a restart writes nothing");
 
@@ -133,7 +137,12 @@ fn nodes_of_kubernetes_reach_each_other_and_outlive_their_api_server() -> Result
     })?;
     wait_until("node-3 hands out no address", SOON, || {
         let reply = c.node.http_get(9472, "/readyz")?;
-        ensure!(reply.status == 503 && reply.body.contains("does not assign"), "{} {}", reply.status, reply.body);
+        ensure!(
+            reply.status == 503 && reply.body.contains("no IPv4 subnet is assigned"),
+            "{} {}",
+            reply.status,
+            reply.body
+        );
         Ok(())
     })?;
     cluster.register(&c.node);
