@@ -30,9 +30,8 @@ test: root deps build ## Run all tests
 image: ## Build the container image, without Docker, into target/image/fabricd.tar
 	@PROFILE=$(PROFILE) deploy/image/build
 
-deb: ## Build a Debian package (needs cargo-deb) into target/debian
-	deploy/image/programs
-	cargo deb --no-build --no-strip --package fabricd --target $$(uname -m)-unknown-linux-musl
+deb: ## Build a Debian package into target/debian
+	@deploy/deb/build
 
 e2e: root ## Run the manifests on a real Kubernetes, built on first use (15 minutes)
 	@tests/deps e2e

@@ -1,15 +1,18 @@
 //! Generates the code from the protocol files, without protoc.
 
 /// The enums, by the fields that hold one: in JSON they are words.
-const ENUMS: [(&str, &str); 4] = [
+const ENUMS: [(&str, &str); 7] = [
     ("Peer.state", "PeerState"),
     ("PeerEvent.type", "ChangeType"),
     ("LeaseEvent.type", "ChangeType"),
     ("Event.kind", "EventKind"),
+    ("MeshPeer.cause", "MeshCause"),
+    ("Check.result", "CheckResult"),
+    ("Hop.result", "CheckResult"),
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let protos = ["events", "fabric", "kernel", "leases", "service"];
+    let protos = ["diagnosis", "events", "fabric", "kernel", "leases", "mesh", "service"];
     let protos = protos.map(|name| format!("fabric/v1/{name}.proto"));
     let mut compiler = protox::Compiler::new(["."])?;
     compiler.include_imports(true).open_files(&protos)?;

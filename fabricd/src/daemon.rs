@@ -15,15 +15,17 @@ use fabric_core::record::LeaseKey;
 use fabric_core::rules::Ruleset;
 use fabric_core::rules::change::change;
 use fabric_core::state::KernelState;
+use futures::FutureExt as _;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
-use crate::api::{Controls, Sources, Tls};
+use crate::api::{Controls, Remote, Sources, Tls};
 use crate::config::{Config, StoreKind};
+use crate::diagnosis::{Inspector, Places, Probe};
 use crate::disk::{self, Disk, Uptime};
 use crate::events::Events;
 use crate::files::{Files, remove_if_there};
@@ -32,12 +34,16 @@ use crate::kernel::netlink::{self, Netlink};
 use crate::lease::{Keeper, Tenant};
 use crate::leftovers::Leftovers;
 use crate::log_level::LogLevel;
+use crate::mesh::Mesh;
 use crate::pods::PodAddresses;
 use crate::reconcile::{Node, Reconciler};
 use crate::store::etcd::Etcd;
 use crate::store::kubernetes::Kubernetes;
 use crate::store::{Claim, LeaseStore};
-use crate::{api, events, health, ports};
+use crate::{api, events, health, mesh, ports};
+
+/// How long a daemon that was killed may take until the kernel has closed its files.
+const WAY_OUT: Duration = Duration::from_secs(2);
 
 /// How long `--cleanup` waits for the store before it leaves the lease to end by itself.
 const GIVE_UP: Duration = Duration::from_secs(10);
@@ -47,15 +53,25 @@ const GIVE_UP: Duration = Duration::from_secs(10);
 /// # Errors
 /// What keeps it from starting at all. Whatever can pass by itself (no store, no interface yet) is waited for instead.
 pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
-    let _lock = lock(&config.run_dir)?;
+    let _lock = lock(&config.run_dir).await?;
+    let disk = Disk::new(&config.state_dir, config.node());
+    let before = disk.load(&Uptime::now().context("cannot read how long this machine is up")?);
     info!(node = %config.node(), version = env!("CARGO_PKG_VERSION"), store = ?config.store, "fabricd starts");
     match config.store {
-        StoreKind::Etcd => serve(&config, Etcd::start(config.etcd.options()?), log_level).await,
-        StoreKind::Kubernetes => serve(&config, Kubernetes::start(config.kubernetes()), log_level).await,
+        StoreKind::Etcd => {
+            let store = Etcd::start_remembering(config.etcd.options()?, before.leases.clone());
+            serve(&config, store, before, log_level).await
+        }
+        StoreKind::Kubernetes => serve(&config, Kubernetes::start(config.kubernetes()), before, log_level).await,
     }
 }
 
-async fn serve(config: &Config, store: impl LeaseStore, log_level: LogLevel) -> anyhow::Result<()> {
+async fn serve(
+    config: &Config,
+    store: impl LeaseStore,
+    before: disk::State,
+    log_level: LogLevel,
+) -> anyhow::Result<()> {
     let health = match config.health_addr.0 {
         Some(address) => Some(health::listen(address).await?),
         None => None,
@@ -66,7 +82,6 @@ async fn serve(config: &Config, store: impl LeaseStore, log_level: LogLevel) -> 
     let store = Arc::new(store);
     let files = Files::new(&config.run_dir, &config.subnet_file).masquerading(config.rules.ip_masq);
     let disk = Disk::new(&config.state_dir, config.node());
-    let before = disk.load(&Uptime::now().context("cannot read how long this machine is up")?);
     let tenant = Tenant {
         node: config.node().clone(),
         instance: instance()?,
@@ -100,6 +115,11 @@ async fn serve(config: &Config, store: impl LeaseStore, log_level: LogLevel) -> 
         reconciler.run(holding).await;
         "the reconcile loop has ended".to_owned()
     });
+    let asked = store.clone();
+    let probe: Probe = Arc::new(move || {
+        let store = asked.clone();
+        async move { store.probe().await }.boxed()
+    });
     let mut seen = view.clone();
     tasks.spawn(async move {
         while seen.changed().await.is_ok() {
@@ -112,18 +132,26 @@ async fn serve(config: &Config, store: impl LeaseStore, log_level: LogLevel) -> 
         disk::follow(disk, seen).await;
         "the reconcile loop has ended".to_owned()
     });
-    if let Some(listener) = health {
-        let view = view.clone();
-        tasks.spawn(async {
-            format!("the health endpoint has ended: {:?}", health::serve(listener, view, metrics).await)
-        });
-    }
     let (told, seen) = (events.clone(), view.clone());
     tasks.spawn(async {
         events::follow(told, seen).await;
         "the reconcile loop has ended".to_owned()
     });
-    let sources = Sources { view, events, log_level, controls };
+    let mesh = Arc::new(Mesh::default());
+    let (probed, told, seen) = (mesh.clone(), events.clone(), view.clone());
+    tasks.spawn(async {
+        mesh::run(probed, told, seen).await;
+        "the reconcile loop has ended".to_owned()
+    });
+    let inspector = Arc::new(Inspector { store: Some(probe), mesh: mesh.clone(), places: places(config) });
+    let access = remote.as_ref().and_then(|(_, tls)| Some((tls.clone(), config.api_addr.0?.port())));
+    let sources = Sources { view, events, mesh, inspector, remote: Remote { access }, log_level, controls };
+    if let Some(listener) = health {
+        let sources = sources.clone();
+        tasks.spawn(async {
+            format!("the health endpoint has ended: {:?}", health::serve(listener, sources, metrics).await)
+        });
+    }
     if let Some((listener, tls)) = remote {
         let sources = sources.clone();
         tasks.spawn(async move {
@@ -140,6 +168,18 @@ async fn serve(config: &Config, store: impl LeaseStore, log_level: LogLevel) -> 
     }
     info!("fabricd ends, the data plane stays");
     Ok(())
+}
+
+/// Where doctor looks.
+fn places(config: &Config) -> Places {
+    let of_etcd = [&config.etcd.cafile, &config.etcd.certfile];
+    let of_api = [&config.api_cafile, &config.api_certfile];
+    Places {
+        addresses: config.cni_data_dir.clone(),
+        attachments: config.cni_state_dir.clone(),
+        root: "/".into(),
+        certificates: of_etcd.into_iter().chain(of_api).flatten().cloned().collect(),
+    }
 }
 
 /// Opens the API to other nodes, if it is asked for: never without certificates.
@@ -164,7 +204,7 @@ async fn api_for_others(config: &Config) -> anyhow::Result<Option<(TcpListener, 
 /// # Errors
 /// When the kernel refuses to let something go, or a file can't be removed. What could be removed is.
 pub async fn cleanup(config: Config) -> anyhow::Result<()> {
-    let _lock = lock(&config.run_dir)?;
+    let _lock = lock(&config.run_dir).await?;
     let mut kernel = open_kernel(&config)?;
     let leftovers = Leftovers::of_node(&config.run_dir, &config.cni_data_dir);
     // No pod may be added while the rest goes.
@@ -239,16 +279,27 @@ fn open_kernel(config: &Config) -> anyhow::Result<Netlink> {
 }
 
 /// Makes sure that no other fabricd works on this node: two would undo each other's work.
-fn lock(run_dir: &Path) -> anyhow::Result<Flock<fs::File>> {
+///
+/// One that was killed may still be on its way out.
+async fn lock(run_dir: &Path) -> anyhow::Result<Flock<fs::File>> {
     let path = lock_file(run_dir);
     let open = || {
         fs::create_dir_all(run_dir)?;
         fs::File::options().create(true).append(true).open(&path)
     };
-    let file = open().with_context(|| format!("cannot open {}; is the folder writable?", path.display()))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock)
-        .map_err(|(_, errno)| anyhow::Error::from(errno))
-        .with_context(|| format!("another fabricd holds {}; end it first", path.display()))
+    let mut file = open().with_context(|| format!("cannot open {}; is the folder writable?", path.display()))?;
+    let end = Instant::now() + WAY_OUT;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((_, errno)) if Instant::now() > end => {
+                let told = format!("another fabricd holds {}; end it first", path.display());
+                return Err(anyhow::Error::from(errno).context(told));
+            }
+            Err((again, _)) => file = again,
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
 }
 
 fn lock_file(run_dir: &Path) -> PathBuf {

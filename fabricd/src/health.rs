@@ -1,4 +1,4 @@
-//! `/healthz` and `/readyz` over HTTP, for probes, and `/metrics` beside them.
+//! `/healthz` and `/readyz` over HTTP, for probes, `/metrics` beside them, and the page at `/`.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -11,26 +11,27 @@ use axum::routing::get;
 use fabric_core::handoff::Readiness;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
+use crate::api::Sources;
+use crate::mesh::Mesh;
 use crate::metrics::Metrics;
 use crate::view::View;
+use crate::{kernel, page};
 
 /// Answers on `listener` until the process ends.
 ///
 /// `/healthz` is 200 while the reconcile loop lives, 500 when it has ended. `/readyz` is 200 when pods may be added,
-/// else 503 with the reason in the body. `/metrics` is for Prometheus.
+/// else 503 with the reason in the body. `/metrics` is for Prometheus, `/` for people.
 ///
 /// # Errors
 /// When the listener breaks.
-pub async fn serve(
-    listener: TcpListener,
-    view: watch::Receiver<Arc<View>>,
-    metrics: Arc<Metrics>,
-) -> std::io::Result<()> {
+pub async fn serve(listener: TcpListener, sources: Sources, metrics: Arc<Metrics>) -> std::io::Result<()> {
+    let (view, mesh) = (sources.view.clone(), sources.mesh.clone());
     let probes = Router::new().route("/healthz", get(healthz)).route("/readyz", get(readyz)).with_state(view.clone());
-    let numbers = Router::new().route("/metrics", get(numbers)).with_state((view, metrics));
-    axum::serve(listener, probes.merge(numbers)).await
+    let numbers = Router::new().route("/metrics", get(numbers)).with_state((view, mesh, metrics));
+    axum::serve(listener, probes.merge(numbers).merge(page::router(sources))).await
 }
 
 /// Opens the address of `--health-addr`.
@@ -62,10 +63,12 @@ async fn readyz(State(view): State<watch::Receiver<Arc<View>>>) -> (StatusCode, 
     }
 }
 
-type Told = (watch::Receiver<Arc<View>>, Arc<Metrics>);
+type Told = (watch::Receiver<Arc<View>>, Arc<Mesh>, Arc<Metrics>);
 
-async fn numbers(State((view, metrics)): State<Told>) -> ([(HeaderName, &'static str); 1], String) {
+async fn numbers(State((view, mesh, metrics)): State<Told>) -> ([(HeaderName, &'static str); 1], String) {
     let format = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     let view = view.borrow().clone();
-    ([(CONTENT_TYPE, format)], metrics.render(&view, Instant::now()))
+    // A kernel that can't be asked shows in the other numbers.
+    let drops = spawn_blocking(kernel::drops).await.ok().and_then(Result::ok).unwrap_or_default();
+    ([(CONTENT_TYPE, format)], metrics.render(&view, &mesh, &drops, Instant::now()))
 }

@@ -438,11 +438,12 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         if view.from_disk {
             filter = filter.without_removals();
         }
-        filter.doors = self.rules.doors(network, observed);
         let plan = diff(state, &foreign.lend(have, state));
         view.troubles = refused.iter().map(|(key, refusal)| (*key, PeerTrouble::Refused(refusal.clone()))).collect();
         let conflicts = conflicts.clone();
         let filtered = self.enforce(&filter).await;
+        // What others have against a rule of ours is no reason not to be ready: the status shows their chain.
+        let _ = self.enforce(&Change { doors: self.rules.doors(network, observed), ..Change::default() }).await;
         let failures = self.execute(&plan, view.from_disk).await;
         let pending = Pending::new(&failures, &conflicts);
         if !pending.is_empty() {

@@ -111,15 +111,15 @@ impl Rules {
     ) -> &Ruleset {
         let now = Instant::now();
         self.moved.retain(|_, until| *until > now);
-        let pod_subnets = self.pod_subnets(network, own, observed);
+        let pods = Arc::clone(&self.pods.borrow_and_update());
         let mut given = Given {
             network: *network,
             own: own.key,
             leases: Arc::clone(leases),
             refused: refused.keys().copied().collect(),
             ports: observed.bridges.get(&self.bridge).cloned().unwrap_or_default(),
-            pods: Arc::clone(&self.pods.borrow_and_update()),
-            pod_subnets,
+            pods,
+            pod_subnets: self.pod_subnets(network, own, observed),
             moved: self.moved.keys().copied().collect(),
         };
         let known = self.known.take().filter(|(before, _)| before.decides_as(&given));

@@ -27,7 +27,9 @@ macro_rules! words {
 words!(
     PeerState "PEER_STATE_",
     ChangeType "CHANGE_TYPE_",
-    EventKind "EVENT_KIND_"
+    EventKind "EVENT_KIND_",
+    MeshCause "MESH_CAUSE_",
+    CheckResult "CHECK_RESULT_"
 );
 
 /// In JSON an enum is its word; a number that this version doesn't know is `unspecified`.

@@ -47,14 +47,7 @@ impl Certificates {
         )?;
         let extensions = self.dir.path().join("extensions");
         for (name, alternative) in &self.names {
-            std::fs::write(
-                &extensions,
-                format!(
-                    "subjectAltName={alternative}
-basicConstraints=CA:FALSE
-"
-                ),
-            )?;
+            std::fs::write(&extensions, format!("subjectAltName={alternative}\nbasicConstraints=CA:FALSE\n"))?;
             let ((certificate, key), request) = (self.pair(name), self.dir.path().join(name).with_extension("csr"));
             let subject = format!("/CN={name}");
             openssl(

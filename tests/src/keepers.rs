@@ -70,6 +70,9 @@ impl OneKeeper {
     }
 
     /// Waits until it holds a lease, or says why not.
+    ///
+    /// # Errors
+    /// Why not.
     pub async fn answers(&mut self) -> Result<(), String> {
         let holding = self.holding.wait_for(|holding| holding.own.is_some() || holding.trouble.is_some()).await;
         match &holding.expect("its task lives as long as it does").trouble {

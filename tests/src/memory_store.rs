@@ -588,6 +588,10 @@ impl LeaseStore for MemoryStore {
         }
         Ok(())
     }
+
+    async fn probe(&self) -> Result<(), StoreError> {
+        self.reach().await
+    }
 }
 
 #[cfg(test)]

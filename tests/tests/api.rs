@@ -4,20 +4,23 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use fabric_core::handoff::Readiness;
 use fabric_core::leases::{Entry, LeaseSet};
 use fabric_core::plan::Vtep;
 use fabric_proto::v1;
 use fabric_proto::v1::fabric_client::FabricClient;
 use fabric_tests::certificates::Certificates;
-use fabricd::api::{self, Controls, Sources, Tls};
+use fabricd::api::{self, Controls, Remote, Sources, Tls};
 use fabricd::config::LogFormat;
+use fabricd::diagnosis::{Inspector, Places};
 use fabricd::events::{Events, Kind};
 use fabricd::log_level::LogLevel;
+use fabricd::mesh::Mesh;
 use fabricd::view::{View, VtepView};
-use fabricd::{lease, reconcile};
-use tokio::net::TcpListener;
+use fabricd::{health, lease, reconcile};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
 use tonic::Code;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
@@ -41,9 +44,13 @@ impl Api {
         let (view, seen) = watch::channel(Arc::new(view(&[2])?));
         let (to_network, network) = mpsc::channel(1);
         let (to_lease, lease) = mpsc::channel(1);
+        let mesh = Arc::new(Mesh::default());
         let sources = Sources {
             view: seen,
             events: Arc::new(Events::default()),
+            inspector: Arc::new(Inspector { store: None, mesh: mesh.clone(), places: nowhere() }),
+            remote: Remote { access: None },
+            mesh,
             log_level: LogLevel::start(LogFormat::Text, "warn").map_err(anyhow::Error::msg)?,
             controls: Controls { lease: to_lease, network: to_network },
         };
@@ -54,6 +61,11 @@ impl Api {
         tokio::spawn(api::serve(api::listen(socket)?, self.sources.clone()));
         Ok(())
     }
+}
+
+fn nowhere() -> Places {
+    let nowhere = std::path::PathBuf::from("/nowhere");
+    Places { addresses: nowhere.clone(), attachments: nowhere.clone(), root: nowhere, certificates: vec![] }
 }
 
 /// What a ready node-1 knows when these nodes hold leases.
@@ -106,6 +118,7 @@ async fn api_answers_watches_and_keeps_others_out() -> Result<()> {
     assert_eq!(client.set_log_level(level("debug")).await?.into_inner().level, "debug");
     assert_eq!(client.set_log_level(level("loud")).await.unwrap_err().code(), Code::InvalidArgument);
     health_and_reflection_are_served(&socket).await?;
+    page_is_whole_and_asks_for_nothing_from_elsewhere(&api).await?;
     tls_is_for_those_who_show_a_certificate_and_to_look_only(&api).await
 }
 
@@ -178,6 +191,39 @@ async fn health_and_reflection_are_served(socket: &Path) -> Result<()> {
     assert!(named("fabric.v1.Fabric") && named("grpc.health.v1.Health"), "{listed:?}");
     let answer = answers.message().await?.and_then(|answer| answer.message_response).context("an answer")?;
     assert!(matches!(answer, MessageResponse::FileDescriptorResponse(_)), "{answer:?}");
+    Ok(())
+}
+
+/// What a browser would ask for, without one: the page, and what it shows.
+async fn page_is_whole_and_asks_for_nothing_from_elsewhere(api: &Api) -> Result<()> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let address = listener.local_addr()?;
+    tokio::spawn(health::serve(listener, api.sources.clone(), Arc::default()));
+    let get = async |path: &str| -> Result<String> {
+        let mut stream = TcpStream::connect(address).await?;
+        stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes()).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        ensure!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
+        Ok(answer)
+    };
+    let (html, script, style) = (get("/").await?, get("/page.js").await?, get("/page.css").await?);
+    for file in [&html, &script, &style] {
+        assert!(file.contains("default-src 'none'"), "without a policy: {file}");
+        assert!(!file.contains("://") && !file.contains("innerHTML"), "something from elsewhere: {file}");
+    }
+    // Every element that the script looks for is on the page.
+    for id in script.split("$('").skip(1).filter_map(|rest| rest.split('\'').next()) {
+        assert!(html.contains(&format!("id=\"{id}\"")), "there is no {id}");
+    }
+    for cause in fabricd::mesh::Cause::ALL {
+        assert!(script.contains(&format!("{}: '#", cause.word())), "{} has no colour", cause.word());
+    }
+    let answer = get("/page.json").await?;
+    let page: serde_json::Value = serde_json::from_str(answer.split("\r\n\r\n").nth(1).context("a body")?)?;
+    assert_eq!((&page["status"]["node"], &page["leases"][0]["node"]), (&"node-1".into(), &"node-3".into()));
+    assert_eq!(page["matrix"][0]["node"], "node-1");
+    assert!(get("/metrics").await?.contains("fabricd_mesh_peers"));
     Ok(())
 }
 

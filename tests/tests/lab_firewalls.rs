@@ -21,7 +21,7 @@ const DOCKER: [&str; 5] = [
 
 /// The rules of a chain, as `nft -j` shows them.
 fn rules(node: &Node, chain: &str) -> Result<Vec<Value>> {
-    let command = format!("nft -j -a list chain {chain}");
+    let command = format!("nft -s -j -a list chain {chain}");
     let shown: Value = serde_json::from_str(&node.run(&command.split(' ').collect::<Vec<_>>())?)?;
     Ok(shown["nftables"].as_array().into_iter().flatten().filter_map(|entry| entry.get("rule")).cloned().collect())
 }

@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use fabric_core::model::Family;
+use fabric_tests::certificates::Certificates;
 use fabric_tests::lab::{Lab, Node, wait_until};
 use serde_json::Value;
 
@@ -55,4 +57,140 @@ fn fabricctl_shows_peers_leases_events_and_what_the_kernel_holds() -> Result<()>
         anyhow::ensure!(node.exec(&["fabricctl", "status"])?.status.code() == Some(3));
         Ok(())
     })
+}
+
+/// A check of the doctor, by its name.
+fn check(node: &Node, id: &str) -> Result<Value> {
+    let output = node.exec(&["fabricctl", "doctor", "-o", "json"])?;
+    let checks = output.stdout.lines().map(serde_json::from_str::<Value>).collect::<Result<Vec<_>, _>>()?;
+    checks.into_iter().find(|check| check["id"] == id).with_context(|| format!("no check {id} in {output:?}"))
+}
+
+fn wait_for_check(node: &Node, id: &str, result: &str) -> Result<()> {
+    wait_until(&format!("{id} is {result}"), SOON, || {
+        let check = check(node, id)?;
+        anyhow::ensure!(check["result"] == result, "{check}");
+        let fix = check["fix"].as_str().unwrap_or_default();
+        anyhow::ensure!(fix.is_empty() == ["ok", "skipped"].contains(&result), "{check}");
+        Ok(())
+    })
+}
+
+#[test]
+fn doctor_finds_what_was_broken_and_nothing_before() -> Result<()> {
+    let lab = Lab::builder().nodes(2).start()?;
+    let node = lab.node("node-1")?;
+    let pod = node.add_pod("a")?;
+    for id in
+        ["ready", "store", "lease", "kernel-state", "mac", "duplicates", "peers", "forward-drop", "bridge", "addresses"]
+    {
+        wait_for_check(node, id, "ok")?;
+    }
+
+    node.command(&["nft", "-f", "-"])?
+        .stdin("table ip filter {\nchain FORWARD {\ntype filter hook forward priority 0; policy drop;\n}\n}\n")
+        .run()?;
+    wait_for_check(node, "forward-drop", "failed")?;
+    node.run(&["nft", "delete", "table", "ip", "filter"])?;
+
+    node.run(&["ip", "link", "add", "vxlan99", "type", "vxlan", "id", "99", "dstport", "4789", "local", "127.0.0.1"])?;
+    wait_for_check(node, "foreign-vxlan", "warning")?;
+    node.run(&["ip", "link", "set", "cni0", "mtu", "1400"])?;
+    let mut port = pod.result()["interfaces"].as_array().into_iter().flatten().filter_map(|i| i["name"].as_str());
+    let port = port.find(|name| name.starts_with("veth")).context("a veth")?.to_owned();
+    node.run(&["ip", "link", "set", &port, "mtu", "1500"])?;
+    wait_for_check(node, "bridge-mtu", "failed")?;
+    node.run(&["ip", "link", "del", &port])?;
+    wait_for_check(node, "addresses", "warning")?;
+
+    let address = node.run(&["ip", "-4", "-brief", "address", "show", "cni0"])?;
+    let address = address.split_whitespace().nth(2).context("an address")?.to_owned();
+    node.run(&["ip", "address", "replace", "10.244.250.1/24", "dev", "cni0"])?;
+    node.run(&["ip", "address", "del", &address, "dev", "cni0"])?;
+    wait_for_check(node, "bridge", "failed")?;
+
+    lab.etcd().stop()?;
+    wait_for_check(node, "store", "failed")?;
+
+    node.exec(&["fabricctl", "doctor", "--quiet", "--bundle", "/tmp/bundle.tar"])?;
+    let names = node.run(&["tar", "tf", "/tmp/bundle.tar"])?;
+    for name in ["checks", "status", "leases", "mesh", "kernel", "events"] {
+        assert!(names.contains(&format!("fabricd/{name}.json")), "{names}");
+    }
+    let all = node.run(&["tar", "xfO", "/tmp/bundle.tar"])?.to_lowercase();
+    for secret in ["password", "private key", "keyfile"] {
+        assert!(!all.contains(secret), "{secret} is in the bundle");
+    }
+    node.run(&["rm", "/tmp/bundle.tar"]).map(drop)
+}
+
+/// The first hop that is wrong, and the exit code.
+fn divergence(node: &Node, from: &str, to: &str) -> Result<(Option<i32>, Value)> {
+    let output = node.exec(&["fabricctl", "explain", from, to, "-o", "json"])?;
+    let way: Value = serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))?;
+    let first = way["hops"].as_array().into_iter().flatten().find(|hop| hop["result"] == "failed").cloned();
+    Ok((output.status.code(), first.unwrap_or(way)))
+}
+
+#[test]
+fn explain_follows_a_packet_on_both_nodes_and_marks_where_it_is_lost() -> Result<()> {
+    let certificates = Certificates::create_for(&[("node-1", "DNS:node-1"), ("node-2", "DNS:node-2")])?;
+    let mut lab = Lab::builder().nodes(0).start()?;
+    for name in ["node-1", "node-2"] {
+        let node = lab.boot_node()?;
+        let (certificate, key) = certificates.pair(name);
+        let path = |path: std::path::PathBuf| path.display().to_string();
+        let (ca, certificate, key) = (path(certificates.ca()), path(certificate), path(key));
+        let tls = ["--api-cafile", &ca, "--api-certfile", &certificate, "--api-keyfile", &key];
+        node.start_fabricd_with(&[&["--api-addr", "0.0.0.0:9473"], &tls[..]].concat(), &[])?;
+        node.wait_ready()?;
+    }
+    let (here, there) = (lab.node("node-1")?, lab.node("node-2")?);
+    let (a, b) = (here.add_pod("a")?, there.add_pod("b")?);
+    let (from, to) = (a.ip(Family::V4)?.to_string(), b.ip(Family::V4)?.to_string());
+
+    let fine = wait_until("nothing is wrong, on either node", SOON, || {
+        let (code, way) = divergence(here, &from, &to)?;
+        anyhow::ensure!(code == Some(0), "{way:#}");
+        Ok(way)
+    })?;
+    assert_eq!(fine["missing"], "", "the other node was asked");
+    let hops: Vec<_> = fine["hops"].as_array().into_iter().flatten().collect();
+    let layers =
+        |node: &str| hops.iter().filter(|h| h["node"] == node).filter_map(|h| h["layer"].as_str()).collect::<Vec<_>>();
+    for (node, wants) in [
+        ("node-1", &["bridge", "veth", "lease", "route", "nexthop", "neighbour", "fdb", "filter", "underlay"][..]),
+        ("node-2", &["filter", "device", "bridge", "veth", "route"]),
+    ] {
+        for layer in wants {
+            assert!(layers(node).contains(layer), "{layer} of {node} in {fine:#}");
+        }
+    }
+
+    // On this node: somebody leads the packets elsewhere.
+    here.run(&["ip", "route", "add", "unreachable", &format!("{to}/32")])?;
+    let (code, hop) = divergence(here, &from, &to)?;
+    assert_eq!((code, &hop["node"], &hop["layer"]), (Some(4), &"node-1".into(), &"route".into()), "{hop}");
+    here.run(&["ip", "route", "del", "unreachable", &format!("{to}/32")])?;
+
+    // On the other one: the pod's cable is pulled.
+    let mut port = b.result()["interfaces"].as_array().into_iter().flatten().filter_map(|i| i["name"].as_str());
+    let port = port.find(|name| name.starts_with("veth")).context("a veth")?.to_owned();
+    there.run(&["ip", "link", "set", &port, "nomaster"])?;
+    wait_until("the other node says so", SOON, || {
+        let (_, hop) = divergence(here, &from, &to)?;
+        anyhow::ensure!((&hop["node"], &hop["layer"]) == (&"node-2".into(), &"veth".into()), "{hop}");
+        Ok(())
+    })?;
+
+    // All nodes answer, and one that doesn't is told of.
+    let all = here.run(&["fabricctl", "status", "--all"])?;
+    assert!(all.contains("node-1") && all.contains("node-2"), "{all}");
+    there.kill_fabricd()?;
+    let part = here.exec(&["fabricctl", "status", "--all"])?;
+    assert_eq!(part.status.code(), Some(4), "{part:?}");
+    assert!(part.stdout.contains("no answer") && part.stdout.contains("1 of 2 answered"), "{part:?}");
+    let (_, way) = divergence(here, &from, &to)?;
+    assert!(way["missing"].as_str().unwrap_or_default().contains("node-2 was not asked"), "{way}");
+    Ok(())
 }

@@ -7,7 +7,12 @@ use fabric_core::state::KernelState;
 use fabric_proto::v1;
 use tokio::time::Instant;
 
+use crate::diagnosis::Outcome;
+use crate::diagnosis::checks::Finding;
+use crate::diagnosis::explain::Hop;
 use crate::events::{Event, Kind, unix_millis};
+use crate::kernel::Count;
+use crate::mesh::{Cause, Mesh, Way};
 use crate::reconcile::{Looked, Written};
 use crate::store::Connection;
 use crate::view::{PeerTrouble, View};
@@ -56,7 +61,13 @@ pub fn status_of(view: &View, now: Instant) -> v1::GetStatusResponse {
         peers,
         warnings: view.warnings.iter().cloned().chain(unreadable).collect(),
         pending: view.pending.clone(),
+        dropped: view.dropped.iter().filter(|(_, count)| count.packets > 0).map(dropped).collect(),
+        open_ports: view.open_ports.iter().map(ToString::to_string).collect(),
     }
+}
+
+fn dropped((reason, count): (&String, &Count)) -> v1::Dropped {
+    v1::Dropped { reason: reason.clone(), packets: count.packets, bytes: count.bytes }
 }
 
 fn store(view: &View) -> v1::Store {
@@ -169,4 +180,71 @@ fn tables(state: &KernelState, entries: bool) -> v1::KernelTables {
 
 fn number(count: usize) -> u32 {
     count.try_into().unwrap_or(u32::MAX)
+}
+
+/// How the peers are reached. `now` is what the last answers are counted from.
+#[must_use]
+pub fn mesh(mesh: &Mesh, now: Instant) -> v1::GetMeshResponse {
+    let mut peers = vec![];
+    mesh.each(|way| peers.push(mesh_peer(way, now)));
+    let (round_seconds, packets_per_second) = mesh.cost();
+    v1::GetMeshResponse { peers, round_seconds, packets_per_second, limits: mesh.limits() }
+}
+
+fn mesh_peer(way: &Way, now: Instant) -> v1::MeshPeer {
+    let last = way.answered.map(|at| now.saturating_duration_since(at).as_secs_f64());
+    v1::MeshPeer {
+        node: way.target.name.clone(),
+        address: way.target.overlay.to_string(),
+        cause: cause(way.verdict.cause).into(),
+        evidence: way.verdict.evidence.clone(),
+        fix: way.verdict.fix.clone(),
+        rtt_ms: way.round_trip().map_or(0.0, |rtt| rtt.as_secs_f64() * 1e3),
+        loss: way.small.loss(),
+        loss_full: way.full.loss(),
+        path_mtu: way.path_mtu,
+        last_answer_seconds: last.unwrap_or(-1.0),
+        probes: way.probes,
+    }
+}
+
+/// A cause in the API's words.
+#[must_use]
+pub fn cause(cause: Cause) -> v1::MeshCause {
+    match cause {
+        Cause::Unknown => v1::MeshCause::Unknown,
+        Cause::Fine => v1::MeshCause::Fine,
+        Cause::NoDaemon => v1::MeshCause::NoDaemon,
+        Cause::PortBlocked => v1::MeshCause::PortBlocked,
+        Cause::MtuBlackHole => v1::MeshCause::MtuBlackHole,
+        Cause::ChecksumOffload => v1::MeshCause::ChecksumOffload,
+        Cause::StaleMac => v1::MeshCause::StaleMac,
+        Cause::StaleFdb => v1::MeshCause::StaleFdb,
+        Cause::OwnFilter => v1::MeshCause::OwnFilter,
+        Cause::PeerDown => v1::MeshCause::PeerDown,
+        Cause::Asymmetric => v1::MeshCause::Asymmetric,
+    }
+}
+
+/// What a check found.
+#[must_use]
+pub fn check(id: &str, title: &str, finding: Finding) -> v1::Check {
+    let Finding { outcome, evidence, fix } = finding;
+    v1::Check { id: id.into(), title: title.into(), result: result(outcome).into(), evidence, fix }
+}
+
+/// One thing on a packet's way, on `node`.
+#[must_use]
+pub fn hop(node: &str, hop: Hop) -> v1::Hop {
+    let Hop { layer, found, outcome, expected } = hop;
+    v1::Hop { node: node.into(), layer: layer.into(), found, result: result(outcome).into(), expected }
+}
+
+fn result(outcome: Outcome) -> v1::CheckResult {
+    match outcome {
+        Outcome::Fine => v1::CheckResult::Ok,
+        Outcome::Warning => v1::CheckResult::Warning,
+        Outcome::Failed => v1::CheckResult::Failed,
+        Outcome::Skipped => v1::CheckResult::Skipped,
+    }
 }

@@ -6,12 +6,16 @@
 //! | [`service`] | the methods |
 //! | [`convert`] | the daemon's types in the API's words |
 //! | [`changes`] | what `Watch…` methods tell |
+//! | [`questions`] | methods whose answers take a while |
+//! | [`remote`] | other daemons, asked through the fabric |
 //! | [`tls`] | certificates for TCP |
 //!
 //! Everything here only reads what the reconcile loop publishes; nothing it does can hold up the loop.
 
 pub mod changes;
 pub mod convert;
+pub mod questions;
+pub mod remote;
 pub mod service;
 pub mod tls;
 
@@ -32,6 +36,7 @@ use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Status};
 use tonic_health::server::HealthReporter;
 
+pub use self::remote::Remote;
 pub use self::service::{Controls, Service, Sources};
 pub use self::tls::Tls;
 use crate::view::View;

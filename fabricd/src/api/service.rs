@@ -12,8 +12,12 @@ use tonic::{Request, Response, Status};
 
 use super::changes::{self, Changes};
 use super::convert;
+use super::questions::{self, Answers};
+use super::remote::Remote;
+use crate::diagnosis::Inspector;
 use crate::events::Events;
 use crate::log_level::LogLevel;
+use crate::mesh::Mesh;
 use crate::view::View;
 use crate::{lease, reconcile};
 
@@ -33,6 +37,12 @@ pub struct Sources {
     pub view: watch::Receiver<Arc<View>>,
     /// What happened.
     pub events: Arc<Events>,
+    /// How the peers are reached.
+    pub mesh: Arc<Mesh>,
+    /// Who looks for what is wrong.
+    pub inspector: Arc<Inspector>,
+    /// The daemons of other nodes.
+    pub remote: Remote,
     /// What is logged.
     pub log_level: LogLevel,
     /// Whom to tell what a person wants.
@@ -143,6 +153,31 @@ impl Fabric for Service {
         // Those that a slow reader has missed show as a gap in the numbers.
         let coming = coming.filter_map(Result::ok).map(|event| Ok(convert::event(&event)));
         Ok(Response::new(Box::pin(past.chain(coming))))
+    }
+
+    async fn get_mesh(&self, _: Request<v1::GetMeshRequest>) -> Answer<v1::GetMeshResponse> {
+        Ok(Response::new(convert::mesh(&self.sources.mesh, Instant::now())))
+    }
+
+    type DiagnoseStream = Answers<v1::Check>;
+
+    async fn diagnose(&self, _: Request<v1::DiagnoseRequest>) -> Answer<Self::DiagnoseStream> {
+        Ok(Response::new(questions::diagnose(self.sources.clone())))
+    }
+
+    async fn explain(&self, request: Request<v1::ExplainRequest>) -> Answer<v1::ExplainResponse> {
+        let mut request = request.into_inner();
+        // Who asks from afar asks the others too.
+        request.local_only |= !self.may_change;
+        Ok(Response::new(questions::explain_all(&self.sources, request).await?))
+    }
+
+    type AskNodesStream = Answers<v1::NodeAnswer>;
+
+    async fn ask_nodes(&self, request: Request<v1::AskNodesRequest>) -> Answer<Self::AskNodesStream> {
+        // Or questions would go round.
+        self.controls()?;
+        Ok(Response::new(questions::ask_nodes(self.sources.clone(), request.into_inner())?))
     }
 
     async fn set_log_level(&self, request: Request<v1::SetLogLevelRequest>) -> Answer<v1::SetLogLevelResponse> {

@@ -7,7 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use tonic::transport::{Certificate, Identity, ServerTlsConfig};
+use fabric_core::model::NodeName;
+use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
 
 /// An authority, and a certificate of it with its key; all in PEM.
 #[derive(Clone)]
@@ -41,5 +42,9 @@ impl Tls {
     /// For who listens: whoever asks shows a certificate too.
     pub(super) fn server(&self) -> ServerTlsConfig {
         ServerTlsConfig::new().identity(self.own.clone()).client_ca_root(self.ca.clone())
+    }
+    /// For who asks `node`.
+    pub(super) fn client(&self, node: &NodeName) -> ClientTlsConfig {
+        ClientTlsConfig::new().ca_certificate(self.ca.clone()).identity(self.own.clone()).domain_name(node.as_str())
     }
 }

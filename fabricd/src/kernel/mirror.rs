@@ -71,8 +71,6 @@ impl Mirror {
     /// Takes note of what we wrote ourselves to our tables of nftables: it needn't be read again. The next look takes it
     /// over, since whoever looks at the last one still holds it, and to change it now would be to copy all of it.
     pub(super) fn enforced(&mut self, change: Change) {
-        // Their handles are the kernel's to give.
-        self.stale.extend((!change.doors.is_empty()).then_some(Table::ForwardDrops));
         self.enforced.push(change);
     }
 

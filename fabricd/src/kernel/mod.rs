@@ -31,6 +31,9 @@ mod sysctl;
 mod tables;
 mod wire;
 
+pub use self::nft::drops::{Drops, drops};
+pub use self::routes::route_to;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::io;

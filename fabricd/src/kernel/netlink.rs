@@ -185,6 +185,10 @@ impl Worker {
                 detail: refusal.words,
             });
         }
+        if !change.doors.is_empty() {
+            // The handles of rules are the kernel's to give.
+            self.monitor.distrust([Table::ForwardDrops]);
+        }
         self.mirror.enforced(change);
         Ok(())
     }

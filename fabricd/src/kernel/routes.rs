@@ -12,6 +12,7 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
+use netlink_sys::protocols::NETLINK_ROUTE;
 use rtnetlink::RouteMessageBuilder;
 
 use super::KernelError;
@@ -104,6 +105,17 @@ pub(super) fn reach(socket: &mut RequestSocket, links: &Links, ip: IpAddr) -> Op
     };
     let route = socket.ask(&Request::new(&Rtnl::GetRoute(question), 0), route_of).ok()??;
     Some((links.get(&device(&route)?)?.name, source(&route)?))
+}
+
+/// `ip route get IP`, over a socket of its own: the device and source address, or `None` when there is no way.
+///
+/// # Errors
+/// When the kernel can't be asked.
+pub fn route_to(ip: IpAddr) -> Result<Option<(IfName, IpAddr)>, KernelError> {
+    let socket = RequestSocket::open(NETLINK_ROUTE);
+    let mut socket = socket.map_err(|error| KernelError::Disconnected(error.to_string()))?;
+    let links = super::tables::links(&mut socket)?;
+    Ok(reach(&mut socket, &links, ip))
 }
 
 /// True for a route that has our mark: our protocol, the sixth byte of a `struct rtmsg`.

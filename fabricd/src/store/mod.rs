@@ -205,4 +205,10 @@ pub trait LeaseStore: Send + Sync + 'static {
     /// # Errors
     /// [`StoreError::Unreachable`] or `Refused`.
     fn hold_place(&self, key: &LeaseKey, placeholder: &Record) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Reads something that the store itself must answer, to see how fast it does.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreachable`] or `Refused`.
+    fn probe(&self) -> impl Future<Output = Result<(), StoreError>> + Send;
 }

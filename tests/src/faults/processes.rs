@@ -1,5 +1,6 @@
 //! fabricd ends, however that happens.
 
+use std::collections::BTreeSet;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -45,7 +46,10 @@ fn killed_while_programming(trial: &mut Trial) -> Result<()> {
 fn crash_loop(trial: &mut Trial) -> Result<()> {
     let pair = trial.pair(100)?;
     let before = pair.shown()?;
-    let in_etcd = || anyhow::Ok((pair.lab.revision()?, pair.lab.etcd().ctl(&["lease", "list"])?));
+    let in_etcd = || {
+        let leases = pair.lab.etcd().ctl(&["lease", "list"])?;
+        anyhow::Ok((pair.lab.revision()?, leases.lines().map(str::to_owned).collect::<BTreeSet<_>>()))
+    };
     let etcd_before = in_etcd()?;
     let traffic = pair.traffic()?;
     let said = pair.witnessed(|| {

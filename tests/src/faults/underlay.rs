@@ -17,7 +17,7 @@ pub(super) const ROWS: &[Fault] = &[
     },
     Fault {
         number: 15,
-        what: "the underlay address changes and moves, interfaces are renamed",
+        what: "the underlay address changes, moves, has another link name",
         holds: "republished; subnet, MAC and device stay; traffic flows",
         trial: address_changes,
     },

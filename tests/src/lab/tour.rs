@@ -91,7 +91,13 @@ impl Up {
         let lab = if name == "fabric" { program } else { format!("{program} --name {name}") };
         let mut lines = vec![("status", "machines, processes, pods"), ("ping", "the matrix again")];
         if !self.plain {
-            lines.push(("exec node-1 fabricctl status", "what a daemon sees"));
+            lines
+                .push(("exec node-1 fabricctl status", "what a daemon sees; also `peers`, `leases`, `events`, `plan`"));
+            lines.push(("exec node-1 fabricctl mesh", "how it reaches the others; break something, and it says what"));
+            lines.push((
+                "exec node-1 fabricctl doctor",
+                "what is wrong with a node; `explain IP IP`: with a packet's way",
+            ));
             lines.push(("exec node-1 ip route", "what it made: routes, also `bridge fdb`, `ip neigh`, `ip nexthop`"));
             lines.push(("logs node-1", "what it says"));
         }

@@ -13,6 +13,7 @@
 
 use std::net::IpAddr;
 
+use super::change::FoundTable;
 use super::{
     ChainKind, Element, Field, KeyField, Match, Member, Part, Place, Rule, RuleInputs, Ruleset, Test, Verdict,
     ether_type,
@@ -40,6 +41,18 @@ const fn sets(family: Family) -> Sets {
         Family::V4 => Sets { members: "members4", odd: "odd4", peers: "peers4", key: &[KeyField::V4, KeyField::V4] },
         Family::V6 => Sets { members: "members6", odd: "odd6", peers: "peers6", key: &[KeyField::V6, KeyField::V6] },
     }
+}
+
+/// Whether the table lets the node at `underlay` send from `subnet`; `None` when it doesn't look who sends.
+#[must_use]
+pub fn may_send(table: &FoundTable, underlay: IpAddr, subnet: Subnet) -> Option<bool> {
+    let sets = sets(Family::of(underlay));
+    let has = |set: &str, inside: Subnet| {
+        let element = Element(vec![Part::Net(Subnet::host(underlay)), Part::Net(inside)]);
+        table.sets.get(set).map(|found| found.elements.contains(&element))
+    };
+    let usual = has(sets.members, Subnet::host(subnet.base()))?;
+    Some(usual || has(sets.odd, subnet).unwrap_or_default())
 }
 
 /// The set of the peers' underlay addresses, for whoever wants to know them.

@@ -272,8 +272,10 @@ fn whatever_others_do_to_a_table_is_put_right_around_the_sets_that_serve() {
             "a disabled table",
             |table| table.disabled = true,
             "- nft delete table inet fabric\n\
-             + nft add set inet fabric members4 { type ipv4_addr . ipv4_addr; flags interval; }\n\
-             + nft add set inet fabric members6 { type ipv6_addr . ipv6_addr; flags interval; }\n\
+             + nft add set inet fabric members4 { type ipv4_addr . ipv4_addr; }\n\
+             + nft add set inet fabric members6 { type ipv6_addr . ipv6_addr; }\n\
+             + nft add set inet fabric odd4 { type ipv4_addr . ipv4_addr; flags interval; }\n\
+             + nft add set inet fabric odd6 { type ipv6_addr . ipv6_addr; flags interval; }\n\
              + nft add set inet fabric peers4 { type ipv4_addr; }\n\
              + nft add set inet fabric peers6 { type ipv6_addr; }\n\
              ~ nft replace chains of table inet fabric\n",

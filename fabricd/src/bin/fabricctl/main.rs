@@ -1,24 +1,34 @@
 //! `fabricctl`: shows what the daemon of this node sees, and sets up network and leases in the store.
 
+mod all;
 mod daemon;
+mod doctor;
 mod events;
+mod explain;
 mod lease;
 mod log_level;
+mod mesh;
 mod network;
 mod output;
 mod peers;
 mod plan;
 mod status;
 mod table;
+mod top;
 
 use std::io::Write as _;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 use clap_complete::Shell;
+use fabric_proto::v1::ask_nodes_request::Question;
+use fabric_proto::v1::{DiagnoseRequest, GetMeshRequest, GetStatusRequest};
 use fabricd::config::DEFAULT_SOCKET;
 
+use crate::all::AllArgs;
 use crate::output::OutputArg;
 
 /// Shows and sets up the fabricd overlay network.
@@ -47,6 +57,8 @@ enum Command {
     Status {
         #[command(flatten)]
         form: OutputArg,
+        #[command(flatten)]
+        whom: AllArgs,
     },
     /// The other nodes, and whether they are programmed
     Peers {
@@ -63,6 +75,41 @@ enum Command {
         /// Go on with what changes
         #[arg(short, long)]
         watch: bool,
+    },
+    /// How well the peers are reached through the tunnel, and what to do about those that aren't
+    Mesh {
+        #[command(flatten)]
+        form: OutputArg,
+        #[command(flatten)]
+        whom: AllArgs,
+    },
+    /// Look for what is wrong on this node, each with its fix
+    Doctor {
+        #[command(flatten)]
+        form: OutputArg,
+        /// Only what is wrong
+        #[arg(short, long)]
+        quiet: bool,
+        #[command(flatten)]
+        whom: AllArgs,
+        /// Write all that helps others to look for it into a tar archive, without secrets
+        #[arg(long, value_name = "FILE")]
+        bundle: Option<PathBuf>,
+    },
+    /// The way of a packet from one pod to another, and where it is lost
+    Explain {
+        /// Address that packets come from
+        source: IpAddr,
+        /// Address that packets go to
+        target: IpAddr,
+        #[command(flatten)]
+        form: OutputArg,
+    },
+    /// Node, mesh and events, live; Ctrl-C ends it
+    Top {
+        /// Seconds between two looks
+        #[arg(long, value_name = "SECONDS", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+        every: u64,
     },
     /// What happened on this node since the daemon began
     Events {
@@ -116,11 +163,26 @@ async fn main() -> ExitCode {
 
 async fn run(command: Command, socket: &Path) -> anyhow::Result<Answer> {
     match command {
-        Command::Status { form } => status::show(socket, form.output).await,
+        Command::Status { form, whom } if whom.asked() => {
+            all::ask(socket, form.output, whom, Question::Status(GetStatusRequest {})).await
+        }
+        Command::Mesh { form, whom } if whom.asked() => {
+            all::ask(socket, form.output, whom, Question::Mesh(GetMeshRequest {})).await
+        }
+        Command::Doctor { form, whom, .. } if whom.asked() => {
+            all::ask(socket, form.output, whom, Question::Diagnose(DiagnoseRequest {})).await
+        }
+        Command::Status { form, .. } => status::show(socket, form.output).await,
         Command::Peers { form, watch: false } => peers::peers(socket, form.output).await,
         Command::Peers { form, watch: true } => peers::watch_peers(socket, form.output).await,
         Command::Leases { form, watch: false } => peers::leases(socket, form.output).await,
         Command::Leases { form, watch: true } => peers::watch_leases(socket, form.output).await,
+        Command::Mesh { form, .. } => mesh::show(socket, form.output).await,
+        Command::Doctor { form, quiet, bundle, .. } => {
+            doctor::show(socket, form.output, quiet, bundle.as_deref()).await
+        }
+        Command::Explain { source, target, form } => explain::show(socket, form.output, source, target).await,
+        Command::Top { every } => top::run(socket, Duration::from_secs(every)).await,
         Command::Events { form, follow } => events::show(socket, form.output, follow).await,
         Command::Plan { form, entries } => plan::show(socket, form.output, entries).await,
         Command::Network(command) => network::run(*command, socket).await,

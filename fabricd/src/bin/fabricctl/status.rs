@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use fabric_proto::v1::{GetStatusRequest, GetStatusResponse};
+use fabric_proto::v1::{Dropped, GetStatusRequest, GetStatusResponse};
 
 use crate::output::{Output, Screen, Tone};
 use crate::peers::peer_table;
@@ -66,6 +66,12 @@ fn describe(screen: &Screen, status: &GetStatusResponse) -> String {
     for warning in &status.warnings {
         line("Warning", screen.paint(warning, Tone::Doubtful));
     }
+    for Dropped { reason, packets, .. } in &status.dropped {
+        line("Dropped", format!("{packets} packets: {reason}"));
+    }
+    if !status.open_ports.is_empty() {
+        line("Open", format!("{}: nobody has told which pods are there", status.open_ports.join(", ")));
+    }
     if !status.peers.is_empty() {
         let _ = write!(text, "\n{}", peer_table(screen, &status.peers));
     }
@@ -118,6 +124,8 @@ mod tests {
             peers_programmed: 1,
             warnings: vec!["look here".into()],
             pending: vec!["VNI: 1 → 2".into()],
+            dropped: vec![Dropped { reason: "from no peer".into(), packets: 3, bytes: 300 }],
+            open_ports: vec!["veth1".into(), "veth2".into()],
         };
         let want = "\
 Node      node-1
@@ -130,6 +138,8 @@ VTEP      fabric.1 02:42:c0:00:02:01, MTU 1450, from 192.0.2.1 on eth0, announce
 Peers     2 known, 1 programmed
 Pending   VNI: 1 → 2
 Warning   look here
+Dropped   3 packets: from no peer
+Open      veth1, veth2: nobody has told which pods are there
 
 PEER       SUBNET         UNDERLAY   VTEP               STATE
 node-2     10.244.2.0/24  192.0.2.2  02:42:c0:00:02:02  programmed

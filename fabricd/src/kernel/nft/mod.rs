@@ -9,6 +9,7 @@
 
 mod attributes;
 mod door;
+pub(super) mod drops;
 mod encode;
 mod expr;
 mod read;

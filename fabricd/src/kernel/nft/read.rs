@@ -103,12 +103,12 @@ impl<'a> Values<'a> {
         parse_u32_be(self.bytes(wanted)?).ok()
     }
 
-    fn nested(&self, wanted: u16) -> Option<Self> {
+    pub(super) fn nested(&self, wanted: u16) -> Option<Self> {
         self.bytes(wanted).map(Self)
     }
 
     /// Whether it is about a table of ours: every kind of message has the table's name first.
-    fn is_ours(&self) -> bool {
+    pub(super) fn is_ours(&self) -> bool {
         self.text(1) == Some(TABLE)
     }
 }
@@ -142,13 +142,13 @@ fn place_priority(values: &Values<'_>) -> Option<i32> {
 }
 
 /// A rule, as far as it has to be known.
-struct RuleFound {
-    chain: String,
-    comment: Option<String>,
-    counter: Option<Count>,
+pub(super) struct RuleFound {
+    pub(super) chain: String,
+    pub(super) comment: Option<String>,
+    pub(super) counter: Option<Count>,
 }
 
-fn rule(frame: &Frame<'_>) -> Option<RuleFound> {
+pub(super) fn rule(frame: &Frame<'_>) -> Option<RuleFound> {
     let values = Values::of(frame);
     let chain = values.is_ours().then(|| values.text(2))??.to_owned();
     let comment = comment(&values);

@@ -47,6 +47,8 @@ struct Store {
     connector: Connector,
     network: Sender<Network>,
     leases: Sender<Option<Arc<LeaseSet>>>,
+    /// The leases of before the start: what the first list is compared with.
+    remembered: Option<Arc<LeaseSet>>,
     connection: Sender<Connection>,
     /// The generation of the store, counted as in [`LeaseStore::replaced`], that the published leases came from.
     listed_of: AtomicU64,
@@ -79,11 +81,19 @@ impl Etcd {
     /// [`LeaseStore::connection`]. Must be called within a tokio runtime.
     #[must_use]
     pub fn start(options: Options) -> Self {
+        Self::start_remembering(options, None)
+    }
+
+    /// The same with the leases that a run before this one had seen. Those of them that have ended meanwhile, while
+    /// their guards stand, have departed: their nodes may still be reached.
+    #[must_use]
+    pub fn start_remembering(options: Options, remembered: Option<Arc<LeaseSet>>) -> Self {
         let store = Arc::new(Store {
             keys: Keys::new(&options.prefix),
             connector: Connector::new(options),
             network: Sender::new(Network::Unknown),
             leases: Sender::new(None),
+            remembered,
             connection: Sender::new(Connection::Unknown),
             listed_of: AtomicU64::new(0),
         });
@@ -157,5 +167,9 @@ impl LeaseStore for Etcd {
 
     async fn hold_place(&self, key: &LeaseKey, placeholder: &Record) -> Result<(), StoreError> {
         self.store.hold_place(key, placeholder).await
+    }
+
+    async fn probe(&self) -> Result<(), StoreError> {
+        self.read_config().await.map(drop)
     }
 }

@@ -157,7 +157,7 @@ fn entry(key: String, kv: &KeyValue) -> Entry {
 /// An operator's slip, a half-restored backup and a store that is being rebuilt look like that for a moment, and each
 /// lease that goes takes a node's routes along.
 async fn believe(store: &Store, listing: Listing) -> Result<(LeaseSet, Seen), StoreError> {
-    let before = store.leases.borrow().clone().unwrap_or_default();
+    let before = store.leases.borrow().clone().or_else(|| store.remembered.clone()).unwrap_or_default();
     let read = |listing: Listing| {
         publish_network(store, listing.config.as_deref());
         let mut set = LeaseSet::snapshot(&before, listing.entries, listing.revision);

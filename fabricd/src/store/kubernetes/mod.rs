@@ -175,6 +175,11 @@ impl LeaseStore for Kubernetes {
     async fn hold_place(&self, _key: &LeaseKey, _placeholder: &Record) -> Result<(), StoreError> {
         Err(assigned_here("keep a subnet for a node"))
     }
+
+    async fn probe(&self) -> Result<(), StoreError> {
+        let version = self.shared.client().await?.apiserver_version().await;
+        version.map(drop).map_err(|error| unreachable(&error.to_string()))
+    }
 }
 
 impl Shared {

@@ -3,6 +3,8 @@
 //! Counters are raised by the reconcile loop. What the [`View`] says already (peers, readiness, lease, store) is read
 //! from it at the moment of asking, so that the two can't differ.
 
+mod paths;
+
 use std::fmt;
 use std::time::Duration;
 
@@ -18,7 +20,9 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 use tokio::time::Instant;
 
-use crate::kernel::KernelError;
+use self::paths::Paths;
+use crate::kernel::{Drops, KernelError};
+use crate::mesh::Mesh;
 use crate::store::Connection;
 use crate::view::{PeerTrouble, View};
 
@@ -38,6 +42,8 @@ pub struct Metrics {
     revision: Gauge,
     lease: Family<Lease, Gauge>,
     expiry: Gauge,
+    age: Gauge,
+    paths: Paths,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -88,6 +94,8 @@ impl Default for Metrics {
             revision: Gauge::default(),
             lease: Family::default(),
             expiry: Gauge::default(),
+            age: Gauge::default(),
+            paths: Paths::default(),
         };
         metrics.registered()
     }
@@ -118,6 +126,8 @@ impl Metrics {
             Unit::Seconds,
             self.expiry.clone(),
         );
+        all.register_with_unit("lease_age", "Since the lease was kept alive last", Unit::Seconds, self.age.clone());
+        self.paths.register(all);
         self
     }
 
@@ -152,8 +162,9 @@ impl Metrics {
 
     /// All of it as text. `now` is what the lease's end is counted from.
     #[must_use]
-    pub fn render(&self, view: &View, now: Instant) -> String {
+    pub fn render(&self, view: &View, mesh: &Mesh, drops: &[Drops], now: Instant) -> String {
         self.show(view, now);
+        self.paths.show(mesh, drops);
         let mut text = String::new();
         encode(&mut text, &self.registry).expect("writing to a string does not fail");
         text
@@ -183,7 +194,10 @@ impl Metrics {
             self.lease.get_or_create(&Lease { state }).set(i64::from(state == held));
         }
         let left = view.holding.expires.map_or(Duration::ZERO, |expires| expires.saturating_duration_since(now));
-        self.expiry.set(i64::try_from(left.as_secs()).unwrap_or(i64::MAX));
+        let seconds = |time: Duration| i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
+        self.expiry.set(seconds(left));
+        let ttl = view.holding.mark.map_or(left, |mark| mark.ttl);
+        self.age.set(seconds(ttl.saturating_sub(left)));
     }
 }
 
@@ -211,6 +225,7 @@ fn verb<T>(change: &Change<T>) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fabric_core::rules::TableFamily;
     use std::io;
 
     #[test]
@@ -221,13 +236,19 @@ mod tests {
         metrics.wrote(&op, &Err(KernelError::Refused { op: op.to_string(), source, detail: None }));
         metrics.wrote(&op, &Ok(()));
         metrics.in_sync(Duration::from_millis(3));
-        let text = metrics.render(&View::new("node-1".parse().unwrap()), Instant::now());
+        let (table, chain, why) = (TableFamily::Inet, "senders".to_owned(), "from no peer".to_owned());
+        let drops = [Drops { table, chain, why, packets: 7 }];
+        let text = metrics.render(&View::new("node-1".parse().unwrap()), &Mesh::default(), &drops, Instant::now());
         for line in [
             r#"fabricd_kernel_operations_total{table="address",verb="create"} 2"#,
             r#"fabricd_kernel_errors_total{errno="EPERM"} 1"#,
             r#"fabricd_reconcile_lag_seconds_bucket{le="0.004"} 1"#,
             r#"fabricd_lease{state="none"} 1"#,
             "fabricd_ready 0",
+            r#"fabricd_filter_dropped_packets_total{table="inet",chain="senders",reason="from no peer"} 7"#,
+            r#"fabricd_mesh_peers{cause="port_blocked"} 0"#,
+            r#"fabricd_mesh_rtt_seconds{quantile="0.5"} 0.0"#,
+            r#"fabricd_mesh_loss_ratio{size="full"} 0.0"#,
         ] {
             assert!(text.lines().any(|shown| shown == line), "{line} is not in\n{text}");
         }

@@ -1,0 +1,107 @@
+//! `--all`: what the daemons of all nodes say, through the daemon of this one.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::time::Duration;
+
+use clap::Args;
+use fabric_proto::Word as _;
+use fabric_proto::v1::ask_nodes_request::Question;
+use fabric_proto::v1::node_answer::Answer as Said;
+use fabric_proto::v1::{AskNodesRequest, CheckResult, Checks, GetMeshResponse, GetStatusResponse, NodeAnswer};
+
+use crate::output::{Output, Screen, Tone};
+use crate::table::{Cell, render};
+use crate::{Answer, NOT_ALL_WELL, daemon, mesh};
+
+/// Whom to ask.
+#[derive(Debug, Args)]
+pub struct AllArgs {
+    /// Ask the daemons of all nodes
+    #[arg(long)]
+    pub all: bool,
+    /// Ask the daemons of these nodes only
+    #[arg(long, value_name = "NODE,…", value_delimiter = ',')]
+    nodes: Vec<String>,
+    /// How many milliseconds each may take
+    #[arg(long, value_name = "MILLIS", default_value_t = 2000)]
+    node_timeout: u32,
+}
+
+impl AllArgs {
+    /// Whether others are asked at all.
+    pub fn asked(&self) -> bool {
+        self.all || !self.nodes.is_empty()
+    }
+}
+
+/// Asks, and shows a line for each node; exit code 4 when one has not answered, or is not well.
+pub async fn ask(socket: &Path, output: Output, args: AllArgs, question: Question) -> anyhow::Result<Answer> {
+    let request = AskNodesRequest { nodes: args.nodes, timeout_ms: args.node_timeout, question: Some(question) };
+    let stream = daemon::connect(socket).await?.ask_nodes(request).await;
+    let mut stream = stream.map_err(|status| daemon::told(&status))?.into_inner();
+    let mut answers = vec![];
+    while let Some(answer) = stream.message().await? {
+        answers.push(answer);
+    }
+    answers.sort_by(|a, b| a.node.cmp(&b.node));
+    let well = answers.iter().all(|answer| said(answer).1 == Tone::Good);
+    Ok(Answer::well_if(well, output.show(&answers, |screen| table(screen, &answers))?, NOT_ALL_WELL))
+}
+
+fn table(screen: &Screen, answers: &[NodeAnswer]) -> String {
+    let row = |answer: &NodeAnswer| -> [Cell; 3] {
+        let (words, tone) = said(answer);
+        let took = Duration::from_secs_f64((answer.took_ms / 1e3).max(0.0));
+        [answer.node.clone().into(), format!("{} ms", took.as_millis()).into(), Cell::toned(words, tone)]
+    };
+    let rows: Vec<[Cell; 3]> = answers.iter().map(row).collect();
+    let mut text = render(screen, ["NODE", "TOOK", "ANSWER"], &rows);
+    let came = answers.iter().filter(|answer| answer.error.is_empty()).count();
+    let _ = writeln!(text, "\n{came} of {} answered", answers.len());
+    text
+}
+
+/// An answer in a few words.
+fn said(answer: &NodeAnswer) -> (String, Tone) {
+    match &answer.answer {
+        None => (format!("no answer: {}", answer.error), Tone::Bad),
+        Some(Said::Status(status)) => of_status(status),
+        Some(Said::Mesh(mesh)) => of_mesh(mesh),
+        Some(Said::Checks(checks)) => of_checks(checks),
+        Some(Said::Explain(way)) => (format!("{} hops", way.hops.len()), Tone::Good),
+    }
+}
+
+fn of_status(status: &GetStatusResponse) -> (String, Tone) {
+    let subnets = status.lease.iter().flat_map(|lease| lease.subnets.clone()).collect::<Vec<_>>().join(" ");
+    let peers = format!("{} of {} peers programmed", status.peers_programmed, status.peers.len());
+    let warnings =
+        if status.warnings.is_empty() { String::new() } else { format!(", {} warnings", status.warnings.len()) };
+    match status.ready {
+        true => (format!("ready, {subnets}, {peers}{warnings}, version {}", status.version), Tone::Good),
+        false => (format!("NOT READY: {}", status.reason), Tone::Bad),
+    }
+}
+
+fn of_mesh(said: &GetMeshResponse) -> (String, Tone) {
+    let bad: Vec<String> = said
+        .peers
+        .iter()
+        .filter(|peer| mesh::tone(peer.cause()) == Tone::Bad)
+        .map(|peer| format!("{}: {}", peer.node, peer.cause().word()))
+        .collect();
+    match bad.first() {
+        None => (format!("{} peers, none is bad", said.peers.len()), Tone::Good),
+        Some(_) => (format!("{} of {} peers are bad: {}", bad.len(), said.peers.len(), bad.join(", ")), Tone::Bad),
+    }
+}
+
+fn of_checks(said: &Checks) -> (String, Tone) {
+    let failed: Vec<&str> =
+        said.checks.iter().filter(|c| c.result() == CheckResult::Failed).map(|c| c.id.as_str()).collect();
+    match failed.first() {
+        None => (format!("{} checks, none has failed", said.checks.len()), Tone::Good),
+        Some(_) => (format!("failed: {}", failed.join(", ")), Tone::Bad),
+    }
+}

@@ -1,0 +1,88 @@
+//! Questions about what is wrong on this node: the checks of `fabricctl doctor`, and the way of a packet that `fabricctl
+//! explain` shows. Both look at a [`Scene`], and change nothing.
+
+pub mod certificates;
+pub mod checks;
+pub mod explain;
+pub mod host_checks;
+pub mod pod_places;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::mesh::Mesh;
+use crate::reconcile::{self, Looked};
+use crate::store::StoreError;
+use crate::view::View;
+
+/// How something was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// As it should be.
+    Fine,
+    /// It may hurt, or hurts something that isn't in use.
+    Warning,
+    /// It hurts.
+    Failed,
+    /// It couldn't be looked at, or there is nothing to look at.
+    Skipped,
+}
+
+/// Where the node keeps what is looked at.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// host-local's folder: `/var/lib/cni/networks`.
+    pub addresses: PathBuf,
+    /// The attachments that `fabric-cni` has saved: `/var/lib/cni/fabric`.
+    pub attachments: PathBuf,
+    /// The host's files: `/`, but for tests.
+    pub root: PathBuf,
+    /// Certificates that this node shows or trusts.
+    pub certificates: Vec<PathBuf>,
+}
+
+/// Asks the store something that it must answer itself: [`LeaseStore::probe`](crate::store::LeaseStore::probe).
+pub type Probe = Arc<dyn Fn() -> BoxFuture<'static, Result<(), StoreError>> + Send + Sync>;
+
+/// What questions are put to.
+#[derive(Clone)]
+pub struct Inspector {
+    /// The store, to see how fast it answers; none in tests.
+    pub store: Option<Probe>,
+    /// The mesh.
+    pub mesh: Arc<Mesh>,
+    /// Files of the node.
+    pub places: Places,
+}
+
+/// All that is known at one moment.
+#[derive(Clone, Debug)]
+pub struct Scene {
+    /// What the reconcile loop knows.
+    pub view: Arc<View>,
+    /// What it saw in the kernel and wants there.
+    pub looked: Looked,
+    /// How the peers are reached.
+    pub mesh: Arc<Mesh>,
+    /// Files of the node.
+    pub places: Places,
+}
+
+impl std::fmt::Debug for Inspector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inspector").field("places", &self.places).finish_non_exhaustive()
+    }
+}
+
+impl Inspector {
+    /// The scene now. `None` when the daemon is ending.
+    pub async fn look(&self, view: Arc<View>, network: &mpsc::Sender<reconcile::Command>) -> Option<Scene> {
+        let (reply, answer) = oneshot::channel();
+        network.send(reconcile::Command::Look { reply }).await.ok()?;
+        let looked = answer.await.ok()?;
+        Some(Scene { view, looked, mesh: Arc::clone(&self.mesh), places: self.places.clone() })
+    }
+}

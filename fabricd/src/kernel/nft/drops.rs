@@ -1,0 +1,53 @@
+//! What our packet filter has thrown away, by the counters of its rules.
+
+use std::io;
+
+use fabric_core::rules::{TABLE, TableFamily, reason};
+use netlink_sys::protocols::NETLINK_NETFILTER;
+
+use super::super::socket::RequestSocket;
+use super::super::wire::{Frame, Request};
+use super::attributes::Attributes;
+use super::read::{GET_RULE, RuleFound, rule};
+use super::{message, nfproto};
+
+/// The count of one rule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Drops {
+    /// The table that it is in.
+    pub table: TableFamily,
+    /// The chain: `senders` judges what other nodes send, `pods` what this node's pods send.
+    pub chain: String,
+    /// Why packets are thrown away there, in a few words.
+    pub why: String,
+    /// How many were, since the table was made.
+    pub packets: u64,
+}
+
+/// Reads the counters of all rules that drop, over a socket of its own: nobody who writes waits for it.
+///
+/// # Errors
+/// When the kernel can't be asked. Without our tables, or without nftables, there is nothing to count.
+pub fn drops() -> io::Result<Vec<Drops>> {
+    let mut socket = match RequestSocket::open(NETLINK_NETFILTER) {
+        Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return Ok(vec![]),
+        socket => socket?,
+    };
+    let mut all = vec![];
+    for table in [TableFamily::Inet, TableFamily::Bridge] {
+        let ours = Attributes::message(nfproto(table), 0).text(1, TABLE);
+        let request = Request::raw(message(GET_RULE), 0, ours.into_bytes());
+        match socket.dump(&request, |frame| count(frame, table)) {
+            Ok(counts) => all.extend(counts),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(all)
+}
+
+fn count(frame: &Frame<'_>, table: TableFamily) -> Option<Drops> {
+    let RuleFound { chain, comment, counter } = rule(frame)?;
+    let why = comment.as_deref().and_then(reason)?.to_owned();
+    Some(Drops { table, chain, why, packets: counter?.packets })
+}

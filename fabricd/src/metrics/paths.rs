@@ -1,0 +1,124 @@
+//! The numbers of the mesh and of the packet filter. They are read when somebody asks.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::{Registry, Unit};
+
+use super::Word;
+use crate::kernel::Drops;
+use crate::mesh::{Cause, Mesh};
+
+/// Each peer has numbers of its own up to so many: beyond, a cluster would have millions of them.
+const EACH: usize = 100;
+
+type Number = Gauge<f64, AtomicU64>;
+
+/// Mesh and filter in numbers.
+#[derive(Debug, Default)]
+pub(super) struct Paths {
+    peers: Family<ByCause, Gauge>,
+    rtt: Family<ByQuantile, Number>,
+    loss: Family<BySize, Number>,
+    peer_rtt: Family<ByPeer, Number>,
+    peer_loss: Family<ByPeerAndSize, Number>,
+    probes: Counter,
+    dropped: Family<Filtered, Counter>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByCause {
+    cause: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByQuantile {
+    quantile: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BySize {
+    size: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByPeer {
+    peer: Word,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByPeerAndSize {
+    peer: Word,
+    size: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Filtered {
+    table: Word,
+    chain: Word,
+    reason: Word,
+}
+
+impl Paths {
+    pub(super) fn register(&self, all: &mut Registry) {
+        all.register("mesh_peers", "Ways to peers, by what is wrong with them", self.peers.clone());
+        let help = "Round trips to the peers through the tunnel: the median, the slowest tenth, the slowest";
+        all.register_with_unit("mesh_rtt", help, Unit::Seconds, self.rtt.clone());
+        let help = "Share of the last probes without an answer, over all peers";
+        all.register_with_unit("mesh_loss", help, Unit::Other("ratio".into()), self.loss.clone());
+        let help = "Round trip to one peer; in clusters of up to a hundred";
+        all.register_with_unit("mesh_peer_rtt", help, Unit::Seconds, self.peer_rtt.clone());
+        let help = "Share of the last probes of one peer without an answer; in clusters of up to a hundred";
+        all.register_with_unit("mesh_peer_loss", help, Unit::Other("ratio".into()), self.peer_loss.clone());
+        all.register("mesh_probes", "Probes that were sent", self.probes.clone());
+        all.register("filter_dropped_packets", "Packets that our packet filter threw away", self.dropped.clone());
+    }
+
+    pub(super) fn show(&self, mesh: &Mesh, drops: &[Drops]) {
+        self.show_mesh(mesh);
+        for drop in drops {
+            let (table, chain, reason) = (drop.table.to_string(), drop.chain.clone(), drop.why.clone());
+            let labels = Filtered { table: Word(table), chain: Word(chain), reason: Word(reason) };
+            self.dropped.get_or_create(&labels).inner().store(drop.packets, Ordering::Relaxed);
+        }
+    }
+
+    fn show_mesh(&self, mesh: &Mesh) {
+        let mut by_cause = Cause::ALL.map(|cause| (cause, 0));
+        let (mut trips, mut small, mut full, mut probes, mut count) = (vec![], 0.0, 0.0, 0, 0_u32);
+        self.peer_rtt.clear();
+        self.peer_loss.clear();
+        let each = mesh.len() <= EACH;
+        mesh.each(|way| {
+            by_cause.iter_mut().filter(|(cause, _)| *cause == way.verdict.cause).for_each(|(_, ways)| *ways += 1);
+            trips.extend(way.round_trip());
+            (small, full) = (small + way.small.loss(), full + way.full.loss());
+            (probes, count) = (probes + way.probes, count + 1);
+            if each {
+                let peer = Word(way.target.name.clone());
+                if let Some(trip) = way.round_trip() {
+                    self.peer_rtt.get_or_create(&ByPeer { peer: peer.clone() }).set(trip.as_secs_f64());
+                }
+                for (size, window) in [("small", way.small), ("full", way.full)] {
+                    self.peer_loss.get_or_create(&ByPeerAndSize { peer: peer.clone(), size }).set(window.loss());
+                }
+            }
+        });
+        for (cause, ways) in by_cause {
+            self.peers.get_or_create(&ByCause { cause: cause.word() }).set(ways);
+        }
+        trips.sort();
+        for (quantile, tenths) in [("0.5", 5), ("0.9", 9), ("1", 10)] {
+            let place = (trips.len() * tenths / 10).min(trips.len().saturating_sub(1));
+            let trip = trips.get(place).map_or(0.0, std::time::Duration::as_secs_f64);
+            self.rtt.get_or_create(&ByQuantile { quantile }).set(trip);
+        }
+        for (size, sum) in [("small", small), ("full", full)] {
+            self.loss.get_or_create(&BySize { size }).set(sum / f64::from(count.max(1)));
+        }
+        self.probes.inner().store(probes, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,69 @@
+# What `run` looks at. Sourced by it.
+
+ready_nodes() { kube get nodes --no-headers | grep -cw Ready || true; }
+not_one_is_ready() { [ "$(ready_nodes)" = 0 ]; }
+all_are_ready() { [ "$(ready_nodes)" = "$(nodes | wc -l)" ]; }
+
+# pod NODE: the probe on it
+pod() { kube get pods -l app=probe --field-selector "spec.nodeName=$1" -o jsonpath='{.items[0].metadata.name}'; }
+pod_ips() { kube get pods -l app=probe --field-selector "spec.nodeName=$1" -o jsonpath='{.items[0].status.podIPs[*].ip}'; }
+pod_ip() { pod_ips "$1" | cut -d' ' -f1; }
+# probe NODE ARGUMENTS...
+probe() {
+    local on
+    on=$(pod "$1")
+    shift
+    kube exec -i "$on" -- probe "$@"
+}
+# What a node is told by fabricd about itself.
+status() { in_machine "$1" /bin/true && fabric exec "$(daemon "$1")" -c fabricd -- fabricctl status; }
+daemon() {
+    fabric get pods -l app.kubernetes.io/name=fabricd --field-selector "spec.nodeName=$1" \
+        -o jsonpath='{.items[0].metadata.name}'
+}
+# All that fabricd made in the kernel of a node, in iproute2's words; what pods made is not in it.
+kernel_state() {
+    in_machine "$1" sh -c 'ip -d link show type vxlan; ip route show proto 250; ip -6 route show proto 250
+        ip nexthop show proto 250; bridge fdb show | grep fabric; ip neigh show nud permanent' |
+        grep -v 'valid_lft\|^ *RX\|^ *TX' | sort
+}
+# What an installation could leave on a node.
+traces() {
+    in_machine "$1" sh -c 'ip -brief link | cut -d" " -f1 | grep -v "^veth\|^kube\|^nodelocaldns"; ip route; ip -6 route
+        ip nexthop; nft list tables | grep fabric
+        find /opt/cni/bin /etc/cni/net.d /run/fabric /run/flannel /var/lib/fabric /var/lib/cni ! -type d 2>/dev/null; true' |
+        sort
+}
+# Nobody adds pods meanwhile: the addresses that this folder has are those of pods.
+everybody_pings_everybody() {
+    local from to ip pairs=0
+    for from in $(nodes); do
+        for to in $(nodes); do
+            for ip in $(pod_ips "$to"); do
+                kube exec "$(pod "$from")" -- ping -q -c 3 -i 0.2 -w 10 "$ip" | grep -q ' 0% packet loss' ||
+                    die "the pod on $from can't ping $ip on $to"
+                pairs=$((pairs + 1))
+            done
+        done
+    done
+    echo "$pairs pairs of node and address"
+}
+probes_are_everywhere() { kube rollout status daemonset/probe --timeout=180s >/dev/null; }
+
+# --- a stream that counts, while something is done ---------------------------------------------------------------------
+
+# under_a_stream COMMAND...: its words are in $heard
+under_a_stream() {
+    local to out=$STATE/stream pid
+    to=$(pod_ip n2)
+    rm -f "$out" "$out.stop"
+    mkfifo "$out.stop"
+    probe n1 stream "$to" <"$out.stop" >"$out" 2>&1 &
+    pid=$!
+    exec 9>"$out.stop"
+    until_true 30 grep -q flows "$out" || die "no stream from n1 to n2: $(<"$out")"
+    "$@" 9>&- # whoever keeps it open keeps the stream flowing: a node that boots, for one
+    exec 9>&-
+    wait $pid || die "under a stream from n1 to n2, $*: $(<"$out")"
+    heard=$(tail -1 "$out")
+}

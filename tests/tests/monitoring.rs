@@ -1,0 +1,54 @@
+//! Dashboard and alerts in deploy/monitoring: they ask for nothing that `/metrics` doesn't have.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+use fabricd::mesh::Mesh;
+use fabricd::metrics::Metrics;
+use fabricd::view::View;
+use regex::Regex;
+use tokio::time::Instant;
+
+fn folder() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../deploy/monitoring")
+}
+
+#[test]
+fn dashboard_and_alerts_ask_for_metrics_that_there_are() -> Result<()> {
+    let view = View::new("node-1".parse()?);
+    let shown = Metrics::default().render(&view, &Mesh::default(), &[], Instant::now());
+    // Those without labels yet show as help alone.
+    let there = |name: &str| {
+        let stem = ["_total", "_bucket"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
+        shown.lines().any(|line| line.split(' ').nth(2) == Some(stem))
+    };
+    let name = Regex::new("fabricd_[a-z_]+")?;
+    for (file, least) in [("alerts.yaml", 10), ("dashboard.json", 12)] {
+        let text = std::fs::read_to_string(folder().join(file)).context(file)?;
+        let asked: BTreeSet<&str> = name.find_iter(&text).map(|found| found.as_str()).collect();
+        assert!(asked.len() >= least, "{file} asks for {asked:?} only");
+        for name in asked {
+            assert!(there(name), "{file} asks for {name}, which is not in\n{shown}");
+        }
+    }
+    let dashboard = std::fs::read_to_string(folder().join("dashboard.json"))?;
+    let dashboard: serde_json::Value = serde_json::from_str(&dashboard).context("dashboard.json")?;
+    assert!(dashboard["panels"].as_array().is_some_and(|panels| panels.len() > 8));
+    Ok(())
+}
+
+/// Prometheus' own judgement, where it is installed (Debian: prometheus); make deps doesn't install it.
+#[test]
+fn promtool_takes_the_alerts() -> Result<()> {
+    match Command::new("promtool").args(["check", "rules"]).arg(folder().join("alerts.yaml")).output() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => println!("promtool is not installed"),
+        output => {
+            let output = output?;
+            let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{said}");
+        }
+    }
+    Ok(())
+}
