@@ -117,8 +117,8 @@ fn nodes_of_kubernetes_reach_each_other_and_outlive_their_api_server() -> Result
         Ok(())
     })?;
     wait_until("it says what it goes by", SOON, || {
-        let status = a.node.status()?.to_string();
-        ensure!(status.contains("remembered from disk"), "{status}");
+        let reply = a.node.http_get(9472, "/readyz")?;
+        ensure!(reply.status == 503 && reply.body.contains("remembered from disk"), "{} {}", reply.status, reply.body);
         Ok(())
     })?;
     cluster.bring_back_the_api()?;
@@ -137,7 +137,12 @@ fn nodes_of_kubernetes_reach_each_other_and_outlive_their_api_server() -> Result
     })?;
     wait_until("node-3 hands out no address", SOON, || {
         let reply = c.node.http_get(9472, "/readyz")?;
-        ensure!(reply.status == 503 && reply.body.contains("does not assign"), "{} {}", reply.status, reply.body);
+        ensure!(
+            reply.status == 503 && reply.body.contains("no IPv4 subnet is assigned"),
+            "{} {}",
+            reply.status,
+            reply.body
+        );
         Ok(())
     })?;
     cluster.register(&c.node);
