@@ -74,8 +74,8 @@ pub struct InstallCni {
     #[arg(long, value_name = "PART", conflicts_with = "uninstall")]
     pub only: Option<Part>,
 
-    /// Wait for the node without end, and put the conflist back whenever it is gone or changed, until SIGTERM
-    #[arg(long, conflicts_with_all = ["uninstall", "ready_timeout"])]
+    /// Don't end before SIGTERM: wait for the node, and put the conflist back whenever it is gone or changed
+    #[arg(long, conflicts_with = "ready_timeout")]
     pub stay: bool,
 
     /// Take conflist and plugins away again
@@ -118,7 +118,8 @@ impl InstallCni {
     /// A file can't be read or written; the node doesn't become ready; something else has our conflist's name.
     pub fn run(&self) -> Result<()> {
         if self.uninstall {
-            return self.uninstall();
+            self.uninstall()?;
+            return if self.stay { until_terminated(|| Ok(WATCH_PERIOD)) } else { Ok(()) };
         }
         if self.only != Some(Part::Conflist) {
             self.install_plugins()?;
@@ -159,24 +160,14 @@ impl InstallCni {
         self.warn_of_an_earlier_one()
     }
 
-    /// Until SIGTERM, which the first process of a container only notices if it asks for it.
     fn keep_conflist(&self) -> Result<()> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(async {
-            let mut terminate = signal(SignalKind::terminate())?;
-            loop {
-                let period = if self.not_ready().is_none() {
-                    self.refuse_foreign_conflist()?;
-                    self.install_conflist()?;
-                    WATCH_PERIOD
-                } else {
-                    PERIOD
-                };
-                tokio::select! {
-                    _ = terminate.recv() => return Ok(()),
-                    () = tokio::time::sleep(period) => {}
-                }
+        until_terminated(|| {
+            if self.not_ready().is_some() {
+                return Ok(PERIOD);
             }
+            self.refuse_foreign_conflist()?;
+            self.install_conflist()?;
+            Ok(WATCH_PERIOD)
         })
     }
 
@@ -261,6 +252,22 @@ impl InstallCni {
         }
         Ok(())
     }
+}
+
+/// Does something again and again, each time after as long as it says, until SIGTERM: the first process of a container
+/// only notices that if it asks for it.
+fn until_terminated(mut again: impl FnMut() -> Result<Duration>) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        loop {
+            let period = again()?;
+            tokio::select! {
+                _ = terminate.recv() => return Ok(()),
+                () = tokio::time::sleep(period) => {}
+            }
+        }
+    })
 }
 
 #[cfg(test)]
