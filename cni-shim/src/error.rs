@@ -75,12 +75,13 @@ pub struct CniError {
     code: Code,
     msg: String,
     details: Vec<String>,
+    version: Option<SpecVersion>,
 }
 
 impl CniError {
     /// An error that says in `msg` what failed, where, and the way out.
     pub fn new(code: Code, msg: impl Into<String>) -> Self {
-        Self { code, msg: msg.into(), details: Vec::new() }
+        Self { code, msg: msg.into(), details: Vec::new(), version: None }
     }
 
     /// The same with something to know besides.
@@ -97,15 +98,23 @@ impl CniError {
         self
     }
 
+    /// The same, to be told in this version: a request that can't be taken may still say in which one it asks.
+    #[must_use]
+    pub fn told_in(mut self, version: Option<SpecVersion>) -> Self {
+        self.version = version;
+        self
+    }
+
     /// What kind of failure it is.
     #[must_use]
     pub fn code(&self) -> Code {
         self.code
     }
 
-    /// The object that goes to stdout.
+    /// The object that goes to stdout, in `version` unless the error knows better.
     #[must_use]
     pub fn to_json(&self, version: SpecVersion) -> Value {
+        let version = self.version.unwrap_or(version);
         let mut object = json!({ "cniVersion": version.as_str(), "code": self.code.number(), "msg": self.msg });
         if !self.details.is_empty() {
             object["details"] = self.details.join("; ").into();

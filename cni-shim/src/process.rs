@@ -13,7 +13,7 @@ use crate::version::SpecVersion;
 /// Reads the request, has it answered, and prints the answer.
 pub fn serve<C: Conf>(answer: impl FnOnce(&Request<C>) -> Result<Option<Value>, CniError>) -> ExitCode {
     let request = Request::read(|name| std::env::var_os(name), io::stdin().lock());
-    // A request that can't be read doesn't say in which version to answer.
+    // Where nothing tells in which version to answer.
     let version = request.as_ref().map_or(SpecVersion::NEWEST, Request::version);
     match request.and_then(|request| answer(&request)) {
         Ok(None) => ExitCode::SUCCESS,

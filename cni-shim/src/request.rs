@@ -208,13 +208,16 @@ impl<C: Conf> Request<C> {
         if verb == Verb::Version {
             return read_version_request(&json);
         }
+        Self::decode(verb, env, &json).map_err(|error| error.told_in(asked_version(&json).ok().flatten()))
+    }
 
-        let object = conf::object(&json, verb)?;
+    fn decode(verb: Verb, env: impl Fn(&str) -> Option<OsString>, json: &[u8]) -> Result<Self, CniError> {
+        let object = conf::object(json, verb)?;
         let prev_result = object.get("prevResult").filter(|result| !result.is_null()).cloned();
         let valid = if verb == Verb::Gc { conf::valid_attachments(&object)? } else { BTreeSet::new() };
         let conf = C::decode(object)?;
         let attachment = || -> Result<Attachment, CniError> {
-            Ok(Attachment { id: read_id(env)?, netns: env("CNI_NETNS").map(PathBuf::from) })
+            Ok(Attachment { id: read_id(&env)?, netns: env("CNI_NETNS").map(PathBuf::from) })
         };
         let action = match verb {
             Verb::Add => Action::Add(attachment()?),
@@ -279,18 +282,23 @@ fn read_bounded(stdin: impl Read) -> Result<Vec<u8>, CniError> {
 /// VERSION is how a runtime finds out what is spoken, so no version is refused here, nor an empty stdin,
 /// which is what runtimes before spec 0.4.0 send.
 fn read_version_request<C>(json: &[u8]) -> Result<Request<C>, CniError> {
+    if json.is_empty() {
+        return Ok(Request::Version(SpecVersion::NEWEST));
+    }
+    let version = asked_version(json)
+        .map_err(|e| CniError::new(Code::Decode, "the request on stdin is not a JSON object").with_details(e))?;
+    Ok(Request::Version(version.unwrap_or(SpecVersion::NEWEST)))
+}
+
+/// The version in which a request asks, if it is one that is known.
+fn asked_version(json: &[u8]) -> serde_json::Result<Option<SpecVersion>> {
     #[derive(Deserialize)]
     struct Versioned {
         #[serde(rename = "cniVersion")]
         version: Option<String>,
     }
-    if json.is_empty() {
-        return Ok(Request::Version(SpecVersion::NEWEST));
-    }
-    let asked: Versioned = serde_json::from_slice(json)
-        .map_err(|e| CniError::new(Code::Decode, "the request on stdin is not a JSON object").with_details(e))?;
-    let version = asked.version.as_deref().and_then(SpecVersion::parse);
-    Ok(Request::Version(version.unwrap_or(SpecVersion::NEWEST)))
+    let asked: Versioned = serde_json::from_slice(json)?;
+    Ok(asked.version.as_deref().and_then(SpecVersion::parse))
 }
 
 fn environment(msg: impl Into<String>) -> CniError {

@@ -113,7 +113,9 @@ fn conflists_that_are_shown_and_shipped_work() {
             assert!(result["ips"][0]["address"].as_str().expect("an address").starts_with("10.244.3."));
             let published = plugins.iter().any(|plugin| plugin["type"] == "portmap");
             assert_eq!(run("nft list ruleset").contains("8080"), published);
-            for plugin in &plugins {
+            // Of Debian's 1.1.1 two fail their own CHECK: portmap looks for its IPv4 rules in the IPv6 table, tuning for a
+            // sysctl of the interface "IFNAME".
+            for plugin in plugins.iter().filter(|plugin| plugin["type"] != "portmap" && plugin["type"] != "tuning") {
                 call(host, "CHECK", &conflist, plugin, &result);
             }
             for plugin in plugins.iter().rev() {

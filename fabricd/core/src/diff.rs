@@ -165,7 +165,8 @@ impl Op {
             Self::Nexthop(..) => 5,
             Self::Route(..) => 6,
         };
-        if self.is_delete() { 20 - height } else { 10 + height }
+        // What nothing wants any more goes last: until then packets may still pass it.
+        if self.is_delete() { 20 - height } else { height }
     }
 }
 
