@@ -51,7 +51,11 @@ fn docker_that_drops_what_is_forwarded_lets_pods_through_by_its_own_door() -> Re
     })?;
     assert_eq!(Stream::start(&field.peer, &field.target)?.stop()?.lost, 0);
     // iptables understands what is there.
-    assert!(node.run(&["iptables-nft", "-S", "DOCKER-USER"])?.contains("-A DOCKER-USER -s 10.244.0.0/16 -j ACCEPT"));
+    let listed = node.run(&["iptables-nft", "-S", "DOCKER-USER"])?;
+    assert!(
+        listed.contains("-A DOCKER-USER -s 10.244.0.0/16 -m comment --comment \"fabricd: from the network"),
+        "{listed}"
+    );
     let handles = rules(node, "ip filter DOCKER-USER")?;
     restart_with(node, &[])?;
     assert_eq!(
