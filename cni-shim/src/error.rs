@@ -73,7 +73,7 @@ impl Code {
 #[error("{msg}")]
 pub struct CniError {
     code: Code,
-    msg: String,
+    msg: Box<str>,
     details: Vec<String>,
     version: Option<SpecVersion>,
 }
@@ -81,7 +81,7 @@ pub struct CniError {
 impl CniError {
     /// An error that says in `msg` what failed, where, and the way out.
     pub fn new(code: Code, msg: impl Into<String>) -> Self {
-        Self { code, msg: msg.into(), details: Vec::new(), version: None }
+        Self { code, msg: msg.into().into_boxed_str(), details: Vec::new(), version: None }
     }
 
     /// The same with something to know besides.
@@ -94,7 +94,7 @@ impl CniError {
     /// The same, and who said it of what.
     #[must_use]
     pub fn said_by(mut self, speaker: impl Display) -> Self {
-        self.msg = format!("{speaker}: {}", self.msg);
+        self.msg = format!("{speaker}: {}", self.msg).into();
         self
     }
 

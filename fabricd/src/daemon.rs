@@ -275,7 +275,7 @@ async fn release(config: &Config, store: impl LeaseStore) -> anyhow::Result<Opti
 fn open_kernel(config: &Config) -> anyhow::Result<Netlink> {
     let options =
         netlink::Options { can_reach: config.iface_can_reach.clone(), sysctl_root: config.sysctl_root.clone() };
-    Netlink::new(options).context("cannot talk to the kernel over netlink")
+    Netlink::new(options).context("cannot talk to the kernel over netlink; does fabricd have CAP_NET_ADMIN?")
 }
 
 /// Makes sure that no other fabricd works on this node: two would undo each other's work.

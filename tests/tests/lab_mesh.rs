@@ -88,9 +88,9 @@ fn stale_entries_and_a_peer_that_is_down_are_named() -> Result<()> {
     let overlay = verdict(node)?["address"].as_str().context("an address")?.to_owned();
 
     // Our kernel leads packets elsewhere than the lease says.
-    node.run(&["ip", "route", "add", "unreachable", &format!("{overlay}/32")])?;
+    node.run(&["ip", "route", "add", &format!("{overlay}/32"), "dev", "eth0"])?;
     wait_for(node, "stale_fdb")?;
-    node.run(&["ip", "route", "del", "unreachable", &format!("{overlay}/32")])?;
+    node.run(&["ip", "route", "del", &format!("{overlay}/32"), "dev", "eth0"])?;
     wait_for(node, "fine")?;
 
     // A daemon that hangs: the tunnel is fine, nobody answers.

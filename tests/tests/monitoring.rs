@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
+use fabric_core::rules::TableFamily;
+use fabricd::kernel::Drops;
 use fabricd::mesh::Mesh;
 use fabricd::metrics::Metrics;
 use fabricd::view::View;
@@ -18,7 +20,9 @@ fn folder() -> PathBuf {
 #[test]
 fn dashboard_and_alerts_ask_for_metrics_that_there_are() -> Result<()> {
     let view = View::new("node-1".parse()?);
-    let shown = Metrics::default().render(&view, &Mesh::default(), &[], Instant::now());
+    let (table, chain, why) = (TableFamily::Inet, "senders".to_owned(), "from no peer".to_owned());
+    let drops = [Drops { table, chain, why, packets: 1 }];
+    let shown = Metrics::default().render(&view, &Mesh::default(), &drops, Instant::now());
     // Those without labels yet show as help alone.
     let there = |name: &str| {
         let stem = ["_total", "_bucket"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
