@@ -1,12 +1,14 @@
 //! Dashboard and alerts in deploy/monitoring: they ask for nothing that `/metrics` doesn't have.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
+use fabric_core::diff::{Change, Op};
 use fabric_core::rules::TableFamily;
-use fabricd::kernel::Drops;
+use fabricd::kernel::{Drops, KernelError};
 use fabricd::mesh::Mesh;
 use fabricd::metrics::Metrics;
 use fabricd::view::View;
@@ -22,8 +24,11 @@ fn dashboard_and_alerts_ask_for_metrics_that_there_are() -> Result<()> {
     let view = View::new("node-1".parse()?);
     let (table, chain, why) = (TableFamily::Inet, "senders".to_owned(), "from no peer".to_owned());
     let drops = [Drops { table, chain, why, packets: 1 }];
-    let shown = Metrics::default().render(&view, &Mesh::default(), &drops, Instant::now());
-    // Those without labels yet show as help alone.
+    let metrics = Metrics::default();
+    let op = Op::Address("fabric.1".parse()?, Change::Create("10.244.1.0/32".parse()?));
+    let source = io::Error::from_raw_os_error(libc::EPERM);
+    metrics.wrote(&op, &Err(KernelError::Refused { op: op.to_string(), source, detail: None }));
+    let shown = metrics.render(&view, &Mesh::default(), &drops, Instant::now());
     let there = |name: &str| {
         let stem = ["_total", "_bucket"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
         shown.lines().any(|line| line.split(' ').nth(2) == Some(stem))
@@ -47,7 +52,7 @@ fn dashboard_and_alerts_ask_for_metrics_that_there_are() -> Result<()> {
 #[test]
 fn promtool_takes_the_alerts() -> Result<()> {
     match Command::new("promtool").args(["check", "rules"]).arg(folder().join("alerts.yaml")).output() {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => println!("promtool is not installed"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => println!("promtool is not installed"),
         output => {
             let output = output?;
             let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
