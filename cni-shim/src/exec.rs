@@ -14,15 +14,17 @@ use std::io::{self, Read, Seek, Write};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fabric_core::model::IfName;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::OwnedFd;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus, kill_process_group, pidfd_open, waitid,
+};
 
 use crate::bridge;
 use crate::error::CniError;
@@ -147,44 +149,50 @@ enum End {
     TimedOut,
 }
 
-/// Waits for the end of `pid`, which stays a zombie; kills its group when that takes longer than `deadline`.
-///
-/// Nobody waits for the watchdog's own end, which on a busy machine would take longer than all else in here. So what
-/// it may still do is settled under a lock: `pid` is reaped only when it says `Over` or `Late`, and a number that may be
-/// another process's by then is never killed.
+/// Waits for the end of `pid`, which stays a zombie, but not past the deadline.
 fn watch(pid: Pid, deadline: Duration) -> io::Result<End> {
-    #[derive(PartialEq)]
-    enum Watched {
-        Running,
-        Over,
-        Late,
-    }
-    let watched = Arc::new(Mutex::new(Watched::Running));
-    let (ended, end) = mpsc::channel::<()>();
-    let watchdogs = Arc::clone(&watched);
-    thread::Builder::new().spawn(move || {
-        if end.recv_timeout(deadline) == Err(RecvTimeoutError::Timeout) {
-            let mut watched = watchdogs.lock().unwrap_or_else(PoisonError::into_inner);
-            if *watched == Watched::Running {
-                *watched = Watched::Late;
-                let _ = kill_process_group(pid, Signal::KILL);
-            }
-        }
-    })?;
-    let status = loop {
-        match waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) {
-            Err(Errno::INTR) => {}
-            other => break other,
-        }
+    let ended = match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(process) => ended_by_event(&process, deadline)?,
+        // Before Linux 5.3, and under filters of system calls that are older than that.
+        Err(Errno::NOSYS | Errno::PERM) => ended_by_asking(pid, deadline)?,
+        Err(e) => return Err(e.into()),
     };
-    let mut watched = watched.lock().unwrap_or_else(PoisonError::into_inner);
-    if *watched == Watched::Late {
+    if !ended {
         return Ok(End::TimedOut);
     }
-    *watched = Watched::Over;
-    drop(ended);
-    let well = status?.is_some_and(|status| status.exit_status() == Some(0));
-    Ok(if well { End::Well } else { End::Badly })
+    let status = end_of(pid)?;
+    Ok(if status.is_some_and(|status| status.exit_status() == Some(0)) { End::Well } else { End::Badly })
+}
+
+/// Waits for a process. False when it goes on after the deadline.
+fn ended_by_event(process: &OwnedFd, deadline: Duration) -> io::Result<bool> {
+    let late = Instant::now() + deadline;
+    loop {
+        let left = late.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).map_err(io::Error::other)?;
+        match poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&left)) {
+            Ok(events) => return Ok(events > 0),
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// The same where the kernel tells of no end to wait for with a deadline.
+fn ended_by_asking(pid: Pid, deadline: Duration) -> io::Result<bool> {
+    let late = Instant::now() + deadline;
+    while end_of(pid)?.is_none() {
+        if Instant::now() >= late {
+            return Ok(false);
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(true)
+}
+
+/// How a child ended, if it has; it stays a zombie.
+fn end_of(pid: Pid) -> io::Result<Option<WaitIdStatus>> {
+    Ok(waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG)?)
 }
 
 fn in_memory(content: &[u8]) -> io::Result<File> {
@@ -206,7 +214,7 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
     use std::path::Path;
-    use std::time::Instant;
+    use std::process::Stdio;
 
     use tempfile::TempDir;
 
@@ -268,6 +276,21 @@ mod tests {
         let exit = within(20).exec(&script(&dir, "sleep 3 & echo done")).expect("it ran");
         assert_eq!(exit.stdout, b"done\n");
         assert!(begin.elapsed() < Duration::from_secs(2));
+    }
+
+    #[test]
+    fn end_is_seen_in_time_with_and_without_an_event_for_it() {
+        type Watch = fn(Pid, Duration) -> io::Result<bool>;
+        let by_event: Watch = |pid, deadline| ended_by_event(&pidfd_open(pid, PidfdFlags::empty())?, deadline);
+        for watch in [by_event, ended_by_asking] {
+            let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().expect("cat");
+            let pid = Pid::from_child(&child);
+            assert!(!watch(pid, Duration::from_millis(50)).expect("it can be watched"), "it waits for its input");
+            drop(child.stdin.take());
+            assert!(watch(pid, Duration::from_secs(20)).expect("it can be watched"), "its input has ended");
+            assert_eq!(end_of(pid).expect("a child").expect("ended").exit_status(), Some(0));
+            assert!(child.wait().expect("still a zombie").success());
+        }
     }
 
     #[test]
