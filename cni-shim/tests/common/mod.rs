@@ -98,6 +98,12 @@ impl Host {
         heard(self.start(verb, pod, conf).wait_with_output().expect("it ends"))
     }
 
+    /// The shim's answer where the runtime's user adds `CNI_ARGS`.
+    pub fn ask_with_args(&self, args: &str, verb: &str, pod: &str, conf: &Value) -> Result<Value, Value> {
+        let mut shim = Command::new(env!("CARGO_BIN_EXE_fabric-cni"));
+        heard(start_as(shim.env("CNI_ARGS", args), verb, pod, "eth0", conf).wait_with_output().expect("it ends"))
+    }
+
     /// The same by a process that may open so many descriptors. `Err` of null when it couldn't even be started.
     pub fn ask_with_descriptors(&self, limit: u32, verb: &str, pod: &str, conf: &Value) -> Result<Value, Value> {
         let wrapper = self.path("limited");
@@ -135,7 +141,11 @@ impl Host {
 }
 
 fn start(plugin: &Path, verb: &str, pod: &str, ifname: &str, conf: &Value) -> Child {
-    let mut child = Command::new(plugin)
+    start_as(&mut Command::new(plugin), verb, pod, ifname, conf)
+}
+
+fn start_as(plugin: &mut Command, verb: &str, pod: &str, ifname: &str, conf: &Value) -> Child {
+    let mut child = plugin
         .env("CNI_COMMAND", verb)
         .env("CNI_CONTAINERID", pod)
         .env("CNI_NETNS", format!("/run/netns/{pod}"))
