@@ -1,3 +1,4 @@
+use std::os::unix::fs::MetadataExt;
 use std::thread;
 
 use proptest::prelude::*;
@@ -75,6 +76,30 @@ fn book_that_is_cut_or_holds_strange_files_is_read_as_far_as_it_goes() {
     assert_eq!(book.release(&pod("c1")).expect("freed"), ["192.0.2.4".parse::<IpAddr>().expect("valid")]);
     assert_eq!(book.release_all(|holder| holder.is_none()).expect("freed").len(), 2);
     assert!(folder.join("README").exists());
+}
+
+#[test]
+fn sweep_waits_for_whoever_is_writing_an_address() {
+    let dir = TempDir::new().expect("a folder");
+    let book = Book::open(dir.path(), &network()).expect("a book");
+    let file = dir.path().join("fabric/192.0.2.2");
+    fs::write(&file, "").expect("a file");
+    let lock = fs::metadata(dir.path().join("fabric/lock")).expect("a lock").ino().to_string();
+    let awaited = || {
+        let locks = fs::read_to_string("/proc/locks").expect("the kernel's locks");
+        locks.lines().any(|line| line.contains("->") && line.contains(&format!(":{lock} ")))
+    };
+    thread::scope(|scope| {
+        let sweep = scope.spawn(|| Book::open(dir.path(), &network())?.release_all(|holder| holder.is_none()));
+        while !awaited() {
+            assert!(!sweep.is_finished(), "it did not wait");
+            thread::yield_now();
+        }
+        fs::write(&file, "c1\r\neth0").expect("written");
+        drop(book);
+        assert!(sweep.join().expect("no panic").expect("swept").is_empty());
+    });
+    assert!(file.exists());
 }
 
 #[test]

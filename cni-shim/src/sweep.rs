@@ -144,13 +144,12 @@ pub fn make_way(config: &Map<String, Value>, attachments: &Attachments) -> Resul
     }
 }
 
-/// The gateways' addresses with their lengths, by the rendered ranges.
 /// The bridge that a rendered configuration names.
 pub fn bridge_of(config: &Map<String, Value>) -> Option<IfName> {
     config.get("bridge")?.as_str()?.parse().ok()
 }
 
-/// The gateways' addresses of a rendered configuration, which the bridge is to have.
+/// The gateways' addresses with their lengths, by the ranges of a rendered configuration: what the bridge is to have.
 pub fn gateways(config: &Map<String, Value>) -> Vec<IpNetwork> {
     let ranges = config.get("ipam").and_then(|ipam| ipam["ranges"].as_array()).into_iter().flatten();
     let subnets = ranges.filter_map(|set| set[0]["subnet"].as_str()?.parse::<fabric_core::model::Subnet>().ok());

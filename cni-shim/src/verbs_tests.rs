@@ -88,13 +88,15 @@ fn add_is_refused_until_the_node_is_ready_and_leaves_nothing() {
         let error = node.ask("ADD", &node.conf("1.0.0")).expect_err(label);
         assert_eq!(error.code(), Code::TryAgainLater, "{label}");
         assert!(error.to_string().contains(reason), "{label}: {error}");
+        assert_eq!(code(node.ask("STATUS", &node.conf("1.1.0"))), 50, "{label}");
     }
     for (trouble, reason) in [(NotReady::Starting, "still starting"), (NotReady::Quarantine, "in quarantine")] {
         node.not_ready(trouble);
         let error = node.ask("ADD", &node.conf("1.0.0")).expect_err("not ready");
         assert_eq!(error.code(), Code::TryAgainLater);
         assert!(error.to_string().contains(reason) && error.to_string().contains("node-2"), "{error}");
-        assert_eq!(code(node.ask("STATUS", &node.conf("1.1.0"))), 50);
+        let unavailable = node.ask("STATUS", &node.conf("1.1.0")).expect_err("not ready");
+        assert_eq!((unavailable.code(), unavailable.to_string()), (Code::NotAvailable, error.to_string()));
     }
     assert_eq!(node.delegated(), [""; 0]);
     node.assert_clean();

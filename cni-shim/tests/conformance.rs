@@ -68,6 +68,15 @@ fn every_verb_of_every_version_does_what_the_spec_says() {
 /// The form of a success, by the spec's section 5 of that version.
 fn is_a_result(result: &Value, version: &str, age: usize) {
     assert_eq!(result["cniVersion"], version, "{result}");
+    knows_only(result, &["cniVersion", "interfaces", "ips", "routes", "dns"], &[], age);
+    for interface in result["interfaces"].as_array().expect("interfaces") {
+        knows_only(interface, &["name", "mac", "sandbox"], &["mtu", "socketPath", "pciID"], age);
+    }
+    for route in result["routes"].as_array().expect("routes") {
+        knows_only(route, &["dst", "gw"], &["mtu", "advmss", "priority", "table", "scope"], age);
+    }
+    // A plugin may leave it out.
+    knows_only(result.get("dns").unwrap_or(&json!({})), &["nameservers", "domain", "search", "options"], &[], age);
     let interfaces = result["interfaces"].as_array().expect("interfaces");
     let eth0 = interfaces.iter().position(|i| i["name"] == "eth0").expect("the pod's own");
     assert_eq!(interfaces[eth0]["sandbox"], "/run/netns/pod-1");
@@ -75,6 +84,9 @@ fn is_a_result(result: &Value, version: &str, age: usize) {
     let ips = result["ips"].as_array().expect("ips");
     assert_eq!(ips.len(), 2, "{result}");
     for ip in ips {
+        knows_only(ip, &["interface", "address", "gateway", "version"], &[], age);
+        let gateway = ip["gateway"].as_str().expect("a gateway");
+        assert!(gateway.parse::<std::net::IpAddr>().is_ok(), "{result}");
         let is_v4 = ip["address"].as_str().expect("an address").contains('.');
         assert_eq!(ip["interface"], eth0);
         // Until 1.0.0 it said of which family it is.
@@ -82,6 +94,14 @@ fn is_a_result(result: &Value, version: &str, age: usize) {
         assert_eq!(ip["version"], family, "{version}: {result}");
     }
     assert!(result["routes"].as_array().expect("routes").iter().all(|route| route["dst"].is_string()), "{result}");
+}
+
+/// Members that the spec names, some of them since 1.1.0.
+fn knows_only(object: &Value, members: &[&str], newest: &[&str], age: usize) {
+    let known = |name: &str| members.contains(&name) || (age >= 4 && newest.contains(&name));
+    for name in object.as_object().expect("an object").keys() {
+        assert!(known(name), "{name} is no member of {object} in {}", VERSIONS[age]);
+    }
 }
 
 #[test]

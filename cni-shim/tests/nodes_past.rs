@@ -84,19 +84,26 @@ fn nothing_of_a_living_pod_is_swept_even_if_its_namespace_has_no_name_or_its_sta
 }
 
 #[test]
-fn gc_frees_what_the_runtime_does_not_name_even_if_no_state_file_tells_of_it() {
+fn gc_frees_what_the_runtime_does_not_name_whatever_is_left_to_tell_of_it() {
     on_a_host_with_each_delegate(|host| {
         host.ready_on_both();
-        for pod in ["pod-1", "pod-2", "pod-3"] {
-            host.add(pod);
+        for number in 1..=5 {
+            host.add(&format!("pod-{number}"));
         }
-        fs::remove_file(host.path("state/fabric/pod-2@eth0.json")).expect("removed");
+        let state = |pod: &str| host.path(&format!("state/fabric/{pod}@eth0.json"));
+        fs::remove_file(state("pod-2")).expect("removed");
+        fs::write(state("pod-3"), "").expect("a file");
+        fs::write(state("pod-4"), "{\"containerID\":\"pod-4\",\"ifn").expect("a file");
+        run("ip netns del pod-5");
+        // The daemon is dead, and the node was booted since it last wrote.
+        fs::remove_file(host.path("node.json")).expect("removed");
         let mut conf = host.conf("1.1.0");
         conf["cni.dev/valid-attachments"] = json!([{"containerID": "pod-1", "ifname": "eth0"}]);
         host.ask("GC", "", &conf).expect("GC succeeds");
         let mut left = host.addresses();
         left.sort();
         assert_eq!(left, ["10.244.3.2", "fd00:10:244:3::2"]);
+        assert!(!state("pod-3").exists() && !state("pod-4").exists() && !state("pod-5").exists());
         eventually("ip netns exec pod-1 ping -c 1 -W 2 10.244.3.1");
     });
 }
