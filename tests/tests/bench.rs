@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use fabric_tests::bench::{Report, changes, cold_start, datapath};
+use fabric_tests::bench::{Report, changes, cni, cold_start, datapath};
+use fabric_tests::lab::binaries;
 
 #[test]
 fn cold_starts_are_measured() -> Result<()> {
@@ -29,6 +30,17 @@ fn the_datapath_is_measured() -> Result<()> {
     datapath::run(&mut report, datapath::Options { rounds: 1, slice: Duration::from_millis(100), crowd: 20 })?;
     for name in ["TCP, four streams: fabric / hand-made VXLAN", "round trips: on / off"] {
         ensure!(value(&report, name)? > 0.0, "{name}: {}", value(&report, name)?);
+    }
+    Ok(())
+}
+
+#[test]
+fn pods_that_come_and_go_are_measured() -> Result<()> {
+    let mut report = Report::default();
+    cni::run(&mut report, &binaries::folder()?, 2)?;
+    for way in ["fabric-cni over bridge + host-local", "fabric-bridge", "fabric-cni with fabric-bridge"] {
+        let name = format!("{way}, p99, of the standard plugins'");
+        ensure!(value(&report, &name)? > 0.0, "{name}: {}", value(&report, &name)?);
     }
     Ok(())
 }

@@ -35,12 +35,12 @@ struct Way {
     config: PathBuf,
 }
 
-/// Measures so many ADDs and DELs of each way, one at a time and eight at once.
+/// Measures so many ADDs and DELs of each way, one at a time and eight at once; our plugins are those in `ours`.
 ///
 /// # Errors
 /// A plugin fails, or this isn't root.
-pub fn run(report: &mut Report, rounds: usize) -> Result<()> {
-    let measured = thread::scope(|scope| scope.spawn(|| on_a_host(rounds)).join());
+pub fn run(report: &mut Report, ours: &Path, rounds: usize) -> Result<()> {
+    let measured = thread::scope(|scope| scope.spawn(|| on_a_host(ours, rounds)).join());
     let measured = measured.map_err(|_| anyhow!("the benchmark panicked"))??;
     for (section, ways) in measured {
         let mut reference: Option<[f64; 2]> = None;
@@ -75,7 +75,7 @@ pub fn run(report: &mut Report, rounds: usize) -> Result<()> {
 type Measured = Vec<(String, Vec<(&'static str, Vec<f64>)>)>;
 
 /// In network and mount namespaces that go with this thread.
-fn on_a_host(rounds: usize) -> Result<Measured> {
+fn on_a_host(ours: &Path, rounds: usize) -> Result<Measured> {
     unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).context("this benchmark runs as root")?;
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
@@ -85,7 +85,7 @@ fn on_a_host(rounds: usize) -> Result<Measured> {
     pods.iter().for_each(|pod| drop(ip(&format!("netns add {pod}"))));
     // Not in memory: host-local's books are on the disk, and so is what fabric-cni remembers.
     let disk = TempDir::new_in(binaries::folder()?)?;
-    let ways = ways(disk.path())?;
+    let ways = ways(ours, disk.path())?;
 
     let mut measured = Measured::new();
     for (label, crowd, rounds) in [("one at a time", 1, rounds), ("eight at once", CROWD, rounds.div_ceil(CROWD))] {
@@ -109,8 +109,7 @@ fn on_a_host(rounds: usize) -> Result<Measured> {
     Ok(measured)
 }
 
-fn ways(disk: &Path) -> Result<Vec<Way>> {
-    let ours = binaries::folder()?;
+fn ways(ours: &Path, disk: &Path) -> Result<Vec<Way>> {
     let bridge = |number: u8, kind: &str| {
         let routes = json!([{ "dst": "10.244.0.0/16", "gw": format!("10.244.{number}.1") }]);
         json!({

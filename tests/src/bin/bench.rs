@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use fabric_tests::bench::{Report, changes, cni, cold_start, datapath};
+use fabric_tests::lab::binaries;
 
 /// Measure fabricd beside iproute2, a VXLAN made by hand, and flanneld
 #[derive(Parser)]
@@ -35,6 +36,9 @@ struct Cli {
     /// Pods that come and go for each way to attach one
     #[arg(long, default_value_t = 200)]
     pods: usize,
+    /// Folder of the fabric-cni and fabric-bridge to be measured; otherwise those of this build
+    #[arg(long)]
+    plugins: Option<PathBuf>,
     /// A flanneld to be measured in the same run
     #[arg(long, env = "FLANNELD")]
     flanneld: Option<PathBuf>,
@@ -80,7 +84,8 @@ fn run(cli: &Cli) -> Result<()> {
         datapath::run(&mut report, datapath::Options { rounds: cli.turns, slice, crowd: cli.crowd })?;
     }
     if wanted(Part::Cni) {
-        cni::run(&mut report, cli.pods)?;
+        let plugins = cli.plugins.clone().map_or_else(binaries::folder, Ok)?;
+        cni::run(&mut report, &plugins, cli.pods)?;
     }
     report.save(&cli.json)?;
     println!("\nall figures: {0}, as tables: {1}", cli.json.display(), cli.json.with_extension("md").display());
