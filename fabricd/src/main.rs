@@ -30,8 +30,8 @@ fn main() -> ExitCode {
         Ok(level) => level,
         Err(error) => return fail(&format!("--log-level: {error}")),
     };
-    // Two workers are plenty: what takes time is the kernel's work, and that has a thread of its own.
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+    // One thread is plenty, and the least memory: what takes time is the kernel's work, and that has threads of its own.
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error),
     };

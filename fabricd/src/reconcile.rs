@@ -40,6 +40,8 @@ use crate::view::{PeerTrouble, View, VtepView};
 
 /// How often everything is looked at although nothing has happened.
 const AUDIT: Duration = Duration::from_secs(10);
+/// How many steps the kernel is given at once: far more than what one costs, and little memory.
+const AT_ONCE: usize = 1000;
 /// How many steps of the last plan are remembered.
 const REMEMBERED: usize = 500;
 
@@ -486,7 +488,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     async fn execute(&mut self, plan: &Plan, keeping: bool) -> Vec<(Op, String)> {
         let mut gate = Gate::default();
         let mut failures = Vec::new();
-        for stage in plan.stages() {
+        for stage in plan.stages().flat_map(|stage| stage.chunks(AT_ONCE)) {
             let stage = stage.iter().filter(|op| !(keeping && op.is_delete()));
             let (go, wait): (Vec<&Op>, Vec<&Op>) = stage.partition(|op| gate.admits(op));
             failures

@@ -6,13 +6,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use fabric_core::leases::LeaseSet;
-use fabric_core::model::{IfName, Subnet};
+use fabric_core::leases::{Lease, LeaseSet};
+use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::Refusal;
 use fabric_core::record::LeaseKey;
 use fabric_core::rules::door::{Door, DoorChange};
-use fabric_core::rules::{Member, RuleInputs, RuleOptions, Ruleset, ruleset};
+use fabric_core::rules::senders::{follow, has_notrack};
+use fabric_core::rules::{Member, RuleInputs, RuleOptions, Ruleset, TableFamily, ruleset};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -52,6 +53,7 @@ struct Given {
     ports: BTreeSet<IfName>,
     pods: Arc<PodPorts>,
     pod_subnets: BTreeSet<Subnet>,
+    tracked: bool,
     moved: BTreeSet<Member>,
 }
 
@@ -120,13 +122,16 @@ impl Rules {
             ports: observed.bridges.get(&self.bridge).cloned().unwrap_or_default(),
             pods,
             pod_subnets: self.pod_subnets(network, own, observed),
+            tracked: observed.tracked || observed.rules.get(&TableFamily::Inet).is_some_and(has_notrack),
             moved: self.moved.keys().copied().collect(),
         };
-        let known = self.known.take().filter(|(before, _)| before.decides_as(&given));
-        let ruleset = known.map(|(_, ruleset)| ruleset).unwrap_or_else(|| {
+        let known = self.known.take().filter(|(before, _)| before.decides_as(&given)).map(|(before, mut ruleset)| {
+            self.follow(&before, &given, &mut ruleset, now);
+            ruleset
+        });
+        let ruleset = known.unwrap_or_else(|| {
             let members = self.with_moved(given.members(), now);
-            given.moved = self.moved.keys().copied().collect();
-            ruleset(&RuleInputs {
+            let mut wanted = ruleset(&RuleInputs {
                 network,
                 own: own.key.subnets(),
                 members: &members,
@@ -134,10 +139,43 @@ impl Rules {
                 ports: &given.ports,
                 pods: &given.pods,
                 pod_subnets: &given.pod_subnets,
+                tracked: given.tracked,
                 options: &self.options,
-            })
+            });
+            for (family, table) in &mut wanted {
+                observed.rules.get(family).into_iter().for_each(|there| table.share(there));
+            }
+            wanted
         });
+        given.moved = self.moved.keys().copied().collect();
         &self.known.insert((given, ruleset)).1
+    }
+
+    /// Takes over what has changed of the leases since, for the price of the change.
+    fn follow(&mut self, before: &Given, given: &Given, ruleset: &mut Ruleset, now: Instant) {
+        let (went, came): (Vec<_>, Vec<_>) = given.leases.changes(&before.leases).unzip();
+        let mut gone: Vec<Member> = went.into_iter().flatten().flat_map(|lease| given.members_of(lease)).collect();
+        let come: Vec<Member> = came.into_iter().flatten().flat_map(|lease| given.members_of(lease)).collect();
+        for member in &gone {
+            self.members.remove(member);
+        }
+        self.members.extend(&come);
+        gone.retain(|member| !self.members.contains(member));
+        // What had moved before goes with its subnet, unless that only moves on.
+        let has_gone = |subnet: Subnet| gone.iter().any(|member| member.subnet == subnet);
+        let comes = |subnet: Subnet| come.iter().any(|member| member.subnet == subnet);
+        let over = self.moved.keys().filter(|moved| has_gone(moved.subnet) && !comes(moved.subnet));
+        let over: Vec<Member> = over.copied().collect();
+        self.moved.retain(|moved, _| !over.contains(moved) && !come.contains(moved));
+        let (moving, gone): (Vec<Member>, Vec<Member>) = gone.into_iter().partition(|member| comes(member.subnet));
+        self.moved.extend(moving.into_iter().map(|member| (member, now + GRACE)));
+        let gone = [gone, over].concat();
+        let remains = |underlay| {
+            let members = self.members.range(Member::first_of(underlay)..).next();
+            let moved = self.moved.range(Member::first_of(underlay)..).map(|(member, _)| member).next();
+            [members, moved].into_iter().flatten().any(|member| member.underlay == underlay)
+        };
+        follow(ruleset, given.own.subnets(), &gone, &come, remains);
     }
 
     /// The members, and those that have moved not long ago: their subnet is another address's now.
@@ -164,38 +202,82 @@ impl Rules {
 }
 
 impl Given {
+    /// Whether all but the leases is the same.
     fn decides_as(&self, other: &Self) -> bool {
         let rest = |given: &Self| (given.network, given.own);
-        let leases_are_the_same = || other.leases.changes(&self.leases).next().is_none();
         rest(self) == rest(other)
             && self.refused == other.refused
             && self.ports == other.ports
             && self.pods == other.pods
             && self.pod_subnets == other.pod_subnets
+            && self.tracked == other.tracked
             && self.moved == other.moved
-            && leases_are_the_same()
     }
 
     /// All peers that are accepted.
     fn members(&self) -> BTreeSet<Member> {
-        let peers = self.leases.iter().filter(|lease| lease.key != self.own && !self.refused.contains(&lease.key));
-        let members = peers.flat_map(|lease| {
-            let endpoints = lease.record.endpoints();
-            let member = move |(family, subnet): (_, &Subnet)| {
-                Some(Member { underlay: endpoints.get(family)?.public_ip, subnet: *subnet })
-            };
-            lease.key.subnets().iter().filter_map(member)
-        });
-        members.collect()
+        self.leases.iter().flat_map(|lease| self.members_of(lease)).collect()
+    }
+
+    /// What a lease makes members, if it is that of a peer and accepted.
+    fn members_of<'a>(&self, lease: &'a Lease) -> impl Iterator<Item = Member> + use<'a> {
+        let accepted = lease.key != self.own && !self.refused.contains(&lease.key);
+        let endpoints = lease.record.endpoints();
+        let member = move |(family, subnet): (Family, &Subnet)| {
+            Some(Member { underlay: endpoints.get(family)?.public_ip, subnet: *subnet })
+        };
+        lease.key.subnets().iter().filter(move |_| accepted).filter_map(member)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use fabric_core::leases::Entry;
+    use fabric_core::model::PerFamily;
+
     use super::*;
 
     fn member(underlay: &str) -> Member {
         Member { underlay: underlay.parse().expect("valid"), subnet: "10.244.7.0/24".parse().expect("valid") }
+    }
+
+    fn leases(peers: &[(&str, &str)]) -> Arc<LeaseSet> {
+        let entry = |(underlay, subnet): &(&str, &str)| {
+            Entry {
+            key: subnet.replace('/', "-"),
+            value: format!(
+                r#"{{"PublicIP":"{underlay}","BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"02:42:c0:00:02:07"}}}}"#
+            )
+            .into(),
+            create_revision: 1,
+            mod_revision: 1,
+        }
+        };
+        Arc::new(LeaseSet::snapshot(&LeaseSet::default(), peers.iter().map(entry).collect(), 1))
+    }
+
+    fn senders(rules: &mut Rules, peers: &[(&str, &str)]) -> Vec<String> {
+        let network =
+            NetworkConfig::decode(br#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).expect("valid");
+        let key = LeaseKey::decode("10.244.1.0-24").expect("valid");
+        let own = Own { key, endpoints: PerFamily::default(), epoch: 1 };
+        let ruleset = rules.wanted(&network, &own, &Observed::default(), &leases(peers), &BTreeMap::new());
+        ruleset[&TableFamily::Inet].sets["members4"].elements.iter().map(ToString::to_string).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_lease_changes_is_followed_and_after_the_grace_found_anew() {
+        let mut rules = Rules::new(RuleOptions::default());
+        let node = |underlay: &str| [format!("{underlay} . 10.244.7.0"), format!("{underlay} . {underlay}")];
+        assert_eq!(senders(&mut rules, &[("192.0.2.7", "10.244.7.0/24")]), node("192.0.2.7"));
+        let both = [node("192.0.2.7"), node("192.0.2.8")].concat();
+        assert_eq!(senders(&mut rules, &[("192.0.2.8", "10.244.7.0/24")]), both, "it has moved");
+        let back = [node("192.0.2.7"), node("192.0.2.8")].concat();
+        assert_eq!(senders(&mut rules, &[("192.0.2.7", "10.244.7.0/24")]), back, "and back");
+        tokio::time::advance(GRACE).await;
+        assert_eq!(senders(&mut rules, &[("192.0.2.7", "10.244.7.0/24")]), node("192.0.2.7"));
+        assert_eq!(senders(&mut rules, &[("192.0.2.9", "10.244.7.0/24")]).len(), 4);
+        assert_eq!(senders(&mut rules, &[]), [""; 0], "gone is gone at once, with what has moved");
     }
 
     #[tokio::test(start_paused = true)]

@@ -349,6 +349,7 @@ impl Tables {
             doors: vec![],
             hazards: vec![],
             bridges: BTreeMap::new(),
+            tracked: false,
         }
     }
 }

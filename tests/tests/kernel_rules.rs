@@ -41,6 +41,7 @@ fn rules(peers: u32) -> Ruleset {
         pods: &[(v("veth1"), Pod { mac: v("02:00:00:00:00:07"), ips: [v("10.64.1.7"), v("2001:db8:0:1::7")].into() })]
             .into(),
         pod_subnets: &own.values().copied().collect(),
+        tracked: false,
         options: &options,
     })
 }
@@ -96,7 +97,8 @@ fn nft_shows_what_was_written_and_it_is_found_again() {
             "icmpv6 type 136 jump advertised",
             "iifname . ether saddr . @th,64,128 @pods6 return",
             "@th,96,24 0x7 jump senders comment \"encapsulated [",
-            "@th,224,16 0x800 ip saddr . @th,336,32 & 0xffffff00 @members4 accept",
+            "@th,96,24 0x7 @th,224,16 0x800 ip saddr . @th,336,32 & 0xffffff00 @members4 accept",
+            "iifname . ether saddr . ip saddr @pods4 accept",
             "@th,224,16 0x86dd ip6 saddr . @th,304,128 & 0xffffffffffffffff0000000000000000 @members6 accept",
             "exthdr frag 1 udp dport 8472 counter",
             "udp dport 8472 @th,96,24 0x7 notrack",

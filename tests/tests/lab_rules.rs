@@ -41,9 +41,12 @@ fn each_part_can_be_switched_off() -> Result<()> {
     for (args, lacking) in [
         (&["--check-senders=false"][..], &["chain senders", "members4"][..]),
         (&["--check-pods=false"], &["table bridge", "cni0"]),
-        (&["--notrack=false"], &["notrack"]),
+        (&["--notrack=false", "--ip-masq"], &["notrack"]),
         (&["--check-senders=false", "--check-pods=false", "--notrack=false"], &["table"]),
     ] {
+        restart_with(&field.target.node, &["--ip-masq"])?;
+        let whole = field.target.node.run(&["nft", "list", "ruleset"])?;
+        assert!(lacking.iter().all(|word| whole.contains(word)), "{args:?}: {whole}");
         restart_with(&field.target.node, args)?;
         let rules = field.target.node.run(&["nft", "list", "ruleset"])?;
         assert!(lacking.iter().all(|word| !rules.contains(word)), "{args:?}: {rules}");

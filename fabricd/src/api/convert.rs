@@ -17,6 +17,9 @@ use crate::reconcile::{Looked, Written};
 use crate::store::Connection;
 use crate::view::{PeerTrouble, View};
 
+/// How many leases that can't be read a status names.
+const UNREADABLE: usize = 5;
+
 /// A view in the API's words. `now` is what the lease's end is counted from.
 #[must_use]
 pub fn status_of(view: &View, now: Instant) -> v1::GetStatusResponse {
@@ -26,9 +29,14 @@ pub fn status_of(view: &View, now: Instant) -> v1::GetStatusResponse {
     };
     let peers: Vec<v1::Peer> = view.peers().map(|lease| peer(view, lease)).collect();
     let programmed = peers.iter().filter(|peer| peer.state() == v1::PeerState::Programmed).count();
-    let unreadable = view.leases.iter().flat_map(|leases| leases.unreadable());
-    let unreadable =
-        unreadable.map(|(key, error)| format!("the lease {key} can't be read, its last good value counts: {error}"));
+    let unreadable = view.leases.as_ref().map(|leases| leases.unreadable()).into_iter().flatten();
+    let mut unreadable: Vec<String> = unreadable
+        .map(|(key, error)| format!("the lease {key} can't be read, its last good value counts: {error}"))
+        .collect();
+    if let Some(more @ 1..) = unreadable.len().checked_sub(UNREADABLE) {
+        unreadable.truncate(UNREADABLE);
+        unreadable.push(format!("{more} more leases can't be read"));
+    }
     v1::GetStatusResponse {
         node: view.node.to_string(),
         version: env!("CARGO_PKG_VERSION").into(),
@@ -246,5 +254,32 @@ fn result(outcome: Outcome) -> v1::CheckResult {
         Outcome::Warning => v1::CheckResult::Warning,
         Outcome::Failed => v1::CheckResult::Failed,
         Outcome::Skipped => v1::CheckResult::Skipped,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use fabric_core::leases::{Entry, LeaseSet};
+
+    use super::*;
+
+    #[test]
+    fn thousands_of_leases_that_can_not_be_read_are_few_lines() {
+        let told = |count: usize| {
+            let garbage = |n| Entry {
+                key: format!("10.{}.{}.0-24", n / 256, n % 256),
+                value: b"{".into(),
+                create_revision: 1,
+                mod_revision: 1,
+            };
+            let mut view = View::new("node-1".parse().expect("valid"));
+            let leases = LeaseSet::snapshot(&LeaseSet::default(), (0..count).map(garbage).collect(), 1);
+            view.leases = Some(Arc::new(leases));
+            status_of(&view, Instant::now()).warnings
+        };
+        assert_eq!((told(0).len(), told(5).len(), told(5000).len()), (0, 5, 6));
+        assert_eq!(told(5000).last().map(String::as_str), Some("4995 more leases can't be read"));
     }
 }

@@ -13,7 +13,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use fabric_core::model::{IfName, Subnet};
-use fabric_core::rules::change::Change;
+use fabric_core::rules::change::{Change, share};
 use fabric_core::state::{Foreign, ForeignLink, NexthopId, Sysctl, Via};
 
 use super::monitor::{Event, Interest, Table};
@@ -181,22 +181,24 @@ impl Mirror {
             self.addresses = tables::addresses(socket)?;
         }
         if stale.contains(&Table::Fdb) {
-            observed.ours.fdb = tables::fdb(socket, &ours)?;
+            take_over(&mut observed.ours.fdb, tables::fdb(socket, &ours)?);
         }
         if stale.contains(&Table::Neighbours) {
-            observed.ours.neighbours = tables::neighbours(socket, &ours)?;
+            take_over(&mut observed.ours.neighbours, tables::neighbours(socket, &ours)?);
         }
         if stale.contains(&Table::Nexthops) {
             let found = tables::nexthops(socket, &self.links)?;
             observed.nexthop_objects = found.is_some();
             let found = found.unwrap_or_default();
-            (observed.ours.nexthops, observed.foreign.nexthop_ids) = (found.ours, found.foreign);
+            take_over(&mut observed.ours.nexthops, found.ours);
+            observed.foreign.nexthop_ids = found.foreign;
         }
-        if stale.contains(&Table::Routes) {
-            observed.ours.routes = routes::ours(socket, &self.links)?;
+        if stale.contains(&Table::Routes) && !stale.contains(&Table::HostRoutes) {
+            take_over(&mut observed.ours.routes, routes::ours(socket, &self.links)?);
         }
         if stale.contains(&Table::HostRoutes) {
-            let found = routes::of_others(socket, &self.links)?;
+            let (ours, found) = routes::all(socket, &self.links)?;
+            take_over(&mut observed.ours.routes, ours);
             (observed.foreign.routes, observed.foreign.plain) = (found.beside_ours, found.plain);
             observed.host.default_routes = found.defaults;
             self.carriers = found.devices;
@@ -216,6 +218,8 @@ impl Mirror {
                 others().map(|l| (l.name, ForeignLink { kind: l.kind.clone(), vxlan: l.vxlan })).collect();
         }
         if stale.contains(&Table::Sysctls) {
+            // For good: rules that come and go with a connection would be worse than one that costs a little.
+            observed.tracked |= sysctl::tracks_connections(&options.sysctl_root);
             let wanted = [Sysctl::Ipv4Forward, Sysctl::Ipv6Forward]
                 .into_iter()
                 .chain(ours.iter().flat_map(|link| [Sysctl::AcceptRa(link.name), Sysctl::RpFilter(link.name)]));
@@ -235,9 +239,21 @@ impl Mirror {
             observed.hazards = if filter.has_kube_proxy() { bridge_nf::lacking(&options.sysctl_root) } else { vec![] };
         }
         if stale.contains(&Table::Rules) {
-            (observed.rules, observed.dropped) = filter.read().map_err(tables::reading("nftables"))?;
+            let (rules, dropped) = filter.read().map_err(tables::reading("nftables"))?;
+            observed.dropped = dropped;
+            if let Some(mut rules) = rules {
+                share(&mut rules, &observed.rules);
+                observed.rules = rules;
+            }
         }
         Ok(())
+    }
+}
+
+/// Puts what was read in the place of what is known, unless it says the same: then nothing of thousands is made anew.
+fn take_over<K: Ord, V: PartialEq>(known: &mut BTreeMap<K, V>, read: Vec<(K, V)>) {
+    if known.len() != read.len() || read.iter().any(|(key, value)| known.get(key) != Some(value)) {
+        *known = read.into_iter().collect();
     }
 }
 

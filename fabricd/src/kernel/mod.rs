@@ -70,6 +70,8 @@ pub struct Observed {
     pub hazards: Vec<(Family, String)>,
     /// The ports of every bridge.
     pub bridges: BTreeMap<IfName, BTreeSet<IfName>>,
+    /// Whether connections are tracked here, or have been.
+    pub tracked: bool,
 }
 
 /// What the packet filter has dropped since its rules were written, by the rules' reasons.

@@ -56,19 +56,39 @@ pub(super) enum Way {
 }
 
 /// `ip route show table main proto 250`, of both families: ours, whatever device they lead out of.
-pub(super) fn ours(socket: &mut RequestSocket, links: &Links) -> Result<BTreeMap<Subnet, Via>, KernelError> {
-    let rows = dump(socket, RouteProtocol::Other(ROUTE_PROTOCOL), |frame| {
-        row(frame, false).filter(|_| is_ours(frame)).and_then(|row| Some((row.dst, row.way?)))
-    })?;
-    Ok(rows.into_iter().map(|(dst, way)| (dst, way.via(dst, links))).collect())
+pub(super) fn ours(socket: &mut RequestSocket, links: &Links) -> Result<Vec<(Subnet, Via)>, KernelError> {
+    dump(socket, RouteProtocol::Other(ROUTE_PROTOCOL), |frame| our_row(frame, links))
 }
 
-/// `ip route show table main`, of both families, without ours.
-pub(super) fn of_others(socket: &mut RequestSocket, links: &Links) -> Result<HostRoutes, KernelError> {
+fn our_row(frame: &Frame<'_>, links: &Links) -> Option<(Subnet, Via)> {
+    let row = row(frame, false).filter(|_| is_ours(frame))?;
+    Some((row.dst, row.way?.via(row.dst, links)))
+}
+
+/// `ip route show table main`, of both families: ours, and the others.
+pub(super) fn all(socket: &mut RequestSocket, links: &Links) -> Result<(Vec<(Subnet, Via)>, HostRoutes), KernelError> {
+    enum Row {
+        Ours((Subnet, Via)),
+        Other(Box<RouteMessage>),
+    }
+    // Ours, the most by far, are not read in full.
+    let rows = dump(socket, RouteProtocol::Unspec, |frame| match is_ours(frame) {
+        true => our_row(frame, links).map(Row::Ours),
+        false => route_of(frame).map(|route| Row::Other(Box::new(route))),
+    })?;
+    let (mut ours, mut others) = (Vec::with_capacity(rows.len()), vec![]);
+    for row in rows {
+        match row {
+            Row::Ours(route) => ours.push(route),
+            Row::Other(route) => others.push(*route),
+        }
+    }
+    Ok((ours, of_others(&others, links)))
+}
+
+fn of_others(routes: &[RouteMessage], links: &Links) -> HostRoutes {
     let mut found = HostRoutes::default();
-    // Ours, the most by far, are left out before they are read.
-    let others = |frame: &Frame<'_>| if is_ours(frame) { None } else { route_of(frame) };
-    for route in dump(socket, RouteProtocol::Unspec, others)?.iter().filter(|route| in_main_table(route)) {
+    for route in routes.iter().filter(|route| in_main_table(route)) {
         let Some(dst) = destination(route) else { continue };
         if metric(route) == our_metric(route) && route.header.tos == 0 {
             let places = if is_plain(dst, route, links) { &mut found.plain } else { &mut found.beside_ours };
@@ -90,7 +110,7 @@ pub(super) fn of_others(socket: &mut RequestSocket, links: &Links) -> Result<Hos
     }
     found.devices.sort_unstable();
     found.devices.dedup();
-    Ok(found)
+    found
 }
 
 /// `ip route get IP`: the device and source address that the kernel would use; `None` when it sees no way, whatever it

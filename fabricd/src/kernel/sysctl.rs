@@ -29,6 +29,13 @@ pub(super) fn write(root: &Path, sysctl: &Sysctl, value: u32) -> Result<(), (io:
     })
 }
 
+/// Whether the kernel tracks connections in this namespace: as soon as it does, those to the store and to the API are among
+/// them, so the count is not zero.
+pub(super) fn tracks_connections(root: &Path) -> bool {
+    let count = fs::read_to_string(root.join("netfilter/nf_conntrack_count"));
+    count.is_ok_and(|count| count.trim().parse().is_ok_and(|count: u64| count > 0))
+}
+
 fn file(root: &Path, sysctl: &Sysctl) -> PathBuf {
     root.join(sysctl.path())
 }
@@ -49,5 +56,16 @@ mod tests {
         fs::create_dir(root.path().join("ipv4")).expect("created");
         write(root.path(), &Sysctl::Ipv4Forward, 1).expect("written");
         assert_eq!(read(root.path(), &Sysctl::Ipv4Forward).expect("readable"), Some(1));
+    }
+
+    #[test]
+    fn connections_are_tracked_where_there_are_some() {
+        let root = tempfile::tempdir().expect("a temporary directory");
+        assert!(!tracks_connections(root.path()), "the kernel knows no such thing");
+        fs::create_dir(root.path().join("netfilter")).expect("created");
+        for (count, tracked) in [("0\n", false), ("3\n", true)] {
+            fs::write(root.path().join("netfilter/nf_conntrack_count"), count).expect("written");
+            assert_eq!(tracks_connections(root.path()), tracked);
+        }
     }
 }

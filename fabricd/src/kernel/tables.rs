@@ -52,7 +52,7 @@ pub(super) struct Address {
 /// Nexthop objects, ours and the ids of all others.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Nexthops {
-    pub(super) ours: BTreeMap<NexthopId, Nexthop>,
+    pub(super) ours: Vec<(NexthopId, Nexthop)>,
     pub(super) foreign: BTreeSet<NexthopId>,
 }
 
@@ -237,11 +237,8 @@ pub(super) fn entry(frame: &Frame<'_>, gone: bool) -> Option<Entry> {
 }
 
 /// `bridge fdb show dev DEV`: ours on our devices.
-pub(super) fn fdb(
-    socket: &mut RequestSocket,
-    ours: &[&Link],
-) -> Result<BTreeMap<(IfName, MacAddr), IpAddr>, KernelError> {
-    let mut all = BTreeMap::new();
+pub(super) fn fdb(socket: &mut RequestSocket, ours: &[&Link]) -> Result<Vec<((IfName, MacAddr), IpAddr)>, KernelError> {
+    let mut all = vec![];
     for device in ours {
         // The kernel filters the FDB by the index in the header ...
         let mut filter = NeighbourMessage::default();
@@ -259,8 +256,8 @@ pub(super) fn fdb(
 pub(super) fn neighbours(
     socket: &mut RequestSocket,
     ours: &[&Link],
-) -> Result<BTreeMap<(IfName, IpAddr), MacAddr>, KernelError> {
-    let mut all = BTreeMap::new();
+) -> Result<Vec<((IfName, IpAddr), MacAddr)>, KernelError> {
+    let mut all = vec![];
     for device in ours {
         // ... and neighbours by an attribute, in one dump for both families.
         let mut filter = NeighbourMessage::default();
@@ -303,7 +300,7 @@ pub(super) fn nexthops(socket: &mut RequestSocket, links: &Links) -> Result<Opti
     let mut all = Nexthops::default();
     for row in rows {
         match nexthop_of(&row, links) {
-            Some(nexthop) => drop(all.ours.insert(row.id, nexthop)),
+            Some(nexthop) => all.ours.push((row.id, nexthop)),
             None => drop(all.foreign.insert(row.id)),
         }
     }

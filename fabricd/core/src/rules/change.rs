@@ -12,6 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::Arc;
 
 use super::door::{self, DoorChange};
 use super::{Chain, Element, Hook, Ruleset, Set, TABLE, Table, TableFamily};
@@ -36,7 +37,7 @@ pub struct FoundSet {
     /// Its declaration as `nft` writes it; other words for one that we don't make.
     pub declaration: String,
     /// Its elements.
-    pub elements: BTreeSet<Element>,
+    pub elements: Arc<BTreeSet<Element>>,
 }
 
 /// What is to be written: tables and sets in one transaction, chains in a second.
@@ -67,6 +68,8 @@ pub struct ElementChange {
     pub removed: Vec<Element>,
     /// Elements that come.
     pub added: Vec<Element>,
+    /// All that are there then.
+    pub then: Arc<BTreeSet<Element>>,
 }
 
 /// All chains of one table, in the place of those that are there.
@@ -100,6 +103,29 @@ impl Set {
     }
 }
 
+/// Lets tables that were read share the elements with those that were known before, where they are the same.
+pub fn share(read: &mut Found, known: &Found) {
+    for (family, table) in read {
+        for (name, set) in &mut table.sets {
+            let before = known.get(family).and_then(|table| table.sets.get(name));
+            if let Some(before) = before.filter(|before| before.elements == set.elements) {
+                set.elements = Arc::clone(&before.elements);
+            }
+        }
+    }
+}
+
+impl Table {
+    /// Shares the elements with the sets that are there, where they are the same.
+    pub fn share(&mut self, found: &FoundTable) {
+        for (name, set) in &mut self.sets {
+            if let Some(there) = found.sets.get(*name).filter(|there| there.elements == set.elements) {
+                set.elements = Arc::clone(&there.elements);
+            }
+        }
+    }
+}
+
 fn found_chains(chains: &BTreeMap<&'static str, Chain>) -> BTreeMap<String, Vec<String>> {
     chains.iter().map(|(name, chain)| ((*name).to_owned(), chain.lines())).collect()
 }
@@ -127,6 +153,17 @@ pub fn change(want: &Ruleset, have: &Found) -> Change {
     change
 }
 
+impl ElementChange {
+    /// The steps from the elements that are there to those of `set`, if there are any.
+    fn of(table: TableFamily, name: &'static str, set: &Set, there: &BTreeSet<Element>) -> Option<Self> {
+        let added: Vec<Element> = set.elements.difference(there).copied().collect();
+        let removed: Vec<Element> = there.difference(&set.elements).copied().collect();
+        let shape = Set { elements: Arc::default(), ..*set };
+        let change = Self { table, set: name, shape, removed, added, then: Arc::clone(&set.elements) };
+        (!change.added.is_empty() || !change.removed.is_empty()).then_some(change)
+    }
+}
+
 impl Change {
     /// Adds the steps from `found` to `table`.
     fn bring(&mut self, family: TableFamily, table: &Table, found: &FoundTable) {
@@ -135,11 +172,9 @@ impl Change {
             match found.sets.get(*name) {
                 None => self.sets.push((family, name, set.clone())),
                 Some(there) if there.declaration == set.declaration() => {
-                    let added: Vec<Element> = set.elements.difference(&there.elements).cloned().collect();
-                    let removed: Vec<Element> = there.elements.difference(&set.elements).cloned().collect();
-                    if !added.is_empty() || !removed.is_empty() {
-                        let shape = Set { elements: BTreeSet::new(), ..*set };
-                        self.elements.push(ElementChange { table: family, set: name, shape, removed, added });
+                    // The set that was written is the set that was wanted.
+                    if !Arc::ptr_eq(&there.elements, &set.elements) {
+                        self.elements.extend(ElementChange::of(family, name, set, &there.elements));
                     }
                 }
                 Some(_) => drop(rules.sets.insert(name, set.clone())),
@@ -163,7 +198,9 @@ impl Change {
     /// The same, but for elements that go: when what is wanted is only remembered, a peer may be newer than that.
     #[must_use]
     pub fn without_removals(mut self) -> Self {
-        self.elements.iter_mut().for_each(|change| change.removed.clear());
+        for change in self.elements.iter_mut().filter(|change| !change.removed.is_empty()) {
+            Arc::make_mut(&mut change.then).extend(change.removed.drain(..));
+        }
         self.elements.retain(|change| !change.added.is_empty());
         self
     }
@@ -174,10 +211,9 @@ impl Change {
         for (family, name, set) in &self.sets {
             found.entry(*family).or_default().sets.insert((*name).to_owned(), set.found());
         }
-        for ElementChange { table, set, removed, added, .. } in &self.elements {
+        for ElementChange { table, set, then, .. } in &self.elements {
             if let Some(set) = found.get_mut(table).and_then(|table| table.sets.get_mut(*set)) {
-                set.elements.retain(|element| !removed.contains(element));
-                set.elements.extend(added.iter().cloned());
+                set.elements = Arc::clone(then);
             }
         }
         for (family, rules) in &self.rules {

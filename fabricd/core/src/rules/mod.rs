@@ -25,7 +25,8 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
 
 use crate::model::{Family, IfName, MacAddr, PerFamily, Subnet, stable_hash};
 use crate::network::NetworkConfig;
@@ -183,6 +184,8 @@ pub enum Test {
     Is(u32),
     /// This name.
     Named(IfName),
+    /// Any other number.
+    IsNot(u32),
     /// A number with all these bits.
     Bits(u32),
     /// An address of this prefix.
@@ -200,8 +203,9 @@ pub struct Set {
     pub key: &'static [KeyField],
     /// Whether elements are ranges; only of two fields and more.
     pub ranges: bool,
-    /// The elements.
-    pub elements: BTreeSet<Element>,
+    /// The elements. What is there shares them with what is wanted once it is written, so that thousands are neither kept
+    /// nor compared twice.
+    pub elements: Arc<BTreeSet<Element>>,
 }
 
 /// One field of a set's key.
@@ -217,12 +221,12 @@ pub enum KeyField {
     Mac,
 }
 
-/// An element of a set: a part for each field of the key.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Element(pub Vec<Part>);
+/// An element of a set: a part for each field of the key, three at most. It is of one piece, as there are thousands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Element([Option<Part>; 3]);
 
 /// One part of an element.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Part {
     /// Addresses; one alone is a prefix of full length.
     Net(Subnet),
@@ -245,7 +249,7 @@ pub struct RuleOptions {
     pub check_senders: bool,
     /// Underlay addresses besides the peers' that may send, with any source of the network.
     pub senders: Vec<Subnet>,
-    /// Remember no connections for encapsulated packets.
+    /// Remember no connections for encapsulated packets, where connections are remembered at all.
     pub notrack: bool,
     /// Let pods use no addresses but their own, send no router advertisements, and not speak VXLAN.
     pub check_pods: bool,
@@ -277,6 +281,14 @@ pub struct Member {
     pub subnet: Subnet,
 }
 
+impl Member {
+    /// What is before all members of an underlay address, in their order.
+    #[must_use]
+    pub fn first_of(underlay: IpAddr) -> Self {
+        Self { underlay, subnet: Subnet::holding(Ipv4Addr::UNSPECIFIED.into(), 0).expect("0 is at most 32") }
+    }
+}
+
 /// A pod of this node: what it may send from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
@@ -303,22 +315,28 @@ pub struct RuleInputs<'a> {
     pub pods: &'a BTreeMap<IfName, Pod>,
     /// Prefixes that the pods have their addresses from: this node's subnets, and earlier ones that pods still use.
     pub pod_subnets: &'a BTreeSet<Subnet>,
+    /// Whether the kernel tracks connections here, on whosever behalf.
+    pub tracked: bool,
     /// What is wanted.
     pub options: &'a RuleOptions,
 }
 
-/// What the filter should hold.
+/// What the filter should hold. Every packet between pods passes these chains, on both nodes, so what most packets are is
+/// asked first, in one rule.
 #[must_use]
 pub fn ruleset(inputs: &RuleInputs<'_>) -> Ruleset {
     let mut ruleset = Ruleset::new();
+    if inputs.options.check_senders {
+        senders::add(&mut ruleset, inputs);
+    }
     if inputs.options.check_pods {
         pods::add(&mut ruleset, inputs);
     }
-    if inputs.options.notrack {
-        senders::add_notrack(&mut ruleset, inputs);
-    }
     if inputs.options.check_senders {
-        senders::add(&mut ruleset, inputs);
+        senders::add_judgement(&mut ruleset, inputs);
+    }
+    if inputs.options.notrack && (inputs.tracked || inputs.options.masquerade) {
+        senders::add_notrack(&mut ruleset, inputs);
     }
     if inputs.options.masquerade {
         masquerade::add(&mut ruleset, inputs);
@@ -405,12 +423,33 @@ impl Table {
 
     /// A set of this name, with these elements. Looking into it costs the same however many there are.
     fn set(&mut self, name: &'static str, key: &'static [KeyField], elements: impl IntoIterator<Item = Element>) {
-        self.sets.insert(name, Set { key, ranges: false, elements: elements.into_iter().collect() });
+        self.sets.insert(name, Set { key, ranges: false, elements: Arc::new(elements.into_iter().collect()) });
     }
 
     /// The same for prefixes, of a few only: the kernel goes through all of them for each packet, and for each change.
     fn ranges(&mut self, name: &'static str, key: &'static [KeyField], elements: impl IntoIterator<Item = Element>) {
-        self.sets.insert(name, Set { key, ranges: true, elements: elements.into_iter().collect() });
+        self.sets.insert(name, Set { key, ranges: true, elements: Arc::new(elements.into_iter().collect()) });
+    }
+}
+
+impl Element {
+    /// Its parts.
+    pub fn parts(&self) -> impl Iterator<Item = Part> {
+        self.0.into_iter().flatten()
+    }
+}
+
+impl FromIterator<Part> for Element {
+    fn from_iter<I: IntoIterator<Item = Part>>(parts: I) -> Self {
+        let mut parts = parts.into_iter();
+        Self(std::array::from_fn(|_| parts.next()))
+    }
+}
+
+impl<const N: usize> From<[Part; N]> for Element {
+    fn from(parts: [Part; N]) -> Self {
+        const { assert!(N <= 3, "a key has three fields at most") }
+        parts.into_iter().collect()
     }
 }
 
@@ -507,6 +546,7 @@ impl fmt::Display for Match {
         match &self.test {
             Test::Is(_) if self.fields == [Field::Fragment] => f.write_str(" exists"),
             Test::Is(number) => write!(f, " {}", Spelled(self.fields.first().copied(), *number)),
+            Test::IsNot(number) => write!(f, " != {}", Spelled(self.fields.first().copied(), *number)),
             Test::Named(name) => write!(f, " {:?}", name.as_str()),
             Test::Bits(bits) => write!(f, " & {bits:#x} == {bits:#x}"),
             Test::Within(prefix) => write!(f, " {prefix}"),
@@ -562,7 +602,7 @@ impl fmt::Display for Field {
 
 impl fmt::Display for Element {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (position, part) in self.0.iter().enumerate() {
+        for (position, part) in self.parts().enumerate() {
             f.write_str(if position == 0 { "" } else { " . " })?;
             match part {
                 Part::Net(net) if net.prefix_len() == net.family().bits() => net.base().fmt(f)?,

@@ -43,15 +43,18 @@ fn on_the_host(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
     ));
     let from = |family, prefix| [Match::family(family), Match::new(Field::Source(family), Test::Within(prefix))];
     let pods = table.called("pods");
+    let own = |family| {
+        let of_family = inputs.pod_subnets.iter().filter(move |subnet| subnet.family() == family);
+        of_family.map(move |subnet| Rule::new(from(family, *subnet), Verdict::Return, "its own address"))
+    };
+    pods.extend(own(Family::V4));
     for kind in [V6_ADVERTISEMENT, V6_REDIRECT] {
         pods.push(Rule::drop(
             [Match::family(Family::V6), Match::is(Field::Protocol, ICMPV6), Match::is(Field::IcmpType, kind)],
             ROUTERS,
         ));
     }
-    for subnet in inputs.pod_subnets {
-        pods.push(Rule::new(from(subnet.family(), *subnet), Verdict::Return, "its own address"));
-    }
+    pods.extend(own(Family::V6));
     pods.push(Rule::new(from(Family::V6, senders::link_local()), Verdict::Return, "neighbour discovery"));
     // While an address is being checked there is none to send from (RFC 4862 section 5.4).
     let mut checking = from(Family::V6, Subnet::host(Ipv6Addr::UNSPECIFIED.into())).to_vec();
@@ -70,7 +73,7 @@ fn on_the_host(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
 
 fn on_the_bridge(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
     let table = ruleset.entry(TableFamily::Bridge).or_default();
-    let port = |port: &IfName| Element(vec![Part::Interface(*port)]);
+    let port = |port: &IfName| Element::from([Part::Interface(*port)]);
     table.set("ports", &[KeyField::Interface], inputs.ports.iter().map(port));
     let known: Vec<(&IfName, &Pod)> = inputs.pods.iter().filter(|(port, _)| inputs.ports.contains(port)).collect();
     table.set("known", &[KeyField::Interface], known.iter().map(|(name, _)| port(name)));
@@ -79,17 +82,17 @@ fn on_the_bridge(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
         let of_pod = |(port, pod): &(&IfName, &Pod)| {
             let of_family = pod.ips.iter().filter(move |ip| Family::of(**ip) == family);
             let (port, mac) = (Part::Interface(**port), Part::Mac(pod.mac));
-            of_family
-                .map(|ip| Element(vec![port.clone(), mac.clone(), Part::Net(Subnet::host(*ip))]))
-                .collect::<Vec<_>>()
+            of_family.map(|ip| Element::from([port, mac, Part::Net(Subnet::host(*ip))])).collect::<Vec<_>>()
         };
         table.set(set, key, known.iter().flat_map(of_pod));
     }
-    table.at("prerouting", ChainKind::Filter, Place::Prerouting, senders::RAW).push(Rule::new(
-        [Match::all_in(&[Field::InInterface], "ports")],
-        Verdict::Jump("pods"),
-        "from a pod",
-    ));
+    let prerouting = table.at("prerouting", ChainKind::Filter, Place::Prerouting, senders::RAW);
+    for (family, protocol) in [(Family::V4, ICMP), (Family::V6, ICMPV6)] {
+        let mut matches = vec![of(ether_type(family)), Match::new(Field::Protocol, Test::IsNot(protocol))];
+        matches.push(its_own(Field::Source(family), family));
+        prerouting.push(Rule::new(matches, Verdict::Accept, "its own address"));
+    }
+    prerouting.push(Rule::new([Match::all_in(&[Field::InInterface], "ports")], Verdict::Jump("pods"), "from a pod"));
     let pods = table.called("pods");
     for (family, protocol, kinds) in
         [(Family::V4, ICMP, [REDIRECT, ADVERTISEMENT]), (Family::V6, ICMPV6, [V6_ADVERTISEMENT, V6_REDIRECT])]
@@ -109,8 +112,7 @@ fn on_the_bridge(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
 /// Of such a frame a known pod may claim its own addresses in `source`, any other every address of this node.
 fn judge(rules: &mut Vec<Rule>, inputs: &RuleInputs<'_>, frame: &[Match], source: Field, family: Family) {
     let and = |matches: &[Match]| [frame, matches].concat();
-    let its_own = Match::all_in(&[Field::InInterface, Field::SourceMac, source], own_addresses(family).0);
-    rules.push(Rule::new(and(&[its_own]), Verdict::Return, "its own address"));
+    rules.push(Rule::new(and(&[its_own(source, family)]), Verdict::Return, "its own address"));
     for net in of_nobody(source) {
         rules.push(Rule::new(and(&[Match::new(source, Test::Within(net))]), Verdict::Return, "no pod's address"));
     }
@@ -119,6 +121,11 @@ fn judge(rules: &mut Vec<Rule>, inputs: &RuleInputs<'_>, frame: &[Match], source
     let nets = inputs.pod_subnets.iter().filter(|net| net.family() == family);
     let outside: Vec<Match> = nets.map(|net| Match::new(source, Test::Outside(*net))).collect();
     rules.push(Rule::drop(and(&outside), SPOOFED));
+}
+
+/// What is in `source` is an address of the known pod that has this port and this MAC address.
+fn its_own(source: Field, family: Family) -> Match {
+    Match::all_in(&[Field::InInterface, Field::SourceMac, source], own_addresses(family).0)
 }
 
 /// Addresses that are no pod's in particular.

@@ -11,19 +11,24 @@
 //! Fragments are put together before that hook, for IPv4 always. IPv6 does so only where connections are tracked;
 //! elsewhere the first fragment, the only one with a port, is dropped, and without it nothing is put together.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use super::change::FoundTable;
 use super::{
-    ChainKind, Element, Field, KeyField, Match, Member, Part, Place, Rule, RuleInputs, Ruleset, Test, Verdict,
+    ChainKind, Element, Field, KeyField, Match, Member, Part, Place, Rule, RuleInputs, Ruleset, Table, Test, Verdict,
     ether_type,
 };
-use crate::model::{Family, Subnet};
+use crate::model::{Family, PerFamily, Subnet};
 
 /// Before connections are tracked: `NF_IP_PRI_RAW`.
 pub(super) const RAW: i32 = -300;
 /// `NF_IP_PRI_FILTER`.
 pub(super) const FILTER: i32 = 0;
+
+/// The chain of what this host sends: it is there for [`add_notrack`] alone.
+const OUTPUT: &str = "output";
 
 /// The sets of one family.
 struct Sets {
@@ -48,26 +53,78 @@ const fn sets(family: Family) -> Sets {
 pub fn may_send(table: &FoundTable, underlay: IpAddr, subnet: Subnet) -> Option<bool> {
     let sets = sets(Family::of(underlay));
     let has = |set: &str, inside: Subnet| {
-        let element = Element(vec![Part::Net(Subnet::host(underlay)), Part::Net(inside)]);
+        let element = Element::from([Part::Net(Subnet::host(underlay)), Part::Net(inside)]);
         table.sets.get(set).map(|found| found.elements.contains(&element))
     };
     let usual = has(sets.members, Subnet::host(subnet.base()))?;
     Some(usual || has(sets.odd, subnet).unwrap_or_default())
 }
 
+/// Whether the table has the rules against tracking. Once there they stay, so that a restart finds nothing to write.
+#[must_use]
+pub fn has_notrack(table: &FoundTable) -> bool {
+    table.chains.contains_key(OUTPUT)
+}
+
 /// The set of the peers' underlay addresses, for whoever wants to know them.
 pub(super) fn peers(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>, family: Family) -> &'static str {
     let Sets { peers: name, key, .. } = sets(family);
-    let peers = of_family(inputs, family).map(|member| Element(vec![Part::Net(Subnet::host(member.underlay))]));
+    let peers = of_family(inputs.members, family).map(|member| Element::from([host(member.underlay)]));
     ruleset.entry(super::TableFamily::Inet).or_default().set(name, &key[..1], peers);
     name
 }
 
-fn of_family<'a>(inputs: &RuleInputs<'a>, family: Family) -> impl Iterator<Item = &'a Member> {
-    inputs
-        .members
-        .iter()
-        .filter(move |member| Family::of(member.underlay) == family && member.subnet.family() == family)
+fn of_family(members: &BTreeSet<Member>, family: Family) -> impl Iterator<Item = &Member> {
+    members.iter().filter(move |member| Family::of(member.underlay) == family && member.subnet.family() == family)
+}
+
+fn host(ip: IpAddr) -> Part {
+    Part::Net(Subnet::host(ip))
+}
+
+/// Where one pair of addresses goes: an underlay address, and what may come from it inside.
+fn place(underlay: IpAddr, inside: Subnet, length: u8) -> (&'static str, Element) {
+    let Sets { members, odd, .. } = sets(inside.family());
+    // An address that could be a subnet's would stand for all of that subnet.
+    let is_usual = match inside == Subnet::host(underlay) {
+        true => !is_base(underlay, length),
+        false => inside.prefix_len() == length,
+    };
+    match is_usual {
+        true => (members, Element::from([host(underlay), host(inside.base())])),
+        false => (odd, Element::from([host(underlay), Part::Net(inside)])),
+    }
+}
+
+/// Lets members go and come in sets that are made; `remains` tells whether an underlay address still is a member's. This
+/// is what [`super::ruleset`] would make of all members, but for the price of a few.
+pub fn follow(
+    ruleset: &mut Ruleset,
+    own: &PerFamily<Subnet>,
+    gone: &[Member],
+    come: &[Member],
+    remains: impl Fn(IpAddr) -> bool,
+) {
+    let Some(table) = ruleset.get_mut(&super::TableFamily::Inet) else { return };
+    for (members, comes) in [(gone, false), (come, true)] {
+        for Member { underlay, subnet } in members.iter().filter(|m| Family::of(m.underlay) == m.subnet.family()) {
+            let length = usual_length(own, subnet.family());
+            let mut places = vec![place(*underlay, *subnet, length)];
+            if comes || !remains(*underlay) {
+                places.push(place(*underlay, Subnet::host(*underlay), length));
+                places.push((sets(subnet.family()).peers, Element::from([host(*underlay)])));
+            }
+            for (name, element) in places {
+                let Some(set) = table.sets.get_mut(name) else { continue };
+                let elements = Arc::make_mut(&mut set.elements);
+                if comes {
+                    elements.insert(element)
+                } else {
+                    elements.remove(&element)
+                };
+            }
+        }
+    }
 }
 
 /// Packets to our port with our VNI.
@@ -79,14 +136,16 @@ fn ours(inputs: &RuleInputs<'_>) -> Vec<Match> {
 }
 
 /// No connections are remembered for encapsulated packets, coming or going: each would cost a look-up, and a table
-/// that is full would drop them. Those of other VNIs keep theirs, which their address translation may need.
+/// that is full would drop them. Those of other VNIs keep theirs, which their address translation may need. Where the
+/// kernel tracks nothing the rule would only cost.
 pub(super) fn add_notrack(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
     let table = ruleset.entry(super::TableFamily::Inet).or_default();
     let rule = Rule::new(ours(inputs), Verdict::Notrack, "vxlan has no connections");
     table.at("prerouting", ChainKind::Filter, Place::Prerouting, RAW).push(rule.clone());
-    table.at("output", ChainKind::Filter, Place::Output, RAW).push(rule);
+    table.at(OUTPUT, ChainKind::Filter, Place::Output, RAW).push(rule);
 }
 
+/// The sets, and the rules by which what is from a peer's pod gets in.
 pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
     let families: Vec<Family> = inputs.own.families().collect();
     for family in &families {
@@ -94,63 +153,66 @@ pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
     }
     let table = ruleset.entry(super::TableFamily::Inet).or_default();
     for family in &families {
-        let (length, sets) = (usual_length(inputs, *family), sets(*family));
+        let (length, sets) = (usual_length(inputs.own, *family), sets(*family));
         // The node's own address too: so it answers a pod whose address was not translated on the way.
-        let pairs = of_family(inputs, *family)
-            .flat_map(|member| [member.subnet, Subnet::host(member.underlay)].map(|inside| (member.underlay, inside)));
-        let (usual, odd): (Vec<_>, Vec<_>) = pairs.partition(|(underlay, inside)| {
-            // An address that could be a subnet's would stand for all of that subnet.
-            if *inside == Subnet::host(*underlay) { !is_base(*underlay, length) } else { inside.prefix_len() == length }
+        let places = of_family(inputs.members, *family).flat_map(|member| {
+            [member.subnet, Subnet::host(member.underlay)].map(|inside| place(member.underlay, inside, length))
         });
-        let element =
-            |(from, inside): (IpAddr, Subnet)| Element(vec![Part::Net(Subnet::host(from)), Part::Net(inside)]);
-        let base = |(from, inside): (IpAddr, Subnet)| element((from, Subnet::host(inside.base())));
-        table.set(sets.members, sets.key, usual.into_iter().map(base));
-        table.ranges(sets.odd, sets.key, odd.into_iter().map(element));
+        let (usual, odd): (Vec<_>, Vec<_>) = places.partition(|(name, _)| *name == sets.members);
+        table.set(sets.members, sets.key, usual.into_iter().map(|(_, element)| element));
+        table.ranges(sets.odd, sets.key, odd.into_iter().map(|(_, element)| element));
+        admit(table, inputs, *family);
     }
+}
 
-    let port = inputs.network.vxlan.port;
+/// The common case: one rule, and in it one look-up, for a packet of a peer's pod.
+fn admit(table: &mut Table, inputs: &RuleInputs<'_>, family: Family) {
     let input = table.at("input", ChainKind::Filter, Place::Input, FILTER);
-    if families.contains(&Family::V6) {
-        let mut fragment = vec![Match::family(Family::V6), Match::is(Field::Fragment, 1)];
-        fragment.extend(Match::udp_to(port));
+    if family == Family::V6 {
+        let mut fragment = vec![Match::family(family), Match::is(Field::Fragment, 1)];
+        fragment.extend(Match::udp_to(inputs.network.vxlan.port));
         input.push(Rule::drop(fragment, "fragment of an encapsulated packet"));
     }
-    for family in &families {
-        let mut matches = vec![Match::family(*family)];
-        matches.extend(ours(inputs));
-        input.push(Rule::new(matches, Verdict::Jump("senders"), "encapsulated"));
+    let subnet = Field::InnerSubnet(family, usual_length(inputs.own, family));
+    let mut matches = encapsulated(inputs, family);
+    matches.push(Match::is(Field::InnerType, ether_type(family)));
+    matches.push(Match::all_in(&[Field::Source(family), subnet], sets(family).members));
+    input.push(Rule::new(matches, Verdict::Accept, "a peer, from its own subnet"));
+}
+
+/// Drops whatever comes encapsulated from anybody else.
+pub(super) fn add_judgement(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
+    let table = ruleset.entry(super::TableFamily::Inet).or_default();
+    for family in inputs.own.families() {
+        let to_judge = Rule::new(encapsulated(inputs, family), Verdict::Jump("senders"), "encapsulated");
+        table.at("input", ChainKind::Filter, Place::Input, FILTER).push(to_judge);
+        judge(table.called("senders"), inputs, family);
     }
-    let senders = table.called("senders");
-    for family in families {
-        judge(senders, inputs, family);
-    }
-    senders.push(Rule::drop([], "from no peer"));
+    table.called("senders").push(Rule::drop([], "from no peer"));
+}
+
+fn encapsulated(inputs: &RuleInputs<'_>, family: Family) -> Vec<Match> {
+    [vec![Match::family(family)], ours(inputs)].concat()
 }
 
 /// The length of the peers' subnets: that of our own, as all nodes choose theirs by one config.
-fn usual_length(inputs: &RuleInputs<'_>, family: Family) -> u8 {
-    inputs.own.get(family).map_or(family.bits(), |own| own.prefix_len())
+fn usual_length(own: &PerFamily<Subnet>, family: Family) -> u8 {
+    own.get(family).map_or(family.bits(), |own| own.prefix_len())
 }
 
 fn is_base(ip: IpAddr, length: u8) -> bool {
     Subnet::holding(ip, length).is_ok_and(|subnet| subnet.base() == ip)
 }
 
-/// The common case first: one look-up for a packet of a peer's pod.
+/// What is not from a peer's pod.
 fn judge(rules: &mut Vec<Rule>, inputs: &RuleInputs<'_>, family: Family) {
     let Sets { members, odd, peers, .. } = sets(family);
     let (source, inside) = (Field::Source(family), Field::InnerSource(family));
-    let subnet = Field::InnerSubnet(family, usual_length(inputs, family));
     let outer = Match::family(family);
     let inner = Match::is(Field::InnerType, ether_type(family));
     let of_a_peer = Match::all_in(&[source], peers);
-    for (fields, set, why) in [
-        ([source, subnet], members, "a peer, from its own subnet"),
-        ([source, inside], members, "a peer's node"),
-        ([source, inside], odd, "a peer, from a subnet of another length"),
-    ] {
-        let matches = [outer.clone(), inner.clone(), Match::all_in(&fields, set)];
+    for (set, why) in [(members, "a peer's node"), (odd, "a peer, from a subnet of another length")] {
+        let matches = [outer.clone(), inner.clone(), Match::all_in(&[source, inside], set)];
         rules.push(Rule::new(matches, Verdict::Accept, why));
     }
     if family == Family::V6 {

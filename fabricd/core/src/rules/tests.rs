@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::change::{Found, FoundSet, FoundTable, change};
+use super::senders::{follow, has_notrack};
 use super::{Member, Pod, RuleInputs, RuleOptions, Ruleset, TableFamily, ruleset};
 use crate::model::{IfName, PerFamily, Subnet};
 use crate::network::NetworkConfig;
@@ -13,6 +14,7 @@ struct Node {
     members: BTreeSet<Member>,
     ports: BTreeSet<IfName>,
     pods: BTreeMap<IfName, Pod>,
+    tracked: bool,
     options: RuleOptions,
 }
 
@@ -39,6 +41,7 @@ impl Node {
             members: BTreeSet::new(),
             ports: BTreeSet::new(),
             pods: BTreeMap::new(),
+            tracked: false,
             options: RuleOptions { check_senders: false, notrack: false, check_pods: false, ..RuleOptions::default() },
         }
     }
@@ -57,6 +60,7 @@ impl Node {
             ports: &self.ports,
             pods: &self.pods,
             pod_subnets: &self.own.values().copied().collect(),
+            tracked: self.tracked,
             options: &self.options,
         })
     }
@@ -78,10 +82,10 @@ set odd4 { type ipv4_addr . ipv4_addr; flags interval; }
 set peers4 { type ipv4_addr; elements = { 192.0.2.2 } }
 chain input {
   type filter hook input priority 0; policy accept;
+  meta nfproto ipv4 meta l4proto udp th dport 8472 @th,96,24 7 @th,224,16 0x0800 ip saddr . @th,336,32/24 @members4 accept comment "a peer, from its own subnet"
   meta nfproto ipv4 meta l4proto udp th dport 8472 @th,96,24 7 jump senders comment "encapsulated"
 }
 chain senders {
-  meta nfproto ipv4 @th,224,16 0x0800 ip saddr . @th,336,32/24 @members4 accept comment "a peer, from its own subnet"
   meta nfproto ipv4 @th,224,16 0x0800 ip saddr . @th,336,32 @members4 accept comment "a peer's node"
   meta nfproto ipv4 @th,224,16 0x0800 ip saddr . @th,336,32 @odd4 accept comment "a peer, from a subnet of another length"
   meta nfproto ipv4 @th,224,16 0x0800 ip saddr 198.51.100.7/32 @th,336,32 10.64.0.0/12 accept comment "allowed by --allow-sender"
@@ -115,8 +119,9 @@ fn ipv6_senders_may_be_link_local_but_not_in_fragments() {
         "elements = { 2001:db8:ff::2 . 2001:db8:0:2::, 2001:db8:ff::2 . 2001:db8:ff::2 } }",
         "@th,224,16 0x86dd ip6 saddr @peers6 @th,304,128 fe80::/10 accept",
         "  meta nfproto ipv6 exthdr frag exists meta l4proto udp th dport 8472 counter drop comment \
-         \"fragment of an encapsulated packet\"\n  meta nfproto ipv4",
-        "@th,224,16 0x86dd ip6 saddr . @th,304,128/64 @members6 accept",
+         \"fragment of an encapsulated packet\"\n  meta nfproto ipv6 meta l4proto udp th dport 8472 @th,96,24 7 \
+         @th,224,16 0x86dd ip6 saddr . @th,304,128/64 @members6 accept",
+        "@th,224,16 0x86dd ip6 saddr . @th,304,128 @members6 accept",
     ] {
         assert!(text.contains(line), "{line}\nis not in\n{text}");
     }
@@ -167,9 +172,9 @@ chain input {
   iifname "cni0" meta l4proto udp th dport 8472 counter drop comment "a pod does not speak VXLAN"
 }
 chain pods {
+  meta nfproto ipv4 ip saddr 10.64.1.0/24 return comment "its own address"
   meta nfproto ipv6 meta l4proto 58 @th,0,8 134 counter drop comment "a pod is no router"
   meta nfproto ipv6 meta l4proto 58 @th,0,8 137 counter drop comment "a pod is no router"
-  meta nfproto ipv4 ip saddr 10.64.1.0/24 return comment "its own address"
   meta nfproto ipv6 ip6 saddr 2001:db8:0:1::/64 return comment "its own address"
   meta nfproto ipv6 ip6 saddr fe80::/10 return comment "neighbour discovery"
   meta nfproto ipv6 ip6 saddr ::/128 meta l4proto 58 return comment "neighbour discovery"
@@ -211,10 +216,26 @@ chain pods {
 }
 chain prerouting {
   type filter hook prerouting priority -300; policy accept;
+  meta protocol 0x0800 meta l4proto != 1 iifname . ether saddr . ip saddr @pods4 accept comment "its own address"
+  meta protocol 0x86dd meta l4proto != 58 iifname . ether saddr . ip6 saddr @pods6 accept comment "its own address"
   iifname @ports jump pods comment "from a pod"
 }
 "#
     );
+}
+
+#[test]
+fn encapsulated_packets_are_untracked_where_connections_are_tracked_and_stay_so() {
+    let rule = "meta l4proto udp th dport 8472 @th,96,24 7 notrack";
+    for (tracked, masquerade) in [(false, false), (true, false), (false, true)] {
+        let mut node = Node::v4();
+        (node.tracked, node.options.notrack, node.options.masquerade) = (tracked, true, masquerade);
+        let rules = node.rules();
+        let text = rules.get(&TableFamily::Inet).map(ToString::to_string).unwrap_or_default();
+        assert_eq!(text.matches(rule).count(), if tracked || masquerade { 2 } else { 0 }, "{text}");
+        let there = found(&rules).get(&TableFamily::Inet).is_some_and(has_notrack);
+        assert_eq!(there, tracked || masquerade);
+    }
 }
 
 #[test]
@@ -254,6 +275,31 @@ fn peer_that_comes_or_goes_costs_its_own_elements_alone() {
     join.apply_to(&mut kernel);
     assert_eq!(kernel, found(&after));
     assert_eq!(change(&before, &kernel).to_string(), join.to_string().replace("+ nft add", "- nft delete"));
+}
+
+#[test]
+fn members_that_go_and_come_leave_what_all_together_would_make() {
+    // Two nodes with two subnets each, one with a subnet of another length, one whose address could be a subnet's base.
+    let all: Vec<Member> = [
+        ("192.0.2.2", "10.64.2.0/24"),
+        ("192.0.2.2", "10.64.3.0/24"),
+        ("192.0.2.3", "10.64.4.0/24"),
+        ("192.0.2.3", "10.64.8.0/22"),
+        ("192.0.2.0", "10.64.5.0/24"),
+        ("2001:db8:ff::2", "2001:db8:0:2::/64"),
+    ]
+    .map(|(underlay, subnet)| Member { underlay: v(underlay), subnet: v(subnet) })
+    .into();
+    let some = |bits: usize| all.iter().enumerate().filter(move |(n, _)| bits >> n & 1 == 1).map(|(_, member)| *member);
+    let rules = |bits| Node { members: some(bits).collect(), ..everything() }.rules();
+    let whole: Vec<Ruleset> = (0..1 << all.len()).map(rules).collect();
+    for (before, after) in (0..whole.len()).flat_map(|before| (0..whole.len()).map(move |after| (before, after))) {
+        let mut followed = whole[before].clone();
+        let (gone, come): (Vec<_>, Vec<_>) = (some(before & !after).collect(), some(after & !before).collect());
+        let remains = |underlay| some(after).any(|member| member.underlay == underlay);
+        follow(&mut followed, &everything().own, &gone, &come, remains);
+        assert!(followed == whole[after], "from {before:b} to {after:b}");
+    }
 }
 
 #[test]

@@ -46,7 +46,7 @@ pub(super) fn transactions(change: &Change) -> Vec<Vec<Request>> {
         sets.push(make_table(*family));
         sets.extend(make_set(*family, name, set, id));
     }
-    for ElementChange { table, set, shape, removed, added } in &change.elements {
+    for ElementChange { table, set, shape, removed, added, .. } in &change.elements {
         sets.extend(elements(*table, set, shape, removed, DELETE_ELEMENTS));
         sets.extend(elements(*table, set, shape, added, NEW_ELEMENTS));
     }
@@ -136,7 +136,7 @@ fn make_set(family: TableFamily, name: &str, set: &Set, id: u32) -> Vec<Request>
     if let [KeyField::Interface] = set.key {
         body = body.bytes(13, &[&[0, 4][..], &1_u32.to_ne_bytes()].concat());
     }
-    let all: Vec<Element> = set.elements.iter().cloned().collect();
+    let all: Vec<Element> = set.elements.iter().copied().collect();
     let mut steps = elements(family, name, set, &all, NEW_ELEMENTS);
     steps.insert(0, Request::raw(message(NEW_SET), NLM_F_CREATE, body.number(10, id).into_bytes()));
     steps
@@ -180,15 +180,15 @@ fn elements(family: TableFamily, set: &str, shape: &Set, elements: &[Element], k
 /// that stands alone.
 fn bounds(element: &Element) -> (Vec<u8>, Vec<u8>) {
     let (mut first, mut last) = (vec![], vec![]);
-    for part in &element.0 {
+    for part in element.parts() {
         let (low, high) = match part {
-            Part::Net(net) => net_bounds(*net),
+            Part::Net(net) => net_bounds(net),
             Part::Interface(name) => (interface(name.as_str()), interface(name.as_str())),
             Part::Mac(mac) => (mac.octets().to_vec(), mac.octets().to_vec()),
         };
         for (key, bytes) in [(&mut first, low), (&mut last, high)] {
             key.extend(bytes);
-            if element.0.len() > 1 {
+            if element.parts().nth(1).is_some() {
                 key.resize(key.len().next_multiple_of(4), 0);
             }
         }

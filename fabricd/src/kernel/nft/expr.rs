@@ -123,6 +123,9 @@ impl List {
         }
         match &condition.test {
             Test::Is(number) => self.compare(EQUAL, &spelled(*number, condition.fields.first().copied(), length)),
+            Test::IsNot(number) => {
+                self.compare(DIFFERENT, &spelled(*number, condition.fields.first().copied(), length))
+            }
             Test::Named(name) => self.compare(EQUAL, &interface(name.as_str())),
             Test::Bits(bits) => {
                 self.mask(FIRST, &bits.to_ne_bytes());

@@ -29,14 +29,18 @@ use super::socket::{Refusal, RequestSocket};
 pub(super) struct Filter {
     /// `None` when the kernel has no netfilter.
     socket: Option<RequestSocket>,
+    /// At which generation of the kernel's rules ours were last read.
+    read_at: Option<u32>,
 }
 
 impl Filter {
     /// Opens the one of this thread's network namespace.
     pub(super) fn open() -> io::Result<Self> {
         match RequestSocket::open(NETLINK_NETFILTER) {
-            Ok(socket) => Ok(Self { socket: Some(socket) }),
-            Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => Ok(Self { socket: None }),
+            Ok(socket) => Ok(Self { socket: Some(socket), read_at: None }),
+            Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => {
+                Ok(Self { socket: None, read_at: None })
+            }
             Err(error) => Err(error),
         }
     }
@@ -46,9 +50,18 @@ impl Filter {
         self.socket.as_ref().map(RequestSocket::port)
     }
 
-    /// What is there of our tables, and what they have dropped.
-    pub(super) fn read(&mut self) -> io::Result<(Found, Dropped)> {
-        self.socket.as_mut().map_or_else(|| Ok(Default::default()), read::tables)
+    /// What is there of our tables, `None` when nobody has written a rule since they were last read, and what they have
+    /// dropped.
+    pub(super) fn read(&mut self) -> io::Result<(Option<Found>, Dropped)> {
+        let Some(socket) = &mut self.socket else { return Ok(Default::default()) };
+        let now = read::generation(socket)?;
+        if now.is_some() && now == self.read_at {
+            return Ok((None, read::dropped(socket)?));
+        }
+        // A generation that begins meanwhile is another than this.
+        let (found, dropped) = read::tables(socket)?;
+        self.read_at = now;
+        Ok((Some(found), dropped))
     }
 
     /// Chains of others that are there for rules of ours.

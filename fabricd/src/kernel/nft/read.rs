@@ -1,7 +1,7 @@
 //! What is there of our tables, as far as it has to be known: see [`fabric_core::rules::change`].
 
-use std::collections::BTreeSet;
 use std::io;
+use std::sync::Arc;
 
 use fabric_core::model::{Family, Subnet, from_bits};
 use fabric_core::rules::change::{Found, FoundSet, FoundTable, NO_HOOK};
@@ -21,9 +21,30 @@ pub(super) const GET_CHAIN: u16 = 4;
 pub(super) const GET_RULE: u16 = 7;
 const GET_SET: u16 = 10;
 const GET_ELEMENTS: u16 = 13;
+const GET_GENERATION: u16 = 16;
 
 /// In the place of what no chain and no set of ours has: it is going to be replaced.
 const FOREIGN: &str = "of somebody else";
+
+/// The number of the generation of rules: every transaction of anybody in this namespace begins another. `None` from a kernel
+/// without nftables.
+pub(super) fn generation(socket: &mut RequestSocket) -> io::Result<Option<u32>> {
+    let question = Request::raw(message(GET_GENERATION), 0, Attributes::message(0, 0).into_bytes());
+    // NFTA_GEN_ID
+    match socket.ask(&question, |frame| Values::of(frame).number(1)) {
+        Err(error) if lacks_nftables(&error) => Ok(None),
+        answer => answer,
+    }
+}
+
+/// What the rules of our tables have dropped.
+pub(super) fn dropped(socket: &mut RequestSocket) -> io::Result<Dropped> {
+    let mut dropped = Dropped::new();
+    for family in [TableFamily::Inet, TableFamily::Bridge] {
+        rules(socket, family)?.iter().for_each(|rule| rule.count(&mut dropped));
+    }
+    Ok(dropped)
+}
 
 /// `nft list table inet fabric`, `nft list table bridge fabric`.
 pub(super) fn tables(socket: &mut RequestSocket) -> io::Result<(Found, Dropped)> {
@@ -37,19 +58,10 @@ pub(super) fn tables(socket: &mut RequestSocket) -> io::Result<(Found, Dropped)>
 }
 
 fn table(socket: &mut RequestSocket, family: TableFamily, dropped: &mut Dropped) -> io::Result<Option<FoundTable>> {
-    let ask = |kind, body: Attributes| Request::raw(message(kind), 0, body.into_bytes());
-    let ours = || Attributes::message(nfproto(family), 0).text(1, TABLE);
+    let ours = || ours(family);
     let flags = match socket.ask(&ask(GET_TABLE, ours()), |frame| Some(Values::of(frame).number(2).unwrap_or(0))) {
         Ok(Some(flags)) => flags,
-        // The last three: a kernel without nftables, or without this family.
-        Err(error)
-            if !matches!(
-                error.raw_os_error(),
-                Some(libc::ENOENT | libc::EINVAL | libc::EOPNOTSUPP | libc::EAFNOSUPPORT)
-            ) =>
-        {
-            return Err(error);
-        }
+        Err(error) if error.raw_os_error() != Some(libc::ENOENT) && !lacks_nftables(&error) => return Err(error),
         _ => return Ok(None),
     };
     // Dormant, or owned by another program.
@@ -57,13 +69,9 @@ fn table(socket: &mut RequestSocket, family: TableFamily, dropped: &mut Dropped)
     found
         .chains
         .extend(socket.dump(&ask(GET_CHAIN, ours()), chain)?.into_iter().map(|(name, hook)| (name, vec![hook])));
-    for RuleFound { chain, comment, counter } in socket.dump(&ask(GET_RULE, ours()), rule)? {
-        if let Some((reason, counter)) = comment.as_deref().and_then(reason).zip(counter) {
-            let sum = dropped.entry(reason.to_owned()).or_default();
-            sum.packets += counter.packets;
-            sum.bytes += counter.bytes;
-        }
-        found.chains.entry(chain).or_default().push(comment.unwrap_or_else(|| FOREIGN.to_owned()));
+    for rule in rules(socket, family)? {
+        rule.count(dropped);
+        found.chains.entry(rule.chain).or_default().push(rule.comment.unwrap_or_else(|| FOREIGN.to_owned()));
     }
     for (name, set) in socket.dump(&ask(GET_SET, ours()), set)? {
         let there = match set {
@@ -75,11 +83,32 @@ fn table(socket: &mut RequestSocket, family: TableFamily, dropped: &mut Dropped)
     Ok(Some(found))
 }
 
+fn ask(kind: u16, body: Attributes) -> Request {
+    Request::raw(message(kind), 0, body.into_bytes())
+}
+
+fn ours(family: TableFamily) -> Attributes {
+    Attributes::message(nfproto(family), 0).text(1, TABLE)
+}
+
+/// By what a kernel shows that it has no nftables, or not this family.
+fn lacks_nftables(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP | libc::EAFNOSUPPORT))
+}
+
+/// The rules of our table, in their order.
+fn rules(socket: &mut RequestSocket, family: TableFamily) -> io::Result<Vec<RuleFound>> {
+    match socket.dump(&ask(GET_RULE, ours(family)), rule) {
+        Err(error) if lacks_nftables(&error) => Ok(vec![]),
+        rules => rules,
+    }
+}
+
 fn elements(socket: &mut RequestSocket, listing: &Request, set: &Set) -> io::Result<FoundSet> {
     let listed: Vec<_> = socket.dump(listing, |frame| Some(elements_of(frame, set)))?.into_iter().flatten().collect();
     let foreign = listed.contains(&None);
     let declaration = if foreign { format!("with an element {FOREIGN}") } else { set.declaration() };
-    Ok(FoundSet { declaration, elements: listed.into_iter().flatten().collect() })
+    Ok(FoundSet { declaration, elements: Arc::new(listed.into_iter().flatten().collect()) })
 }
 
 /// The attributes of a message.
@@ -148,6 +177,17 @@ pub(super) struct RuleFound {
     pub(super) counter: Option<Count>,
 }
 
+impl RuleFound {
+    /// Adds its packets to those of its reason.
+    fn count(&self, dropped: &mut Dropped) {
+        if let Some((reason, counter)) = self.comment.as_deref().and_then(reason).zip(self.counter) {
+            let sum = dropped.entry(reason.to_owned()).or_default();
+            sum.packets += counter.packets;
+            sum.bytes += counter.bytes;
+        }
+    }
+}
+
 pub(super) fn rule(frame: &Frame<'_>) -> Option<RuleFound> {
     let values = Values::of(frame);
     let chain = values.is_ours().then(|| values.text(2))??.to_owned();
@@ -195,7 +235,7 @@ fn set(frame: &Frame<'_>) -> Option<(String, Option<Set>)> {
     let (flags, kind) = (values.number(3).unwrap_or(0), values.number(4).unwrap_or(0));
     let key = KEYS.into_iter().find(|key| key.iter().fold(0, |kind, f| kind << TYPE_BITS | datatype(*f)) == kind);
     let known = flags & !(RANGES | CONCATENATED) == 0;
-    let set = key.filter(|_| known).map(|key| Set { key, ranges: flags & RANGES != 0, elements: BTreeSet::new() });
+    let set = key.filter(|_| known).map(|key| Set { key, ranges: flags & RANGES != 0, elements: Arc::default() });
     Some((name, set))
 }
 
@@ -220,7 +260,7 @@ fn element_of(element: &Values<'_>, set: &Set) -> Option<Element> {
         });
         at += width(*field).next_multiple_of(4);
     }
-    Some(Element(parts))
+    Some(parts.into_iter().collect())
 }
 
 /// The prefix that begins and ends there, if it is one.
