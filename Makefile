@@ -25,6 +25,7 @@ lab-down: root ## Take it down again
 	@target/debug/lab --name $(NAME) down
 
 test: root deps build ## Run all tests
+	@tests/deps test
 	cargo test --workspace --no-fail-fast
 
 image: ## Build the container image, without Docker, into target/image/fabricd.tar

@@ -1,6 +1,7 @@
 //! What the tests stand on: the Lab, the fakes and the suites that run on them.
 
 pub mod bench;
+pub mod browser;
 pub mod certificates;
 pub mod conformance;
 pub mod etcd;
@@ -13,4 +14,5 @@ pub mod lab;
 pub mod memory_store;
 pub mod netns;
 pub mod revisions;
+pub mod served;
 pub mod tcp_proxy;

@@ -4,24 +4,18 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result, ensure};
-use fabric_core::handoff::Readiness;
-use fabric_core::leases::{Entry, LeaseSet};
-use fabric_core::plan::Vtep;
+use anyhow::{Context as _, Result};
+use fabric_core::handoff::{NotReady, Readiness};
 use fabric_proto::v1;
 use fabric_proto::v1::fabric_client::FabricClient;
 use fabric_tests::certificates::Certificates;
-use fabricd::api::{self, Controls, Remote, Sources, Tls};
-use fabricd::config::LogFormat;
-use fabricd::diagnosis::{Inspector, Places};
-use fabricd::events::{Events, Kind};
-use fabricd::log_level::LogLevel;
+use fabric_tests::served::{Served, view};
+use fabricd::api::{self, Tls};
+use fabricd::events::Kind;
 use fabricd::mesh::Mesh;
-use fabricd::view::{View, VtepView};
-use fabricd::{health, lease, reconcile};
+use fabricd::{health, reconcile};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, watch};
 use tonic::Code;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic_health::pb::health_client::HealthClient;
@@ -31,69 +25,30 @@ use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 use tonic_reflection::pb::v1::{ServerReflectionRequest, ServiceResponse};
 
-/// A daemon's API, and what feeds it.
-struct Api {
-    view: watch::Sender<Arc<View>>,
-    sources: Sources,
-    network: mpsc::Receiver<reconcile::Command>,
-    _lease: mpsc::Receiver<lease::Command>,
-}
-
-impl Api {
-    fn new() -> Result<Self> {
-        let (view, seen) = watch::channel(Arc::new(view(&[2])?));
-        let (to_network, network) = mpsc::channel(1);
-        let (to_lease, lease) = mpsc::channel(1);
-        let mesh = Arc::new(Mesh::default());
-        let sources = Sources {
-            view: seen,
-            events: Arc::new(Events::default()),
-            inspector: Arc::new(Inspector { store: None, mesh: mesh.clone(), places: nowhere() }),
-            remote: Remote { access: None },
-            mesh,
-            log_level: LogLevel::start(LogFormat::Text, "warn").map_err(anyhow::Error::msg)?,
-            controls: Controls { lease: to_lease, network: to_network },
-        };
-        Ok(Self { view, sources, network, _lease: lease })
-    }
-
-    fn serve(&self, socket: &Path) -> Result<()> {
-        tokio::spawn(api::serve(api::listen(socket)?, self.sources.clone()));
-        Ok(())
-    }
-}
-
-fn nowhere() -> Places {
-    let nowhere = std::path::PathBuf::from("/nowhere");
-    Places { addresses: nowhere.clone(), attachments: nowhere.clone(), root: nowhere, certificates: vec![] }
-}
-
-/// What a ready node-1 knows when these nodes hold leases.
-fn view(nodes: &[u8]) -> Result<View> {
-    let entry = |n: &u8| {
-        Entry {
-        key: format!("10.244.{n}.0-24"),
-        value: format!(
-            r#"{{"PublicIP":"192.0.2.{n}","BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"02:42:c0:00:02:0{n}"}},"Fabric":{{"v":1,"node":"node-{n}","boot":"b","netns":1,"epoch":1}}}}"#
-        )
-        .into_bytes(),
-        create_revision: 1,
-        mod_revision: 1,
-    }
+#[tokio::test]
+async fn probes_tell_whether_the_loop_lives_and_pods_may_be_added() -> Result<()> {
+    let api = Served::new(view(&[2])?, Mesh::default())?;
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let address = listener.local_addr()?;
+    tokio::spawn(health::serve(listener, api.sources, Arc::default()));
+    let get = async |path: &str| -> Result<String> {
+        let mut stream = TcpStream::connect(address).await?;
+        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        Ok(answer.replace("\r\n", " "))
     };
-    let leases = LeaseSet::snapshot(&LeaseSet::default(), nodes.iter().map(entry).collect(), 7);
-    let vtep = Vtep { mac: "02:42:c0:00:02:01".parse()?, local: "192.0.2.1".parse()?, mtu: 1450 };
-    Ok(View {
-        readiness: Readiness::Ready,
-        leases: Some(Arc::new(leases)),
-        vteps: vec![VtepView {
-            device: "fabric.1".parse()?,
-            underlay: "eth0".parse()?,
-            public_ip: "192.0.2.1".parse()?,
-            vtep,
-        }],
-        ..View::new("node-1".parse()?)
-    })
+    assert!(get("/readyz").await?.starts_with("HTTP/1.0 200"));
+    api.view.send_modify(|view| {
+        let reason = "no lease".to_owned();
+        Arc::make_mut(view).readiness = Readiness::NotReady { code: NotReady::Starting, reason };
+    });
+    let answer = get("/readyz").await?;
+    assert!(answer.starts_with("HTTP/1.0 503") && answer.ends_with("not ready: no lease\n"), "{answer}");
+    assert!(get("/healthz").await?.starts_with("HTTP/1.0 200"));
+    drop(api.view);
+    assert!(get("/healthz").await?.starts_with("HTTP/1.0 500"));
+    Ok(())
 }
 
 async fn over(socket: &Path) -> Result<Channel> {
@@ -101,13 +56,12 @@ async fn over(socket: &Path) -> Result<Channel> {
     Ok(Endpoint::new(uri)?.connect().await?)
 }
 
-/// One test, since what is logged is one for the process.
 #[tokio::test]
 async fn api_answers_watches_and_keeps_others_out() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let socket = dir.path().join("fabricd.sock");
-    let mut api = Api::new()?;
-    api.serve(&socket)?;
+    let mut api = Served::new(view(&[2])?, Mesh::default())?;
+    tokio::spawn(api::serve(api::listen(&socket)?, api.sources.clone()));
     assert_eq!(std::fs::metadata(&socket)?.permissions().mode() & 0o777, 0o600);
     let mut client = FabricClient::new(over(&socket).await?);
 
@@ -118,11 +72,10 @@ async fn api_answers_watches_and_keeps_others_out() -> Result<()> {
     assert_eq!(client.set_log_level(level("debug")).await?.into_inner().level, "debug");
     assert_eq!(client.set_log_level(level("loud")).await.unwrap_err().code(), Code::InvalidArgument);
     health_and_reflection_are_served(&socket).await?;
-    page_is_whole_and_asks_for_nothing_from_elsewhere(&api).await?;
     tls_is_for_those_who_show_a_certificate_and_to_look_only(&api).await
 }
 
-async fn lists_and_watches(api: &Api, client: &mut FabricClient<Channel>) -> Result<()> {
+async fn lists_and_watches(api: &Served, client: &mut FabricClient<Channel>) -> Result<()> {
     let peers = client.list_peers(v1::ListPeersRequest {}).await?.into_inner().peers;
     assert_eq!(peers.iter().map(|peer| peer.node.as_str()).collect::<Vec<_>>(), ["node-2"]);
     let leases = client.list_leases(v1::ListLeasesRequest {}).await?.into_inner();
@@ -130,6 +83,8 @@ async fn lists_and_watches(api: &Api, client: &mut FabricClient<Channel>) -> Res
 
     let mut peers = client.watch_peers(v1::WatchPeersRequest {}).await?.into_inner();
     let mut leases = client.watch_leases(v1::WatchLeasesRequest {}).await?.into_inner();
+    let own = leases.message().await?.and_then(|change| change.lease).context("this node's own lease")?;
+    assert!(own.own, "{own:?}");
     for (publish, want) in [
         (None, (v1::ChangeType::Added, "node-2")),
         (Some(vec![2, 3]), (v1::ChangeType::Added, "node-3")),
@@ -146,7 +101,7 @@ async fn lists_and_watches(api: &Api, client: &mut FabricClient<Channel>) -> Res
     Ok(())
 }
 
-async fn events_are_told(api: &Api, client: &mut FabricClient<Channel>) -> Result<()> {
+async fn events_are_told(api: &Served, client: &mut FabricClient<Channel>) -> Result<()> {
     let tell = |message: &str| api.sources.events.tell(Kind::Peer, "node-2", message, false);
     tell("came");
     let mut past = client.watch_events(v1::WatchEventsRequest { follow: false }).await?.into_inner();
@@ -161,7 +116,7 @@ async fn events_are_told(api: &Api, client: &mut FabricClient<Channel>) -> Resul
     Ok(())
 }
 
-async fn kernel_state_is_asked_of_the_loop(api: &mut Api, client: &mut FabricClient<Channel>) -> Result<()> {
+async fn kernel_state_is_asked_of_the_loop(api: &mut Served, client: &mut FabricClient<Channel>) -> Result<()> {
     let answer = async {
         let Some(reconcile::Command::Look { reply }) = api.network.recv().await else { panic!("not asked") };
         let looked = reconcile::Looked { wanted: None, observed: None, last: None, blocked: "no lease".into() };
@@ -194,40 +149,7 @@ async fn health_and_reflection_are_served(socket: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What a browser would ask for, without one: the page, and what it shows.
-async fn page_is_whole_and_asks_for_nothing_from_elsewhere(api: &Api) -> Result<()> {
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let address = listener.local_addr()?;
-    tokio::spawn(health::serve(listener, api.sources.clone(), Arc::default()));
-    let get = async |path: &str| -> Result<String> {
-        let mut stream = TcpStream::connect(address).await?;
-        stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes()).await?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await?;
-        ensure!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
-        Ok(answer)
-    };
-    let (html, script, style) = (get("/").await?, get("/page.js").await?, get("/page.css").await?);
-    for file in [&html, &script, &style] {
-        assert!(file.contains("default-src 'none'"), "without a policy: {file}");
-        assert!(!file.contains("://") && !file.contains("innerHTML"), "something from elsewhere: {file}");
-    }
-    // Every element that the script looks for is on the page.
-    for id in script.split("$('").skip(1).filter_map(|rest| rest.split('\'').next()) {
-        assert!(html.contains(&format!("id=\"{id}\"")), "there is no {id}");
-    }
-    for cause in fabricd::mesh::Cause::ALL {
-        assert!(script.contains(&format!("{}: '#", cause.word())), "{} has no colour", cause.word());
-    }
-    let answer = get("/page.json").await?;
-    let page: serde_json::Value = serde_json::from_str(answer.split("\r\n\r\n").nth(1).context("a body")?)?;
-    assert_eq!((&page["status"]["node"], &page["leases"][0]["node"]), (&"node-1".into(), &"node-3".into()));
-    assert_eq!(page["matrix"][0]["node"], "node-1");
-    assert!(get("/metrics").await?.contains("fabricd_mesh_peers"));
-    Ok(())
-}
-
-async fn tls_is_for_those_who_show_a_certificate_and_to_look_only(api: &Api) -> Result<()> {
+async fn tls_is_for_those_who_show_a_certificate_and_to_look_only(api: &Served) -> Result<()> {
     let ours = Certificates::create_for(&[("node-1", "DNS:node-1"), ("node-2", "DNS:node-2")])?;
     let strangers = Certificates::create_for(&[("node-2", "DNS:node-2")])?;
     let (certificate, key) = ours.pair("node-1");

@@ -50,6 +50,9 @@ fn named(lab: &Lab, broken: &str, hooks: &[&str], rules: &str, cause: &str) -> R
     interfere(broken, "ip", hooks, rules)?;
     let verdict = wait_for(node, cause)?;
     assert_eq!(node.exec(&["fabricctl", "mesh"])?.status.code(), Some(4), "scripts are told too");
+    let doctor = node.exec(&["fabricctl", "doctor", "--quiet"])?;
+    assert_eq!(doctor.status.code(), Some(4), "{doctor:?}");
+    assert!(doctor.stdout.contains(cause), "doctor names another cause than {cause}: {doctor:?}");
     stop_interfering(broken)?;
     wait_for(node, "fine")?;
     Ok(verdict)
@@ -73,6 +76,8 @@ fn what_firewalls_and_networks_do_is_named() -> Result<()> {
     // A network between them that translates addresses: what comes is from nobody that is known.
     let translated = "udp dport 8472 ip saddr set 10.99.0.222";
     named(&lab, "node-2", &["output"], translated, "own_filter")?;
+    let doctor = lab.node("node-1")?.exec(&["fabricctl", "doctor", "--quiet"])?.stdout;
+    assert!(doctor.contains("filter-drops"), "doctor says nothing of it:\n{doctor}");
 
     let told = lab.node("node-1")?.run(&["fabricctl", "events"])?;
     for cause in ["port_blocked", "mtu_black_hole", "checksum_offload", "asymmetric", "own_filter", "reached again"] {

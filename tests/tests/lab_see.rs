@@ -1,5 +1,6 @@
 //! What a node shows of itself, in the Lab: fabricctl on a daemon that works.
 
+use std::net::UdpSocket;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -52,11 +53,15 @@ fn fabricctl_shows_peers_leases_events_and_what_the_kernel_holds() -> Result<()>
     node.stop_fabricd()?;
     assert_eq!(node.exec(&["fabricctl", "status"])?.status.code(), Some(1));
     lab.etcd().stop()?;
-    node.start_fabricd()?;
+    node.start_fabricd_with(&["--log-format", "json"], &[])?;
     wait_until("a daemon without a store is not ready", SOON, || {
         anyhow::ensure!(node.exec(&["fabricctl", "status"])?.status.code() == Some(3));
         Ok(())
-    })
+    })?;
+    let log = node.log("fabricd");
+    let last: Value = serde_json::from_str(log.lines().last().context("a line")?).context(log.clone())?;
+    assert!(last["level"].is_string() && last["fields"]["message"].is_string(), "{last}");
+    Ok(())
 }
 
 /// A check of the doctor, by its name.
@@ -82,7 +87,18 @@ fn doctor_finds_what_was_broken_and_nothing_before() -> Result<()> {
     let node = lab.node("node-1")?;
     let pod = node.add_pod("a")?;
     for id in
-        ["ready", "store", "lease", "kernel-state", "mac", "duplicates", "peers", "forward-drop", "bridge", "addresses"]
+        ["ready", "store", "lease", "kernel-state", "udp-port", "underlay-mtu", "mac", "duplicates", "peers", "mesh"]
+            .into_iter()
+            .chain([
+                "forward-drop",
+                "filter-drops",
+                "forwarding",
+                "bridge",
+                "bridge-mtu",
+                "addresses",
+                "overlap",
+                "disk",
+            ])
     {
         wait_for_check(node, id, "ok")?;
     }
@@ -109,19 +125,39 @@ fn doctor_finds_what_was_broken_and_nothing_before() -> Result<()> {
     node.run(&["ip", "address", "del", &address, "dev", "cni0"])?;
     wait_for_check(node, "bridge", "failed")?;
 
+    node.run(&["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/var/lib/cni/networks"])?;
+    wait_for_check(node, "disk", "failed")?;
+
+    // While the device is down somebody takes its port.
+    node.freeze_fabricd()?;
+    node.run(&["ip", "link", "del", "fabric.1"])?;
+    let socket = node.spaces()?.run(|| Ok(UdpSocket::bind("0.0.0.0:8472")?))?;
+    node.thaw_fabricd()?;
+    wait_for_check(node, "udp-port", "failed")?;
+    drop(socket);
+    wait_for_check(node, "udp-port", "ok")?;
+
     lab.etcd().stop()?;
     wait_for_check(node, "store", "failed")?;
 
+    Ok(())
+}
+
+fn bundle_has_no_secret(node: &Node, certificates: &Certificates) -> Result<()> {
     node.exec(&["fabricctl", "doctor", "--quiet", "--bundle", "/tmp/bundle.tar"])?;
     let names = node.run(&["tar", "tf", "/tmp/bundle.tar"])?;
     for name in ["checks", "status", "leases", "mesh", "kernel", "events"] {
         assert!(names.contains(&format!("fabricd/{name}.json")), "{names}");
     }
-    let all = node.run(&["tar", "xfO", "/tmp/bundle.tar"])?.to_lowercase();
-    for secret in ["password", "private key", "keyfile"] {
-        assert!(!all.contains(secret), "{secret} is in the bundle");
-    }
-    node.run(&["rm", "/tmp/bundle.tar"]).map(drop)
+    let all = node.run(&["tar", "xfO", "/tmp/bundle.tar"])?;
+    node.run(&["rm", "/tmp/bundle.tar"])?;
+    let (certificate, key) = certificates.pair(&node.name);
+    assert!(all.contains(&certificate.display().to_string()), "the check of certificates is in it");
+    let secret = std::fs::read_to_string(key)?;
+    let mut lines = secret.lines().filter(|line| !line.starts_with("---"));
+    let leaked = lines.find(|line| all.contains(line));
+    assert!(leaked.is_none() && !all.to_lowercase().contains("password"), "{leaked:?} is in the bundle");
+    Ok(())
 }
 
 /// The first hop that is wrong, and the exit code.
@@ -166,6 +202,9 @@ fn explain_follows_a_packet_on_both_nodes_and_marks_where_it_is_lost() -> Result
             assert!(layers(node).contains(layer), "{layer} of {node} in {fine:#}");
         }
     }
+
+    // What is packed for others has the certificate's end in it, and nothing of the key.
+    bundle_has_no_secret(here, &certificates)?;
 
     // On this node: somebody leads the packets elsewhere.
     here.run(&["ip", "route", "add", "unreachable", &format!("{to}/32")])?;

@@ -1,11 +1,11 @@
 //! Dashboard and alerts in deploy/monitoring: they ask for nothing that `/metrics` doesn't have.
 
 use std::collections::BTreeSet;
-use std::io;
+use std::io::{self, Write as _};
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use fabric_core::diff::{Change, Op};
 use fabric_core::rules::TableFamily;
 use fabricd::kernel::{Drops, KernelError};
@@ -19,8 +19,8 @@ fn folder() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../deploy/monitoring")
 }
 
-#[test]
-fn dashboard_and_alerts_ask_for_metrics_that_there_are() -> Result<()> {
+/// `/metrics` when each metric with labels has a value.
+fn shown() -> Result<String> {
     let view = View::new("node-1".parse()?);
     let (table, chain, why) = (TableFamily::Inet, "senders".to_owned(), "from no peer".to_owned());
     let drops = [Drops { table, chain, why, packets: 1 }];
@@ -28,7 +28,12 @@ fn dashboard_and_alerts_ask_for_metrics_that_there_are() -> Result<()> {
     let op = Op::Address("fabric.1".parse()?, Change::Create("10.244.1.0/32".parse()?));
     let source = io::Error::from_raw_os_error(libc::EPERM);
     metrics.wrote(&op, &Err(KernelError::Refused { op: op.to_string(), source, detail: None }));
-    let shown = metrics.render(&view, &Mesh::default(), &drops, Instant::now());
+    Ok(metrics.render(&view, &Mesh::default(), &drops, Instant::now()))
+}
+
+#[test]
+fn dashboard_and_alerts_ask_for_metrics_that_there_are() -> Result<()> {
+    let shown = shown()?;
     let there = |name: &str| {
         let stem = ["_total", "_bucket"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
         shown.lines().any(|line| line.split(' ').nth(2) == Some(stem))
@@ -48,16 +53,36 @@ fn dashboard_and_alerts_ask_for_metrics_that_there_are() -> Result<()> {
     Ok(())
 }
 
-/// Prometheus' own judgement, where it is installed (Debian: prometheus); make deps doesn't install it.
+/// Prometheus' own judgement.
+fn promtool(args: &[&str], input: &str) -> Result<()> {
+    let mut promtool = Command::new("promtool");
+    promtool.arg("check").args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut promtool = promtool.spawn().context("cannot run promtool; make test installs it (Debian: prometheus)")?;
+    promtool.stdin.take().context("a pipe")?.write_all(input.as_bytes())?;
+    let output = promtool.wait_with_output()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "promtool check {args:?}: {said}");
+    Ok(())
+}
+
 #[test]
 fn promtool_takes_the_alerts() -> Result<()> {
-    match Command::new("promtool").args(["check", "rules"]).arg(folder().join("alerts.yaml")).output() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => println!("promtool is not installed"),
-        output => {
-            let output = output?;
-            let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-            assert!(output.status.success(), "{said}");
+    promtool(&["rules", &folder().join("alerts.yaml").display().to_string()], "")
+}
+
+/// It reads the older of Prometheus' two formats, in which a counter is declared with the `_total` of its samples.
+#[test]
+fn promtool_takes_the_metrics() -> Result<()> {
+    let shown = shown()?;
+    let counters = Regex::new("(?m)^# TYPE ([a-z_]+) counter$")?;
+    let counters: BTreeSet<&str> = counters.captures_iter(&shown).filter_map(|c| Some(c.get(1)?.as_str())).collect();
+    ensure!(counters.len() > 5, "only {counters:?} are counters");
+    let older = shown.lines().filter(|line| !line.starts_with("# UNIT") && *line != "# EOF").map(|line| {
+        let words: Vec<&str> = line.splitn(4, ' ').collect();
+        match words[..] {
+            ["#", what, name, rest] if counters.contains(name) => format!("# {what} {name}_total {rest}\n"),
+            _ => format!("{line}\n"),
         }
-    }
-    Ok(())
+    });
+    promtool(&["metrics"], &older.collect::<String>())
 }

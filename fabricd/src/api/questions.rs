@@ -100,7 +100,8 @@ pub async fn explain_all(sources: &Sources, request: v1::ExplainRequest) -> Resu
         }
     }
     for (ip, lease) in [(source, &question.from), (target, &question.to)] {
-        if lease.is_none() {
+        // Else the hops say so.
+        if lease.is_none() && response.hops.is_empty() {
             add(&mut response.missing, &format!("no node has a lease with {ip}"));
         }
     }

@@ -52,12 +52,13 @@ impl Finding {
 pub type Check = (&'static str, &'static str, fn(&Scene) -> Finding);
 
 /// All checks but that of the store's speed, in the order in which they are made: what others follow from comes first.
-pub const ALL: [Check; 27] = [
+pub const ALL: [Check; 28] = [
     ("ready", "this node may add pods", ready),
     ("lease", "this node holds its lease", lease),
     ("kernel-version", "the kernel has what is used", host::kernel_version),
     ("kernel-state", "the kernel holds what is wanted", kernel_state),
     ("udp-port", "the VXLAN port is ours", host::udp_port),
+    ("underlay-mtu", "the underlay takes what the tunnel makes", underlay_mtu),
     ("mac", "the VTEP has the MAC address that is published", mac),
     ("duplicates", "no two nodes have one address", duplicates),
     ("peers", "every peer is programmed", peers),
@@ -155,6 +156,24 @@ fn kernel_state(scene: &Scene) -> Finding {
         }
         _ => Finding::skipped(format!("nothing is planned: {}", scene.looked.blocked)),
     }
+}
+
+fn underlay_mtu(scene: &Scene) -> Finding {
+    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
+    for end in &scene.view.vteps {
+        let Some(link) = observed.host.links.iter().find(|link| link.name == end.underlay) else { continue };
+        let needs = end.vtep.mtu + Family::of(end.vtep.local).vxlan_overhead();
+        if link.mtu < needs {
+            return Finding::failed(
+                format!("packets of {} become {needs} bytes long, {} takes {}", end.device, link.name, link.mtu),
+                format!(
+                    "ip link set {} mtu {needs}, or on all nodes: fabricctl network init --force --mtu …",
+                    link.name
+                ),
+            );
+        }
+    }
+    Finding::fine("with what VXLAN adds")
 }
 
 fn mac(scene: &Scene) -> Finding {

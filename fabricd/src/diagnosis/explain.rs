@@ -13,7 +13,7 @@ use fabric_core::leases::Lease;
 use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::rules::TableFamily;
 use fabric_core::rules::senders;
-use fabric_core::state::{KernelState, Via};
+use fabric_core::state::{KernelState, Via, VxlanLink};
 
 use super::pod_places;
 use super::{Outcome, Scene};
@@ -236,8 +236,10 @@ fn entries(wanted: &KernelState, had: &KernelState, subnet: Subnet, ip: IpAddr) 
             |state: &KernelState| state.fdb.get(&(key.0, mac)).map(|dst| format!("{mac} dev {} dst {dst}", key.0));
         hops.push(compare("fdb", line(had), line(wanted), &mac.to_string()));
     }
-    let link = |state: &KernelState| {
-        state.links.get(&key.0).map(|link| format!("{} {} MTU {} up {}", key.0, link.mac, link.mtu, link.up))
+    let link = |tables: &KernelState| {
+        let state = |link: &VxlanLink| if link.up { "up" } else { "down" };
+        let line = |link: &VxlanLink| format!("{} {} {}, MTU {}", key.0, link.mac, state(link), link.mtu);
+        tables.links.get(&key.0).map(line)
     };
     hops.push(compare("device", link(had), link(wanted), key.0.as_str()));
     hops

@@ -38,27 +38,30 @@ pub(super) fn kernel_version(scene: &Scene) -> Finding {
     }
 }
 
-/// A socket of another program at our port keeps the kernel from opening it.
+/// The kernel opens the port with the first device that is up: nobody else can have it then, and it can't be had while
+/// somebody else has it.
 pub(super) fn udp_port(scene: &Scene) -> Finding {
     let Some(port) = scene.view.network.map(|network| network.vxlan.port) else {
         return Finding::skipped("the network is not known yet");
     };
-    let hex = format!(":{port:04X}");
-    let at_port = |file: &str| {
+    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
+    if observed.ours.links.values().any(|link| link.up && link.port == port) {
+        return Finding::fine(format!("the kernel listens at UDP port {port}"));
+    }
+    let local = format!(":{port:04X}");
+    let taken = ["proc/net/udp", "proc/net/udp6"].into_iter().any(|file| {
         let table = read(scene, file).unwrap_or_default();
-        // The inode of a socket of the kernel is 0.
-        table.lines().skip(1).any(|line| {
-            let words: Vec<&str> = line.split_whitespace().collect();
-            words.get(1).is_some_and(|local| local.ends_with(&hex)) && words.get(9).is_some_and(|inode| *inode != "0")
-        })
-    };
-    if at_port("proc/net/udp") || at_port("proc/net/udp6") {
+        table.lines().any(|line| line.split_whitespace().nth(1).is_some_and(|at| at.ends_with(&local)))
+    });
+    if taken {
         Finding::failed(
-            format!("a program has UDP port {port}"),
-            format!("which: ss -ulpn sport = :{port}; end it, or choose another port in the network config"),
+            format!("somebody else has UDP port {port}"),
+            format!(
+                "who: ss -ulpn sport = :{port}; end it, or choose another: fabricctl network init --force --port …"
+            ),
         )
     } else {
-        Finding::fine(format!("no program has UDP port {port}"))
+        Finding::skipped("there is no VTEP yet")
     }
 }
 

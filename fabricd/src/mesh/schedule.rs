@@ -100,6 +100,7 @@ fn tell(events: &Events, way: &Way, before: Cause) {
         return;
     }
     let said = match verdict.cause {
+        Cause::Fine if before == Cause::NoDaemon => "its fabricd answers".into(),
         Cause::Fine => "reached again".into(),
         cause => format!("{}: {}", cause.word(), verdict.evidence),
     };

@@ -247,7 +247,7 @@ mod tests {
             "fabricd_ready 0",
             r#"fabricd_filter_dropped_packets_total{table="inet",chain="senders",reason="from no peer"} 7"#,
             r#"fabricd_mesh_peers{cause="port_blocked"} 0"#,
-            r#"fabricd_mesh_rtt_seconds{quantile="0.5"} 0.0"#,
+            r#"fabricd_mesh_rtt_seconds{percentile="50"} 0.0"#,
             r#"fabricd_mesh_loss_ratio{size="full"} 0.0"#,
         ] {
             assert!(text.lines().any(|shown| shown == line), "{line} is not in\n{text}");

@@ -21,7 +21,7 @@ type Number = Gauge<f64, AtomicU64>;
 #[derive(Debug, Default)]
 pub(super) struct Paths {
     peers: Family<ByCause, Gauge>,
-    rtt: Family<ByQuantile, Number>,
+    rtt: Family<ByPercentile, Number>,
     loss: Family<BySize, Number>,
     peer_rtt: Family<ByPeer, Number>,
     peer_loss: Family<ByPeerAndSize, Number>,
@@ -35,8 +35,8 @@ struct ByCause {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ByQuantile {
-    quantile: &'static str,
+struct ByPercentile {
+    percentile: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -111,10 +111,10 @@ impl Paths {
             self.peers.get_or_create(&ByCause { cause: cause.word() }).set(ways);
         }
         trips.sort();
-        for (quantile, tenths) in [("0.5", 5), ("0.9", 9), ("1", 10)] {
+        for (percentile, tenths) in [("50", 5), ("90", 9), ("100", 10)] {
             let place = (trips.len() * tenths / 10).min(trips.len().saturating_sub(1));
             let trip = trips.get(place).map_or(0.0, std::time::Duration::as_secs_f64);
-            self.rtt.get_or_create(&ByQuantile { quantile }).set(trip);
+            self.rtt.get_or_create(&ByPercentile { percentile }).set(trip);
         }
         for (size, sum) in [("small", small), ("full", full)] {
             self.loss.get_or_create(&BySize { size }).set(sum / f64::from(count.max(1)));

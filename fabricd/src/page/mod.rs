@@ -1,56 +1,60 @@
 //! The page: what this node sees, for a browser. It reads, and can change nothing; all of it is in the binary.
 //!
-//! `page.js` asks for `/page.json` every few seconds. How others see each other is asked of their daemons, if that is
-//! set up ([`crate::api::remote`]), and remembered for a while, however many look.
+//! `page.js` asks for `/page.json` every few seconds; [`mesh`] is the heat map in it.
+
+mod mesh;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
 use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName};
 use axum::routing::get;
+use fabric_proto::Word as _;
 use fabric_proto::v1;
-use fabric_proto::v1::ask_nodes_request::Question;
 use fabric_proto::v1::node_answer::Answer;
 use serde::Serialize;
-use tokio::sync::Mutex;
 use tokio::time::Instant;
-use tokio_stream::StreamExt as _;
 
-use crate::api::{Sources, convert, questions};
+use self::mesh::{Others, Table};
+use crate::api::{Sources, convert};
 use crate::mesh::Cause;
 
-/// How long what the others have said is taken for true.
-const FRESH: Duration = Duration::from_secs(10);
+/// How many events are shown, and how many troubles.
+const MOST: usize = 50;
 
 /// What the page shows.
 #[derive(Debug, Serialize)]
 struct Page {
+    /// Without its peers: what is wrong with them is in `troubles`.
     status: v1::GetStatusResponse,
-    mesh: v1::GetMeshResponse,
+    /// How many there are.
+    peers: usize,
     leases: Vec<v1::LeaseRecord>,
+    /// The last one first.
     events: Vec<v1::Event>,
-    /// The words for the letters of the matrix, from `a` on.
+    troubles: Vec<Trouble>,
+    /// Round trip of a small packet: the median over all peers, in milliseconds.
+    median_ms: f64,
+    /// Why not all causes can be told apart.
+    limits: String,
+    mesh: Table,
+    /// The words for the letters in `mesh`, from `a` on.
     causes: Vec<&'static str>,
-    matrix: Vec<Row>,
 }
 
-/// How one node sees the others.
-#[derive(Clone, Debug, Serialize)]
-struct Row {
-    node: String,
-    /// Why it has not said. Empty when it has.
-    error: String,
-    /// A letter for each of `names`: what is wrong.
-    causes: String,
-    /// Whom it sees.
-    names: Vec<String>,
+/// A peer that is not as it should be.
+#[derive(Debug, Serialize)]
+struct Trouble {
+    peer: String,
+    what: String,
+    evidence: String,
+    fix: String,
 }
 
 struct Seen {
     sources: Sources,
-    others: Mutex<Option<(Instant, Vec<Row>)>>,
+    others: Arc<Others>,
 }
 
 /// The page and what it asks for.
@@ -60,7 +64,7 @@ pub fn router(sources: Sources) -> Router {
         .route("/page.js", get(|| async { file("text/javascript; charset=utf-8", include_str!("page.js")) }))
         .route("/page.css", get(|| async { file("text/css; charset=utf-8", include_str!("page.css")) }))
         .route("/page.json", get(json))
-        .with_state(Arc::new(Seen { sources, others: Mutex::default() }))
+        .with_state(Arc::new(Seen { sources, others: Arc::default() }))
 }
 
 type File = ([(HeaderName, &'static str); 3], &'static str);
@@ -72,52 +76,45 @@ fn file(kind: &'static str, content: &'static str) -> File {
 }
 
 async fn json(State(seen): State<Arc<Seen>>) -> ([(HeaderName, &'static str); 1], String) {
-    let (sources, now) = (&seen.sources, Instant::now());
-    let view = sources.view.borrow().clone();
-    let leases = view.leases.iter().flat_map(|leases| leases.iter());
-    let (mut events, _) = sources.events.read();
-    let page = Page {
-        status: convert::status_of(&view, now),
-        mesh: convert::mesh(&sources.mesh, now),
-        leases: leases.map(|lease| convert::lease_record(&view, lease)).collect(),
-        events: events.drain(events.len().saturating_sub(50)..).rev().map(|event| convert::event(&event)).collect(),
-        causes: Cause::ALL.map(Cause::word).into(),
-        matrix: matrix(&seen).await,
-    };
+    let page = page(&seen.sources, &seen.others, Instant::now());
     ([(CONTENT_TYPE, "application/json")], serde_json::to_string(&page).unwrap_or_else(|error| format!("{error:?}")))
 }
 
-/// A row for every node that was asked; for this one alone when others can't be.
-async fn matrix(seen: &Seen) -> Vec<Row> {
-    let mut others = seen.others.lock().await;
-    if let Some((at, rows)) = others.as_ref().filter(|(at, _)| at.elapsed() < FRESH) {
-        tracing::trace!(?at, "page from memory");
-        return rows.clone();
+fn page(sources: &Sources, others: &Arc<Others>, now: Instant) -> Page {
+    let view = sources.view.borrow().clone();
+    let mut status = convert::status_of(&view, now);
+    let peers = std::mem::take(&mut status.peers);
+    let mesh = convert::mesh(&sources.mesh, now);
+    let mut trips: Vec<f64> = mesh.peers.iter().map(|peer| peer.rtt_ms).filter(|trip| *trip > 0.0).collect();
+    trips.sort_by(f64::total_cmp);
+    let (mut events, _) = sources.events.read();
+    let (troubles, limits) = (troubles(&peers, &mesh.peers), mesh.limits.clone());
+    let ours = v1::NodeAnswer { node: status.node.clone(), answer: Some(Answer::Mesh(mesh)), ..Default::default() };
+    Page {
+        peers: peers.len(),
+        troubles,
+        leases: view.leases.iter().flat_map(|leases| leases.iter()).map(|l| convert::lease_record(&view, l)).collect(),
+        events: events.drain(events.len().saturating_sub(MOST)..).rev().map(|event| convert::event(&event)).collect(),
+        median_ms: trips.get(trips.len() / 2).copied().unwrap_or_default(),
+        limits,
+        mesh: others.table(sources, peers.len() + 1, ours),
+        causes: Cause::ALL.map(Cause::word).into(),
+        status,
     }
-    let question = Some(Question::Mesh(v1::GetMeshRequest {}));
-    let request = v1::AskNodesRequest { question, ..v1::AskNodesRequest::default() };
-    let rows = match questions::ask_nodes(seen.sources.clone(), request) {
-        Ok(answers) => answers.filter_map(Result::ok).map(row).collect().await,
-        Err(_) => {
-            let mesh = convert::mesh(&seen.sources.mesh, Instant::now());
-            let node = seen.sources.view.borrow().node.to_string();
-            return vec![row(v1::NodeAnswer { node, answer: Some(Answer::Mesh(mesh)), ..v1::NodeAnswer::default() })];
-        }
-    };
-    let (_, rows) = others.insert((Instant::now(), rows));
-    rows.clone()
 }
 
-fn row(answer: v1::NodeAnswer) -> Row {
-    let peers = match answer.answer {
-        Some(Answer::Mesh(mesh)) => mesh.peers,
-        _ => vec![],
-    };
-    let letter = |peer: &v1::MeshPeer| {
-        let place = Cause::ALL.iter().position(|cause| convert::cause(*cause) == peer.cause());
-        char::from(b'a' + u8::try_from(place.unwrap_or(0)).unwrap_or(0))
-    };
-    let causes = peers.iter().map(letter).collect();
-    let names = peers.into_iter().map(|peer| peer.node).collect();
-    Row { node: answer.node, error: answer.error, causes, names }
+fn troubles(peers: &[v1::Peer], ways: &[v1::MeshPeer]) -> Vec<Trouble> {
+    let refused = peers.iter().filter(|peer| peer.state() != v1::PeerState::Programmed).map(|peer| Trouble {
+        peer: if peer.node.is_empty() { peer.subnets.join(" ") } else { peer.node.clone() },
+        what: peer.state().word(),
+        evidence: peer.reason.clone(),
+        fix: "fabricctl peers".into(),
+    });
+    let bad = ways.iter().filter(|way| !way.fix.is_empty()).map(|way| Trouble {
+        peer: way.node.clone(),
+        what: way.cause().word(),
+        evidence: way.evidence.clone(),
+        fix: way.fix.clone(),
+    });
+    refused.chain(bad).take(MOST).collect()
 }

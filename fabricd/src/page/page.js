@@ -2,167 +2,200 @@
 'use strict';
 
 const COLOURS = {
-  unknown: '#9aa0a6', fine: '#2a9d5c', no_daemon: '#6aa5d8', port_blocked: '#d6453d', mtu_black_hole: '#e0801f',
-  checksum_offload: '#c2418f', stale_mac: '#8d55c7', stale_fdb: '#6b4fd0', own_filter: '#b5651d', peer_down: '#7d1a1a',
-  asymmetric: '#d9b310',
+  unknown: '#a8b0b9', no_daemon: '#7f8fa3', port_blocked: '#e5484d', mtu_black_hole: '#f08c2e', checksum_offload: '#d6409f',
+  stale_mac: '#a05fd6', stale_fdb: '#7a63e8', own_filter: '#a5682a', peer_down: '#a3152b', asymmetric: '#e2b203',
 };
+// A digit in the mesh is a round trip: each step is twice as long as the one before, the first a tenth of a millisecond.
+const FINE = [...'0123456789'].map((digit) => `hsl(${140 + 10 * digit} 52% ${48 - digit}%)`);
 const $ = (id) => document.getElementById(id);
 let page = null;
-let cells = null;
+let cellAt = () => undefined;
+
+const word = (cell) => (cell >= 'a' ? page.causes[cell.charCodeAt(0) - 97] : 'fine');
+const colour = (cell) => FINE[cell] || COLOURS[word(cell)] || COLOURS.unknown;
+const most = (digit) => `${(0.1 * 2 ** digit).toFixed(1)} ms`;
+const trip = (digit) => (digit === '9' ? `over ${most(8)}` : `up to ${most(digit)}`);
+const ordered = (names) => names.map((_, index) => index)
+  .sort((a, b) => names[a].localeCompare(names[b], 'en', { numeric: true }));
+
+/// An element like `parent`'s, with text, inside of it.
+function add(parent, tag, attributes, text) {
+  const element = document.createElementNS(parent.namespaceURI, tag);
+  for (const [name, value] of Object.entries(attributes || {})) element.setAttribute(name, value);
+  if (text !== undefined) element.textContent = text;
+  return parent.appendChild(element);
+}
 
 function table(id, header, rows) {
   const body = document.createElement('tbody');
-  for (const [kind, row] of [['th', header], ...rows.map((row) => ['td', row])]) {
-    const tr = body.insertRow();
-    for (const value of row) {
-      const cell = document.createElement(kind);
-      const [text, name] = Array.isArray(value) ? value : [value, ''];
-      cell.textContent = text;
-      if (name) cell.className = name;
-      tr.append(cell);
-    }
+  const line = body.insertRow();
+  header.forEach((name) => add(line, 'th', {}, name));
+  for (const row of rows) {
+    const line = body.insertRow();
+    row.forEach(([text, kind]) => add(line, 'td', { class: kind || '' }, text));
   }
   $(id).replaceChildren(body);
 }
 
-function canvas(id) {
-  const element = $(id);
-  const scale = window.devicePixelRatio || 1;
-  const { width, height } = element.getBoundingClientRect();
-  element.width = width * scale;
-  element.height = height * scale;
-  const draw = element.getContext('2d');
-  draw.scale(scale, scale);
-  draw.font = '12px system-ui, sans-serif';
-  return { draw, width, height, ink: getComputedStyle(document.body).color };
+/// Up to sixty peers stand in a ring, with names; more fill the disc as seeds do a sunflower's.
+function topology() {
+  const picture = $('topology');
+  const own = page.mesh.rows.find((row) => row.node === page.status.node);
+  const peers = ordered(page.mesh.names).filter((index) => own && own.cells[index] !== ' ');
+  const ring = peers.length <= 60;
+  const size = ring ? Math.max(3, Math.min(7, 150 / peers.length)) : 110 / Math.sqrt(peers.length);
+  picture.replaceChildren();
+  const [lines, dots] = [add(picture, 'g'), add(picture, 'g')];
+  peers.forEach((index, place) => {
+    const [name, cell] = [page.mesh.names[index], own.cells[index]];
+    const angle = ring ? ((place + 0.5) / peers.length - 0.25) * 2 * Math.PI : place * Math.PI * (3 - Math.sqrt(5));
+    const away = ring ? 140 : 20 + 180 * Math.sqrt((place + 0.5) / peers.length);
+    const [x, y] = [away * Math.cos(angle), away * Math.sin(angle)];
+    const bad = cell >= 'd';
+    if (ring || bad) {
+      add(lines, 'line', { x2: x, y2: y, stroke: colour(cell), 'stroke-width': bad ? 2 : 1, opacity: bad ? 1 : 0.45 });
+    }
+    add(add(dots, 'circle', { cx: x, cy: y, r: size, fill: colour(cell) }), 'title', {}, `${name}: ${said(cell)}`);
+    if (!ring) return;
+    const left = Math.cos(angle) < -1e-9;
+    const turn = (angle * 180) / Math.PI + (left ? 180 : 0);
+    const text = name.length > 12 ? `${name.slice(0, 11)}…` : name;
+    const at = { transform: `rotate(${turn}) translate(${(left ? -1 : 1) * (away + size + 4)} 3.5)` };
+    add(picture, 'text', { ...at, 'text-anchor': left ? 'end' : 'start' }, text);
+  });
+  add(picture, 'circle', { r: 11, class: 'self' });
+  add(picture, 'text', { y: 25, 'text-anchor': 'middle', 'font-weight': 'bold', 'paint-order': 'stroke', stroke: 'var(--card)', 'stroke-width': 4 }, page.status.node);
 }
 
-function topology() {
-  const { draw, width, height, ink } = canvas('topology');
-  const peers = page.mesh.peers;
-  const [x, y] = [width / 2, height / 2];
-  const named = peers.length <= 60;
-  const radius = Math.min(width, height) / 2 - (named ? 34 : 12);
-  const dot = Math.max(1.5, Math.min(7, (radius * 2) / Math.max(peers.length, 1)));
-  peers.forEach((peer, place) => {
-    const angle = (place / peers.length) * 2 * Math.PI - Math.PI / 2;
-    const [px, py] = [x + radius * Math.cos(angle), y + radius * Math.sin(angle)];
-    draw.strokeStyle = draw.fillStyle = COLOURS[peer.cause] || '#888';
-    draw.globalAlpha = peer.cause === 'fine' ? Math.max(0.15, 1 - peers.length / 100) : 1;
-    draw.lineWidth = peers.length > 100 ? 0.6 : 1.5;
-    draw.beginPath();
-    draw.moveTo(x, y);
-    draw.lineTo(px, py);
-    draw.stroke();
-    draw.globalAlpha = 1;
-    draw.beginPath();
-    draw.arc(px, py, dot, 0, 2 * Math.PI);
-    draw.fill();
-    if (named) {
-      draw.fillStyle = ink;
-      draw.textAlign = Math.cos(angle) > 0.3 ? 'left' : Math.cos(angle) < -0.3 ? 'right' : 'center';
-      const away = radius + dot + 6;
-      draw.fillText(peer.node, x + away * Math.cos(angle), y + away * Math.sin(angle) + 4);
-    }
-  });
-  draw.fillStyle = ink;
-  draw.beginPath();
-  draw.arc(x, y, 8, 0, 2 * Math.PI);
-  draw.fill();
-  draw.textAlign = 'center';
-  draw.fillText(page.status.node, x, y - 12);
+const said = (cell) => (cell === ' ' ? 'not probed' : cell <= '9' ? `fine, ${trip(cell)}` : word(cell));
+
+/// What is shown where: all nodes by all nodes; while only this one has answered, its peers as a field.
+function grid() {
+  const { names, rows } = page.mesh;
+  const all = ordered(names);
+  if (rows.length > 1) {
+    return ordered(rows.map((row) => row.node)).map((line) => all.map((index) => [rows[line], index]));
+  }
+  const peers = all.filter((index) => rows[0].cells[index] !== ' ').map((index) => [rows[0], index]);
+  const across = Math.ceil(Math.sqrt(peers.length));
+  return [...Array(across).keys()].map((y) => peers.slice(y * across, (y + 1) * across));
 }
 
 function heat() {
-  const { draw, width, height, ink } = canvas('heat');
-  const rows = page.matrix;
-  const names = [...new Set(rows.flatMap((row) => [row.node, ...row.names]))]
-    .sort((a, b) => a.localeCompare(b, 'en', { numeric: true }));
-  const place = new Map(names.map((name, index) => [name, index]));
-  const label = names.length <= 60 ? 12 + Math.max(...names.map((name) => draw.measureText(name).width)) : 4;
-  const w = (width - label) / Math.max(names.length, 1);
-  const h = Math.min(w, (height - 4) / Math.max(rows.length, 1), 60);
-  const gap = w > 6 && h > 6 ? 1 : 0;
-  const sorted = [...rows].sort((a, b) => place.get(a.node) - place.get(b.node));
-  cells = { names, sorted, label, w, h };
-  sorted.forEach((row, y) => {
-    if (label > 4 && h >= 9) {
-      draw.fillStyle = ink;
-      draw.fillText(row.node, 2, y * h + h / 2 + 4);
-    }
-    row.names.forEach((name, index) => {
-      draw.fillStyle = COLOURS[page.causes[row.causes.charCodeAt(index) - 97]] || '#888';
-      draw.fillRect(label + place.get(name) * w, y * h, Math.max(w - gap, 0.5), Math.max(h - gap, 0.5));
-    });
-    if (row.error) {
-      draw.fillStyle = '#8883';
-      draw.fillRect(label, y * h, width - label, Math.max(h - gap, 0.5));
-    }
-  });
-  if (label > 4 && rows.length === 1) {
+  const element = $('heat');
+  const lines = grid();
+  const whole = page.mesh.rows.length > 1;
+  const scale = window.devicePixelRatio || 1;
+  const width = element.getBoundingClientRect().width * scale;
+  element.width = element.height = width;
+  const draw = element.getContext('2d');
+  draw.font = `${11 * scale}px system-ui, sans-serif`;
+  draw.textBaseline = 'middle';
+  const across = lines.length ? lines[0].length : 1;
+  const widest = Math.max(0, ...page.mesh.names.map((name) => draw.measureText(name).width)) + 8 * scale;
+  const edge = whole && (width - widest) / across >= 10 * scale ? Math.min(widest, 120 * scale) : 0;
+  const size = whole ? (width - edge) / across : Math.min(width / across, 120 * scale);
+  const gap = size > 5 * scale ? scale : 0;
+  const at = (place) => Math.round(edge + place * size);
+  cellAt = (left, top) => lines[Math.floor((top * scale - edge) / size)]?.[Math.floor((left * scale - edge) / size)];
+
+  const ink = getComputedStyle(element).color;
+  const write = (text, x, y, turn, room) => {
+    draw.save();
+    draw.translate(x, y);
+    draw.rotate(turn);
     draw.fillStyle = ink;
-    names.forEach((name, index) => {
-      draw.save();
-      draw.translate(label + index * w + w / 2, h + 8);
-      draw.rotate(Math.PI / 4);
-      draw.fillText(name, 0, 8);
-      draw.restore();
-    });
+    draw.fillText(text, 0, 0, room);
+    draw.restore();
+  };
+  // What is bad is drawn last, and never too small to be seen.
+  for (const turn of ['fine', 'bad']) {
+    lines.forEach((line, y) => line.forEach(([row, index], x) => {
+      const mark = row.cells[index] || ' ';
+      const bad = mark >= 'd';
+      if (bad !== (turn === 'bad') || (mark === ' ' && !row.error)) return;
+      const least = bad ? 3 * scale : 0;
+      draw.fillStyle = row.error ? '#8883' : colour(mark);
+      draw.fillRect(at(x), at(y), Math.max(at(x + 1) - at(x) - gap, least), Math.max(at(y + 1) - at(y) - gap, least));
+      if (!whole && size > widest) write(page.mesh.names[index], at(x) + 6 * scale, at(y + 0.5), 0, size);
+    }));
   }
+  if (edge) {
+    lines.forEach((line, y) => write(line[0][0].node, 0, at(y + 0.5), 0, edge - 6 * scale));
+    lines[0].forEach(([, index], x) => write(page.mesh.names[index], at(x + 0.5), edge - 6 * scale, -Math.PI / 2, edge - 6 * scale));
+  }
+  $('whose').textContent = whole ? 'A row is a node that probes, a column one that is probed.'
+    : 'As this node sees its peers. All nodes are asked where --api-addr is set, in clusters of up to 500.';
 }
 
 function point(event) {
-  if (!cells) return;
-  const box = $('heat').getBoundingClientRect();
-  const row = cells.sorted[Math.floor((event.clientY - box.top) / cells.h)];
-  const name = cells.names[Math.floor((event.clientX - box.left - cells.label) / cells.w)];
-  if (!row || !name) return;
-  const index = row.names.indexOf(name);
-  const said = row.error || (index < 0 ? 'itself' : page.causes[row.causes.charCodeAt(index) - 97]);
-  $('cell').textContent = `${row.node} → ${name}: ${said}`;
+  const found = cellAt(event.offsetX, event.offsetY);
+  if (!found) return;
+  const [row, name, mark] = [found[0], page.mesh.names[found[1]], found[0].cells[found[1]]];
+  $('cell').textContent = `${row.node} → ${name}: ${row.error || (row.node === name ? 'itself' : said(mark))}`;
 }
 
 function legend() {
-  const shown = new Set(page.matrix.flatMap((row) => [...row.causes]));
-  $('legend').replaceChildren(...[...shown].sort().flatMap((letter) => {
-    const word = page.causes[letter.charCodeAt(0) - 97];
-    const key = document.createElement('span');
-    key.className = 'key';
-    key.style.background = COLOURS[word];
-    return [key, word];
-  }));
+  const shown = [...new Set(page.mesh.rows.flatMap((row) => [...row.cells]))].filter((cell) => cell !== ' ').sort();
+  $('legend').replaceChildren();
+  for (const cell of shown) {
+    const entry = add($('legend'), 'span');
+    add(entry, 'span', { class: 'key' }).style.background = colour(cell);
+    entry.append(said(cell));
+  }
+}
+
+function facts() {
+  const { status } = page;
+  const { network, lease, store } = status;
+  const vtep = status.vteps[0];
+  const all = {
+    Peers: `${status.peers_programmed} of ${page.peers} programmed`,
+    Subnet: lease ? lease.subnets.join(' ') : 'none',
+    Network: network ? `${network.spaces.join(' ')}, VNI ${network.vni}, UDP ${network.port}` : 'unknown',
+    VTEP: vtep ? `${vtep.device} on ${vtep.underlay_device}, MTU ${vtep.mtu}` : 'none',
+    Store: store.connected ? `connected, revision ${store.revision}` : `away: ${store.reason}`,
+    'Round trip': `${page.median_ms.toFixed(2)} ms`,
+  };
+  $('facts').replaceChildren();
+  for (const [name, value] of Object.entries(all)) {
+    const fact = add($('facts'), 'div');
+    add(fact, 'dt', {}, name);
+    add(fact, 'dd', {}, value);
+  }
 }
 
 function leases() {
   const wanted = $('filter').value.toLowerCase();
   const rows = page.leases
-    .filter((lease) => [lease.node, ...lease.subnets, ...lease.public_addresses].join(' ').toLowerCase().includes(wanted))
-    .map((lease) => [lease.subnets.join(' '), lease.node || '(flannel)', lease.public_addresses.join(' '), lease.epoch]);
-  table('leases', ['Subnet', `Node (${rows.length})`, 'Underlay', 'Claim'], rows);
+    .map((lease) => [lease.subnets.join(' '), lease.node || '(flannel)', lease.public_addresses.join(' '), lease.epoch, lease.own])
+    .filter((row) => row.join(' ').toLowerCase().includes(wanted));
+  table('leases', ['Subnet', `Node (${rows.length})`, 'Underlay', 'Claim'], rows.map((row) => {
+    const own = row.pop() ? 'own' : '';
+    return row.map((value) => [value, own]);
+  }));
 }
 
 function show() {
-  const { status, mesh } = page;
+  const { status } = page;
   document.title = `${status.node} · fabricd`;
   $('node').textContent = status.node;
   $('state').textContent = status.ready ? 'ready' : 'not ready';
   $('state').className = `badge ${status.ready ? 'good' : 'bad'}`;
-  const network = status.network ? `${status.network.spaces.join(' ')} · VNI ${status.network.vni} · UDP ${status.network.port}` : '';
-  $('network').textContent = `${network} · ${status.peers_programmed} of ${status.peers.length} peers programmed`;
-  const lines = [...(status.reason ? [status.reason] : []), ...status.warnings, ...(mesh.limits ? [mesh.limits] : [])];
-  $('warnings').replaceChildren(...lines.map((line) => Object.assign(document.createElement('li'), { textContent: line })));
+  $('reason').textContent = status.reason;
+  $('warnings').replaceChildren();
+  [...status.warnings, page.limits].filter(Boolean).forEach((line) => add($('warnings'), 'li', {}, line));
+  const rows = page.troubles.map(({ peer, what, evidence, fix }) => [[peer], [what, 'doubt'], [evidence, 'text'], [fix, 'text']]);
+  $('troubles').hidden = rows.length === 0;
+  table('bad', ['Peer', 'What', 'Evidence', 'Fix'], rows);
+  facts();
   legend();
   topology();
   heat();
-  const troubles = status.peers.filter((peer) => peer.state !== 'programmed')
-    .map((peer) => [peer.node || peer.subnets.join(' '), peer.state, peer.reason, 'fabricctl peers']);
-  const bad = mesh.peers.filter((peer) => peer.fix).map((peer) => [peer.node, [peer.cause, 'doubt'], peer.evidence, peer.fix]);
-  const rows = [...troubles, ...bad];
-  table('bad', ['Peer', 'What', 'Evidence', 'Fix'], rows.length ? rows.slice(0, 200) : [['nothing', '', '', '']]);
   leases();
   table('events', ['When', 'About', 'What'], page.events.map((event) => [
-    new Date(event.unix_millis).toLocaleTimeString(), event.kind,
-    [`${event.subject} ${event.message}`, event.warning ? 'doubt' : ''],
+    [new Date(event.unix_millis).toTimeString().slice(0, 8), 'faint'], [event.kind, 'faint'],
+    [`${event.subject} ${event.message}`, event.warning ? 'text doubt' : 'text'],
   ]));
 }
 
@@ -172,16 +205,18 @@ async function refresh() {
     if (!answer.ok) throw new Error(answer.statusText);
     page = await answer.json();
     show();
-    $('age').textContent = new Date().toLocaleTimeString();
+    $('age').textContent = new Date().toTimeString().slice(0, 8);
+    document.body.classList.remove('away');
   } catch (error) {
     $('age').textContent = `no answer from fabricd: ${error.message}`;
+    document.body.classList.add('away');
   }
-  // Seldom where there is much to show, and not at all in a hidden tab.
-  const rest = page && page.leases.length > 500 ? 10000 : 2000;
+  // More seldom where there is much to show, and not at all in a hidden tab.
+  const rest = 2000 + (page ? 10 * page.leases.length : 0);
   setTimeout(() => (document.hidden ? document.addEventListener('visibilitychange', refresh, { once: true }) : refresh()), rest);
 }
 
 $('filter').addEventListener('input', leases);
-$('heat').addEventListener('mousemove', point);
+$('heat').addEventListener('pointermove', point);
 window.addEventListener('resize', () => page && show());
 refresh();

@@ -98,6 +98,7 @@ impl Up {
                 "exec node-1 fabricctl doctor",
                 "what is wrong with a node; `explain IP IP`: with a packet's way",
             ));
+            lines.push(("exec node-1 fabricctl top", "all of it, live"));
             lines.push(("exec node-1 ip route", "what it made: routes, also `bridge fdb`, `ip neigh`, `ip nexthop`"));
             lines.push(("logs node-1", "what it says"));
         }

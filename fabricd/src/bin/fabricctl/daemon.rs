@@ -22,6 +22,7 @@ pub async fn connect(socket: &Path) -> anyhow::Result<FabricClient<Channel>> {
     };
     // The name is for HTTP's sake; the connector goes to the socket.
     let channel = Endpoint::from_static("http://fabricd").connect_with_connector(service_fn(connect)).await;
+    let channel = channel.map_err(|error| anyhow::anyhow!("{}", anyhow::Error::from(error).root_cause()));
     Ok(FabricClient::new(channel.with_context(told)?).max_decoding_message_size(LARGEST))
 }
 

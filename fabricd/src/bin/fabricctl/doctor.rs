@@ -12,6 +12,7 @@ use fabric_proto::v1::{
 use serde::Serialize;
 
 use crate::output::{Output, Screen, Tone};
+use crate::table::cut;
 use crate::{Answer, NOT_ALL_WELL, daemon, print};
 
 /// Prints each check when it is made; exit code 4 when one has failed.
@@ -51,8 +52,14 @@ pub fn line(screen: &Screen, check: &Check) -> String {
         CheckResult::Skipped | CheckResult::Unspecified => ("skipped", Tone::Plain),
     };
     let padding = " ".repeat(8 - word.len());
-    let mut text =
-        format!("{}{padding}{:16} {}: {}\n", screen.paint(word, tone), check.id, check.title, check.evidence);
+    let told = format!("{:16} {}: {}", check.id, check.title, check.evidence);
+    // Of what is wrong everything is said; what isn't takes a line.
+    let told = if check.fix.is_empty() {
+        cut(&told, screen.width.map_or(usize::MAX, |width| width.saturating_sub(8)))
+    } else {
+        told
+    };
+    let mut text = format!("{}{padding}{told}\n", screen.paint(word, tone));
     if !check.fix.is_empty() {
         let _ = writeln!(text, "        fix: {}", check.fix);
     }

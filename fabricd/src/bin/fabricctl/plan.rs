@@ -39,7 +39,7 @@ fn describe(screen: &Screen, state: &GetKernelStateResponse, now: SystemTime) ->
         }
         (Some(_), true) => text += "Nothing is to be written: the kernel holds what is wanted.\n",
         (Some(_), false) => {
-            let _ = writeln!(text, "{} steps are left, and are being retried:", state.plan.len());
+            let _ = writeln!(text, "Steps that are left, and are being retried: {}", state.plan.len());
             state.plan.iter().for_each(|step| text += &format!("  {step}\n"));
         }
     }
@@ -78,7 +78,7 @@ mod tests {
 wanted  1      1          2    0           0         2       0
 had     1      1          2    0           0         1       0
 
-1 steps are left, and are being retried:
+Steps that are left, and are being retried: 1
   + ip route add 10.244.2.0/24 nhid 4194304000 proto 250
 ";
         assert_eq!(describe(&Screen::default(), &state, SystemTime::now()), want);

@@ -55,7 +55,7 @@ fn line<const N: usize>(screen: &Screen, widths: [usize; N], row: &[Cell; N]) ->
 }
 
 /// `text`, or as much of it as fits.
-fn cut(text: &str, room: usize) -> String {
+pub fn cut(text: &str, room: usize) -> String {
     if text.chars().count() <= room {
         return text.to_owned();
     }

@@ -1,0 +1,357 @@
+//! The checks of `fabricctl doctor` on a node that is broken in one way each: what the kernel has and the files of the
+//! host are made up here. What takes a real kernel is in `lab_see.rs` and `lab_mesh.rs`.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use fabric_core::handoff::{NotReady, Readiness};
+use fabric_core::leases::{Entry, LeaseSet};
+use fabric_core::model::{Family, Vni};
+use fabric_core::plan::Desired;
+use fabric_core::state::{ForeignLink, KernelState, VxlanLink};
+use fabric_tests::certificates::Certificates;
+use fabric_tests::served::view;
+use fabricd::diagnosis::checks::{self, Finding};
+use fabricd::diagnosis::{Outcome, Places, Scene};
+use fabricd::kernel::Observed;
+use fabricd::mesh::Mesh;
+use fabricd::reconcile::Looked;
+use fabricd::underlay::HostLink;
+use fabricd::view::{PeerTrouble, View};
+use tempfile::TempDir;
+
+/// A node that is well, to be broken.
+struct Node {
+    root: TempDir,
+    view: View,
+    wanted: KernelState,
+    observed: Observed,
+    certificates: Vec<PathBuf>,
+}
+
+impl Node {
+    fn well() -> Result<Self> {
+        let view = view(&[2])?;
+        let end = view.vteps[0].clone();
+        let link = VxlanLink {
+            vni: Vni::try_from(1)?,
+            port: 8472,
+            gbp: false,
+            mac: end.vtep.mac,
+            local: end.vtep.local,
+            mtu: 1450,
+            learning: false,
+            up: true,
+        };
+        let wanted = KernelState { links: [(end.device, link)].into(), ..KernelState::default() };
+        let bridge = ("127.1.1.1".parse()?, "127.1.1.0/24".parse()?);
+        let host_link = |name: &str, mtu, addresses| -> Result<HostLink> {
+            Ok(HostLink { index: 7, name: name.parse()?, mtu, up: true, loopback: false, addresses })
+        };
+        let mut observed = Observed { ours: wanted.clone(), nexthop_objects: true, ..Observed::default() };
+        observed.host.links = vec![
+            host_link("eth0", 1500, vec![])?,
+            host_link("cni0", 1450, vec![bridge])?,
+            host_link("veth1", 1450, vec![])?,
+        ];
+        observed.bridges = [("cni0".parse()?, ["veth1".parse()?].into())].into();
+        let node = Self { root: tempfile::tempdir()?, view, wanted, observed, certificates: vec![] };
+        for (file, content) in [
+            ("proc/sys/kernel/osrelease", "6.1.0-amd64"),
+            ("proc/sys/net/ipv4/ip_forward", "1"),
+            ("proc/sys/net/bridge/bridge-nf-call-iptables", "1"),
+            ("proc/sys/net/netfilter/nf_conntrack_count", "9"),
+            ("proc/sys/net/netfilter/nf_conntrack_max", "1000"),
+            ("sys/class/net/fabric.1/ifindex", "5"),
+            ("run/systemd/netif/state", ""),
+            ("run/systemd/netif/links/5", "ADMIN_STATE=unmanaged"),
+            ("etc/systemd/networkd.conf.d/x.conf", "[Network]\nManageForeignRoutes=no\nManageForeignNextHops=no\n"),
+            ("run/NetworkManager/devices/5", "[device]\nmanaged=false"),
+            ("var/lib/cni/networks/fabric/127.1.1.2", "c1\r\neth0"),
+            ("var/lib/cni/fabric/fabric/c1@eth0.json", "{}\n{\"ports\":[\"veth1\"]}\n"),
+        ] {
+            node.has(file, content)?;
+        }
+        Ok(node)
+    }
+
+    /// A file of the host.
+    fn has(&self, file: &str, content: &str) -> Result<()> {
+        let path = self.root.path().join(file);
+        fs::create_dir_all(path.parent().context("a folder")?)?;
+        Ok(fs::write(path, content)?)
+    }
+
+    fn lacks(&self, file: &str) -> Result<()> {
+        Ok(fs::remove_file(self.root.path().join(file))?)
+    }
+
+    fn check(&self, id: &str) -> Result<Finding> {
+        let wanted = Desired { state: self.wanted.clone(), ..Desired::default() };
+        let places = Places {
+            addresses: self.root.path().join("var/lib/cni/networks"),
+            attachments: self.root.path().join("var/lib/cni/fabric"),
+            root: self.root.path().into(),
+            certificates: self.certificates.clone(),
+        };
+        let looked = Looked {
+            wanted: Some(Arc::new(wanted)),
+            observed: Some(Arc::new(self.observed.clone())),
+            last: None,
+            blocked: String::new(),
+        };
+        let scene = Scene { view: Arc::new(self.view.clone()), looked, mesh: Arc::new(Mesh::default()), places };
+        let (_, _, check) = checks::ALL.iter().find(|(name, ..)| *name == id).context("no such check")?;
+        Ok(check(&scene))
+    }
+}
+
+type Breakage = fn(&mut Node) -> Result<()>;
+
+/// Each check, how it is broken, and what it says then.
+const BROKEN: &[(&str, Breakage, Outcome, &str)] = &[
+    (
+        "ready",
+        |n| {
+            n.view.readiness = Readiness::NotReady { code: NotReady::Starting, reason: "no lease".into() };
+            Ok(())
+        },
+        Outcome::Failed,
+        "no lease",
+    ),
+    (
+        "lease",
+        |n| {
+            n.view.holding.trouble = Some((NotReady::Quarantine, "somebody wrote over it".into()));
+            Ok(())
+        },
+        Outcome::Failed,
+        "in quarantine: somebody",
+    ),
+    (
+        "lease",
+        |n| {
+            n.view.holding.own = None;
+            Ok(())
+        },
+        Outcome::Failed,
+        "none is held",
+    ),
+    ("kernel-version", |n| n.has("proc/sys/kernel/osrelease", "4.15.0-20-generic"), Outcome::Failed, "4.15.0"),
+    (
+        "kernel-version",
+        |n| {
+            n.observed.nexthop_objects = false;
+            Ok(())
+        },
+        Outcome::Warning,
+        "no nexthop objects",
+    ),
+    (
+        "kernel-state",
+        |n| {
+            n.observed.ours = KernelState::default();
+            Ok(())
+        },
+        Outcome::Failed,
+        "steps are left",
+    ),
+    (
+        "udp-port",
+        |n| {
+            n.observed.ours = KernelState::default();
+            n.has("proc/net/udp", "  sl  local_address\n 8541: 00000000:2118 00000000:0000 07\n")
+        },
+        Outcome::Failed,
+        "somebody else has UDP port 8472",
+    ),
+    (
+        "underlay-mtu",
+        |n| {
+            n.observed.host.links[0].mtu = 1499;
+            Ok(())
+        },
+        Outcome::Failed,
+        "become 1500 bytes long, eth0 takes 1499",
+    ),
+    (
+        "mac",
+        |n| {
+            n.observed
+                .ours
+                .links
+                .values_mut()
+                .for_each(|link| link.mac = "02:00:00:00:00:99".parse().expect("a MAC address"));
+            Ok(())
+        },
+        Outcome::Failed,
+        "fabric.1 has 02:00:00:00:00:99, 02:42:00:00:00:01 is published",
+    ),
+    (
+        "peers",
+        |n| {
+            let peer = n.view.peers().next().context("there is one")?.key;
+            n.view.troubles.insert(peer, PeerTrouble::Pending("the kernel is full".into()));
+            Ok(())
+        },
+        Outcome::Failed,
+        "the kernel is full",
+    ),
+    ("forwarding", |n| n.has("proc/sys/net/ipv4/ip_forward", "0"), Outcome::Failed, "not forwarded"),
+    (
+        "rp-filter",
+        |n| {
+            n.view.network.as_mut().context("a network")?.vxlan.direct_routing = true;
+            n.has("proc/sys/net/ipv4/conf/eth0/rp_filter", "1")
+        },
+        Outcome::Warning,
+        "eth0 filters strictly",
+    ),
+    ("br-netfilter", |n| n.has("proc/sys/net/bridge/bridge-nf-call-iptables", "0"), Outcome::Warning, "is 0"),
+    ("br-netfilter", |n| n.lacks("proc/sys/net/bridge/bridge-nf-call-iptables"), Outcome::Warning, "not loaded"),
+    ("conntrack", |n| n.has("proc/sys/net/netfilter/nf_conntrack_count", "901"), Outcome::Failed, "901 of 1000"),
+    ("networkd", |n| n.has("run/systemd/netif/links/5", "ADMIN_STATE=configured"), Outcome::Failed, "interface 5"),
+    ("networkd", |n| n.lacks("etc/systemd/networkd.conf.d/x.conf"), Outcome::Warning, "ManageForeignRoutes is on"),
+    (
+        "networkd",
+        |n| n.has("etc/systemd/networkd.conf.d/x.conf", "[Network]\nManageForeignRoutes=no\n"),
+        Outcome::Warning,
+        "ManageForeignNextHops is on",
+    ),
+    ("networkmanager", |n| n.has("run/NetworkManager/devices/5", "managed=true"), Outcome::Failed, "interface 5"),
+    (
+        "udev",
+        |n| n.has("etc/systemd/network/10.link", "[Match]\nDriver=vxlan\n[Link]\nMACAddressPolicy=persistent\n"),
+        Outcome::Failed,
+        "10.link",
+    ),
+    (
+        "bridge",
+        |n| {
+            n.observed.host.links[1].addresses.clear();
+            Ok(())
+        },
+        Outcome::Failed,
+        "cni0 has no address of 127.1.1.0/24",
+    ),
+    (
+        "bridge-mtu",
+        |n| {
+            n.observed.host.links[2].mtu = 1500;
+            Ok(())
+        },
+        Outcome::Failed,
+        "veth1 takes 1500 bytes",
+    ),
+    (
+        "addresses",
+        |n| {
+            n.observed.host.links.pop();
+            Ok(())
+        },
+        Outcome::Warning,
+        "1 of 1 addresses",
+    ),
+    (
+        "foreign-vxlan",
+        |n| {
+            let flannel = ForeignLink { kind: "vxlan".into(), vxlan: Some((1, 8472, Family::V4)) };
+            n.observed.foreign.links.insert("flannel.1".parse()?, flannel);
+            Ok(())
+        },
+        Outcome::Warning,
+        "flannel.1 with VNI 1",
+    ),
+    (
+        "overlap",
+        |n| {
+            n.observed.foreign.routes.insert("10.244.9.0/24".parse()?, "10.244.9.0/24 dev eth1".into());
+            Ok(())
+        },
+        Outcome::Warning,
+        "10.244.9.0/24 dev eth1 leads into the network",
+    ),
+    (
+        "certificates",
+        |n| {
+            let file = n.root.path().join("ca.pem");
+            n.certificates = vec![file];
+            n.has("ca.pem", "nonsense")
+        },
+        Outcome::Failed,
+        "no certificate in it",
+    ),
+    (
+        "warnings",
+        |n| {
+            n.view.warnings = vec!["look here".into()];
+            Ok(())
+        },
+        Outcome::Warning,
+        "look here",
+    ),
+];
+
+#[test]
+fn every_check_is_fine_until_it_is_broken_and_says_then_what_to_do() -> Result<()> {
+    for (id, damage, outcome, evidence) in BROKEN {
+        let mut node = Node::well()?;
+        let before = node.check(id)?;
+        assert!(
+            before.fix.is_empty() && matches!(before.outcome, Outcome::Fine | Outcome::Skipped),
+            "{id}: {before:?}"
+        );
+        damage(&mut node)?;
+        let found = node.check(id)?;
+        assert_eq!(found.outcome, *outcome, "{id}: {found:?}");
+        assert!(found.evidence.contains(evidence), "{id}: {found:?}");
+        assert!(!found.fix.is_empty(), "{id}: {found:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn two_nodes_with_one_address_are_both_named() -> Result<()> {
+    let mut node = Node::well()?;
+    let double = |n: u16| {
+        Entry {
+        value: format!(
+            r#"{{"PublicIP":"198.18.0.9","BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"02:42:00:00:00:0{n}"}},"Fabric":{{"v":1,"node":"node-{n}","boot":"b","netns":1,"epoch":1}}}}"#
+        )
+        .into_bytes(),
+        key: format!("127.9.{n}.0-24"),
+        create_revision: 1,
+        mod_revision: 1,
+    }
+    };
+    node.view.leases = Some(Arc::new(LeaseSet::snapshot(&LeaseSet::default(), vec![double(3), double(4)], 7)));
+    let found = node.check("duplicates")?;
+    assert_eq!(found.outcome, Outcome::Failed, "{found:?}");
+    for part in ["node-3", "node-4", "address 198.18.0.9"] {
+        assert!(found.evidence.contains(part), "{found:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn certificate_that_ends_within_two_weeks_is_told() -> Result<()> {
+    let mut node = Node::well()?;
+    // They last a day.
+    let certificates = Certificates::create()?;
+    node.certificates = vec![certificates.server().0];
+    let found = node.check("certificates")?;
+    assert_eq!(found.outcome, Outcome::Warning, "{found:?}");
+    assert!(found.evidence.contains("ends in"), "{found:?}");
+    Ok(())
+}
+
+#[test]
+fn every_check_has_been_broken_somewhere() {
+    // In the Lab: what the kernel must say itself, the mesh, the clock of this machine and its disk.
+    let elsewhere = ["duplicates", "mesh", "forward-drop", "filter-drops", "clock", "disk"];
+    for (id, ..) in checks::ALL {
+        assert!(elsewhere.contains(&id) || BROKEN.iter().any(|(broken, ..)| *broken == id), "{id} is never broken");
+    }
+}
