@@ -38,6 +38,7 @@ const RTM_DELNEIGH: u16 = 29;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
 const RTM_NEWNETCONF: u16 = 80;
+const RTM_DELNETCONF: u16 = 81;
 /// `NETCONFA_IFINDEX` and its value for the whole host.
 const NETCONF_INDEX: u16 = 1;
 const NETCONF_ALL: i32 = -1;
@@ -280,6 +281,8 @@ impl Event {
                 return routes::row(frame, frame.kind == RTM_DELROUTE).map(Self::Route);
             }
             RTM_NEWNETCONF => return netconf(frame),
+            // Every pod's device takes its settings along; if one was ours, its end is told too.
+            RTM_DELNETCONF => return None,
             _ => {}
         }
         match frame.route_message() {
@@ -321,5 +324,19 @@ fn netconf(frame: &Frame<'_>) -> Option<Event> {
     match index.map(|(_, value)| parse_i32(value)) {
         Some(Ok(NETCONF_ALL)) => Some(Event::Forwarding),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_of_a_pods_device_that_goes_say_nothing() {
+        // AF_INET, NETCONFA_IFINDEX 7; as the kernel says for each family when a veth is deleted.
+        let body = [2, 0, 0, 0, 8, 0, 1, 0, 7, 0, 0, 0];
+        let frame = Frame { kind: RTM_DELNETCONF, flags: 0, sequence: 0, port: 0, body: &body };
+        assert!(Event::of(&frame).is_none());
+        assert!(matches!(Event::of(&Frame { kind: 0xfff0, ..frame }), Some(Event::Unknown)));
     }
 }

@@ -2,7 +2,7 @@
 //! rest does. Prints the table of docs/performance.md.
 
 use std::fs;
-use std::io::{Read as _, Write as _};
+use std::io::{Read as _, Write as _, stderr};
 use std::net::TcpStream;
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use fabric_tests::revisions::Witness;
 use fabricd::store::etcd::Options;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
+use tracing_subscriber::EnvFilter;
 
 const CONFIG: &str = r#"{"Network":"10.0.0.0/8","SubnetLen":24,"Backend":{"Type":"vxlan"}}"#;
 
@@ -32,8 +33,11 @@ struct Args {
     #[arg(long, default_value_t = 86_400)]
     ttl: u64,
     /// How long all joins may take, in seconds
-    #[arg(long, default_value_t = 900)]
+    #[arg(long, default_value_t = 1800)]
     limit: u64,
+    /// How long a request may take, in seconds; that long if not given. A daemon takes 3
+    #[arg(long)]
+    request_timeout: Option<u64>,
 }
 
 /// What etcd has used since its start.
@@ -48,13 +52,18 @@ struct Usage {
 #[tokio::main]
 async fn main() -> Result<()> {
     let args = Args::parse();
+    // `RUST_LOG=info` shows what the nodes say.
+    tracing_subscriber::fmt().with_env_filter(EnvFilter::from_default_env()).with_writer(stderr).init();
     let etcd = EtcdServer::start().await?;
     etcd.ctl(&["put", &format!("{}/config", Options::DEFAULT_PREFIX), CONFIG]).await;
     let witness = Witness::start(Spaces::own(), etcd.endpoint(), Options::DEFAULT_PREFIX);
 
+    let limit = Duration::from_secs(args.limit);
+    let request_timeout = args.request_timeout.map_or(limit, Duration::from_secs);
     let keepers = Keepers {
-        // One machine does the work of all of them.
-        etcd: Options { request_timeout: Duration::from_secs(60), ..Options::new(vec![etcd.endpoint().to_owned()]) },
+        // One machine does the work of all of them. A request that is given up because of that is sent again, and soon
+        // the work is nothing else.
+        etcd: Options { request_timeout, ..Options::new(vec![etcd.endpoint().to_owned()]) },
         network: NetworkConfig::decode(CONFIG.as_bytes())?,
         ttl: Duration::from_secs(args.ttl),
     };
@@ -67,8 +76,7 @@ async fn main() -> Result<()> {
             (began.elapsed(), keeper)
         });
     }
-    let joined =
-        timeout(Duration::from_secs(args.limit), joins.join_all()).await.context("not all nodes have joined")?;
+    let joined = timeout(limit, joins.join_all()).await.context("not all nodes have joined")?;
     let (mut times, _keepers): (Vec<Duration>, Vec<OneKeeper>) = joined.into_iter().unzip();
     times.sort();
     let after_joins = Usage::of(&etcd)?;
@@ -95,6 +103,7 @@ async fn main() -> Result<()> {
         per_node_hour(rest_ended.cpu_seconds, rest_began.cpu_seconds)
     );
     println!("| etcd's memory | {:.0} MiB | {:.0} MiB in all |", after_joins.memory_mib, rest_ended.memory_mib);
+    println!("| memory of the nodes, all in one process | {:.0} MiB | |", resident_mib("self")?);
     println!(
         "| requests | {:.1} a node | {:.2} |",
         (after_joins.requests - before.requests) / f64::from(args.nodes),
@@ -111,14 +120,11 @@ async fn main() -> Result<()> {
 
 impl Usage {
     fn of(etcd: &EtcdServer) -> Result<Self> {
-        let pid = etcd.pid().context("etcd has ended")?;
+        let pid = etcd.pid().context("etcd has ended")?.to_string();
         let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
         let ticks: Vec<f64> = stat.rsplit(')').next().unwrap_or_default().split(' ').flat_map(str::parse).collect();
         // Fields 14 and 15 of proc(5); the state letter is no number.
         let cpu_seconds = ticks.iter().skip(10).take(2).sum::<f64>() / 100.0;
-        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let rss =
-            status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse::<f64>().ok());
         let metrics = metrics(etcd.endpoint())?;
         let sum = |name: &str| {
             let lines = metrics.lines().filter(|line| line.starts_with(name));
@@ -126,11 +132,17 @@ impl Usage {
         };
         Ok(Self {
             cpu_seconds,
-            memory_mib: rss.unwrap_or_default() / 1024.0,
+            memory_mib: resident_mib(&pid)?,
             requests: sum("grpc_server_started_total"),
             revision_writes: sum("etcd_debugging_mvcc_put_total"),
         })
     }
+}
+
+fn resident_mib(pid: &str) -> Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse().ok());
+    Ok(resident.unwrap_or(0.0) / 1024.0)
 }
 
 fn metrics(endpoint: &str) -> Result<String> {

@@ -21,7 +21,7 @@ const SOON: Duration = Duration::from_secs(5);
 pub(super) const ROWS: &[Fault] = &[
     Fault {
         number: 35,
-        what: "attacks 1 to 4: strangers, pods and peers forge packets, whole and in fragments",
+        what: "strangers, pods and peers forge packets (attacks 1 to 4)",
         holds: "none gets through; what peers may send does",
         trial: attacks,
     },

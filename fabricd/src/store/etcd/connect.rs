@@ -8,6 +8,7 @@
 use std::error::Error as _;
 use std::future::Future;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use etcd_client::{
@@ -15,16 +16,23 @@ use etcd_client::{
     TlsOptions, TxnResponse,
 };
 use tokio::sync::Mutex;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tonic::Code;
 use tracing::debug;
 
 use super::identity::{Identity, Seen};
 use crate::store::StoreError;
 
-/// How often an idle connection is probed, and how long the answer may take: one that died without a word is found
-/// after the sum of both. etcd hangs up on clients that probe more often than every 5 s (`--grpc-keepalive-min-time`).
-const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(6), Duration::from_secs(3));
+/// How often an idle connection is probed, and how long the answer may take at least: one that died without a word is
+/// found after the sum of both. etcd hangs up on clients that probe more often than every 5 s
+/// (`--grpc-keepalive-min-time`). An etcd with much to do answers late, and each connection that is given up costs it a
+/// list of all leases more: with 3 s for an answer, 1,200 nodes that joined at once on two busy cores gave up 500 times.
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(6), Duration::from_secs(12));
+
+/// The longest that an answer is waited for. A store that is late with all its answers has too much to do, and what is
+/// sent again because it was late is more of it: of 800 nodes that joined at once on two busy cores some had no lease
+/// after 150 s when each request was given up after 3 s, and all after 60 s when late ones got more time.
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
 /// What a TLS server that shuts the door looks like from outside.
 const TURNED_AWAY: [&str; 4] = ["connection closed", "fatal alert", "reset by peer", "broken pipe"];
@@ -40,7 +48,7 @@ pub struct Options {
     pub tls: Tls,
     /// User and password, if etcd has authentication enabled.
     pub user: Option<User>,
-    /// How long one request may take on one endpoint.
+    /// How long one request may take on one endpoint at first.
     pub request_timeout: Duration,
 }
 
@@ -118,6 +126,8 @@ impl<T: Answer> Answer for Option<T> {
 pub(super) struct Connector {
     options: Options,
     current: Mutex<Current>,
+    /// How many answers in a row were late: each doubles the time that the next one has.
+    late: AtomicU32,
     pub(super) identity: Identity,
 }
 
@@ -143,17 +153,17 @@ impl Connector {
         }
         // Nodes spread over the members.
         let turn = fastrand::usize(..options.endpoints.len().max(1));
-        Self { options, current: Mutex::new(Current { turn, client: None }), identity: Identity::new() }
+        Self {
+            options,
+            current: Mutex::new(Current { turn, client: None }),
+            late: AtomicU32::new(0),
+            identity: Identity::new(),
+        }
     }
 
     /// All endpoints, for people.
     pub(super) fn endpoints(&self) -> String {
         self.options.endpoints.join(", ")
-    }
-
-    /// How long one request may take on one endpoint.
-    pub(super) fn request_timeout(&self) -> Duration {
-        self.options.request_timeout
     }
 
     /// Sends a linearizable request, as [`Connector::send`], and tells what is known of the store that answered.
@@ -199,11 +209,19 @@ impl Connector {
         F: Future<Output = Result<T, Error>>,
     {
         let (turn, client) = self.client().await?;
-        let limit = self.options.request_timeout;
+        let (limit, asked) = (self.limit(), Instant::now());
         let failure = match timeout(limit, request(client)).await {
-            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Ok(answer)) => {
+                if asked.elapsed() <= self.options.request_timeout {
+                    self.late.store(0, Ordering::Relaxed);
+                }
+                return Ok(answer);
+            }
             Ok(Err(error)) => failure(operation, &error),
-            Err(_) => Failure::Connection(format!("{} did not answer within {limit:?}", self.endpoint(turn))),
+            Err(_) => {
+                self.late.fetch_add(1, Ordering::Relaxed);
+                Failure::Connection(format!("{} did not answer within {limit:?}", self.endpoint(turn)))
+            }
         };
         let failure = self.explain(turn, failure);
         if let Failure::Connection(error) = &failure {
@@ -211,6 +229,12 @@ impl Connector {
             self.leave(turn).await;
         }
         Err(failure)
+    }
+
+    /// How long the next answer may take.
+    pub(super) fn limit(&self) -> Duration {
+        let first = self.options.request_timeout;
+        first.saturating_mul(1 << self.late.load(Ordering::Relaxed).min(8)).min(LONGEST_WAIT.max(first))
     }
 
     /// Adds the way out where etcd doesn't say: a client whose certificate it doesn't like, or misses, it turns away by
@@ -278,7 +302,7 @@ impl Connector {
     async fn connect_options(&self, endpoint: &str) -> Result<ConnectOptions, Failure> {
         let Options { tls, user, request_timeout, .. } = &self.options;
         let mut options = ConnectOptions::new()
-            .with_keep_alive(KEEPALIVE.0, KEEPALIVE.1)
+            .with_keep_alive(KEEPALIVE.0, KEEPALIVE.1.max(*request_timeout))
             .with_keep_alive_while_idle(true)
             .with_connect_timeout(*request_timeout)
             .with_require_leader(true);

@@ -203,7 +203,7 @@ async fn next(store: &Store, stream: &mut WatchStream) -> Result<WatchResponse, 
         Ok(message) => message,
         Err(_) => {
             stream.request_progress().await.map_err(broken)?;
-            let answer = timeout(store.connector.request_timeout(), stream.message()).await;
+            let answer = timeout(store.connector.limit(), stream.message()).await;
             answer.map_err(|_| Interrupted::Relist("the watch is silent".into()))?
         }
     };
