@@ -1,8 +1,12 @@
 # What `run` looks at. Sourced by it.
 
 ready_nodes() { kube get nodes --no-headers | grep -cw Ready || true; }
-not_one_is_ready() { [ "$(ready_nodes)" = 0 ]; }
-all_are_ready() { [ "$(ready_nodes)" = "$(nodes | wc -l)" ]; }
+tainted_nodes() {
+    kube get nodes -o jsonpath='{range .items[*]}{.spec.taints[*].key}{"\n"}{end}' | grep -cF "$STARTUP_TAINT" || true
+}
+# Ready, and without the taint that they register with, if there is one.
+all_are_ready() { [ "$(ready_nodes)" = "$(nodes | wc -l)" ] && { [ -z "$STARTUP_TAINT" ] || [ "$(tainted_nodes)" = 0 ]; }; }
+not_one_is_ready() { [ "$(ready_nodes)" = 0 ] && { [ -z "$STARTUP_TAINT" ] || [ "$(tainted_nodes)" = "$(nodes | wc -l)" ]; }; }
 
 # pod NODE: the probe on it
 pod() { kube get pods -l app=probe --field-selector "spec.nodeName=$1" -o jsonpath='{.items[0].metadata.name}'; }
@@ -15,12 +19,9 @@ probe() {
     shift
     kube exec -i "$on" -- probe "$@"
 }
-# What a node is told by fabricd about itself.
-status() { in_machine "$1" /bin/true && fabric exec "$(daemon "$1")" -c fabricd -- fabricctl status; }
-daemon() {
-    fabric get pods -l app.kubernetes.io/name=fabricd --field-selector "spec.nodeName=$1" \
-        -o jsonpath='{.items[0].metadata.name}'
-}
+# What fabricd says about a node, from inside its container, whether or not there is an API server.
+status() { in_machine "$1" sh -c 'nsenter --target "$(pgrep -xf /bin/fabricd)" --mount --root /bin/fabricctl status'; }
+says() { grep -q "^$2" <<<"$(status "$1")"; }
 # All that fabricd made in the kernel of a node, in iproute2's words; what pods made is not in it.
 kernel_state() {
     in_machine "$1" sh -c 'ip -d link show type vxlan; ip route show proto 250; ip -6 route show proto 250
