@@ -13,8 +13,9 @@ use_etcd() {
         make_ready() { label_member n1; }
         node_was_added() { :; }
     fi
-    freeze_store() { for_each_node signal_member STOP; }
-    thaw_store() { for_each_node signal_member CONT; }
+    # Frozen: connections stay, and nobody answers.
+    lose_store() { for_each_node signal_member STOP; }
+    find_store() { for_each_node signal_member CONT; }
 }
 
 label_member() { kube label node "$1" fabric-etcd=$((${1#n} - 1)) >/dev/null; }
@@ -35,8 +36,10 @@ use_kubernetes() {
         kube patch node "$1" -p "{\"spec\":{\"podCIDR\":\"10.244.${1#n}.0/24\",\"podCIDRs\":[$subnets]}}" >/dev/null
     }
     make_ready() { for_each_node node_was_added; }
-    freeze_store() { in_machine cp pkill -STOP -x kube-apiserver; }
-    thaw_store() { in_machine cp pkill -CONT -x kube-apiserver; }
+    # As if its machine were off; those on that machine don't notice.
+    lose_store() { in_machine cp iptables -I INPUT "${api_port[@]}"; }
+    find_store() { in_machine cp iptables -D INPUT "${api_port[@]}"; }
+    api_port=(-i underlay -p tcp --dport 6443 -j DROP)
 }
 
 for_each_node() {
