@@ -28,12 +28,13 @@ kernel_state() {
         ip nexthop show proto 250; bridge fdb show | grep fabric; ip neigh show nud permanent' |
         grep -v 'valid_lft\|^ *RX\|^ *TX' | sort
 }
-# What an installation could leave on a node. (A card's @ is the other end of its cable, which a reboot changes.)
+# What an installation could leave on a node. Not the other end of a card's cable, which a reboot changes, nor what
+# containerd has noted of its own in /var/lib/cni/results: where power failed amid an ADD, that stays.
 traces() {
     in_machine "$1" sh -c 'ip -brief link | cut -d" " -f1 | cut -d@ -f1 | grep -v "^veth\|^kube\|^nodelocaldns"; ip route; ip -6 route
         ip nexthop; nft list tables | grep fabric
         find /opt/cni/bin /etc/cni/net.d /run/fabric /run/flannel /var/lib/fabric /var/lib/cni ! -type d 2>/dev/null; true' |
-        sort
+        grep -v ^/var/lib/cni/results | sort
 }
 # Nobody adds pods meanwhile: the addresses that this folder has are those of pods.
 everybody_pings_everybody() {
