@@ -12,5 +12,6 @@ pub mod kubernetes;
 pub mod lab;
 pub mod memory_store;
 pub mod netns;
+pub mod plain_host;
 pub mod revisions;
 pub mod tcp_proxy;
