@@ -9,6 +9,7 @@ CACHE=${FABRIC_E2E_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/fabricd/kubernetes}/$K
 STATE=${FABRIC_E2E_STATE:-$root/target/e2e} # all state of the running cluster
 PREFIX=${PREFIX:-fe2e}                      # of network namespaces
 CGROUP=${CGROUP:-fabric-e2e}                # parent of the nodes' cgroups
+STARTUP_TAINT=${STARTUP_TAINT:-}            # key of a taint that kubelets register their nodes with
 
 DUAL=${DUAL:-0} # 1: IPv4 and IPv6
 UNDERLAY=10.250.0 UNDERLAY6=fd00:250: # .1 is the control plane, .11 node n1, .12 node n2 …

@@ -1,8 +1,12 @@
 # What `run` looks at. Sourced by it.
 
 ready_nodes() { kube get nodes --no-headers | grep -cw Ready || true; }
-not_one_is_ready() { [ "$(ready_nodes)" = 0 ]; }
-all_are_ready() { [ "$(ready_nodes)" = "$(nodes | wc -l)" ]; }
+tainted_nodes() {
+    kube get nodes -o jsonpath='{range .items[*]}{.spec.taints[*].key}{"\n"}{end}' | grep -cF "$STARTUP_TAINT" || true
+}
+# Ready, and without the taint that they register with, if there is one.
+all_are_ready() { [ "$(ready_nodes)" = "$(nodes | wc -l)" ] && { [ -z "$STARTUP_TAINT" ] || [ "$(tainted_nodes)" = 0 ]; }; }
+not_one_is_ready() { [ "$(ready_nodes)" = 0 ] && { [ -z "$STARTUP_TAINT" ] || [ "$(tainted_nodes)" = "$(nodes | wc -l)" ]; }; }
 
 # pod NODE: the probe on it
 pod() { kube get pods -l app=probe --field-selector "spec.nodeName=$1" -o jsonpath='{.items[0].metadata.name}'; }
@@ -15,24 +19,22 @@ probe() {
     shift
     kube exec -i "$on" -- probe "$@"
 }
-# What a node is told by fabricd about itself.
-status() { in_machine "$1" /bin/true && fabric exec "$(daemon "$1")" -c fabricd -- fabricctl status; }
-daemon() {
-    fabric get pods -l app.kubernetes.io/name=fabricd --field-selector "spec.nodeName=$1" \
-        -o jsonpath='{.items[0].metadata.name}'
-}
+# What fabricd says about a node, from inside its container, whether or not there is an API server.
+status() { in_machine "$1" sh -c 'nsenter --target "$(pgrep -xf /bin/fabricd)" --mount --root /bin/fabricctl status'; }
+says() { grep -q "^$2" <<<"$(status "$1")"; }
 # All that fabricd made in the kernel of a node, in iproute2's words; what pods made is not in it.
 kernel_state() {
     in_machine "$1" sh -c 'ip -d link show type vxlan; ip route show proto 250; ip -6 route show proto 250
         ip nexthop show proto 250; bridge fdb show | grep fabric; ip neigh show nud permanent' |
         grep -v 'valid_lft\|^ *RX\|^ *TX' | sort
 }
-# What an installation could leave on a node.
+# What an installation could leave on a node. Not the other end of a card's cable, which a reboot changes, nor what
+# containerd has noted of its own in /var/lib/cni/results: where power failed amid an ADD, that stays.
 traces() {
-    in_machine "$1" sh -c 'ip -brief link | cut -d" " -f1 | grep -v "^veth\|^kube\|^nodelocaldns"; ip route; ip -6 route
+    in_machine "$1" sh -c 'ip -brief link | cut -d" " -f1 | cut -d@ -f1 | grep -v "^veth\|^kube\|^nodelocaldns"; ip route; ip -6 route
         ip nexthop; nft list tables | grep fabric
         find /opt/cni/bin /etc/cni/net.d /run/fabric /run/flannel /var/lib/fabric /var/lib/cni ! -type d 2>/dev/null; true' |
-        sort
+        grep -v ^/var/lib/cni/results | sort
 }
 # Nobody adds pods meanwhile: the addresses that this folder has are those of pods.
 everybody_pings_everybody() {

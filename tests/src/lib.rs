@@ -13,6 +13,7 @@ pub mod kubernetes;
 pub mod lab;
 pub mod memory_store;
 pub mod netns;
+pub mod plain_host;
 pub mod revisions;
 pub mod served;
 pub mod tcp_proxy;
