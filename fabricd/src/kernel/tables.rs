@@ -236,8 +236,11 @@ pub(super) fn entry(frame: &Frame<'_>, gone: bool) -> Option<Entry> {
     Some(Entry { index: u32::from_ne_bytes(head[4..8].try_into().ok()?), row })
 }
 
+/// Rows of a table that is kept by device and something else.
+type Rows<K, V> = Vec<((IfName, K), V)>;
+
 /// `bridge fdb show dev DEV`: ours on our devices.
-pub(super) fn fdb(socket: &mut RequestSocket, ours: &[&Link]) -> Result<Vec<((IfName, MacAddr), IpAddr)>, KernelError> {
+pub(super) fn fdb(socket: &mut RequestSocket, ours: &[&Link]) -> Result<Rows<MacAddr, IpAddr>, KernelError> {
     let mut all = vec![];
     for device in ours {
         // The kernel filters the FDB by the index in the header ...
@@ -253,10 +256,7 @@ pub(super) fn fdb(socket: &mut RequestSocket, ours: &[&Link]) -> Result<Vec<((If
 }
 
 /// `ip neighbour show nud permanent dev DEV`, of both families: ours on our devices.
-pub(super) fn neighbours(
-    socket: &mut RequestSocket,
-    ours: &[&Link],
-) -> Result<Vec<((IfName, IpAddr), MacAddr)>, KernelError> {
+pub(super) fn neighbours(socket: &mut RequestSocket, ours: &[&Link]) -> Result<Rows<IpAddr, MacAddr>, KernelError> {
     let mut all = vec![];
     for device in ours {
         // ... and neighbours by an attribute, in one dump for both families.

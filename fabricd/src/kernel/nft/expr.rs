@@ -124,7 +124,7 @@ impl List {
         match &condition.test {
             Test::Is(number) => self.compare(EQUAL, &spelled(*number, condition.fields.first().copied(), length)),
             Test::IsNot(number) => {
-                self.compare(DIFFERENT, &spelled(*number, condition.fields.first().copied(), length))
+                self.compare(DIFFERENT, &spelled(*number, condition.fields.first().copied(), length));
             }
             Test::Named(name) => self.compare(EQUAL, &interface(name.as_str())),
             Test::Bits(bits) => {
