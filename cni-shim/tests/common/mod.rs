@@ -4,7 +4,6 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -106,11 +105,10 @@ impl Host {
 
     /// The same by a process that may open so many descriptors. `Err` of null when it couldn't even be started.
     pub fn ask_with_descriptors(&self, limit: u32, verb: &str, pod: &str, conf: &Value) -> Result<Value, Value> {
-        let wrapper = self.path("limited");
-        let shim = env!("CARGO_BIN_EXE_fabric-cni");
-        fs::write(&wrapper, format!("#!/bin/sh\nulimit -n {limit}\nexec {shim}\n")).expect("a script");
-        fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).expect("its mode");
-        let output = start(&wrapper, verb, pod, "eth0", conf).wait_with_output().expect("it ends");
+        let script = format!("ulimit -n {limit}; exec {}", env!("CARGO_BIN_EXE_fabric-cni"));
+        let mut limited = Command::new("sh");
+        let output =
+            start_as(limited.args(["-c", &script]), verb, pod, "eth0", conf).wait_with_output().expect("it ends");
         if output.status.success() || output.status.code() == Some(1) { heard(output) } else { Err(Value::Null) }
     }
 
