@@ -219,7 +219,11 @@ pub(super) fn clock(scene: &Scene) -> Finding {
     if scene.places.root != Path::new("/") {
         return Finding::skipped("this is not the host's root");
     }
-    match clock_error() {
+    judge_clock(clock_error())
+}
+
+fn judge_clock(error: Option<Option<f64>>) -> Finding {
+    match error {
         None => Finding::skipped("the kernel doesn't tell"),
         Some(None) => Finding::fine("synchronised"),
         Some(Some(error)) => Finding::warning(
@@ -290,4 +294,17 @@ pub(super) fn disk(scene: &Scene) -> Finding {
 fn ours(scene: &Scene) -> Vec<u32> {
     let index = |name: &str| number(scene, &format!("sys/class/net/{name}/ifindex"))?.try_into().ok();
     scene.view.vteps.iter().filter_map(|end| index(end.device.as_str())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diagnosis::Outcome;
+
+    #[test]
+    fn clock_that_nobody_keeps_right_is_a_warning_with_how_wrong_it_may_be() {
+        let outcomes = [None, Some(None), Some(Some(16.0))].map(|error| judge_clock(error).outcome);
+        assert_eq!(outcomes, [Outcome::Skipped, Outcome::Fine, Outcome::Warning]);
+        assert_eq!(judge_clock(Some(Some(16.04))).evidence, "not synchronised, wrong by up to 16.0 s");
+    }
 }
