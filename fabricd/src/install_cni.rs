@@ -333,6 +333,38 @@ mod tests {
     }
 
     #[test]
+    fn a_plugin_that_runs_is_replaced_by_another_file_not_written_over() {
+        let (dir, install) = machine(true, &[]);
+        install.run().expect("installed");
+        let (plugin, conflist) = (dir.path().join("bin/fabric-cni"), dir.path().join("net.d/10-fabric.conflist"));
+        let read_later = [&plugin, &conflist].map(|file| fs::File::open(file).expect("a file"));
+        fs::write(dir.path().join("from/fabric-cni"), "the next version").expect("a file");
+        InstallCni { cni_version: CniVersion::V1_1_0, ..install }.run().expect("installed");
+
+        assert_eq!(content(&dir, "bin/fabric-cni").as_deref(), Some("the next version"));
+        assert!(content(&dir, "net.d/10-fabric.conflist").expect("a conflist").contains("1.1.0"));
+        let [old_plugin, old_conflist] = read_later.map(|file| io::read_to_string(file).expect("its text"));
+        assert_eq!(old_plugin, "fabric-cni");
+        assert_eq!(serde_json::from_str::<Value>(&old_conflist).expect("a whole one")["cniVersion"], "1.0.0");
+        let left = fs::read_dir(dir.path().join("bin")).expect("a folder").count();
+        assert_eq!(left, 3, "nothing half-written is left beside portmap and the two plugins");
+    }
+
+    #[test]
+    fn the_conflist_goes_before_the_plugins_that_it_names() {
+        let (dir, install) = machine(true, &[]);
+        install.run().expect("installed");
+        // A plugin that can't be removed: whatever is done after it is not done.
+        for plugin in PLUGINS {
+            fs::remove_file(dir.path().join("bin").join(plugin)).expect("removed");
+            fs::create_dir(dir.path().join("bin").join(plugin)).expect("a folder");
+        }
+        let error = InstallCni { uninstall: true, ..install }.run().expect_err("a folder is no file").to_string();
+        assert!(error.contains("fabric-cni"), "{error}");
+        assert_eq!(content(&dir, "net.d/10-fabric.conflist"), None);
+    }
+
+    #[test]
     fn conflist_waits_for_the_node_and_the_error_says_why_it_is_not_ready() {
         let (dir, install) = machine(false, &[]);
         let error = install.run().expect_err("not ready").to_string();

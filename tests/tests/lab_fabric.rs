@@ -126,6 +126,27 @@ fn a_peer_that_left_while_fabricd_was_down_is_swept_at_its_start() -> Result<()>
 }
 
 #[test]
+fn pods_come_and_go_while_the_daemon_is_dead_as_long_as_it_was_ready_last() -> Result<()> {
+    let (_lab, a, b) = two_nodes_with_a_pod_each(Families::Dual)?;
+    a.node.kill_fabricd()?;
+    let late = a.node.add_pod("late")?;
+    for peer in [&a, &b] {
+        for family in [Family::V4, Family::V6] {
+            let address = peer.ip(family)?.to_string();
+            late.run(&["ping", "-c3", "-i0.2", "-W1", &address]).context("a pod that was added without a daemon")?;
+        }
+    }
+    late.del()?;
+    let again = a.node.add_pod("again")?;
+    a.node.start_fabricd()?;
+    a.node.wait_ready()?;
+    // What the daemon then knows of the pod lets it talk on.
+    let address = b.ip(Family::V4)?.to_string();
+    again.run(&["ping", "-c3", "-i0.2", "-W1", &address])?;
+    Ok(())
+}
+
+#[test]
 fn what_is_foreign_survives_start_and_cleanup() -> Result<()> {
     let (_lab, a, _) = two_nodes_with_a_pod_each(Families::V4)?;
     let node = &a.node;
