@@ -12,7 +12,6 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use fabric_core::handoff::{NotReady, Readiness};
 use fabric_core::model::{Family, Vni};
-use fabric_core::record::LeaseKey;
 use fabric_tests::browser::Browser;
 use fabric_tests::certificates::Certificates;
 use fabric_tests::lab::wait_until;
@@ -100,29 +99,25 @@ impl Open {
 
 /// All ways are fine, but large packets don't get to node-2.
 fn mesh(others: &[u16]) -> Result<Mesh> {
+    let view = view(others)?;
+    let leases = view.leases.context("leases")?;
+    let ours = Arc::new(Ours {
+        overlay: "127.1.1.0".parse()?,
+        mac: "02:42:00:00:00:01".parse()?,
+        local: "198.18.0.1".parse()?,
+        mtu: 1450,
+        vni: Vni::try_from(1)?,
+        port: 8472,
+    });
     let way = |node: &u16| {
-        let (us, to) = (key(1)?, key(*node)?);
-        let overlay = |key: LeaseKey| key.subnets().get(Family::V4).map(|subnet| subnet.base());
-        let ours = Ours {
-            overlay: overlay(us).context("IPv4")?,
-            mac: "02:42:00:00:00:01".parse()?,
-            local: "198.18.0.1".parse()?,
-            mtu: 1450,
-            vni: Vni::try_from(1)?,
-            port: 8472,
-        };
-        let target = Target {
-            name: format!("node-{node}"),
-            overlay: overlay(to).context("IPv4")?,
-            mac: "02:42:00:00:00:02".parse()?,
-            public_ip: "198.18.0.2".parse()?,
-            ours,
-        };
+        let to = key(*node)?;
+        let lease = leases.get(&to).context("a lease")?;
+        let target = Target::new(lease, Family::V4, &ours).context("IPv4")?;
         let mut way = Way::new(target, Instant::now());
         let came = Answer::Daemon(Duration::from_micros(150));
         match node {
-            2 => way.probed(came, Answer::Nothing, &Seen::SmallOnly { largest: 1250, full: 1450 }),
-            _ => way.probed(came, came, &Seen::Both),
+            2 => way.probed(came, Answer::Nothing, Seen::SmallOnly { largest: 1250, full: 1450 }),
+            _ => way.probed(came, came, Seen::Both),
         }
         Ok(((to, Family::V4), way))
     };

@@ -201,12 +201,13 @@ pub fn mesh(mesh: &Mesh, now: Instant) -> v1::GetMeshResponse {
 
 fn mesh_peer(way: &Way, now: Instant) -> v1::MeshPeer {
     let last = way.answered.map(|at| now.saturating_duration_since(at).as_secs_f64());
+    let verdict = way.verdict();
     v1::MeshPeer {
-        node: way.target.name.clone(),
+        node: way.target.name(),
         address: way.target.overlay.to_string(),
-        cause: cause(way.verdict.cause).into(),
-        evidence: way.verdict.evidence.clone(),
-        fix: way.verdict.fix.clone(),
+        cause: cause(verdict.cause).into(),
+        evidence: verdict.evidence,
+        fix: verdict.fix,
         rtt_ms: way.round_trip().map_or(0.0, |rtt| rtt.as_secs_f64() * 1e3),
         loss: way.small.loss(),
         loss_full: way.full.loss(),

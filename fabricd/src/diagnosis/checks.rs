@@ -229,10 +229,10 @@ fn peers(scene: &Scene) -> Finding {
 fn mesh(scene: &Scene) -> Finding {
     let (mut probed, mut bad, mut first) = (0, 0, None);
     scene.mesh.each(|way| {
-        probed += usize::from(way.verdict.cause != Cause::Unknown);
-        if way.verdict.cause.hurts() {
+        probed += usize::from(way.cause() != Cause::Unknown);
+        if way.cause().hurts() {
             bad += 1;
-            first.get_or_insert_with(|| (way.target.name.clone(), way.verdict.clone()));
+            first.get_or_insert_with(|| (way.target.name(), way.verdict()));
         }
     });
     match first {

@@ -291,14 +291,12 @@ fn underlay(scene: &Scene, lease: &Lease, family: Family) -> Hop {
     let mut hop = Hop::unknown("underlay", "not probed yet: see fabricctl mesh");
     scene.mesh.each(|way| {
         if Some(way.target.overlay) == overlay {
-            let (verdict, host) = (&way.verdict, way.target.public_ip);
+            let (verdict, host) = (way.verdict(), way.target.public_ip);
             hop = match verdict.cause {
                 Cause::Unknown => hop.clone(),
-                cause if cause.hurts() => Hop::failed(
-                    "underlay",
-                    format!("{host}: {}: {}", cause.word(), verdict.evidence),
-                    verdict.fix.clone(),
-                ),
+                cause if cause.hurts() => {
+                    Hop::failed("underlay", format!("{host}: {}: {}", cause.word(), verdict.evidence), verdict.fix)
+                }
                 cause => Hop::fine(
                     "underlay",
                     format!("{host}: {}, packets of {} bytes come through", cause.word(), way.path_mtu),

@@ -24,9 +24,10 @@ pub mod way;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use fabric_core::leases::Lease;
 use fabric_core::model::{Family, MacAddr, Vni};
 use fabric_core::record::LeaseKey;
 
@@ -47,10 +48,10 @@ pub const GAP: Duration = Duration::from_millis(200);
 pub type Key = (LeaseKey, Family);
 
 /// The way to be probed.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Target {
-    /// The peer's name; its subnet for a flannel node.
-    pub name: String,
+    /// The peer.
+    pub lease: Arc<Lease>,
     /// Its VTEP's address in the overlay.
     pub overlay: IpAddr,
     /// Its VTEP's MAC address, as published.
@@ -58,7 +59,28 @@ pub struct Target {
     /// Its address in the underlay, as published.
     pub public_ip: IpAddr,
     /// Our side.
-    pub ours: Ours,
+    pub ours: Arc<Ours>,
+}
+
+impl Target {
+    /// The way to a peer in one family; `None` if it isn't in that family.
+    #[must_use]
+    pub fn new(lease: &Arc<Lease>, family: Family, ours: &Arc<Ours>) -> Option<Self> {
+        let endpoint = *lease.record.endpoints().get(family)?;
+        Some(Self {
+            overlay: lease.key.subnets().get(family)?.base(),
+            mac: endpoint.vtep_mac,
+            public_ip: endpoint.public_ip,
+            lease: Arc::clone(lease),
+            ours: Arc::clone(ours),
+        })
+    }
+
+    /// The peer's name; its subnet for a flannel node.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.lease.record.node().map_or_else(|| self.lease.key.to_string(), ToString::to_string)
+    }
 }
 
 /// This node's end of the tunnels in one family.

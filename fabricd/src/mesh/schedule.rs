@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::leases::Lease;
-use fabric_core::model::{Family, PerFamily, Subnet};
+use fabric_core::model::{Family, PerFamily};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
@@ -46,8 +46,8 @@ pub async fn run(mesh: Arc<Mesh>, events: Arc<Events>, mut view: watch::Receiver
                 let now = view.borrow_and_update().clone();
                 if seen.as_ref().is_none_or(|before| concerns_us(before, &now)) {
                     let targets = targets(&now);
-                    answering.at(targets.values().map(|target| target.ours.overlay).collect(), &context);
-                    context.heard.mind(targets.values().map(|target| target.overlay));
+                    answering.at(targets.iter().map(|(_, target)| target.ours.overlay).collect(), &context);
+                    context.heard.mind(targets.iter().map(|(_, target)| target.overlay));
                     due.extend(take_over(&mesh, targets));
                     seen = Some(now);
                 }
@@ -86,25 +86,25 @@ fn end(
     let mut ways = mesh.lock();
     let round = round(ways.len());
     let way = ways.get_mut(&key)?;
-    let before = way.verdict.cause;
-    way.probed(small, full, &seen);
+    let before = way.cause();
+    way.probed(small, full, seen);
     tell(events, way, before);
-    let at = Instant::now() + if way.verdict.cause.hurts() { ROUND } else { round };
+    let at = Instant::now() + if way.cause().hurts() { ROUND } else { round };
     way.due = Some(at);
     Some(Reverse((at, key)))
 }
 
 fn tell(events: &Events, way: &Way, before: Cause) {
-    let (name, verdict) = (&way.target.name, &way.verdict);
-    if before == verdict.cause || (before == Cause::Unknown && !verdict.cause.hurts()) {
+    let now = way.cause();
+    if before == now || (before == Cause::Unknown && !now.hurts()) {
         return;
     }
-    let said = match verdict.cause {
+    let said = match now {
         Cause::Fine if before == Cause::NoDaemon => "its fabricd answers".into(),
         Cause::Fine => "reached again".into(),
-        cause => format!("{}: {}", cause.word(), verdict.evidence),
+        cause => format!("{}: {}", cause.word(), way.verdict().evidence),
     };
-    events.tell(Kind::Mesh, name, said, verdict.cause.hurts());
+    events.tell(Kind::Mesh, way.target.name(), said, now.hurts());
 }
 
 /// Whether the peers, or our own end, may be others now.
@@ -116,53 +116,46 @@ fn concerns_us(before: &View, now: &View) -> bool {
     !same_leases || before.vteps != now.vteps || before.holding.own != now.holding.own
 }
 
-/// The ways to all peers that are programmed.
-fn targets(view: &View) -> BTreeMap<Key, Target> {
+/// The ways to all peers that are programmed, in the order of their keys.
+fn targets(view: &View) -> Vec<(Key, Target)> {
     let ours = ours(view);
     let refused = |lease: &Lease| matches!(view.troubles.get(&lease.key), Some(PeerTrouble::Refused(_)));
     let peers = view.peers().filter(|lease| !refused(lease));
     let ways = peers.flat_map(|lease| {
-        let endpoints = lease.record.endpoints();
-        let name = lease.record.node().map_or_else(|| lease.key.to_string(), ToString::to_string);
-        let way = |(family, subnet): (Family, &Subnet)| {
-            let endpoint = endpoints.get(family)?;
-            let (mac, public_ip) = (endpoint.vtep_mac, endpoint.public_ip);
-            let target =
-                Target { name: name.clone(), overlay: subnet.base(), mac, public_ip, ours: *ours.get(family)? };
-            Some(((lease.key, family), target))
-        };
-        lease.key.subnets().iter().filter_map(way).collect::<Vec<_>>()
+        ours.iter().filter_map(|(family, ours)| Some(((lease.key, family), Target::new(lease, family, ours)?)))
     });
     ways.collect()
 }
 
-fn ours(view: &View) -> PerFamily<Ours> {
+fn ours(view: &View) -> PerFamily<Arc<Ours>> {
     let end = |end: &VtepView| {
         // The overlay is of the underlay's family.
         let family = Family::of(end.vtep.local);
         let overlay = view.holding.own.as_ref()?.key.subnets().get(family)?.base();
         let vxlan = &view.network?.vxlan;
         let (mac, local, mtu) = (end.vtep.mac, end.vtep.local, end.vtep.mtu);
-        Some((family, Ours { overlay, mac, local, mtu, vni: vxlan.vni, port: vxlan.port }))
+        Some((family, Arc::new(Ours { overlay, mac, local, mtu, vni: vxlan.vni, port: vxlan.port })))
     };
     view.vteps.iter().filter_map(end).collect()
 }
 
 /// Takes the ways over; gives when those that are new are due, spread over a round.
-fn take_over(mesh: &Mesh, targets: BTreeMap<Key, Target>) -> Vec<Reverse<(Instant, Key)>> {
+fn take_over(mesh: &Mesh, targets: Vec<(Key, Target)>) -> Vec<Reverse<(Instant, Key)>> {
     let (now, mut fresh) = (Instant::now(), vec![]);
     let mut ways = mesh.lock();
-    ways.retain(|key, _| targets.contains_key(key));
-    for (key, target) in targets {
-        match ways.get_mut(&key) {
-            Some(way) => way.target = target,
-            None => {
-                let at = now + GAP.saturating_mul(u32::try_from(fresh.len()).unwrap_or(u32::MAX));
-                ways.insert(key, Way::new(target, at));
-                fresh.push(Reverse((at, key)));
-            }
+    let mut before = std::mem::take(&mut *ways);
+    let ways_now = targets.into_iter().map(|(key, target)| match before.remove(&key) {
+        Some(mut way) => {
+            way.target = target;
+            (key, way)
         }
-    }
+        None => {
+            let at = now + GAP.saturating_mul(u32::try_from(fresh.len()).unwrap_or(u32::MAX));
+            fresh.push(Reverse((at, key)));
+            (key, Way::new(target, at))
+        }
+    });
+    *ways = ways_now.collect();
     fresh
 }
 

@@ -1,5 +1,7 @@
 //! [`verdict`]: the cause, by the evidence. Pure: every situation is put before it in a test.
 
+use std::net::IpAddr;
+
 use super::PORT;
 
 /// Why a peer isn't reached, or not fully.
@@ -72,7 +74,7 @@ impl Cause {
 }
 
 /// What a round of probes showed.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
     /// The daemon of the peer answered small and large packets.
     Both,
@@ -90,7 +92,7 @@ pub enum Seen {
 }
 
 /// What was looked at when nothing came back.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Evidence {
     /// A packet without a checksum was answered.
     pub unsummed: bool,
@@ -106,6 +108,30 @@ pub struct Evidence {
     pub dropped: u64,
 }
 
+impl Seen {
+    /// What it amounts to.
+    #[must_use]
+    pub fn cause(&self) -> Cause {
+        let evidence = match self {
+            Self::Both => return Cause::Fine,
+            Self::KernelBoth => return Cause::NoDaemon,
+            Self::SmallOnly { .. } => return Cause::MtuBlackHole,
+            Self::Nothing(evidence) => evidence,
+        };
+        let echoes = evidence.echoes.unwrap_or_default();
+        match evidence {
+            _ if evidence.dropped > 0 => Cause::OwnFilter,
+            _ if evidence.unsummed => Cause::ChecksumOffload,
+            _ if echoes.kernel => Cause::NoDaemon,
+            _ if echoes.wrapped => Cause::StaleFdb,
+            _ if echoes.broadcast => Cause::StaleMac,
+            _ if evidence.heard => Cause::Asymmetric,
+            _ if evidence.host_alive => Cause::PortBlocked,
+            _ => Cause::PeerDown,
+        }
+    }
+}
+
 /// A cause, the evidence in a sentence, and what to do about it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Verdict {
@@ -117,104 +143,85 @@ pub struct Verdict {
     pub fix: String,
 }
 
-impl Verdict {
-    fn new(cause: Cause, evidence: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { cause, evidence: evidence.into(), fix: fix.into() }
-    }
+/// The verdict on the way to the VTEP at `overlay` of the host `public_ip`; `port` is VXLAN's.
+#[must_use]
+pub fn verdict(seen: &Seen, overlay: IpAddr, public_ip: IpAddr, port: u16) -> Verdict {
+    let (evidence, fix) = match seen {
+        Seen::Both => (String::new(), String::new()),
+        Seen::KernelBoth => (
+            "the tunnel is fine; its kernel answers, no fabricd does: no answer is expected of a flannel node".into(),
+            "if it should run fabricd: is it running there? systemctl status fabricd".into(),
+        ),
+        Seen::SmallOnly { largest, full } => (
+            format!("packets of {largest} bytes come through, those of {full} don't"),
+            format!(
+                "raise the underlay's MTU by {} bytes on the way, or lower Backend.MTU by as much: fabricctl network \
+                 init --force --mtu …",
+                full.saturating_sub(*largest)
+            ),
+        ),
+        Seen::Nothing(evidence) => silence(seen.cause(), evidence, overlay, public_ip, port),
+    };
+    Verdict { cause: seen.cause(), evidence, fix }
 }
 
-/// The cause of what was seen on the way to the VTEP at `overlay` of the host `public_ip`; `port` is VXLAN's.
-#[must_use]
-pub fn verdict(seen: &Seen, overlay: &str, public_ip: &str, port: u16) -> Verdict {
-    let evidence = match seen {
-        Seen::Both => return Verdict::new(Cause::Fine, "", ""),
-        Seen::KernelBoth => {
-            return Verdict::new(
-                Cause::NoDaemon,
-                "the tunnel is fine; its kernel answers, no fabricd does: no answer is expected of a flannel node",
-                "if it should run fabricd: is it running there? systemctl status fabricd",
-            );
-        }
-        Seen::SmallOnly { largest, full } => {
-            return Verdict::new(
-                Cause::MtuBlackHole,
-                format!("packets of {largest} bytes come through, those of {full} don't"),
-                format!(
-                    "raise the underlay's MTU by {} bytes on the way, or lower Backend.MTU by as much: fabricctl \
-                     network init --force --mtu …",
-                    full.saturating_sub(*largest)
-                ),
-            );
-        }
-        Seen::Nothing(evidence) => evidence,
-    };
-    let echoes = evidence.echoes.unwrap_or_default();
-    if evidence.dropped > 0 {
-        return Verdict::new(
-            Cause::OwnFilter,
+/// What is said of a peer that doesn't answer: the evidence, and what to do.
+fn silence(cause: Cause, evidence: &Evidence, overlay: IpAddr, public_ip: IpAddr, port: u16) -> (String, String) {
+    match cause {
+        Cause::OwnFilter => (
             format!("our packet filter threw {} encapsulated packets away while it was probed", evidence.dropped),
             format!(
                 "it sends from another address than {public_ip}: publish that one there with --public-ip, or allow it \
                  here with --allow-sender; see where from: tcpdump -ni any udp port {port}"
             ),
-        );
-    }
-    if evidence.unsummed {
-        return Verdict::new(
-            Cause::ChecksumOffload,
-            "UDP without a checksum comes through, with one it doesn't: a network card or kernel breaks them",
-            "on both nodes, for the underlay interface and the VXLAN device: ethtool -K DEV tx-checksum-ip-generic off",
-        );
-    }
-    if echoes.kernel {
-        return Verdict::new(
-            Cause::NoDaemon,
-            "pings come through the tunnel, probes are not answered: its fabricd hangs, or its host filters them",
+        ),
+        Cause::ChecksumOffload => (
+            "UDP without a checksum comes through, with one it doesn't: a network card or kernel breaks them".into(),
+            "on both nodes, for the underlay interface and the VXLAN device: ethtool -K DEV tx-checksum-ip-generic off"
+                .into(),
+        ),
+        Cause::NoDaemon => (
+            "pings come through the tunnel, probes are not answered: its fabricd hangs, or its host filters them"
+                .into(),
             format!("there: systemctl status fabricd; let UDP port {PORT} in on its VXLAN device"),
-        );
-    }
-    if echoes.wrapped {
-        return Verdict::new(
-            Cause::StaleFdb,
-            "a packet wrapped as its lease says is answered, what our kernel sends isn't: a stale or foreign entry",
+        ),
+        Cause::StaleFdb => (
+            "a packet wrapped as its lease says is answered, what our kernel sends isn't: a stale or foreign entry"
+                .into(),
             format!("fabricctl plan; who leads it astray: ip route get {overlay}; ip rule; bridge fdb show"),
-        );
-    }
-    if echoes.broadcast {
-        return Verdict::new(
-            Cause::StaleMac,
-            "its VTEP answers to every MAC address, but not to the one in its lease: it has another one",
+        ),
+        Cause::StaleMac => (
+            "its VTEP answers to every MAC address, but not to the one in its lease: it has another one".into(),
             "there: restart fabricd, or set the address of its lease with: ip link set DEV address MAC; keep udev off \
-             the device (MACAddressPolicy=none)",
-        );
+             the device (MACAddressPolicy=none)"
+                .into(),
+        ),
+        Cause::Asymmetric => {
+            let why = if evidence.it_drops { ": its packet filter drops what it doesn't know" } else { "" };
+            (
+                format!("its packets arrive here, ours don't arrive there{why}"),
+                format!(
+                    "there: fabricctl mesh, and nft list table inet fabric; on the way: UDP port {port} from this node \
+                     to {public_ip} is blocked in one direction"
+                ),
+            )
+        }
+        Cause::PortBlocked => {
+            let doubt = if evidence.echoes.is_none() { ", or its MAC address is stale" } else { "" };
+            (
+                format!("{public_ip} answers, but nothing comes through the tunnel{doubt}"),
+                format!(
+                    "let UDP port {port} through between the nodes (firewall, security group, hypervisor), or choose \
+                     another: fabricctl network init --force --port …"
+                ),
+            )
+        }
+        Cause::PeerDown | Cause::Unknown | Cause::Fine | Cause::MtuBlackHole => (
+            format!("nothing answers, neither in the tunnel nor at {public_ip}"),
+            "is the node up, and has it another address now? If it is gone for good: fabricctl lease release NODE"
+                .into(),
+        ),
     }
-    if evidence.heard {
-        let why = if evidence.it_drops { ": its packet filter drops what it doesn't know" } else { "" };
-        return Verdict::new(
-            Cause::Asymmetric,
-            format!("its packets arrive here, ours don't arrive there{why}"),
-            format!(
-                "there: fabricctl mesh, and nft list table inet fabric; on the way: UDP port {port} from this node to \
-                 {public_ip} is blocked in one direction"
-            ),
-        );
-    }
-    if evidence.host_alive {
-        let doubt = if evidence.echoes.is_none() { ", or its MAC address is stale" } else { "" };
-        return Verdict::new(
-            Cause::PortBlocked,
-            format!("{public_ip} answers, but nothing comes through the tunnel{doubt}"),
-            format!(
-                "let UDP port {port} through between the nodes (firewall, security group, hypervisor), or choose \
-                 another: fabricctl network init --force --port …"
-            ),
-        );
-    }
-    Verdict::new(
-        Cause::PeerDown,
-        format!("nothing answers, neither in the tunnel nor at {public_ip}"),
-        "is the node up, and has it another address now? If it is gone for good: fabricctl lease release NODE",
-    )
 }
 
 #[cfg(test)]
@@ -224,6 +231,7 @@ mod tests {
 
     #[test]
     fn every_situation_has_its_cause_and_every_cause_but_fine_a_fix() {
+        let [overlay, public_ip] = ["10.244.2.0", "192.0.2.2"].map(|ip| ip.parse().unwrap());
         let echoes = |kernel, wrapped, broadcast| Some(Echoes { kernel, wrapped, broadcast });
         let nothing = |change: fn(&mut Evidence)| {
             let mut evidence = Evidence { echoes: Some(Echoes::default()), ..Evidence::default() };
@@ -244,7 +252,7 @@ mod tests {
             (pinged(echoes(false, true, true)), Cause::StaleFdb),
             (pinged(echoes(false, false, true)), Cause::StaleMac),
         ] {
-            let told = verdict(&seen, "10.244.2.0", "192.0.2.2", 8472);
+            let told = verdict(&seen, overlay, public_ip, 8472);
             assert_eq!(told.cause, cause, "{seen:?}");
             assert_eq!(told.fix.is_empty(), cause == Cause::Fine, "{seen:?}");
         }

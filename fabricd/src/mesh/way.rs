@@ -6,18 +6,15 @@ use tokio::time::Instant;
 
 use super::Target;
 use super::probe::Answer;
-use super::verdict::{Seen, Verdict, verdict};
+use super::verdict::{Cause, Seen, Verdict, verdict};
 
-/// How many round trips the median is of.
-const ROUND_TRIPS: usize = 8;
-
-/// The way to one peer in one family.
+/// The way to one peer in one family. There are thousands: what can be worked out is not kept.
 #[derive(Clone, Debug)]
 pub struct Way {
     /// Where it leads.
     pub target: Target,
-    /// What is wrong with it.
-    pub verdict: Verdict,
+    /// What the last round showed; `None` until there was one.
+    pub seen: Option<Seen>,
     /// The last small probes.
     pub small: Window,
     /// The last probes of full size.
@@ -30,7 +27,7 @@ pub struct Way {
     pub probes: u64,
     /// When it is to be probed; `None` while it is.
     pub(super) due: Option<Instant>,
-    round_trips: Vec<Duration>,
+    round_trips: RoundTrips,
 }
 
 impl Way {
@@ -39,46 +36,75 @@ impl Way {
     pub fn new(target: Target, due: Instant) -> Self {
         Self {
             target,
-            verdict: Verdict::default(),
+            seen: None,
             small: Window::default(),
             full: Window::default(),
             path_mtu: 0,
             answered: None,
             probes: 0,
             due: Some(due),
-            round_trips: vec![],
+            round_trips: RoundTrips::default(),
         }
     }
 
     /// The time there and back of a small packet: the median of the last.
     #[must_use]
     pub fn round_trip(&self) -> Option<Duration> {
-        let mut sorted = self.round_trips.clone();
-        sorted.sort();
-        sorted.get(sorted.len() / 2).copied()
+        self.round_trips.median()
+    }
+
+    /// What is wrong with it.
+    #[must_use]
+    pub fn cause(&self) -> Cause {
+        self.seen.map_or(Cause::Unknown, |seen| seen.cause())
+    }
+
+    /// What is wrong with it, in words.
+    #[must_use]
+    pub fn verdict(&self) -> Verdict {
+        let Target { overlay, public_ip, ours, .. } = &self.target;
+        self.seen.map_or_else(Verdict::default, |seen| verdict(&seen, *overlay, *public_ip, ours.port))
     }
 
     /// Takes a round of probes over: the first small one, the first large one, and what they amount to.
-    pub fn probed(&mut self, small: Answer, full: Answer, seen: &Seen) {
+    pub fn probed(&mut self, small: Answer, full: Answer, seen: Seen) {
         self.probes += 2;
         self.small.note(small.rtt().is_some());
         self.full.note(full.rtt().is_some());
         if let Some(round_trip) = small.rtt() {
-            if self.round_trips.len() == ROUND_TRIPS {
-                self.round_trips.remove(0);
-            }
-            self.round_trips.push(round_trip);
+            self.round_trips.note(round_trip);
         }
         match seen {
             Seen::Both | Seen::KernelBoth => self.path_mtu = self.target.ours.mtu,
-            Seen::SmallOnly { largest, .. } => self.path_mtu = *largest,
+            Seen::SmallOnly { largest, .. } => self.path_mtu = largest,
             Seen::Nothing(_) => {}
         }
         if !matches!(seen, Seen::Nothing(_)) {
             self.answered = Some(Instant::now());
         }
-        let (overlay, public_ip) = (self.target.overlay.to_string(), self.target.public_ip.to_string());
-        self.verdict = verdict(seen, &overlay, &public_ip, self.target.ours.port);
+        self.seen = Some(seen);
+    }
+}
+
+/// The last eight round trips, in microseconds.
+#[derive(Clone, Copy, Debug, Default)]
+struct RoundTrips {
+    micros: [u32; 8],
+    /// How many there were ever; the next takes the place of the oldest.
+    count: usize,
+}
+
+impl RoundTrips {
+    fn note(&mut self, round_trip: Duration) {
+        self.micros[self.count % self.micros.len()] = u32::try_from(round_trip.as_micros()).unwrap_or(u32::MAX);
+        self.count += 1;
+    }
+
+    fn median(&self) -> Option<Duration> {
+        let mut sorted = self.micros;
+        let sorted = &mut sorted[..self.count.min(self.micros.len())];
+        sorted.sort_unstable();
+        sorted.get(sorted.len() / 2).map(|micros| Duration::from_micros((*micros).into()))
     }
 }
 
@@ -105,6 +131,18 @@ impl Window {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn round_trip_is_the_median_of_the_last_eight() {
+        let mut trips = RoundTrips::default();
+        assert_eq!(trips.median(), None);
+        trips.note(Duration::from_micros(100));
+        assert_eq!(trips.median(), Some(Duration::from_micros(100)));
+        (0..7).for_each(|n| trips.note(Duration::from_millis(10 + n)));
+        assert_eq!(trips.median(), Some(Duration::from_millis(13)));
+        (0..8).for_each(|_| trips.note(Duration::from_secs(9000)));
+        assert_eq!(trips.median(), Some(Duration::from_micros(u32::MAX.into())), "longer than any answer may take");
+    }
 
     #[test]
     fn loss_is_of_the_last_sixteen_probes() {

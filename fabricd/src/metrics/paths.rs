@@ -93,12 +93,12 @@ impl Paths {
         self.peer_loss.clear();
         let each = mesh.len() <= EACH;
         mesh.each(|way| {
-            by_cause.iter_mut().filter(|(cause, _)| *cause == way.verdict.cause).for_each(|(_, ways)| *ways += 1);
+            by_cause.iter_mut().filter(|(cause, _)| *cause == way.cause()).for_each(|(_, ways)| *ways += 1);
             trips.extend(way.round_trip());
             (small, full) = (small + way.small.loss(), full + way.full.loss());
             (probes, count) = (probes + way.probes, count + 1);
             if each {
-                let peer = Word(way.target.name.clone());
+                let peer = Word(way.target.name());
                 if let Some(trip) = way.round_trip() {
                     self.peer_rtt.get_or_create(&ByPeer { peer: peer.clone() }).set(trip.as_secs_f64());
                 }
