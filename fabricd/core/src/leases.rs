@@ -83,6 +83,8 @@ impl LeaseSet {
         for entry in entries {
             set.put(entry, before);
         }
+        // A map that grew key by key is half empty inside; one that is made at once is not.
+        set.leases = set.leases.into_iter().collect();
         let missing: Vec<_> = before.iter().filter(|lease| set.get(&lease.key).is_none()).cloned().collect();
         missing.into_iter().for_each(|lease| set.depart(lease));
         set

@@ -175,6 +175,7 @@ pub fn desired(inputs: &Inputs<'_>) -> Desired {
             }
         }
     }
+    desired.state = desired.state.packed();
     desired
 }
 
