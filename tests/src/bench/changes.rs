@@ -92,6 +92,8 @@ pub fn run(report: &mut Report, options: Options) -> Result<()> {
     report.figure(&section, "deleted to all programmed again", "ms", back);
 
     let devices = [index_of(&node, "fabric.1")?];
+    // Every peer answers the mesh's probes now: what is measured is not the search for what is wrong with them.
+    let vteps = lab.crowd_answers()?;
     let section = format!("rest, {peers} peers");
     witness.forget();
     let (cpu, began) = (usage::cpu(&process)?, Instant::now());
@@ -102,6 +104,13 @@ pub fn run(report: &mut Report, options: Options) -> Result<()> {
     let (resident, peak) = usage::resident(&process)?;
     report.number(&section, "resident", "MiB", resident);
     report.number(&section, "resident, at its most since the start", "MiB", peak);
+    report.number(
+        &section,
+        "probes of the mesh that were answered, a second",
+        "",
+        f64::from(u32::try_from(vteps.answered())?) / began.elapsed().as_secs_f64(),
+    );
+    drop(vteps);
     let changes = witness.about_fabric(&devices);
     report.number(&section, "changes to the kernel's tables", "", changes.len() as f64);
 

@@ -36,9 +36,6 @@ struct Cli {
     /// Pods that come and go for each way to attach one
     #[arg(long, default_value_t = 200)]
     pods: usize,
-    /// Folder of the fabric-cni and fabric-bridge to be measured; otherwise those of this build
-    #[arg(long)]
-    plugins: Option<PathBuf>,
     /// A flanneld to be measured in the same run
     #[arg(long, env = "FLANNELD")]
     flanneld: Option<PathBuf>,
@@ -84,8 +81,7 @@ fn run(cli: &Cli) -> Result<()> {
         datapath::run(&mut report, datapath::Options { rounds: cli.turns, slice, crowd: cli.crowd })?;
     }
     if wanted(Part::Cni) {
-        let plugins = cli.plugins.clone().map_or_else(binaries::folder, Ok)?;
-        cni::run(&mut report, &plugins, cli.pods)?;
+        cni::run(&mut report, &binaries::folder()?, cli.pods)?;
     }
     report.save(&cli.json)?;
     println!("\nall figures: {0}, as tables: {1}", cli.json.display(), cli.json.with_extension("md").display());

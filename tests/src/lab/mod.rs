@@ -75,6 +75,7 @@ pub mod spaces;
 pub mod stream;
 pub mod tour;
 pub mod underlay;
+pub mod vteps;
 mod wait;
 pub mod witness;
 
@@ -99,6 +100,7 @@ pub use node::Node;
 pub use pod::Pod;
 pub use stream::Stream;
 pub use underlay::Underlay;
+pub use vteps::Vteps;
 pub use wait::wait_until;
 pub use witness::Witness;
 
