@@ -7,7 +7,7 @@ NAME ?= fabric
 PROFILE ?= release
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build lab lab-down test bench faults image deb e2e helm lint
+.PHONY: help deps build lab lab-down test bench faults image deb e2e api-server helm lint
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -39,6 +39,10 @@ e2e: root ## Run the manifests on a real Kubernetes, built on first use (15 minu
 	tests/e2e/kubernetes
 	PROFILE=$(PROFILE) deploy/image/build
 	tests/e2e/run $(SCENARIO)
+
+api-server: deps ## Try the lease store in Kubernetes on a real kube-apiserver, built on first use (5 minutes)
+	@tests/deps api-server
+	tests/e2e/api-server
 
 helm: ## Check that the Helm chart says what the manifests say (needs helm)
 	@deploy/helm/check

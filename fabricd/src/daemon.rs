@@ -266,6 +266,7 @@ async fn release(config: &Config, store: impl LeaseStore) -> anyhow::Result<Opti
         outdated: false,
         evict: vec![],
         ttl: config.lease_ttl,
+        lease_id: fastrand::i64(1..),
     };
     let grant = store.claim(&claim).await?;
     store.release(&grant).await?;

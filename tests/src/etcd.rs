@@ -4,19 +4,17 @@
 //! What a test writes by hand goes through `etcdctl`: a witness that shares no code with ours.
 
 use std::ffi::OsString;
-use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
 
 use crate::certificates::Certificates;
+use crate::process::{Process, free_port};
 
 /// How long etcd may take to start, on a busy machine.
 const START: Duration = Duration::from_secs(30);
@@ -220,53 +218,4 @@ fn client_tls(certificates: &Certificates) -> Vec<OsString> {
 
 fn options<const N: usize>(files: [(&'static str, PathBuf); N]) -> impl Iterator<Item = OsString> {
     files.into_iter().flat_map(|(option, file)| [option.into(), file.into()])
-}
-
-/// `127.0.0.1:PORT` with a port that nobody uses now.
-fn free_port() -> anyhow::Result<std::net::SocketAddr> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
-}
-
-/// A child process that is killed when this is dropped, or when the test process dies.
-///
-/// The kernel ties a parent-death signal to the thread that started the child, and a test's thread may end long before
-/// the process: so each child has a thread that does nothing but wait for it.
-struct Process {
-    pid: Pid,
-    waiter: Option<JoinHandle<()>>,
-}
-
-impl Process {
-    fn spawn(mut command: Command) -> anyhow::Result<Self> {
-        let (started, pid) = std::sync::mpsc::channel();
-        let waiter = std::thread::spawn(move || match command.spawn() {
-            Ok(mut child) => {
-                let _ = started.send(Ok(child.id()));
-                let _ = child.wait();
-            }
-            Err(error) => drop(started.send(Err(error))),
-        });
-        let pid = pid.recv().context("the thread that starts it is gone")??;
-        Ok(Self { pid: Pid::from_raw(pid.try_into()?), waiter: Some(waiter) })
-    }
-
-    fn has_ended(&self) -> bool {
-        self.waiter.as_ref().is_none_or(JoinHandle::is_finished)
-    }
-
-    fn signal(&self, signal: Signal) {
-        // The waiter reaps it at once when it ends; only then could the number mean somebody else.
-        if !self.has_ended() {
-            let _ = kill(self.pid, signal);
-        }
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        self.signal(Signal::SIGKILL);
-        if let Some(waiter) = self.waiter.take() {
-            let _ = waiter.join();
-        }
-    }
 }

@@ -1,14 +1,15 @@
-//! [`Cluster`]: Nodes in a [`FakeApi`] and a `net-conf.json`, as `--store kubernetes` has them before it.
+//! [`Cluster`]: the [`Nodes`] of an API server and a `net-conf.json`, as `--store kubernetes` has them before it.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use anyhow::Result;
 use fabric_core::record::LeaseKey;
 use fabricd::store::kubernetes::{Kubernetes, Options};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::fake_api::{FakeApi, NODES};
+use crate::fake_api::FakeApi;
 
 /// The prefix of flannel's annotations.
 pub const PREFIX: &str = "flannel.alpha.coreos.com";
@@ -16,24 +17,70 @@ pub const PREFIX: &str = "flannel.alpha.coreos.com";
 /// The taint that goes when a node's network works.
 pub const TAINT: &str = "fabric.io/not-ready";
 
+/// An API server, and a hand that changes its Nodes as somebody else would.
+pub trait Nodes {
+    /// Writes a kubeconfig for it into a folder.
+    ///
+    /// # Errors
+    /// When the folder can't be written to.
+    fn kubeconfig(&self, dir: &Path) -> Result<PathBuf>;
+
+    /// All Nodes.
+    fn nodes(&self) -> Vec<Value>;
+
+    /// Makes a Node with these podCIDRs, none being fine too.
+    fn add_node(&self, name: &str, subnets: &[&str]);
+
+    /// Deletes a Node, if it is there.
+    fn delete_node(&self, name: &str);
+
+    /// Changes the metadata of a Node by a merge patch.
+    fn change_node(&self, name: &str, patch: &Value);
+}
+
 /// A cluster of Kubernetes, as far as a lease store sees it.
-pub struct Cluster {
+pub struct Cluster<A = FakeApi> {
     /// The API server.
-    pub api: FakeApi,
+    pub api: A,
     dir: TempDir,
 }
 
 impl Cluster {
-    /// One without Nodes and config.
+    /// One without Nodes and config, before a fake API server.
     ///
     /// # Panics
     /// When no port or no folder can be had.
     #[must_use]
     pub fn start() -> Self {
-        let api = FakeApi::start(([127, 0, 0, 1], 0).into()).expect("a free port");
+        Self::before(FakeApi::start(([127, 0, 0, 1], 0).into()).expect("a free port"))
+    }
+}
+
+impl<A: Nodes> Cluster<A> {
+    /// One without config before this API server.
+    ///
+    /// # Panics
+    /// When no folder can be had.
+    #[must_use]
+    pub fn before(api: A) -> Self {
         let dir = tempfile::tempdir().expect("a temporary folder");
         api.kubeconfig(dir.path()).expect("written");
         Self { api, dir }
+    }
+
+    /// Leaves neither Nodes nor config.
+    pub fn clear(&self) {
+        let nodes = self.api.nodes();
+        nodes.iter().filter_map(|node| node["metadata"]["name"].as_str()).for_each(|name| self.api.delete_node(name));
+        // That there is none is fine.
+        let _ = fs::remove_file(self.config());
+    }
+
+    /// The revision of the last change to a Node that is there. The whole store's would count what an API server does
+    /// for itself.
+    pub fn revision(&self) -> i64 {
+        let of = |node: &Value| node["metadata"]["resourceVersion"].as_str()?.parse().ok();
+        self.api.nodes().iter().filter_map(of).max().unwrap_or_default()
     }
 
     /// The store of `node-<number>`.
@@ -50,9 +97,9 @@ impl Cluster {
     /// Makes a Node with these podCIDRs; one that has others is deleted first, since podCIDRs can't be changed.
     pub fn give(&self, node: &str, subnets: &LeaseKey) {
         let subnets: Vec<String> = subnets.subnets().values().map(ToString::to_string).collect();
-        let has = self.api.get(NODES, node).map(|node| node["spec"]["podCIDRs"].clone());
-        if has != Some(json!(subnets)) {
-            self.api.delete(NODES, node);
+        let is_it = |other: &Value| other["metadata"]["name"] == node && other["spec"]["podCIDRs"] == json!(subnets);
+        if !self.api.nodes().iter().any(is_it) {
+            self.api.delete_node(node);
             self.api.add_node(node, &subnets.iter().map(String::as_str).collect::<Vec<_>>());
         }
     }
@@ -82,13 +129,13 @@ impl Cluster {
         ];
         let mut annotations: serde_json::Map<String, Value> = names.into_iter().filter_map(annotation).collect();
         annotations.insert(format!("{PREFIX}/kube-subnet-manager"), json!("true"));
-        self.api.change(NODES, node, &json!({"metadata": {"annotations": annotations}}));
+        self.api.change_node(node, &json!({"metadata": {"annotations": annotations}}));
     }
 
     /// Deletes the Node with these podCIDRs.
     pub fn remove(&self, subnets: &LeaseKey) {
         if let Some(node) = self.node_of(subnets) {
-            self.api.delete(NODES, &node);
+            self.api.delete_node(&node);
         }
     }
 
@@ -116,7 +163,7 @@ impl Cluster {
     fn node_of(&self, subnets: &LeaseKey) -> Option<String> {
         let subnets: Vec<String> = subnets.subnets().values().map(ToString::to_string).collect();
         let has = |node: &Value| node["spec"]["podCIDRs"] == json!(subnets);
-        let node = self.api.all(NODES).into_iter().find(has)?;
+        let node = self.api.nodes().into_iter().find(has)?;
         node["metadata"]["name"].as_str().map(str::to_owned)
     }
 }

@@ -14,6 +14,8 @@ pub mod lab;
 pub mod memory_store;
 pub mod netns;
 pub mod plain_host;
+mod process;
+pub mod real_api;
 pub mod revisions;
 pub mod served;
 pub mod tcp_proxy;

@@ -37,7 +37,6 @@ struct State {
     revision: i64,
     pairs: BTreeMap<String, Pair>,
     leases: BTreeMap<i64, HeldLease>,
-    last_lease: i64,
     nodes: Vec<Weak<Node>>,
     owners: Owners,
     /// The first time that two nodes owned one address.
@@ -89,6 +88,7 @@ struct Node {
 struct Faults {
     unreachable: bool,
     refuses_writes: bool,
+    refused: u32,
     claims_to_lose: u32,
     answers_to_lose: u32,
 }
@@ -155,10 +155,9 @@ impl MemoryCluster {
     /// Puts an empty store in its place.
     pub fn replace(&self) {
         let mut state = self.lock();
-        let (generation, last_lease, nodes) =
-            (state.generation + 1, state.last_lease, std::mem::take(&mut state.nodes));
+        let (generation, nodes) = (state.generation + 1, std::mem::take(&mut state.nodes));
         let overlap = state.overlap.take();
-        *state = State { generation, last_lease, nodes, overlap, ..State::default() };
+        *state = State { generation, nodes, overlap, ..State::default() };
         for node in state.nodes() {
             state.list(&node);
         }
@@ -242,11 +241,11 @@ impl State {
         }
     }
 
-    fn grant(&mut self, ttl: Duration) -> (i64, Instant) {
-        self.last_lease += 1;
+    /// The lease of this id, which begins anew if it is there.
+    fn grant(&mut self, id: i64, ttl: Duration) -> Instant {
         let expires = Instant::now() + ttl;
-        self.leases.insert(self.last_lease, HeldLease { ttl, expires });
-        (self.last_lease, expires)
+        self.leases.insert(id, HeldLease { ttl, expires });
+        expires
     }
 
     fn delete(&mut self, keys: &[String]) {
@@ -441,6 +440,12 @@ impl MemoryStore {
         self.node.faults().refuses_writes = refuse;
     }
 
+    /// How many writes were refused by that so far.
+    #[must_use]
+    pub fn refused(&self) -> u32 {
+        self.node.faults().refused
+    }
+
     /// Lets the next `count` claims lose their race.
     pub fn lose_claims(&self, count: u32) {
         self.node.faults().claims_to_lose = count;
@@ -459,8 +464,12 @@ impl MemoryStore {
 
     async fn reach_to_write(&self, operation: &'static str) -> Result<(), StoreError> {
         self.reach().await?;
-        let reason = "database space exceeded".to_owned();
-        if self.node.faults().refuses_writes { Err(StoreError::Refused { operation, reason }) } else { Ok(()) }
+        let mut faults = self.node.faults();
+        if !faults.refuses_writes {
+            return Ok(());
+        }
+        faults.refused += 1;
+        Err(StoreError::Refused { operation, reason: "database space exceeded".to_owned() })
     }
 
     fn answer(&self, grant: Grant) -> Result<Grant, StoreError> {
@@ -508,15 +517,26 @@ impl LeaseStore for MemoryStore {
         }
         let (lease_id, expires, mod_revision) = {
             let mut state = self.cluster.lock();
-            state.check(claim)?;
-            let (lease_id, expires) = state.grant(claim.ttl);
+            let (lease_id, expires) = (claim.lease_id, state.grant(claim.lease_id, claim.ttl));
+            if let Err(lost) = state.check(claim) {
+                let ours = state.pairs.get(&record_key(&claim.key)).filter(|pair| pair.lease == Some(lease_id));
+                let mod_revision = ours.map(|pair| pair.mod_revision).ok_or(lost)?;
+                return self.answer(Grant {
+                    node: claim.node.clone(),
+                    key: claim.key,
+                    mod_revision,
+                    lease_id,
+                    expires,
+                    ttl: claim.ttl,
+                });
+            }
             let outdated = (claim.outdated && claim.expect == Expect::Absent).then(|| OUTDATED.to_owned());
             let named = guard_keys(&claim.key).into_iter().chain(outdated);
             let named = named.map(|key| (key, claim.node.as_str().into(), None));
             let record = (record_key(&claim.key), claim.record.encode(), Some(lease_id));
             let before = state.pairs.get(&record.0).cloned();
             state.put(std::iter::once(record).chain(named).collect());
-            if let Some(lease) = before.and_then(|before| before.lease_of(claim)) {
+            if let Some(lease) = before.and_then(|before| before.lease_of(claim)).filter(|lease| *lease != lease_id) {
                 state.leases.remove(&lease);
             }
             (lease_id, expires, state.revision)
@@ -566,7 +586,8 @@ impl LeaseStore for MemoryStore {
         self.reach().await?;
         let (lease_id, resting) = {
             let mut state = self.cluster.lock();
-            let (lease_id, _) = state.grant(grace);
+            let lease_id = fastrand::i64(1..);
+            state.grant(lease_id, grace);
             for (key, _) in state.resting() {
                 if let Some(pair) = state.pairs.get(&key).filter(|pair| pair.lease.is_none()).cloned() {
                     state.put(vec![(key, pair.value, Some(lease_id))]);

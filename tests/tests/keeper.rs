@@ -10,6 +10,7 @@ use fabric_core::handoff::NotReady;
 use fabric_core::holding::Instance;
 use fabric_core::model::PerFamily;
 use fabric_core::network::NetworkConfig;
+use fabric_tests::conformance::store::flannel_value;
 use fabric_tests::memory_store::{MemoryCluster, MemoryStore};
 use fabricd::lease::{Holding, Keeper, Own, Remembered, Tenant, Wanted};
 use fabricd::pods::PodAddresses;
@@ -94,6 +95,36 @@ async fn store_that_takes_no_writes_costs_a_changed_address_no_lease() {
     sleep(Duration::from_secs(10)).await;
     let record = cluster.get(&format!("subnets/{key}")).expect("a record");
     assert!(String::from_utf8_lossy(&record).contains("192.0.2.77"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn nodes_that_wait_for_a_busy_store_do_not_all_try_at_each_change() {
+    let cluster = cluster();
+    let node = Node::start(&cluster, 1, "192.0.2.1", None);
+    // Before its first step.
+    node.store.refuse_writes(true);
+    for n in 0..6000_u32 {
+        let (high, low) = (n / 200 % 200, n % 200);
+        cluster.put(&format!("subnets/10.244.{low}.0-24"), flannel_value(&format!("192.0.{high}.{low}")).as_bytes());
+        sleep(Duration::from_millis(100)).await;
+    }
+    // Delays that double from 0.1 s to 60 s, in ten minutes of changes.
+    assert!((5..30).contains(&node.store.refused()), "{} attempts", node.store.refused());
+    node.store.refuse_writes(false);
+    sleep(Duration::from_secs(90)).await;
+    node.own();
+}
+
+#[tokio::test(start_paused = true)]
+async fn claim_whose_answer_is_lost_is_not_made_again() {
+    let cluster = cluster();
+    let node = Node::start(&cluster, 1, "192.0.2.1", None);
+    node.store.lose_answers(1);
+    a_moment().await;
+    let (own, written) = (node.own(), cluster.revision());
+    assert_eq!(own.epoch, 1);
+    sleep(5 * TTL).await;
+    assert_eq!((node.own(), cluster.revision()), (own, written), "kept alive, and nothing written");
 }
 
 #[tokio::test(start_paused = true)]

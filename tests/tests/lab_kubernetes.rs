@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use fabric_core::model::Family;
 use fabric_tests::fake_api::{FakeApi, NODES};
-use fabric_tests::kubernetes::{PREFIX, TAINT};
+use fabric_tests::kubernetes::{Nodes as _, PREFIX, TAINT};
 use fabric_tests::lab::{Families, Lab, Matrix, Node, Pod, Stream, wait_until};
 use serde_json::{Value, json};
 

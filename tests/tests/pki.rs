@@ -6,6 +6,7 @@ use fabric_tests::certificates::Certificates;
 use fabric_tests::conformance::store::{claim, now};
 use fabric_tests::etcd::EtcdServer;
 use fabric_tests::fake_api::{FakeApi, Fault};
+use fabric_tests::kubernetes::Nodes as _;
 use fabricd::pki::Pki;
 use fabricd::store::LeaseStore as _;
 use fabricd::store::etcd::{Etcd, Options, Tls};

@@ -6,7 +6,7 @@ use std::time::Duration;
 use fabric_core::leases::LeaseSet;
 use fabric_tests::conformance::store::{claim, flannel_value, key, leases, now, shows};
 use fabric_tests::fake_api::{Fault, NODES};
-use fabric_tests::kubernetes::{Cluster, PREFIX, TAINT, flannels_name};
+use fabric_tests::kubernetes::{Cluster, Nodes as _, PREFIX, TAINT, flannels_name};
 use fabricd::store::kubernetes::Kubernetes;
 use fabricd::store::{Connection, Grant, LeaseStore as _, StoreError};
 use serde_json::{Value, json};
@@ -227,6 +227,26 @@ async fn server_that_refuses_or_is_slow_is_asked_again() {
     cluster.api.set(Fault::Slow(Duration::from_millis(200)));
     joined(&cluster, "10.244.1.0-24").await;
     leases(&store, "the lease", |set| set.len() == 1).await;
+}
+
+#[tokio::test]
+async fn server_that_hangs_is_noticed_although_its_connections_stay() {
+    let cluster = Cluster::start();
+    let (store, _) = joined(&cluster, "10.244.1.0-24").await;
+    leases(&store, "the lease", |set| set.len() == 1).await;
+    let mut connection = store.connection();
+    cluster.api.set(Fault::Hangs);
+    // The clock moves on whenever everybody waits.
+    tokio::time::pause();
+    let silent = |state: &Connection| matches!(state, Connection::Down(reason) if reason.contains("does not answer"));
+    let noticed = timeout(Duration::from_secs(125), connection.wait_for(silent)).await;
+    assert!(noticed.is_ok(), "its watch would have ended after 200 s at the soonest");
+    drop(noticed);
+    assert_eq!(now(&store).await.len(), 1, "nobody is let go of");
+
+    tokio::time::resume();
+    cluster.api.set(Fault::None);
+    shows(&mut connection, "the connection", |state| *state == Connection::Up).await;
 }
 
 #[tokio::test]

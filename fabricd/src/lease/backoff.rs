@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// Delays that double from 0.1 s to 5 s, each with a jitter of its own so that nodes don't march in step.
+/// Delays that double from 0.1 s up to a limit, each with a jitter of its own so that nodes don't march in step.
 #[derive(Debug)]
 pub(super) struct Backoff {
     failures: u32,
@@ -23,8 +23,8 @@ impl Backoff {
         self.failures = 0;
     }
 
-    pub(super) fn next(&mut self) -> Duration {
-        let base = Duration::from_millis(100 << self.failures.min(6)).min(Duration::from_secs(5));
+    pub(super) fn next(&mut self, limit: Duration) -> Duration {
+        let base = Duration::from_millis(100 << self.failures.min(16)).min(limit);
         self.failures += 1;
         self.seed = fabric_core::model::stable_hash(&self.seed.to_le_bytes());
         #[expect(clippy::cast_possible_truncation, reason = "the low bits are as random as the others")]

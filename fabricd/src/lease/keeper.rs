@@ -17,10 +17,16 @@ use tracing::{debug, error, info, warn};
 
 use super::backoff::Backoff;
 use super::{Command, Holding, Mark, Own, Remembered, Tenant, Wanted};
-use crate::store::{Claim, Grant, LeaseStore, Network, StoreError};
+use crate::store::{Claim, Connection, Grant, LeaseStore, Network, StoreError};
 
 /// How long nothing is looked at when only a change can help; changes wake the keeper at once.
 const REST: Duration = Duration::from_secs(3600);
+
+/// The longest delay between attempts while the store is away: when it is back, this is how long a node waits at most.
+const AWAY: Duration = Duration::from_secs(5);
+
+/// The same while it answers, and can't or won't: thousands of nodes that insist keep it from ever catching up.
+const BUSY: Duration = Duration::from_secs(60);
 
 /// How long the nodes that held subnets come first after the store was emptied or set back.
 pub const SETTLING: Duration = Duration::from_secs(120);
@@ -57,6 +63,10 @@ pub struct Keeper<S> {
     holding: watch::Sender<Holding>,
     commands: (mpsc::Sender<Command>, mpsc::Receiver<Command>),
     retry: Backoff,
+    /// A claim whose answer was lost.
+    unanswered: Option<Claim>,
+    /// Until then nothing is tried again, although the leases change: each change would have every node that waits try.
+    pause: Option<Instant>,
 }
 
 impl<S: LeaseStore> Keeper<S> {
@@ -81,6 +91,8 @@ impl<S: LeaseStore> Keeper<S> {
             holding: watch::channel(holding).0,
             commands: mpsc::channel(8),
             retry: Backoff::new(tenant.node.as_str()),
+            unanswered: None,
+            pause: None,
             store,
             tenant,
         }
@@ -102,6 +114,7 @@ impl<S: LeaseStore> Keeper<S> {
         let mut replaced = self.store.replaced();
         let mut assigned = self.store.assigned();
         loop {
+            self.pause = self.pause.filter(|end| *end > Instant::now());
             let want = wanted.borrow_and_update().clone();
             let set = leases.borrow_and_update().clone();
             let wake = match (want, set) {
@@ -113,7 +126,7 @@ impl<S: LeaseStore> Keeper<S> {
             };
             tokio::select! {
                 changed = wanted.changed() => if changed.is_err() { return },
-                changed = leases.changed() => if changed.is_err() { return },
+                changed = leases.changed(), if self.pause.is_none() => if changed.is_err() { return },
                 () = changes(&mut assigned) => {}
                 changed = replaced.changed() => match changed {
                     Ok(()) => self.begin_anew(),
@@ -131,6 +144,7 @@ impl<S: LeaseStore> Keeper<S> {
             warn!("the store is older than what this node has seen of it before its start");
             self.replaced = Some(Instant::now());
         }
+        self.find_unanswered(leases);
         let pods = &self.tenant.pods;
         let now = Instant::now();
         let step = next_step(&Situation {
@@ -176,7 +190,7 @@ impl<S: LeaseStore> Keeper<S> {
                     Ok(()) => info!(subnet = %key, "reserved subnet kept for its node, which is away"),
                     Err(error) => debug!(subnet = %key, %error, "reserved subnet not kept, trying again"),
                 }
-                return due.min(now + self.retry.next());
+                return due.min(now + self.retry.next(AWAY));
             }
             Step::Adopt(held, record) => self.adopt(held, &record).await,
             Step::Claim(bid) => self.claim(bid, seen).await,
@@ -188,34 +202,53 @@ impl<S: LeaseStore> Keeper<S> {
     }
 
     async fn conclude(&mut self, outcome: Result<(), StoreError>) -> Instant {
-        match outcome {
+        let in_vain = match outcome {
             Ok(()) => {
                 self.retry.reset();
                 return Instant::now();
             }
+            Err(StoreError::Expired { .. }) => {
+                self.lose("its time has run out in the store");
+                return Instant::now();
+            }
             // Who was faster shows in the watch, which wakes us; the delay is for the case that it has come already.
-            Err(StoreError::Lost { key }) => debug!(subnet = %key, "somebody else was faster, deciding anew"),
+            Err(StoreError::Lost { key }) => {
+                debug!(subnet = %key, "somebody else was faster, deciding anew");
+                false
+            }
             Err(StoreError::Guarded { key }) => {
                 debug!(subnet = %key, "somebody else's guard, looking at all of them");
                 match self.store.resting(self.tenant.grace).await {
                     Ok(resting) => self.resting = resting,
                     Err(error) => self.hinder(&error.to_string()),
                 }
+                false
             }
-            Err(StoreError::Expired { .. }) => {
-                self.lose("its time has run out in the store");
-                return Instant::now();
+            Err(error @ (StoreError::Unreachable { .. } | StoreError::Refused { .. })) => {
+                self.say_what_failed(&error);
+                true
             }
-            // A node that has a subnet has said what became of its lease; nothing new is known.
-            Err(error @ StoreError::Unreachable { .. }) if self.has_troubled_subnet() => debug!(%error, "trying again"),
-            // The lease itself stays, and is kept alive below.
-            Err(error) if self.grant.is_some() && self.retry.is_fresh() => {
-                warn!(%error, "lease not changed, trying again");
-            }
-            Err(error) => self.hinder(&error.to_string()),
+        };
+        if self.grant.is_some() {
+            let again = Instant::now() + self.retry.next(AWAY);
+            return again.min(self.renew_if_due().await);
         }
-        let again = Instant::now() + self.retry.next();
-        if self.grant.is_none() { again } else { again.min(self.renew_if_due().await) }
+        let is_busy = in_vain && *self.store.connection().borrow() == Connection::Up;
+        let again = Instant::now() + self.retry.next(if is_busy { BUSY } else { AWAY });
+        self.pause = in_vain.then_some(again);
+        again
+    }
+
+    fn say_what_failed(&self, error: &StoreError) {
+        // A node that has a subnet has said what became of its lease; nothing new is known.
+        if matches!(error, StoreError::Unreachable { .. }) && self.has_troubled_subnet() {
+            debug!(%error, "trying again");
+        } else if self.grant.is_some() && self.retry.is_fresh() {
+            // The lease itself stays, and is kept alive.
+            warn!(%error, "lease not changed, trying again");
+        } else {
+            self.hinder(&error.to_string());
+        }
     }
 
     fn has_troubled_subnet(&self) -> bool {
@@ -276,11 +309,28 @@ impl<S: LeaseStore> Keeper<S> {
     }
 
     async fn claim(&mut self, bid: Bid, seen: Seen) -> Result<(), StoreError> {
-        let record = bid.record.clone();
-        let grant = self.store.claim(&self.as_claim(bid, seen)).await?;
+        let claim = self.as_claim(bid, seen);
+        let outcome = self.store.claim(&claim).await;
+        let is_decided = !matches!(outcome, Err(StoreError::Unreachable { .. } | StoreError::Refused { .. }));
+        let record = claim.record.clone();
+        self.unanswered = Some(claim).filter(|_| !is_decided);
+        let grant = outcome?;
         info!(subnet = %grant.key, epoch = epoch(&record), ttl = ?grant.ttl, "lease held");
         self.hold(grant, &record);
         Ok(())
+    }
+
+    /// A record that is what was claimed, although nobody said so, is ours as if it had been written before a restart.
+    /// A store with more to do than it can answers late and does it all the same: to claim again would be to do it twice.
+    fn find_unanswered(&mut self, leases: &LeaseSet) {
+        let Some(claim) = self.unanswered.as_ref().filter(|_| self.grant.is_none()) else { return };
+        let written = leases.get(&claim.key).filter(|lease| lease.record == claim.record);
+        if let Some(lease) = written {
+            let own = Own { key: claim.key, endpoints: claim.record.endpoints(), epoch: epoch(&claim.record) };
+            let mark = Mark { mod_revision: lease.mod_revision, lease_id: claim.lease_id, ttl: claim.ttl };
+            self.previous = Some(previous(&own, Some(mark)));
+            (self.mark, self.unanswered) = (Some(mark), None);
+        }
     }
 
     /// Goes on with the record that this node wrote before it was started again. Nothing is written.
@@ -345,7 +395,10 @@ impl<S: LeaseStore> Keeper<S> {
     fn as_claim(&self, Bid { key, record, expect, evict }: Bid, seen: Seen) -> Claim {
         let (node, ttl) = (self.tenant.node.clone(), self.tenant.ttl);
         let (seen_revision, outdated) = (seen.revision, seen.outdated);
-        Claim { node, key, record, expect, seen_revision, outdated, evict, ttl }
+        // The lease of an attempt that nobody answered may be there; for another subnet it would keep both.
+        let before = self.unanswered.as_ref().filter(|claim| claim.key == key);
+        let lease_id = before.map_or_else(|| fastrand::i64(1..), |claim| claim.lease_id);
+        Claim { node, key, record, expect, seen_revision, outdated, evict, ttl, lease_id }
     }
 
     /// Keeps the lease alive when a third of its time has passed, and stops acting as its owner when all has.
@@ -370,7 +423,7 @@ impl<S: LeaseStore> Keeper<S> {
                 self.lose("its time has run out in the store");
                 Instant::now()
             }
-            Ok(Err(_)) if Instant::now() < expires => expires.min(Instant::now() + self.retry.next()),
+            Ok(Err(_)) if Instant::now() < expires => expires.min(Instant::now() + self.retry.next(AWAY)),
             Ok(Err(_)) | Err(_) => {
                 self.lose("its time has run out, and the store can't be reached to keep it alive");
                 Instant::now()

@@ -78,6 +78,9 @@ pub struct Claim {
     pub evict: Vec<i64>,
     /// Time to live of the lease, in whole seconds.
     pub ttl: Duration,
+    /// Id of the store's lease, above 0, where it has such: chosen by who claims, so that asking again after an answer was
+    /// lost makes no second one.
+    pub lease_id: i64,
 }
 
 /// A lease that is held.

@@ -6,7 +6,7 @@ use std::io::{Read as _, Write as _, stderr};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use clap::Parser;
 use fabric_core::network::NetworkConfig;
 use fabric_tests::etcd::EtcdServer;
@@ -15,8 +15,11 @@ use fabric_tests::lab::spaces::Spaces;
 use fabric_tests::revisions::Witness;
 use fabricd::store::etcd::Options;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, interval, sleep, sleep_until};
 use tracing_subscriber::EnvFilter;
+
+/// How often it is told how far the joins are.
+const PROGRESS: Duration = Duration::from_secs(10);
 
 const CONFIG: &str = r#"{"Network":"10.0.0.0/8","SubnetLen":24,"Backend":{"Type":"vxlan"}}"#;
 
@@ -76,9 +79,20 @@ async fn main() -> Result<()> {
             (began.elapsed(), keeper)
         });
     }
-    let joined = timeout(limit, joins.join_all()).await.context("not all nodes have joined")?;
-    let (mut times, _keepers): (Vec<Duration>, Vec<OneKeeper>) = joined.into_iter().unzip();
-    times.sort();
+    // In the order of their joining.
+    let (mut times, mut keepers) = (vec![], vec![]);
+    let mut progress = interval(PROGRESS);
+    while times.len() < usize::try_from(args.nodes)? {
+        tokio::select! {
+            Some(joined) = joins.join_next() => {
+                let (time, keeper): (Duration, OneKeeper) = joined?;
+                times.push(time);
+                keepers.push(keeper);
+            }
+            _ = progress.tick() => eprintln!("{:4} s: {} of {} hold a lease", began.elapsed().as_secs(), times.len(), args.nodes),
+            () = sleep_until(began + limit) => bail!("{} of {} nodes hold a lease after {limit:?}", times.len(), args.nodes),
+        }
+    }
     let after_joins = Usage::of(&etcd)?;
 
     // What the joins have left in queues is not of the rest.

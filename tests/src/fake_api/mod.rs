@@ -18,6 +18,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 
 use self::objects::Objects;
+use crate::kubernetes::Nodes;
 
 /// The path of the Nodes.
 pub const NODES: &str = "/api/v1/nodes";
@@ -97,32 +98,6 @@ impl FakeApi {
         self.address
     }
 
-    /// Writes a kubeconfig for it into a folder.
-    ///
-    /// # Errors
-    /// When the folder can't be written to.
-    pub fn kubeconfig(&self, dir: &Path) -> Result<PathBuf> {
-        let config = json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "fake",
-            "clusters": [{"name": "fake", "cluster": {"server": format!("http://{}", self.address)}}],
-            "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "fake"}}],
-            "users": [{"name": "fake", "user": {}}],
-        });
-        let file = dir.join("kubeconfig");
-        std::fs::write(&file, config.to_string()).with_context(|| format!("cannot write {}", file.display()))?;
-        Ok(file)
-    }
-
-    /// Makes a Node with these podCIDRs, none being fine too.
-    pub fn add_node(&self, name: &str, subnets: &[&str]) {
-        let first = subnets.first();
-        let node = json!({
-            "apiVersion": "v1", "kind": "Node", "metadata": {"name": name},
-            "spec": {"podCIDR": first, "podCIDRs": subnets}, "status": {},
-        });
-        self.create(NODES, node);
-    }
-
     /// Makes an object.
     pub fn create(&self, collection: &str, object: Value) {
         let created = self.state.objects().create(collection, object);
@@ -194,6 +169,41 @@ impl FakeApi {
 
     fn lock_running(&self) -> MutexGuard<'_, Option<Running>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Nodes for FakeApi {
+    fn kubeconfig(&self, dir: &Path) -> Result<PathBuf> {
+        let config = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "fake",
+            "clusters": [{"name": "fake", "cluster": {"server": format!("http://{}", self.address)}}],
+            "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "fake"}}],
+            "users": [{"name": "fake", "user": {}}],
+        });
+        let file = dir.join("kubeconfig");
+        std::fs::write(&file, config.to_string()).with_context(|| format!("cannot write {}", file.display()))?;
+        Ok(file)
+    }
+
+    fn nodes(&self) -> Vec<Value> {
+        self.all(NODES)
+    }
+
+    fn add_node(&self, name: &str, subnets: &[&str]) {
+        let first = subnets.first();
+        let node = json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": name},
+            "spec": {"podCIDR": first, "podCIDRs": subnets}, "status": {},
+        });
+        self.create(NODES, node);
+    }
+
+    fn delete_node(&self, name: &str) {
+        self.delete(NODES, name);
+    }
+
+    fn change_node(&self, name: &str, patch: &Value) {
+        self.change(NODES, name, patch);
     }
 }
 

@@ -365,6 +365,11 @@ pub(super) fn reason(error: &Error) -> String {
     }
 }
 
+/// True for the answer that a lease exists already.
+pub(super) fn lease_is_there(error: &Error) -> bool {
+    matches!(error, Error::GRpcStatus(status) if status.message().contains("lease already exists"))
+}
+
 /// True for the answer that a lease doesn't exist (any more).
 pub(super) fn lease_is_gone(error: &Error) -> bool {
     match error {

@@ -62,7 +62,7 @@ impl Store {
 
     /// Hangs guards on a lease that ends with the grace, each as long as nobody has touched it.
     async fn begin_grace(&self, guards: &[&KeyValue], grace: Duration) -> Result<(), StoreError> {
-        let lease = self.grant(grace).await?;
+        let lease = self.grant(0, grace).await?;
         for guards in guards.chunks(MAX_OPS) {
             let key = |kv: &KeyValue| kv.key().to_vec();
             let untouched = guards.iter().map(|kv| Compare::mod_revision(key(kv), CompareOp::Equal, kv.mod_revision()));

@@ -31,13 +31,15 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use etcd_client::{Compare, CompareOp, GetOptions, KeyValue, PutOptions, ResponseHeader, Txn, TxnOp, TxnOpResponse};
+use etcd_client::{
+    Compare, CompareOp, GetOptions, KeyValue, LeaseGrantOptions, PutOptions, ResponseHeader, Txn, TxnOp, TxnOpResponse,
+};
 use fabric_core::model::NodeName;
 use fabric_core::record::{LeaseKey, Record};
 use tokio::time::Instant;
 use tracing::debug;
 
-use super::connect::lease_is_gone;
+use super::connect::{lease_is_gone, lease_is_there};
 use super::{Init, Store, StoredConfig};
 use crate::store::{Claim, Expect, Grant, StoreError};
 
@@ -88,7 +90,7 @@ impl Guard {
 
 impl Store {
     pub(super) async fn claim(&self, claim: &Claim) -> Result<Grant, StoreError> {
-        let lease = self.grant(claim.ttl).await?;
+        let lease = self.grant(claim.lease_id, claim.ttl).await?;
         if !self.is_current(claim.seen_revision) {
             self.discard(lease.id).await;
             return Err(StoreError::Lost { key: claim.key });
@@ -99,8 +101,8 @@ impl Store {
                 Ok(Grant { node: claim.node.clone(), key: claim.key, mod_revision, lease_id, expires, ttl })
             }
             Err(error) => {
-                // Unreachable: it may have been written after all, and could not be revoked either.
-                if !matches!(error, StoreError::Unreachable { .. }) {
+                // It may have been written after all, or be written by the next attempt, on the same lease.
+                if !matches!(error, StoreError::Unreachable { .. } | StoreError::Refused { .. }) {
                     self.discard(lease.id).await;
                 }
                 Err(error)
@@ -174,7 +176,7 @@ impl Store {
     /// Revokes what this node's record hung on before it was claimed anew: else each restart without a memory would
     /// leave a lease behind.
     async fn discard_that_of(&self, claim: &Claim, before: Option<KeyValue>) {
-        let Some(before) = before.filter(|kv| kv.lease() != 0) else { return };
+        let Some(before) = before.filter(|kv| ![0, claim.lease_id].contains(&kv.lease())) else { return };
         let record = Record::decode(&claim.key, before.value());
         if record.is_ok_and(|record| record.node() == Some(&claim.node)) {
             self.discard(before.lease()).await;
@@ -215,7 +217,11 @@ impl Store {
     }
 
     pub(super) async fn keep_alive(&self, grant: &Grant) -> Result<Grant, StoreError> {
-        let lease_id = grant.lease_id;
+        Ok(Grant { expires: self.renew(grant.lease_id).await? + grant.ttl, ..grant.clone() })
+    }
+
+    /// Lets a lease begin anew, and says when.
+    async fn renew(&self, lease_id: i64) -> Result<Instant, StoreError> {
         let asked = Instant::now();
         let alive = self
             .connector
@@ -228,11 +234,7 @@ impl Store {
                 }
             })
             .await?;
-        if alive {
-            Ok(Grant { expires: asked + grant.ttl, ..grant.clone() })
-        } else {
-            Err(StoreError::Expired { lease_id })
-        }
+        if alive { Ok(asked) } else { Err(StoreError::Expired { lease_id }) }
     }
 
     /// Removes record and guards in one transaction while the record hangs on our etcd lease, and revokes that. Of a
@@ -251,13 +253,23 @@ impl Store {
         self.revoke(grant.lease_id).await
     }
 
-    pub(super) async fn grant(&self, ttl: Duration) -> Result<EtcdLease, StoreError> {
+    /// The lease of this id, from an attempt of before if there was one. 0 lets etcd choose.
+    pub(super) async fn grant(&self, id: i64, ttl: Duration) -> Result<EtcdLease, StoreError> {
         let seconds = i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX).max(1);
         let asked = Instant::now();
         let (response, _) = self
             .connector
-            .ask("grant a lease", |client| async move { client.lease_client().grant(seconds, None).await })
+            .ask("grant a lease", |client| async move {
+                let options = LeaseGrantOptions::new().with_id(id);
+                match client.lease_client().grant(seconds, Some(options)).await {
+                    Err(error) if lease_is_there(&error) => Ok(None),
+                    other => other.map(Some),
+                }
+            })
             .await?;
+        let Some(response) = response else {
+            return Ok(EtcdLease { id, ttl, expires: self.renew(id).await? + ttl });
+        };
         // etcd may lengthen a very short one.
         let ttl = Duration::from_secs(response.ttl().try_into().unwrap_or_default());
         Ok(EtcdLease { id: response.id(), ttl, expires: asked + ttl })

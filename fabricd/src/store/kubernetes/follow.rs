@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use futures::{FutureExt as _, Stream, TryStreamExt as _};
 use kube::api::{Api, ListParams, WatchEvent, WatchParams};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::warn;
 
 use super::node::{Node, revision};
@@ -43,6 +43,10 @@ const WATCH_SECONDS: u32 = 200;
 
 /// How long after its time a watch may end. A connection that is broken is noticed long before.
 const OVERDUE: Duration = Duration::from_secs(15);
+
+/// How long a watch may be silent before the API server is asked whether it still works. It sends a bookmark each minute
+/// (`bookmarkFrequency` in k8s.io/apiserver), so one that works is hardly ever asked.
+const SILENCE: Duration = Duration::from_secs(90);
 
 /// How long the disappearance of most leases waits for a second look.
 const SECOND_LOOK: Duration = Duration::from_millis(1500);
@@ -107,13 +111,14 @@ async fn follow(
         let end = Instant::now() + Duration::from_secs(seconds.into()) + OVERDUE;
         outage.over();
         shared.connection_is(Connection::Up);
-        watch(shared, nodes, known, events, end).await?;
+        watch(shared, &api, nodes, known, events, end).await?;
     }
 }
 
 /// Folds events in until the watch ends in good order.
 async fn watch(
     shared: &Shared,
+    api: &Api<Node>,
     nodes: &mut Nodes,
     known: &mut Option<i64>,
     events: impl Stream<Item = kube::Result<WatchEvent<Node>>>,
@@ -121,20 +126,35 @@ async fn watch(
 ) -> Result<(), Interrupted> {
     let mut events = pin!(events);
     loop {
-        let mut next = tokio::time::timeout_at(end, events.try_next()).await.map_err(|_| silent())?;
+        let mut next = heard(api, &mut events, end).await?;
         let mut changed = false;
         // What has come in meanwhile is folded in before anybody is told.
         loop {
-            let Some(event) = next.map_err(|e| interrupted(WATCH, &e))? else {
-                return publish(shared, nodes, changed);
-            };
+            let Some(event) = next else { return publish(shared, nodes, changed) };
             changed |= take_in(shared, nodes, known, event)?;
             match events.try_next().now_or_never() {
-                Some(more) => next = more,
+                Some(more) => next = more.map_err(|e| interrupted(WATCH, &e))?,
                 None => break,
             }
         }
         publish(shared, nodes, changed)?;
+    }
+}
+
+/// The next event of a watch; `None` at its end.
+async fn heard(
+    api: &Api<Node>,
+    events: &mut (impl Stream<Item = kube::Result<WatchEvent<Node>>> + Unpin),
+    end: Instant,
+) -> Result<Option<WatchEvent<Node>>, Interrupted> {
+    loop {
+        let patience = end.min(Instant::now() + SILENCE);
+        match timeout_at(patience, events.try_next()).await {
+            Ok(event) => return event.map_err(|e| interrupted(WATCH, &e)),
+            Err(_) if patience == end => return Err(silent()),
+            // A server that hangs keeps its connections, and doesn't answer.
+            Err(_) => drop(look(api).await?),
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use fabric_core::record::Record;
 use fabricd::store::{Claim, Expect, Grant, LeaseStore, StoreError};
 use tokio::time::timeout;
 
-use super::{PATIENCE, claim, flannel_value, is_lost, key, leases, now, settled};
+use super::{PATIENCE, claim, flannel_value, is_lost, join, key, leases, now, settled};
 
 /// A hand that reaches deeper: into keys, and the leases that they hang on.
 pub trait Harness: super::Harness {
@@ -25,7 +25,7 @@ pub trait Harness: super::Harness {
 
 /// The same claim, to take over what was last changed at this revision.
 fn over(claim: Claim, revision: i64) -> Claim {
-    Claim { expect: Expect::Revision(revision), ..claim }
+    Claim { expect: Expect::Revision(revision), lease_id: fastrand::i64(1..), ..claim }
 }
 
 /// The same record with a higher epoch.
@@ -59,6 +59,18 @@ pub async fn one_of_many_claimers_wins(h: &impl Harness) {
     let winners: Vec<_> = answers.iter().filter_map(|answer| answer.as_ref().ok()).collect();
     assert_eq!((winners.len(), answers.iter().filter(|answer| is_lost(answer)).count()), (1, 19), "{answers:?}");
     assert_eq!(settled(&stores[0], winners[0]).await.len(), 1);
+}
+
+/// A claim that was carried out is told when it is asked for again, as after a lost answer: on the same lease, which is
+/// kept alive by that, and with nothing written.
+pub async fn claim_asked_again_is_the_same(h: &impl Harness) {
+    let (store, claim, grant) = join(h, 1, "10.244.1.0-24").await;
+    let before = h.revision().await;
+    let again = store.claim(&claim).await.expect("ours");
+    assert_eq!((again.lease_id, again.mod_revision), (grant.lease_id, grant.mod_revision));
+    assert!(again.expires >= grant.expires);
+    assert_eq!(h.revision().await, before);
+    store.keep_alive(&again).await.expect("its lease stands");
 }
 
 /// Different keys that share a subnet in either family exclude each other.

@@ -111,7 +111,8 @@ pub fn claim(number: u8, subnets: &str, seen: &LeaseSet) -> Claim {
     let node = owner.node.clone();
     let record = Record { backend: Backend::Vxlan(endpoints), owner: Some(owner), unknown: serde_json::Map::new() };
     let seen_revision = seen.revision();
-    Claim { node, key, record, expect: Expect::Absent, seen_revision, outdated: false, evict: vec![], ttl: TTL }
+    let (expect, lease_id) = (Expect::Absent, fastrand::i64(1..));
+    Claim { node, key, record, expect, seen_revision, outdated: false, evict: vec![], ttl: TTL, lease_id }
 }
 
 /// The leases as the store shows them now, as soon as it shows any.
