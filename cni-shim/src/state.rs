@@ -12,7 +12,7 @@
 //! pod's addresses, by which the daemon keeps it to them.
 //!
 //! Nothing is forced to the disk. A power cut that loses the file ends the pod too, and what is left of that, its
-//! address, the sweep frees (docs/decisions/0007-cni-state-is-not-forced-to-the-disk.md).
+//! address, the sweep frees (docs/decisions/0009-cni-state-is-not-forced-to-the-disk.md).
 //!
 //! The open file carries a lock (`flock`), and the delegate inherits it. When a runtime kills the shim in the
 //! middle of an ADD, the delegate goes on alone for a moment; a DEL that ran now would free an address that

@@ -98,7 +98,11 @@ impl Mirror {
                 let ours = &mut Arc::make_mut(&mut self.observed).ours;
                 match entry.row {
                     EntryRow::Fdb(mac, Some(dst)) => drop(ours.fdb.insert((link.name, mac), dst)),
-                    EntryRow::Fdb(mac, None) => drop(ours.fdb.remove(&(link.name, mac))),
+                    EntryRow::Fdb(mac, None) => {
+                        ours.fdb.remove(&(link.name, mac));
+                        // It may go with its device, whose own end is told last; until then all writes wait for that.
+                        self.stale.extend([Links]);
+                    }
                     EntryRow::Neighbour(ip, Some(mac)) => drop(ours.neighbours.insert((link.name, ip), mac)),
                     EntryRow::Neighbour(ip, None) => drop(ours.neighbours.remove(&(link.name, ip))),
                 }

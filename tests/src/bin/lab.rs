@@ -10,6 +10,7 @@ use fabric_tests::lab::exec::Exec;
 use fabric_tests::lab::init::Init;
 use fabric_tests::lab::tour::{self, Up};
 use fabric_tests::lab::{Lab, Matrix};
+use nix::sys::signal::{SigHandler, Signal, signal};
 
 /// A cluster of nodes, etcd and pods in network namespaces of this machine
 #[derive(Parser)]
@@ -98,6 +99,9 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<ExitCode> {
+    if matches!(cli.command, Command::Status | Command::Ping | Command::Logs { .. } | Command::Capture { .. }) {
+        end_with_our_reader()?;
+    }
     match &cli.command {
         Command::Init(init) => init.run()?,
         Command::Up(up) => up.run(&cli.name)?,
@@ -133,6 +137,14 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Capture { node } => capture(&Lab::open(&cli.name)?, node)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Lets SIGPIPE end this process quietly, as in `lab status | head`.
+#[expect(unsafe_code, reason = "signal handlers may do anything; this one is the kernel's")]
+fn end_with_our_reader() -> Result<()> {
+    // SAFETY: the default action runs no code of ours.
+    unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }?;
+    Ok(())
 }
 
 fn down(name: &str) -> Result<()> {
