@@ -34,7 +34,7 @@ image: ## Build the container image, without Docker, into target/image/fabricd.t
 deb: ## Build a Debian package into target/debian
 	@deploy/deb/build
 
-e2e: root ## Run the manifests on a real Kubernetes, built on first use (15 minutes)
+e2e: root ## Run the manifests on a real Kubernetes, built on first use (35 minutes, 50 the first time)
 	@tests/deps e2e
 	tests/e2e/kubernetes
 	PROFILE=$(PROFILE) deploy/image/build
