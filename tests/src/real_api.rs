@@ -79,19 +79,10 @@ impl RealApi {
     /// One request; the code that refuses it, and why, is the error.
     fn ask(&self, verb: &str, path: &str, body: Option<(&str, &Value)>) -> Result<Value> {
         let mut curl = Command::new("curl");
-        // For curl it would print nicely, and 1.20 built by a newer Go dies of that.
-        curl.args(["--user-agent", "test"]);
-        curl.args([
-            "--silent",
-            "--show-error",
-            "--http1.1",
-            "--insecure",
-            "--max-time",
-            "10",
-            "--write-out",
-            "\n%{http_code}",
-        ])
-        .args(["--header", &format!("Authorization: Bearer {TOKEN}"), "--request", verb]);
+        curl.args(["--silent", "--show-error", "--insecure", "--max-time", "10", "--write-out", "\n%{http_code}"])
+            .args(["--header", &format!("Authorization: Bearer {TOKEN}"), "--request", verb])
+            // For curl it would print nicely, and 1.20 built by a newer Go dies of that.
+            .args(["--user-agent", "test"]);
         if let Some((kind, body)) = body {
             curl.args(["--header", &format!("Content-Type: application/{kind}"), "--data", &body.to_string()]);
         }
