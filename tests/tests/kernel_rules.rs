@@ -106,7 +106,8 @@ fn nft_shows_what_was_written_and_it_is_found_again() {
             "ip saddr 10.64.0.0/12 ip daddr 203.0.113.0/25 return",
             "ip saddr 10.64.0.0/12 masquerade fully-random",
             "ip6 saddr 2001:db8::/48 ip6 daddr ff00::/8 return",
-            "iifname \"cni0\" udp dport 8472 counter packets 0 bytes 0 drop",
+            "iifname \"cni0\" jump pods comment \"from a pod [",
+            "udp dport 8472 counter packets 0 bytes 0 drop comment \"a pod does not speak VXLAN [",
             "arp saddr ip != 10.64.1.0/24",
         ] {
             assert!(listed.contains(line), "{line}\nis not in\n{listed}");

@@ -35,6 +35,73 @@ fn attacks_fail_on_the_fabric_and_are_counted() -> Result<()> {
     Ok(())
 }
 
+/// What gets through from a port that fabricd has never heard of, which sends under an address that isn't this node's.
+fn from_a_strange_port(field: &Field, devices: [&str; 2]) -> Result<Vec<String>> {
+    let node = &field.target.node;
+    let mut through = vec![];
+    for (family, device) in Family::ALL.into_iter().zip(devices) {
+        let peer_node = field.peer.node.underlay_ip(family);
+        let forged = Forged { vtep: mac(node, device)?, vni: 1, source: field.peer.ip(family)?, size: 100 };
+        // IPv6 takes a moment to be sure of its addresses.
+        wait_until("a packet of the peer itself", SOON, || {
+            let arrives = forged.reaches(&field.peer.node.network()?, node.underlay_ip(family), &field.target)?;
+            ensure!(arrives, "it does not arrive");
+            Ok(())
+        })?;
+        let stray = strange_port(node, peer_node)?;
+        if forged.reaches(&stray, node.underlay_ip(family), &field.target)? {
+            through.push(format!("VXLAN from {peer_node}"));
+        }
+        let stray = strange_port(node, nobodys(family))?;
+        let sink = field.peer.network()?.run(|| Ok(UdpSocket::bind((field.peer.ip(family)?, 0))?))?;
+        sink.set_read_timeout(Some(Duration::from_millis(300)))?;
+        let source = stray.run(|| Ok(UdpSocket::bind((nobodys(family), 0))?))?;
+        for _ in 0..3 {
+            source.send_to(b"spoofed", sink.local_addr()?)?;
+        }
+        if sink.recv_from(&mut [0; 16]).is_ok() {
+            through.push(format!("UDP from {}", nobodys(family)));
+        }
+    }
+    Ok(through)
+}
+
+/// Plugs a namespace with this address alone into the bridge, past the CNI plugin.
+fn strange_port(node: &Node, ip: IpAddr) -> Result<Spaces> {
+    let gateway = if ip.is_ipv4() { "169.254.1.1" } else { "fe80::1" };
+    node.run(&[
+        "sh",
+        "-ec",
+        &format!(
+            "ip link del stray-port 2>/dev/null && ip netns del stray || :
+             ip netns add stray
+             ip netns exec stray sysctl -qw net.ipv6.conf.default.accept_dad=0
+             ip link add stray-port up master cni0 type veth peer name eth0 netns stray
+             ip -n stray link set eth0 up
+             ip -n stray address add {ip} dev eth0
+             ip -n stray neighbour add {gateway} lladdr $(cat /sys/class/net/cni0/address) dev eth0 nud permanent
+             ip -n stray route add default via {gateway} dev eth0 onlink"
+        ),
+    ])?;
+    Spaces::of_network(&node.path("/run/netns/stray")?)
+}
+
+#[test]
+fn strange_ports_do_not_get_past_the_bridges_name_though_the_daemon_is_dead() -> Result<()> {
+    let by_hand = Field::by_hand(Lab::builder())?;
+    let through = from_a_strange_port(&by_hand, ["hand4", "hand6"])?;
+    assert_eq!(through.len(), 4, "what proves nothing below, since it fails here: {through:?}");
+    by_hand.lab.destroy()?;
+
+    for args in [&[][..], &["--ip-masq"]] {
+        let field = Field::of_fabricd(Lab::builder(), args)?;
+        field.target.node.kill_fabricd()?;
+        assert_eq!(from_a_strange_port(&field, ["fabric.1", "fabric6.1"])?, [""; 0], "{args:?}");
+        field.lab.destroy()?;
+    }
+    Ok(())
+}
+
 #[test]
 fn each_part_can_be_switched_off() -> Result<()> {
     let field = Field::of_fabricd(Lab::builder(), &[])?;

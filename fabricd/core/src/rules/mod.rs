@@ -326,14 +326,12 @@ pub struct RuleInputs<'a> {
 #[must_use]
 pub fn ruleset(inputs: &RuleInputs<'_>) -> Ruleset {
     let mut ruleset = Ruleset::new();
-    if inputs.options.check_senders {
-        senders::add(&mut ruleset, inputs);
-    }
+    // First, or a pod that takes a peer's address would be let in as that peer.
     if inputs.options.check_pods {
         pods::add(&mut ruleset, inputs);
     }
     if inputs.options.check_senders {
-        senders::add_judgement(&mut ruleset, inputs);
+        senders::add(&mut ruleset, inputs);
     }
     if inputs.options.notrack && (inputs.tracked || inputs.options.masquerade) {
         senders::add_notrack(&mut ruleset, inputs);

@@ -1,9 +1,10 @@
 //! What pods may send: nothing under another's address, no routers' messages, no VXLAN.
 //!
 //! Twice, since a bridge hands frames between its ports past the host's own hooks. In the host's table the test is by
-//! the bridge, and holds from a pod's first packet. In the bridge's table it is by port: a port is known a moment
-//! after it is made, and whose it is a moment later, when the CNI plugin has saved it. From then on only the pod's own
-//! MAC address and addresses pass there; until then, all of this node.
+//! the bridge, and holds from a pod's first packet: on input and forward, since a chain on prerouting would be entered
+//! by every encapsulated packet too, twice. In the bridge's table it is by port: a port is known a moment after it is
+//! made, and whose it is a moment later, when the CNI plugin has saved it. From then on only the pod's own MAC address
+//! and addresses pass there; until then, all of this node.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -34,18 +35,14 @@ pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
 }
 
 fn on_the_host(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
-    let from_pods = Match::new(Field::InInterface, Test::Named(*inputs.bridge));
     let table = ruleset.entry(TableFamily::Inet).or_default();
-    table.at("prerouting", ChainKind::Filter, Place::Prerouting, senders::RAW).push(Rule::new(
-        [from_pods.clone()],
-        Verdict::Jump("pods"),
-        "from a pod",
-    ));
-    let from = |family, prefix| [Match::family(family), Match::new(Field::Source(family), Test::Within(prefix))];
     let pods = table.called("pods");
+    // Masqueraded, it would come from a node that the other nodes trust. After every translation of the destination.
+    pods.push(Rule::drop(Match::udp_to(inputs.network.vxlan.port), "a pod does not speak VXLAN"));
+    let from = |family, prefix| [Match::family(family), Match::new(Field::Source(family), Test::Within(prefix))];
     let own = |family| {
         let of_family = inputs.pod_subnets.iter().filter(move |subnet| subnet.family() == family);
-        of_family.map(move |subnet| Rule::new(from(family, *subnet), Verdict::Return, "its own address"))
+        of_family.map(move |subnet| Rule::new(from(family, *subnet), Verdict::Accept, "its own address"))
     };
     pods.extend(own(Family::V4));
     for kind in [V6_ADVERTISEMENT, V6_REDIRECT] {
@@ -55,18 +52,16 @@ fn on_the_host(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
         ));
     }
     pods.extend(own(Family::V6));
-    pods.push(Rule::new(from(Family::V6, senders::link_local()), Verdict::Return, "neighbour discovery"));
+    pods.push(Rule::new(from(Family::V6, senders::link_local()), Verdict::Accept, "neighbour discovery"));
     // While an address is being checked there is none to send from (RFC 4862 section 5.4).
     let mut checking = from(Family::V6, Subnet::host(Ipv6Addr::UNSPECIFIED.into())).to_vec();
     checking.push(Match::is(Field::Protocol, ICMPV6));
-    pods.push(Rule::new(checking, Verdict::Return, "neighbour discovery"));
+    pods.push(Rule::new(checking, Verdict::Accept, "neighbour discovery"));
     pods.push(Rule::drop([], SPOOFED));
 
-    // Masqueraded, it would come from a node that the other nodes trust. After every translation of the destination.
-    let mut vxlan = vec![from_pods];
-    vxlan.extend(Match::udp_to(inputs.network.vxlan.port));
     for (name, place) in [("input", Place::Input), ("forward", Place::Forward)] {
-        let rule = Rule::drop(vxlan.clone(), "a pod does not speak VXLAN");
+        let from_pods = Match::new(Field::InInterface, Test::Named(*inputs.bridge));
+        let rule = Rule::new([from_pods], Verdict::Jump("pods"), "from a pod");
         table.at(name, ChainKind::Filter, place, senders::FILTER).push(rule);
     }
 }

@@ -145,7 +145,7 @@ pub(super) fn add_notrack(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
     table.at(OUTPUT, ChainKind::Filter, Place::Output, RAW).push(rule);
 }
 
-/// The sets, and the rules by which what is from a peer's pod gets in.
+/// The sets, and the rules that look into them.
 pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
     let families: Vec<Family> = inputs.own.families().collect();
     for family in &families {
@@ -163,6 +163,12 @@ pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
         table.ranges(sets.odd, sets.key, odd.into_iter().map(|(_, element)| element));
         admit(table, inputs, *family);
     }
+    for family in families {
+        let to_judge = Rule::new(encapsulated(inputs, family), Verdict::Jump("senders"), "encapsulated");
+        table.at("input", ChainKind::Filter, Place::Input, FILTER).push(to_judge);
+        judge(table.called("senders"), inputs, family);
+    }
+    table.called("senders").push(Rule::drop([], "from no peer"));
 }
 
 /// The common case: one rule, and in it one look-up, for a packet of a peer's pod.
@@ -178,17 +184,6 @@ fn admit(table: &mut Table, inputs: &RuleInputs<'_>, family: Family) {
     matches.push(Match::is(Field::InnerType, ether_type(family)));
     matches.push(Match::all_in(&[Field::Source(family), subnet], sets(family).members));
     input.push(Rule::new(matches, Verdict::Accept, "a peer, from its own subnet"));
-}
-
-/// Drops whatever comes encapsulated from anybody else.
-pub(super) fn add_judgement(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
-    let table = ruleset.entry(super::TableFamily::Inet).or_default();
-    for family in inputs.own.families() {
-        let to_judge = Rule::new(encapsulated(inputs, family), Verdict::Jump("senders"), "encapsulated");
-        table.at("input", ChainKind::Filter, Place::Input, FILTER).push(to_judge);
-        judge(table.called("senders"), inputs, family);
-    }
-    table.called("senders").push(Rule::drop([], "from no peer"));
 }
 
 fn encapsulated(inputs: &RuleInputs<'_>, family: Family) -> Vec<Match> {

@@ -165,24 +165,21 @@ fn pods_send_from_their_subnet_and_are_neither_routers_nor_nodes() {
         r#"table inet
 chain forward {
   type filter hook forward priority 0; policy accept;
-  iifname "cni0" meta l4proto udp th dport 8472 counter drop comment "a pod does not speak VXLAN"
+  iifname "cni0" jump pods comment "from a pod"
 }
 chain input {
   type filter hook input priority 0; policy accept;
-  iifname "cni0" meta l4proto udp th dport 8472 counter drop comment "a pod does not speak VXLAN"
+  iifname "cni0" jump pods comment "from a pod"
 }
 chain pods {
-  meta nfproto ipv4 ip saddr 10.64.1.0/24 return comment "its own address"
+  meta l4proto udp th dport 8472 counter drop comment "a pod does not speak VXLAN"
+  meta nfproto ipv4 ip saddr 10.64.1.0/24 accept comment "its own address"
   meta nfproto ipv6 meta l4proto 58 @th,0,8 134 counter drop comment "a pod is no router"
   meta nfproto ipv6 meta l4proto 58 @th,0,8 137 counter drop comment "a pod is no router"
-  meta nfproto ipv6 ip6 saddr 2001:db8:0:1::/64 return comment "its own address"
-  meta nfproto ipv6 ip6 saddr fe80::/10 return comment "neighbour discovery"
-  meta nfproto ipv6 ip6 saddr ::/128 meta l4proto 58 return comment "neighbour discovery"
+  meta nfproto ipv6 ip6 saddr 2001:db8:0:1::/64 accept comment "its own address"
+  meta nfproto ipv6 ip6 saddr fe80::/10 accept comment "neighbour discovery"
+  meta nfproto ipv6 ip6 saddr ::/128 meta l4proto 58 accept comment "neighbour discovery"
   counter drop comment "a pod's source is not in this node's subnet"
-}
-chain prerouting {
-  type filter hook prerouting priority -300; policy accept;
-  iifname "cni0" jump pods comment "from a pod"
 }
 table bridge
 set known { type ifname; elements = { "veth1" } }
