@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use fabric_tests::bench::{Report, changes, cni, cold_start, datapath};
+use fabric_tests::bench::{Report, changes, cni, cold_start, datapath, filter};
 use fabric_tests::lab::binaries;
 
 #[test]
@@ -25,9 +25,11 @@ fn changes_are_measured_and_rest_and_restarts_write_nothing() -> Result<()> {
 }
 
 #[test]
-fn the_datapath_is_measured() -> Result<()> {
+fn the_datapath_and_its_filter_are_measured() -> Result<()> {
     let mut report = Report::default();
-    datapath::run(&mut report, datapath::Options { rounds: 1, slice: Duration::from_millis(100), crowd: 20 })?;
+    let options = datapath::Options { rounds: 1, slice: Duration::from_millis(100), crowd: 20 };
+    datapath::run(&mut report, options)?;
+    filter::run(&mut report, options)?;
     for name in ["TCP, four streams: fabric / hand-made VXLAN", "round trips: on / off"] {
         ensure!(value(&report, name)? > 0.0, "{name}: {}", value(&report, name)?);
     }

@@ -11,7 +11,6 @@ use anyhow::{Result, ensure};
 use fabric_core::model::Family;
 
 use super::Report;
-use super::report::{quantile, sorted};
 use super::traffic::{Carried, End, Load};
 use crate::lab::spaces::Spaces;
 use crate::lab::{Lab, Node, crowd, wait_until};
@@ -27,24 +26,44 @@ pub struct Options {
     pub crowd: u32,
 }
 
-const LOADS: [(&str, Load); 4] = [
+pub(super) const LOADS: [(&str, Load); 4] = [
     ("TCP, one stream", Load::Streams(1)),
     ("TCP, four streams", Load::Streams(4)),
     ("round trips", Load::RoundTrips),
     ("small UDP packets", Load::SmallPackets),
 ];
-const OFFLOADS: [(bool, &str); 2] = [(true, "offloads on"), (false, "GSO and GRO off, MTU 1500")];
+pub(super) const OFFLOADS: [Offloads; 3] = [Offloads::All, Offloads::OfTheHost, Offloads::None];
 const LIMIT: Duration = Duration::from_secs(60);
 /// As for the fabric's pods over an underlay of 1500.
 const MTU: &str = "1450";
-/// What the packet filter does by default, all off.
-const NO_FILTER: &[&str] = &["--check-senders=false", "--check-pods=false", "--notrack=false"];
+
+/// How large the pieces are in which traffic goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Offloads {
+    /// A segment of 64 KiB is never cut, since no wire is in between.
+    All,
+    /// Packets of 1500 bytes are between the nodes alone: segments are cut on the way out, and put together again where
+    /// they come in, as with most network cards.
+    OfTheHost,
+    /// Every packet of 1500 bytes goes the whole way by itself.
+    None,
+}
+
+impl Offloads {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::All => "offloads on",
+            Self::OfTheHost => "cut to 1500 bytes between the nodes",
+            Self::None => "GSO and GRO off, MTU 1500",
+        }
+    }
+}
 
 /// Two ends, and the network between them.
-struct Way {
+pub(super) struct Way {
     name: &'static str,
-    from: End,
-    to: End,
+    pub(super) from: End,
+    pub(super) to: End,
 }
 
 /// Measures.
@@ -60,20 +79,15 @@ pub fn run(report: &mut Report, options: Options) -> Result<()> {
     for peers in [0, options.crowd] {
         crowd.join(1..peers + 1)?;
         nodes.iter().try_for_each(|node| wait_for_peers(node, peers))?;
-        for (offloads, section) in OFFLOADS {
-            switch_offloads(&nodes, "a", offloads)?;
-            switch_offloads(&plain, "hand", offloads)?;
+        for offloads in OFFLOADS {
+            switch_offloads(&lab, &nodes, "a", offloads)?;
+            switch_offloads(&lab, &plain, "hand", offloads)?;
             let section = match peers {
-                0 => format!("pod to pod, {section}"),
-                _ => format!("pod to pod, {section}, {peers} peers"),
+                0 => format!("pod to pod, {}", offloads.name()),
+                _ => format!("pod to pod, {}, {peers} peers", offloads.name()),
             };
             compare(report, &section, &ways, options)?;
         }
-    }
-    for (offloads, section) in OFFLOADS {
-        switch_offloads(&nodes, "a", offloads)?;
-        let section = format!("packet filter, {section}, {} peers", options.crowd);
-        compare_filter(report, &section, &nodes, &ways[0], options)?;
     }
     lab.destroy()
 }
@@ -103,43 +117,8 @@ fn compare(report: &mut Report, section: &str, ways: &[Way; 3], options: Options
     Ok(())
 }
 
-/// The fabric with its packet filter and without, in turns.
-fn compare_filter(
-    report: &mut Report,
-    section: &str,
-    nodes: &[Arc<Node>; 2],
-    way: &Way,
-    options: Options,
-) -> Result<()> {
-    let mut turns: Vec<Vec<[Carried; 2]>> = vec![vec![]; LOADS.len()];
-    for _ in 0..options.rounds {
-        let mut on = vec![];
-        for args in [&[], NO_FILTER] {
-            nodes.iter().try_for_each(|node| switch_filter(node, args))?;
-            for (index, (_, load)) in LOADS.iter().enumerate() {
-                let carried = load.carry(&way.from, &way.to, options.slice)?;
-                if args.is_empty() {
-                    on.push(carried);
-                } else {
-                    turns[index].push([on[index], carried]);
-                }
-            }
-        }
-    }
-    for ((name, load), turns) in LOADS.iter().zip(turns) {
-        let (unit, scale) = unit(*load);
-        report.figure(section, &format!("{name}: on"), unit, turns.iter().map(|[on, _]| on.rate * scale).collect());
-        report.figure(section, &format!("{name}: off"), unit, turns.iter().map(|[_, off]| off.rate * scale).collect());
-        let ratios: Vec<f64> = turns.iter().map(|[on, off]| on.rate / off.rate).collect();
-        report.figure(section, &format!("{name}: on / off"), "×", ratios);
-        let cpu = sorted(turns.iter().map(|[on, off]| on.cpu_ns / off.cpu_ns).collect());
-        report.number(section, &format!("{name}: on / off, CPU"), "×", quantile(&cpu, 0.5));
-    }
-    Ok(())
-}
-
 /// What a rate is shown in, and by what it is multiplied for that.
-fn unit(load: Load) -> (&'static str, f64) {
+pub(super) fn unit(load: Load) -> (&'static str, f64) {
     match load {
         Load::Streams(_) => ("Gbit/s", 8e-9),
         Load::RoundTrips | Load::SmallPackets => ("thousand/s", 1e-3),
@@ -154,7 +133,7 @@ fn cpu_unit(load: Load) -> (&'static str, f64) {
 }
 
 /// Pods as users have them.
-fn fabric(nodes: &[Arc<Node>; 2]) -> Result<Way> {
+pub(super) fn fabric(nodes: &[Arc<Node>; 2]) -> Result<Way> {
     let end = |node: &Arc<Node>| {
         let pod = node.add_pod("a")?;
         anyhow::Ok(End { network: pod.network()?, ip: pod.ip(Family::V4)? })
@@ -197,35 +176,39 @@ fn underlay(nodes: &[Arc<Node>; 2]) -> Result<Way> {
     Ok(Way { name: "bare underlay", from: end(&nodes[0])?, to: end(&nodes[1])? })
 }
 
-/// On these nodes and in this pod of each. With all off, every packet of 1500 bytes goes through the kernel by itself, as on
-/// the wire of a real machine.
-fn switch_offloads(nodes: &[Arc<Node>; 2], pod: &str, on: bool) -> Result<()> {
-    let to = if on { "on" } else { "off" };
+/// On these nodes, in this pod of each, and on the underlay between them.
+pub(super) fn switch_offloads(lab: &Lab, nodes: &[Arc<Node>; 2], pod: &str, offloads: Offloads) -> Result<()> {
+    let (inside, between) = match offloads {
+        Offloads::All => ("on", "on"),
+        Offloads::OfTheHost => ("on", "off"),
+        Offloads::None => ("off", "off"),
+    };
     // Not every link is there on every node; what is must show it, below.
-    let switch = format!("for link; do ethtool -K $link tso {to} gso {to} gro {to} >/dev/null 2>&1; done; :");
+    let switch = "for link in $2; do ethtool -K $link tso $0 gso $0 gro $1 >/dev/null 2>&1; done; :";
+    let on_node = ["sh", "-c", switch, inside, inside, "eth0 fabric.1 hand cni0 hand-bridge"];
+    let in_pod = ["ip", "netns", "exec", pod];
+    let underlay = &lab.underlay().machine;
     for node in nodes {
-        node.run(&["sh", "-c", &switch, "sh", "eth0", "fabric.1", "hand", "cni0", "hand-bridge"])?;
-        node.run(&["ip", "netns", "exec", pod, "sh", "-c", &switch, "sh", "eth0"])?;
-        let shown = node.run(&["ip", "netns", "exec", pod, "ethtool", "-k", "eth0"])?;
-        let wanted = format!("generic-segmentation-offload: {to}");
-        ensure!(shown.contains(&wanted), "eth0 of pod {pod} on {}: not {wanted}", node.name);
+        node.run(&on_node)?;
+        node.run(&[&in_pod[..], &["sh", "-c", switch, inside, inside, "eth0"]].concat())?;
+        underlay.run(&["sh", "-c", switch, between, "off", &node.name])?;
+        let shown = [
+            (node.run(&["ethtool", "-k", "eth0"])?, inside, inside),
+            (node.run(&[&in_pod[..], &["ethtool", "-k", "eth0"]].concat())?, inside, inside),
+            (underlay.run(&["ethtool", "-k", &node.name])?, between, "off"),
+        ];
+        for (shown, segments, gro) in shown {
+            for wanted in
+                [format!("generic-segmentation-offload: {segments}"), format!("generic-receive-offload: {gro}")]
+            {
+                ensure!(shown.contains(&wanted), "{}: not {wanted} in\n{shown}", node.name);
+            }
+        }
     }
     Ok(())
 }
 
-/// Starts fabricd anew, with other arguments: the data plane stays meanwhile.
-fn switch_filter(node: &Node, args: &[&str]) -> Result<()> {
-    node.stop_fabricd()?;
-    node.start_fabricd_with(args, &[])?;
-    node.wait_ready()?;
-    wait_until("the filter is as wanted", LIMIT, || {
-        let tables = node.run(&["nft", "list", "tables"])?;
-        ensure!(tables.contains("inet fabric") == args.is_empty(), "{tables}");
-        Ok(())
-    })
-}
-
-fn wait_for_peers(node: &Node, peers: u32) -> Result<()> {
+pub(super) fn wait_for_peers(node: &Node, peers: u32) -> Result<()> {
     wait_until("all peers are installed", LIMIT, || {
         let routes = node.run(&["ip", "route", "show", "proto", "250"])?.lines().count();
         // The other node is one of them.

@@ -5,6 +5,7 @@
 //! | [`cold_start`] | how long from process start to N peers programmed, beside iproute2 and flanneld |
 //! | [`changes`] | how long one lease or a thousand take, what a restart costs, what rest costs |
 //! | [`datapath`] | what pods get of the network, beside a VXLAN made by hand and the bare underlay |
+//! | [`filter`] | what the packet filter takes of that |
 //! | [`cni`] | how long a pod's ADD and DEL take, beside `bridge` and `host-local` |
 //!
 //! [`report`] prints and keeps the figures, [`usage`] reads what a process used, [`traffic`] makes traffic. Nothing here fails because a figure is
@@ -14,6 +15,7 @@ pub mod changes;
 pub mod cni;
 pub mod cold_start;
 pub mod datapath;
+pub mod filter;
 pub mod report;
 pub mod traffic;
 pub mod usage;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
-use fabric_tests::bench::{Report, changes, cni, cold_start, datapath};
+use fabric_tests::bench::{Report, changes, cni, cold_start, datapath, filter};
 use fabric_tests::lab::binaries;
 
 /// Measure fabricd beside iproute2, a VXLAN made by hand, and flanneld
@@ -49,6 +49,7 @@ enum Part {
     ColdStart,
     Changes,
     Datapath,
+    Filter,
     Cni,
 }
 
@@ -76,9 +77,13 @@ fn run(cli: &Cli) -> Result<()> {
         let options = changes::Options { peers: cli.crowd, singles: 300, burst: 1000, rounds: cli.rounds, rest };
         changes::run(&mut report, options)?;
     }
+    let slice = Duration::from_millis(cli.slice);
+    let traffic = datapath::Options { rounds: cli.turns, slice, crowd: cli.crowd };
     if wanted(Part::Datapath) {
-        let slice = Duration::from_millis(cli.slice);
-        datapath::run(&mut report, datapath::Options { rounds: cli.turns, slice, crowd: cli.crowd })?;
+        datapath::run(&mut report, traffic)?;
+    }
+    if wanted(Part::Filter) {
+        filter::run(&mut report, traffic)?;
     }
     if wanted(Part::Cni) {
         cni::run(&mut report, &binaries::folder()?, cli.pods)?;
