@@ -24,8 +24,8 @@ struct Cli {
     /// Peers beside which single changes are measured
     #[arg(long, default_value_t = 5000)]
     crowd: u32,
-    /// Turns that each network between pods has
-    #[arg(long, default_value_t = 3)]
+    /// Turns that each network between pods has: an even number is fairest
+    #[arg(long, default_value_t = 4)]
     turns: usize,
     /// How long a turn is, in milliseconds
     #[arg(long, default_value_t = 1000)]

@@ -33,8 +33,10 @@ pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
             rule(&[from(network), to(*prefix)], Verdict::Return, "excepted by --no-masquerade-to");
         }
         if inputs.options.no_masquerade_to_nodes {
-            let nodes = Match::all_in(&[Field::Target(family)], senders::peers(ruleset, inputs, family));
-            rule(&[from(network), nodes], Verdict::Return, "to a node, excepted by --no-masquerade-to");
+            senders::add_members(ruleset, inputs, family);
+            for node in senders::of_a_peer(Field::Target(family), family) {
+                rule(&[from(network), node], Verdict::Return, "to a node, excepted by --no-masquerade-to");
+            }
         }
         rule(&[from(network)], Verdict::Masquerade, "out of the network");
         rule(&[to(network)], Verdict::Masquerade, "into the network");

@@ -36,15 +36,13 @@ struct Sets {
     members: &'static str,
     /// The same, where it doesn't fit there.
     odd: &'static str,
-    /// Who may send at all.
-    peers: &'static str,
     key: &'static [KeyField],
 }
 
 const fn sets(family: Family) -> Sets {
     match family {
-        Family::V4 => Sets { members: "members4", odd: "odd4", peers: "peers4", key: &[KeyField::V4, KeyField::V4] },
-        Family::V6 => Sets { members: "members6", odd: "odd6", peers: "peers6", key: &[KeyField::V6, KeyField::V6] },
+        Family::V4 => Sets { members: "members4", odd: "odd4", key: &[KeyField::V4, KeyField::V4] },
+        Family::V6 => Sets { members: "members6", odd: "odd6", key: &[KeyField::V6, KeyField::V6] },
     }
 }
 
@@ -66,12 +64,24 @@ pub fn has_notrack(table: &FoundTable) -> bool {
     table.chains.contains_key(OUTPUT)
 }
 
-/// The set of the peers' underlay addresses, for whoever wants to know them.
-pub(super) fn peers(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>, family: Family) -> &'static str {
-    let Sets { peers: name, key, .. } = sets(family);
-    let peers = of_family(inputs.members, family).map(|member| Element::from([host(member.underlay)]));
-    ruleset.entry(super::TableFamily::Inet).or_default().set(name, &key[..1], peers);
-    name
+/// Holds for packets whose `underlay`, an address, is that of a peer, if one of the two does: each peer is a member with
+/// its own address inside. [`add_members`] makes the sets.
+pub(super) fn of_a_peer(underlay: Field, family: Family) -> [Match; 2] {
+    let Sets { members, odd, .. } = sets(family);
+    [members, odd].map(|set| Match::all_in(&[underlay, underlay], set))
+}
+
+/// The sets of who may send.
+pub(super) fn add_members(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>, family: Family) {
+    let (length, sets) = (usual_length(inputs.own, family), sets(family));
+    // The node's own address too: so it answers a pod whose address was not translated on the way.
+    let places = of_family(inputs.members, family).flat_map(|member| {
+        [member.subnet, Subnet::host(member.underlay)].map(|inside| place(member.underlay, inside, length))
+    });
+    let (usual, odd): (Vec<_>, Vec<_>) = places.partition(|(name, _)| *name == sets.members);
+    let table = ruleset.entry(super::TableFamily::Inet).or_default();
+    table.set(sets.members, sets.key, usual.into_iter().map(|(_, element)| element));
+    table.ranges(sets.odd, sets.key, odd.into_iter().map(|(_, element)| element));
 }
 
 fn of_family(members: &BTreeSet<Member>, family: Family) -> impl Iterator<Item = &Member> {
@@ -112,7 +122,6 @@ pub fn follow(
             let mut places = vec![place(*underlay, *subnet, length)];
             if comes || !remains(*underlay) {
                 places.push(place(*underlay, Subnet::host(*underlay), length));
-                places.push((sets(subnet.family()).peers, Element::from([host(*underlay)])));
             }
             for (name, element) in places {
                 let Some(set) = table.sets.get_mut(name) else { continue };
@@ -147,23 +156,14 @@ pub(super) fn add_notrack(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
 
 /// The sets, and the rules that look into them.
 pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
-    let families: Vec<Family> = inputs.own.families().collect();
-    for family in &families {
-        peers(ruleset, inputs, *family);
+    for family in inputs.own.families() {
+        add_members(ruleset, inputs, family);
     }
     let table = ruleset.entry(super::TableFamily::Inet).or_default();
-    for family in &families {
-        let (length, sets) = (usual_length(inputs.own, *family), sets(*family));
-        // The node's own address too: so it answers a pod whose address was not translated on the way.
-        let places = of_family(inputs.members, *family).flat_map(|member| {
-            [member.subnet, Subnet::host(member.underlay)].map(|inside| place(member.underlay, inside, length))
-        });
-        let (usual, odd): (Vec<_>, Vec<_>) = places.partition(|(name, _)| *name == sets.members);
-        table.set(sets.members, sets.key, usual.into_iter().map(|(_, element)| element));
-        table.ranges(sets.odd, sets.key, odd.into_iter().map(|(_, element)| element));
-        admit(table, inputs, *family);
+    for family in inputs.own.families() {
+        admit(table, inputs, family);
     }
-    for family in families {
+    for family in inputs.own.families() {
         let to_judge = Rule::new(encapsulated(inputs, family), Verdict::Jump("senders"), "encapsulated");
         table.at("input", ChainKind::Filter, Place::Input, FILTER).push(to_judge);
         judge(table.called("senders"), inputs, family);
@@ -201,19 +201,19 @@ fn is_base(ip: IpAddr, length: u8) -> bool {
 
 /// What is not from a peer's pod.
 fn judge(rules: &mut Vec<Rule>, inputs: &RuleInputs<'_>, family: Family) {
-    let Sets { members, odd, peers, .. } = sets(family);
+    let Sets { members, odd, .. } = sets(family);
     let (source, inside) = (Field::Source(family), Field::InnerSource(family));
     let outer = Match::family(family);
     let inner = Match::is(Field::InnerType, ether_type(family));
-    let of_a_peer = Match::all_in(&[source], peers);
     for (set, why) in [(members, "a peer's node"), (odd, "a peer, from a subnet of another length")] {
         let matches = [outer.clone(), inner.clone(), Match::all_in(&[source, inside], set)];
         rules.push(Rule::new(matches, Verdict::Accept, why));
     }
     if family == Family::V6 {
-        let link_local = Match::new(inside, Test::Within(link_local()));
-        let matches = [outer.clone(), inner.clone(), of_a_peer.clone(), link_local];
-        rules.push(Rule::new(matches, Verdict::Accept, "a peer's kernel"));
+        rules.extend(of_a_peer(source, family).map(|peer| {
+            let link_local = Match::new(inside, Test::Within(link_local()));
+            Rule::new([outer.clone(), inner.clone(), peer, link_local], Verdict::Accept, "a peer's kernel")
+        }));
     }
     let network = inputs.network.spaces.get(family).map(|space| space.network);
     for sender in inputs.options.senders.iter().filter(|sender| sender.family() == family) {
@@ -221,11 +221,13 @@ fn judge(rules: &mut Vec<Rule>, inputs: &RuleInputs<'_>, family: Family) {
         matches.extend(network.map(|network| Match::new(inside, Test::Within(network))));
         rules.push(Rule::new(matches, Verdict::Accept, "allowed by --allow-sender"));
     }
-    rules.push(Rule::drop(
-        [outer.clone(), inner, of_a_peer.clone()],
-        "a peer, but its source is not in the peer's subnet",
-    ));
-    rules.push(Rule::drop([outer, of_a_peer], "a peer, but inside is something else"));
+    for peer in of_a_peer(source, family) {
+        let matches = [outer.clone(), inner.clone(), peer];
+        rules.push(Rule::drop(matches, "a peer, but its source is not in the peer's subnet"));
+    }
+    for peer in of_a_peer(source, family) {
+        rules.push(Rule::drop([outer.clone(), peer], "a peer, but inside is something else"));
+    }
 }
 
 /// What a VTEP's own kernel says to its neighbours (RFC 4291 section 2.5.6). It is never forwarded to a pod.

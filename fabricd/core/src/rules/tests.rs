@@ -79,7 +79,6 @@ fn senders_are_judged_by_underlay_address_and_inner_source_together() {
         node.inet(),
         r#"set members4 { type ipv4_addr . ipv4_addr; elements = { 192.0.2.2 . 10.64.2.0, 192.0.2.2 . 192.0.2.2 } }
 set odd4 { type ipv4_addr . ipv4_addr; flags interval; }
-set peers4 { type ipv4_addr; elements = { 192.0.2.2 } }
 chain input {
   type filter hook input priority 0; policy accept;
   meta nfproto ipv4 meta l4proto udp th dport 8472 @th,96,24 7 @th,224,16 0x0800 ip saddr . @th,336,32/24 @members4 accept comment "a peer, from its own subnet"
@@ -89,8 +88,10 @@ chain senders {
   meta nfproto ipv4 @th,224,16 0x0800 ip saddr . @th,336,32 @members4 accept comment "a peer's node"
   meta nfproto ipv4 @th,224,16 0x0800 ip saddr . @th,336,32 @odd4 accept comment "a peer, from a subnet of another length"
   meta nfproto ipv4 @th,224,16 0x0800 ip saddr 198.51.100.7/32 @th,336,32 10.64.0.0/12 accept comment "allowed by --allow-sender"
-  meta nfproto ipv4 @th,224,16 0x0800 ip saddr @peers4 counter drop comment "a peer, but its source is not in the peer's subnet"
-  meta nfproto ipv4 ip saddr @peers4 counter drop comment "a peer, but inside is something else"
+  meta nfproto ipv4 @th,224,16 0x0800 ip saddr . ip saddr @members4 counter drop comment "a peer, but its source is not in the peer's subnet"
+  meta nfproto ipv4 @th,224,16 0x0800 ip saddr . ip saddr @odd4 counter drop comment "a peer, but its source is not in the peer's subnet"
+  meta nfproto ipv4 ip saddr . ip saddr @members4 counter drop comment "a peer, but inside is something else"
+  meta nfproto ipv4 ip saddr . ip saddr @odd4 counter drop comment "a peer, but inside is something else"
   counter drop comment "from no peer"
 }
 "#
@@ -117,7 +118,7 @@ fn ipv6_senders_may_be_link_local_but_not_in_fragments() {
     let text = node.inet();
     for line in [
         "elements = { 2001:db8:ff::2 . 2001:db8:0:2::, 2001:db8:ff::2 . 2001:db8:ff::2 } }",
-        "@th,224,16 0x86dd ip6 saddr @peers6 @th,304,128 fe80::/10 accept",
+        "@th,224,16 0x86dd ip6 saddr . ip6 saddr @members6 @th,304,128 fe80::/10 accept",
         "  meta nfproto ipv6 exthdr frag exists meta l4proto udp th dport 8472 counter drop comment \
          \"fragment of an encapsulated packet\"\n  meta nfproto ipv6 meta l4proto udp th dport 8472 @th,96,24 7 \
          @th,224,16 0x86dd ip6 saddr . @th,304,128/64 @members6 accept",
@@ -135,7 +136,8 @@ fn what_leaves_the_network_is_masqueraded_and_nothing_else() {
     node.options.no_masquerade_to_nodes = true;
     assert_eq!(
         node.inet(),
-        r#"set peers4 { type ipv4_addr; elements = { 192.0.2.2 } }
+        r#"set members4 { type ipv4_addr . ipv4_addr; elements = { 192.0.2.2 . 10.64.2.0, 192.0.2.2 . 192.0.2.2 } }
+set odd4 { type ipv4_addr . ipv4_addr; flags interval; }
 chain postrouting {
   type nat hook postrouting priority 99; policy accept;
   meta mark & 0x4000 == 0x4000 return comment "others translate it"
@@ -143,7 +145,8 @@ chain postrouting {
   meta nfproto ipv4 ip saddr 10.64.0.0/12 ip daddr 10.64.0.0/12 return comment "within the network"
   meta nfproto ipv4 ip saddr 10.64.0.0/12 ip daddr 224.0.0.0/4 return comment "multicast"
   meta nfproto ipv4 ip saddr 10.64.0.0/12 ip daddr 203.0.113.0/24 return comment "excepted by --no-masquerade-to"
-  meta nfproto ipv4 ip saddr 10.64.0.0/12 ip daddr @peers4 return comment "to a node, excepted by --no-masquerade-to"
+  meta nfproto ipv4 ip saddr 10.64.0.0/12 ip daddr . ip daddr @members4 return comment "to a node, excepted by --no-masquerade-to"
+  meta nfproto ipv4 ip saddr 10.64.0.0/12 ip daddr . ip daddr @odd4 return comment "to a node, excepted by --no-masquerade-to"
   meta nfproto ipv4 ip saddr 10.64.0.0/12 masquerade fully-random comment "out of the network"
   meta nfproto ipv4 ip daddr 10.64.0.0/12 masquerade fully-random comment "into the network"
 }
@@ -266,8 +269,7 @@ fn peer_that_comes_or_goes_costs_its_own_elements_alone() {
     assert_eq!(
         join.to_string(),
         "+ nft add element inet fabric members4 { 192.0.2.3 . 10.64.3.0 }\n\
-         + nft add element inet fabric members4 { 192.0.2.3 . 192.0.2.3 }\n\
-         + nft add element inet fabric peers4 { 192.0.2.3 }\n"
+         + nft add element inet fabric members4 { 192.0.2.3 . 192.0.2.3 }\n"
     );
     join.apply_to(&mut kernel);
     assert_eq!(kernel, found(&after));
@@ -310,7 +312,7 @@ fn whatever_others_do_to_a_table_is_put_right_around_the_sets_that_serve() {
         ("another rule", |table| table.chains.get_mut("input").expect("there")[1].push('0'), CHAINS),
         ("a chain more", |table| drop(table.chains.insert("theirs".into(), vec![])), CHAINS),
         ("a set more", |table| drop(table.sets.insert("theirs".into(), FoundSet::default())), CHAINS),
-        ("another set", |table| table.sets.get_mut("peers4").expect("there").declaration.clear(), CHAINS),
+        ("another set", |table| table.sets.get_mut("members4").expect("there").declaration.clear(), CHAINS),
         (
             "a disabled table",
             |table| table.disabled = true,
@@ -319,8 +321,6 @@ fn whatever_others_do_to_a_table_is_put_right_around_the_sets_that_serve() {
              + nft add set inet fabric members6 { type ipv6_addr . ipv6_addr; }\n\
              + nft add set inet fabric odd4 { type ipv4_addr . ipv4_addr; flags interval; }\n\
              + nft add set inet fabric odd6 { type ipv6_addr . ipv6_addr; flags interval; }\n\
-             + nft add set inet fabric peers4 { type ipv4_addr; }\n\
-             + nft add set inet fabric peers6 { type ipv6_addr; }\n\
              ~ nft replace chains of table inet fabric\n",
         ),
     ];

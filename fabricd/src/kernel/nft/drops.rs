@@ -1,5 +1,6 @@
 //! What our packet filter has thrown away, by the counters of its rules.
 
+use std::collections::BTreeMap;
 use std::io;
 
 use fabric_core::rules::{TABLE, TableFamily, reason};
@@ -11,7 +12,7 @@ use super::attributes::Attributes;
 use super::read::{GET_RULE, RuleFound, rule};
 use super::{message, nfproto};
 
-/// The count of one rule.
+/// The count of all rules of a chain that throw packets away for one reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Drops {
     /// The table that it is in.
@@ -24,7 +25,7 @@ pub struct Drops {
     pub packets: u64,
 }
 
-/// Reads the counters of all rules that drop, over a socket of its own: nobody who writes waits for it.
+/// Reads the counters of the rules that drop, over a socket of its own: nobody who writes waits for it.
 ///
 /// # Errors
 /// When the kernel can't be asked. Without our tables, or without nftables, there is nothing to count.
@@ -33,21 +34,44 @@ pub fn drops() -> io::Result<Vec<Drops>> {
         Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return Ok(vec![]),
         socket => socket?,
     };
-    let mut all = vec![];
+    let mut rules = vec![];
     for table in [TableFamily::Inet, TableFamily::Bridge] {
         let ours = Attributes::message(nfproto(table), 0).text(1, TABLE);
         let request = Request::raw(message(GET_RULE), 0, ours.into_bytes());
         match socket.dump(&request, |frame| count(frame, table)) {
-            Ok(counts) => all.extend(counts),
+            Ok(counts) => rules.extend(counts),
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
             Err(error) => return Err(error),
         }
     }
-    Ok(all)
+    Ok(by_reason(rules))
+}
+
+fn by_reason(rules: Vec<Drops>) -> Vec<Drops> {
+    let mut sums = BTreeMap::new();
+    for Drops { table, chain, why, packets } in rules {
+        *sums.entry((table, chain, why)).or_default() += packets;
+    }
+    sums.into_iter().map(|((table, chain, why), packets)| Drops { table, chain, why, packets }).collect()
 }
 
 fn count(frame: &Frame<'_>, table: TableFamily) -> Option<Drops> {
     let RuleFound { chain, comment, counter } = rule(frame)?;
     let why = comment.as_deref().and_then(reason)?.to_owned();
     Some(Drops { table, chain, why, packets: counter?.packets })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rules_with_one_reason_are_one_count() {
+        let drops = |chain: &str, packets| {
+            let (chain, why) = (chain.to_owned(), "a pod is no router".to_owned());
+            Drops { table: TableFamily::Inet, chain, why, packets }
+        };
+        let rules = vec![drops("pods", 3), drops("other", 1), drops("pods", 0), drops("pods", 4)];
+        assert_eq!(by_reason(rules), [drops("other", 1), drops("pods", 7)]);
+    }
 }
