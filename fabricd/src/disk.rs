@@ -29,6 +29,7 @@ use fabric_core::network::{NetworkConfig, NetworkDocument};
 use fabric_core::record::{Backend, LeaseKey, Record};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize, Serializer};
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
@@ -129,22 +130,26 @@ struct StoredEntry(Entry);
 #[derive(Serialize, Deserialize)]
 struct LeaseEntry {
     key: String,
-    record: Value,
+    /// As it is in the store.
+    record: Box<RawValue>,
     create_revision: i64,
     mod_revision: i64,
 }
 
 impl From<LeaseEntry> for StoredEntry {
     fn from(LeaseEntry { key, record, create_revision, mod_revision }: LeaseEntry) -> Self {
-        Self(Entry { key, value: record.to_string().into_bytes(), create_revision, mod_revision })
+        Self(Entry { key, value: record.get().into(), create_revision, mod_revision })
     }
 }
 
 /// Made into JSON and written before the next is, for the same reason.
 fn one_by_one<S: Serializer>(leases: &LeaseSet, to: S) -> Result<S::Ok, S::Error> {
+    let raw = |record: &Record| {
+        String::from_utf8(record.encode()).ok().and_then(|json| RawValue::from_string(json).ok()).expect("just encoded")
+    };
     to.collect_seq(leases.iter().map(|lease| LeaseEntry {
         key: lease.key.to_string(),
-        record: serde_json::from_slice(&lease.record.encode()).expect("just encoded"),
+        record: raw(&lease.record),
         create_revision: lease.create_revision,
         mod_revision: lease.mod_revision,
     }))

@@ -14,12 +14,19 @@ impl Attributes {
         Self(vec![family, 0, high, low])
     }
 
-    pub(super) fn bytes(mut self, kind: u16, value: &[u8]) -> Self {
-        let length = u16::try_from(4 + value.len()).expect("elements are sent in lists below 64 KiB");
-        self.0.extend(length.to_ne_bytes());
+    pub(super) fn bytes(self, kind: u16, value: &[u8]) -> Self {
+        self.written(kind, |bytes| bytes.extend(value))
+    }
+
+    /// An attribute whose value `write` appends.
+    pub(super) fn written(mut self, kind: u16, write: impl FnOnce(&mut Vec<u8>)) -> Self {
+        let start = self.0.len();
+        self.0.extend([0, 0]);
         self.0.extend(kind.to_ne_bytes());
-        self.0.extend(value);
-        self.0.resize(self.0.len().next_multiple_of(4), 0);
+        write(&mut self.0);
+        let length = u16::try_from(self.0.len() - start).expect("elements are sent in lists below 64 KiB");
+        self.0[start..start + 2].copy_from_slice(&length.to_ne_bytes());
+        pad(&mut self.0);
         self
     }
 
@@ -29,18 +36,23 @@ impl Attributes {
     }
 
     pub(super) fn text(self, kind: u16, value: &str) -> Self {
-        self.bytes(kind, &[value.as_bytes(), &[0]].concat())
+        self.written(kind, |bytes| {
+            bytes.extend(value.as_bytes());
+            bytes.push(0);
+        })
     }
 
-    pub(super) fn nested(self, kind: u16, inner: &Self) -> Self {
-        self.bytes(kind | NESTED, &inner.0)
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.0.len()
+    /// An attribute whose value is the attributes that `inner` appends.
+    pub(super) fn nested(self, kind: u16, inner: impl FnOnce(Self) -> Self) -> Self {
+        self.written(kind | NESTED, |bytes| *bytes = inner(Self(std::mem::take(bytes))).0)
     }
 
     pub(super) fn into_bytes(self) -> Vec<u8> {
         self.0
     }
+}
+
+/// Fills up to where the next attribute may begin.
+pub(super) fn pad(bytes: &mut Vec<u8>) {
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
 }

@@ -1,12 +1,13 @@
 //! From a [`Change`] to the messages of its transactions. Each function gives the command of `nft` that would do the same.
 
-use fabric_core::model::{Subnet, to_bits};
+use std::net::IpAddr;
+
 use fabric_core::rules::change::{Change, ElementChange, RuleChange};
 use fabric_core::rules::{Chain, ChainKind, Element, KeyField, Part, Rule, Set, TABLE, TableFamily};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE};
 
-use super::attributes::Attributes;
-use super::expr::{DATA_VALUE, LIST_ELEMENT, address_bytes, expressions, interface};
+use super::attributes::{Attributes, pad};
+use super::expr::{DATA_VALUE, LIST_ELEMENT, expressions, interface};
 use super::{door, message, nfproto};
 use crate::kernel::wire::Request;
 
@@ -36,8 +37,8 @@ pub(super) const CONCATENATED: u32 = 0x80;
 /// Bits of one field in a key's type, which is for `nft` to print by.
 pub(super) const TYPE_BITS: u32 = 6;
 
-/// Room for elements in one message: a list of attributes has to stay below 64 KiB.
-const LIST: usize = 60_000;
+/// Elements in one message: a list of attributes has to stay below 64 KiB, and each takes 116 bytes at most.
+const AT_ONCE: usize = 500;
 
 /// The messages of a change, transaction by transaction: sets, and then the rules that look into them.
 pub(super) fn transactions(change: &Change) -> Vec<Vec<Request>> {
@@ -61,7 +62,9 @@ fn transaction(mut steps: Vec<Request>) -> Vec<Request> {
         last.add_flags(NLM_F_ACK);
     }
     let bracket = |kind| Request::raw(kind, 0, Attributes::message(0, SUBSYSTEM).into_bytes());
-    [vec![bracket(BATCH_BEGIN)], steps, vec![bracket(BATCH_END)]].concat()
+    steps.insert(0, bracket(BATCH_BEGIN));
+    steps.push(bracket(BATCH_END));
+    steps
 }
 
 /// `nft add table FAMILY fabric; nft delete table FAMILY fabric`: gone, whether it was there or not.
@@ -101,8 +104,8 @@ fn make_chain(family: TableFamily, name: &str, chain: &Chain) -> Request {
     let mut body = start(family).text(1, TABLE).text(3, name);
     if let Some(hook) = chain.hook {
         // NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY
-        let place = Attributes::default().number(1, hook.place as u32).bytes(2, &hook.priority.to_be_bytes());
-        body = body.nested(4, &place).number(5, ACCEPT).text(7, chain_kind(hook.kind));
+        let place = |list: Attributes| list.number(1, hook.place as u32).bytes(2, &hook.priority.to_be_bytes());
+        body = body.nested(4, place).number(5, ACCEPT).text(7, chain_kind(hook.kind));
     }
     Request::raw(message(NEW_CHAIN), NLM_F_CREATE, body.into_bytes())
 }
@@ -125,19 +128,16 @@ fn make_set(family: TableFamily, name: &str, set: &Set, id: u32) -> Vec<Request>
     // NFTA_SET_TABLE, _NAME, _FLAGS, _KEY_TYPE, _KEY_LEN, _DESC, _ID
     let mut body = start(family).text(1, TABLE).text(2, name).number(3, flags(set)).number(4, kind).number(5, length);
     if set.key.len() > 1 {
-        let fields = set.key.iter().fold(Attributes::default(), |list, field| {
-            // NFTA_SET_FIELD_LEN
-            list.nested(LIST_ELEMENT, &Attributes::default().number(1, size(field)))
-        });
+        // NFTA_SET_FIELD_LEN
+        let add = |list: Attributes, field| list.nested(LIST_ELEMENT, |one| one.number(1, size(field)));
         // NFTA_SET_DESC_CONCAT
-        body = body.nested(9, &Attributes::default().nested(2, &fields));
+        body = body.nested(9, |description| description.nested(2, |fields| set.key.iter().fold(fields, add)));
     }
     // NFTA_SET_USERDATA, for `nft` to print by: the key's byte order (type 0, four bytes) is the host's for names.
     if let [KeyField::Interface] = set.key {
         body = body.bytes(13, &[&[0, 4][..], &1_u32.to_ne_bytes()].concat());
     }
-    let all: Vec<Element> = set.elements.iter().copied().collect();
-    let mut steps = elements(family, name, set, &all, NEW_ELEMENTS);
+    let mut steps = elements(family, name, set, set.elements.iter(), NEW_ELEMENTS);
     steps.insert(0, Request::raw(message(NEW_SET), NLM_F_CREATE, body.number(10, id).into_bytes()));
     steps
 }
@@ -149,56 +149,47 @@ pub(super) fn flags(set: &Set) -> u32 {
 }
 
 /// `nft add element FAMILY fabric SET { … }` or `delete`, in as many messages as it takes.
-fn elements(family: TableFamily, set: &str, shape: &Set, elements: &[Element], kind: u16) -> Vec<Request> {
-    let send = |list: &Attributes| {
-        // NFTA_SET_ELEM_LIST_TABLE, _SET, _ELEMENTS
-        let body = start(family).text(1, TABLE).text(2, set).nested(3, list).into_bytes();
-        Request::raw(message(kind), if kind == NEW_ELEMENTS { NLM_F_CREATE } else { 0 }, body)
-    };
-    let mut messages = vec![];
-    let mut list = Attributes::default();
-    for element in elements {
-        let (first, last) = bounds(element);
-        let value = |bytes: &[u8]| Attributes::default().bytes(DATA_VALUE, bytes);
+fn elements<'a>(
+    family: TableFamily,
+    set: &str,
+    shape: &Set,
+    elements: impl IntoIterator<Item = &'a Element>,
+    kind: u16,
+) -> Vec<Request> {
+    let flags = if kind == NEW_ELEMENTS { NLM_F_CREATE } else { 0 };
+    let add = |list: Attributes, element: &&Element| {
         // NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_KEY_END
-        let mut one = Attributes::default().nested(1, &value(&first));
-        if shape.ranges {
-            one = one.nested(10, &value(&last));
-        }
-        list = list.nested(LIST_ELEMENT, &one);
-        if list.len() > LIST {
-            messages.push(send(&std::mem::take(&mut list)));
-        }
-    }
-    if list.len() > 0 {
-        messages.push(send(&list));
-    }
-    messages
+        let key = |place: Attributes, highest| place.written(DATA_VALUE, |bytes| key(element, highest, bytes));
+        list.nested(LIST_ELEMENT, |one| {
+            let one = one.nested(1, |place| key(place, false));
+            if shape.ranges { one.nested(10, |place| key(place, true)) } else { one }
+        })
+    };
+    let all: Vec<&Element> = elements.into_iter().collect();
+    let send = |some: &[&Element]| {
+        // NFTA_SET_ELEM_LIST_TABLE, _SET, _ELEMENTS
+        let body = start(family).text(1, TABLE).text(2, set).nested(3, |list| some.iter().fold(list, add));
+        Request::raw(message(kind), flags, body.into_bytes())
+    };
+    all.chunks(AT_ONCE).map(send).collect()
 }
 
-/// The lowest and the highest key of an element: its parts, each filled up to a multiple of four bytes, but for one
-/// that stands alone.
-fn bounds(element: &Element) -> (Vec<u8>, Vec<u8>) {
-    let (mut first, mut last) = (vec![], vec![]);
+/// The lowest key of an element, or the highest: its parts, each filled up to a multiple of four bytes, but for one that
+/// stands alone.
+fn key(element: &Element, highest: bool, to: &mut Vec<u8>) {
     for part in element.parts() {
-        let (low, high) = match part {
-            Part::Net(net) => net_bounds(net),
-            Part::Interface(name) => (interface(name.as_str()), interface(name.as_str())),
-            Part::Mac(mac) => (mac.octets().to_vec(), mac.octets().to_vec()),
-        };
-        for (key, bytes) in [(&mut first, low), (&mut last, high)] {
-            key.extend(bytes);
-            if element.parts().nth(1).is_some() {
-                key.resize(key.len().next_multiple_of(4), 0);
-            }
+        match part {
+            Part::Net(net) => match if highest { net.last() } else { net.base() } {
+                IpAddr::V4(ip) => to.extend(ip.octets()),
+                IpAddr::V6(ip) => to.extend(ip.octets()),
+            },
+            Part::Interface(name) => to.extend(interface(name.as_str())),
+            Part::Mac(mac) => to.extend(mac.octets()),
+        }
+        if element.parts().nth(1).is_some() {
+            pad(to);
         }
     }
-    (first, last)
-}
-
-fn net_bounds(net: Subnet) -> (Vec<u8>, Vec<u8>) {
-    let bytes = |ip| address_bytes(net.family(), to_bits(ip));
-    (bytes(net.base()), bytes(net.last()))
 }
 
 /// `nft add rule FAMILY fabric CHAIN … comment "…"`.
@@ -215,7 +206,7 @@ pub(super) fn with_rule(place: Attributes, rule: &Rule) -> Attributes {
     let length = u8::try_from(comment.len()).expect("a comment is a few words");
     let userdata = [&[0, length], comment.as_slice()].concat();
     // NFTA_RULE_EXPRESSIONS, NFTA_RULE_USERDATA
-    place.nested(4, &expressions(rule)).bytes(7, &userdata)
+    place.nested(4, |list| expressions(list, rule)).bytes(7, &userdata)
 }
 
 fn start(family: TableFamily) -> Attributes {

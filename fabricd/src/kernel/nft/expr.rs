@@ -36,14 +36,14 @@ const FULLY_RANDOM: u32 = 1 << 4;
 const FRAGMENT: u8 = 44;
 const PRESENT: u32 = 1;
 
-/// The expressions of a rule.
-pub(super) fn expressions(rule: &Rule) -> Attributes {
-    let mut list = List::default();
+/// Adds the expressions of a rule.
+pub(super) fn expressions(to: Attributes, rule: &Rule) -> Attributes {
+    let mut list = List(to);
     for condition in &rule.matches {
         list.condition(condition);
     }
     if rule.counted {
-        list.add("counter", Attributes::default());
+        list.add("counter", |data| data);
     }
     match rule.verdict {
         Verdict::Accept => list.verdict(ACCEPT, None),
@@ -51,8 +51,8 @@ pub(super) fn expressions(rule: &Rule) -> Attributes {
         Verdict::Return => list.verdict(RETURN, None),
         Verdict::Jump(chain) => list.verdict(JUMP, Some(chain)),
         // NFTA_MASQ_FLAGS
-        Verdict::Masquerade => list.add("masq", Attributes::default().number(1, FULLY_RANDOM)),
-        Verdict::Notrack => list.add("notrack", Attributes::default()),
+        Verdict::Masquerade => list.add("masq", |data| data.number(1, FULLY_RANDOM)),
+        Verdict::Notrack => list.add("notrack", |data| data),
     }
     list.0
 }
@@ -104,14 +104,13 @@ fn load(field: Field) -> (Load, usize) {
 }
 
 /// A list of expressions being written.
-#[derive(Default)]
 struct List(Attributes);
 
 impl List {
-    fn add(&mut self, name: &str, data: Attributes) {
+    fn add(&mut self, name: &str, data: impl FnOnce(Attributes) -> Attributes) {
         // NFTA_EXPR_NAME, NFTA_EXPR_DATA
-        let expression = Attributes::default().text(1, name).nested(2, &data);
-        self.0 = std::mem::take(&mut self.0).nested(LIST_ELEMENT, &expression);
+        let before = std::mem::take(&mut self.0);
+        self.0 = before.nested(LIST_ELEMENT, |expression| expression.text(1, name).nested(2, data));
     }
 
     fn condition(&mut self, condition: &Match) {
@@ -134,7 +133,7 @@ impl List {
             Test::Within(prefix) => self.compare_prefix(EQUAL, *prefix),
             Test::Outside(prefix) => self.compare_prefix(DIFFERENT, *prefix),
             // NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG
-            Test::In(set) => self.add("lookup", Attributes::default().text(1, set).number(2, FIRST)),
+            Test::In(set) => self.add("lookup", |data| data.text(1, set).number(2, FIRST)),
         }
     }
 
@@ -143,16 +142,15 @@ impl List {
         let bytes = u32::try_from(length).expect("a field has at most 16 bytes");
         match from {
             // NFTA_META_DREG, NFTA_META_KEY
-            Load::Meta(key) => self.add("meta", Attributes::default().number(1, register).number(2, key)),
+            Load::Meta(key) => self.add("meta", |data| data.number(1, register).number(2, key)),
             // NFTA_PAYLOAD_DREG, _BASE, _OFFSET, _LEN
             Load::Payload(base, offset) => {
-                let data = Attributes::default().number(1, register).number(2, base).number(3, offset);
-                self.add("payload", data.number(4, bytes));
+                self.add("payload", |data| data.number(1, register).number(2, base).number(3, offset).number(4, bytes));
             }
             // NFTA_EXTHDR_DREG, _TYPE, _OFFSET, _LEN, _FLAGS
             Load::FragmentHeader => {
-                let data = Attributes::default().number(1, register).bytes(2, &[FRAGMENT]);
-                self.add("exthdr", data.number(3, 0).number(4, bytes).number(5, PRESENT));
+                let to = |data: Attributes| data.number(1, register).bytes(2, &[FRAGMENT]);
+                self.add("exthdr", |data| to(data).number(3, 0).number(4, bytes).number(5, PRESENT));
             }
         }
         if let Field::InnerSubnet(family, length) = field {
@@ -170,29 +168,32 @@ impl List {
 
     /// What is in the register, but for the bits that are zero in `mask`.
     fn mask(&mut self, register: u32, mask: &[u8]) {
-        let value = |bytes: &[u8]| Attributes::default().bytes(DATA_VALUE, bytes);
         let length = u32::try_from(mask.len()).expect("a mask has at most 16 bytes");
+        let no_bits = vec![0; mask.len()];
         // NFTA_BITWISE_SREG, _DREG, _LEN, _MASK, _XOR
-        let data = Attributes::default().number(1, register).number(2, register).number(3, length);
-        self.add("bitwise", data.nested(4, &value(mask)).nested(5, &value(&vec![0; mask.len()])));
+        self.add("bitwise", |data| {
+            let data = data.number(1, register).number(2, register).number(3, length);
+            data.nested(4, |value| value.bytes(DATA_VALUE, mask)).nested(5, |value| value.bytes(DATA_VALUE, &no_bits))
+        });
     }
 
     fn compare(&mut self, how: u32, with: &[u8]) {
         // NFTA_CMP_SREG, _OP, _DATA
-        let data = Attributes::default().number(1, FIRST).number(2, how);
-        self.add("cmp", data.nested(3, &Attributes::default().bytes(DATA_VALUE, with)));
+        let value = |value: Attributes| value.bytes(DATA_VALUE, with);
+        self.add("cmp", |data| data.number(1, FIRST).number(2, how).nested(3, value));
     }
 
     fn verdict(&mut self, code: i32, chain: Option<&str>) {
         // NFTA_VERDICT_CODE, NFTA_VERDICT_CHAIN
-        let verdict = Attributes::default().bytes(1, &code.to_be_bytes());
-        let verdict = match chain {
-            Some(chain) => verdict.text(2, chain),
-            None => verdict,
+        let verdict = |verdict: Attributes| {
+            let verdict = verdict.bytes(1, &code.to_be_bytes());
+            match chain {
+                Some(chain) => verdict.text(2, chain),
+                None => verdict,
+            }
         };
         // NFTA_IMMEDIATE_DREG, NFTA_IMMEDIATE_DATA
-        let data = Attributes::default().nested(DATA_VERDICT, &verdict);
-        self.add("immediate", Attributes::default().number(1, VERDICT).nested(2, &data));
+        self.add("immediate", |data| data.number(1, VERDICT).nested(2, |value| value.nested(DATA_VERDICT, verdict)));
     }
 }
 
@@ -217,8 +218,8 @@ pub(super) fn address_bytes(family: Family, bits: u128) -> Vec<u8> {
 }
 
 /// The name of an interface, filled up with zeros (`IFNAMSIZ`).
-pub(super) fn interface(name: &str) -> Vec<u8> {
-    let mut bytes = name.as_bytes().to_vec();
-    bytes.resize(16, 0);
+pub(super) fn interface(name: &str) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..name.len()].copy_from_slice(name.as_bytes());
     bytes
 }
