@@ -168,7 +168,8 @@ fn tell_peers(events: &Events, was: &View, now: &View) {
         }
     } else if let Some(leases) = &now.leases {
         let count = leases.iter().filter(|lease| Some(lease.key) != own).count();
-        events.tell(Kind::Peer, "", format!("{count} peers are known"), false);
+        let known = if count == 1 { "1 peer is known".into() } else { format!("{count} peers are known") };
+        events.tell(Kind::Peer, "", known, false);
     }
     let fresh: Vec<_> = now.troubles.iter().filter(|(key, trouble)| was.troubles.get(key) != Some(*trouble)).collect();
     for (key, trouble) in fresh.iter().take(MANY) {
