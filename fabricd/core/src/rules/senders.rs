@@ -27,6 +27,9 @@ pub(super) const RAW: i32 = -300;
 /// `NF_IP_PRI_FILTER`.
 pub(super) const FILTER: i32 = 0;
 
+/// The chain that judges what comes from other nodes.
+const SENDERS: &str = "senders";
+
 /// The chain of what this host sends: it is there for [`add_notrack`] alone.
 const OUTPUT: &str = "output";
 
@@ -49,6 +52,7 @@ const fn sets(family: Family) -> Sets {
 /// Whether the table lets the node at `underlay` send from `subnet`; `None` when it doesn't look who sends.
 #[must_use]
 pub fn may_send(table: &FoundTable, underlay: IpAddr, subnet: Subnet) -> Option<bool> {
+    table.chains.contains_key(SENDERS).then_some(())?;
     let sets = sets(Family::of(underlay));
     let has = |set: &str, inside: Subnet| {
         let element = Element::from([Part::Net(Subnet::host(underlay)), Part::Net(inside)]);
@@ -164,11 +168,11 @@ pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
         admit(table, inputs, family);
     }
     for family in inputs.own.families() {
-        let to_judge = Rule::new(encapsulated(inputs, family), Verdict::Jump("senders"), "encapsulated");
+        let to_judge = Rule::new(encapsulated(inputs, family), Verdict::Jump(SENDERS), "encapsulated");
         table.at("input", ChainKind::Filter, Place::Input, FILTER).push(to_judge);
-        judge(table.called("senders"), inputs, family);
+        judge(table.called(SENDERS), inputs, family);
     }
-    table.called("senders").push(Rule::drop([], "from no peer"));
+    table.called(SENDERS).push(Rule::drop([], "from no peer"));
 }
 
 /// The common case: one rule, and in it one look-up, for a packet of a peer's pod.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::change::{Found, FoundSet, FoundTable, change};
-use super::senders::{follow, has_notrack};
+use super::senders::{follow, has_notrack, may_send};
 use super::{Member, Pod, RuleInputs, RuleOptions, Ruleset, TableFamily, ruleset};
 use crate::model::{IfName, PerFamily, Subnet};
 use crate::network::NetworkConfig;
@@ -152,6 +152,12 @@ chain postrouting {
 }
 "#
     );
+    let table = |node: &Node| found(&node.rules()).remove(&TableFamily::Inet).expect("there");
+    let (peer, stranger) = (v("192.0.2.2"), v("192.0.2.3"));
+    assert_eq!(may_send(&table(&node), stranger, v("10.64.2.0/24")), None, "the sets are there, and nobody is judged");
+    node.options.check_senders = true;
+    let may = [peer, stranger].map(|node_ip| may_send(&table(&node), node_ip, v("10.64.2.0/24")));
+    assert_eq!(may, [Some(true), Some(false)]);
 }
 
 #[test]
