@@ -144,12 +144,9 @@ impl From<LeaseEntry> for StoredEntry {
 
 /// Made into JSON and written before the next is, for the same reason.
 fn one_by_one<S: Serializer>(leases: &LeaseSet, to: S) -> Result<S::Ok, S::Error> {
-    let raw = |record: &Record| {
-        String::from_utf8(record.encode()).ok().and_then(|json| RawValue::from_string(json).ok()).expect("just encoded")
-    };
     to.collect_seq(leases.iter().map(|lease| LeaseEntry {
         key: lease.key.to_string(),
-        record: raw(&lease.record),
+        record: serde_json::from_slice(&lease.record.encode()).expect("just encoded"),
         create_revision: lease.create_revision,
         mod_revision: lease.mod_revision,
     }))

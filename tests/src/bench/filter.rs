@@ -79,7 +79,7 @@ fn switch_filter(node: &Node, args: &[&str]) -> Result<()> {
         let before = usage::cpu(&process)?;
         sleep(WATCHED);
         let used = usage::cpu(&process)? - before;
-        ensure!(used < WATCHED / 50, "it still takes {used:?} in {WATCHED:?}");
+        ensure!(used < WATCHED / 20, "it still takes {used:?} in {WATCHED:?}");
         Ok(())
     })
 }
