@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,11 +15,10 @@ use fabric_core::rules::Ruleset;
 use fabric_core::rules::change::change;
 use fabric_core::state::KernelState;
 use futures::FutureExt as _;
-use nix::fcntl::{Flock, FlockArg};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::api::{Controls, Remote, Sources, Tls};
@@ -33,6 +31,7 @@ use crate::kernel::Kernel as _;
 use crate::kernel::netlink::{self, Netlink};
 use crate::lease::{Keeper, Tenant};
 use crate::leftovers::Leftovers;
+use crate::lock::{self, Holder, Lock};
 use crate::log_level::LogLevel;
 use crate::mesh::Mesh;
 use crate::pods::PodAddresses;
@@ -42,9 +41,6 @@ use crate::store::kubernetes::Kubernetes;
 use crate::store::{Claim, LeaseStore};
 use crate::{api, events, health, mesh, ports};
 
-/// How long a daemon that was killed may take until the kernel has closed its files.
-const WAY_OUT: Duration = Duration::from_secs(2);
-
 /// How long `--cleanup` waits for the store before it leaves the lease to end by itself.
 const GIVE_UP: Duration = Duration::from_secs(10);
 
@@ -53,7 +49,7 @@ const GIVE_UP: Duration = Duration::from_secs(10);
 /// # Errors
 /// What keeps it from starting at all. Whatever can pass by itself (no store, no interface yet) is waited for instead.
 pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
-    let _lock = lock(&config.run_dir).await?;
+    let _lock = Lock::take(&holder(&config, false)).await?;
     let disk = Disk::new(&config.state_dir, config.node());
     let before = disk.load(&Uptime::now().context("cannot read how long this machine is up")?);
     info!(node = %config.node(), version = env!("CARGO_PKG_VERSION"), store = ?config.store, "fabricd starts");
@@ -204,7 +200,7 @@ async fn api_for_others(config: &Config) -> anyhow::Result<Option<(TcpListener, 
 /// # Errors
 /// When the kernel refuses to let something go, or a file can't be removed. What could be removed is.
 pub async fn cleanup(config: Config) -> anyhow::Result<()> {
-    let _lock = lock(&config.run_dir).await?;
+    let _lock = Lock::take(&holder(&config, true)).await?;
     let mut kernel = open_kernel(&config)?;
     let leftovers = Leftovers::of_node(&config.run_dir, &config.cni_data_dir);
     // No pod may be added while the rest goes.
@@ -243,7 +239,7 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
         Ok(Err(error)) => warn!(%error, "lease not given back, it ends by itself"),
         Err(_) => warn!(store = ?config.store, "store not reached, the lease ends by itself"),
     }
-    for file in [&config.socket, &lock_file(&config.run_dir)] {
+    for file in [&config.socket, &lock::file(&config.run_dir)] {
         remove_if_there(file)?;
     }
     match refused.into_iter().next() {
@@ -279,32 +275,10 @@ fn open_kernel(config: &Config) -> anyhow::Result<Netlink> {
     Netlink::new(options).context("cannot talk to the kernel over netlink; does fabricd have CAP_NET_ADMIN?")
 }
 
-/// Makes sure that no other fabricd works on this node: two would undo each other's work.
-///
-/// One that was killed may still be on its way out.
-async fn lock(run_dir: &Path) -> anyhow::Result<Flock<fs::File>> {
-    let path = lock_file(run_dir);
-    let open = || {
-        fs::create_dir_all(run_dir)?;
-        fs::File::options().create(true).append(true).open(&path)
-    };
-    let mut file = open().with_context(|| format!("cannot open {}; is the folder writable?", path.display()))?;
-    let end = Instant::now() + WAY_OUT;
-    loop {
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Ok(lock),
-            Err((_, errno)) if Instant::now() > end => {
-                let told = format!("another fabricd holds {}; end it first", path.display());
-                return Err(anyhow::Error::from(errno).context(told));
-            }
-            Err((again, _)) => file = again,
-        }
-        sleep(Duration::from_millis(50)).await;
-    }
-}
-
-fn lock_file(run_dir: &Path) -> PathBuf {
-    run_dir.join("fabricd.lock")
+/// What is said to another daemon that would start beside this one.
+fn holder(config: &Config, cleanup: bool) -> Holder {
+    let Config { run_dir, socket, .. } = config.clone();
+    Holder { node: config.node().to_string(), run_dir, socket, cleanup }
 }
 
 fn instance() -> anyhow::Result<Instance> {

@@ -25,6 +25,7 @@ pub mod kept;
 pub mod kernel;
 pub mod lease;
 pub mod leftovers;
+pub mod lock;
 pub mod log_level;
 pub mod mesh;
 pub mod metrics;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use fabric_core::model::Family;
-use fabric_tests::lab::{Families, Lab, Node, wait_until};
+use fabric_tests::lab::{Families, Lab, Node, Stream, wait_until};
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -116,16 +116,95 @@ fn device_name_and_vni_taken_by_others_are_named_and_left_alone() -> Result<()> 
     Ok(())
 }
 
+/// A daemon with an etcd prefix, a network and folders of its own.
+const OF_ITS_OWN: [&str; 10] = [
+    "--etcd-prefix",
+    "/other",
+    "--node-name",
+    "other",
+    "--run-dir",
+    "/run/other",
+    "--state-dir",
+    "/var/lib/other",
+    "--health-addr",
+    "off",
+];
+
 #[test]
-fn a_second_daemon_on_the_node_is_refused() -> Result<()> {
+fn a_second_daemon_in_a_network_namespace_is_refused_and_told_of_the_first() -> Result<()> {
+    let lab = Lab::builder().nodes(2).start()?;
+    let node = lab.node("node-1")?.clone();
+    let (here, there) = (node.add_pod("a")?, lab.node("node-2")?.add_pod("b")?);
+    let stream = Stream::start(&here, &there)?;
+    let before = node.run(&["nft", "list", "ruleset"])?;
+    let pid = node.run(&["pidof", "fabricd"])?;
+    for args in [&[][..], &["--cleanup"], &OF_ITS_OWN, &[&OF_ITS_OWN[..], &["--cleanup"]].concat()] {
+        let second = node.exec(&[&["fabricd"], args].concat())?;
+        let told = format!(
+            "another fabricd runs in this network namespace: pid {}, node node-1, run folder /run/fabric",
+            pid.trim()
+        );
+        ensure!(!second.success() && second.stderr.contains(&told), "{args:?}: {second:?}");
+    }
+    ensure!(stream.stop()?.lost == 0);
+    ensure!(
+        node.run(&["nft", "list", "ruleset"])?.contains("table inet fabric") && before.contains("table inet fabric")
+    );
+    node.wait_ready()?;
+
+    // What the refusal says to run shows the other one, and ends it.
+    let told = node.exec(&["fabricd"])?.stderr;
+    let (_, look) = told.trim().split_once("See it with: ").context("no way to look")?;
+    let (look, end) = look.split_once("; end it with: ").context("no way to end it")?;
+    ensure!(node.run(&["sh", "-ec", look])?.contains("node-1"));
+    node.run(&["sh", "-ec", end])?;
+    wait_until("it has ended", SOON, || {
+        ensure!(node.service("fabricd").is_none());
+        Ok(())
+    })?;
+    node.start_fabricd()?;
+    node.wait_ready()?;
+
+    // One that is stopped is named all the same.
+    node.freeze_fabricd()?;
+    let refused = node.exec(&["fabricd"])?.stderr;
+    node.thaw_fabricd()?;
+    ensure!(refused.contains("which holds the socket @fabricd and doesn't answer"), "{refused}");
+    Ok(())
+}
+
+#[test]
+fn a_second_daemon_in_a_network_namespace_of_its_own_is_fine_but_not_with_the_same_folder() -> Result<()> {
     let lab = Lab::builder().nodes(1).start()?;
     let node = lab.node("node-1")?.clone();
-    let second = node.exec(&["fabricd"])?;
-    ensure!(
-        !second.success() && second.stderr.contains("another fabricd holds /run/fabric/fabricd.lock"),
-        "{second:?}"
-    );
+    node.run(&["ip", "netns", "add", "apart"])?;
+    let apart = ["ip", "netns", "exec", "apart", "fabricd"];
+    let same_folder = node.exec(&apart)?;
+    ensure!(!same_folder.success() && same_folder.stderr.contains("give each its own --run-dir"), "{same_folder:?}");
+    let socket = ["--socket", "/run/other/fabricd.sock"];
+    node.start_service("apart", &[&apart[..], &OF_ITS_OWN, &socket].concat(), &[])?;
+    wait_until("it answers", SOON, || {
+        let status = node.exec(&["fabricctl", "status", "-o", "json", "--socket", "/run/other/fabricd.sock"])?;
+        ensure!(status.stdout.contains("\"node\": \"other\""), "{status:?}\n{}", node.log_tail("apart"));
+        Ok(())
+    })?;
     node.wait_ready()
+}
+
+#[test]
+fn no_user_keeps_the_daemon_from_starting_by_taking_the_name_of_its_lock() -> Result<()> {
+    let (_lab, node) = lab()?;
+    let hog = r#"use Socket; socket(S, AF_UNIX, SOCK_STREAM, 0) or die; bind(S, pack_sockaddr_un("\0fabricd")) or die $!;
+        listen(S, 1) or die; sleep 600"#;
+    node.start_service("hog", &["setpriv", "--reuid=65534", "--clear-groups", "perl", "-e", hog], &[])?;
+    wait_until("the name is taken", SOON, || {
+        ensure!(node.run(&["ss", "-xl"])?.contains("@fabricd"), "{}", node.log_tail("hog"));
+        Ok(())
+    })?;
+    node.start_fabricd()?;
+    node.wait_ready()?;
+    ensure!(node.log("fabricd").contains("of user 65534"), "{}", node.log_tail("fabricd"));
+    Ok(())
 }
 
 #[test]
