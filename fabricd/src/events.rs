@@ -31,7 +31,7 @@ pub enum Kind {
     Lease,
     /// Another node.
     Peer,
-    /// The way to another node.
+    /// The path to another node.
     Mesh,
     /// Something to be looked at.
     Warning,

@@ -21,7 +21,7 @@ use fabricd::events::Kind;
 use fabricd::health;
 use fabricd::mesh::probe::Answer;
 use fabricd::mesh::verdict::Seen;
-use fabricd::mesh::{Mesh, Ours, Target, Way};
+use fabricd::mesh::{Mesh, Ours, Path, Target};
 use fabricd::view::{PeerTrouble, View};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -97,7 +97,7 @@ impl Open {
     }
 }
 
-/// All ways are fine, but large packets don't get to node-2.
+/// All paths are fine, but large packets don't get to node-2.
 fn mesh(others: &[u16]) -> Result<Mesh> {
     let view = view(others)?;
     let leases = view.leases.context("leases")?;
@@ -109,19 +109,19 @@ fn mesh(others: &[u16]) -> Result<Mesh> {
         vni: Vni::try_from(1)?,
         port: 8472,
     });
-    let way = |node: &u16| {
+    let path = |node: &u16| {
         let to = key(*node)?;
         let lease = leases.get(&to).context("a lease")?;
         let target = Target::new(lease, Family::V4, &ours).context("IPv4")?;
-        let mut way = Way::new(target, Instant::now());
+        let mut path = Path::new(target, Instant::now());
         let came = Answer::Daemon(Duration::from_micros(150));
         match node {
-            2 => way.probed(came, Answer::Nothing, Seen::SmallOnly { largest: 1250, full: 1450 }),
-            _ => way.probed(came, came, Seen::Both),
+            2 => path.probed(came, Answer::Nothing, Seen::SmallOnly { largest: 1250, full: 1450 }),
+            _ => path.probed(came, came, Seen::Both),
         }
-        Ok(((to, Family::V4), way))
+        Ok(((to, Family::V4), path))
     };
-    others.iter().map(way).collect()
+    others.iter().map(path).collect()
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::diagnosis::checks::Finding;
 use crate::diagnosis::explain::Hop;
 use crate::events::{Event, Kind, unix_millis};
 use crate::kernel::Count;
-use crate::mesh::{Cause, Mesh, Way};
+use crate::mesh::{Cause, Mesh, Path};
 use crate::reconcile::{Looked, Written};
 use crate::store::Connection;
 use crate::view::{PeerTrouble, View};
@@ -194,26 +194,27 @@ fn number(count: usize) -> u32 {
 #[must_use]
 pub fn mesh(mesh: &Mesh, now: Instant) -> v1::GetMeshResponse {
     let mut peers = vec![];
-    mesh.each(|way| peers.push(mesh_peer(way, now)));
+    mesh.each(|path| peers.push(mesh_peer(path, now)));
     let (round_seconds, packets_per_second) = mesh.cost();
     v1::GetMeshResponse { peers, round_seconds, packets_per_second, limits: mesh.limits() }
 }
 
-fn mesh_peer(way: &Way, now: Instant) -> v1::MeshPeer {
-    let last = way.answered.map(|at| now.saturating_duration_since(at).as_secs_f64());
-    let verdict = way.verdict();
+fn mesh_peer(path: &Path, now: Instant) -> v1::MeshPeer {
+    let ago = |at: Instant| now.saturating_duration_since(at).as_secs_f64();
+    let verdict = path.verdict();
     v1::MeshPeer {
-        node: way.target.name(),
-        address: way.target.overlay.to_string(),
+        node: path.target.name(),
+        address: path.target.overlay.to_string(),
         cause: cause(verdict.cause).into(),
         evidence: verdict.evidence,
         fix: verdict.fix,
-        rtt_ms: way.round_trip().map_or(0.0, |rtt| rtt.as_secs_f64() * 1e3),
-        loss: way.small.loss(),
-        loss_full: way.full.loss(),
-        path_mtu: way.path_mtu,
-        last_answer_seconds: last.unwrap_or(-1.0),
-        probes: way.probes,
+        rtt_ms: path.round_trip().map_or(0.0, |rtt| rtt.as_secs_f64() * 1e3),
+        loss: path.small.loss(),
+        loss_full: path.full.loss(),
+        path_mtu: path.path_mtu,
+        last_answer_seconds: path.answered.map_or(-1.0, ago),
+        probes: path.probes,
+        since_seconds: path.since.map_or(-1.0, ago),
     }
 }
 

@@ -237,7 +237,7 @@ fn mesh(scene: &Scene) -> Finding {
     });
     match first {
         None if probed == 0 => Finding::skipped("no peer has been probed yet"),
-        None => Finding::fine(format!("{probed} ways")),
+        None => Finding::fine(format!("{probed} paths")),
         Some((name, verdict)) => Finding::failed(
             format!("{bad} of {probed} are bad; {name}: {}: {}", verdict.cause.word(), verdict.evidence),
             verdict.fix,

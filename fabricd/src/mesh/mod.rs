@@ -11,16 +11,16 @@
 //! | [`echo`] | pings around parts of our own kernel, which tell whose entries are stale |
 //! | [`diagnose`] | the evidence, when a peer doesn't answer |
 //! | [`verdict`] | the cause, by the evidence: pure |
-//! | [`way`] | what is remembered of a peer |
+//! | [`path`] | what is remembered of a peer |
 //!
 //! Nothing here writes to the kernel or waits for the reconcile loop.
 
 pub mod diagnose;
 pub mod echo;
+pub mod path;
 pub mod probe;
 pub mod schedule;
 pub mod verdict;
-pub mod way;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -31,9 +31,9 @@ use fabric_core::leases::Lease;
 use fabric_core::model::{Family, MacAddr, Vni};
 use fabric_core::record::LeaseKey;
 
+pub use self::path::Path;
 pub use self::schedule::run;
 pub use self::verdict::Cause;
-pub use self::way::Way;
 
 /// UDP port of the probes, on every VTEP's address.
 pub const PORT: u16 = 9474;
@@ -47,7 +47,7 @@ pub const GAP: Duration = Duration::from_millis(200);
 /// A peer in one address family.
 pub type Key = (LeaseKey, Family);
 
-/// The way to be probed.
+/// The path to be probed.
 #[derive(Clone, Debug)]
 pub struct Target {
     /// The peer.
@@ -63,7 +63,7 @@ pub struct Target {
 }
 
 impl Target {
-    /// The way to a peer in one family; `None` if it isn't in that family.
+    /// The path to a peer in one family; `None` if it isn't in that family.
     #[must_use]
     pub fn new(lease: &Arc<Lease>, family: Family, ours: &Arc<Ours>) -> Option<Self> {
         let endpoint = *lease.record.endpoints().get(family)?;
@@ -100,20 +100,20 @@ pub struct Ours {
     pub port: u16,
 }
 
-/// What is known of all ways. Shared by who probes and who reads; nobody holds it for long.
+/// What is known of all paths. Shared by who probes and who reads; nobody holds it for long.
 #[derive(Debug, Default)]
 pub struct Mesh {
-    ways: Mutex<BTreeMap<Key, Way>>,
+    paths: Mutex<BTreeMap<Key, Path>>,
     limits: Mutex<String>,
 }
 
 impl Mesh {
-    /// Looks at every way in turn, without copying any.
-    pub fn each(&self, mut look: impl FnMut(&Way)) {
+    /// Looks at every path in turn, without copying any.
+    pub fn each(&self, mut look: impl FnMut(&Path)) {
         self.lock().values().for_each(&mut look);
     }
 
-    /// How many ways there are.
+    /// How many paths there are.
     #[must_use]
     pub fn len(&self) -> usize {
         self.lock().len()
@@ -144,14 +144,14 @@ impl Mesh {
         *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = why;
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Key, Way>> {
-        self.ways.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Key, Path>> {
+        self.paths.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl FromIterator<(Key, Way)> for Mesh {
-    fn from_iter<I: IntoIterator<Item = (Key, Way)>>(ways: I) -> Self {
-        Self { ways: Mutex::new(ways.into_iter().collect()), limits: Mutex::default() }
+impl FromIterator<(Key, Path)> for Mesh {
+    fn from_iter<I: IntoIterator<Item = (Key, Path)>>(paths: I) -> Self {
+        Self { paths: Mutex::new(paths.into_iter().collect()), limits: Mutex::default() }
     }
 }
 

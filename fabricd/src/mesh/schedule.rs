@@ -14,14 +14,14 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::diagnose::{Context, examine};
+use super::path::Path;
 use super::probe::Answer;
 use super::verdict::{Cause, Seen};
-use super::way::Way;
 use super::{GAP, Key, Mesh, Ours, ROUND, Target, probe, round};
 use crate::events::{Events, Kind};
 use crate::view::{PeerTrouble, View, VtepView};
 
-/// How long a change of the leases waits for others, since all ways are looked at then.
+/// How long a change of the leases waits for others, since all paths are looked at then.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Probes the peers until the reconcile loop ends.
@@ -70,10 +70,10 @@ pub async fn run(mesh: Arc<Mesh>, events: Arc<Events>, mut view: watch::Receiver
 
 /// What is to be probed now, unless it is probed already, or gone.
 fn begin(mesh: &Mesh, key: &Key, at: Instant) -> Option<Target> {
-    let mut ways = mesh.lock();
-    let way = ways.get_mut(key).filter(|way| way.due == Some(at))?;
-    way.due = None;
-    Some(way.target.clone())
+    let mut paths = mesh.lock();
+    let path = paths.get_mut(key).filter(|path| path.due == Some(at))?;
+    path.due = None;
+    Some(path.target.clone())
 }
 
 /// Takes a round over; gives when the next is due.
@@ -83,28 +83,28 @@ fn end(
     key: Key,
     (small, full, seen): (Answer, Answer, Seen),
 ) -> Option<Reverse<(Instant, Key)>> {
-    let mut ways = mesh.lock();
-    let round = round(ways.len());
-    let way = ways.get_mut(&key)?;
-    let before = way.cause();
-    way.probed(small, full, seen);
-    tell(events, way, before);
-    let at = Instant::now() + if way.cause().hurts() { ROUND } else { round };
-    way.due = Some(at);
+    let mut paths = mesh.lock();
+    let round = round(paths.len());
+    let path = paths.get_mut(&key)?;
+    let before = path.cause();
+    path.probed(small, full, seen);
+    tell(events, path, before);
+    let at = Instant::now() + if path.cause().hurts() { ROUND } else { round };
+    path.due = Some(at);
     Some(Reverse((at, key)))
 }
 
-fn tell(events: &Events, way: &Way, before: Cause) {
-    let now = way.cause();
+fn tell(events: &Events, path: &Path, before: Cause) {
+    let now = path.cause();
     if before == now || (before == Cause::Unknown && !now.hurts()) {
         return;
     }
     let said = match now {
         Cause::Fine if before == Cause::NoDaemon => "its fabricd answers".into(),
         Cause::Fine => "reached again".into(),
-        cause => format!("{}: {}", cause.word(), way.verdict().evidence),
+        cause => format!("{}: {}", cause.word(), path.verdict().evidence),
     };
-    events.tell(Kind::Mesh, way.target.name(), said, now.hurts());
+    events.tell(Kind::Mesh, path.target.name(), said, now.hurts());
 }
 
 /// Whether the peers, or our own end, may be others now.
@@ -116,15 +116,15 @@ fn concerns_us(before: &View, now: &View) -> bool {
     !same_leases || before.vteps != now.vteps || before.holding.own != now.holding.own
 }
 
-/// The ways to all peers that are programmed, in the order of their keys.
+/// The paths to all peers that are programmed, in the order of their keys.
 fn targets(view: &View) -> Vec<(Key, Target)> {
     let ours = ours(view);
     let refused = |lease: &Lease| matches!(view.troubles.get(&lease.key), Some(PeerTrouble::Refused(_)));
     let peers = view.peers().filter(|lease| !refused(lease));
-    let ways = peers.flat_map(|lease| {
+    let paths = peers.flat_map(|lease| {
         ours.iter().filter_map(|(family, ours)| Some(((lease.key, family), Target::new(lease, family, ours)?)))
     });
-    ways.collect()
+    paths.collect()
 }
 
 fn ours(view: &View) -> PerFamily<Arc<Ours>> {
@@ -139,23 +139,23 @@ fn ours(view: &View) -> PerFamily<Arc<Ours>> {
     view.vteps.iter().filter_map(end).collect()
 }
 
-/// Takes the ways over; gives when those that are new are due, spread over a round.
+/// Takes the paths over; gives when those that are new are due, spread over a round.
 fn take_over(mesh: &Mesh, targets: Vec<(Key, Target)>) -> Vec<Reverse<(Instant, Key)>> {
     let (now, mut fresh) = (Instant::now(), vec![]);
-    let mut ways = mesh.lock();
-    let mut before = std::mem::take(&mut *ways);
-    let ways_now = targets.into_iter().map(|(key, target)| match before.remove(&key) {
-        Some(mut way) => {
-            way.target = target;
-            (key, way)
+    let mut paths = mesh.lock();
+    let mut before = std::mem::take(&mut *paths);
+    let now_known = targets.into_iter().map(|(key, target)| match before.remove(&key) {
+        Some(mut path) => {
+            path.target = target;
+            (key, path)
         }
         None => {
             let at = now + GAP.saturating_mul(u32::try_from(fresh.len()).unwrap_or(u32::MAX));
             fresh.push(Reverse((at, key)));
-            (key, Way::new(target, at))
+            (key, Path::new(target, at))
         }
     });
-    *ways = ways_now.collect();
+    *paths = now_known.collect();
     fresh
 }
 

@@ -64,7 +64,7 @@ struct Filtered {
 
 impl Paths {
     pub(super) fn register(&self, all: &mut Registry) {
-        all.register("mesh_peers", "Ways to peers, by what is wrong with them", self.peers.clone());
+        all.register("mesh_peers", "Paths to peers, by verdict", self.peers.clone());
         let help = "Round trips to the peers through the tunnel: the median, the slowest tenth, the slowest";
         all.register_with_unit("mesh_rtt", help, Unit::Seconds, self.rtt.clone());
         let help = "Share of the last probes without an answer, over all peers";
@@ -92,23 +92,23 @@ impl Paths {
         self.peer_rtt.clear();
         self.peer_loss.clear();
         let each = mesh.len() <= EACH;
-        mesh.each(|way| {
-            by_cause.iter_mut().filter(|(cause, _)| *cause == way.cause()).for_each(|(_, ways)| *ways += 1);
-            trips.extend(way.round_trip());
-            (small, full) = (small + way.small.loss(), full + way.full.loss());
-            (probes, count) = (probes + way.probes, count + 1);
+        mesh.each(|path| {
+            by_cause.iter_mut().filter(|(cause, _)| *cause == path.cause()).for_each(|(_, paths)| *paths += 1);
+            trips.extend(path.round_trip());
+            (small, full) = (small + path.small.loss(), full + path.full.loss());
+            (probes, count) = (probes + path.probes, count + 1);
             if each {
-                let peer = Word(way.target.name());
-                if let Some(trip) = way.round_trip() {
+                let peer = Word(path.target.name());
+                if let Some(trip) = path.round_trip() {
                     self.peer_rtt.get_or_create(&ByPeer { peer: peer.clone() }).set(trip.as_secs_f64());
                 }
-                for (size, window) in [("small", way.small), ("full", way.full)] {
+                for (size, window) in [("small", path.small), ("full", path.full)] {
                     self.peer_loss.get_or_create(&ByPeerAndSize { peer: peer.clone(), size }).set(window.loss());
                 }
             }
         });
-        for (cause, ways) in by_cause {
-            self.peers.get_or_create(&ByCause { cause: cause.word() }).set(ways);
+        for (cause, paths) in by_cause {
+            self.peers.get_or_create(&ByCause { cause: cause.word() }).set(paths);
         }
         trips.sort();
         for (percentile, tenths) in [("50", 5), ("90", 9), ("100", 10)] {

@@ -87,15 +87,15 @@ impl Others {
 }
 
 fn heard(answer: v1::NodeAnswer) -> Heard {
-    let ways = match answer.answer {
+    let paths = match answer.answer {
         Some(Answer::Mesh(mesh)) => mesh.peers,
         _ => vec![],
     };
     let mut peers = BTreeMap::new();
-    for way in ways {
-        let letter = letter(&way);
+    for path in paths {
+        let letter = letter(&path);
         // A peer of both families is as well as the worse of them.
-        peers.entry(way.node).and_modify(|worst: &mut char| *worst = letter.max(*worst)).or_insert(letter);
+        peers.entry(path.node).and_modify(|worst: &mut char| *worst = letter.max(*worst)).or_insert(letter);
     }
     Heard { node: answer.node, error: answer.error, peers }
 }
@@ -113,11 +113,11 @@ fn table(nodes: &[&Heard]) -> Table {
 
 /// When all is well a digit for the round trip: up to 0.1 ms, up to twice that, and so on. Else what is wrong: a letter
 /// for its place in [`Cause::ALL`].
-fn letter(way: &v1::MeshPeer) -> char {
-    let (first, place) = if way.cause() == v1::MeshCause::Fine {
-        (b'0', (0..9_u8).find(|step| way.rtt_ms <= 0.1 * f64::from(1_u16 << step)).map_or(9, usize::from))
+fn letter(path: &v1::MeshPeer) -> char {
+    let (first, place) = if path.cause() == v1::MeshCause::Fine {
+        (b'0', (0..9_u8).find(|step| path.rtt_ms <= 0.1 * f64::from(1_u16 << step)).map_or(9, usize::from))
     } else {
-        (b'a', Cause::ALL.iter().position(|cause| convert::cause(*cause) == way.cause()).unwrap_or(0))
+        (b'a', Cause::ALL.iter().position(|cause| convert::cause(*cause) == path.cause()).unwrap_or(0))
     };
     char::from(first + u8::try_from(place).unwrap_or(0))
 }
@@ -128,19 +128,19 @@ mod tests {
 
     #[test]
     fn row_has_a_digit_for_each_round_trip_and_the_letter_of_what_is_wrong() {
-        let way = |node: &str, cause: v1::MeshCause, rtt_ms| v1::MeshPeer {
+        let path = |node: &str, cause: v1::MeshCause, rtt_ms| v1::MeshPeer {
             node: node.into(),
             cause: cause.into(),
             rtt_ms,
             ..v1::MeshPeer::default()
         };
         let peers = vec![
-            way("b", v1::MeshCause::Fine, 0.1),
-            way("c", v1::MeshCause::Fine, 0.3),
-            way("d", v1::MeshCause::Fine, 900.0),
+            path("b", v1::MeshCause::Fine, 0.1),
+            path("c", v1::MeshCause::Fine, 0.3),
+            path("d", v1::MeshCause::Fine, 900.0),
             // Well in one family, not in the other.
-            way("e", v1::MeshCause::PeerDown, 0.0),
-            way("e", v1::MeshCause::Fine, 0.1),
+            path("e", v1::MeshCause::PeerDown, 0.0),
+            path("e", v1::MeshCause::Fine, 0.1),
         ];
         let mesh = v1::GetMeshResponse { peers, ..v1::GetMeshResponse::default() };
         let answer = Some(Answer::Mesh(mesh));

@@ -103,18 +103,18 @@ fn page(sources: &Sources, others: &Arc<Others>, now: Instant) -> Page {
     }
 }
 
-fn troubles(peers: &[v1::Peer], ways: &[v1::MeshPeer]) -> Vec<Trouble> {
+fn troubles(peers: &[v1::Peer], paths: &[v1::MeshPeer]) -> Vec<Trouble> {
     let refused = peers.iter().filter(|peer| peer.state() != v1::PeerState::Programmed).map(|peer| Trouble {
         peer: if peer.node.is_empty() { peer.subnets.join(" ") } else { peer.node.clone() },
         what: peer.state().word(),
         evidence: peer.reason.clone(),
         fix: "fabricctl peers".into(),
     });
-    let bad = ways.iter().filter(|way| !way.fix.is_empty()).map(|way| Trouble {
-        peer: way.node.clone(),
-        what: way.cause().word(),
-        evidence: way.evidence.clone(),
-        fix: way.fix.clone(),
+    let bad = paths.iter().filter(|path| !path.fix.is_empty()).map(|path| Trouble {
+        peer: path.node.clone(),
+        what: path.cause().word(),
+        evidence: path.evidence.clone(),
+        fix: path.fix.clone(),
     });
     refused.chain(bad).take(MOST).collect()
 }

@@ -26,7 +26,7 @@ pub fn tone(cause: MeshCause) -> Tone {
     }
 }
 
-/// The ways as a table.
+/// The paths as a table.
 pub fn table(screen: &Screen, peers: &[MeshPeer]) -> String {
     let header = ["PEER", "ADDRESS", "VERDICT", "RTT", "LOSS", "LOSS FULL", "MTU", "LAST ANSWER"];
     let rows: Vec<[Cell; 8]> = peers.iter().map(row).collect();

@@ -1,4 +1,4 @@
-//! [`Way`]: what is remembered of the way to one peer.
+//! [`Path`]: what is remembered of the path to one peer.
 
 use std::time::Duration;
 
@@ -8,9 +8,9 @@ use super::Target;
 use super::probe::Answer;
 use super::verdict::{Cause, Seen, Verdict, verdict};
 
-/// The way to one peer in one family. There are thousands: what can be worked out is not kept.
+/// The path to one peer in one family. There are thousands: what can be worked out is not kept.
 #[derive(Clone, Debug)]
-pub struct Way {
+pub struct Path {
     /// Where it leads.
     pub target: Target,
     /// What the last round showed; `None` until there was one.
@@ -21,6 +21,8 @@ pub struct Way {
     pub full: Window,
     /// The largest packet that was answered in the last round, in bytes; 0 until one was.
     pub path_mtu: u32,
+    /// When its verdict began to be what it is; `None` until there is one.
+    pub since: Option<Instant>,
     /// When anything was answered last.
     pub answered: Option<Instant>,
     /// How many probes were sent.
@@ -30,7 +32,7 @@ pub struct Way {
     round_trips: RoundTrips,
 }
 
-impl Way {
+impl Path {
     /// One that is to be probed then for the first time.
     #[must_use]
     pub fn new(target: Target, due: Instant) -> Self {
@@ -40,6 +42,7 @@ impl Way {
             small: Window::default(),
             full: Window::default(),
             path_mtu: 0,
+            since: None,
             answered: None,
             probes: 0,
             due: Some(due),
@@ -82,7 +85,11 @@ impl Way {
         if !matches!(seen, Seen::Nothing(_)) {
             self.answered = Some(Instant::now());
         }
+        let before = self.cause();
         self.seen = Some(seen);
+        if self.cause() != before {
+            self.since = Some(Instant::now());
+        }
     }
 }
 
