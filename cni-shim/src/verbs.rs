@@ -194,10 +194,11 @@ fn attached_by(result: &Value, config: &Map<String, Value>) -> Attached {
     let list = |key: &str| result[key].as_array().into_iter().flatten();
     let (in_the_pod, on_the_host): (Vec<&Value>, Vec<&Value>) =
         list("interfaces").partition(|i| i["sandbox"].as_str().is_some_and(|sandbox| !sandbox.is_empty()));
-    let cables = on_the_host.into_iter().filter(|i| Some(&i["name"]) != config.get("bridge"));
+    let cables = on_the_host.iter().filter(|i| Some(&i["name"]) != config.get("bridge"));
     let prefixes = list("ips").filter_map(|ip| ip["address"].as_str()?.parse::<IpNetwork>().ok());
     Attached {
         ports: cables.filter_map(|i| i["name"].as_str()).map(str::to_owned).collect(),
+        bridge: bridge_of(config).filter(|bridge| on_the_host.iter().any(|i| i["name"] == bridge.as_str())),
         mac: in_the_pod.first().and_then(|i| i["mac"].as_str()?.parse().ok()),
         ips: prefixes.map(|prefix| prefix.ip()).collect(),
     }

@@ -12,6 +12,7 @@ use clap::{Arg, ArgAction, Args, CommandFactory, FromArgMatches, Parser, ValueEn
 use fabric_core::model::{Family, NodeName, PerFamily};
 use regex::Regex;
 
+use crate::ipam::CniDirs;
 use crate::rule_args::RuleArgs;
 use crate::store::etcd::{Options, Tls, User};
 use crate::store::kubernetes;
@@ -305,6 +306,12 @@ pub enum ConfigError {
 }
 
 impl Config {
+    /// Where the CNI plugins keep what they know of this node's pods.
+    #[must_use]
+    pub fn cni_dirs(&self) -> CniDirs {
+        CniDirs { addresses: self.cni_data_dir.clone(), attachments: self.cni_state_dir.clone() }
+    }
+
     /// Reads flags, environment and file.
     ///
     /// # Errors

@@ -27,6 +27,7 @@ use crate::diagnosis::{Inspector, Places, Probe};
 use crate::disk::{self, Disk, Uptime};
 use crate::events::Events;
 use crate::files::{Files, remove_if_there};
+use crate::ipam::NodePods;
 use crate::kernel::Kernel as _;
 use crate::kernel::netlink::{self, Netlink};
 use crate::lease::{Keeper, Tenant};
@@ -34,7 +35,6 @@ use crate::leftovers::Leftovers;
 use crate::lock::{self, Holder, Lock};
 use crate::log_level::LogLevel;
 use crate::mesh::Mesh;
-use crate::pods::PodAddresses;
 use crate::reconcile::{Node, Reconciler};
 use crate::store::etcd::Etcd;
 use crate::store::kubernetes::Kubernetes;
@@ -83,7 +83,7 @@ async fn serve(
         instance: instance()?,
         ttl: config.lease_ttl,
         grace: config.lease_grace,
-        pods: PodAddresses::new(&config.cni_data_dir),
+        pods: NodePods::new(config.cni_dirs()),
     };
     let keeper = Keeper::new(store.clone(), tenant, before.lease.clone());
     let node = Node {

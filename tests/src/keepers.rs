@@ -9,8 +9,9 @@ use std::time::Duration;
 use fabric_core::holding::Instance;
 use fabric_core::model::{NodeName, PerFamily};
 use fabric_core::network::NetworkConfig;
+use fabricd::ipam::{CniDirs, NodePods};
+use fabricd::kernel::links::HostLinks;
 use fabricd::lease::{Holding, Keeper, Tenant, Wanted};
-use fabricd::pods::PodAddresses;
 use fabricd::store::etcd::{Etcd, Options};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -49,7 +50,7 @@ impl Keepers {
             instance: Instance { boot: format!("boot-{n}"), netns: 1 },
             ttl: self.ttl,
             grace: Duration::from_secs(86_400),
-            pods: PodAddresses::new(Path::new("/nonexistent")),
+            pods: pods_in(Path::new("/nonexistent")),
         };
         let keeper = Keeper::new(Arc::new(Etcd::start(self.etcd.clone())), tenant, None);
         let ip = Ipv4Addr::from_bits(Ipv4Addr::new(198, 18, 0, 0).to_bits() + n);
@@ -80,4 +81,14 @@ impl OneKeeper {
             Some((_, why)) => Err(why.clone()),
         }
     }
+}
+
+/// Pods with the addresses in this folder of host-local's, attached to a port of `cni0` that no attachment names.
+#[must_use]
+pub fn pods_in(addresses: &Path) -> NodePods {
+    let links = || {
+        let (bridge, port) = ("cni0".parse().expect("a name"), "veth1".parse().expect("a name"));
+        Ok(HostLinks { ports: [(bridge, [port].into())].into(), ..HostLinks::default() })
+    };
+    NodePods::with_links(CniDirs { addresses: addresses.into(), attachments: "/nonexistent".into() }, links)
 }

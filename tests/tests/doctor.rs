@@ -252,7 +252,38 @@ const BROKEN: &[(&str, Breakage, Outcome, &str)] = &[
             Ok(())
         },
         Outcome::Warning,
-        "1 of 1 addresses",
+        "0 attached pods, 0 addresses; 1 leaked, such as",
+    ),
+    (
+        "addresses",
+        |n| {
+            let pod = "{}\n{\"ports\":[\"veth1\"],\"ips\":[\"127.1.1.2\"]}\n";
+            n.has("var/lib/cni/fabric/fabric/c1@eth0.json", pod)?;
+            n.has("var/lib/cni/fabric/net2/c2@eth0.json", pod)
+        },
+        Outcome::Failed,
+        "127.1.1.2 is the address of eth0 of container c1 (fabric) and of eth0 of container c2 (net2)",
+    ),
+    (
+        "addresses",
+        |n| {
+            let told = r#"{"config":{"ipam":{"ranges":[[{"subnet":"127.1.1.0/24"}]]}}}"#;
+            let pod = format!("{told}\n{{\"ports\":[\"veth1\"],\"ips\":[\"127.1.1.3\"]}}\n");
+            n.has("var/lib/cni/fabric/fabric/c1@eth0.json", &pod)
+        },
+        Outcome::Failed,
+        "127.1.1.3 of eth0 of container c1 (fabric) is free by",
+    ),
+    (
+        "addresses",
+        |n| {
+            let mut other = n.observed.host.links[1].clone();
+            other.name = "br-other".parse()?;
+            n.observed.host.links.push(other);
+            n.has("var/lib/cni/networks/other/127.1.1.9", "c9\r\neth0")
+        },
+        Outcome::Warning,
+        "127.1.1.9 of this node's subnet is taken by another plugin's network other",
     ),
     (
         "foreign-vxlan",

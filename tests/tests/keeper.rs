@@ -11,9 +11,9 @@ use fabric_core::holding::Instance;
 use fabric_core::model::PerFamily;
 use fabric_core::network::NetworkConfig;
 use fabric_tests::conformance::store::flannel_value;
+use fabric_tests::keepers::pods_in;
 use fabric_tests::memory_store::{MemoryCluster, MemoryStore};
 use fabricd::lease::{Holding, Keeper, Own, Remembered, Tenant, Wanted};
-use fabricd::pods::PodAddresses;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
@@ -49,7 +49,7 @@ impl Node {
             instance: Instance { boot: "boot".into(), netns },
             ttl: TTL,
             grace: TTL,
-            pods: PodAddresses::new(Path::new("/nonexistent")),
+            pods: pods_in(Path::new("/nonexistent")),
         };
         let keeper = Keeper::new(store.clone(), tenant, remembered);
         let (holding, (wanted, wants)) = (keeper.holding(), watch::channel(Some(wanted(public_ip))));

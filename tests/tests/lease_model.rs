@@ -16,9 +16,9 @@ use fabric_core::holding::Instance;
 use fabric_core::model::{NodeName, PerFamily, stable_hash};
 use fabric_core::network::NetworkConfig;
 use fabric_tests::conformance::store::flannel_value;
+use fabric_tests::keepers::pods_in;
 use fabric_tests::memory_store::{MemoryCluster, MemoryStore, Snapshot};
 use fabricd::lease::{Command, Holding, Keeper, Own, Remembered, Tenant, Wanted};
-use fabricd::pods::PodAddresses;
 use futures::task::AtomicWaker;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -117,7 +117,7 @@ impl Node {
             instance: Instance { boot: format!("boot-{number}"), netns: 7 },
             ttl: TTL,
             grace: GRACE,
-            pods: PodAddresses::new(&pods),
+            pods: pods_in(&pods),
         };
         let keeper = Keeper::new(store.clone(), tenant, remembered);
         let (holding, commands, pause) = (keeper.holding(), keeper.commands(), Arc::new(Pause::default()));

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{MacAddr, NodeName, PerFamily, Subnet};
+use crate::model::{IfName, MacAddr, NodeName, PerFamily, Subnet};
 
 /// Version of `node.json` that this code writes.
 pub const NODE_FILE_VERSION: u32 = 1;
@@ -153,8 +153,11 @@ pub const ATTACHMENTS_DIR: &str = "/var/lib/cni/fabric";
 /// How a pod was attached: the second line of its attachment's file, once that has succeeded.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attached {
-    /// The host's ends of its cables.
+    /// The host's ends of its veths.
     pub ports: Vec<String>,
+    /// The bridge that these are ports of, if they are; unknown in files of earlier releases.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bridge: Option<IfName>,
     /// MAC address of its own end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<MacAddr>,
@@ -185,6 +188,7 @@ mod tests {
     fn attachment_is_read_from_the_second_line_of_a_file_of_any_release() {
         let attached = Attached {
             ports: vec!["veth1".into()],
+            bridge: Some("cni0".parse().expect("valid")),
             mac: Some("02:42:c0:00:02:01".parse().expect("valid")),
             ips: vec!["10.244.3.7".parse().expect("valid"), "fd00::7".parse().expect("valid")],
         };

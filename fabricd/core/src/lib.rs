@@ -10,6 +10,7 @@
 //! ```
 
 pub mod alloc;
+pub mod attachments;
 pub mod device;
 pub mod diff;
 pub mod follow;

@@ -1,15 +1,15 @@
 //! The checks of `fabricctl doctor` that need no more than what the daemon knows. Those that look at the host's files are
 //! in [`super::host_checks`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use fabric_core::handoff::{NotReady, Readiness};
-use fabric_core::model::Family;
+use fabric_core::model::{Family, Subnet};
 use tokio::time::{Instant, timeout};
 
-use super::host_checks as host;
 use super::{Inspector, Outcome, Scene};
+use super::{addresses, host_checks as host};
 use crate::kernel;
 use crate::mesh::Cause;
 use crate::store::Connection;
@@ -74,7 +74,7 @@ pub const ALL: [Check; 28] = [
     ("udev", "udev leaves the MAC address alone", host::udev),
     ("bridge", "the bridge has this node's subnet", bridge),
     ("bridge-mtu", "pods send no larger packets than the tunnel takes", bridge_mtu),
-    ("addresses", "no address is kept without a pod", host::leaked_addresses),
+    ("addresses", "the pods' addresses", addresses::check),
     ("foreign-vxlan", "no other overlay is left over", foreign_vxlan),
     ("overlap", "the network overlaps no other route", overlap),
     ("clock", "the clock is right", host::clock),
@@ -278,34 +278,37 @@ fn filter_drops(_: &Scene) -> Finding {
 
 fn bridge(scene: &Scene) -> Finding {
     let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
-    let Some(link) = observed.host.links.iter().find(|link| link.name.as_str() == "cni0") else {
-        return Finding::skipped("there is no cni0: no pod has been added yet");
-    };
+    let bridges = scene.pod_bridges();
+    let there: Vec<_> = observed.host.links.iter().filter(|link| bridges.contains(&link.name)).collect();
+    if there.is_empty() {
+        let names = bridges.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+        return Finding::skipped(format!("there is no {names}: no pod has been added yet"));
+    }
     let Some(own) = &scene.view.holding.own else { return Finding::skipped("no lease is held") };
-    let lacks = own.key.subnets().values().find(|subnet| !link.addresses.iter().any(|(_, prefix)| prefix == *subnet));
+    let lacks = there.iter().find_map(|link| {
+        let has = |subnet: &&Subnet| link.addresses.iter().any(|(_, prefix)| prefix == *subnet);
+        own.key.subnets().values().find(|subnet| !has(subnet)).map(|subnet| (link.name, *subnet))
+    });
     match lacks {
         None => Finding::fine(own.key.to_string()),
-        Some(subnet) => Finding::failed(
-            format!("cni0 has no address of {subnet}"),
-            "it is of an earlier subnet: remove this node's pods, then ip link del cni0",
+        Some((name, subnet)) => Finding::failed(
+            format!("{name} has no address of {subnet}"),
+            format!("it is of an earlier subnet: remove this node's pods, then ip link del {name}"),
         ),
     }
 }
 
 fn bridge_mtu(scene: &Scene) -> Finding {
     let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
-    let ports = observed.bridges.get(&"cni0".parse().expect("a valid name"));
+    let bridges = scene.pod_bridges();
+    let ports: BTreeSet<_> = bridges.iter().filter_map(|name| observed.bridges.get(name)).flatten().collect();
     let mtu = scene.view.mtu;
-    let large = observed
-        .host
-        .links
-        .iter()
-        .find(|link| ports.is_some_and(|ports| ports.contains(&link.name)) && link.mtu > mtu && mtu > 0);
+    let large = observed.host.links.iter().find(|link| ports.contains(&link.name) && link.mtu > mtu && mtu > 0);
     match large {
         None => Finding::fine(format!("at most {mtu} bytes")),
         Some(link) => Finding::failed(
             format!("{} takes {} bytes, the tunnel {mtu}", link.name, link.mtu),
-            "that pod was added before the MTU became smaller: make it anew",
+            "that pod was added before the MTU became smaller: recreate it",
         ),
     }
 }
@@ -328,10 +331,10 @@ fn overlap(scene: &Scene) -> Finding {
     let Some((observed, network)) = scene.looked.observed.as_ref().zip(scene.view.network) else {
         return Finding::skipped("the network is not known yet");
     };
-    let inside = |prefix: &fabric_core::model::Subnet| {
-        network.spaces.get(prefix.family()).is_some_and(|space| space.network.covers(*prefix))
-    };
-    let ours = |line: &str| line.contains("dev cni0");
+    let inside =
+        |prefix: &Subnet| network.spaces.get(prefix.family()).is_some_and(|space| space.network.covers(*prefix));
+    let bridges = scene.pod_bridges();
+    let ours = |line: &str| bridges.iter().any(|name| line.contains(&format!("dev {name}")));
     match observed.foreign.routes.iter().find(|(prefix, line)| inside(prefix) && !ours(line)) {
         None => Finding::fine("no foreign route leads into it"),
         Some((_, line)) => Finding::warning(format!("{line} leads into the network"), format!("ip route del {line}")),

@@ -15,14 +15,10 @@ use fabric_core::rules::TableFamily;
 use fabric_core::rules::senders;
 use fabric_core::state::{KernelState, Via, VxlanLink};
 
-use super::pod_places;
 use super::{Outcome, Scene};
 use crate::kernel;
 use crate::mesh::Cause;
 use crate::view::PeerTrouble;
-
-/// The bridge of the pods.
-const BRIDGE: &str = "cni0";
 
 /// One thing that decides on a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,62 +94,68 @@ pub fn explain(scene: &Scene, question: &Question) -> Vec<Hop> {
     hops
 }
 
-/// The cable of a pod of this node.
+/// The bridge and the veth of a pod of this node.
 fn pod(scene: &Scene, ip: IpAddr) -> Vec<Hop> {
     let Some(observed) = &scene.looked.observed else {
         return vec![Hop::unknown("bridge", "the kernel can't be read")];
     };
+    let addresses = match scene.addresses() {
+        Ok(addresses) => addresses,
+        Err(why) => return vec![Hop::unknown("veth", why)],
+    };
+    let pod = addresses.pod_with(ip);
+    let Some(name) = pod.map_or_else(|| addresses.bridges.first().copied(), |pod| pod.saved.bridge) else {
+        return vec![Hop::unknown("bridge", format!("the pod with {ip} is attached to no bridge"))];
+    };
     let own = scene.view.holding.own.as_ref().and_then(|own| own.key.subnets().get(Family::of(ip)).copied());
-    let bridge = observed.host.links.iter().find(|link| link.name.as_str() == BRIDGE);
+    let bridge = observed.host.links.iter().find(|link| link.name == name);
     let mut hops = vec![match (bridge, own) {
         (None, _) => Hop::failed(
             "bridge",
-            format!("there is no {BRIDGE}"),
+            format!("there is no {name}"),
             "the CNI plugin makes it with the first pod: is there one?",
         ),
         (Some(link), _) if !link.up => {
-            Hop::failed("bridge", format!("{BRIDGE} is down"), format!("ip link set {BRIDGE} up"))
+            Hop::failed("bridge", format!("{name} is down"), format!("ip link set {name} up"))
         }
         (Some(link), Some(own)) if !link.addresses.iter().any(|(_, prefix)| *prefix == own) => Hop::failed(
             "bridge",
-            format!("{BRIDGE} has {}", list(link.addresses.iter().map(|(_, prefix)| prefix.to_string()))),
-            format!("an address of {own}: remove this node's pods, then ip link del {BRIDGE}"),
+            format!("{name} has {}", list(link.addresses.iter().map(|(_, prefix)| prefix.to_string()))),
+            format!("an address of {own}: remove this node's pods, then ip link del {name}"),
         ),
         (Some(link), _) => {
-            Hop::fine("bridge", format!("{BRIDGE} up, {}", list(link.addresses.iter().map(|(ip, _)| ip.to_string()))))
+            Hop::fine("bridge", format!("{name} up, {}", list(link.addresses.iter().map(|(ip, _)| ip.to_string()))))
         }
     }];
-    let places = pod_places::all(&scene.places.addresses, &scene.places.attachments);
-    let place = places.map(|places| places.into_iter().find(|place| place.ip == ip));
-    hops.push(match place {
-        Err(error) => Hop::unknown("veth", format!("the CNI plugins' files can't be read: {error}")),
-        Ok(None) => Hop::failed(
+    let taken = addresses.attached.iter().chain(&addresses.leaked).find(|entry| entry.ip == ip);
+    hops.push(match (pod, taken) {
+        (Some(pod), _) => {
+            let ports = pod.saved.attached.as_ref().map_or(&[] as &[String], |attached| &attached.ports);
+            let there = observed.bridges.get(&name);
+            let attached = |port: &String| there.is_some_and(|all| all.iter().any(|name| name.as_str() == port));
+            let (ports, container) = (ports.join(" "), &pod.owner.container);
+            if ports.split(' ').map(str::to_owned).any(|port| attached(&port)) {
+                Hop::fine("veth", format!("{ports} on {name}, of container {container}"))
+            } else {
+                Hop::failed(
+                    "veth",
+                    format!("container {container} should be at {ports}, which is not on {name}"),
+                    "recreate the pod",
+                )
+            }
+        }
+        (None, Some(entry)) => {
+            let container = entry.owner.as_ref().map_or("no container", |owner| &owner.container);
+            Hop::unknown(
+                "veth",
+                format!("by {} {container} has {ip}; no attachment is saved for it", entry.file.display()),
+            )
+        }
+        (None, None) => Hop::failed(
             "veth",
             format!("no pod of this node has {ip}"),
             "is the pod still there? kubectl get pod -o wide",
         ),
-        Ok(Some(place)) => match place.ports {
-            None => {
-                Hop::unknown("veth", format!("container {} has {ip}; which port is its is not saved", place.container))
-            }
-            Some(ports) => {
-                let there = observed.bridges.get(&BRIDGE.parse::<IfName>().expect("a valid name"));
-                let plugged = |port: &String| there.is_some_and(|all| all.iter().any(|name| name.as_str() == port));
-                if ports.iter().any(plugged) {
-                    Hop::fine("veth", format!("{} on {BRIDGE}, of container {}", ports.join(" "), place.container))
-                } else {
-                    Hop::failed(
-                        "veth",
-                        format!(
-                            "container {} should be at {}, which is not on {BRIDGE}",
-                            place.container,
-                            ports.join(" ")
-                        ),
-                        "make the pod anew",
-                    )
-                }
-            }
-        },
     });
     hops
 }

@@ -2,13 +2,12 @@
 //! them, and the daemon's container sees only those that are mounted.
 
 use std::fs;
-use std::net::IpAddr;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::Scene;
 use super::certificates::not_after;
 use super::checks::Finding;
-use super::{Scene, pod_places};
 
 /// A certificate should last longer than that, in seconds: 14 days.
 const SOON: i64 = 14 * 24 * 3600;
@@ -86,7 +85,7 @@ pub(super) fn rp_filter(scene: &Scene) -> Finding {
     let of = |dev: &str| number(scene, &format!("proc/sys/net/ipv4/conf/{dev}/rp_filter")).unwrap_or(0);
     let devices = scene.view.vteps.iter().flat_map(|end| [end.device.to_string(), end.underlay.to_string()]);
     let direct = scene.view.network.is_some_and(|network| network.vxlan.direct_routing);
-    match devices.chain(["cni0".to_owned()]).find(|dev| of(dev).max(of("all")) == 1) {
+    match devices.chain(scene.pod_bridges().iter().map(ToString::to_string)).find(|dev| of(dev).max(of("all")) == 1) {
         Some(dev) if direct => Finding::warning(
             format!("{dev} filters strictly, and with direct routing answers may go another way"),
             format!("sysctl -w net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.{dev}.rp_filter=2"),
@@ -190,27 +189,6 @@ pub(super) fn udev(scene: &Scene) -> Finding {
         Some(entry) => Finding::failed(
             format!("{} gives them addresses", entry.path().display()),
             "MACAddressPolicy=none for Name=fabric*",
-        ),
-    }
-}
-
-pub(super) fn leaked_addresses(scene: &Scene) -> Finding {
-    let places = match pod_places::all(&scene.places.addresses, &scene.places.attachments) {
-        Ok(places) => places,
-        Err(error) => return Finding::skipped(format!("the CNI plugins' files can't be read: {error}")),
-    };
-    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
-    let there = |name: &String| observed.host.links.iter().any(|link| link.name.as_str() == name);
-    let leaked: Vec<IpAddr> = places
-        .iter()
-        .filter(|place| place.ports.as_ref().is_some_and(|ports| !ports.iter().any(there)))
-        .map(|place| place.ip)
-        .collect();
-    match leaked.first() {
-        None => Finding::fine(format!("{} pods", places.len())),
-        Some(first) => Finding::warning(
-            format!("{} of {} addresses belong to pods that are gone, such as {first}", leaked.len(), places.len()),
-            "fabric-cni frees them when the runtime calls GC, or when addresses run out; by hand: delete their files",
         ),
     }
 }

@@ -1,18 +1,22 @@
 //! Questions about what is wrong on this node: the checks of `fabricctl doctor`, and the way of a packet that `fabricctl
 //! explain` shows. Both look at a [`Scene`], and change nothing.
 
+pub mod addresses;
 pub mod certificates;
 pub mod checks;
 pub mod explain;
 pub mod host_checks;
-pub mod pod_places;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use fabric_core::model::{IfName, Subnet};
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::ipam::{self, Addresses, CniDirs};
+use crate::kernel::links::HostLinks;
 use crate::mesh::Mesh;
 use crate::reconcile::{self, Looked};
 use crate::store::StoreError;
@@ -69,6 +73,27 @@ pub struct Scene {
     pub mesh: Arc<Mesh>,
     /// Files of the node.
     pub places: Places,
+}
+
+impl Scene {
+    /// Which addresses are taken, and by whom. Reads the CNI plugins' files.
+    ///
+    /// # Errors
+    /// In words, when they can't be read.
+    pub fn addresses(&self) -> Result<Addresses, String> {
+        let observed = self.looked.observed.as_ref().ok_or("the kernel can't be read")?;
+        let own = self.view.holding.own.as_ref().map(|own| own.key.subnets());
+        let own: Vec<Subnet> = own.iter().flat_map(|subnets| subnets.values()).copied().collect();
+        let dirs = CniDirs { addresses: self.places.addresses.clone(), attachments: self.places.attachments.clone() };
+        let found = Addresses::read(&dirs, &HostLinks::from(&**observed), &own);
+        found.map_err(|error| format!("the CNI plugins' files can't be read: {error}"))
+    }
+
+    /// The bridges that this node's pods are attached to: `cni0`, unless their attachments say otherwise.
+    #[must_use]
+    pub fn pod_bridges(&self) -> BTreeSet<IfName> {
+        ipam::bridges_of(ipam::attachments(&self.places.attachments).unwrap_or_default().values())
+    }
 }
 
 impl std::fmt::Debug for Inspector {

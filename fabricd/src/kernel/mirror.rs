@@ -262,7 +262,7 @@ fn take_over<K: Ord, V: PartialEq>(known: &mut BTreeMap<K, V>, read: Vec<(K, V)>
 }
 
 /// The ports of every bridge.
-fn bridges(links: &Links) -> BTreeMap<IfName, BTreeSet<IfName>> {
+pub(super) fn bridges(links: &Links) -> BTreeMap<IfName, BTreeSet<IfName>> {
     let mut bridges: BTreeMap<IfName, BTreeSet<IfName>> = BTreeMap::new();
     for port in links.values() {
         if let Some(bridge) = port.controller.and_then(|index| links.get(&index)) {
@@ -286,7 +286,7 @@ fn addresses_of(devices: &[&Link], addresses: &[Address]) -> BTreeSet<(IfName, S
     addresses.iter().filter_map(ours).collect()
 }
 
-fn host_link(link: &Link, addresses: &[Address]) -> HostLink {
+pub(super) fn host_link(link: &Link, addresses: &[Address]) -> HostLink {
     let addresses = addresses.iter().filter(|address| address.index == link.index && address.lasting);
     HostLink {
         index: link.index,

@@ -20,6 +20,7 @@ mod bridge_nf;
 mod encode;
 mod forward;
 mod iptables_legacy;
+pub mod links;
 mod mirror;
 mod monitor;
 pub mod netlink;

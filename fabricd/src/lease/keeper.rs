@@ -160,7 +160,7 @@ impl<S: LeaseStore> Keeper<S> {
             }),
             previous: self.previous.as_ref(),
             twin: self.twin.as_ref(),
-            occupied: self.grant.is_none() && self.previous.is_some_and(|had| pods.in_subnets(&had.key) > 0),
+            occupied: self.grant.is_none() && self.previous.is_some_and(|had| pods.in_subnets(&had.key).0 > 0),
             leave: self.leave,
             settling: self.settles_until().is_some(),
             resting: &self.resting,
@@ -287,9 +287,11 @@ impl<S: LeaseStore> Keeper<S> {
                  other podCIDRs"
             )),
             Some(key) => match self.tenant.pods.in_subnets(&key) {
-                pods @ 1.. if !force => Err(format!(
-                    "{pods} pods of this node have addresses in {key}, and would be cut off; \
-                     move them away first, or insist with: fabricctl lease renumber --force"
+                (pods @ 1.., leaked) if !force => Err(format!(
+                    "{pods} attached {} in {key} and would be cut off{}; \
+                     move them away first, or insist with: fabricctl lease renumber --force",
+                    if pods == 1 { "pod of this node has an address" } else { "pods of this node have addresses" },
+                    if leaked == 0 { String::new() } else { format!(" ({leaked} more addresses there are leaked)") },
                 )),
                 _ => Ok(key),
             },

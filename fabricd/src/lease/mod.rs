@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 pub use self::keeper::{Keeper, SETTLING};
-use crate::pods::PodAddresses;
+use crate::ipam::NodePods;
 
 /// What the reconcile loop wants the lease to say.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,8 +85,8 @@ pub struct Tenant {
     pub ttl: Duration,
     /// How long a subnet rests before another node gets it.
     pub grace: Duration,
-    /// The addresses that pods of this node have.
-    pub pods: PodAddresses,
+    /// The pods of this node, and their addresses.
+    pub pods: NodePods,
 }
 
 /// What a person tells the keeper.

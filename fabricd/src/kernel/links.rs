@@ -1,0 +1,52 @@
+//! The host's links as far as they tell of pods: which there are, which are ports of which bridge, and their addresses.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use fabric_core::model::{IfName, Subnet};
+use netlink_sys::protocols::NETLINK_ROUTE;
+
+use super::mirror::{bridges, host_link};
+use super::socket::RequestSocket;
+use super::{KernelError, Observed, tables};
+use crate::underlay::HostLink;
+
+/// The links of this host but for our own.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostLinks {
+    /// All of them, with their addresses of global scope.
+    pub addresses: BTreeMap<IfName, Vec<(IpAddr, Subnet)>>,
+    /// The ports of every bridge.
+    pub ports: BTreeMap<IfName, BTreeSet<IfName>>,
+}
+
+impl HostLinks {
+    /// `ip -details link show` and `ip address show`, now.
+    ///
+    /// # Errors
+    /// When the kernel can't be asked.
+    pub fn ask() -> Result<Self, KernelError> {
+        let socket = RequestSocket::open(NETLINK_ROUTE);
+        let mut socket = socket.map_err(|error| KernelError::Disconnected(error.to_string()))?;
+        let links = tables::links(&mut socket)?;
+        let addresses = tables::addresses(&mut socket)?;
+        let others = links.values().filter(|link| link.ours.is_none());
+        Ok(Self::of(others.map(|link| host_link(link, &addresses)), bridges(&links)))
+    }
+
+    fn of(links: impl Iterator<Item = HostLink>, ports: BTreeMap<IfName, BTreeSet<IfName>>) -> Self {
+        Self { addresses: links.map(|link| (link.name, link.addresses)).collect(), ports }
+    }
+
+    /// Whether there is a link of this name.
+    #[must_use]
+    pub fn has(&self, name: &str) -> bool {
+        self.addresses.keys().any(|link| link.as_str() == name)
+    }
+}
+
+impl From<&Observed> for HostLinks {
+    fn from(observed: &Observed) -> Self {
+        Self::of(observed.host.links.iter().cloned(), observed.bridges.clone())
+    }
+}
