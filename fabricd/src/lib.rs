@@ -13,6 +13,7 @@
 
 pub mod api;
 pub mod api_server;
+pub mod backoff;
 pub mod config;
 pub mod daemon;
 pub mod diagnosis;

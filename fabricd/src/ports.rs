@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{fs, io, thread};
 
 use fabric_core::handoff::Attached;
@@ -13,10 +13,12 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::sync::watch;
 use tracing::warn;
 
+use crate::backoff::Backoff;
+
 /// Pods by the port that they are plugged into.
 pub type PodPorts = BTreeMap<IfName, Pod>;
 
-/// How long until a folder that can't be watched is read again.
+/// How long at most until a folder that can't be watched is read again.
 const RETRY: Duration = Duration::from_secs(10);
 
 /// The largest file that is read: the plugin's own limit.
@@ -29,10 +31,15 @@ pub fn follow(dir: PathBuf) -> watch::Receiver<Arc<PodPorts>> {
     let (sender, receiver) = watch::channel(Arc::default());
     // It waits in the kernel, so it has a thread of its own; that ends with the process.
     thread::spawn(move || {
+        let mut retry = Backoff::new(Duration::from_millis(500), RETRY);
         while !sender.is_closed() {
+            let began = Instant::now();
             if let Err(error) = publish_all(&dir, &sender) {
-                warn!(dir = %dir.display(), %error, "cannot follow which pod is behind a port");
-                thread::sleep(RETRY);
+                retry.lasted(began.elapsed());
+                if retry.attempts() == 0 {
+                    warn!(dir = %dir.display(), %error, "cannot follow which pod is behind a port, trying again");
+                }
+                thread::sleep(retry.delay());
             }
         }
     });

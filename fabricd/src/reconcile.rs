@@ -24,6 +24,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, info, warn};
 
+use crate::backoff::Backoff;
 use crate::disk::State;
 use crate::files::{Files, unknown};
 use crate::kept::Kept;
@@ -40,6 +41,8 @@ use crate::view::{PeerTrouble, View, VtepView};
 
 /// How often everything is looked at although nothing has happened.
 const AUDIT: Duration = Duration::from_secs(10);
+/// The longest delay after the first pass that failed; each next one is twice as long, up to an audit.
+const RETRY: Duration = Duration::from_millis(500);
 /// How many steps the kernel is given at once: far more than what one costs, and little memory.
 const AT_ONCE: usize = 1000;
 /// How many steps of the last plan are remembered.
@@ -77,7 +80,7 @@ pub struct Reconciler<S, K> {
     last: Option<Arc<Written>>,
     planned: Planned,
     metrics: Arc<Metrics>,
-    failures: u32,
+    retry: Backoff,
 }
 
 /// What a person tells the loop.
@@ -157,7 +160,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             last: None,
             planned: Planned::default(),
             metrics: Arc::default(),
-            failures: 0,
+            retry: Backoff::new(RETRY, AUDIT),
         }
     }
 
@@ -272,8 +275,11 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             }
         };
         let troubled = self.hand_off(view).is_err() || troubled;
-        self.failures = if troubled { self.failures + 1 } else { 0 };
-        troubled.then(|| Duration::from_millis(250 << self.failures.min(6)).min(AUDIT))
+        if !troubled {
+            self.retry.reset();
+            return None;
+        }
+        Some(self.retry.delay())
     }
 
     /// Everything that must be known before anything can be planned; what is missing is said with the way out.
@@ -476,7 +482,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             debug!(step, ok = result.is_ok(), "filter write");
         }
         result.map_err(|error| {
-            if self.failures == 0 {
+            if self.retry.attempts() == 0 {
                 warn!(%error, "packet filter not written, retrying");
             }
             error.to_string()
@@ -513,7 +519,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             }));
         }
         // The first of a series; how it goes on shows in the status.
-        if let (Some((_, first)), 0) = (failures.first(), self.failures) {
+        if let (Some((_, first)), 0) = (failures.first(), self.retry.attempts()) {
             warn!(error = first, failed = failures.len(), "kernel writes failed, retrying");
         }
         failures

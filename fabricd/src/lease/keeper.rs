@@ -10,17 +10,21 @@ use fabric_core::holding::{
     Assigned, Bid, Held, Instance, Loss, Obstacle, Previous, Resting, Situation, Step, next_step,
 };
 use fabric_core::leases::LeaseSet;
+use fabric_core::model::stable_hash;
 use fabric_core::record::{LeaseKey, Record};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::{debug, error, info, warn};
 
-use super::backoff::Backoff;
 use super::{Command, Holding, Mark, Own, Remembered, Tenant, Wanted};
+use crate::backoff::Backoff;
 use crate::store::{Claim, Connection, Grant, LeaseStore, Network, StoreError};
 
 /// How long nothing is looked at when only a change can help; changes wake the keeper at once.
 const REST: Duration = Duration::from_secs(3600);
+
+/// The delay after the first attempt that failed; each next one is twice as long.
+const FIRST: Duration = Duration::from_millis(100);
 
 /// The longest delay between attempts while the store is away: when it is back, this is how long a node waits at most.
 const AWAY: Duration = Duration::from_secs(5);
@@ -90,7 +94,7 @@ impl<S: LeaseStore> Keeper<S> {
             resting: vec![],
             holding: watch::channel(holding).0,
             commands: mpsc::channel(8),
-            retry: Backoff::new(tenant.node.as_str()),
+            retry: Backoff::new(FIRST, AWAY).seeded(stable_hash(tenant.node.as_str().as_bytes())),
             unanswered: None,
             pause: None,
             store,
@@ -190,7 +194,7 @@ impl<S: LeaseStore> Keeper<S> {
                     Ok(()) => info!(subnet = %key, "reserved subnet kept for its node, which is away"),
                     Err(error) => debug!(subnet = %key, %error, "reserved subnet not kept, trying again"),
                 }
-                return due.min(now + self.retry.next(AWAY));
+                return due.min(now + self.retry.delay());
             }
             Step::Adopt(held, record) => self.adopt(held, &record).await,
             Step::Claim(bid) => self.claim(bid, seen).await,
@@ -230,11 +234,11 @@ impl<S: LeaseStore> Keeper<S> {
             }
         };
         if self.grant.is_some() {
-            let again = Instant::now() + self.retry.next(AWAY);
+            let again = Instant::now() + self.retry.delay();
             return again.min(self.renew_if_due().await);
         }
         let is_busy = in_vain && *self.store.connection().borrow() == Connection::Up;
-        let again = Instant::now() + self.retry.next(if is_busy { BUSY } else { AWAY });
+        let again = Instant::now() + self.retry.delay_up_to(if is_busy { BUSY } else { AWAY });
         self.pause = in_vain.then_some(again);
         again
     }
@@ -243,7 +247,7 @@ impl<S: LeaseStore> Keeper<S> {
         // A node that has a subnet has said what became of its lease; nothing new is known.
         if matches!(error, StoreError::Unreachable { .. }) && self.has_troubled_subnet() {
             debug!(%error, "trying again");
-        } else if self.grant.is_some() && self.retry.is_fresh() {
+        } else if self.grant.is_some() && self.retry.attempts() == 0 {
             // The lease itself stays, and is kept alive.
             warn!(%error, "lease not changed, trying again");
         } else {
@@ -425,7 +429,7 @@ impl<S: LeaseStore> Keeper<S> {
                 self.lose("its time has run out in the store");
                 Instant::now()
             }
-            Ok(Err(_)) if Instant::now() < expires => expires.min(Instant::now() + self.retry.next(AWAY)),
+            Ok(Err(_)) if Instant::now() < expires => expires.min(Instant::now() + self.retry.delay()),
             Ok(Err(_)) | Err(_) => {
                 self.lose("its time has run out, and the store can't be reached to keep it alive");
                 Instant::now()

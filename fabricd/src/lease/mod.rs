@@ -1,6 +1,5 @@
 //! This node's lease: what it should say, what is held, and the task that sees to both.
 
-mod backoff;
 mod keeper;
 
 use std::net::IpAddr;

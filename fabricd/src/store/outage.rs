@@ -6,16 +6,14 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::StoreError;
+use crate::backoff::Backoff;
 
-const FIRST_DELAY: Duration = Duration::from_millis(100);
-const LONGEST_DELAY: Duration = Duration::from_secs(5);
 const LOG_EVERY: Duration = Duration::from_secs(60);
 
 /// Spaces the retries and says little: the first failure, then a line a minute, then the end.
-#[derive(Default)]
 pub(super) struct Outage {
-    /// Attempts in a row that did not last.
-    attempts: u32,
+    /// Of attempts in a row that did not last.
+    retry: Backoff,
     /// Of those, the ones since the store can't be reached.
     failures: u32,
     since: Option<Instant>,
@@ -37,10 +35,10 @@ impl Outage {
 
     /// Notes that the store answers, but has to be listed anew.
     pub(super) fn relisting(&self, reason: &str) {
-        if self.attempts == 0 {
+        if self.retry.attempts() == 0 {
             info!(reason, "listing all leases anew");
         } else {
-            debug!(reason, attempts = self.attempts, "listing all leases anew");
+            debug!(reason, attempts = self.retry.attempts(), "listing all leases anew");
         }
     }
 
@@ -55,34 +53,18 @@ impl Outage {
 
     /// Notes how long the last attempt went well. One that lasted ends the series.
     pub(super) fn lasted(&mut self, time: Duration) {
-        if time > LONGEST_DELAY {
-            self.attempts = 0;
-        }
+        self.retry.lasted(time);
     }
 
-    /// How long to wait before the next attempt: twice as long each time, at most 5 s, and up to half of it less so
-    /// that nodes that failed together don't come back together.
+    /// How long to wait before the next attempt: twice as long each time, at most 5 s.
     pub(super) fn delay(&mut self) -> Duration {
-        let longest = FIRST_DELAY.saturating_mul(1 << self.attempts.min(16)).min(LONGEST_DELAY);
-        self.attempts = self.attempts.saturating_add(1);
-        longest.mul_f64(0.5 + fastrand::f64() / 2.0)
+        self.retry.delay()
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn delays_grow_to_five_seconds_and_start_anew_after_an_attempt_that_lasted() {
-        let mut outage = Outage::default();
-        for longest in [100, 200, 400, 800, 1600, 3200, 5000, 5000] {
-            let longest = Duration::from_millis(longest);
-            assert!((longest / 2..=longest).contains(&outage.delay()), "{longest:?}");
-        }
-        outage.lasted(Duration::from_secs(1));
-        assert!(outage.delay() > FIRST_DELAY);
-        outage.lasted(Duration::from_secs(6));
-        assert!(outage.delay() <= FIRST_DELAY);
+impl Default for Outage {
+    fn default() -> Self {
+        let retry = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        Self { retry, failures: 0, since: None, logged: None }
     }
 }
