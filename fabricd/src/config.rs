@@ -301,7 +301,9 @@ pub enum ConfigError {
         lacks: String,
     },
     /// The host's name can't be a node's name.
-    #[error("cannot take the host's name for the node's: {0}; name the node with --node-name")]
+    #[error(
+        "cannot use the host's name as the node's name: {0}; set it with hostnamectl hostname NAME, or give --node-name NAME"
+    )]
     NodeName(String),
 }
 
@@ -326,10 +328,7 @@ impl Config {
         };
         if config.node_name.is_none() {
             let name = std::fs::read_to_string("/proc/sys/kernel/hostname");
-            let name = name.map_err(|e| ConfigError::NodeName(e.to_string()))?;
-            let name = name.trim().to_lowercase().parse();
-            config.node_name =
-                Some(name.map_err(|e: fabric_core::model::Invalid| ConfigError::NodeName(e.to_string()))?);
+            config.node_name = Some(name_of_host(&name.map_err(|e| ConfigError::NodeName(e.to_string()))?)?);
         }
         Ok(config)
     }
@@ -370,6 +369,18 @@ impl Config {
         self.node_name.as_ref().expect("load() fills it in")
     }
 
+    /// What is to be said of this node's name when it is one that other machines may well have too.
+    #[must_use]
+    pub fn name_warning(&self) -> Option<String> {
+        let name = self.node().as_str();
+        is_everybodys(name).then(|| {
+            format!(
+                "the node is named {name}, as every machine is that has no name of its own; a second node of this name \
+                 gets no lease; give each its own with --node-name"
+            )
+        })
+    }
+
     /// The settings of a store in Kubernetes.
     #[must_use]
     pub fn kubernetes(&self) -> kubernetes::Options {
@@ -392,6 +403,22 @@ impl Config {
         let given = [(Family::V4, self.public_ip.map(IpAddr::V4)), (Family::V6, self.public_ipv6.map(IpAddr::V6))];
         given.into_iter().filter_map(|(family, ip)| Some((family, ip?))).collect()
     }
+}
+
+/// The node's name, if nobody has given it one.
+fn name_of_host(host: &str) -> Result<NodeName, ConfigError> {
+    let host = host.trim().to_lowercase();
+    if host.is_empty() || is_everybodys(&host) {
+        let name = if host.is_empty() { "none" } else { &host };
+        let reason = format!("it is {name}, which tells no two machines apart");
+        return Err(ConfigError::NodeName(reason));
+    }
+    host.parse().map_err(|e: fabric_core::model::Invalid| ConfigError::NodeName(e.to_string()))
+}
+
+/// True for what machines are called that nobody has named: by distributions, and `(none)` by the kernel.
+fn is_everybodys(name: &str) -> bool {
+    name == "(none)" || name.split('.').next().is_some_and(|first| first == "localhost")
 }
 
 fn scalar(value: toml::Value) -> Result<String, &'static str> {
@@ -501,6 +528,18 @@ mod tests {
             let variable = format!("FABRICD_{}", arg.get_id().as_str().to_uppercase());
             assert!(help.contains(&variable), "{variable}");
         }
+    }
+
+    #[test]
+    fn name_that_every_unnamed_machine_has_is_refused_by_default_and_warned_of_when_it_is_given() {
+        for name in ["localhost\n", "Localhost.localdomain\n", "(none)\n", "\n", "localhost.example.com"] {
+            let refused = name_of_host(name).expect_err(name).to_string();
+            assert!(refused.contains("--node-name NAME"), "{refused}");
+        }
+        assert_eq!(name_of_host("Node-7.example.com\n").expect("a name").as_str(), "node-7.example.com");
+        let given = load(&["--node-name", "localhost"], None).expect("a person said so");
+        assert!(given.name_warning().is_some_and(|told| told.contains("--node-name")));
+        assert_eq!(load(&["--node-name", "local"], None).expect("valid").name_warning(), None);
     }
 
     #[test]

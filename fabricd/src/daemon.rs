@@ -52,6 +52,9 @@ pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
     let _lock = Lock::take(&holder(&config, false)).await?;
     let disk = Disk::new(&config.state_dir, config.node());
     let before = disk.load(&Uptime::now().context("cannot read how long this machine is up")?);
+    if let Some(warning) = config.name_warning() {
+        warn!("{warning}");
+    }
     info!(node = %config.node(), version = env!("CARGO_PKG_VERSION"), store = ?config.store, "fabricd starts");
     match config.store {
         StoreKind::Etcd => {
