@@ -103,6 +103,9 @@ pub fn with_prefix(ip: IpAddr) -> String {
     format!("{ip}/{}", if ip.is_ipv4() { 16 } else { 64 })
 }
 
+/// The MAC address of the underlay's bridge, which stays the same whatever is connected to it.
+pub const GATEWAY_MAC: &str = "02:99:00:ff:00:01";
+
 /// A node's MAC address, which stays the same over a reboot.
 #[must_use]
 pub fn node_mac(index: u16) -> String {

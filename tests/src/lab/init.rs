@@ -9,7 +9,7 @@
 //! | `/run/lab/bin` | the binaries of this build, first on every PATH |
 //! | `/etc`, `/opt` | the host's, with changes kept in memory |
 //! | `/etc/cni`, `/var/lib`, `/var/log` | folders of the machine, which outlive it |
-//! | `/proc`, `/sys` | those of its own namespaces |
+//! | `/proc`, `/sys` | those of its own namespaces, with a boot id of its own for each boot |
 //!
 //! No mount propagates back to the host. When this process ends the kernel kills every process of the
 //! machine and frees mounts and network: nothing has to be cleaned up, and nothing can be forgotten.
@@ -108,8 +108,16 @@ impl Init {
         if let Ok(cgroups) = cgroups {
             bind(&cgroups, "/sys/fs/cgroup")?;
         }
-        mount_new("proc", "/proc", "")
+        mount_new("proc", "/proc", "")?;
+        boot_id()
     }
+}
+
+/// Another boot id for each boot: the kernel below has one for all machines.
+fn boot_id() -> Result<()> {
+    let id = fs::read("/proc/sys/kernel/random/uuid")?;
+    fs::write("/run/lab/boot_id", id)?;
+    bind(&File::open("/run/lab/boot_id")?, "/proc/sys/kernel/random/boot_id")
 }
 
 /// The usual folder of CNI plugins: the standard ones beside ours, as on a real node.
@@ -137,7 +145,7 @@ fn mount_new(kind: &str, on: &str, options: &str) -> Result<()> {
 fn bind(source: &File, on: &str) -> Result<()> {
     let source = format!("/proc/self/fd/{}", source.as_raw_fd());
     mount(Some(source.as_str()), on, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
-        .with_context(|| format!("cannot bind a folder to {on}"))
+        .with_context(|| format!("cannot bind something to {on}"))
 }
 
 /// Shows the host's folder, but keeps every change to it in the machine's memory.

@@ -35,8 +35,11 @@ impl Underlay {
     /// Switches it on, with an address for each of `etcd_members`.
     pub(super) fn boot(&self, etcd_members: u16) -> Result<()> {
         self.machine.boot()?;
-        // No multicast snooping: without a querier it would swallow neighbour solicitations.
-        self.ip(&format!("link add {BRIDGE} type bridge stp_state 0 forward_delay 0 mcast_snooping 0"))?;
+        // An address of its own: else a bridge takes the lowest of its ports', so it changes as nodes come and go, and
+        // who knows the gateway by the former one loses packets. No multicast snooping: without a querier it would
+        // swallow neighbour solicitations.
+        let (mac, options) = (addresses::GATEWAY_MAC, "stp_state 0 forward_delay 0 mcast_snooping 0");
+        self.ip(&format!("link add {BRIDGE} address {mac} type bridge {options}"))?;
         for &family in self.families.each() {
             let members = (1..=etcd_members).map(|member| addresses::etcd(family, member));
             for ip in members.chain([addresses::gateway(family)]) {
