@@ -53,13 +53,18 @@ fn from_a_strange_port(field: &Field, devices: [&str; 2]) -> Result<Vec<String>>
             through.push(format!("VXLAN from {peer_node}"));
         }
         let stray = strange_port(node, nobodys(family))?;
+        // A pod that may send there goes first: so every neighbour on the path is known to those who forward.
+        let to = field.peer.ip(family)?.to_string();
+        wait_until("the path to the peer's pod", SOON, || field.target.run(&["ping", "-c1", "-W1", &to]))?;
         let sink = field.peer.network()?.run(|| Ok(UdpSocket::bind((field.peer.ip(family)?, 0))?))?;
         sink.set_read_timeout(Some(Duration::from_millis(300)))?;
         let source = stray.run(|| Ok(UdpSocket::bind((nobodys(family), 0))?))?;
+        let mut got = false;
         for _ in 0..3 {
             source.send_to(b"spoofed", sink.local_addr()?)?;
+            got |= sink.recv_from(&mut [0; 16]).is_ok();
         }
-        if sink.recv_from(&mut [0; 16]).is_ok() {
+        if got {
             through.push(format!("UDP from {}", nobodys(family)));
         }
     }
@@ -83,6 +88,12 @@ fn strange_port(node: &Node, ip: IpAddr) -> Result<Spaces> {
              ip -n stray route add default via {gateway} dev eth0 onlink"
         ),
     ])?;
+    // The kernel puts a new port into use when it gets round to its carrier; until then the bridge takes nothing from it.
+    wait_until("the stray port forwards", SOON, || {
+        let state = node.run(&["cat", "/sys/class/net/stray-port/brport/state"])?;
+        ensure!(state.trim() == "3", "it is in state {state}");
+        Ok(())
+    })?;
     Spaces::of_network(&node.path("/run/netns/stray")?)
 }
 
