@@ -145,7 +145,7 @@ impl From<LeaseEntry> for StoredEntry {
 /// Made into JSON and written before the next is, for the same reason.
 fn one_by_one<S: Serializer>(leases: &LeaseSet, to: S) -> Result<S::Ok, S::Error> {
     to.collect_seq(leases.iter().map(|lease| LeaseEntry {
-        key: lease.key.to_string(),
+        key: lease.key.encode(),
         record: serde_json::from_slice(&lease.record.encode()).expect("just encoded"),
         create_revision: lease.create_revision,
         mod_revision: lease.mod_revision,
@@ -217,7 +217,7 @@ impl Disk {
             &LeaseState {
                 node: self.node.clone(),
                 network: network.document(),
-                subnets: key.to_string(),
+                subnets: key.encode(),
                 record: serde_json::from_slice(&record.encode()).expect("just encoded"),
                 epoch: *epoch,
                 mark,

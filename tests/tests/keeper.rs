@@ -93,7 +93,7 @@ async fn store_that_takes_no_writes_costs_a_changed_address_no_lease() {
     assert!(cluster.owner(&key).is_some(), "it was not kept alive");
     node.store.refuse_writes(false);
     sleep(Duration::from_secs(10)).await;
-    let record = cluster.get(&format!("subnets/{key}")).expect("a record");
+    let record = cluster.get(&format!("subnets/{}", key.encode())).expect("a record");
     assert!(String::from_utf8_lossy(&record).contains("192.0.2.77"));
 }
 
@@ -137,7 +137,7 @@ async fn epoch_rises_through_restarts_and_with_a_store_that_was_emptied() {
         let (key, remembered) = (node.own().key, node.remembered());
         drop(node);
         if epoch % 2 == 0 {
-            cluster.delete(&format!("subnets/{key}"));
+            cluster.delete(&format!("subnets/{}", key.encode()));
         } else {
             cluster.replace();
             cluster.put("config", CONFIG.as_bytes());

@@ -381,7 +381,7 @@ async fn a_lost_lease_is_a_quarantine_until_the_same_subnet_is_held_again() {
     let host = Host::new(V4, &[V4_PEER]);
     let mut daemon = host.start();
     let own = daemon.ready().await.holding.own.clone().expect("held");
-    let (key, before) = (format!("subnets/{}", own.key), host.kernel.tables());
+    let (key, before) = (format!("subnets/{}", own.key.encode()), host.kernel.tables());
 
     // Somebody else writes over it: running pods go on, no address is handed out.
     host.cluster.put(&key, V4_PEER.1.replace("192.0.2.2", "192.0.2.8").as_bytes());
@@ -396,11 +396,11 @@ async fn a_deleted_lease_is_taken_again_at_once() {
     let host = Host::new(V4, &[V4_PEER]);
     let mut daemon = host.start();
     let own = daemon.ready().await.holding.own.clone().expect("held");
-    host.cluster.delete(&format!("subnets/{}", own.key));
+    host.cluster.delete(&format!("subnets/{}", own.key.encode()));
     daemon
         .until("in quarantine or past it", |view| {
             view.holding.own.as_ref().is_some_and(|now| now.epoch != own.epoch || now != &own)
-                || host.cluster.get(&format!("subnets/{}", own.key)).is_some()
+                || host.cluster.get(&format!("subnets/{}", own.key.encode())).is_some()
         })
         .await;
     let again = daemon.ready().await.holding.own.clone().expect("held");

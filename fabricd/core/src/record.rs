@@ -56,6 +56,17 @@ impl LeaseKey {
         Self::parse(text).ok_or_else(|| RecordError::Key(text.chars().take(80).collect()))
     }
 
+    /// The last part of its key in the store.
+    #[must_use]
+    pub fn encode(&self) -> String {
+        let half = |subnet: Subnet| format!("{}-{}", subnet.base(), subnet.prefix_len());
+        let v4 = self.0.v4.map_or_else(|| "0.0.0.0-0".to_owned(), half);
+        match self.0.v6 {
+            Some(subnet) => format!("{v4}&{}", half(subnet)),
+            None => v4,
+        }
+    }
+
     fn parse(text: &str) -> Option<Self> {
         let (v4, v6) = text.split_once('&').map_or((text, None), |(v4, v6)| (v4, Some(v6)));
         let (ip, len) = parse_half::<Ipv4Addr>(v4)?;
@@ -87,16 +98,13 @@ fn canonical(ip: IpAddr, len: u8) -> Option<Subnet> {
     Subnet::holding(ip, len).ok().filter(|subnet| subnet.base() == ip)
 }
 
+/// For people: `10.244.3.0/24`, on dual stack `10.244.3.0/24,fd00:3::/64`, as `fabricctl lease reserve` takes it.
 impl std::fmt::Display for LeaseKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.0.v4 {
-            Some(subnet) => write!(f, "{}-{}", subnet.base(), subnet.prefix_len())?,
-            None => f.write_str("0.0.0.0-0")?,
+        for (at, subnet) in self.0.values().enumerate() {
+            write!(f, "{}{subnet}", if at == 0 { "" } else { "," })?;
         }
-        match self.0.v6 {
-            Some(subnet) => write!(f, "&{}-{}", subnet.base(), subnet.prefix_len()),
-            None => Ok(()),
-        }
+        Ok(())
     }
 }
 
@@ -273,7 +281,7 @@ impl Record {
         // keeps these two kinds apart.
         let place = match key.subnets().v4.map(Subnet::base) {
             Some(IpAddr::V4(ip)) => ip.to_bits() >> 2 & 0x07ff_ffff,
-            _ => 0x0800_0000 | (stable_hash(key.to_string().as_bytes()) & 0x03ff_ffff) as u32,
+            _ => 0x0800_0000 | (stable_hash(key.encode().as_bytes()) & 0x03ff_ffff) as u32,
         };
         let address = Ipv4Addr::from_bits(0xf000_0000 | place);
         let owner = Owner {
@@ -331,8 +339,10 @@ mod tests {
     #[test]
     fn keys_have_one_spelling() {
         for text in ["10.5.52.0-24", "10.5.52.0-24&fd00:12:13::-64", "0.0.0.0-0&fd00:12:13::-64"] {
-            assert_eq!(key(text).to_string(), text);
+            assert_eq!(key(text).encode(), text);
         }
+        assert_eq!(key("10.5.52.0-24&fd00:12:13::-64").to_string(), "10.5.52.0/24,fd00:12:13::/64", "for people");
+        assert_eq!(key("0.0.0.0-0&fd00:12:13::-64").to_string(), "fd00:12:13::/64");
         for text in [
             "",
             "10.5.52.0",

@@ -280,15 +280,15 @@ fn hostile_leases_are_refused_each_by_itself() {
     assert_eq!(
         refused,
         [
-            "10.99.0.0-24: its subnet 10.99.0.0/24 is not a part of the network 10.244.0.0/16",
-            "10.244.0.0-16: its subnet 10.244.0.0/16 is not a part of the network 10.244.0.0/16",
-            "10.244.1.128-25: its subnet 10.244.1.128/25 overlaps our own, 10.244.1.0/24",
-            "10.244.2.64-26: its subnet 10.244.2.64/26 overlaps that of 192.0.2.2, which is older",
-            "10.244.6.0-24: its underlay address 192.0.2.1 is our own",
-            "10.244.7.0-24: its VTEP address 02:42:c0:00:02:02 is also that of 192.0.2.2",
-            "10.244.8.0-24: its VTEP address 02:42:c0:00:02:01 is also that of this node",
-            "10.244.9.0-24: its VNI is 2, ours is 1",
-            "10.244.10.0-24: its backend is \"host-gw\", not vxlan",
+            "10.99.0.0/24: its subnet 10.99.0.0/24 is not a part of the network 10.244.0.0/16",
+            "10.244.0.0/16: its subnet 10.244.0.0/16 is not a part of the network 10.244.0.0/16",
+            "10.244.1.128/25: its subnet 10.244.1.128/25 overlaps our own, 10.244.1.0/24",
+            "10.244.2.64/26: its subnet 10.244.2.64/26 overlaps that of 192.0.2.2, which is older",
+            "10.244.6.0/24: its underlay address 192.0.2.1 is our own",
+            "10.244.7.0/24: its VTEP address 02:42:c0:00:02:02 is also that of 192.0.2.2",
+            "10.244.8.0/24: its VTEP address 02:42:c0:00:02:01 is also that of this node",
+            "10.244.9.0/24: its VNI is 2, ours is 1",
+            "10.244.10.0/24: its backend is \"host-gw\", not vxlan",
         ]
     );
 }

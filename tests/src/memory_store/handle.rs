@@ -183,7 +183,7 @@ impl LeaseStore for MemoryStore {
     async fn hold_place(&self, key: &LeaseKey, placeholder: &Record) -> Result<(), StoreError> {
         self.reach().await?;
         let mut state = self.cluster.lock();
-        let reserved = state.pairs.get(&format!("{RESERVATIONS}{key}"));
+        let reserved = state.pairs.get(&format!("{RESERVATIONS}{}", key.encode()));
         let node = placeholder.node().map(|node| node.as_str().as_bytes());
         if reserved.is_some_and(|pair| Some(&*pair.value) == node) && state.is_free(key) {
             state.put(vec![(record_key(key), placeholder.encode(), None)]);

@@ -386,7 +386,7 @@ fn entry(key: &str, pair: &Pair) -> Entry {
 }
 
 fn record_key(key: &LeaseKey) -> String {
-    format!("{SUBNETS}{key}")
+    format!("{SUBNETS}{}", key.encode())
 }
 
 fn guarded(key: &str) -> Option<Subnet> {

@@ -60,7 +60,7 @@ fn keep(now: &Situation<'_>, held: Held, key: LeaseKey) -> Step {
 }
 
 fn is_readable(now: &Situation<'_>, key: &LeaseKey) -> bool {
-    !now.leases.unreadable().contains_key(&key.to_string())
+    !now.leases.unreadable().contains_key(&key.encode())
 }
 
 fn acquire(now: &Situation<'_>, key: LeaseKey) -> Step {

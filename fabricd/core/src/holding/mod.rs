@@ -354,7 +354,7 @@ fn place_to_hold(now: &Situation<'_>) -> Option<Step> {
         let mut leased = subnets.families().flat_map(|family| now.leases.subnets(family));
         !leased.any(|leased| subnets.values().any(|subnet| subnet.overlaps(leased)))
     };
-    let rank = |key: &LeaseKey, node: &NodeName| stable_hash(format!("{key} {node}").as_bytes());
+    let rank = |key: &LeaseKey, node: &NodeName| stable_hash(format!("{} {node}", key.encode()).as_bytes());
     let among_the_first = |key: &LeaseKey| {
         let nodes = now.leases.iter().filter(|lease| !lease.record.is_placeholder()).filter_map(|l| l.record.node());
         nodes.filter(|node| rank(key, node) < rank(key, now.node)).count() < KEEPERS_OF_A_PLACE

@@ -351,7 +351,7 @@ fn reserved_subnet_is_for_its_node_alone() {
     let node = Node::new();
     let free = node.bid(&empty()).key;
     let mut leases = empty();
-    leases.reserve(&free.to_string(), Some(b"node-2"), 7);
+    leases.reserve(&free.encode(), Some(b"node-2"), 7);
     assert_ne!(node.bid(&leases).key, free);
     leases.reserve("10.244.77.0-24", Some(b"node-1"), 8);
     assert_eq!(node.bid(&leases).key, key("10.244.77.0-24"));

@@ -59,7 +59,7 @@ impl Keys {
 
     /// A lease's key.
     pub(super) fn lease(&self, key: &LeaseKey) -> String {
-        format!("{}/subnets/{key}", self.prefix)
+        format!("{}{}", self.subnets(), key.encode())
     }
 
     /// What the keys of all leases with the IPv4 subnet of `key` begin with: alone, or paired with any IPv6 subnet.
@@ -104,7 +104,7 @@ impl Keys {
 
     /// The key of a subnet's reservation.
     pub(super) fn reservation(&self, key: &LeaseKey) -> String {
-        format!("{}{key}", self.reservations())
+        format!("{}{}", self.reservations(), key.encode())
     }
 
     /// What `key` stands for. A key that is not text is a lease that can't be read.

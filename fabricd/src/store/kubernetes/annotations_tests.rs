@@ -21,7 +21,7 @@ const FLANNELS: [(&str, &str); 6] = [
 
 fn record(node: &Node) -> (String, Record) {
     let published = read(node).expect("annotated");
-    (published.key.to_string(), Record::decode(&published.key, &published.value).expect("readable"))
+    (published.key.encode(), Record::decode(&published.key, &published.value).expect("readable"))
 }
 
 #[test]

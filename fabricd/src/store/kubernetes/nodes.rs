@@ -111,14 +111,14 @@ impl Nodes {
         let (created, name) = self.claimants.get(key)?.first()?;
         let known = &self.known[name];
         let value = known.published.as_ref()?.value.clone();
-        Some(Entry { key: key.to_string(), value, create_revision: *created, mod_revision: known.changed })
+        Some(Entry { key: key.encode(), value, create_revision: *created, mod_revision: known.changed })
     }
 
     /// Brings what is shown for a key up to date.
     fn settle(&mut self, key: &LeaseKey, revision: i64) {
         let event = match self.entry(key) {
             Some(entry) => Event::Put(entry),
-            None => Event::Delete { key: key.to_string(), given_back: false },
+            None => Event::Delete { key: key.encode(), given_back: false },
         };
         self.set.apply(event, revision);
         self.let_go();

@@ -68,7 +68,7 @@ fn other_assignment_is_a_loss_and_waits_for_the_pods_of_the_old_subnet() {
     assert_eq!(node.step(&leases), Step::Lost(Loss::Reassigned(key(NINE), key(SEVEN))));
 
     (node.held, node.occupied) = (None, true);
-    assert!(node.obstacle(&empty()).contains("its pods still have addresses in 10.244.9.0-24"));
+    assert!(node.obstacle(&empty()).contains("its pods still have addresses in 10.244.9.0/24"));
     node.leave = Some(key(NINE));
     assert_eq!(node.bid(&empty()).key, key(SEVEN), "told to cut them off");
     (node.leave, node.occupied) = (None, false);
