@@ -37,7 +37,11 @@ fn cluster() -> Nodes {
 }
 
 fn shown(nodes: &Nodes) -> Vec<String> {
-    nodes.set().iter().map(|lease| format!("{} {} {}", lease.key.encode(), lease.holder(), lease.mod_revision)).collect()
+    nodes
+        .set()
+        .iter()
+        .map(|lease| format!("{} {} {}", lease.key.encode(), lease.holder(), lease.mod_revision))
+        .collect()
 }
 
 #[test]
