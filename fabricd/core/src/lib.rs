@@ -13,6 +13,7 @@ pub mod alloc;
 pub mod attachments;
 pub mod device;
 pub mod diff;
+pub mod firewall;
 pub mod follow;
 pub mod handoff;
 pub mod holding;

@@ -1,0 +1,441 @@
+//! [`judge`]: what the rules make of a packet.
+//!
+//! An accept ends one base chain, a drop ends the packet; so each base chain is judged by itself, the later ones also
+//! after a drop: all that stand in the way are told. Where it is open whether a rule applies, both outcomes are
+//! followed: what would then be decided is noted, and the walk goes on as if it didn't apply. A drop that is certain
+//! whatever the open conditions are is a drop.
+
+use std::fmt;
+
+use super::bits::{Bits, Truth};
+use super::fields::{Carried, holds, load};
+use super::packet::{Connection, Packet};
+use super::{Base, Chain, Decision, Destination, Element, Firewall, Hook, Rule, Set, Step, Table, TableKind, Value};
+
+/// Bits of a connection's state, as nftables has them (`NF_CT_STATE_BIT`).
+pub mod state {
+    /// It belongs to no connection.
+    pub const INVALID: u32 = 1;
+    /// It belongs to a connection that was answered.
+    pub const ESTABLISHED: u32 = 1 << 1;
+    /// It belongs to a connection that another one announced.
+    pub const RELATED: u32 = 1 << 2;
+    /// It begins a connection.
+    pub const NEW: u32 = 1 << 3;
+    /// No connection is remembered for it.
+    pub const UNTRACKED: u32 = 1 << 6;
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// No chain drops it.
+    Passes,
+    /// These drop it, each by itself.
+    Dropped(Vec<Blocked>),
+    /// These may drop it.
+    Unknown(Vec<Doubt>),
+}
+
+/// What drops a packet.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Blocked {
+    /// The kind of the table.
+    pub kind: TableKind,
+    /// The table.
+    pub table: String,
+    /// The base chain by which the packet came.
+    pub base: String,
+    /// Where that is.
+    pub hook: Hook,
+    /// The chain.
+    pub chain: String,
+    /// The rule; none when it is the chain's policy.
+    pub rule: Option<Place>,
+}
+
+/// A rule in its chain.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    /// The first is 1.
+    pub number: usize,
+    /// Its handle, if it has one.
+    pub handle: Option<u64>,
+    /// What it says.
+    pub text: String,
+}
+
+/// What may drop a packet.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Doubt {
+    /// What.
+    pub by: Blocked,
+    /// What isn't known.
+    pub because: Unknown,
+}
+
+/// What isn't known of a packet or a rule.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Unknown {
+    /// The connection's state: the packet left it open.
+    State,
+    /// The packet's address: some of those that are judged at once are meant.
+    Address,
+    /// A condition that can't be read or foreseen.
+    Condition(String),
+}
+
+/// Whether connection tracking knows the packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Tracking {
+    NotYet,
+    Tracked,
+    Untracked,
+    Maybe(Unknown),
+}
+
+/// Where connection tracking stands (`NF_IP_PRI_CONNTRACK`).
+const CONNTRACK: i32 = -200;
+
+/// What the rules make of a packet.
+#[must_use]
+pub fn judge(firewall: &Firewall, packet: &Packet) -> Verdict {
+    let Walk { dropped, doubts, .. } = Walk::through(firewall, packet);
+    match (dropped.is_empty(), doubts.is_empty()) {
+        (false, _) => Verdict::Dropped(dropped),
+        (true, false) => Verdict::Unknown(doubts),
+        (true, true) => Verdict::Passes,
+    }
+}
+
+/// A rule whose decision on the packet hangs on the state of its connection, so that it matters whether it is tracked.
+#[must_use]
+pub fn state_decides(firewall: &Firewall, packet: &Packet) -> Option<Blocked> {
+    let open = Packet { connection: Connection::Open, ..packet.clone() };
+    let doubts = Walk::through(firewall, &open).doubts;
+    doubts.into_iter().find(|doubt| doubt.because == Unknown::State).map(|doubt| doubt.by)
+}
+
+/// A packet on its way through the chains.
+struct Walk<'a> {
+    packet: &'a Packet,
+    carried: Carried,
+    dropped: Vec<Blocked>,
+    doubts: Vec<Doubt>,
+    /// Why it may have passed the base chain that it is in.
+    may_have_passed: Option<Unknown>,
+}
+
+/// How a chain ends.
+enum End {
+    Accept,
+    Drop(Blocked),
+    Return,
+}
+
+/// Where a rule is.
+#[derive(Clone, Copy)]
+struct At<'a> {
+    table: &'a Table,
+    base: (&'a str, Base),
+    chain: &'a str,
+    depth: usize,
+}
+
+/// The kernel allows 16 jumps within each other (`NFT_JUMP_STACK_SIZE`), iptables-legacy as many as there are chains.
+const DEPTH: usize = 64;
+
+impl<'a> Walk<'a> {
+    fn through(firewall: &'a Firewall, packet: &'a Packet) -> Self {
+        let carried = Carried { mark: Bits::known([0; 4]), tracking: Tracking::NotYet };
+        let mut walk = Self { packet, carried, dropped: vec![], doubts: vec![], may_have_passed: None };
+        for hook in packet.path.hooks() {
+            let mut chains = vec![];
+            for table in firewall.tables.iter().filter(|table| table.kind.sees(packet.family())) {
+                for (name, chain) in &table.chains {
+                    chains.extend(chain.base.filter(|base| base.hook == *hook).map(|base| (base, table, name, chain)));
+                }
+            }
+            chains.sort_by_key(|(base, ..)| base.priority);
+            for (base, table, name, chain) in chains {
+                walk.base_chain(table, name, chain, base);
+            }
+        }
+        walk
+    }
+
+    fn base_chain(&mut self, table: &'a Table, name: &'a str, chain: &'a Chain, base: Base) {
+        let later = !matches!(base.hook, Hook::Prerouting | Hook::Output) || base.priority >= CONNTRACK;
+        if later && self.carried.tracking == Tracking::NotYet {
+            self.carried.tracking = match self.packet.connection {
+                Connection::Untracked => Tracking::Untracked,
+                _ => Tracking::Tracked,
+            };
+        }
+        self.may_have_passed = None;
+        let place = At { table, base: (name, base), chain: name, depth: 0 };
+        let end = match self.chain(place, chain, None) {
+            End::Return if base.drops => End::Drop(place.blocked(None)),
+            end => end,
+        };
+        if let End::Drop(by) = end {
+            match self.may_have_passed.take() {
+                None => self.dropped.push(by),
+                Some(because) => self.doubts.push(Doubt { by, because }),
+            }
+        }
+    }
+
+    /// Follows a chain. Under a doubt what it decides is noted, and it always ends as if nothing had been.
+    fn chain(&mut self, at: At<'a>, chain: &'a Chain, doubt: Option<Unknown>) -> End {
+        let mut doubt = doubt;
+        for (number, rule) in (1..).zip(&chain.rules) {
+            let (decision, applies) = match self.rule(at, rule, doubt.is_none()) {
+                None | Some((_, Truth::No)) => continue,
+                Some((decision, Truth::Yes)) => (decision, None),
+                Some((decision, Truth::Maybe(why))) => (decision, Some(why)),
+            };
+            let is_sure = applies.is_none();
+            // Why it is open whether the packet comes here and the rule applies.
+            let open = match (&doubt, applies) {
+                (None, applies) => applies,
+                (Some(doubt), None) => Some(doubt.clone()),
+                (Some(doubt), Some(why)) => Some(doubt.clone().min(why)),
+            };
+            let blocked = || at.blocked(Some((number, rule)));
+            match decision {
+                Decision::Continue => {}
+                Decision::Accept => match open {
+                    None => return End::Accept,
+                    Some(why) => self.may_pass(why),
+                },
+                Decision::Drop(_) => match open {
+                    None => return End::Drop(blocked()),
+                    Some(because) => self.doubts.push(Doubt { by: blocked(), because }),
+                },
+                Decision::Elsewhere(ref words) => {
+                    let words = Unknown::Condition(words.clone());
+                    let because = open.clone().map_or(words.clone(), |why| why.min(words));
+                    self.doubts.push(Doubt { by: blocked(), because: because.clone() });
+                    // It may be let through by whoever decides, and is seen by no further rule of this chain.
+                    self.may_pass(because);
+                    if open.is_none() {
+                        return End::Accept;
+                    }
+                }
+                Decision::Return => match open {
+                    None => return End::Return,
+                    Some(why) => doubt = Some(why),
+                },
+                Decision::Jump(ref target) | Decision::Goto(ref target) => {
+                    let goes_back = matches!(decision, Decision::Jump(_));
+                    let end = self.called(at, target, open.clone());
+                    match (end, goes_back) {
+                        (End::Return, true) => {}
+                        (End::Return, false) => match open {
+                            None => return End::Return,
+                            Some(why) => doubt = Some(why),
+                        },
+                        (end, _) => return end,
+                    }
+                }
+            }
+            // Under a doubt, what is certain for those that come here ends the walk.
+            let is_final = matches!(decision, Decision::Accept | Decision::Drop(_) | Decision::Return);
+            if doubt.is_some() && is_sure && is_final {
+                return End::Return;
+            }
+        }
+        End::Return
+    }
+
+    fn called(&mut self, at: At<'a>, target: &str, doubt: Option<Unknown>) -> End {
+        let Some((name, chain)) = at.table.chains.get_key_value(target).filter(|_| at.depth < DEPTH) else {
+            let because = Unknown::Condition(format!("chain {target}, which was not read"));
+            self.doubts.push(Doubt { by: at.blocked(None), because: because.clone() });
+            self.may_pass(because);
+            return End::Return;
+        };
+        self.chain(At { chain: name, depth: at.depth + 1, ..at }, chain, doubt)
+    }
+
+    fn may_pass(&mut self, why: Unknown) {
+        self.may_have_passed = self.may_have_passed.take().into_iter().chain([why]).min();
+    }
+
+    /// What a rule decides, and whether it applies. `certain`: whether the packet comes here for sure.
+    fn rule(&mut self, at: At<'a>, rule: &Rule, certain: bool) -> Option<(Decision, Truth)> {
+        let mut registers = Bits::known(vec![0; 64]);
+        let mut applies = Truth::Yes;
+        let mut decision = Decision::Continue;
+        for step in &rule.steps {
+            let condition = match step {
+                Step::Load { field, len, to } => match load(field, *len, self.packet, &self.carried) {
+                    None => Truth::No,
+                    Some(bits) => {
+                        set(&mut registers, *to, &bits);
+                        Truth::Yes
+                    }
+                },
+                Step::Constant { data, to } => {
+                    set(&mut registers, *to, &Bits::known(data.clone()));
+                    Truth::Yes
+                }
+                Step::Bitwise { from, to, mask, xor } => {
+                    let bits = registers.part((*from).into(), mask.len()).bitwise(mask, xor);
+                    set(&mut registers, *to, &bits);
+                    Truth::Yes
+                }
+                Step::SwapBytes { from, to, len, size } => {
+                    let bits = registers.part((*from).into(), (*len).into()).swapped((*size).into());
+                    set(&mut registers, *to, &bits);
+                    Truth::Yes
+                }
+                Step::Compare { register, how, with } => {
+                    registers.part((*register).into(), with.len()).compare(*how, with)
+                }
+                Step::Range { register, low, high, inverted } => {
+                    registers.part((*register).into(), low.len()).within(low, high).inverted(*inverted)
+                }
+                Step::Lookup { register, set: name, inverted, to } => match at.table.sets.get(name) {
+                    None => Truth::Maybe(Unknown::Condition(format!("set {name}, which was not read"))),
+                    Some(found) => {
+                        let (holds, value) = look_up(found, &registers, (*register).into());
+                        match (to, value) {
+                            (Destination::Verdict, Some(Value::Decision(verdict))) => decision = verdict.clone(),
+                            (Destination::Verdict, None) if holds != Truth::No => {
+                                decision = Decision::Elsewhere(format!("map {name}"));
+                            }
+                            (Destination::Register(to), Some(Value::Data(data))) => {
+                                set(&mut registers, *to, &Bits::known(data.clone()));
+                            }
+                            (Destination::Register(to), None) => {
+                                let why = Unknown::Condition(format!("map {name}"));
+                                set(&mut registers, *to, &Bits::open(16, why));
+                            }
+                            _ => {}
+                        }
+                        holds.inverted(*inverted)
+                    }
+                },
+                Step::Test { test, inverted } => holds(test, self.packet, &self.carried).inverted(*inverted),
+                Step::Opaque(words) => Truth::Maybe(Unknown::Condition(words.clone())),
+                Step::SetMark(register) => {
+                    let mark = registers.part((*register).into(), 4);
+                    self.mark(mark, &applies, certain);
+                    Truth::Yes
+                }
+                Step::ChangeMark { clear, xor } => {
+                    let mark = self.carried.mark.bitwise(&(!clear).to_ne_bytes(), &xor.to_ne_bytes());
+                    self.mark(mark, &applies, certain);
+                    Truth::Yes
+                }
+                Step::Notrack => {
+                    if self.carried.tracking == Tracking::NotYet {
+                        self.carried.tracking = match &applies {
+                            Truth::Maybe(why) => Tracking::Maybe(why.clone()),
+                            _ if certain => Tracking::Untracked,
+                            _ => Tracking::Maybe(Unknown::Condition("notrack".to_owned())),
+                        };
+                    }
+                    Truth::Yes
+                }
+                Step::Decide(verdict) => {
+                    decision = verdict.clone();
+                    Truth::Yes
+                }
+            };
+            applies = applies.and(|| condition);
+            if applies == Truth::No {
+                return None;
+            }
+            if decision != Decision::Continue {
+                break;
+            }
+        }
+        Some((decision, applies))
+    }
+
+    fn mark(&mut self, mark: Bits, applies: &Truth, certain: bool) {
+        self.carried.mark = match applies {
+            Truth::Yes if certain => mark,
+            Truth::Maybe(why) => Bits::open(4, why.clone()),
+            _ => Bits::open(4, Unknown::Condition("meta mark".to_owned())),
+        };
+    }
+}
+
+fn set(registers: &mut Bits, to: u8, bits: &Bits) {
+    registers.put(to.into(), bits);
+}
+
+/// Whether a key is in a set, and the value that a map has for it, if that is known.
+fn look_up<'a>(set: &'a Set, registers: &Bits, register: usize) -> (Truth, Option<&'a Value>) {
+    let in_element = |element: &Element| match set.fields.is_empty() {
+        true => registers.part(register, element.low.len()).within(&element.low, &element.high),
+        false => {
+            let (mut at, mut found) = (0, Truth::Yes);
+            for len in set.fields.iter().map(|len| usize::from(*len)) {
+                let Some((low, high)) = element.low.get(at..at + len).zip(element.high.get(at..at + len)) else {
+                    return Truth::No;
+                };
+                found = found.and(|| registers.part(register + at, len).within(low, high));
+                at += len.next_multiple_of(4);
+            }
+            found
+        }
+    };
+    let mut open: Option<Unknown> = None;
+    for element in candidates(set, registers, register) {
+        match in_element(element) {
+            // An element before it may have been meant.
+            Truth::Yes if open.is_none() => return (Truth::Yes, element.value.as_ref()),
+            Truth::Yes => return (Truth::Yes, None),
+            Truth::Maybe(why) => open = Some(open.map_or_else(|| why.clone(), |before| before.min(why.clone()))),
+            Truth::No => {}
+        }
+    }
+    let rest = if set.cut { Some(Unknown::Condition("a set of which a part was read".to_owned())) } else { open };
+    match (rest, &set.catch_all) {
+        (None, Some(all)) => (Truth::Yes, all.value.as_ref()),
+        (None, None) => (Truth::No, None),
+        (Some(_), Some(_)) => (Truth::Yes, None),
+        (Some(why), None) => (Truth::Maybe(why), None),
+    }
+}
+
+/// The elements that a key may be in: of thousands, and a key that is known, the one in question.
+fn candidates<'a>(set: &'a Set, registers: &Bits, register: usize) -> &'a [Element] {
+    let Some(len) = set.elements.first().map(|element| element.low.len()) else { return &[] };
+    let key = registers.part(register, len);
+    match (key.exact(), set.fields.is_empty()) {
+        (Some(key), true) => {
+            let behind = set.elements.partition_point(|element| element.low.as_slice() <= key);
+            &set.elements[behind.saturating_sub(1)..behind]
+        }
+        _ => &set.elements,
+    }
+}
+
+impl At<'_> {
+    fn blocked(self, rule: Option<(usize, &Rule)>) -> Blocked {
+        Blocked {
+            kind: self.table.kind,
+            table: self.table.name.clone(),
+            base: self.base.0.to_owned(),
+            hook: self.base.1.hook,
+            chain: self.chain.to_owned(),
+            rule: rule.map(|(number, rule)| Place { number, handle: rule.handle, text: rule.to_string() }),
+        }
+    }
+}
+
+impl fmt::Display for Unknown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::State => f.write_str("the connection's state"),
+            Self::Address => f.write_str("the packet's address"),
+            Self::Condition(words) => f.write_str(words),
+        }
+    }
+}

@@ -1,0 +1,353 @@
+//! Chains as people load them, put together by hand.
+
+use std::net::IpAddr;
+
+use super::evaluate::{Unknown, Verdict, judge, state};
+use super::traffic::{Flow, Node, Obstacle};
+use super::*;
+use crate::model::{IfName, Subnet, Vni};
+
+fn v<T: std::str::FromStr<Err: std::fmt::Debug>>(text: &str) -> T {
+    text.parse().expect("valid")
+}
+
+fn interface(name: &str, kind: Option<&'static str>) -> Interface {
+    Interface { name: v::<IfName>(name), index: None, kind }
+}
+
+fn node() -> Node {
+    Node {
+        network: v("10.244.0.0/16"),
+        own: v("10.244.30.0/24"),
+        bridge: interface("cni0", Some("bridge")),
+        tunnel: interface("fabric.1", Some("vxlan")),
+        underlay: interface("eth0", None),
+        local: v("192.0.2.11"),
+        port: 8472,
+        vni: Vni::DEFAULT,
+        untracked: false,
+        direct: false,
+    }
+}
+
+fn rule(steps: impl IntoIterator<Item = Vec<Step>>, decision: Decision) -> Rule {
+    let steps = steps.into_iter().flatten().chain([Step::Decide(decision)]).collect();
+    Rule { handle: Some(7), comment: None, steps }
+}
+
+fn equals(field: Field, with: &[u8]) -> Vec<Step> {
+    let len = u8::try_from(with.len()).expect("short");
+    vec![Step::Load { field, len, to: 0 }, Step::Compare { register: 0, how: Comparison::Equal, with: with.to_vec() }]
+}
+
+fn from_net(net: &str) -> Vec<Step> {
+    address(12, net)
+}
+
+fn to_net(net: &str) -> Vec<Step> {
+    address(16, net)
+}
+
+fn address(offset: u32, net: &str) -> Vec<Step> {
+    let net: Subnet = v(net);
+    let IpAddr::V4(base) = net.base() else { panic!("IPv4") };
+    let mask = u32::MAX.checked_shl(u32::from(32 - net.prefix_len())).unwrap_or(0).to_be_bytes().to_vec();
+    vec![
+        Step::Load { field: Field::Network { offset }, len: 4, to: 0 },
+        Step::Bitwise { from: 0, to: 0, mask, xor: vec![0; 4] },
+        Step::Compare { register: 0, how: Comparison::Equal, with: base.octets().to_vec() },
+    ]
+}
+
+fn ct_state(bits: u32) -> Vec<Step> {
+    vec![
+        Step::Load { field: Field::ConnectionState, len: 4, to: 0 },
+        Step::Bitwise { from: 0, to: 0, mask: bits.to_ne_bytes().to_vec(), xor: vec![0; 4] },
+        Step::Compare { register: 0, how: Comparison::Different, with: vec![0; 4] },
+    ]
+}
+
+fn udp_to(port: u16) -> Vec<Step> {
+    [equals(Field::Protocol, &[17]), equals(Field::Transport { offset: 2 }, &port.to_be_bytes())].concat()
+}
+
+fn chain(hook: Hook, drops: bool, rules: Vec<Rule>) -> Chain {
+    Chain { base: Some(Base { hook, priority: 0, drops }), rules }
+}
+
+fn firewall<const N: usize>(chains: [(&str, Chain); N]) -> Firewall {
+    let chains = chains.into_iter().map(|(name, chain)| (name.to_owned(), chain)).collect();
+    let table = Table { kind: TableKind::Inet, name: "fw".to_owned(), chains, sets: BTreeMap::new() };
+    Firewall { tables: vec![table], unread: BTreeSet::new() }
+}
+
+fn drop() -> Decision {
+    Decision::Drop("drop")
+}
+
+fn said(obstacles: &[Obstacle]) -> Vec<String> {
+    obstacles.iter().map(ToString::to_string).collect()
+}
+
+fn new_pod_packet() -> Packet {
+    let (source, target) = (v("10.244.30.2/32"), v("10.244.60.2/32"));
+    node().forwarded(source, target, packet::Content::Icmp { reply: false }, Connection::New)
+}
+
+#[test]
+fn reject_at_the_end_of_a_chain_whose_policy_is_accept_is_found_with_chain_and_rule() {
+    let rules = vec![
+        rule([ct_state(state::ESTABLISHED | state::RELATED)], Decision::Accept),
+        rule([ct_state(state::INVALID)], drop()),
+        rule([], Decision::Drop("reject with icmpx admin-prohibited")),
+    ];
+    let mut firewall = firewall([("filter_FORWARD", chain(Hook::Forward, false, rules))]);
+    firewall.tables[0].name = "firewalld".to_owned();
+    let obstacles = node().obstacles(&firewall, &[]);
+    assert_eq!(
+        said(&obstacles),
+        [
+            "inet firewalld filter_FORWARD rule 3 (handle 7): reject with icmpx admin-prohibited drops IPv4 packets \
+             between pods of this node and of others",
+            "inet firewalld filter_FORWARD rule 3 (handle 7): reject with icmpx admin-prohibited drops IPv4 packets \
+             between pods and what is outside the network",
+        ]
+    );
+    assert_eq!(
+        obstacles[0].remedy,
+        ["firewall-cmd --permanent --zone=trusted --add-source=10.244.0.0/16", "firewall-cmd --reload"]
+    );
+}
+
+#[test]
+fn policy_drop_is_cleared_by_the_rules_of_its_remedy() {
+    let closed = firewall([("through", chain(Hook::Forward, true, vec![]))]);
+    let obstacles = node().obstacles(&closed, &[]);
+    assert_eq!(
+        obstacles[0].remedy,
+        [
+            "nft insert rule inet fw through ip saddr 10.244.0.0/16 accept",
+            "nft insert rule inet fw through ip daddr 10.244.0.0/16 accept"
+        ]
+    );
+    let accepts = [from_net("10.244.0.0/16"), to_net("10.244.0.0/16")].map(|net| rule([net], Decision::Accept));
+    let open = firewall([("through", chain(Hook::Forward, true, accepts.to_vec()))]);
+    assert_eq!(node().obstacles(&open, &[]), []);
+}
+
+#[test]
+fn jumps_gotos_and_returns_are_followed_as_the_kernel_follows_them() {
+    let jump = |name: &str| Decision::Jump(name.to_owned());
+    let goto = |name: &str| Decision::Goto(name.to_owned());
+    let called = |rules| Chain { base: None, rules };
+    let judged = |first: Decision, called_rules, drops| {
+        let rules = vec![rule([], first), rule([], drop())];
+        let chains = [("base", chain(Hook::Forward, drops, rules)), ("called", called(called_rules))];
+        judge(&firewall(chains), &new_pod_packet()) == Verdict::Passes
+    };
+    assert!(!judged(jump("called"), vec![], false), "it comes back, and is dropped");
+    assert!(judged(jump("called"), vec![rule([], Decision::Accept)], true), "an accept ends the base chain");
+    assert!(judged(goto("called"), vec![], false), "it does not come back: the policy decides");
+    assert!(!judged(goto("called"), vec![], true));
+    assert!(!judged(jump("called"), vec![rule([], Decision::Return), rule([], Decision::Accept)], false));
+    assert!(judged(Decision::Return, vec![], false), "a return from a base chain is its policy");
+}
+
+#[test]
+fn accept_ends_one_base_chain_and_a_drop_ends_the_packet() {
+    let accept = || vec![rule([], Decision::Accept)];
+    let two = [("first", chain(Hook::Forward, false, accept())), ("second", chain(Hook::Forward, true, vec![]))];
+    let Verdict::Dropped(by) = judge(&firewall(two), &new_pod_packet()) else { panic!("the second drops") };
+    assert_eq!(by[0].to_string(), "inet fw second policy drop");
+    let raw = [("raw", chain(Hook::Prerouting, false, vec![rule([], drop())]))];
+    assert!(matches!(judge(&firewall(raw), &new_pod_packet()), Verdict::Dropped(_)));
+    let input = [("input", chain(Hook::Input, true, vec![]))];
+    assert_eq!(judge(&firewall(input), &new_pod_packet()), Verdict::Passes, "it is not for this host");
+}
+
+#[test]
+fn mark_that_an_earlier_chain_has_set_is_seen_by_a_later_one() {
+    let mark = |number: u32| number.to_ne_bytes().to_vec();
+    let set = vec![Step::Constant { data: mark(9), to: 0 }, Step::SetMark(0)];
+    let marks = Rule { steps: [from_net("10.244.30.0/24"), set].concat(), ..Rule::default() };
+    let drops = || vec![rule([equals(Field::Mark, &mark(9))], drop())];
+    let both =
+        [("marks", chain(Hook::Prerouting, false, vec![marks])), ("drops", chain(Hook::Forward, false, drops()))];
+    assert!(matches!(judge(&firewall(both), &new_pod_packet()), Verdict::Dropped(_)));
+    let alone = [("drops", chain(Hook::Forward, false, drops()))];
+    assert_eq!(judge(&firewall(alone), &new_pod_packet()), Verdict::Passes);
+}
+
+#[test]
+fn condition_that_cannot_be_read_is_told_as_neither_fine_nor_failed() {
+    let limit = || vec![Step::Opaque("limit".to_owned())];
+    let of = |rules, drops| judge(&firewall([("base", chain(Hook::Forward, drops, rules))]), &new_pod_packet());
+    let because = |verdict| match verdict {
+        Verdict::Unknown(doubts) => doubts.into_iter().map(|doubt| doubt.because).collect::<Vec<_>>(),
+        known => panic!("{known:?}"),
+    };
+    let condition = || Unknown::Condition("limit".to_owned());
+    assert_eq!(because(of(vec![rule([limit()], drop())], false)), [condition()]);
+    assert_eq!(because(of(vec![rule([limit()], Decision::Accept)], true)), [condition()]);
+    assert_eq!(because(of(vec![rule([limit()], Decision::Return), rule([], drop())], false)), [condition()]);
+    assert!(matches!(of(vec![rule([limit()], drop()), rule([], drop())], false), Verdict::Dropped(_)));
+    assert_eq!(of(vec![rule([limit()], Decision::Accept)], false), Verdict::Passes, "accepted either way");
+    let never = [limit(), equals(Field::Protocol, &[132])];
+    assert_eq!(of(vec![rule(never, drop())], false), Verdict::Passes, "it is no SCTP");
+}
+
+#[test]
+fn rule_for_one_pod_is_told_as_depending_on_the_address_and_judged_for_that_pod() {
+    let rules = vec![rule([to_net("10.244.60.2/32")], drop())];
+    let firewall = firewall([("base", chain(Hook::Forward, false, rules))]);
+    let obstacles = node().obstacles(&firewall, &[]);
+    assert_eq!(obstacles.len(), 1, "{obstacles:?}");
+    assert_eq!((obstacles[0].because.clone(), obstacles[0].flow), (Some(Unknown::Address), Flow::Pods));
+    assert!(matches!(judge(&firewall, &new_pod_packet()), Verdict::Dropped(_)));
+}
+
+#[test]
+fn port_that_is_open_for_some_peers_is_told_with_those_that_are_left_out() {
+    let rules = vec![rule([from_net("192.0.2.12/32"), udp_to(8472)], Decision::Accept)];
+    let firewall = firewall([("input", chain(Hook::Input, true, rules))]);
+    let peers: Vec<IpAddr> = vec![v("192.0.2.12"), v("192.0.2.13"), v("192.0.2.14")];
+    assert_eq!(
+        said(&node().obstacles(&firewall, &peers)),
+        ["inet fw input policy drop drops IPv4 VXLAN packets that arrive at UDP port 8472, those of 192.0.2.13 and 1 \
+          more peers"]
+    );
+    assert_eq!(node().obstacles(&firewall, &peers[..1]), []);
+}
+
+#[test]
+fn firewall_that_asks_for_new_connections_needs_them_tracked() {
+    let opened = |states| {
+        let rules = vec![
+            rule([ct_state(state::ESTABLISHED | state::RELATED)], Decision::Accept),
+            rule([udp_to(8472), ct_state(states)], Decision::Accept),
+            rule([], Decision::Drop("reject")),
+        ];
+        firewall([("input", chain(Hook::Input, false, rules))])
+    };
+    let untracked = Node { untracked: true, ..node() };
+    let strict = opened(state::NEW);
+    assert_eq!(node().obstacles(&strict, &[]), [], "tracked, it is a new connection");
+    assert_eq!(untracked.obstacles(&strict, &[]).len(), 1, "untracked, it is none");
+    assert!(node().needs_tracking(&strict).is_some());
+    assert_eq!(untracked.obstacles(&opened(state::NEW | state::UNTRACKED), &[]), []);
+}
+
+#[test]
+fn kube_proxys_chains_are_no_reason_to_track() {
+    // KUBE-PROXY-FIREWALL and its like: new connections go to a chain that is about other addresses.
+    let called = Chain { base: None, rules: vec![rule([to_net("203.0.113.7/32")], drop())] };
+    let invalid = Chain { base: None, rules: vec![rule([ct_state(state::INVALID)], drop())] };
+    let jump = |chain: &str, conditions: Vec<Step>| rule([conditions], Decision::Jump(chain.to_owned()));
+    let firewall = firewall([
+        ("INPUT", chain(Hook::Input, false, vec![jump("KUBE-PROXY-FIREWALL", ct_state(state::NEW))])),
+        ("FORWARD", chain(Hook::Forward, false, vec![jump("KUBE-FORWARD", vec![])])),
+        ("KUBE-PROXY-FIREWALL", called),
+        ("KUBE-FORWARD", invalid),
+    ]);
+    assert_eq!(node().needs_tracking(&firewall), None);
+    assert_eq!(node().obstacles(&firewall, &[]), []);
+}
+
+#[test]
+fn sets_ranges_and_verdict_maps_are_looked_into() {
+    let element = |low: &str, high: &str, value| {
+        let bytes = |ip: &str| v::<std::net::Ipv4Addr>(ip).octets().to_vec();
+        Element { low: bytes(low), high: bytes(high), value }
+    };
+    let decision = |decision| Some(Value::Decision(decision));
+    let with = |set: Set, to, inverted, decision| {
+        let look = Step::Lookup { register: 0, set: "set".to_owned(), inverted, to };
+        let steps = vec![Step::Load { field: Field::Network { offset: 16 }, len: 4, to: 0 }, look];
+        let mut firewall = firewall([("base", chain(Hook::Forward, false, vec![rule([steps], decision)]))]);
+        firewall.tables[0].sets.insert("set".to_owned(), set);
+        judge(&firewall, &new_pod_packet())
+    };
+    let ranges = || Set {
+        elements: vec![
+            element("10.0.0.0", "10.0.0.9", None),
+            element("10.244.60.0", "10.244.60.255", None),
+            element("10.255.0.0", "10.255.0.0", None),
+        ],
+        ..Set::default()
+    };
+    assert!(matches!(with(ranges(), Destination::Nowhere, false, drop()), Verdict::Dropped(_)));
+    assert_eq!(with(ranges(), Destination::Nowhere, true, drop()), Verdict::Passes);
+    let map = Set {
+        elements: vec![element("10.244.60.2", "10.244.60.2", decision(drop()))],
+        catch_all: Some(Element { value: decision(Decision::Accept), ..Element::default() }),
+        ..Set::default()
+    };
+    let verdict = |set| with(set, Destination::Verdict, false, Decision::Continue);
+    assert!(matches!(verdict(map.clone()), Verdict::Dropped(_)));
+    assert_eq!(verdict(Set { elements: vec![], ..map }), Verdict::Passes);
+    assert!(matches!(verdict(Set { cut: true, ..Set::default() }), Verdict::Unknown(_)));
+}
+
+#[test]
+fn remedies_are_in_the_words_of_the_firewalls_owner() {
+    let table = |kind, name: &str, base: &str, more: &[&str]| {
+        let hook = if base.to_lowercase().contains("input") { Hook::Input } else { Hook::Forward };
+        let mut chains = BTreeMap::from([(base.to_owned(), chain(hook, true, vec![]))]);
+        chains.extend(more.iter().map(|chain| ((*chain).to_owned(), Chain::default())));
+        Firewall {
+            tables: vec![Table { kind, name: name.to_owned(), chains, sets: BTreeMap::new() }],
+            ..Firewall::default()
+        }
+    };
+    let remedy = |firewall: &Firewall| node().obstacles(firewall, &[])[0].remedy.clone();
+    assert_eq!(remedy(&table(TableKind::Ip, "filter", "INPUT", &["ufw-user-input"])), ["ufw allow 8472/udp"]);
+    assert_eq!(
+        remedy(&table(TableKind::Iptables, "filter", "FORWARD", &["ufw-user-forward"])),
+        ["ufw route allow from 10.244.0.0/16", "ufw route allow to 10.244.0.0/16"]
+    );
+    assert_eq!(
+        remedy(&table(TableKind::Ip, "filter", "INPUT", &[])),
+        ["iptables-nft -I INPUT -p udp --dport 8472 -j ACCEPT"]
+    );
+    assert_eq!(
+        remedy(&table(TableKind::Iptables, "mangle", "FORWARD", &[])),
+        [
+            "iptables-legacy -t mangle -I FORWARD -s 10.244.0.0/16 -j ACCEPT",
+            "iptables-legacy -t mangle -I FORWARD -d 10.244.0.0/16 -j ACCEPT"
+        ]
+    );
+    assert_eq!(
+        remedy(&table(TableKind::Inet, "firewalld", "filter_INPUT", &[])),
+        ["firewall-cmd --permanent --add-port=8472/udp", "firewall-cmd --reload"]
+    );
+    let mut docker = table(TableKind::Ip, "filter", "FORWARD", &["DOCKER-USER"]);
+    let jump = rule([], Decision::Jump("DOCKER-USER".to_owned()));
+    docker.tables[0].chains.get_mut("FORWARD").expect("made").rules.push(jump);
+    assert_eq!(
+        remedy(&docker),
+        [
+            "iptables-nft -I DOCKER-USER -s 10.244.0.0/16 -j ACCEPT",
+            "iptables-nft -I DOCKER-USER -d 10.244.0.0/16 -j ACCEPT"
+        ]
+    );
+}
+
+#[test]
+fn rules_are_shown_in_the_words_of_nft() {
+    let shown = |rule: &Rule| rule.to_string();
+    assert_eq!(shown(&rule([from_net("10.244.0.0/16")], drop())), "ip saddr 10.244.0.0/16 drop");
+    assert_eq!(
+        shown(&rule([ct_state(state::NEW | state::UNTRACKED), udp_to(8472)], Decision::Accept)),
+        "ct state new,untracked meta l4proto udp th dport 8472 accept"
+    );
+    let name = equals(Field::InName, b"eth0\0\0\0\0\0\0\0\0\0\0\0\0");
+    assert_eq!(shown(&rule([name], Decision::Jump("x".to_owned()))), "iifname \"eth0\" jump x");
+    let test = |test| Step::Test { test, inverted: false };
+    let matches = vec![
+        test(Test::Address { end: End::Target, address: vec![10, 244, 0, 0], mask: vec![255, 255, 0, 0] }),
+        test(Test::Protocol(17)),
+        test(Test::Ports { end: End::Target, ranges: vec![(8472, 8472)] }),
+        test(Test::State { states: state::NEW, translated: false }),
+    ];
+    assert_eq!(shown(&rule([matches], drop())), "-d 10.244.0.0/16 -p udp --dport 8472 --ctstate NEW drop");
+}
