@@ -90,6 +90,10 @@ pub struct Config {
     #[arg(long, env = "FABRICD_CNI_STATE_DIR", value_name = "DIR", default_value = fabric_core::handoff::ATTACHMENTS_DIR)]
     pub cni_state_dir: PathBuf,
 
+    /// Folder of the container runtime's network configurations, for fabricctl doctor to look at
+    #[arg(long, env = "FABRICD_CNI_CONF_DIR", value_name = "DIR", default_value = "/etc/cni/net.d")]
+    pub cni_conf_dir: PathBuf,
+
     /// flannel's file with the node's subnet, for others
     #[arg(long, env = "FABRICD_SUBNET_FILE", value_name = "FILE", default_value = "/run/flannel/subnet.env")]
     pub subnet_file: PathBuf,

@@ -178,6 +178,8 @@ fn places(config: &Config) -> Places {
         attachments: config.cni_state_dir.clone(),
         root: "/".into(),
         certificates: of_etcd.into_iter().chain(of_api).flatten().cloned().collect(),
+        cni_conf: config.cni_conf_dir.clone(),
+        kubernetes: std::env::var_os("KUBERNETES_SERVICE_HOST").is_some(),
     }
 }
 

@@ -21,6 +21,7 @@ use fabric_core::handoff::{NODE_FILE, NodeFile, RUN_DIR, Readiness};
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::diagnosis::cni_config;
 use crate::files::{FileError, replace};
 
 /// The first word of the command line that asks for this instead of the daemon.
@@ -132,7 +133,8 @@ impl InstallCni {
             return self.keep_conflist();
         }
         self.wait_until_ready()?;
-        self.install_conflist()
+        self.install_conflist()?;
+        self.warn_of_earlier_ones(&mut vec![])
     }
 
     fn install_plugins(&self) -> Result<()> {
@@ -157,11 +159,13 @@ impl InstallCni {
         }
         replace(&self.conflist_path(), conflist.as_bytes(), 0o644)?;
         println!("{}", self.conflist_path().display());
-        self.warn_of_an_earlier_one()
+        Ok(())
     }
 
     fn keep_conflist(&self) -> Result<()> {
+        let mut warned = vec![];
         until_terminated(|| {
+            self.warn_of_earlier_ones(&mut warned)?;
             if self.not_ready().is_some() {
                 return Ok(PERIOD);
             }
@@ -244,11 +248,23 @@ impl InstallCni {
         }
     }
 
-    fn warn_of_an_earlier_one(&self) -> Result<()> {
-        let names = fs::read_dir(&self.conf_dir)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let network = |name: &String| [".conf", ".conflist", ".json"].iter().any(|ending| name.ends_with(ending));
-        if let Some(first) = names.filter(network).filter(|name| *name < self.conf_name).min() {
-            eprintln!("{first} sorts before {}, so runtimes take that network; move it away", self.conf_name);
+    /// Says which configurations a runtime takes before ours, whoever put them there and when; again only when they change.
+    fn warn_of_earlier_ones(&self, warned: &mut Vec<PathBuf>) -> Result<()> {
+        let all = match cni_config::configs(&self.conf_dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => vec![],
+            all => all?,
+        };
+        let earlier: Vec<PathBuf> = cni_config::before(&all, &self.conflist_path()).into_iter().cloned().collect();
+        if earlier != *warned {
+            for file in &earlier {
+                let name = file.file_name().unwrap_or_default().to_string_lossy();
+                eprintln!(
+                    "warning: {name} sorts before {}, so new pods get that network; if it is a leftover: {}",
+                    self.conf_name,
+                    cni_config::move_away(file)
+                );
+            }
+            *warned = earlier;
         }
         Ok(())
     }
@@ -409,6 +425,28 @@ mod tests {
             assert!(error.contains("--conf-name"), "{error}");
         }
         assert_eq!(content(&dir, "net.d/10-fabric.conflist").as_deref(), Some("{}"));
+    }
+
+    #[test]
+    fn configurations_that_sort_first_are_all_told_again_when_they_change() {
+        let (dir, install) = machine(true, &[]);
+        let mut warned = vec![];
+        install.warn_of_earlier_ones(&mut warned).expect("there is no folder yet");
+        install.run().expect("installed");
+        for (file, content, told) in [
+            ("05-cilium.conflist", "{}", 1),
+            ("00-multus.conf", r#"{"type": "multus-shim"}"#, 1),
+            ("10-calico.conflist", "{}", 2),
+            ("99-loopback.conf", "{}", 2),
+            ("README", "", 2),
+        ] {
+            fs::write(dir.path().join("net.d").join(file), content).expect("a file");
+            install.warn_of_earlier_ones(&mut warned).expect("told");
+            assert_eq!(warned.len(), told, "{file}: {warned:?}");
+        }
+        fs::remove_file(dir.path().join("net.d/05-cilium.conflist")).expect("removed");
+        install.warn_of_earlier_ones(&mut warned).expect("told");
+        assert_eq!(warned, [dir.path().join("net.d/10-calico.conflist")]);
     }
 
     #[test]

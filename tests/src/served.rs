@@ -65,7 +65,14 @@ impl Served {
 
 fn nowhere() -> Places {
     let nowhere = PathBuf::from("/nowhere");
-    Places { addresses: nowhere.clone(), attachments: nowhere.clone(), root: nowhere, certificates: vec![] }
+    Places {
+        addresses: nowhere.clone(),
+        attachments: nowhere.clone(),
+        cni_conf: nowhere.clone(),
+        root: nowhere,
+        certificates: vec![],
+        kubernetes: false,
+    }
 }
 
 /// The key of a node's lease. Its VTEP's address is one of this machine, so that a daemon can be asked there.

@@ -10,15 +10,19 @@ use fabric_core::handoff::{NotReady, Readiness};
 use fabric_core::leases::{Entry, LeaseSet};
 use fabric_core::model::{Family, Vni};
 use fabric_core::plan::Desired;
+use fabric_core::rules::TableFamily;
+use fabric_core::rules::change::FoundTable;
 use fabric_core::state::{ForeignLink, KernelState, VxlanLink};
 use fabric_tests::certificates::Certificates;
 use fabric_tests::served::view;
-use fabricd::diagnosis::checks::{self, Finding};
+use fabricd::diagnosis::checks;
+use fabricd::diagnosis::finding::Finding;
 use fabricd::diagnosis::{Outcome, Places, Scene};
 use fabricd::kernel::Observed;
+use fabricd::kernel::fib::{Action, Fib, PolicyRule, Route};
 use fabricd::mesh::Mesh;
 use fabricd::reconcile::Looked;
-use fabricd::underlay::HostLink;
+use fabricd::underlay::{DefaultRoute, HostLink};
 use fabricd::view::{PeerTrouble, View};
 use tempfile::TempDir;
 
@@ -28,6 +32,7 @@ struct Node {
     view: View,
     wanted: KernelState,
     observed: Observed,
+    fib: Fib,
     certificates: Vec<PathBuf>,
 }
 
@@ -57,7 +62,12 @@ impl Node {
             host_link("veth1", 1450, vec![])?,
         ];
         observed.bridges = [("cni0".parse()?, ["veth1".parse()?].into())].into();
-        let node = Self { root: tempfile::tempdir()?, view, wanted, observed, certificates: vec![] };
+        observed.rules.insert(
+            TableFamily::Inet,
+            FoundTable { chains: [("postrouting".to_owned(), vec![])].into(), ..FoundTable::default() },
+        );
+        let fib = Fib { rules: vec![rule(32766, 254)], routes: vec![route("127.1.2.0/24", "fabric.1", true)] };
+        let node = Self { root: tempfile::tempdir()?, view, wanted, observed, fib, certificates: vec![] };
         for (file, content) in [
             ("proc/sys/kernel/osrelease", "6.1.0-amd64"),
             ("proc/sys/net/ipv4/ip_forward", "1"),
@@ -69,8 +79,16 @@ impl Node {
             ("run/systemd/netif/links/5", "ADMIN_STATE=unmanaged"),
             ("etc/systemd/networkd.conf.d/x.conf", "[Network]\nManageForeignRoutes=no\nManageForeignNextHops=no\n"),
             ("run/NetworkManager/devices/5", "[device]\nmanaged=false"),
+            ("sys/class/net/cni0/ifindex", "6"),
+            ("sys/class/net/veth1/ifindex", "7"),
+            ("sys/class/net/veth1/operstate", "up"),
+            ("etc/cni/net.d/10-fabric.conflist", r#"{"plugins":[{"type":"fabric-cni"}]}"#),
+            ("etc/cni/net.d/99-loopback.conf", "{}"),
             ("var/lib/cni/networks/fabric/127.1.1.2", "c1\r\neth0"),
-            ("var/lib/cni/fabric/fabric/c1@eth0.json", "{}\n{\"ports\":[\"veth1\"]}\n"),
+            (
+                "var/lib/cni/fabric/fabric/c1@eth0.json",
+                "{\"netns\":\"/run/netns/c1\"}\n{\"ports\":[\"veth1\"],\"bridge\":\"cni0\",\"ips\":[\"127.1.1.2\"]}\n",
+            ),
         ] {
             node.has(file, content)?;
         }
@@ -95,6 +113,8 @@ impl Node {
             attachments: self.root.path().join("var/lib/cni/fabric"),
             root: self.root.path().into(),
             certificates: self.certificates.clone(),
+            cni_conf: self.root.path().join("etc/cni/net.d"),
+            kubernetes: false,
         };
         let looked = Looked {
             wanted: Some(Arc::new(wanted)),
@@ -102,9 +122,38 @@ impl Node {
             last: None,
             blocked: String::new(),
         };
-        let scene = Scene { view: Arc::new(self.view.clone()), looked, mesh: Arc::new(Mesh::default()), places };
+        let (view, mesh, fib) = (Arc::new(self.view.clone()), Arc::new(Mesh::default()), Arc::new(self.fib.clone()));
+        let scene = Scene { view, looked, mesh, places, fib };
         let (_, _, check) = checks::ALL.iter().find(|(name, ..)| *name == id).context("no such check")?;
         Ok(check(&scene))
+    }
+}
+
+fn rule(priority: u32, table: u32) -> PolicyRule {
+    PolicyRule {
+        family: Family::V4,
+        priority,
+        from: None,
+        to: None,
+        iif: None,
+        mark: None,
+        other: false,
+        invert: false,
+        action: Action::Table(table),
+        suppress: None,
+    }
+}
+
+fn route(dst: &str, device: &str, ours: bool) -> Route {
+    Route {
+        dst: dst.parse().expect("a prefix"),
+        table: 254,
+        kind: if device.is_empty() { "blackhole" } else { "unicast" }.into(),
+        metric: 0,
+        device: Some(device.to_owned()).filter(|device| !device.is_empty()),
+        gateway: None,
+        protocol: if ours { "250" } else { "bird" }.into(),
+        ours,
     }
 }
 
@@ -165,7 +214,7 @@ const BROKEN: &[(&str, Breakage, Outcome, &str)] = &[
             n.has("proc/net/udp", "  sl  local_address\n 8541: 00000000:2118 00000000:0000 07\n")
         },
         Outcome::Failed,
-        "somebody else has UDP port 8472",
+        "another program has UDP port 8472",
     ),
     (
         "underlay-mtu",
@@ -212,7 +261,34 @@ const BROKEN: &[(&str, Breakage, Outcome, &str)] = &[
     ("br-netfilter", |n| n.has("proc/sys/net/bridge/bridge-nf-call-iptables", "0"), Outcome::Warning, "is 0"),
     ("br-netfilter", |n| n.lacks("proc/sys/net/bridge/bridge-nf-call-iptables"), Outcome::Warning, "not loaded"),
     ("conntrack", |n| n.has("proc/sys/net/netfilter/nf_conntrack_count", "901"), Outcome::Failed, "901 of 1000"),
-    ("networkd", |n| n.has("run/systemd/netif/links/5", "ADMIN_STATE=configured"), Outcome::Failed, "interface 5"),
+    (
+        "networkd",
+        |n| {
+            n.has("run/systemd/netif/links/5", "ADMIN_STATE=configured\nNETWORK_FILE=/etc/systemd/network/zz.network\n")
+        },
+        Outcome::Failed,
+        "it manages fabric.1 by /etc/systemd/network/zz.network",
+    ),
+    (
+        "networkd",
+        |n| {
+            for (link, file) in [("7", "zz-all"), ("6", "zz-all"), ("5", "10-vxlan")] {
+                let file = format!("ADMIN_STATE=configuring\nNETWORK_FILE=/etc/systemd/network/{file}.network\n");
+                n.has(&format!("run/systemd/netif/links/{link}"), &file)?;
+            }
+            n.observed.bridges.clear();
+            Ok(())
+        },
+        Outcome::Failed,
+        "2: it manages fabric.1 by /etc/systemd/network/10-vxlan.network; it manages 2: cni0; veth1 by \
+         /etc/systemd/network/zz-all.network",
+    ),
+    (
+        "networkd",
+        |n| n.has("etc/systemd/network/zz-default.network", "[Match]\nName=*\n\n[Network]\nDHCP=yes\n"),
+        Outcome::Warning,
+        "/etc/systemd/network/zz-default.network matches 4: cni0; fabric.1; veth1; veths of pods",
+    ),
     ("networkd", |n| n.lacks("etc/systemd/networkd.conf.d/x.conf"), Outcome::Warning, "ManageForeignRoutes is on"),
     (
         "networkd",
@@ -220,7 +296,15 @@ const BROKEN: &[(&str, Breakage, Outcome, &str)] = &[
         Outcome::Warning,
         "ManageForeignNextHops is on",
     ),
-    ("networkmanager", |n| n.has("run/NetworkManager/devices/5", "managed=true"), Outcome::Failed, "interface 5"),
+    (
+        "networkmanager",
+        |n| {
+            n.has("run/NetworkManager/devices/5", "managed=true")?;
+            n.has("run/NetworkManager/devices/7", "managed=true")
+        },
+        Outcome::Failed,
+        "it manages 2: fabric.1; veth1",
+    ),
     (
         "udev",
         |n| n.has("etc/systemd/network/10.link", "[Match]\nDriver=vxlan\n[Link]\nMACAddressPolicy=persistent\n"),
@@ -236,6 +320,62 @@ const BROKEN: &[(&str, Breakage, Outcome, &str)] = &[
         Outcome::Failed,
         "cni0 has no address of 127.1.1.0/24",
     ),
+    (
+        "bridge",
+        |n| {
+            n.observed.host.links[1].addresses = vec![("10.244.9.1".parse()?, "10.244.9.0/24".parse()?)];
+            n.observed.host.links[1].up = false;
+            Ok(())
+        },
+        Outcome::Failed,
+        "2: cni0 is down; cni0 has addresses of 10.244.9.0/24, this node's subnet is 127.1.1.0/24",
+    ),
+    (
+        "pod-ports",
+        |n| {
+            n.observed.bridges.clear();
+            Ok(())
+        },
+        Outcome::Failed,
+        "veth1 of container c1 (127.1.1.2) is not on cni0",
+    ),
+    (
+        "pod-ports",
+        |n| n.has("sys/class/net/veth1/operstate", "lowerlayerdown"),
+        Outcome::Failed,
+        "veth1 of container c1 (127.1.1.2) has no carrier: the pod's eth0 is down",
+    ),
+    (
+        "pod-ports",
+        |n| {
+            n.observed.host.links[2].up = false;
+            Ok(())
+        },
+        Outcome::Failed,
+        "veth1 of container c1 (127.1.1.2) is down",
+    ),
+    (
+        "egress",
+        |n| {
+            n.observed.rules.clear();
+            n.observed.host.default_routes =
+                vec![DefaultRoute { family: Family::V4, dev: "eth0".parse()?, metric: 0, source: None }];
+            Ok(())
+        },
+        Outcome::Warning,
+        "masquerade is off: packets that leave 10.244.0.0/16 keep the pods' addresses",
+    ),
+    (
+        "cni-config",
+        |n| {
+            n.has("etc/cni/net.d/05-cilium.conflist", "{}")?;
+            n.has("etc/cni/net.d/00-multus.conf", r#"{"type": "multus"}"#)?;
+            n.has("etc/cni/net.d/10-calico.conflist", "{}")
+        },
+        Outcome::Failed,
+        "10-calico.conflist sorts before 10-fabric.conflist",
+    ),
+    ("cni-config", |n| n.lacks("etc/cni/net.d/10-fabric.conflist"), Outcome::Warning, "names fabric-cni"),
     (
         "bridge-mtu",
         |n| {
@@ -293,16 +433,16 @@ const BROKEN: &[(&str, Breakage, Outcome, &str)] = &[
             Ok(())
         },
         Outcome::Warning,
-        "flannel.1 with VNI 1",
+        "flannel.1 (flannel) with VNI 1",
     ),
     (
         "overlap",
         |n| {
-            n.observed.foreign.routes.insert("10.244.9.0/24".parse()?, "10.244.9.0/24 dev eth1".into());
+            n.fib.routes.push(route("10.244.9.0/24", "eth1", false));
             Ok(())
         },
         Outcome::Warning,
-        "10.244.9.0/24 dev eth1 leads into the network",
+        "10.244.9.0/24 dev eth1 proto bird leads into the network",
     ),
     (
         "certificates",
@@ -341,6 +481,64 @@ fn every_check_is_fine_until_it_is_broken_and_says_then_what_to_do() -> Result<(
         assert!(!found.fix.is_empty(), "{id}: {found:?}");
     }
     Ok(())
+}
+
+#[test]
+fn device_of_another_overlay_on_our_port_is_the_cause_and_what_follows_is_not_told_as_one() -> Result<()> {
+    let mut node = Node::well()?;
+    node.observed.ours = KernelState::default();
+    let cilium = ForeignLink { kind: "vxlan".into(), vxlan: Some((0, 8472, Family::V4)) };
+    let idle = ForeignLink { kind: "vxlan".into(), vxlan: Some((7, 4789, Family::V4)) };
+    node.observed.foreign.links.insert("a.7".parse()?, idle);
+    node.observed.foreign.links.insert("cilium_vxlan".parse()?, cilium);
+    let found = node.check("foreign-vxlan")?;
+    assert_eq!(found.outcome, Outcome::Failed, "{found:?}");
+    assert!(found.evidence.starts_with("2: cilium_vxlan (Cilium) has our UDP port (0, 8472)"), "{found:?}");
+    assert!(found.fix.contains("\nip link del cilium_vxlan\n"), "{found:?}");
+    for consequence in ["udp-port", "mac"] {
+        assert_eq!(node.check(consequence)?.outcome, Outcome::Skipped, "{consequence}");
+    }
+    assert_eq!(checks::ALL[0].0, "foreign-vxlan", "the cause is shown first");
+    Ok(())
+}
+
+#[test]
+fn of_several_routes_into_the_network_those_that_hide_a_subnet_come_first() -> Result<()> {
+    let mut node = Node::well()?;
+    let space = node.view.network.as_mut().and_then(|network| network.spaces.slot(Family::V4).as_mut());
+    space.context("a network")?.network = "127.0.0.0/8".parse()?;
+    node.fib.routes.push(route("127.200.0.0/26", "eth1", false));
+    node.fib.routes.push(route("127.1.0.0/16", "eth1", false));
+    node.fib.routes.push(route("127.1.2.0/26", "", false));
+    // Nobody looks into this table.
+    node.fib.routes.push(Route { table: 77, ..route("127.1.2.0/27", "", false) });
+    let found = node.check("overlap")?;
+    assert_eq!(found.outcome, Outcome::Failed, "{found:?}");
+    assert!(
+        found.evidence.starts_with("3: blackhole 127.1.2.0/26 proto bird hides 127.1.2.0/24 of node-2; "),
+        "{found:?}"
+    );
+    assert!(found.fix.starts_with("ip route del blackhole 127.1.2.0/26\n"), "{found:?}");
+    Ok(())
+}
+
+#[test]
+fn without_a_device_or_a_table_nothing_is_said_of_them() -> Result<()> {
+    let mut node = Node::well()?;
+    node.observed.rules.clear();
+    assert_eq!(node.check("filter-drops")?.outcome, Outcome::Skipped);
+    assert_eq!(node.check("egress")?.outcome, Outcome::Skipped, "there is no way out at all");
+    Ok(())
+}
+
+#[test]
+fn titles_are_nouns_that_read_well_before_any_finding() {
+    for (id, title, _) in checks::ALL {
+        assert!(!title.contains([':', ',']) && !title.starts_with("the "), "{id}: {title}");
+        for word in [" is ", " are ", " has ", " no ", " not ", "nobody", "nothing"] {
+            assert!(!format!(" {title} ").contains(word), "{id}: {title}");
+        }
+    }
 }
 
 #[test]

@@ -8,8 +8,8 @@ use fabric_proto::v1;
 use tokio::time::Instant;
 
 use crate::diagnosis::Outcome;
-use crate::diagnosis::checks::Finding;
 use crate::diagnosis::explain::Hop;
+use crate::diagnosis::finding::Finding;
 use crate::events::{Event, Kind, unix_millis};
 use crate::kernel::Count;
 use crate::mesh::{Cause, Mesh, Path};

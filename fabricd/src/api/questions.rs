@@ -20,8 +20,9 @@ use super::convert;
 use super::remote::{NO_ACCESS, PATIENCE};
 use super::service::Sources;
 use crate::diagnosis::Scene;
-use crate::diagnosis::checks::{self, Finding};
+use crate::diagnosis::checks;
 use crate::diagnosis::explain::{Question, explain};
+use crate::diagnosis::finding::Finding;
 
 /// How many nodes are asked at once.
 const AT_ONCE: usize = 64;
@@ -54,7 +55,7 @@ async fn make_checks(
         Err(status) => return to.send(Err(status)).await,
     };
     let store = checks::store(&sources.inspector, &scene).await;
-    to.send(Ok(convert::check("store", "the store answers, and fast", store))).await?;
+    to.send(Ok(convert::check("store", "datastore", store))).await?;
     for (id, title, check) in checks::ALL {
         let scene = scene.clone();
         let finding = spawn_blocking(move || check(&scene)).await;

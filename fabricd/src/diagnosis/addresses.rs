@@ -7,7 +7,7 @@ use std::path::Path;
 use fabric_core::attachments::{IPAM_NETWORK, Owner, told_container};
 
 use super::Scene;
-use super::checks::Finding;
+use super::finding::Finding;
 use crate::ipam::{Addresses, Entry};
 
 pub(super) fn check(scene: &Scene) -> Finding {

@@ -1,86 +1,58 @@
 //! The checks of `fabricctl doctor` that need no more than what the daemon knows. Those that look at the host's files are
 //! in [`super::host_checks`].
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use fabric_core::handoff::{NotReady, Readiness};
-use fabric_core::model::{Family, Subnet};
+use fabric_core::rules::TableFamily;
 use tokio::time::{Instant, timeout};
 
-use super::{Inspector, Outcome, Scene};
-use super::{addresses, host_checks as host};
+use super::finding::{Culprit, Finding, all};
+use super::{Inspector, Scene, addresses, cni_config};
+use super::{host_checks as host, manager_checks as managers, overlay_checks as overlay, pod_checks as pods};
 use crate::kernel;
 use crate::mesh::Cause;
 use crate::store::Connection;
 use crate::view::PeerTrouble;
 
-/// What a check found.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Finding {
-    /// How it is.
-    pub outcome: Outcome,
-    /// What was seen.
-    pub evidence: String,
-    /// What to do; empty when there is nothing to do.
-    pub fix: String,
-}
-
-impl Finding {
-    /// All is well.
-    pub fn fine(evidence: impl Into<String>) -> Self {
-        Self { outcome: Outcome::Fine, evidence: evidence.into(), fix: String::new() }
-    }
-
-    /// It may hurt.
-    pub fn warning(evidence: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { outcome: Outcome::Warning, evidence: evidence.into(), fix: fix.into() }
-    }
-
-    /// It hurts.
-    pub fn failed(evidence: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { outcome: Outcome::Failed, evidence: evidence.into(), fix: fix.into() }
-    }
-
-    /// There is nothing to look at.
-    pub fn skipped(why: impl Into<String>) -> Self {
-        Self { outcome: Outcome::Skipped, evidence: why.into(), fix: String::new() }
-    }
-}
-
 /// A check: its name, what is checked, and how. It may read files and ask the kernel.
 pub type Check = (&'static str, &'static str, fn(&Scene) -> Finding);
 
 /// All checks but that of the store's speed, in the order in which they are made: what others follow from comes first.
-pub const ALL: [Check; 28] = [
-    ("ready", "this node may add pods", ready),
-    ("lease", "this node holds its lease", lease),
-    ("kernel-version", "the kernel has what is used", host::kernel_version),
-    ("kernel-state", "the kernel holds what is wanted", kernel_state),
-    ("udp-port", "the VXLAN port is ours", host::udp_port),
-    ("underlay-mtu", "the underlay takes what the tunnel makes", underlay_mtu),
-    ("mac", "the VTEP has the MAC address that is published", mac),
-    ("duplicates", "no two nodes have one address", duplicates),
-    ("peers", "every peer is programmed", peers),
-    ("mesh", "every peer is reached, with packets of full size", mesh),
-    ("forward-drop", "nobody drops forwarded packets", forward_drop),
-    ("filter-drops", "our filter drops nothing of peers", filter_drops),
-    ("forwarding", "this host forwards", host::forwarding),
-    ("rp-filter", "return paths are not filtered", host::rp_filter),
-    ("br-netfilter", "services reach pods of their own node", host::br_netfilter),
-    ("conntrack", "the table of connections has room", host::conntrack),
-    ("networkd", "systemd-networkd leaves routes and devices alone", host::networkd),
-    ("networkmanager", "NetworkManager leaves our devices alone", host::network_manager),
-    ("udev", "udev leaves the MAC address alone", host::udev),
-    ("bridge", "the bridge has this node's subnet", bridge),
-    ("bridge-mtu", "pods send no larger packets than the tunnel takes", bridge_mtu),
-    ("addresses", "the pods' addresses", addresses::check),
-    ("foreign-vxlan", "no other overlay is left over", foreign_vxlan),
-    ("overlap", "the network overlaps no other route", overlap),
-    ("clock", "the clock is right", host::clock),
-    ("certificates", "certificates are valid for a while", host::certificates),
-    ("disk", "there is room for the daemon's files", host::disk),
-    ("warnings", "the daemon warns of nothing", warnings),
+/// A title is a noun, so that it reads well before any finding.
+pub const ALL: [Check; 31] = [
+    ("foreign-vxlan", "other overlays", overlay::other_overlays),
+    ("ready", "readiness", ready),
+    ("lease", "lease", lease),
+    ("kernel-version", "kernel version", host::kernel_version),
+    ("kernel-state", "kernel entries", kernel_state),
+    ("udp-port", "VXLAN port", overlay::udp_port),
+    ("underlay-mtu", "underlay MTU", overlay::underlay_mtu),
+    ("mac", "VTEP MAC address", overlay::mac),
+    ("duplicates", "duplicate addresses of nodes", duplicates),
+    ("bridge", "pod bridge", pods::bridge),
+    ("pod-ports", "pod veths", pods::ports),
+    ("overlap", "routes into the network", overlay::overlap),
+    ("forward-drop", "forward chain policy", forward_drop),
+    ("peers", "peers", peers),
+    ("mesh", "reachability of peers", mesh),
+    ("filter-drops", "packets dropped by the packet filter", filter_drops),
+    ("forwarding", "IP forwarding", host::forwarding),
+    ("rp-filter", "reverse path filter", host::rp_filter),
+    ("br-netfilter", "br_netfilter", host::br_netfilter),
+    ("conntrack", "connection tracking table", host::conntrack),
+    ("networkd", "systemd-networkd", managers::networkd),
+    ("networkmanager", "NetworkManager", managers::network_manager),
+    ("udev", "udev link files", managers::udev),
+    ("bridge-mtu", "MTU of pods", pods::bridge_mtu),
+    ("addresses", "pod addresses", addresses::check),
+    ("cni-config", "CNI configuration", cni_config::check),
+    ("egress", "egress", pods::egress),
+    ("clock", "clock", host::clock),
+    ("certificates", "certificates", host::certificates),
+    ("disk", "disk space", host::disk),
+    ("warnings", "warnings of the daemon", warnings),
 ];
 
 /// How long the store takes to answer.
@@ -118,7 +90,7 @@ fn ready(scene: &Scene) -> Finding {
     match &scene.view.readiness {
         Readiness::Ready => Finding::fine("ready"),
         Readiness::NotReady { reason, .. } => {
-            Finding::failed(reason, "the reason says it; docs/operations.md has a line for each")
+            Finding::failed(reason, "see the reason; docs/operations.md has a line for each")
         }
     }
 }
@@ -158,72 +130,38 @@ fn kernel_state(scene: &Scene) -> Finding {
     }
 }
 
-fn underlay_mtu(scene: &Scene) -> Finding {
-    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
-    for end in &scene.view.vteps {
-        let Some(link) = observed.host.links.iter().find(|link| link.name == end.underlay) else { continue };
-        let needs = end.vtep.mtu + Family::of(end.vtep.local).vxlan_overhead();
-        if link.mtu < needs {
-            return Finding::failed(
-                format!("packets of {} become {needs} bytes long, {} takes {}", end.device, link.name, link.mtu),
-                format!(
-                    "ip link set {} mtu {needs}, or on all nodes: fabricctl network init --force --mtu …",
-                    link.name
-                ),
-            );
-        }
-    }
-    Finding::fine("with what VXLAN adds")
-}
-
-fn mac(scene: &Scene) -> Finding {
-    let (Some(observed), Some(own)) = (&scene.looked.observed, &scene.view.holding.own) else {
-        return Finding::skipped("there is no VTEP yet");
-    };
-    for end in &scene.view.vteps {
-        let published = own.endpoints.get(Family::of(end.vtep.local)).map(|endpoint| endpoint.vtep_mac);
-        let there = observed.ours.links.get(&end.device).map(|link| link.mac);
-        if there != published {
-            let word =
-                |mac: Option<_>| mac.map_or("none".to_owned(), |mac: fabric_core::model::MacAddr| mac.to_string());
-            return Finding::failed(
-                format!("{} has {}, {} is published", end.device, word(there), word(published)),
-                "fabricd sets it; who changes it? see the check udev",
-            );
-        }
-    }
-    Finding::fine(format!("{} devices", scene.view.vteps.len()))
-}
-
 fn duplicates(scene: &Scene) -> Finding {
     let mut seen: BTreeMap<String, String> = BTreeMap::new();
+    let mut culprits = vec![];
     for lease in scene.view.leases.iter().flat_map(|leases| leases.iter()) {
         for endpoint in lease.record.endpoints().values() {
             for what in [format!("address {}", endpoint.public_ip), format!("MAC {}", endpoint.vtep_mac)] {
                 if let Some(other) = seen.insert(what.clone(), lease.holder()) {
-                    return Finding::failed(
+                    culprits.push(Culprit::hurts(
                         format!("{} and {other} both have the {what}", lease.holder()),
-                        "cloned hosts, or NAT: give each its own with --iface or --public-ip; one that is gone: \
-                         fabricctl lease release NODE",
-                    );
+                        format!(
+                            "cloned hosts, or NAT: give each its own with --iface or --public-ip; if one is gone:\n\
+                             fabricctl lease release {other}"
+                        ),
+                    ));
                 }
             }
         }
     }
-    Finding::fine(format!("{} addresses", seen.len()))
+    Finding::of(culprits, format!("{} addresses, each of one node", seen.len()))
 }
 
+/// Those refused first: the others are retried.
 fn peers(scene: &Scene) -> Finding {
-    let count = |refused: bool| {
-        scene.view.troubles.values().filter(|t| matches!(t, PeerTrouble::Refused(_)) == refused).count()
-    };
-    match scene.view.troubles.iter().next() {
-        None => Finding::fine(format!("{} peers", scene.view.peers().count())),
-        Some((key, trouble)) => Finding::failed(
-            format!("{} refused, {} pending; the first: {key}: {trouble}", count(true), count(false)),
-            "fabricctl peers says why for each",
-        ),
-    }
+    let mut troubles: Vec<_> = scene.view.troubles.iter().collect();
+    troubles.sort_by_key(|(_, trouble)| !matches!(trouble, PeerTrouble::Refused(_)));
+    let culprits = troubles.into_iter().map(|(key, trouble)| {
+        let lease = scene.view.leases.as_ref().and_then(|leases| leases.get(key));
+        let name = lease.map_or_else(|| key.to_string(), |lease| lease.holder());
+        let word = if matches!(trouble, PeerTrouble::Refused(_)) { "refused" } else { "pending" };
+        Culprit::hurts(format!("{name} {word}: {trouble}"), "fabricctl peers")
+    });
+    Finding::of(culprits.collect(), format!("{} peers, all programmed", scene.view.peers().count()))
 }
 
 fn mesh(scene: &Scene) -> Finding {
@@ -237,7 +175,7 @@ fn mesh(scene: &Scene) -> Finding {
     });
     match first {
         None if probed == 0 => Finding::skipped("no peer has been probed yet"),
-        None => Finding::fine(format!("{probed} paths")),
+        None => Finding::fine(format!("{probed} ways")),
         Some((name, verdict)) => Finding::failed(
             format!("{bad} of {probed} are bad; {name}: {}: {}", verdict.cause.word(), verdict.evidence),
             verdict.fix,
@@ -260,93 +198,34 @@ fn forward_drop(scene: &Scene) -> Finding {
     }
 }
 
-fn filter_drops(_: &Scene) -> Finding {
-    match kernel::drops() {
-        Err(error) => Finding::skipped(format!("the counters can't be read: {error}")),
-        Ok(all) => {
-            let of_peers = |drops: &&kernel::Drops| drops.chain == "senders" && drops.packets > 0;
-            match all.iter().find(of_peers) {
-                None => Finding::fine("none since the table was made"),
-                Some(drops) => Finding::warning(
-                    format!("{} encapsulated packets: {}", drops.packets, drops.why),
-                    "who sends them: tcpdump -ni any udp port 8472; a node behind NAT: --public-ip there, --allow-sender here",
-                ),
-            }
-        }
+fn filter_drops(scene: &Scene) -> Finding {
+    let there = scene.looked.observed.as_ref().is_some_and(|observed| observed.rules.contains_key(&TableFamily::Inet));
+    if !there {
+        return Finding::skipped("there is no table inet fabric");
     }
-}
-
-fn bridge(scene: &Scene) -> Finding {
-    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
-    let bridges = scene.pod_bridges();
-    let there: Vec<_> = observed.host.links.iter().filter(|link| bridges.contains(&link.name)).collect();
-    if there.is_empty() {
-        let names = bridges.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
-        return Finding::skipped(format!("there is no {names}: no pod has been added yet"));
-    }
-    let Some(own) = &scene.view.holding.own else { return Finding::skipped("no lease is held") };
-    let lacks = there.iter().find_map(|link| {
-        let has = |subnet: &&Subnet| link.addresses.iter().any(|(_, prefix)| prefix == *subnet);
-        own.key.subnets().values().find(|subnet| !has(subnet)).map(|subnet| (link.name, *subnet))
-    });
-    match lacks {
-        None => Finding::fine(own.key.to_string()),
-        Some((name, subnet)) => Finding::failed(
-            format!("{name} has no address of {subnet}"),
-            format!("it is of an earlier subnet: remove this node's pods, then ip link del {name}"),
-        ),
-    }
-}
-
-fn bridge_mtu(scene: &Scene) -> Finding {
-    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
-    let bridges = scene.pod_bridges();
-    let ports: BTreeSet<_> = bridges.iter().filter_map(|name| observed.bridges.get(name)).flatten().collect();
-    let mtu = scene.view.mtu;
-    let large = observed.host.links.iter().find(|link| ports.contains(&link.name) && link.mtu > mtu && mtu > 0);
-    match large {
-        None => Finding::fine(format!("at most {mtu} bytes")),
-        Some(link) => Finding::failed(
-            format!("{} takes {} bytes, the tunnel {mtu}", link.name, link.mtu),
-            "that pod was added before the MTU became smaller: recreate it",
-        ),
-    }
-}
-
-fn foreign_vxlan(scene: &Scene) -> Finding {
-    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
-    match observed.foreign.links.iter().find(|(_, link)| link.vxlan.is_some()) {
-        None => Finding::fine("no VXLAN device but ours"),
-        Some((name, link)) => {
-            let (vni, port, _) = link.vxlan.expect("just found");
-            Finding::warning(
-                format!("{name} with VNI {vni} on port {port}"),
-                format!("if nobody uses it any more: ip link del {name}"),
-            )
-        }
-    }
-}
-
-fn overlap(scene: &Scene) -> Finding {
-    let Some((observed, network)) = scene.looked.observed.as_ref().zip(scene.view.network) else {
-        return Finding::skipped("the network is not known yet");
+    let mut drops = match kernel::drops() {
+        Err(error) => return Finding::skipped(format!("the counters can't be read: {error}")),
+        Ok(all) => all,
     };
-    let inside =
-        |prefix: &Subnet| network.spaces.get(prefix.family()).is_some_and(|space| space.network.covers(*prefix));
-    let bridges = scene.pod_bridges();
-    let ours = |line: &str| bridges.iter().any(|name| line.contains(&format!("dev {name}")));
-    match observed.foreign.routes.iter().find(|(prefix, line)| inside(prefix) && !ours(line)) {
-        None => Finding::fine("no foreign route leads into it"),
-        Some((_, line)) => Finding::warning(format!("{line} leads into the network"), format!("ip route del {line}")),
-    }
+    drops.retain(|drops| drops.chain == "senders" && drops.packets > 0);
+    drops.sort_by_key(|drops| std::cmp::Reverse(drops.packets));
+    let port = scene.view.network.map_or(8472, |network| network.vxlan.port);
+    let culprits = drops.iter().map(|drops| {
+        Culprit::may_hurt(
+            format!("{} encapsulated packets: {}", drops.packets, drops.why),
+            format!(
+                "look who sends them; for a node behind NAT set --public-ip there, --allow-sender here\n\
+                 tcpdump -c 20 -ni any udp port {port}"
+            ),
+        )
+    });
+    Finding::of(culprits.collect(), "none since the table was made")
 }
 
 fn warnings(scene: &Scene) -> Finding {
-    match scene.view.warnings.first() {
+    let words = &scene.view.warnings;
+    match words.first() {
         None => Finding::fine("none"),
-        Some(first) => Finding::warning(
-            format!("{} warnings; the first: {first}", scene.view.warnings.len()),
-            "each says the way out: fabricctl status",
-        ),
+        Some(_) => Finding::warning(all(words.iter().cloned()), "each warning includes its fix"),
     }
 }

@@ -5,18 +5,20 @@ use std::fs;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use fabric_core::model::Family;
+
 use super::Scene;
 use super::certificates::not_after;
-use super::checks::Finding;
+use super::finding::{Culprit, Finding};
 
 /// A certificate should last longer than that, in seconds: 14 days.
 const SOON: i64 = 14 * 24 * 3600;
 
-fn read(scene: &Scene, path: &str) -> Option<String> {
+pub(super) fn read(scene: &Scene, path: &str) -> Option<String> {
     fs::read_to_string(scene.places.root.join(path)).ok().map(|text| text.trim().to_owned())
 }
 
-fn number(scene: &Scene, path: &str) -> Option<u64> {
+pub(super) fn number(scene: &Scene, path: &str) -> Option<u64> {
     read(scene, path)?.parse().ok()
 }
 
@@ -37,47 +39,25 @@ pub(super) fn kernel_version(scene: &Scene) -> Finding {
     }
 }
 
-/// The kernel opens the port with the first device that is up: nobody else can have it then, and it can't be had while
-/// somebody else has it.
-pub(super) fn udp_port(scene: &Scene) -> Finding {
-    let Some(port) = scene.view.network.map(|network| network.vxlan.port) else {
-        return Finding::skipped("the network is not known yet");
-    };
-    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
-    if observed.ours.links.values().any(|link| link.up && link.port == port) {
-        return Finding::fine(format!("the kernel listens at UDP port {port}"));
-    }
-    let local = format!(":{port:04X}");
-    let taken = ["proc/net/udp", "proc/net/udp6"].into_iter().any(|file| {
-        let table = read(scene, file).unwrap_or_default();
-        table.lines().any(|line| line.split_whitespace().nth(1).is_some_and(|at| at.ends_with(&local)))
-    });
-    if taken {
-        Finding::failed(
-            format!("somebody else has UDP port {port}"),
-            format!(
-                "who: ss -ulpn sport = :{port}; end it, or choose another: fabricctl network init --force --port …"
-            ),
-        )
-    } else {
-        Finding::skipped("there is no VTEP yet")
-    }
-}
-
 pub(super) fn forwarding(scene: &Scene) -> Finding {
     let Some(network) = scene.view.network else { return Finding::skipped("the network is not known yet") };
-    for (file, family) in [
-        ("proc/sys/net/ipv4/ip_forward", fabric_core::model::Family::V4),
-        ("proc/sys/net/ipv6/conf/all/forwarding", fabric_core::model::Family::V6),
-    ] {
-        if network.spaces.get(family).is_some() && number(scene, file) == Some(0) {
-            return Finding::failed(
-                format!("{family} is not forwarded"),
-                "fabricd sets it; who unsets it? grep -r forward /etc/sysctl*",
-            );
-        }
-    }
-    Finding::fine("for every family of the network")
+    let settings = [
+        (Family::V4, "proc/sys/net/ipv4/ip_forward", "net.ipv4.ip_forward"),
+        (Family::V6, "proc/sys/net/ipv6/conf/all/forwarding", "net.ipv6.conf.all.forwarding"),
+    ];
+    let off = settings
+        .into_iter()
+        .filter(|(family, file, _)| network.spaces.get(*family).is_some() && number(scene, file) == Some(0));
+    let culprits = off.map(|(family, _, setting)| {
+        Culprit::hurts(
+            format!("{family} is not forwarded"),
+            format!(
+                "fabricd sets it again; this shows who may unset it\nsysctl -w {setting}=1\ngrep -rs forward \
+                 /etc/sysctl.conf /etc/sysctl.d /usr/lib/sysctl.d"
+            ),
+        )
+    });
+    Finding::of(culprits.collect(), "on for every family of the network")
 }
 
 /// Strict filtering (1) drops what comes in where answers would not go out: the highest of `all` and the device counts.
@@ -87,11 +67,11 @@ pub(super) fn rp_filter(scene: &Scene) -> Finding {
     let direct = scene.view.network.is_some_and(|network| network.vxlan.direct_routing);
     match devices.chain(scene.pod_bridges().iter().map(ToString::to_string)).find(|dev| of(dev).max(of("all")) == 1) {
         Some(dev) if direct => Finding::warning(
-            format!("{dev} filters strictly, and with direct routing answers may go another way"),
+            format!("{dev} filters strictly, and with direct routing answers may take another path"),
             format!("sysctl -w net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.{dev}.rp_filter=2"),
         ),
         Some(dev) => {
-            Finding::fine(format!("{dev} filters strictly, which is right as long as answers go the same way"))
+            Finding::fine(format!("{dev} filters strictly, which is right as long as answers take the same path"))
         }
         None => Finding::fine("not strictly"),
     }
@@ -102,11 +82,11 @@ pub(super) fn br_netfilter(scene: &Scene) -> Finding {
         Some(1) => Finding::fine("packets between pods of this node pass iptables"),
         Some(_) => Finding::warning(
             "bridge-nf-call-iptables is 0: a service's answer from a pod of the same node bypasses address translation",
-            "sysctl -w net.bridge.bridge-nf-call-iptables=1, if kube-proxy uses iptables or IPVS",
+            "if kube-proxy uses iptables or IPVS:\nsysctl -w net.bridge.bridge-nf-call-iptables=1",
         ),
         None => Finding::warning(
             "br_netfilter is not loaded: a pod doesn't reach a service whose pod is on the same node",
-            "modprobe br_netfilter, if kube-proxy uses iptables or IPVS; without Kubernetes it is not needed",
+            "if kube-proxy uses iptables or IPVS (without Kubernetes it is not needed):\nmodprobe br_netfilter",
         ),
     }
 }
@@ -121,75 +101,11 @@ pub(super) fn conntrack(scene: &Scene) -> Finding {
     } else {
         Finding::failed(
             evidence,
-            "new connections are dropped when it is full: sysctl -w net.netfilter.nf_conntrack_max=…",
+            format!(
+                "new connections are dropped when it is full:\nsysctl -w net.netfilter.nf_conntrack_max={}",
+                most * 2
+            ),
         )
-    }
-}
-
-pub(super) fn networkd(scene: &Scene) -> Finding {
-    let root = &scene.places.root;
-    if !root.join("run/systemd/netif/state").exists() {
-        return Finding::skipped("systemd-networkd doesn't run, or its files are not visible here");
-    }
-    for index in ours(scene) {
-        let state = read(scene, &format!("run/systemd/netif/links/{index}")).unwrap_or_default();
-        if state.lines().any(|line| matches!(line, "ADMIN_STATE=configured" | "ADMIN_STATE=configuring")) {
-            return Finding::failed(
-                format!("it manages the interface {index}, which is ours"),
-                "a file in /etc/systemd/network with [Match] Name=fabric* and [Link] Unmanaged=yes",
-            );
-        }
-    }
-    let settings = ["etc/systemd/networkd.conf"].map(|file| root.join(file));
-    let folders = ["etc", "run", "usr/lib"].map(|top| root.join(top).join("systemd/networkd.conf.d"));
-    let more = folders.iter().flat_map(fs::read_dir).flatten().flatten().map(|entry| entry.path());
-    let text: String = settings.into_iter().chain(more).filter_map(|file| fs::read_to_string(file).ok()).collect();
-    let says_no = |name: &str| {
-        text.lines()
-            .filter_map(|line| line.trim().split_once('='))
-            .any(|(key, value)| key.trim() == name && ["no", "false", "0", "off"].contains(&value.trim()))
-    };
-    match ["ManageForeignRoutes", "ManageForeignNextHops"].into_iter().find(|name| !says_no(name)) {
-        None => Finding::fine("it is told to leave foreign routes alone"),
-        Some(name) => Finding::warning(
-            format!("{name} is on, as by default: when it restarts, it deletes our routes (they are repaired)"),
-            "in /etc/systemd/networkd.conf.d/fabric.conf: [Network] ManageForeignRoutes=no ManageForeignNextHops=no",
-        ),
-    }
-}
-
-pub(super) fn network_manager(scene: &Scene) -> Finding {
-    if !scene.places.root.join("run/NetworkManager").exists() {
-        return Finding::skipped("NetworkManager doesn't run, or its files are not visible here");
-    }
-    let managed = |index: &u32| {
-        let state = read(scene, &format!("run/NetworkManager/devices/{index}")).unwrap_or_default();
-        state.lines().any(|line| line == "managed=true")
-    };
-    match ours(scene).into_iter().find(managed) {
-        None => Finding::fine("it doesn't manage them"),
-        Some(index) => Finding::failed(
-            format!("it manages the interface {index}, which is ours"),
-            "in /etc/NetworkManager/conf.d/fabric.conf: [keyfile] unmanaged-devices=interface-name:fabric*;interface-name:cni0",
-        ),
-    }
-}
-
-/// The default policy of systemd since 242 gives virtual devices an address of its own, unless it was set when they were
-/// made, as ours is.
-pub(super) fn udev(scene: &Scene) -> Finding {
-    let files = ["etc/systemd/network", "run/systemd/network"].map(|dir| scene.places.root.join(dir));
-    let forces = files.iter().flat_map(fs::read_dir).flatten().flatten().find(|entry| {
-        let text = fs::read_to_string(entry.path()).unwrap_or_default();
-        let sets = text.contains("MACAddressPolicy=persistent") || text.contains("MACAddressPolicy=random");
-        sets && (text.contains("fabric") || text.contains("Driver=vxlan") || text.contains("Kind=vxlan"))
-    });
-    match forces {
-        None => Finding::fine("no rule for our devices"),
-        Some(entry) => Finding::failed(
-            format!("{} gives them addresses", entry.path().display()),
-            "MACAddressPolicy=none for Name=fabric*",
-        ),
     }
 }
 
@@ -231,23 +147,28 @@ pub(super) fn certificates(scene: &Scene) -> Finding {
         return Finding::skipped("none are used");
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs().try_into().unwrap_or(0));
+    let mut culprits = vec![];
     let mut first: Option<(i64, &Path)> = None;
     for file in &scene.places.certificates {
         let ends = fs::read_to_string(file).map_err(|error| error.to_string());
         let ends = ends.and_then(|pem| not_after(&pem).ok_or_else(|| "no certificate in it".to_owned()));
-        match ends {
-            Err(why) => return Finding::failed(format!("{}: {why}", file.display()), "renew it"),
-            Ok(ends) if first.is_none_or(|(before, _)| ends < before) => first = Some((ends, file)),
+        let shown = file.display();
+        match ends.map(|ends| ends - now) {
+            Err(why) => culprits.push(Culprit::hurts(format!("{shown}: {why}"), "renew it, and restart fabricd")),
+            Ok(left @ ..0) => culprits.push(Culprit::hurts(
+                format!("{shown} ended {} days ago", -left / 86400),
+                "renew it, and restart fabricd",
+            )),
+            Ok(left @ 0..SOON) => culprits.push(Culprit::may_hurt(
+                format!("{shown} ends in {} days", left / 86400),
+                "renew it, and restart fabricd",
+            )),
+            Ok(left) if first.is_none_or(|(before, _)| left < before) => first = Some((left, file)),
             Ok(_) => {}
         }
     }
-    let (ends, file) = first.expect("there is one");
-    let (left, file) = (ends - now, file.display());
-    match left {
-        ..0 => Finding::failed(format!("{file} ended {} days ago", -left / 86400), "renew it, and restart fabricd"),
-        0..SOON => Finding::warning(format!("{file} ends in {} days", left / 86400), "renew it, and restart fabricd"),
-        _ => Finding::fine(format!("the first to end is {file}, in {} days", left / 86400)),
-    }
+    let fine = first.map(|(left, file)| format!("the first to end is {}, in {} days", file.display(), left / 86400));
+    Finding::of(culprits, fine.unwrap_or_default())
 }
 
 pub(super) fn disk(scene: &Scene) -> Finding {
@@ -259,19 +180,13 @@ pub(super) fn disk(scene: &Scene) -> Finding {
             if free < 16 || (fs.files() > 0 && fs.files_available() < 1000) {
                 Finding::failed(
                     format!("{} MiB and {} files are left at {}", free, fs.files_available(), dir.display()),
-                    "no pod can be added without room for its files: df -h; df -i",
+                    "no pod can be added without room for its files:\ndf -h; df -i",
                 )
             } else {
                 Finding::fine(format!("{free} MiB at {}", dir.display()))
             }
         }
     }
-}
-
-/// The interface indexes of our devices.
-fn ours(scene: &Scene) -> Vec<u32> {
-    let index = |name: &str| number(scene, &format!("sys/class/net/{name}/ifindex"))?.try_into().ok();
-    scene.view.vteps.iter().filter_map(|end| index(end.device.as_str())).collect()
 }
 
 #[cfg(test)]

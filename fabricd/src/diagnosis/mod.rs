@@ -1,11 +1,25 @@
-//! Questions about what is wrong on this node: the checks of `fabricctl doctor`, and the way of a packet that `fabricctl
+//! Questions about what is wrong on this node: the checks of `fabricctl doctor`, and the path of a packet that `fabricctl
 //! explain` shows. Both look at a [`Scene`], and change nothing.
+//!
+//! | file | what it is |
+//! |---|---|
+//! | [`checks`] | the list of checks, and those that need no more than what the daemon knows |
+//! | `overlay_checks` | the VTEP, and what stands beside it: other overlays, other routes |
+//! | `pod_checks`, [`addresses`] | the bridge, the pods that are attached to it, and their addresses |
+//! | [`host_checks`], `manager_checks`, [`cni_config`] | the host's files; programs that manage interfaces; CNI configurations |
+//! | [`finding`] | what a check found |
+//! | [`explain`] | the path of a packet |
 
 pub mod addresses;
 pub mod certificates;
 pub mod checks;
+pub mod cni_config;
 pub mod explain;
+pub mod finding;
 pub mod host_checks;
+mod manager_checks;
+mod overlay_checks;
+mod pod_checks;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -16,6 +30,8 @@ use futures::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::ipam::{self, Addresses, CniDirs};
+use crate::kernel;
+use crate::kernel::fib::Fib;
 use crate::kernel::links::HostLinks;
 use crate::mesh::Mesh;
 use crate::reconcile::{self, Looked};
@@ -46,6 +62,10 @@ pub struct Places {
     pub root: PathBuf,
     /// Certificates that this node shows or trusts.
     pub certificates: Vec<PathBuf>,
+    /// The container runtime's network configurations: `/etc/cni/net.d`.
+    pub cni_conf: PathBuf,
+    /// Whether the daemon is a pod of Kubernetes: then fixes of its settings are kubectl's.
+    pub kubernetes: bool,
 }
 
 /// Asks the store something that it must answer itself: [`LeaseStore::probe`](crate::store::LeaseStore::probe).
@@ -73,6 +93,8 @@ pub struct Scene {
     pub mesh: Arc<Mesh>,
     /// Files of the node.
     pub places: Places,
+    /// Routes and policy rules of the host; empty when they can't be read.
+    pub fib: Arc<Fib>,
 }
 
 impl Scene {
@@ -108,6 +130,8 @@ impl Inspector {
         let (reply, answer) = oneshot::channel();
         network.send(reconcile::Command::Look { reply }).await.ok()?;
         let looked = answer.await.ok()?;
-        Some(Scene { view, looked, mesh: Arc::clone(&self.mesh), places: self.places.clone() })
+        let fib = tokio::task::spawn_blocking(kernel::fib).await.ok().and_then(Result::ok).unwrap_or_default();
+        let (mesh, places) = (Arc::clone(&self.mesh), self.places.clone());
+        Some(Scene { view, looked, mesh, places, fib: Arc::new(fib) })
     }
 }

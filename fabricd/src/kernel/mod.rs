@@ -18,6 +18,7 @@
 pub mod bridge;
 mod bridge_nf;
 mod encode;
+pub mod fib;
 mod forward;
 mod iptables_legacy;
 pub mod links;
@@ -32,6 +33,7 @@ mod sysctl;
 mod tables;
 mod wire;
 
+pub use self::fib::fib;
 pub use self::nft::drops::{Drops, drops};
 pub use self::routes::route_to;
 

@@ -321,7 +321,7 @@ fn destination(route: &RouteMessage) -> Option<Subnet> {
     Subnet::holding(base.unwrap_or(any), route.header.destination_prefix_length).ok()
 }
 
-fn metric(route: &RouteMessage) -> u32 {
+pub(super) fn metric(route: &RouteMessage) -> u32 {
     route
         .attributes
         .iter()
@@ -334,7 +334,7 @@ fn our_metric(route: &RouteMessage) -> u32 {
 }
 
 /// The link that a route leads out of; of several, the first.
-fn device(route: &RouteMessage) -> Option<u32> {
+pub(super) fn device(route: &RouteMessage) -> Option<u32> {
     route.attributes.iter().find_map(|a| match a {
         RouteAttribute::Oif(index) => Some(*index),
         RouteAttribute::MultiPath(hops) => hops.first().map(|hop| hop.interface_index),
@@ -346,7 +346,7 @@ fn source(route: &RouteMessage) -> Option<IpAddr> {
     route.attributes.iter().find_map(|a| if let RouteAttribute::PrefSource(address) = a { ip(address) } else { None })
 }
 
-fn ip(address: &RouteAddress) -> Option<IpAddr> {
+pub(super) fn ip(address: &RouteAddress) -> Option<IpAddr> {
     match address {
         RouteAddress::Inet(ip) => Some(IpAddr::V4(*ip)),
         RouteAddress::Inet6(ip) => Some(IpAddr::V6(*ip)),

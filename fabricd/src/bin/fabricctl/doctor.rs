@@ -60,8 +60,8 @@ pub fn line(screen: &Screen, check: &Check) -> String {
         told
     };
     let mut text = format!("{}{padding}{told}\n", screen.paint(word, tone));
-    if !check.fix.is_empty() {
-        let _ = writeln!(text, "        fix: {}", check.fix);
+    for (place, fix) in check.fix.lines().enumerate() {
+        let _ = writeln!(text, "        {} {fix}", if place == 0 { "fix:" } else { "    " });
     }
     text
 }

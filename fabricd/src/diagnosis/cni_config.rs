@@ -1,0 +1,67 @@
+//! Which network a container runtime takes: the first file of its folder, by name.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::Scene;
+use super::finding::{Culprit, Finding};
+
+/// The plugin by which our configuration is known.
+const OURS: &str = "fabric-cni";
+
+/// The network configurations of a folder, in the order in which a runtime tries them.
+///
+/// # Errors
+/// When the folder can't be read.
+pub fn configs(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let network = |path: &PathBuf| {
+        path.extension().is_some_and(|ending| ["conf", "conflist", "json"].iter().any(|known| ending == *known))
+    };
+    let mut all: Vec<PathBuf> =
+        fs::read_dir(dir)?.filter_map(|entry| Some(entry.ok()?.path())).filter(network).collect();
+    all.sort();
+    Ok(all)
+}
+
+/// Those that a runtime takes before `ours`: all files that sort first, but for Multus', which calls the next one.
+#[must_use]
+pub fn before<'a>(all: &'a [PathBuf], ours: &Path) -> Vec<&'a PathBuf> {
+    let multus = |path: &Path| fs::read_to_string(path).is_ok_and(|text| text.contains("\"multus"));
+    all.iter().filter(|path| path.as_path() < ours && !multus(path)).collect()
+}
+
+/// The command that moves a configuration out of the way.
+#[must_use]
+pub fn move_away(file: &Path) -> String {
+    format!("mv {0} {0}.disabled", file.display())
+}
+
+pub(super) fn check(scene: &Scene) -> Finding {
+    let dir = &scene.places.cni_conf;
+    let all = match configs(dir) {
+        Ok(all) => all,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Finding::skipped(format!("{} is not here, or not visible to fabricd", dir.display()));
+        }
+        Err(error) => return Finding::skipped(format!("{}: {error}", dir.display())),
+    };
+    let ours = all.iter().find(|path| fs::read_to_string(path).is_ok_and(|text| text.contains(OURS)));
+    let Some(ours) = ours else {
+        return Finding::warning(
+            format!("no file in {} names {OURS}: container runtimes don't use this network", dir.display()),
+            "fabricd install-cni",
+        );
+    };
+    let culprits = before(&all, ours).into_iter().map(|file| {
+        Culprit::hurts(
+            format!("{} sorts before {}: new pods get that network", file.display(), name(ours)),
+            move_away(file),
+        )
+    });
+    Finding::of(culprits.collect(), ours.display().to_string())
+}
+
+fn name(path: &Path) -> String {
+    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}

@@ -1,0 +1,164 @@
+//! The checks of `fabricctl doctor` of the VTEP, and of what stands beside it: other overlays, other routes.
+
+use fabric_core::model::{Family, MacAddr, Subnet};
+
+use super::Scene;
+use super::finding::{Culprit, Finding};
+use super::host_checks::read;
+use crate::kernel::fib::Action;
+
+/// Whose a VXLAN device is, by its name.
+const OVERLAYS: [(&str, &str, &str); 7] = [
+    ("cilium_vxlan", "Cilium", "remove Cilium first, if it is still installed"),
+    ("flannel.", "flannel", "end flanneld first: systemctl disable --now flanneld, or delete its DaemonSet"),
+    ("vxlan.calico", "Calico", "remove Calico first, if it is still installed"),
+    ("vxlan-v6.calico", "Calico", "remove Calico first, if it is still installed"),
+    ("vxlan_sys_", "Open vSwitch", "it is Open vSwitch's: remove the tunnel there with ovs-vsctl"),
+    ("vxlan-6784", "Weave", "remove Weave first: weave reset"),
+    ("antrea-", "Antrea", "remove Antrea first, if it is still installed"),
+];
+
+/// Other VXLAN devices. One that has our port while ours is missing is the cause of all else, so this comes first.
+pub(super) fn other_overlays(scene: &Scene) -> Finding {
+    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
+    let ours = scene.view.network.map(|network| (network.vxlan.port, network.vxlan.vni.get()));
+    let standing = ours.is_some_and(|(port, _)| observed.ours.links.values().any(|link| link.up && link.port == port));
+    let culprits = observed.foreign.links.iter().filter_map(|(name, link)| {
+        let (vni, port, _) = link.vxlan?;
+        let owner = OVERLAYS.iter().find(|(prefix, ..)| name.as_str().starts_with(prefix));
+        let whose = owner.map_or(String::new(), |(_, whose, _)| format!(" ({whose})"));
+        let fix = owner.map_or(String::new(), |(.., first)| format!("{first}\n")) + &format!("ip link del {name}");
+        Some(match ours {
+            Some((our_port, our_vni)) if port == our_port && !standing => {
+                let keeps = if vni == our_vni { "VNI and UDP port" } else { "UDP port" };
+                Culprit::hurts(
+                    format!("{name}{whose} has our {keeps} ({vni}, {port}): fabricd can't make its device"),
+                    fix,
+                )
+            }
+            _ => Culprit::may_hurt(
+                format!("{name}{whose} with VNI {vni} on UDP port {port}"),
+                format!("if nobody uses it any more:\n{fix}"),
+            ),
+        })
+    });
+    Finding::of(culprits.collect(), "no VXLAN device but fabricd's")
+}
+
+/// The kernel opens the port with the first device that is up: nobody else can have it then, and it can't be had while
+/// somebody else has it.
+pub(super) fn udp_port(scene: &Scene) -> Finding {
+    let Some(port) = scene.view.network.map(|network| network.vxlan.port) else {
+        return Finding::skipped("the network is not known yet");
+    };
+    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
+    if observed.ours.links.values().any(|link| link.up && link.port == port) {
+        return Finding::fine(format!("the kernel listens at UDP port {port}"));
+    }
+    // Its socket is the kernel's: no program shows in ss.
+    let device =
+        observed.foreign.links.iter().find(|(_, link)| link.vxlan.is_some_and(|(_, theirs, _)| theirs == port));
+    if let Some((name, _)) = device {
+        return Finding::skipped(format!("the device {name} has UDP port {port}: see the check foreign-vxlan"));
+    }
+    match socket_at(scene, port) {
+        true => Finding::failed(
+            format!("another program has UDP port {port}"),
+            format!(
+                "end the program that this shows, or choose another port for all nodes with fabricctl network\n\
+                 ss -ulpn sport = :{port}"
+            ),
+        ),
+        false => Finding::skipped("there is no VTEP yet"),
+    }
+}
+
+/// Whether a socket of a program is bound to this UDP port.
+pub(super) fn socket_at(scene: &Scene, port: u16) -> bool {
+    let local = format!(":{port:04X}");
+    ["proc/net/udp", "proc/net/udp6"].into_iter().any(|file| {
+        let table = read(scene, file).unwrap_or_default();
+        table.lines().any(|line| line.split_whitespace().nth(1).is_some_and(|at| at.ends_with(&local)))
+    })
+}
+
+pub(super) fn underlay_mtu(scene: &Scene) -> Finding {
+    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
+    let culprits = scene.view.vteps.iter().filter_map(|end| {
+        let link = observed.host.links.iter().find(|link| link.name == end.underlay)?;
+        let needs = end.vtep.mtu + Family::of(end.vtep.local).vxlan_overhead();
+        (link.mtu < needs).then(|| {
+            Culprit::hurts(
+                format!("packets of {} become {needs} bytes long, {} takes {}", end.device, link.name, link.mtu),
+                format!("ip link set {} mtu {needs}", link.name),
+            )
+        })
+    });
+    Finding::of(culprits.collect(), "with what VXLAN adds")
+}
+
+pub(super) fn mac(scene: &Scene) -> Finding {
+    let (Some(observed), Some(own)) = (&scene.looked.observed, &scene.view.holding.own) else {
+        return Finding::skipped("there is no VTEP yet");
+    };
+    let mut seen = 0;
+    let mut culprits = vec![];
+    for end in &scene.view.vteps {
+        // Without a device there is nothing to compare; why there is none, others say.
+        let Some(there) = observed.ours.links.get(&end.device).map(|link| link.mac) else { continue };
+        seen += 1;
+        let published = own.endpoints.get(Family::of(end.vtep.local)).map(|endpoint| endpoint.vtep_mac);
+        if Some(there) != published {
+            let published = published.map_or("none".to_owned(), |mac: MacAddr| mac.to_string());
+            culprits.push(Culprit::hurts(
+                format!("{} has {there}, {published} is published", end.device),
+                "fabricd sets it again; the checks udev and networkd look for who changes it",
+            ));
+        }
+    }
+    match seen {
+        0 => Finding::skipped("there is no VTEP yet"),
+        _ => Finding::of(culprits, format!("{seen} devices")),
+    }
+}
+
+/// Routes of others that lead into the network. Those that hide a subnet that is leased hurt.
+pub(super) fn overlap(scene: &Scene) -> Finding {
+    let Some(network) = scene.view.network else { return Finding::skipped("the network is not known yet") };
+    let inside =
+        |prefix: &Subnet| network.spaces.get(prefix.family()).is_some_and(|space| space.network.covers(*prefix));
+    let bridges = scene.pod_bridges();
+    let of_bridge = |device: &str| bridges.iter().any(|name| name.as_str() == device);
+    let consulted = |table: u32| scene.fib.rules.iter().any(|rule| rule.action == Action::Table(table));
+    let others = scene.fib.routes.iter().filter(|route| {
+        let ours =
+            route.ours || route.device.as_deref().is_some_and(|device| of_bridge(device) || is_vtep(scene, device));
+        let of_the_host = ["local", "broadcast", "anycast", "multicast"].contains(&route.kind.as_str());
+        inside(&route.dst) && !ours && !of_the_host && consulted(route.table)
+    });
+    let mut culprits: Vec<(u8, Culprit)> = others
+        .map(|route| {
+            let leases = scene.view.leases.iter().flat_map(|leases| leases.iter());
+            let hidden = leases.filter_map(|lease| {
+                let subnet = lease.key.subnets().get(route.dst.family()).copied()?;
+                (subnet.covers(route.dst) || route.dst.covers(subnet)).then(|| (subnet, lease.holder()))
+            });
+            match hidden.into_iter().max_by_key(|(subnet, _)| subnet.covers(route.dst)) {
+                Some((subnet, node)) if subnet.covers(route.dst) => {
+                    (0, Culprit::hurts(format!("{route} hides {subnet} of {node}"), route.delete()))
+                }
+                Some((subnet, node)) => (
+                    1,
+                    Culprit::may_hurt(format!("{route} covers {subnet} of {node}, which ours hides"), route.delete()),
+                ),
+                None => (2, Culprit::may_hurt(format!("{route} leads into the network"), route.delete())),
+            }
+        })
+        .collect();
+    culprits.sort_by_key(|(rank, _)| *rank);
+    Finding::of(culprits.into_iter().map(|(_, culprit)| culprit).collect(), "no foreign route leads into the network")
+}
+
+fn is_vtep(scene: &Scene, device: &str) -> bool {
+    scene.view.vteps.iter().any(|end| end.device.as_str() == device)
+}

@@ -1,0 +1,166 @@
+//! The checks of `fabricctl doctor` of the bridge and of the pods that are attached to it.
+
+use std::collections::BTreeSet;
+
+use fabric_core::model::{Family, IfName, Subnet};
+use fabric_core::rules::TableFamily;
+
+use super::Scene;
+use super::finding::{Culprit, Finding, all};
+use super::host_checks::read;
+use crate::ipam::Pod;
+use crate::kernel::Observed;
+use crate::underlay::HostLink;
+
+/// The bridges of pods that are there.
+fn bridges<'a>(scene: &Scene, observed: &'a Observed) -> Vec<&'a HostLink> {
+    let names = scene.pod_bridges();
+    observed.host.links.iter().filter(|link| names.contains(&link.name)).collect()
+}
+
+pub(super) fn bridge(scene: &Scene) -> Finding {
+    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
+    let there = bridges(scene, observed);
+    if there.is_empty() {
+        let names = scene.pod_bridges().iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+        return Finding::skipped(format!("there is no {names}: no pod has been added yet"));
+    }
+    let Some(own) = &scene.view.holding.own else { return Finding::skipped("no lease is held") };
+    let culprits = there.into_iter().flat_map(|link| bridge_troubles(scene, link, own.key.subnets().values().copied()));
+    Finding::of(culprits.collect(), own.key.to_string())
+}
+
+/// What is wrong with a bridge that should have the gateway's address of these subnets.
+pub(super) fn bridge_troubles(scene: &Scene, link: &HostLink, subnets: impl Iterator<Item = Subnet>) -> Vec<Culprit> {
+    let name = link.name;
+    let mut culprits = vec![];
+    if !link.up {
+        culprits.push(Culprit::hurts(format!("{name} is down"), format!("ip link set {name} up")));
+    }
+    for subnet in subnets.filter(|subnet| !link.addresses.iter().any(|(_, prefix)| prefix == subnet)) {
+        let network = scene.view.network.and_then(|network| Some(network.spaces.get(subnet.family())?.network));
+        let within = |(ip, _): &&(std::net::IpAddr, Subnet)| network.is_some_and(|network| network.contains(*ip));
+        let earlier: Vec<String> = link.addresses.iter().filter(within).map(|(_, prefix)| prefix.to_string()).collect();
+        culprits.push(match earlier.is_empty() {
+            true => Culprit::hurts(
+                format!("{name} has no address of {subnet}"),
+                format!("ip address add {}/{} dev {name}", subnet.gateway(), subnet.prefix_len()),
+            ),
+            false => Culprit::hurts(
+                format!("{name} has addresses of {}, this node's subnet is {subnet}", all(earlier)),
+                format!(
+                    "it is of an earlier subnet: recreate this node's pods; when the old ones are gone:\n\
+                     ip link del {name}"
+                ),
+            ),
+        });
+    }
+    culprits
+}
+
+/// Every attached pod's port is on the bridge, up, and the pod's end as well.
+pub(super) fn ports(scene: &Scene) -> Finding {
+    match scene.addresses() {
+        Err(why) => Finding::skipped(why),
+        Ok(addresses) => Finding::of(
+            addresses.pods.iter().filter_map(|pod| port_trouble(scene, pod)).collect(),
+            format!("{} attached pods, each with its veth on the bridge and a carrier", addresses.pods.len()),
+        ),
+    }
+}
+
+/// What is wrong with a pod's veth; `None` when nothing is, or when it has none.
+pub(super) fn port_trouble(scene: &Scene, pod: &Pod) -> Option<Culprit> {
+    let observed = scene.looked.observed.as_ref()?;
+    let (bridge, attached) = (pod.saved.bridge?, pod.saved.attached.as_ref()?);
+    let there = |port: &IfName| observed.host.links.iter().find(|link| link.name == *port);
+    let ports = attached.ports.iter().filter_map(|port| port.parse().ok());
+    let (container, interface) = (&pod.owner.container, &pod.owner.ifname);
+    let ips = attached.ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    let Some(link) = ports.filter_map(|port| there(&port)).next() else {
+        let port = attached.ports.first()?;
+        let what =
+            format!("{port} of container {container} ({ips}) is gone, though the pod's network namespace is there");
+        return Some(Culprit::hurts(what, "recreate this pod"));
+    };
+    let (port, has) = (link.name, format!("{} of container {container} ({ips})", link.name));
+    if !observed.bridges.get(&bridge).is_some_and(|ports| ports.contains(&port)) {
+        return Some(Culprit::hurts(
+            format!("{has} is not on {bridge}"),
+            format!("ip link set {port} master {bridge} up"),
+        ));
+    }
+    if !link.up {
+        return Some(Culprit::hurts(format!("{has} is down"), format!("ip link set {port} up")));
+    }
+    // A veth has carrier while its other end is up.
+    let state = read(scene, &format!("sys/class/net/{port}/operstate"));
+    (state.as_deref() == Some("lowerlayerdown")).then(|| {
+        Culprit::hurts(
+            format!("{has} has no carrier: the pod's {interface} is down"),
+            match &pod.saved.netns {
+                Some(netns) => format!("nsenter --net={} ip link set {interface} up", netns.display()),
+                None => "recreate this pod".into(),
+            },
+        )
+    })
+}
+
+pub(super) fn bridge_mtu(scene: &Scene) -> Finding {
+    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
+    let ports: BTreeSet<_> =
+        scene.pod_bridges().iter().filter_map(|name| observed.bridges.get(name)).flatten().collect();
+    let mtu = scene.view.mtu;
+    if mtu == 0 {
+        return Finding::skipped("there is no VTEP yet");
+    }
+    let large = observed.host.links.iter().filter(|link| ports.contains(&link.name));
+    let culprits = large.filter(|link| link.mtu > mtu).map(|link| {
+        Culprit::hurts(
+            format!("{} takes {} bytes, the tunnel {mtu}", link.name, link.mtu),
+            "these pods were added before the MTU became smaller: recreate them",
+        )
+    });
+    Finding::of(culprits.collect(), format!("at most {mtu} bytes"))
+}
+
+/// Whether what pods send beyond the network gets an address that answers find back to.
+pub(super) fn egress(scene: &Scene) -> Finding {
+    let (Some(observed), Some(network)) = (&scene.looked.observed, scene.view.network) else {
+        return Finding::skipped("the network is not known yet");
+    };
+    let spaces: Vec<String> = network.spaces.values().map(|space| space.network.to_string()).collect();
+    if masquerades(scene) {
+        return Finding::fine(format!("what leaves {} is masqueraded", spaces.join(" and ")));
+    }
+    let reached = [Family::V4, Family::V6]
+        .into_iter()
+        .filter(|family| network.spaces.get(*family).is_some())
+        .any(|family| observed.host.default_routes.iter().any(|route| route.family == family));
+    if !reached {
+        return Finding::skipped("masquerade is off, and this host has no default route");
+    }
+    Finding::warning(
+        format!(
+            "masquerade is off: packets that leave {} keep the pods' addresses, and answers come back only if the \
+             routers outside know them",
+            spaces.join(" and ")
+        ),
+        how_to_masquerade(scene),
+    )
+}
+
+/// Whether our own filter masquerades.
+pub(super) fn masquerades(scene: &Scene) -> bool {
+    let table = scene.looked.observed.as_ref().and_then(|observed| observed.rules.get(&TableFamily::Inet));
+    table.is_some_and(|table| table.chains.contains_key("postrouting"))
+}
+
+/// The commands that switch masquerade on, by how the daemon was started.
+pub(super) fn how_to_masquerade(scene: &Scene) -> String {
+    if scene.places.kubernetes {
+        "kubectl -n fabricd set env daemonset/fabricd FABRICD_IP_MASQ=true".into()
+    } else {
+        "echo FABRICD_IP_MASQ=true >> /etc/default/fabricd\nsystemctl restart fabricd".into()
+    }
+}
