@@ -293,6 +293,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let observed = self.kernel.observe().await.map_err(failed)?;
         let network = self.network_in_force(view, network)?;
         view.network = Some(network);
+        view.warnings.extend(network.warnings());
         if let Some(end) = self.kept.until() {
             view.warnings.push(format!(
                 "the store was emptied or set back: peers that it has lost stay for {} s, to claim their subnets again",

@@ -71,6 +71,36 @@ fn without_a_network_config_a_node_says_how_to_make_one_and_refuses_one_that_can
 }
 
 #[test]
+fn a_network_config_that_flannel_runs_on_is_taken_and_what_was_masked_is_told() -> Result<()> {
+    let (lab, node) = lab()?;
+    let json = r#"{"Network": "10.10.10.0/16", "subnetMin": "10.10.10.0", "SubnetMax": "10.10.99.0",
+        "Backend": {"Type": "VXLAN", "vni": 1}}"#;
+    lab.etcd().ctl(&["put", "/coreos.com/network/config", json])?;
+    node.start_fabricd()?;
+    node.wait_ready()?;
+    ensure!(node.subnet()?.starts_with("10.10."), "{}", node.subnet()?);
+    let told = r#"the network is 10.10.0.0/16; write "Network": "10.10.0.0/16" there"#;
+    ensure!(node.run(&["fabricctl", "status"])?.contains(told));
+    ensure!(node.log("fabricd").contains("the network is 10.10.0.0/16"), "{}", node.log_tail("fabricd"));
+    let shown = node.exec(&["fabricctl", "network", "show"])?;
+    let in_force: serde_json::Value = serde_json::from_str(&shown.stdout)?;
+    ensure!(in_force["Network"] == "10.10.0.0/16" && in_force["SubnetLen"] == 24, "{shown:?}");
+    ensure!(shown.stderr.contains(told), "{shown:?}");
+    // Written as it is told, it is the same network, and no word is left to say.
+    lab.etcd().ctl(&["put", "/coreos.com/network/config", &shown.stdout])?;
+    wait_until("the warning is gone", SOON, || {
+        let status = node.status()?;
+        ensure!(
+            status["warnings"].as_array().is_none_or(Vec::is_empty)
+                && status["pending"].as_array().is_none_or(Vec::is_empty),
+            "{status}"
+        );
+        Ok(())
+    })?;
+    node.wait_ready()
+}
+
+#[test]
 fn unknown_interface_is_answered_with_those_that_there_are() -> Result<()> {
     let (_lab, node) = lab()?;
     node.start_fabricd_with(&["--iface", "eth7"], &[])?;

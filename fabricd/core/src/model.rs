@@ -1,5 +1,6 @@
 //! The words of the domain: small types that can only hold what makes sense.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
@@ -147,14 +148,14 @@ impl<T> FromIterator<(Family, T)> for PerFamily<T> {
 pub struct Invalid {
     what: &'static str,
     value: String,
-    expected: &'static str,
+    expected: Cow<'static, str>,
 }
 
 impl Invalid {
     /// Says that `value` is no `what`, and what was expected.
-    pub(crate) fn new(what: &'static str, value: &str, expected: &'static str) -> Self {
+    pub(crate) fn new(what: &'static str, value: &str, expected: impl Into<Cow<'static, str>>) -> Self {
         // What is quoted may come from another node: keep it short whatever it is.
-        Self { what, value: value.chars().take(80).collect(), expected }
+        Self { what, value: value.chars().take(80).collect(), expected: expected.into() }
     }
 }
 

@@ -1,5 +1,7 @@
 //! The network config that the whole cluster shares: the JSON at `<prefix>/config`, as flannel defines it.
 
+mod json;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
@@ -78,14 +80,22 @@ pub struct NetworkConfig {
     pub spaces: PerFamily<AddressSpace>,
     /// The backend's settings.
     pub vxlan: VxlanConfig,
+    /// The address that a network is written with, where that is not its first: `10.10.10.0` of `10.10.10.0/16`.
+    pub written: PerFamily<IpAddr>,
 }
 
 /// Why a network config can't be used: which member, and what to write instead.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     /// Not the JSON object of a config.
-    #[error("the network config is not valid JSON of the expected form: {0}")]
+    #[error("the network config is not valid JSON: {0}")]
     Json(String),
+    /// JSON, but no object.
+    #[error(
+        "the network config is {0}, not a JSON object such as {{\"Network\": \"10.244.0.0/16\", \"Backend\": {{\"Type\": \
+         \"vxlan\"}}}}"
+    )]
+    NoObject(String),
     /// A config of more than [`MAX_CONFIG`] bytes.
     #[error("the network config has {0} bytes, more than {MAX_CONFIG}")]
     TooLarge(usize),
@@ -207,6 +217,20 @@ impl NetworkConfig {
         differing.map(|(what, now, then)| format!("{what}: {now} → {then}")).collect()
     }
 
+    /// What an operator should know about how this config was read, each with what to write instead.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        let masked = |(family, ip): (Family, &IpAddr)| {
+            let (member, network) = (members(family).network, self.spaces.get(family)?.network);
+            let len = network.prefix_len();
+            Some(format!(
+                "the network config says \"{member}\": \"{ip}/{len}\", which has bits set after its prefix: as with flannel \
+                 they are masked, and the network is {network}; write \"{member}\": \"{network}\" there"
+            ))
+        };
+        self.written.iter().filter_map(masked).collect()
+    }
+
     /// The document that says this, with nothing left to defaults.
     #[must_use]
     pub fn document(&self) -> NetworkDocument {
@@ -242,7 +266,7 @@ impl NetworkConfig {
         }
     }
 
-    /// Reads and validates the JSON of `<prefix>/config`.
+    /// Reads and validates the JSON of `<prefix>/config`, as flannel reads it.
     ///
     /// # Errors
     /// The first thing that can't work, with the line that would.
@@ -250,8 +274,8 @@ impl NetworkConfig {
         if json.len() > MAX_CONFIG {
             return Err(ConfigError::TooLarge(json.len()));
         }
-        let document: NetworkDocument = serde_json::from_slice(json).map_err(|e| ConfigError::Json(e.to_string()))?;
-        document.validate()
+        let (document, written) = json::read(json)?;
+        Ok(Self { written, ..document.validate()? })
     }
 
     /// Address space that overlaps one of `underlay`, the prefixes of this node's own links, with that prefix.
@@ -288,13 +312,14 @@ impl NetworkDocument {
             return Err(ConfigError::NoFamily);
         }
         let vxlan = self.backend.as_ref().ok_or(ConfigError::NoBackend)?.validate()?;
-        Ok(NetworkConfig { spaces, vxlan })
+        Ok(NetworkConfig { spaces, vxlan, written: PerFamily::default() })
     }
 }
 
 impl BackendDocument {
     fn validate(&self) -> Result<VxlanConfig, ConfigError> {
-        if self.kind != "vxlan" {
+        // flannel looks backends up by their names in lower case.
+        if !self.kind.eq_ignore_ascii_case("vxlan") {
             return Err(if self.kind.is_empty() {
                 ConfigError::NoBackend
             } else {
@@ -357,6 +382,13 @@ const V6_MEMBERS: Members = Members {
     default_len: 64,
     longest_len: 126,
 };
+
+fn members(family: Family) -> &'static Members {
+    match family {
+        Family::V4 => &V4_MEMBERS,
+        Family::V6 => &V6_MEMBERS,
+    }
+}
 
 fn address_space(
     of: &Members,
@@ -446,6 +478,44 @@ mod tests {
     }
 
     #[test]
+    fn config_is_read_as_flannel_reads_it() {
+        let plain = |network: &str| decode(&format!(r#"{{"Network":"{network}","Backend":{{"Type":"vxlan"}}}}"#));
+        let want = NetworkConfig { written: PerFamily::default(), ..plain("10.10.0.0/16").expect("valid") };
+        for (json, why) in [
+            (r#"{"network":"10.10.0.0/16","BACKEND":{"type":"vxlan"}}"#, "case of members"),
+            (r#"{"Network":"10.10.0.0/16","Backend":{"Type":"VXLAN"}}"#, "case of the backend"),
+            (
+                r#"{"Network":"10.10.0.0/16","Backend":{"Type":"vxlan","vni":1,"port":8472,"directRouting":false}}"#,
+                "vni",
+            ),
+            (r#"{"Network":"10.10.0.0/16","Backend":{"Type":"vxlan"},"Comment":[{"any":1}]}"#, "unknown members"),
+            (r#"{"Network":"10.0.0.0/8","Network":"10.10.0.0/16","Backend":{"Type":"vxlan"}}"#, "twice"),
+            (r#"{"network":"10.0.0.0/8","Network":"10.10.0.0/16","Backend":{"Type":"vxlan"}}"#, "twice, by case"),
+            (r#"{"Network":"10.10.0.0/16","SubnetLen":null,"Backend":{"Type":"vxlan","VNI":null}}"#, "null"),
+            (r#"{"Network":"10.10.0.0/16","SubnetLen":0,"SubnetMin":"0.0.0.0","Backend":{"Type":"vxlan"}}"#, "zero"),
+            (r#"{"Network":"10.10.10.0/16","Backend":{"Type":"vxlan"}}"#, "host bits"),
+        ] {
+            let config = decode(json).expect(json);
+            assert_eq!(NetworkConfig { written: PerFamily::default(), ..config }, want, "{why}: {json}");
+        }
+
+        let json = r#"{"Network": "10.10.10.0/16", "SubnetMin": "10.10.10.0", "SubnetMax": "10.10.99.0", "EnableIPv6": true,
+            "IPv6Network": "2001:db8::7/48", "Backend": {"Type": "vxlan", "VNI": 1}}"#;
+        let config = decode(json).expect("flannel runs on it");
+        let v4 = config.spaces.v4.expect("IPv4");
+        assert_eq!((v4.network.to_string(), v4.min.to_string()), ("10.10.0.0/16".into(), "10.10.10.0".into()));
+        let [v4, v6]: [String; 2] = config.warnings().try_into().expect("one for each family");
+        assert!(
+            v4.contains(r#""Network": "10.10.10.0/16""#) && v4.ends_with(r#"write "Network": "10.10.0.0/16" there"#)
+        );
+        assert!(v6.ends_with(r#"write "IPv6Network": "2001:db8::/48" there"#), "{v6}");
+        assert_eq!(
+            decode(&serde_json::to_string(&config.document()).expect("JSON")).expect("valid").warnings(),
+            [""; 0]
+        );
+    }
+
+    #[test]
     fn defaults_are_flannels() {
         let config = decode(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).expect("valid");
         let v4 = config.spaces.v4.expect("IPv4");
@@ -486,7 +556,42 @@ mod tests {
             (r#"{"Network":"10.244.0.0/16"}"#, r#"add "Backend": {"Type": "vxlan"}"#),
             (r#"{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}"#, r#"use "Backend": {"Type": "vxlan"}"#),
             (r#"{"Backend":{"Type":"vxlan"}}"#, r#"add a line such as "Network": "10.244.0.0/16""#),
-            (r#"{"Network":"10.244.0.1/16","Backend":{"Type":"vxlan"}}"#, "no bit may be set after the prefix"),
+            (
+                r#"{"Network":"10.10.0.0","Backend":{"Type":"vxlan"}}"#,
+                r#"Network is "10.10.0.0": it must be an address and a prefix length, as in "Network": "10.10.0.0/16""#,
+            ),
+            (r#"{"Network":"10.10.0.0/33","Backend":{"Type":"vxlan"}}"#, r#"as in "Network": "10.10.0.0/16""#),
+            (r#"{"Network":"10.10.0.0/+16","Backend":{"Type":"vxlan"}}"#, r#"as in "Network": "10.10.0.0/16""#),
+            (r#"{"Network":["10.10.0.0/16"],"Backend":{"Type":"vxlan"}}"#, "Network is a list: it must be an address"),
+            (
+                r#"{"EnableIPv6":true,"Network":"10.10.0.0/16","IPv6Network":"2001:db8::","Backend":{"Type":"vxlan"}}"#,
+                r#"as in "IPv6Network": "2001:db8::/48""#,
+            ),
+            (
+                r#"{"Network":"10.10.0.0/16","SubnetLen":"26","Backend":{"Type":"vxlan"}}"#,
+                r#"SubnetLen is "26": it must be a whole number without quotes, as in "SubnetLen": 26"#,
+            ),
+            (r#"{"Network":"10.10.0.0/16","SubnetLen":26.0,"Backend":{"Type":"vxlan"}}"#, r#"as in "SubnetLen": 26"#),
+            (r#"{"Network":"10.10.0.0/16","SubnetLen":-1,"Backend":{"Type":"vxlan"}}"#, r#"as in "SubnetLen": 24"#),
+            (
+                r#"{"Network":"10.10.0.0/16","SubnetLen":300,"Backend":{"Type":"vxlan"}}"#,
+                "SubnetLen is 300: it is too large",
+            ),
+            (
+                r#"{"Network":"10.10.0.0/16","Backend":{"Type":"vxlan","VNI":"7"}}"#,
+                r#"Backend.VNI is "7": it must be a whole number without quotes, as in "VNI": 7"#,
+            ),
+            (
+                r#"{"Network":"10.10.0.0/16","Backend":{"Type":"vxlan","DirectRouting":"true"}}"#,
+                r#"Backend.DirectRouting is "true": it must be true or false without quotes, as in "DirectRouting": true"#,
+            ),
+            (
+                r#"{"Network":"10.10.0.0/16","SubnetMin":"x","Backend":{"Type":"vxlan"}}"#,
+                r#"SubnetMin is "x": it must be an address of the network, as in "SubnetMin": "10.10.0.1""#,
+            ),
+            (r#"{"Network":"10.10.0.0/16","Backend":"vxlan"}"#, r#"Backend is "vxlan": it must be an object"#),
+            (r#"{"Network":"10.10.0.0/16","Backend":null}"#, r#"add "Backend": {"Type": "vxlan"}"#),
+            (r#"["10.10.0.0/16"]"#, "not a JSON object such as"),
             (r#"{"Network":"10.0.0.0/29","Backend":{"Type":"vxlan"}}"#, "use /28 or larger"),
             (r#"{"Network":"10.0.0.0/16","SubnetLen":17,"Backend":{"Type":"vxlan"}}"#, "it must be 18 to 30"),
             (

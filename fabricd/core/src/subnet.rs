@@ -121,7 +121,7 @@ impl TryFrom<IpNetwork> for Subnet {
             return Err(Invalid::new(
                 "subnet",
                 &net.to_string(),
-                "no bit may be set after the prefix, as in 10.244.0.0/16",
+                format!("no bit may be set after the prefix, as in {}/{}", net.network(), net.prefix()),
             ));
         }
         Ok(Self { base: net.ip(), len: net.prefix() })

@@ -190,9 +190,10 @@ async fn show(etcd: EtcdArgs) -> anyhow::Result<Answer> {
     let key = format!("{}/config", etcd.prefix);
     match tokio::time::timeout(PATIENCE, store.read_config()).await.with_context(|| unreached(&etcd))?? {
         Some(config) => {
-            NetworkConfig::decode(&config.json)
+            let network = NetworkConfig::decode(&config.json)
                 .with_context(|| format!("{key} can't be used; it says {}", String::from_utf8_lossy(&config.json)))?;
-            Ok(Answer::fine(String::from_utf8_lossy(&config.json).into_owned() + "\n"))
+            network.warnings().iter().for_each(|warning| eprintln!("fabricctl: {warning}"));
+            Ok(Answer::fine(serde_json::to_string_pretty(&network.document())? + "\n"))
         }
         None => bail!("there is nothing at {key}; make it with: fabricctl network init --network 10.244.0.0/16"),
     }
