@@ -36,7 +36,7 @@ use crate::planned::Planned;
 use crate::ports::PodPorts;
 use crate::rules::Rules;
 use crate::store::{Connection, LeaseStore, Network};
-use crate::underlay::{self, Selector, Underlay};
+use crate::underlay::{self, Selector, Steady, Underlay, UnderlayError};
 use crate::view::{PeerTrouble, View, VtepView};
 
 /// How often everything is looked at although nothing has happened.
@@ -71,6 +71,7 @@ pub struct Reconciler<S, K> {
     wanted: watch::Sender<Option<Wanted>>,
     view: watch::Sender<Arc<View>>,
     rules: Rules,
+    underlays: Steady,
     applied: Option<NetworkConfig>,
     /// The config that was in force before the start, until the store has shown one.
     remembered: Option<NetworkConfig>,
@@ -146,6 +147,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let view = View::new(node.name.clone());
         Self {
             rules: Rules::new(node.rules.clone()),
+            underlays: Steady::default(),
             node,
             store,
             kernel,
@@ -291,6 +293,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     ) -> Result<(Arc<Observed>, NetworkConfig, Own, PerFamily<Underlay>), Blocked> {
         // Always looked at, since only what changes after a look wakes the loop.
         let observed = self.kernel.observe().await.map_err(failed)?;
+        // Not only once the store has answered: a mistake in the settings shows at once.
+        underlay::judge(&self.node.selectors, &observed.host).map_err(failed)?;
         let network = self.network_in_force(view, network)?;
         view.network = Some(network);
         view.warnings.extend(network.warnings());
@@ -300,10 +304,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 end.saturating_duration_since(Instant::now()).as_secs()
             ));
         }
-        let underlays = network
-            .spaces
-            .try_map(|family, _| underlay::choose(&self.node.selectors, &observed.host, family))
-            .map_err(failed)?;
+        let underlays = self.underlays(view, &observed, &network, holding).map_err(failed)?;
         if let Some((space, link)) =
             network.overlap(&on_link(&observed, &underlays).map(|(s, _)| s).collect::<Vec<_>>())
         {
@@ -314,12 +315,15 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             )));
         }
         let public_ips = underlays.map(|family, u| self.node.public_ips.get(family).copied().unwrap_or(u.local));
-        let wanted = Some(Wanted { network, public_ips });
-        self.wanted.send_if_modified(|current| {
-            let differs = *current != wanted;
-            *current = wanted;
-            differs
-        });
+        // Which address the lease has, and so which one is to stay, shows with the leases.
+        if view.leases.is_some() {
+            let wanted = Some(Wanted { network, public_ips });
+            self.wanted.send_if_modified(|current| {
+                let differs = *current != wanted;
+                *current = wanted;
+                differs
+            });
+        }
         let ours = observed.hazards.iter().filter(|(family, _)| network.spaces.get(*family).is_some());
         view.warnings.extend(ours.map(|(_, words)| words.clone()));
         let shut = self.rules.doors(&network, &observed);
@@ -344,6 +348,27 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             return Err(starting("waiting for a lease of the network's address families"));
         }
         Ok((observed, network, own, underlays))
+    }
+
+    /// The underlay of each family. What is in use is known from the lease and from our devices, after a restart too.
+    fn underlays(
+        &mut self,
+        view: &View,
+        observed: &Observed,
+        network: &NetworkConfig,
+        holding: &Holding,
+    ) -> Result<PerFamily<Underlay>, UnderlayError> {
+        let record = view.leases.as_ref().and_then(|leases| leases.of_node(&self.node.name));
+        let recorded = record.map(|lease| lease.record.endpoints()).unwrap_or_default();
+        let held = holding.own.as_ref().map_or(recorded, |own| own.endpoints);
+        network.spaces.try_map(|family, _| {
+            // An address that the operator publishes instead is somebody else's.
+            let published = held.get(family).filter(|_| self.node.public_ips.get(family).is_none());
+            let links = observed.ours.links.values().filter(|link| link.vni == network.vxlan.vni);
+            let device = links.map(|link| link.local).find(|local| Family::of(*local) == family);
+            let lease = published.map(|endpoint| endpoint.public_ip);
+            self.underlays.choose(&self.node.selectors, &observed.host, family, lease, device)
+        })
     }
 
     /// The config that counts: the first valid one, with what can change under running pods kept up to date. Until the

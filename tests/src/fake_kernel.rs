@@ -337,6 +337,7 @@ impl Tables {
                             .filter(|(dev, _, _)| dev == name)
                             .map(|(_, ip, prefix)| (*ip, *prefix))
                             .collect(),
+                        passing: vec![],
                     })
                     .collect(),
                 default_routes: self.default_routes.clone(),

@@ -53,7 +53,7 @@ impl Node {
         let wanted = KernelState { links: [(end.device, link)].into(), ..KernelState::default() };
         let bridge = ("127.1.1.1".parse()?, "127.1.1.0/24".parse()?);
         let host_link = |name: &str, mtu, addresses| -> Result<HostLink> {
-            Ok(HostLink { index: 7, name: name.parse()?, mtu, up: true, loopback: false, addresses })
+            Ok(HostLink { index: 7, name: name.parse()?, mtu, up: true, loopback: false, addresses, passing: vec![] })
         };
         let mut observed = Observed { ours: wanted.clone(), nexthop_objects: true, ..Observed::default() };
         observed.host.links = vec![
@@ -359,7 +359,7 @@ const BROKEN: &[(&str, Breakage, Outcome, &str)] = &[
         |n| {
             n.observed.rules.clear();
             n.observed.host.default_routes =
-                vec![DefaultRoute { family: Family::V4, dev: "eth0".parse()?, metric: 0, source: None }];
+                vec![DefaultRoute { family: Family::V4, dev: "eth0".parse()?, metric: 0, source: None, gateway: None }];
             Ok(())
         },
         Outcome::Warning,

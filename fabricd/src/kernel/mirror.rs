@@ -20,7 +20,7 @@ use super::monitor::{Event, Interest, Table};
 use super::netlink::Options;
 use super::nft::Filter;
 use super::socket::RequestSocket;
-use super::tables::{self, Address, EntryRow, Link, Links};
+use super::tables::{self, Address, EntryRow, Fit, Link, Links};
 use super::{KernelError, Observed, bridge_nf, forward, routes, sysctl};
 use crate::underlay::HostLink;
 
@@ -287,13 +287,17 @@ fn addresses_of(devices: &[&Link], addresses: &[Address]) -> BTreeSet<(IfName, S
 }
 
 pub(super) fn host_link(link: &Link, addresses: &[Address]) -> HostLink {
-    let addresses = addresses.iter().filter(|address| address.index == link.index && address.lasting);
+    let fit = |fit| {
+        let of_link = addresses.iter().filter(move |address| address.index == link.index && address.fit == Some(fit));
+        of_link.map(|address| (address.ip, address.prefix)).collect()
+    };
     HostLink {
         index: link.index,
         name: link.name,
         mtu: link.mtu,
         up: link.up,
         loopback: link.loopback,
-        addresses: addresses.map(|address| (address.ip, address.prefix)).collect(),
+        addresses: fit(Fit::Lasting),
+        passing: fit(Fit::Passing),
     }
 }

@@ -105,6 +105,7 @@ fn of_others(routes: &[RouteMessage], links: &Links) -> HostRoutes {
                 dev: dev.name,
                 metric: metric(route),
                 source: source(route),
+                gateway: gateway(route),
             });
         }
     }
@@ -339,6 +340,19 @@ pub(super) fn device(route: &RouteMessage) -> Option<u32> {
         RouteAttribute::Oif(index) => Some(*index),
         RouteAttribute::MultiPath(hops) => hops.first().map(|hop| hop.interface_index),
         _ => None,
+    })
+}
+
+/// The gateway; of several, the first.
+fn gateway(route: &RouteMessage) -> Option<IpAddr> {
+    let of = |attributes: &[RouteAttribute]| {
+        attributes.iter().find_map(|a| if let RouteAttribute::Gateway(address) = a { ip(address) } else { None })
+    };
+    of(&route.attributes).or_else(|| {
+        route.attributes.iter().find_map(|a| match a {
+            RouteAttribute::MultiPath(hops) => of(&hops.first()?.attributes),
+            _ => None,
+        })
     })
 }
 

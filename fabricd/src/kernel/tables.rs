@@ -45,8 +45,16 @@ pub(super) struct Address {
     pub(super) index: u32,
     pub(super) ip: IpAddr,
     pub(super) prefix: Subnet,
-    /// Fit to be a source: global, and neither about to come nor about to go.
-    pub(super) lasting: bool,
+    /// Fit to be a source; `None` when it is not global or about to come.
+    pub(super) fit: Option<Fit>,
+}
+
+/// How fit an address is to be a source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fit {
+    Lasting,
+    /// Deprecated, or a temporary one of IPv6 (a privacy address, replaced within a day): about to go.
+    Passing,
 }
 
 /// Nexthop objects, ours and the ids of all others.
@@ -161,7 +169,7 @@ pub(super) fn addresses(socket: &mut RequestSocket) -> Result<Vec<Address>, Kern
 }
 
 fn address(message: &AddressMessage) -> Option<Address> {
-    /// `IFA_F_TEMPORARY`, which IPv4 calls secondary: a privacy address, replaced within a day.
+    /// `IFA_F_TEMPORARY`, which IPv4 calls secondary.
     const TEMPORARY: AddressFlags = AddressFlags::Secondary;
     if matches!(message.header.scope, AddressScope::Link | AddressScope::Host | AddressScope::Nowhere) {
         return None;
@@ -176,15 +184,15 @@ fn address(message: &AddressMessage) -> Option<Address> {
         }
     }
     let ip = local.or(peer)?;
-    let passing = AddressFlags::Tentative | AddressFlags::Deprecated | AddressFlags::Dadfailed;
+    let unfit = message.header.scope != AddressScope::Universe
+        || flags.intersects(AddressFlags::Tentative | AddressFlags::Dadfailed);
+    let passing = flags.contains(AddressFlags::Deprecated) || (ip.is_ipv6() && flags.contains(TEMPORARY));
     Some(Address {
         index: message.header.index,
         ip,
         // Of a point-to-point link the prefix is the other end's.
         prefix: Subnet::holding(peer.unwrap_or(ip), message.header.prefix_len).ok()?,
-        lasting: message.header.scope == AddressScope::Universe
-            && !flags.intersects(passing)
-            && !(ip.is_ipv6() && flags.contains(TEMPORARY)),
+        fit: (!unfit).then_some(if passing { Fit::Passing } else { Fit::Lasting }),
     })
 }
 

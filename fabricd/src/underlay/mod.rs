@@ -1,9 +1,19 @@
 //! The underlay: which interface and address of this host carry the encapsulated packets.
+//!
+//! The address is chosen so that it stays what it is for as long as it can: peers send to it. See [`choose`] for the order
+//! and [`Steady`] for what happens while it is away.
 
+mod steady;
+#[cfg(test)]
+mod tests;
+
+use std::cmp::Reverse;
 use std::net::IpAddr;
 
 use fabric_core::model::{Family, IfName, Subnet};
 use regex::Regex;
+
+pub use self::steady::Steady;
 
 /// A host's links, addresses and default routes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,8 +39,11 @@ pub struct HostLink {
     pub up: bool,
     /// The loopback interface.
     pub loopback: bool,
-    /// Addresses of global scope, in the kernel's order; deprecated and tentative ones left out.
+    /// Addresses of global scope, in the kernel's order, each with the prefix that it makes reachable. Tentative ones are
+    /// left out, and those of `passing`.
     pub addresses: Vec<(IpAddr, Subnet)>,
+    /// Those that are about to go: deprecated ones, and IPv6's temporary ones (RFC 8981).
+    pub passing: Vec<(IpAddr, Subnet)>,
 }
 
 /// A default route.
@@ -42,8 +55,10 @@ pub struct DefaultRoute {
     pub dev: IfName,
     /// Its metric: the smallest wins.
     pub metric: u32,
-    /// The source address it prefers.
+    /// The source address it prefers (`src`).
     pub source: Option<IpAddr>,
+    /// Its gateway; without a preferred source the kernel sends from the address whose prefix holds it.
+    pub gateway: Option<IpAddr>,
 }
 
 /// How the operator names the underlay interface. Several are tried in their order.
@@ -66,6 +81,30 @@ pub struct Underlay {
     pub local: IpAddr,
     /// Its MTU in bytes.
     pub mtu: u32,
+}
+
+/// An underlay that could be chosen, and how good it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// The underlay.
+    pub underlay: Underlay,
+    /// The prefix that its address makes reachable.
+    pub prefix: Subnet,
+    /// How lasting its address is.
+    pub standing: Standing,
+    /// True when the operator named this very address.
+    pub named: bool,
+}
+
+/// How lasting an address is likely to be, the best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Standing {
+    /// An address of the interface.
+    Lasting,
+    /// Deprecated or temporary.
+    Passing,
+    /// Of host length inside another address's prefix, as keepalived and kube-vip add virtual addresses.
+    Virtual,
 }
 
 /// Why no underlay could be chosen.
@@ -97,55 +136,168 @@ pub enum UnderlayError {
         /// The family.
         family: Family,
     },
+    /// The address in use is gone, and only virtual ones are left.
+    #[error(
+        "the underlay address {gone} of this node is gone from {dev}, and {left}, which is left there, looks like a virtual \
+         address that moves between hosts (it is a /{} inside {within}); put {gone} back, or if {left} is this node's own \
+         from now on, start fabricd with --iface {left}",
+        .within.family().bits()
+    )]
+    OnlyVirtual {
+        /// The interface.
+        dev: IfName,
+        /// The address in use.
+        gone: IpAddr,
+        /// The one that is there.
+        left: IpAddr,
+        /// The prefix that it lies in.
+        within: Subnet,
+    },
+    /// The address in use is gone, maybe for a moment only.
+    #[error(
+        "the underlay address {gone} of this node is gone from {dev}; if it does not come back within {seconds} s, {left} is \
+         taken in its place"
+    )]
+    Away {
+        /// The interface.
+        dev: IfName,
+        /// The address in use.
+        gone: IpAddr,
+        /// The one that is taken then.
+        left: IpAddr,
+        /// How long it is waited for, from the moment when it went.
+        seconds: u64,
+    },
 }
 
-/// Chooses the underlay of one family: by the first selector that fits, without any by the default route with the
-/// smallest metric.
+/// Chooses the underlay of one family.
+///
+/// The interface: by the first selector that fits, without any by the default route with the smallest metric. Of its
+/// addresses the first of
+/// 1. those in `in_use`, in that order: the address in the lease, then the VXLAN device's;
+/// 2. the preferred source of the default route that chose the interface;
+/// 3. lasting ones before passing before virtual ones ([`Standing`]), and of these first the one that the kernel would
+///    send from: to the address of `--iface-can-reach`, or to the gateway of that default route;
+/// 4. the rest, in the kernel's order.
+///
+/// Where the operator names addresses (`--iface IP`, a regular expression for addresses), only those are taken.
 ///
 /// # Errors
 /// [`UnderlayError`], which lists the interfaces that there are.
-pub fn choose(selectors: &[Selector], host: &Host, family: Family) -> Result<Underlay, UnderlayError> {
-    let (link, wished) = if selectors.is_empty() {
+pub fn choose(selectors: &[Selector], host: &Host, family: Family, in_use: &[IpAddr]) -> Result<Choice, UnderlayError> {
+    let found = if selectors.is_empty() {
         let routes = host.default_routes.iter().filter(|route| route.family == family);
         let route = routes.min_by_key(|route| route.metric);
-        let found = route.and_then(|route| Some((link_named(host, &route.dev)?, route.source)));
+        let found = route.and_then(|route| Some(Found::of_route(link_named(host, &route.dev)?, route)));
         found.ok_or_else(|| UnderlayError::NoDefaultRoute { family, present: present(host) })?
     } else {
-        let found = selectors.iter().find_map(|selector| selected(selector, host, family));
-        found.ok_or_else(|| UnderlayError::NoMatch { wanted: describe(selectors), present: present(host) })?
+        find(selectors, host, family)?
     };
-    let mut addresses = link.addresses.iter().map(|(ip, _)| *ip).filter(|ip| Family::of(*ip) == family);
-    let local = wished.filter(|ip| Family::of(*ip) == family).or_else(|| addresses.next());
-    match local {
-        Some(local) => Ok(Underlay { dev: link.name, local, mtu: link.mtu }),
-        None => Err(UnderlayError::NoAddress { dev: link.name, family }),
+    let Found { link, named, source, sends_from, gateway } = found;
+    let of_family = |ip: &IpAddr| Family::of(*ip) == family;
+    let named: Vec<IpAddr> = named.into_iter().filter(of_family).collect();
+    let mut candidates: Vec<(IpAddr, Subnet, Standing)> =
+        standings(link).filter(|(ip, ..)| of_family(ip) && (named.is_empty() || named.contains(ip))).collect();
+    // A source that the kernel prefers may lie on another link, as where loopback addresses are routed.
+    for ip in source.into_iter().chain(sends_from).filter(of_family) {
+        if named.is_empty() && !candidates.iter().any(|(candidate, ..)| *candidate == ip) {
+            candidates.push((ip, Subnet::host(ip), Standing::Lasting));
+        }
+    }
+    let best = candidates.into_iter().min_by_key(|(ip, prefix, standing)| {
+        let used = in_use.iter().position(|used| used == ip).unwrap_or(usize::MAX);
+        let reached_by = sends_from == Some(*ip) || gateway.is_some_and(|gateway| prefix.contains(gateway));
+        (used, Reverse(source == Some(*ip)), *standing, Reverse(reached_by))
+    });
+    let (local, prefix, standing) = best.ok_or(UnderlayError::NoAddress { dev: link.name, family })?;
+    let underlay = Underlay { dev: link.name, local, mtu: link.mtu };
+    Ok(Choice { underlay, prefix, standing, named: named == [local] })
+}
+
+/// Whether an interface fits what the operator asked for, whatever the network will be.
+///
+/// # Errors
+/// [`UnderlayError::NoMatch`] when none does.
+pub fn judge(selectors: &[Selector], host: &Host) -> Result<(), UnderlayError> {
+    if selectors.is_empty() { Ok(()) } else { find(selectors, host, Family::V4).map(drop) }
+}
+
+/// What a selector or a default route leads to.
+struct Found<'a> {
+    link: &'a HostLink,
+    /// The addresses that the operator named; empty for any.
+    named: Vec<IpAddr>,
+    /// The one that the route names as the source.
+    source: Option<IpAddr>,
+    /// The one that the kernel said it would send from.
+    sends_from: Option<IpAddr>,
+    gateway: Option<IpAddr>,
+}
+
+impl<'a> Found<'a> {
+    fn link(link: &'a HostLink) -> Self {
+        Self { link, named: vec![], source: None, sends_from: None, gateway: None }
+    }
+
+    fn of_route(link: &'a HostLink, route: &DefaultRoute) -> Self {
+        Self { source: route.source, gateway: route.gateway, ..Self::link(link) }
     }
 }
 
-/// The link that a selector names, and the address on it if the selector names that.
-fn selected<'a>(selector: &Selector, host: &'a Host, family: Family) -> Option<(&'a HostLink, Option<IpAddr>)> {
+fn find<'a>(selectors: &[Selector], host: &'a Host, family: Family) -> Result<Found<'a>, UnderlayError> {
+    let found = selectors.iter().find_map(|selector| selected(selector, host, family));
+    found.ok_or_else(|| UnderlayError::NoMatch { wanted: describe(selectors), present: present(host) })
+}
+
+/// The link that a selector names, and the addresses on it if the selector names those.
+fn selected<'a>(selector: &Selector, host: &'a Host, family: Family) -> Option<Found<'a>> {
     let by_address = |fits: &dyn Fn(IpAddr) -> bool| {
-        host.links.iter().find_map(|link| {
-            // Of an interface with several fitting addresses, one of the asked family comes first.
-            let mut fitting: Vec<IpAddr> = link.addresses.iter().map(|(ip, _)| *ip).filter(|ip| fits(*ip)).collect();
-            fitting.sort_by_key(|ip| Family::of(*ip) != family);
-            Some((link, Some(*fitting.first()?)))
-        })
+        // Of several interfaces one with an address of the asked family comes first.
+        let fitting =
+            |link: &HostLink| -> Vec<IpAddr> { addresses(link).map(|(ip, _)| ip).filter(|ip| fits(*ip)).collect() };
+        let of_family = |named: &[IpAddr]| named.iter().any(|ip| Family::of(*ip) == family);
+        let links = host.links.iter().map(|link| Found { named: fitting(link), ..Found::link(link) });
+        links.filter(|found| !found.named.is_empty()).min_by_key(|found| !of_family(&found.named))
     };
     match selector {
         Selector::Iface(name) => match name.parse::<IpAddr>() {
             Ok(ip) => by_address(&|candidate| candidate == ip),
-            Err(_) => host.links.iter().find(|link| link.name.as_str() == name).map(|link| (link, None)),
+            Err(_) => host.links.iter().find(|link| link.name.as_str() == name).map(Found::link),
         },
         Selector::Matching(regex) => {
             let by_name = host.links.iter().find(|link| !link.loopback && regex.is_match(link.name.as_str()));
-            by_name.map(|link| (link, None)).or_else(|| by_address(&|ip| regex.is_match(&ip.to_string())))
+            by_name.map(Found::link).or_else(|| by_address(&|ip| regex.is_match(&ip.to_string())))
         }
         Selector::CanReach(ip) => {
             let (_, dev, source) = host.reaches.iter().find(|(target, ..)| target == ip)?;
-            Some((link_named(host, dev)?, Some(*source)))
+            Some(Found { sends_from: Some(*source), ..Found::link(link_named(host, dev)?) })
         }
     }
+}
+
+/// All addresses of a link, the passing ones last.
+fn addresses(link: &HostLink) -> impl Iterator<Item = (IpAddr, Subnet)> + '_ {
+    link.addresses.iter().chain(&link.passing).copied()
+}
+
+/// The same, each with its standing.
+fn standings(link: &HostLink) -> impl Iterator<Item = (IpAddr, Subnet, Standing)> + '_ {
+    let lasting = link.addresses.iter().map(|address| (address, Standing::Lasting));
+    let passing = link.passing.iter().map(|address| (address, Standing::Passing));
+    lasting.chain(passing).map(|((ip, prefix), standing)| {
+        let is_virtual = is_host(*prefix) && addresses(link).any(|(other, around)| other != *ip && holds(around, *ip));
+        (*ip, *prefix, if is_virtual { Standing::Virtual } else { standing })
+    })
+}
+
+/// Whether an address of host length would be virtual beside one with this prefix.
+fn holds(prefix: Subnet, ip: IpAddr) -> bool {
+    !is_host(prefix) && prefix.contains(ip)
+}
+
+/// A /32 or /128.
+fn is_host(prefix: Subnet) -> bool {
+    prefix.prefix_len() == prefix.family().bits()
 }
 
 fn link_named<'a>(host: &'a Host, name: &IfName) -> Option<&'a HostLink> {
@@ -163,102 +315,9 @@ fn describe(selectors: &[Selector]) -> String {
 
 fn present(host: &Host) -> Vec<String> {
     let describe = |link: &HostLink| {
-        let addresses: Vec<String> = link.addresses.iter().map(|(ip, _)| ip.to_string()).collect();
+        let addresses: Vec<String> = addresses(link).map(|(ip, _)| ip.to_string()).collect();
         let addresses = if addresses.is_empty() { "no address".into() } else { addresses.join(" ") };
         format!("{} ({addresses})", link.name)
     };
     host.links.iter().map(describe).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn host() -> Host {
-        let link = |index, name: &str, addresses: &[&str]| HostLink {
-            index,
-            name: name.parse().expect(name),
-            mtu: 1500,
-            up: true,
-            loopback: name == "lo",
-            addresses: addresses
-                .iter()
-                .map(|text| {
-                    let net: ipnetwork::IpNetwork = text.parse().expect(text);
-                    (net.ip(), Subnet::holding(net.ip(), net.prefix()).expect(text))
-                })
-                .collect(),
-        };
-        let route =
-            |family, dev: &str, metric| DefaultRoute { family, dev: dev.parse().expect(dev), metric, source: None };
-        Host {
-            links: vec![
-                link(1, "lo", &[]),
-                link(2, "eth0", &["10.0.2.15/24", "2001:db8::15/64"]),
-                link(3, "eth1", &["192.0.2.7/24", "192.0.2.8/24", "2001:db8:1::7/64"]),
-                link(4, "eth2", &[]),
-            ],
-            default_routes: vec![
-                route(Family::V4, "eth1", 100),
-                route(Family::V4, "eth0", 10),
-                route(Family::V6, "eth1", 1024),
-            ],
-            reaches: vec![(
-                "198.51.100.1".parse().expect("ip"),
-                "eth1".parse().expect("name"),
-                "192.0.2.8".parse().expect("ip"),
-            )],
-        }
-    }
-
-    fn chosen(selectors: &[Selector], family: Family) -> String {
-        match choose(selectors, &host(), family) {
-            Ok(underlay) => format!("{} {}", underlay.dev, underlay.local),
-            Err(error) => error.to_string(),
-        }
-    }
-
-    fn regex(text: &str) -> Selector {
-        Selector::Matching(Regex::new(text).expect(text))
-    }
-
-    #[test]
-    fn default_route_with_the_smallest_metric_decides_in_each_family() {
-        assert_eq!(chosen(&[], Family::V4), "eth0 10.0.2.15");
-        assert_eq!(chosen(&[], Family::V6), "eth1 2001:db8:1::7");
-    }
-
-    #[test]
-    fn interface_is_named_in_every_way() {
-        let iface = |name: &str| Selector::Iface(name.into());
-        for (selector, v4, v6) in &[
-            (iface("eth1"), "eth1 192.0.2.7", "eth1 2001:db8:1::7"),
-            (iface("192.0.2.8"), "eth1 192.0.2.8", "eth1 2001:db8:1::7"),
-            (iface("2001:db8::15"), "eth0 10.0.2.15", "eth0 2001:db8::15"),
-            (regex("^eth[1-9]$"), "eth1 192.0.2.7", "eth1 2001:db8:1::7"),
-            (regex(r"^192\.0\.2\.8"), "eth1 192.0.2.8", "eth1 2001:db8:1::7"),
-            (Selector::CanReach("198.51.100.1".parse().expect("ip")), "eth1 192.0.2.8", "eth1 2001:db8:1::7"),
-        ] {
-            assert_eq!(chosen(std::slice::from_ref(selector), Family::V4), *v4, "{selector:?}");
-            assert_eq!(chosen(std::slice::from_ref(selector), Family::V6), *v6, "{selector:?}");
-        }
-    }
-
-    #[test]
-    fn first_selector_that_fits_wins() {
-        let selectors = [Selector::Iface("eth7".into()), Selector::Iface("eth1".into())];
-        assert_eq!(chosen(&selectors, Family::V4), "eth1 192.0.2.7");
-    }
-
-    #[test]
-    fn unknown_interface_is_answered_with_those_that_exist() {
-        assert_eq!(
-            chosen(&[Selector::Iface("eth7".into())], Family::V4),
-            "no interface fits --iface eth7; this host has lo (no address), eth0 (10.0.2.15 2001:db8::15), \
-             eth1 (192.0.2.7 192.0.2.8 2001:db8:1::7), eth2 (no address)"
-        );
-        assert!(
-            chosen(&[Selector::Iface("eth2".into())], Family::V6).starts_with("the interface eth2 has no IPv6 address")
-        );
-    }
 }

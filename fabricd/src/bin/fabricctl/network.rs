@@ -172,13 +172,13 @@ async fn check_overlap(config: &NetworkConfig) -> anyhow::Result<()> {
     let Ok(mut kernel) = Netlink::new(Options::default()) else { return Ok(()) };
     let observed = kernel.observe().await.context("cannot look at this host's links")?;
     for family in Family::ALL {
-        let Ok(chosen) = underlay::choose(&[], &observed.host, family) else { continue };
-        let link = observed.host.links.iter().find(|link| link.name == chosen.dev);
+        let Ok(chosen) = underlay::choose(&[], &observed.host, family, &[]) else { continue };
+        let link = observed.host.links.iter().find(|link| link.name == chosen.underlay.dev);
         let prefixes: Vec<Subnet> = link.iter().flat_map(|link| link.addresses.iter().map(|(_, p)| *p)).collect();
         if let Some((network, prefix)) = config.overlap(&prefixes) {
             bail!(
                 "the network {network} overlaps {prefix}, which this host's {} reaches directly; choose another",
-                chosen.dev
+                chosen.underlay.dev
             );
         }
     }

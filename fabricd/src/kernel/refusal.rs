@@ -1,0 +1,224 @@
+//! What the kernel's refusals mean: every errno of every write gets words here, with a way out. A number alone would leave
+//! the operator to guess.
+
+use std::fmt::Write as _;
+use std::io;
+
+use fabric_core::diff::{Change, Op};
+use fabric_core::rules::change::Change as RuleChange;
+use nix::errno::Errno;
+
+use super::KernelError;
+
+/// Missing rights, wherever it is told.
+pub(super) const CAPABILITY: &str =
+    "does fabricd have CAP_NET_ADMIN? See: grep CapEff /proc/$(pidof fabricd)/status";
+/// What a new rule takes from the kernel, where nf_tables is a module.
+const MODULES: &str =
+    "does the kernel have nf_tables? Load it with: modprobe -a nf_tables nft_chain_nat nft_ct nft_masq nft_meta_bridge";
+
+impl KernelError {
+    /// A step that was refused. `words` are the kernel's own, or what else is known.
+    #[must_use]
+    pub fn of_op(op: &Op, source: io::Error, words: Option<String>) -> Self {
+        let advice = advice_for(op, &source, words.is_some());
+        let op = op.to_string().trim_start_matches(['+', '~', '-', ' ']).to_owned();
+        Self::Refused { op, detail: joined(words, advice), source }
+    }
+
+    /// A change of the packet filter that was refused. It is told by its first step: all of it can be thousands of lines.
+    /// `owner` says who owns the table, if it is another program.
+    #[must_use]
+    pub fn of_filter(change: &RuleChange, source: io::Error, words: Option<String>, owner: Option<String>) -> Self {
+        let advice = match source.raw_os_error() {
+            Some(libc::EPERM | libc::EACCES) if owner.is_some() => None,
+            Some(libc::ENOENT | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT | libc::EAFNOSUPPORT) => Some(MODULES.to_owned()),
+            Some(libc::EEXIST | libc::EBUSY) => {
+                Some("another program changes the rules at this moment; it is tried again".to_owned())
+            }
+            _ => Some(general(&source).to_owned()),
+        };
+        let words = joined(words, owner);
+        Self::Refused { op: change.summary(), detail: joined(Some(words).filter(|words| !words.is_empty()), advice), source }
+    }
+}
+
+fn joined(words: Option<String>, advice: Option<String>) -> String {
+    [words, advice].into_iter().flatten().collect::<Vec<_>>().join("; ")
+}
+
+/// The way out of a step's refusal; `None` where the words have it.
+fn advice_for(op: &Op, source: &io::Error, has_words: bool) -> Option<String> {
+    let errno = source.raw_os_error().unwrap_or_default();
+    let specific = match (op, errno) {
+        // The setting's file was written, and that says why.
+        (Op::Sysctl(..), libc::EPERM | libc::EACCES | libc::EROFS | libc::ENOENT) if has_words => return None,
+        (Op::Link(_, Change::Create(_)), libc::EOPNOTSUPP | libc::EPROTONOSUPPORT) => {
+            "does the kernel have the vxlan module? Load it with: modprobe vxlan"
+        }
+        (Op::Link(_, Change::Create(_)), libc::EAFNOSUPPORT) => "is IPv6 turned off on this host?",
+        (Op::Link(_, Change::Create(_)), libc::EEXIST) => {
+            "an interface with this name, or with this VNI and port, is there: see ip -d link show type vxlan"
+        }
+        // Who has the port is told by `port_holder`.
+        (Op::Link(..), libc::EADDRINUSE) if has_words => return None,
+        (Op::Route(..), libc::EEXIST) => "a route of somebody else leads there: see ip route",
+        (Op::Nexthop(..), libc::EEXIST) => "somebody else took the id meanwhile: the next pass takes another",
+        (Op::Neighbour(..), libc::ENOMEM | libc::ENOBUFS) => {
+            "the kernel has no room for more neighbours; see: sysctl -a | grep gc_thresh; free -m"
+        }
+        _ => general(source),
+    };
+    Some(specific.to_owned())
+}
+
+/// What an errno means where nothing more is known.
+#[must_use]
+pub(super) fn general(source: &io::Error) -> &'static str {
+    match source.raw_os_error().unwrap_or_default() {
+        libc::EPERM | libc::EACCES => CAPABILITY,
+        libc::ENOENT | libc::ESRCH => "what it needs is gone; the next pass looks again",
+        libc::EINTR | libc::EAGAIN => "the kernel was busy; it is tried again",
+        libc::ENXIO | libc::ENODEV => "the interface is gone, or another has its name; the next pass looks again",
+        libc::E2BIG | libc::EMSGSIZE => "it is too long for the kernel, which is a fault of fabricd: please report it",
+        libc::ENOMEM | libc::ENOBUFS => "the kernel has no memory for it; see: free -m; dmesg | tail",
+        libc::EBUSY => "another program is using it at this moment; it is tried again",
+        libc::EEXIST => "another program made it a moment ago; the next pass looks again",
+        libc::EINVAL => "the kernel does not take it; is it too old for this? See: uname -r; dmesg | tail",
+        libc::ENOSPC => "a table of the kernel is full; see: dmesg | tail",
+        libc::EROFS => "it is mounted read-only here",
+        libc::EOPNOTSUPP | libc::EPROTONOSUPPORT | libc::EAFNOSUPPORT => {
+            "the kernel lacks a module or is too old; see: uname -r; lsmod"
+        }
+        libc::EADDRINUSE => "another program uses the address or port",
+        libc::EADDRNOTAVAIL => "the address is not on this host",
+        libc::ENETDOWN => "the interface is down; the next pass looks again",
+        libc::ENETUNREACH | libc::EHOSTUNREACH => "the gateway is not on that interface's link; the next pass looks again",
+        _ => "the kernel says no more; see: dmesg | tail",
+    }
+}
+
+/// An errno as `Operation not permitted (EPERM)`; other errors in their own words.
+pub(super) fn named(source: &io::Error) -> String {
+    match source.raw_os_error().map(Errno::from_raw) {
+        None => source.to_string(),
+        Some(Errno::UnknownErrno) => format!("error {}", source.raw_os_error().unwrap_or_default()),
+        Some(errno) => format!("{} ({errno:?})", errno.desc()),
+    }
+}
+
+/// Who has the UDP port that a VXLAN device needs: the tunnel interfaces on it, each with its kind, or how to find the
+/// program.
+pub(super) fn port_holder(port: u16, interfaces: &[(String, String)]) -> String {
+    let another = "or choose another Port in the network config";
+    match interfaces {
+        [] => format!(
+            "UDP port {port} is taken by another program: see ss -ulpn 'sport = :{port}' and end it, {another}"
+        ),
+        _ => {
+            let mut names = String::new();
+            let mut removal = String::new();
+            for (position, (name, kind)) in interfaces.iter().enumerate() {
+                let _ = write!(names, "{}{name} ({kind})", if position == 0 { "" } else { ", " });
+                let _ = write!(removal, "{}ip link del {name}", if position == 0 { "" } else { "; " });
+            }
+            format!("UDP port {port} is taken by the interface {names}; if nothing uses it any more remove it with: {removal}, {another}")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::sync::Arc;
+
+    use fabric_core::diff::diff;
+    use fabric_core::model::{IfName, Subnet};
+    use fabric_core::rules::change::ElementChange;
+    use fabric_core::rules::{Element, KeyField, Part, Set, TableFamily};
+    use fabric_core::state::{KernelState, Nexthop, NexthopId, Sysctl, Via, VxlanLink};
+
+    use super::*;
+
+    /// A state with a row in each table.
+    fn rows() -> KernelState {
+        let (dev, subnet): (IfName, Subnet) = ("fabric.1".parse().unwrap(), "10.244.2.0/24".parse().unwrap());
+        let (mac, ip) = ("02:42:c0:00:02:02".parse().unwrap(), "192.0.2.2".parse().unwrap());
+        let link = VxlanLink {
+            vni: 1_u32.try_into().unwrap(),
+            port: 8472,
+            gbp: false,
+            mac,
+            local: ip,
+            mtu: 1450,
+            learning: false,
+            up: true,
+        };
+        KernelState {
+            links: [(dev, link)].into(),
+            addresses: [(dev, subnet)].into(),
+            fdb: [((dev, mac), ip)].into(),
+            neighbours: [((dev, ip), mac)].into(),
+            nexthops: [(NexthopId(4_194_304_000), Nexthop { gateway: ip, dev })].into(),
+            routes: [(subnet, Via::Nexthop(NexthopId(4_194_304_000)))].into(),
+            sysctls: [(Sysctl::Ipv4Forward, 1), (Sysctl::AcceptRa(dev), 0)].into(),
+        }
+    }
+
+    fn elements(count: u32) -> RuleChange {
+        let element = |n: u32| Element::from([Part::Net(Subnet::host(std::net::Ipv4Addr::from_bits(n).into()))]);
+        let added = (1..=count).map(element).collect();
+        let shape = Set { key: &[KeyField::V4], ranges: false, elements: Arc::default() };
+        let then = Arc::new(BTreeSet::new());
+        let change = ElementChange { table: TableFamily::Inet, set: "members4", shape, removed: vec![], added, then };
+        RuleChange { elements: vec![change], ..RuleChange::default() }
+    }
+
+    #[test]
+    fn every_errno_of_every_write_has_words_beside_its_number() {
+        let ops: Vec<Op> = [diff(&rows(), &KernelState::default()), diff(&KernelState::default(), &rows())]
+            .iter()
+            .flat_map(|plan| plan.ops().to_vec())
+            .collect();
+        assert_eq!(ops.len(), 14);
+        for errno in 1..=133 {
+            let source = || io::Error::from_raw_os_error(errno);
+            let filter = KernelError::of_filter(&elements(3), source(), None, None);
+            let dump = KernelError::Dump { table: "links", source: source() };
+            let ops = ops.iter().map(|op| KernelError::of_op(op, source(), None));
+            for told in ops.chain([filter, dump]).map(|error| error.to_string()) {
+                assert!(!told.contains("os error"), "{told}");
+                let (_, advice) = told.split_once(&format!("{}: ", named(&source()))).expect(&told);
+                assert!(advice.split_whitespace().count() > 3, "{told}");
+            }
+        }
+    }
+
+    #[test]
+    fn refused_filter_change_is_told_by_its_first_step() {
+        let refused = |errno, owner: Option<&str>| {
+            let source = io::Error::from_raw_os_error(errno);
+            KernelError::of_filter(&elements(2000), source, None, owner.map(str::to_owned)).to_string()
+        };
+        assert_eq!(
+            refused(libc::ENOMEM, None),
+            "nft add element inet fabric members4 { 0.0.0.1 } (and 1999 more steps): Cannot allocate memory (ENOMEM): the \
+             kernel has no memory for it; see: free -m; dmesg | tail"
+        );
+        let owned = refused(libc::EPERM, Some("the table inet fabric is owned by another program"));
+        assert!(owned.ends_with("(EPERM): the table inet fabric is owned by another program"), "{owned}");
+        assert!(refused(libc::EPERM, None).contains(CAPABILITY));
+        assert!(refused(libc::EOPNOTSUPP, None).contains("modprobe -a nf_tables"));
+    }
+
+    #[test]
+    fn holder_of_the_port_is_named_with_its_remedy() {
+        let interface = [("cilium_vxlan".to_owned(), "vxlan, external".to_owned())];
+        assert_eq!(
+            port_holder(8472, &interface),
+            "UDP port 8472 is taken by the interface cilium_vxlan (vxlan, external); if nothing uses it any more remove it \
+             with: ip link del cilium_vxlan, or choose another Port in the network config"
+        );
+        assert!(port_holder(8472, &[]).contains("ss -ulpn 'sport = :8472'"));
+    }
+}
