@@ -30,7 +30,7 @@ pub struct PluginConf {
     /// The version that the runtime speaks.
     #[serde(rename = "cniVersion")]
     pub version: SpecVersion,
-    /// The network's name; host-local's folder is called so, too.
+    /// The network's name; its attachments' folder is called so, too.
     pub name: Identifier,
     /// How this plugin is called.
     #[serde(rename = "type")]
@@ -159,7 +159,11 @@ impl Conf for PluginConf {
             ("ipam", self.others.get("ipam"), "fabricd leases the addresses; delegate.ipam is for another IPAM plugin"),
             ("delegate.ipam.ranges", self.own_ipam("ranges"), "fabricd leases the addresses"),
             ("delegate.ipam.subnet", self.own_ipam("subnet"), "fabricd leases the addresses"),
-            ("delegate.name", self.delegate.get("name"), "the delegate's network has the name of this one"),
+            (
+                "delegate.name",
+                self.delegate.get("name"),
+                "all networks of the node share one IPAM state, which is called so",
+            ),
             ("delegate.cniVersion", self.delegate.get("cniVersion"), "the version is negotiated with the delegate"),
         ] {
             if let Some(value) = value {

@@ -5,8 +5,8 @@
 //!
 //! The shim knows what `bridge` can't: this node's subnet, the whole network and the MTU. It renders them into
 //! a network configuration and calls the delegate with it, as the spec's section 4 describes ("Plugin
-//! Delegation"): the same environment, the same network name. The name also is host-local's folder, so two
-//! networks never share addresses.
+//! Delegation"): the same environment, but one network name for all networks, since it is host-local's folder too and the
+//! subnet is the node's ([`crate::node_ipam`]).
 //!
 //! The delegate is called in the highest version that it and the runtime both know. Which it knows is asked
 //! once and kept in a cache; its key is the binary's path, time and size, so that an upgrade asks again.
@@ -17,6 +17,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 
+use fabric_core::attachments::{DEFAULT_BRIDGE, IPAM_NETWORK};
 use fabric_core::handoff::NodeFile;
 use fabric_core::model::Family;
 use serde::{Deserialize, Serialize};
@@ -43,15 +44,15 @@ const PASSED_ON: [&str; 4] = ["args", "capabilities", "dns", "runtimeConfig"];
 /// every call.
 ///
 /// Without a node it is told enough to detach. host-local frees by container ID and interface, looking through
-/// all of `<dataDir>/<network name>`; the ranges only have to be there and valid (plugins' ipam/host-local
+/// all of `<dataDir>/fabric`; the ranges only have to be there and valid (plugins' ipam/host-local
 /// main.go, `cmdDel`: `LoadIPAMConfig` wants at least one). So a range that belongs to nobody does, and an
 /// address is freed even if the node's subnet has changed since. `bridge` deletes the interface by its name.
 #[must_use]
 pub fn render(conf: &PluginConf, node: Option<&NodeFile>) -> Map<String, Value> {
     let ours = json!({
-        "name": conf.name,
+        "name": IPAM_NETWORK,
         "type": "bridge",
-        "bridge": "cni0",
+        "bridge": DEFAULT_BRIDGE,
         "isGateway": true,
         "isDefaultGateway": true,
         // A pod may reach itself through a service address.
@@ -100,7 +101,7 @@ fn ipam(conf: &PluginConf, node: Option<&NodeFile>) -> Map<String, Value> {
     ipam
 }
 
-/// True when the delegate plugs pods into a bridge.
+/// True when the delegate attaches pods to a bridge.
 #[must_use]
 pub fn on_a_bridge(conf: &PluginConf) -> bool {
     conf.delegate.get("type").is_none_or(|kind| kind == BRIDGE || kind == OURS)
@@ -151,6 +152,12 @@ impl<'a> Delegate<'a> {
             CniError::new(Code::IncompatibleVersion, msg)
         })?;
         Ok(delegate)
+    }
+
+    /// Whether it is our own, a part of this program.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        self.plugin.is_none()
     }
 
     /// Calls it for `verb`. The result, if any, is in the version that the runtime speaks.

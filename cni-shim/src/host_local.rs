@@ -1,4 +1,4 @@
-//! Who has which address: host-local's book, in host-local's own form.
+//! Who has which address: host-local's IPAM state, in host-local's own form.
 //!
 //! ```text
 //! <dataDir>/<network>/10.244.3.7            "<container>\r\n<interface>", for each address that is given out
@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use crate::request::{AttachmentId, Identifier};
 use crate::state;
 
-/// Where host-local keeps its books unless told otherwise.
+/// Where host-local keeps its IPAM state unless told otherwise.
 pub const DATA_DIR: &str = "/var/lib/cni/networks";
 
 /// How long others may hold the lock. They hold it for a millisecond.
@@ -80,9 +80,9 @@ pub enum Ungiven {
 /// An address that is given out, and to whom; `None` when its file doesn't tell.
 pub type Entry = (IpAddr, Option<AttachmentId>);
 
-/// The book of one network, locked.
+/// The ipam of one network, locked.
 #[derive(Debug)]
-pub struct Book {
+pub struct IpamState {
     dir: PathBuf,
     _lock: File,
 }
@@ -95,8 +95,8 @@ struct Span {
     gateway: IpAddr,
 }
 
-impl Book {
-    /// Opens the book of `network`, which need not exist yet, and waits for its lock.
+impl IpamState {
+    /// Opens the ipam of `network`, which need not exist yet, and waits for its lock.
     ///
     /// # Errors
     /// What the disk says, or that somebody holds the lock for too long.
@@ -118,10 +118,10 @@ impl Book {
         Ok(Self { dir, _lock: lock })
     }
 
-    /// As [`Book::open`], but `None` when there is no such book.
+    /// As [`IpamState::open`], but `None` when there is no such ipam.
     ///
     /// # Errors
-    /// As for [`Book::open`].
+    /// As for [`IpamState::open`].
     pub fn existing(data_dir: &Path, network: &Identifier) -> io::Result<Option<Self>> {
         if data_dir.join(network.as_str()).is_dir() { Self::open(data_dir, network).map(Some) } else { Ok(None) }
     }
@@ -166,16 +166,19 @@ impl Book {
     /// # Errors
     /// What the disk says.
     pub fn release(&self, owner: &AttachmentId) -> io::Result<Vec<IpAddr>> {
-        Ok(self.release_all(|holder| holder == Some(owner))?.into_iter().map(|(ip, _)| ip).collect())
+        Ok(self.release_where(|_, holder| holder == Some(owner))?.into_iter().map(|(ip, _)| ip).collect())
     }
 
-    /// Frees the addresses whose holders `doomed` picks. A holder is `None` when the file doesn't tell: since the book
+    /// Frees the addresses that `doomed` picks. A holder is `None` when the file doesn't tell: since the ipam
     /// is locked, nobody is about to write it.
     ///
     /// # Errors
     /// What the disk says.
-    pub fn release_all(&self, doomed: impl Fn(Option<&AttachmentId>) -> bool) -> io::Result<Vec<Entry>> {
-        let freed: Vec<Entry> = self.entries()?.into_iter().filter(|(_, holder)| doomed(holder.as_ref())).collect();
+    pub fn release_where(&self, doomed: impl Fn(IpAddr, Option<&AttachmentId>) -> bool) -> io::Result<Vec<Entry>> {
+        // A kill may have left it, and nobody is writing it now.
+        let _ = fs::remove_file(self.dir.join(DRAFT));
+        let entries = self.entries()?.into_iter();
+        let freed: Vec<Entry> = entries.filter(|(ip, holder)| doomed(*ip, holder.as_ref())).collect();
         freed.iter().try_for_each(|(ip, _)| fs::remove_file(self.dir.join(ip.to_string())))?;
         Ok(freed)
     }
@@ -189,7 +192,10 @@ impl Book {
     }
 
     /// All addresses that are given out, and to whom.
-    fn entries(&self) -> io::Result<Vec<Entry>> {
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn entries(&self) -> io::Result<Vec<Entry>> {
         let mut entries = Vec::new();
         for entry in fs::read_dir(&self.dir)? {
             let entry = entry?;
@@ -283,7 +289,7 @@ fn names(ranges: &[Range]) -> String {
 #[must_use]
 pub fn holder(text: &str) -> Option<AttachmentId> {
     let (container, ifname) = text.trim().split_once("\r\n")?;
-    Some(AttachmentId { container: container.to_owned().try_into().ok()?, ifname: ifname.parse().ok()? })
+    AttachmentId::owning(container, ifname)
 }
 
 #[cfg(test)]

@@ -19,8 +19,8 @@ fn range(subnet: &str) -> Range {
 }
 
 fn reserve(dir: &TempDir, name: &str, range: &Range) -> Result<String, Ungiven> {
-    let book = Book::open(dir.path(), &network()).expect("a book");
-    book.reserve(&pod(name), 0, std::slice::from_ref(range), &[]).map(|(ip, _)| ip.to_string())
+    let ipam = IpamState::open(dir.path(), &network()).expect("IPAM state");
+    ipam.reserve(&pod(name), 0, std::slice::from_ref(range), &[]).map(|(ip, _)| ip.to_string())
 }
 
 #[test]
@@ -32,7 +32,7 @@ fn addresses_are_given_in_order_around_the_subnet_and_never_the_gateways() {
     let told = reserve(&dir, "c7", &small).expect_err("none is left").to_string();
     assert!(told.starts_with("no IP addresses available in range set: 192.0.2.0/29"), "{told}");
 
-    Book::open(dir.path(), &network()).expect("a book").release(&pod("c3")).expect("freed");
+    IpamState::open(dir.path(), &network()).expect("IPAM state").release(&pod("c3")).expect("freed");
     assert_eq!(reserve(&dir, "c8", &small).expect("one is left"), "192.0.2.3/29");
 }
 
@@ -49,9 +49,9 @@ fn files_are_host_locals_to_the_byte() {
 #[test]
 fn requested_address_is_given_if_it_is_free_and_for_pods() {
     let dir = TempDir::new().expect("a folder");
-    let book = Book::open(dir.path(), &network()).expect("a book");
+    let ipam = IpamState::open(dir.path(), &network()).expect("IPAM state");
     let ranges = [range("192.0.2.0/24")];
-    let ask = |name: &str, ip: &str| book.reserve(&pod(name), 0, &ranges, &[ip.parse().expect("an address")]);
+    let ask = |name: &str, ip: &str| ipam.reserve(&pod(name), 0, &ranges, &[ip.parse().expect("an address")]);
     assert_eq!(ask("c1", "192.0.2.77").expect("free").0.to_string(), "192.0.2.77/24");
     assert!(matches!(ask("c2", "192.0.2.77"), Err(Ungiven::Taken(..))));
     assert!(matches!(ask("c2", "192.0.2.1"), Err(Ungiven::Gateway(_))));
@@ -72,16 +72,16 @@ fn book_that_is_cut_or_holds_strange_files_is_read_as_far_as_it_goes() {
     ] {
         fs::write(folder.join(name), content).expect("a file");
     }
-    let book = Book::open(dir.path(), &network()).expect("a book");
-    assert_eq!(book.release(&pod("c1")).expect("freed"), ["192.0.2.4".parse::<IpAddr>().expect("valid")]);
-    assert_eq!(book.release_all(|holder| holder.is_none()).expect("freed").len(), 2);
+    let ipam = IpamState::open(dir.path(), &network()).expect("IPAM state");
+    assert_eq!(ipam.release(&pod("c1")).expect("freed"), ["192.0.2.4".parse::<IpAddr>().expect("valid")]);
+    assert_eq!(ipam.release_where(|_, holder| holder.is_none()).expect("freed").len(), 2);
     assert!(folder.join("README").exists());
 }
 
 #[test]
 fn sweep_waits_for_whoever_is_writing_an_address() {
     let dir = TempDir::new().expect("a folder");
-    let book = Book::open(dir.path(), &network()).expect("a book");
+    let ipam = IpamState::open(dir.path(), &network()).expect("IPAM state");
     let file = dir.path().join("fabric/192.0.2.2");
     fs::write(&file, "").expect("a file");
     let lock = fs::metadata(dir.path().join("fabric/lock")).expect("a lock").ino().to_string();
@@ -90,13 +90,14 @@ fn sweep_waits_for_whoever_is_writing_an_address() {
         locks.lines().any(|line| line.contains("->") && line.contains(&format!(":{lock} ")))
     };
     thread::scope(|scope| {
-        let sweep = scope.spawn(|| Book::open(dir.path(), &network())?.release_all(|holder| holder.is_none()));
+        let sweep =
+            scope.spawn(|| IpamState::open(dir.path(), &network())?.release_where(|_, holder| holder.is_none()));
         while !awaited() {
             assert!(!sweep.is_finished(), "it did not wait");
             thread::yield_now();
         }
         fs::write(&file, "c1\r\neth0").expect("written");
-        drop(book);
+        drop(ipam);
         assert!(sweep.join().expect("no panic").expect("swept").is_empty());
     });
     assert!(file.exists());

@@ -21,7 +21,9 @@
 //! | [`delegate`]   | what the delegate is told, in which version, and what it answers    |
 //! | [`exec`]       | a process with a deadline, or a test's fake                         |
 //! | [`state`]      | the saved attachments, their locks, and what a crash may leave      |
-//! | [`sweep`]      | which pods no longer exist, and what is left of them                |
+//! | [`sweep`]      | what earlier pods have left on the delegate's bridge                |
+//! | [`veths`]      | which pods no longer exist                                          |
+//! | [`node_ipam`]  | one IPAM state for the node's subnet, whatever networks there are   |
 //! | [`bridge`]     | `fabric-bridge`: pods on a bridge, without any other process        |
 //! | [`host_local`] | who has which address, in the files of the plugin host-local        |
 //! | [`netlink`]    | a conversation with the kernel                                      |
@@ -37,6 +39,7 @@ pub mod error;
 pub mod exec;
 pub mod host_local;
 pub mod netlink;
+pub mod node_ipam;
 pub mod process;
 pub mod ready;
 pub mod request;
@@ -44,6 +47,7 @@ pub mod state;
 pub mod sweep;
 pub mod verbs;
 pub mod version;
+pub mod veths;
 
 #[cfg(test)]
 mod testing;

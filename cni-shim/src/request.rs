@@ -11,6 +11,7 @@ use std::fmt;
 use std::io::Read;
 use std::path::PathBuf;
 
+use fabric_core::attachments::{IPAM_NETWORK, meant_container, told_container};
 use fabric_core::model::{IfName, Invalid};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -99,16 +100,19 @@ impl Identifier {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    fn is_fine(name: &str, longest: usize) -> bool {
+        (1..=longest).contains(&name.len())
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
+            && name.as_bytes()[0].is_ascii_alphanumeric()
+    }
 }
 
 impl TryFrom<String> for Identifier {
     type Error = String;
 
     fn try_from(name: String) -> Result<Self, String> {
-        let fine = (1..=Self::MAX).contains(&name.len())
-            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
-            && name.as_bytes()[0].is_ascii_alphanumeric();
-        fine.then(|| Self(name.clone())).ok_or_else(|| {
+        Self::is_fine(&name, Self::MAX).then(|| Self(name.clone())).ok_or_else(|| {
             format!(
                 "{name:.80?} is not a valid name: use 1 to {} letters, digits, '_', '.' or '-', a letter or digit first",
                 Self::MAX
@@ -137,6 +141,48 @@ pub struct AttachmentId {
     pub container: Identifier,
     /// Its interface.
     pub ifname: IfName,
+}
+
+impl AttachmentId {
+    /// The same as the delegate is told of an attachment to `network`: see [`told_container`].
+    #[must_use]
+    pub fn told(&self, network: &Identifier) -> Self {
+        let container = told_container(network.as_str(), self.container.as_str());
+        Self { container: Identifier(container), ifname: self.ifname }
+    }
+
+    /// The network and the attachment that the delegate was told so.
+    #[must_use]
+    pub fn meant(&self) -> (Identifier, Self) {
+        let (network, container) = meant_container(self.container.as_str());
+        let id = Self { container: Identifier(container.to_owned()), ifname: self.ifname };
+        (Identifier(network.to_owned()), id)
+    }
+
+    /// The owner of an address by the two names in its file.
+    #[must_use]
+    pub fn owning(container: &str, ifname: &str) -> Option<Self> {
+        // A name of each kind, and what goes between.
+        let fine = Identifier::is_fine(container, 2 * Identifier::MAX + 8);
+        fine.then(|| Some(Self { container: Identifier(container.to_owned()), ifname: ifname.parse().ok()? }))?
+    }
+
+    /// Refuses a container ID of the network [`IPAM_NETWORK`] that could be taken for one of another network.
+    ///
+    /// # Errors
+    /// Code 7.
+    pub fn refuse_ambiguous(&self, network: &Identifier) -> Result<(), CniError> {
+        let (meant, _) = self.meant();
+        if network.as_str() != IPAM_NETWORK || meant == *network {
+            return Ok(());
+        }
+        let msg = format!(
+            "container ID {} stands for one of the network {meant} in the IPAM state, so its address could not be told \
+             from that one's; choose another container ID",
+            self.container
+        );
+        Err(CniError::new(Code::InvalidConfig, msg))
+    }
 }
 
 impl fmt::Display for AttachmentId {

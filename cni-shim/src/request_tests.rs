@@ -144,7 +144,7 @@ fn unsupported_field_is_named_with_its_value() {
     let (_, told) = error(&environment_of("ADD"), &conf.to_string());
     assert_eq!(
         told,
-        r#"delegate.name is "x", but can't be set: the delegate's network has the name of this one; take it out"#
+        r#"delegate.name is "x", but can't be set: all networks of the node share one IPAM state, which is called so; take it out"#
     );
 }
 

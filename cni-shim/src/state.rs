@@ -8,7 +8,7 @@
 //!
 //! ADD writes the file before the delegate runs and gives it its name only when it is whole: so a killed ADD leaves
 //! either no file and nothing attached, or a file from which DEL can undo whatever was done. When the delegate has
-//! ended, ADD appends a line: the host's ends of the pod's cables, by which a sweep knows that the pod is gone, and the
+//! ended, ADD appends a line: the host's ends of the pod's veths, by which a sweep knows that the pod is gone, and the
 //! pod's addresses, by which the daemon keeps it to them.
 //!
 //! Nothing is forced to the disk. A power cut that loses the file ends the pod too, and what is left of that, its
@@ -33,9 +33,8 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::conf::PluginConf;
 use crate::error::{CniError, Code};
-use crate::request::AttachmentId;
+use crate::request::{AttachmentId, Identifier};
 
 /// The largest state file that is read, in bytes: a network configuration and a little more.
 const MAX_STATE: u64 = 2 * 1024 * 1024;
@@ -54,7 +53,7 @@ pub struct Saved {
     pub netns: Option<PathBuf>,
     /// What the delegate was told.
     pub config: Map<String, Value>,
-    /// The host's ends of its cables; `None` while ADD is at work, or if it was cut off.
+    /// The host's ends of its veths; `None` while ADD is at work, or if it was cut off.
     #[serde(skip)]
     pub ports: Option<Vec<String>>,
 }
@@ -96,6 +95,8 @@ struct FirstLine {
 /// The attachments of one network.
 #[derive(Debug)]
 pub struct Attachments {
+    /// The network.
+    pub network: Identifier,
     dir: PathBuf,
 }
 
@@ -107,10 +108,20 @@ pub struct Held {
 }
 
 impl Attachments {
-    /// Those of the network that `conf` describes.
+    /// Those of `network`.
     #[must_use]
-    pub fn of(conf: &PluginConf) -> Self {
-        Self { dir: conf.state_dir.join(conf.name.as_str()) }
+    pub fn of(state_dir: &Path, network: &Identifier) -> Self {
+        Self { dir: state_dir.join(network.as_str()), network: network.clone() }
+    }
+
+    /// Those of each network that anything is saved of.
+    ///
+    /// # Errors
+    /// Code 5 when the folder can't be read. One that doesn't exist is empty.
+    pub fn of_all_networks(state_dir: &Path) -> Result<Vec<Self>, CniError> {
+        let folders = list(state_dir)?.into_iter().filter(|name| state_dir.join(name).is_dir());
+        let networks = folders.filter_map(|name| Identifier::try_from(name).ok());
+        Ok(networks.map(|network| Self::of(state_dir, &network)).collect())
     }
 
     fn path(&self, id: &AttachmentId) -> PathBuf {
@@ -184,6 +195,12 @@ impl Attachments {
         decode(&File::open(self.path(id)).ok()?)
     }
 
+    /// Whether anything is saved of an attachment.
+    #[must_use]
+    pub fn exists(&self, id: &AttachmentId) -> bool {
+        self.path(id).exists()
+    }
+
     /// Which attachments are remembered, by the names of their files. Foreign names are passed over.
     ///
     /// # Errors
@@ -204,14 +221,30 @@ impl Attachments {
         }
     }
 
-    fn file_names(&self) -> Result<Vec<String>, CniError> {
-        let entries = match fs::read_dir(&self.dir) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(e) => return Err(CniError::new(Code::Io, format!("cannot list {}: {e}", self.dir.display()))),
-        };
-        Ok(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
+    /// What is saved of each of them; `None` where that can't be read.
+    ///
+    /// # Errors
+    /// As for [`Attachments::all`].
+    pub fn read_all(&self) -> Result<Vec<(AttachmentId, Option<Saved>)>, CniError> {
+        Ok(self.all()?.into_iter().map(|id| (id.clone(), self.read(&id))).collect())
     }
+
+    fn file_names(&self) -> Result<Vec<String>, CniError> {
+        list(&self.dir)
+    }
+}
+
+/// The names in a folder; one that is missing has none.
+///
+/// # Errors
+/// Code 5 when it can't be read.
+pub fn list(dir: &Path) -> Result<Vec<String>, CniError> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(CniError::new(Code::Io, format!("cannot list {}: {e}", dir.display()))),
+    };
+    Ok(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
 }
 
 /// Locks a file and returns it; `None` when somebody holds its lock for longer than `patience`. Waits in a thread,

@@ -17,7 +17,7 @@ fn saved(id: &AttachmentId) -> Saved {
 }
 
 fn attachments(dir: &TempDir) -> Attachments {
-    Attachments { dir: dir.path().join("fabric") }
+    Attachments::of(dir.path(), &"fabric".to_owned().try_into().expect("a name"))
 }
 
 #[test]

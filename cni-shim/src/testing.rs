@@ -1,4 +1,4 @@
-//! A node for the unit tests: folders of its own, and a fake `bridge` that keeps a book of addresses.
+//! A node for the unit tests: folders of its own, and a fake `bridge` that keeps a IPAM state.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -51,7 +51,7 @@ pub struct FakeBridge {
     pub faults: BTreeMap<&'static str, Fault>,
     pub seen: RefCell<Vec<Seen>>,
     /// Container and interface of every address given out.
-    pub book: RefCell<BTreeMap<(OsString, OsString), u8>>,
+    pub ipam: RefCell<BTreeMap<(OsString, OsString), u8>>,
 }
 
 impl Exec for FakeBridge {
@@ -72,9 +72,9 @@ impl Exec for FakeBridge {
         match verb.as_str() {
             "VERSION" => output = json!({"cniVersion": "1.0.0", "supportedVersions": self.speaks}).to_string(),
             "ADD" => {
-                let mut book = self.book.borrow_mut();
-                let last = (2..=254).find(|last| !book.values().any(|taken| taken == last)).expect("a free address");
-                assert!(book.insert(key(), last).is_none(), "the delegate was called twice for one attachment");
+                let mut ipam = self.ipam.borrow_mut();
+                let last = (2..=254).find(|last| !ipam.values().any(|taken| taken == last)).expect("a free address");
+                assert!(ipam.insert(key(), last).is_none(), "the delegate was called twice for one attachment");
                 output = json!({
                     "cniVersion": config["cniVersion"],
                     "interfaces": [{"name": "cni0"}, {"name": "eth0", "sandbox": "/run/netns/pod"}],
@@ -83,7 +83,7 @@ impl Exec for FakeBridge {
                 })
                 .to_string();
             }
-            "DEL" => drop(self.book.borrow_mut().remove(&key())),
+            "DEL" => drop(self.ipam.borrow_mut().remove(&key())),
             _ => {}
         }
         match self.faults.get(verb.as_str()) {
@@ -113,7 +113,7 @@ impl Node {
             speaks: DEBIAN.to_vec(),
             faults: BTreeMap::new(),
             seen: RefCell::default(),
-            book: RefCell::default(),
+            ipam: RefCell::default(),
         };
         let node = Self { dir, bridge };
         node.write_node_file(Readiness::Ready);
@@ -179,7 +179,7 @@ impl Node {
 
     /// No address taken, no file left.
     pub fn assert_clean(&self) {
-        assert!(self.bridge.book.borrow().is_empty(), "addresses left: {:?}", self.bridge.book);
+        assert!(self.bridge.ipam.borrow().is_empty(), "addresses left: {:?}", self.bridge.ipam);
         let files = fs::read_dir(self.path("state/fabric")).map_or(0, Iterator::count);
         assert_eq!(files, 0, "files left in the state folder");
     }
@@ -198,5 +198,6 @@ pub fn node_file(readiness: Readiness) -> NodeFile {
         ipv6: Some(ours("fd00:10:244::/48", "fd00:10:244:3::/64")),
         mtu: 1430,
         epoch: 7,
+        cni_data_dir: None,
     }
 }

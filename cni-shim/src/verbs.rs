@@ -5,10 +5,11 @@
 //! of daemon, node file, state file or network namespace is missing.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use fabric_core::handoff::Attached;
+use fabric_core::attachments::IPAM_NETWORK;
+use fabric_core::handoff::{Attached, NodeFile};
 use ipnetwork::IpNetwork;
 use serde_json::{Map, Value, json};
 
@@ -17,11 +18,13 @@ use crate::conf::PluginConf;
 use crate::delegate::{Delegate, on_a_bridge, render};
 use crate::error::{CniError, Code};
 use crate::exec::Exec;
-use crate::ready::{await_ready_node, ready_node};
+use crate::node_ipam::NodeIpam;
+use crate::ready::{await_ready_node, known_node, ready_node};
 use crate::request::{Action, Attachment, AttachmentId, Call, Identifier, Request, Verb};
 use crate::state::{Attachments, PATIENCE, Saved};
-use crate::sweep::{Bridge, Cables, bridge_of, free_orphans, gateways, make_way};
+use crate::sweep::{Bridge, bridge_of, gateways, make_way};
 use crate::version::SpecVersion;
+use crate::veths::Veths;
 
 /// Does what is asked, and returns what to print, if anything.
 ///
@@ -30,11 +33,13 @@ use crate::version::SpecVersion;
 pub fn answer(request: &Request<PluginConf>, exec: &dyn Exec) -> Result<Option<Value>, CniError> {
     let call = match request {
         Request::Version(version) => return Ok(Some(SpecVersion::spoken(*version))),
-        Request::Call(call) => Answering { call, attachments: Attachments::of(&call.conf), exec },
+        Request::Call(call) => {
+            Answering { call, attachments: Attachments::of(&call.conf.state_dir, &call.conf.name), exec }
+        }
     };
     match &call.call.action {
         Action::Add(pod) => call.add(pod).map(Some),
-        Action::Del(pod) => call.del(pod, PATIENCE).map(|()| None),
+        Action::Del(pod) => call.del(pod).map(|()| None),
         Action::Check(pod, prev_result) => call.check(pod, prev_result).map(|()| None),
         Action::Gc(valid) => call.gc(valid).map(|()| None),
         Action::Status => call.status().map(|()| None),
@@ -55,15 +60,23 @@ impl Answering<'_> {
             .map_err(|reason| CniError::new(Code::TryAgainLater, reason))?;
         let delegate = self.delegate(conf.delegate_type()?)?;
         let config = render(conf, Some(&node));
+        self.refuse_two_of_one(pod, &config, &node)?;
         let saved = Saved { id: pod.id.clone(), netns: pod.netns.clone(), config, ports: None };
         let held = self.attachments.create(&saved)?;
 
-        let undo = || delegate.call(Verb::Del, Some(pod), &saved.config, None).map(drop);
-        let attach = || delegate.call(Verb::Add, Some(pod), &saved.config, conf.prev_result.as_ref());
+        let told = told(&conf.name, pod, &saved.config);
+        let undo = || delegate.call(Verb::Del, Some(&told), &saved.config, None).map(drop);
+        let attach = || {
+            let config = self
+                .ipam(&saved.config)
+                .map_or_else(|| Ok(saved.config.clone()), |ipam| ipam.without_taken(&saved.config))?;
+            delegate.call(Verb::Add, Some(&told), &config, conf.prev_result.as_ref())
+        };
         let attempt = || self.make_way(&saved.config).and_then(|()| attach()).map_err(|failure| (failure, undo()));
         let attached = attempt().or_else(|(failure, undone)| {
             // Perhaps for want of what dead pods hold.
-            if undone.is_ok() && self.sweep().is_ok_and(|freed| freed > 0) { attempt() } else { Err((failure, undone)) }
+            let freed = || self.sweep(&saved.config).is_ok_and(|freed| freed > 0);
+            if undone.is_ok() && freed() { attempt() } else { Err((failure, undone)) }
         });
         match attached {
             Ok(result) => {
@@ -78,19 +91,62 @@ impl Answering<'_> {
         }
     }
 
-    fn del(&self, pod: &Attachment, patience: Duration) -> Result<(), CniError> {
+    /// Refuses what would make one address that of two pods.
+    fn refuse_two_of_one(
+        &self,
+        pod: &Attachment,
+        config: &Map<String, Value>,
+        node: &NodeFile,
+    ) -> Result<(), CniError> {
+        pod.id.refuse_ambiguous(&self.call.conf.name)?;
+        self.ipam(config).map_or(Ok(()), |ipam| ipam.refuse_another_than(node.cni_data_dir.as_deref()))
+    }
+
+    fn del(&self, pod: &Attachment) -> Result<(), CniError> {
+        if self.detach(&self.attachments, pod, PATIENCE)? { Ok(()) } else { self.detach_elsewhere(pod) }
+    }
+
+    /// Undoes one attachment of a network. False when nothing was saved of it that could be read.
+    fn detach(&self, attachments: &Attachments, pod: &Attachment, patience: Duration) -> Result<bool, CniError> {
         let conf = &self.call.conf;
-        let held = self.attachments.open(&pod.id, patience)?;
+        let held = attachments.open(&pod.id, patience)?;
         let saved = held.as_ref().and_then(|held| held.saved());
-        let config = saved.map_or_else(|| render(conf, None), |saved| saved.config);
+        let known = saved.is_some();
+        let mut config = saved.map_or_else(|| render(conf, None), |saved| saved.config);
         // A namespace that is gone took the interface along: what is left is the address.
         let netns = pod.netns.clone().filter(|path| namespace(path).is_some());
         let pod = Attachment { id: pod.id.clone(), netns };
         // The plugin that attached it, whatever the configuration says by now.
         let kind = kind_of(&config).map_or_else(|| conf.delegate_type(), Ok)?;
-        self.delegate(kind)?.call(Verb::Del, Some(&pod), &config, conf.prev_result.as_ref())?;
-        self.attachments.sweep_drafts(Some(&pod.id));
-        held.map_or(Ok(()), |held| held.forget())
+        let delegate = self.delegate(kind)?;
+        let detach = |config: &Map<String, Value>| {
+            let told = told(&attachments.network, &pod, config);
+            delegate.call(Verb::Del, Some(&told), config, conf.prev_result.as_ref()).map(drop)
+        };
+        detach(&config)?;
+        if !known && self.ipam(&config).is_some_and(|ipam| ipam.has_folder_of(&attachments.network)) {
+            // It may have been attached before all networks shared one IPAM state.
+            config.insert("name".into(), attachments.network.as_str().into());
+            detach(&config)?;
+        }
+        attachments.sweep_drafts(Some(&pod.id));
+        held.map_or(Ok(()), |held| held.forget())?;
+        Ok(known)
+    }
+
+    /// Undoes what was attached under another network's name, as after a conflist was renamed, or by another plugin, as
+    /// flannel's: the runtime says DEL under today's name.
+    fn detach_elsewhere(&self, pod: &Attachment) -> Result<(), CniError> {
+        let conf = &self.call.conf;
+        let config = render(conf, known_node(&conf.node_file).as_ref());
+        for attachments in Attachments::of_all_networks(&conf.state_dir)? {
+            let Some(saved) = attachments.read(&pod.id).filter(|_| attachments.network != conf.name) else { continue };
+            let is_this_pod = saved.netns == pod.netns && pod.netns.as_deref().and_then(namespace).is_some();
+            if is_this_pod || Veths::look(&config, &conf.state_dir)?.show_the_end_of(Some(&saved)) {
+                self.detach(&attachments, pod, PATIENCE)?;
+            }
+        }
+        self.ipam(&config).map_or(Ok(()), |ipam| ipam.free_elsewhere(&pod.id))
     }
 
     fn check(&self, pod: &Attachment, prev_result: &Value) -> Result<(), CniError> {
@@ -102,7 +158,8 @@ impl Answering<'_> {
         if delegate.version < Verb::Check.since() {
             return Ok(());
         }
-        delegate.call(Verb::Check, Some(pod), &saved.config, Some(prev_result)).map(drop)
+        let told = told(&self.call.conf.name, pod, &saved.config);
+        delegate.call(Verb::Check, Some(&told), &saved.config, Some(prev_result)).map(drop)
     }
 
     /// Goes by what is remembered: a DEL for each attachment that isn't named, but for one that is being worked
@@ -115,20 +172,23 @@ impl Answering<'_> {
         let mut failures = Vec::new();
         for id in self.attachments.all()?.into_iter().filter(|id| !valid.contains(id)) {
             let pod = Attachment { netns: netns_of(&id).filter(|netns| !in_use.contains(netns)), id };
-            match self.del(&pod, Duration::ZERO) {
+            match self.detach(&self.attachments, &pod, Duration::ZERO) {
                 Err(e) if e.code() != Code::TryAgainLater => failures.push(format!("{}: {e}", pod.id)),
                 _ => {}
             }
         }
         self.attachments.sweep_drafts(None);
         let mut config = render(conf, ready_node(&conf.node_file).ok().as_ref());
-        if conf.uses_host_local() {
-            let freed = free_orphans(data_dir(&config), &conf.name, &self.attachments, Some(valid));
-            failures.extend(freed.err().map(|e| e.to_string()));
+        let mut spared: BTreeSet<AttachmentId> = valid.iter().map(|id| id.told(&conf.name)).collect();
+        if let Some(ipam) = self.ipam(&config) {
+            failures.extend(ipam.free_all_but(&conf.name, valid).err().map(|e| e.to_string()));
+            // What it is told to share is other networks' too.
+            spared.extend(ipam.told_of_others(&conf.name)?);
         }
         let delegate = self.delegate(conf.delegate_type()?)?;
-        if delegate.version >= Verb::Gc.since() {
-            config.insert("cni.dev/valid-attachments".into(), json!(valid));
+        // Our own would do what has just been done.
+        if !delegate.is_ours() && delegate.version >= Verb::Gc.since() {
+            config.insert("cni.dev/valid-attachments".into(), json!(spared));
             failures.extend(delegate.call(Verb::Gc, None, &config, None).err().map(|e| e.to_string()));
         }
         if failures.is_empty() {
@@ -143,35 +203,51 @@ impl Answering<'_> {
         let conf = &self.call.conf;
         let node = ready_node(&conf.node_file).map_err(unavailable)?;
         let delegate = self.delegate(conf.delegate_type()?).map_err(|e| unavailable(e.to_string()))?;
+        let config = render(conf, Some(&node));
+        let refused = self.ipam(&config).map(|ipam| ipam.refuse_another_than(node.cni_data_dir.as_deref()));
+        refused.unwrap_or(Ok(())).map_err(|e| unavailable(e.to_string()))?;
         if delegate.version < Verb::Status.since() {
             return Ok(());
         }
-        delegate.call(Verb::Status, None, &render(conf, Some(&node)), None).map(drop)
+        delegate.call(Verb::Status, None, &config, None).map(drop)
     }
 
-    /// Undoes the attachments of pods that no longer exist, and returns how many.
-    fn sweep(&self) -> Result<usize, CniError> {
-        let cables = Cables::of_the_host()?;
-        let dead = |id: &AttachmentId| cables.show_the_end_of(self.attachments.read(id).as_ref());
-        let undone = |id: AttachmentId| self.del(&Attachment { id, netns: None }, Duration::ZERO).is_ok();
-        Ok(self.attachments.all()?.into_iter().filter(dead).filter(|id| undone(id.clone())).count())
+    /// Undoes the attachments of pods that no longer exist, of all networks, and frees the addresses that no pod can
+    /// have. Returns how many.
+    fn sweep(&self, config: &Map<String, Value>) -> Result<usize, CniError> {
+        let state_dir = &self.call.conf.state_dir;
+        let veths = Veths::look(config, state_dir)?;
+        let mut freed = 0;
+        for attachments in Attachments::of_all_networks(state_dir)? {
+            for (id, saved) in attachments.read_all()? {
+                let gone = veths.show_the_end_of(saved.as_ref());
+                let detach = || self.detach(&attachments, &Attachment { id: id.clone(), netns: None }, Duration::ZERO);
+                freed += usize::from(gone && detach().is_ok());
+            }
+        }
+        let Some(ipam) = self.ipam(config).filter(|_| on_a_bridge(&self.call.conf)) else { return Ok(freed) };
+        let none_is_lost = || Ok(Veths::look(config, state_dir)?.all_are_known());
+        Ok(freed + ipam.free_orphans(&self.call.conf.name, none_is_lost)?)
     }
 
     /// Makes way for a pod where earlier ones have left something.
     fn make_way(&self, config: &Map<String, Value>) -> Result<(), CniError> {
         let conf = &self.call.conf;
-        if on_a_bridge(conf) && make_way(config, &self.attachments)? == Bridge::Missing {
+        if on_a_bridge(conf) && make_way(config, &conf.state_dir)? == Bridge::Missing {
             // The first pod since the node was booted.
-            self.sweep()?;
-            if conf.uses_host_local() {
-                free_orphans(data_dir(config), &conf.name, &self.attachments, None)?;
-            }
+            self.sweep(config)?;
             if let (Some(bridge), true) = (bridge_of(config), gateways(config).iter().any(IpNetwork::is_ipv6)) {
                 let mtu = config.get("mtu").and_then(Value::as_u64).and_then(|mtu| mtu.try_into().ok());
                 self.exec.make_bridge(&bridge, mtu.unwrap_or_default())?;
             }
         }
         Ok(())
+    }
+
+    /// The addresses of this node, if host-local keeps them.
+    fn ipam(&self, config: &Map<String, Value>) -> Option<NodeIpam<'_>> {
+        let conf = &self.call.conf;
+        conf.uses_host_local().then(|| NodeIpam::of(config, &conf.state_dir))
     }
 
     fn delegate(&self, kind: Identifier) -> Result<Delegate<'_>, CniError> {
@@ -184,20 +260,23 @@ fn kind_of(config: &Map<String, Value>) -> Option<Identifier> {
     config.get("type")?.as_str()?.to_owned().try_into().ok()
 }
 
-/// host-local's folder, if a rendered configuration names one.
-fn data_dir(config: &Map<String, Value>) -> Option<&Path> {
-    config.get("ipam")?.get("dataDir")?.as_str().map(Path::new)
+/// What the delegate is told of an attachment to `network`: files of before all networks shared one IPAM state name the
+/// network itself, and then the container is called as the runtime calls it.
+fn told(network: &Identifier, pod: &Attachment, config: &Map<String, Value>) -> Attachment {
+    let shared = config.get("name").is_some_and(|name| name == IPAM_NETWORK);
+    let id = if shared { pod.id.told(network) } else { pod.id.clone() };
+    Attachment { id, netns: pod.netns.clone() }
 }
 
-/// How a pod was attached, by the result of ADD. The bridge, which is there too, is no end of a cable.
+/// How a pod was attached, by the result of ADD. The bridge, which is there too, is no end of a veth.
 fn attached_by(result: &Value, config: &Map<String, Value>) -> Attached {
     let list = |key: &str| result[key].as_array().into_iter().flatten();
     let (in_the_pod, on_the_host): (Vec<&Value>, Vec<&Value>) =
         list("interfaces").partition(|i| i["sandbox"].as_str().is_some_and(|sandbox| !sandbox.is_empty()));
-    let cables = on_the_host.iter().filter(|i| Some(&i["name"]) != config.get("bridge"));
+    let veths = on_the_host.iter().filter(|i| Some(&i["name"]) != config.get("bridge"));
     let prefixes = list("ips").filter_map(|ip| ip["address"].as_str()?.parse::<IpNetwork>().ok());
     Attached {
-        ports: cables.filter_map(|i| i["name"].as_str()).map(str::to_owned).collect(),
+        ports: veths.filter_map(|i| i["name"].as_str()).map(str::to_owned).collect(),
         bridge: bridge_of(config).filter(|bridge| on_the_host.iter().any(|i| i["name"] == bridge.as_str())),
         mac: in_the_pod.first().and_then(|i| i["mac"].as_str()?.parse().ok()),
         ips: prefixes.map(|prefix| prefix.ip()).collect(),

@@ -140,7 +140,7 @@ fn second_add_is_an_error_and_the_first_attachment_stays() {
     node.add();
     assert_eq!(code(node.ask("ADD", &node.conf("1.0.0"))), 103);
     assert_eq!(node.delegated(), ["ADD"]);
-    assert_eq!(node.bridge.book.borrow().len(), 1);
+    assert_eq!(node.bridge.ipam.borrow().len(), 1);
     node.ask("DEL", &node.conf("1.0.0")).expect("DEL succeeds");
     node.assert_clean();
 }
@@ -302,7 +302,7 @@ fn gc_detaches_all_but_those_named_and_those_in_the_making() {
     fs::remove_file(node.path("node.json")).expect("removed");
     node.ask("GC", &conf).expect("GC succeeds");
 
-    let left: Vec<_> = node.bridge.book.borrow().keys().map(|(container, _)| container.clone()).collect();
+    let left: Vec<_> = node.bridge.ipam.borrow().keys().map(|(container, _)| container.clone()).collect();
     assert_eq!(left, ["c1", "c3"]);
     assert!(!draft.exists());
     // c1 lives at the same path, so c2's saved namespace is not its own any more.

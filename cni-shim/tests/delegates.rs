@@ -23,7 +23,7 @@ fn bridge_conf(host: &Host, version: &str) -> Value {
     })
 }
 
-/// A result without what is random in it: names of cables, hardware addresses.
+/// A result without what is random in it: names of veths, hardware addresses.
 fn comparable(mut result: Value) -> Value {
     for interface in result["interfaces"].as_array_mut().expect("interfaces") {
         let interface = interface.as_object_mut().expect("an object");
@@ -173,7 +173,7 @@ fn fabric_bridge_alone_serves_every_verb_in_every_version() {
             let port = conf["prevResult"]["interfaces"][1]["name"].as_str().expect("a name").to_owned();
             run(&format!("ip link set {port} nomaster"));
             if version >= "0.4.0" {
-                assert_eq!(ask("CHECK", &conf).expect_err("not plugged in")["code"], 104);
+                assert_eq!(ask("CHECK", &conf).expect_err("not attached")["code"], 104);
             }
             run(&format!("ip link set {port} master cni0"));
             run("ip -n pod-1 address flush dev eth0");
@@ -239,9 +239,9 @@ fn gc_by_fabric_bridge_alone_takes_addresses_and_cables_of_those_not_named() {
         }
         conf["cni.dev/valid-attachments"] = json!([{"containerID": "pod-2", "ifname": "eth0"}]);
         ask("GC", "", &conf).expect("GC succeeds");
-        let books = std::fs::read_dir(host.path("addresses/direct")).expect("a book");
+        let files = std::fs::read_dir(host.path("addresses/direct")).expect("IPAM state");
         let mut held: Vec<_> =
-            books.map(|file| file.expect("a file").file_name().into_string().expect("text")).collect();
+            files.map(|file| file.expect("a file").file_name().into_string().expect("text")).collect();
         held.retain(|name| name.parse::<std::net::IpAddr>().is_ok());
         held.sort();
         assert_eq!(held, ["10.244.3.3", "fd00:10:244:3::3"]);

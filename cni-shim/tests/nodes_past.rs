@@ -13,14 +13,6 @@ fn ready_with(host: &Host, subnet: &str) {
     host.ready(Some((NETWORK, subnet)), None);
 }
 
-/// What a reboot takes: namespaces, interfaces and /run. Files on disk stay.
-fn reboot(host: &Host, pods: &[&str]) {
-    pods.iter().for_each(|pod| drop(run(&format!("ip netns del {pod}"))));
-    run("ip link del cni0");
-    common::wait_until("cables are gone", || run("ip -o link show type veth").is_empty());
-    assert!(!host.addresses().is_empty(), "the addresses are still on the books");
-}
-
 #[test]
 fn first_pod_after_a_reboot_finds_all_addresses_free_whatever_state_files_survived() {
     on_a_host_with_each_delegate(|host| {
@@ -33,7 +25,8 @@ fn first_pod_after_a_reboot_finds_all_addresses_free_whatever_state_files_surviv
         fs::remove_file(state("pod-4")).expect("removed");
         // As a kill between creating and writing leaves it, or a power cut.
         fs::write(host.path("addresses/fabric/10.244.3.6"), "").expect("a file");
-        reboot(host, &pods);
+        assert!(!host.addresses().is_empty());
+        host.reboot(&pods);
 
         for number in 11..=15 {
             host.add(&format!("pod-{number}"));
@@ -51,7 +44,7 @@ fn addresses_of_dead_pods_are_freed_when_they_are_needed_while_others_live() {
         }
         // Its runtime never says DEL.
         run("ip netns del pod-3");
-        common::wait_until("its cable is gone", || run("ip -o link show type veth").lines().count() == 4);
+        common::wait_until("its veth is gone", || run("ip -o link show type veth").lines().count() == 4);
         let result = host.add("pod-6");
         assert_eq!(result["ips"][0]["address"], "10.244.3.4/29");
         eventually("ip netns exec pod-1 ping -c 1 -W 2 10.244.3.4");
@@ -116,7 +109,7 @@ fn other_networks_addresses_are_nobodys_to_sweep() {
         fs::create_dir_all(&foreign).expect("a folder");
         fs::write(foreign.join("192.0.2.7"), "c1\r\neth0").expect("a file");
         host.add("pod-1");
-        reboot(host, &["pod-1"]);
+        host.reboot(&["pod-1"]);
         host.add("pod-2");
         assert!(foreign.join("192.0.2.7").exists());
     });

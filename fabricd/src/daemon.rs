@@ -79,7 +79,9 @@ async fn serve(
     let remote = api_for_others(config).await?;
 
     let store = Arc::new(store);
-    let files = Files::new(&config.run_dir, &config.subnet_file).masquerading(config.rules.ip_masq);
+    let files = Files::new(&config.run_dir, &config.subnet_file)
+        .masquerading(config.rules.ip_masq)
+        .with_addresses_in(&config.cni_data_dir);
     let disk = Disk::new(&config.state_dir, config.node());
     let tenant = Tenant {
         node: config.node().clone(),

@@ -16,6 +16,7 @@ pub struct Files {
     /// `subnet.env`.
     pub subnet: PathBuf,
     masquerade: bool,
+    cni_data_dir: Option<PathBuf>,
 }
 
 /// A file could not be written or removed.
@@ -32,13 +33,19 @@ impl Files {
     /// The files in `run_dir` and at `subnet`.
     #[must_use]
     pub fn new(run_dir: &Path, subnet: &Path) -> Self {
-        Self { node: run_dir.join(NODE_FILE), subnet: subnet.into(), masquerade: false }
+        Self { node: run_dir.join(NODE_FILE), subnet: subnet.into(), masquerade: false, cni_data_dir: None }
     }
 
     /// The same files, `subnet.env` saying whether this node masquerades.
     #[must_use]
     pub fn masquerading(self, masquerade: bool) -> Self {
         Self { masquerade, ..self }
+    }
+
+    /// The same files, `node.json` saying in which folder host-local's files are.
+    #[must_use]
+    pub fn with_addresses_in(self, cni_data_dir: &Path) -> Self {
+        Self { cni_data_dir: Some(cni_data_dir.into()), ..self }
     }
 
     /// What `node.json` says now; `None` when there is none that can be read, as after a reboot.
@@ -62,7 +69,8 @@ impl Files {
         if content.readiness == Readiness::Ready {
             replace(&self.subnet, content.subnet_env(self.masquerade).as_bytes(), 0o644)?;
         }
-        replace(&self.node, &content.encode(), 0o644)
+        let node = NodeFile { cni_data_dir: self.cni_data_dir.clone(), ..content.clone() };
+        replace(&self.node, &node.encode(), 0o644)
     }
 
     /// Removes both files; that one is missing is no error.
@@ -89,7 +97,16 @@ pub fn remove_if_there(file: &Path) -> Result<(), FileError> {
 #[must_use]
 pub fn unknown(node: NodeName) -> NodeFile {
     let readiness = Readiness::NotReady { code: NotReady::Starting, reason: "starting".into() };
-    NodeFile { version: NODE_FILE_VERSION, node, readiness, ipv4: None, ipv6: None, mtu: 0, epoch: 0 }
+    NodeFile {
+        version: NODE_FILE_VERSION,
+        node,
+        readiness,
+        ipv4: None,
+        ipv6: None,
+        mtu: 0,
+        epoch: 0,
+        cni_data_dir: None,
+    }
 }
 
 /// Puts `content` in the place of `file`, so that a reader sees the old one or the new one, whole, and so does the next
@@ -132,6 +149,7 @@ mod tests {
             ipv6: None,
             mtu: 1450,
             epoch: 1,
+            cni_data_dir: None,
         }
     }
 

@@ -567,6 +567,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                     ipv6: subnet(Family::V6),
                     mtu: view.mtu,
                     epoch: own.epoch,
+                    cni_data_dir: None,
                 }
             }
             // What was known of this node's subnets stays: a DEL may need them, and the next claim asks for them again.

@@ -23,9 +23,9 @@ pub struct BridgeConf {
     /// The version that the runtime speaks.
     #[serde(rename = "cniVersion")]
     version: SpecVersion,
-    /// The network's name; the book of addresses is called so, too.
+    /// The network's name; the IPAM state is called so, too.
     pub name: Identifier,
-    /// The bridge that pods are plugged into.
+    /// The bridge that pods are attached to.
     #[serde(default = "cni0")]
     pub bridge: IfName,
     /// The bridge gets the gateway's address.
@@ -65,7 +65,7 @@ pub struct BridgeConf {
 pub struct Ipam {
     #[serde(rename = "type")]
     kind: Identifier,
-    /// Where the books are.
+    /// Where the IPAM state is.
     #[serde(default = "data_dir")]
     pub data_dir: PathBuf,
     /// A pod gets one address of each.

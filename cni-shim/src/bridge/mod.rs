@@ -1,9 +1,9 @@
 //! `fabric-bridge`: what `bridge` and `host-local` do, done by one process in four batches of netlink messages.
 //!
 //! ```text
-//!  the book of addresses      one address of each family                                    host_local
+//!  the IPAM state      one address of each family                                    host_local
 //!  host: cni0                 if missing; the gateway's addresses, if missing               wiring
-//!  host: cable                both ends at once, plugged into cni0 and into the pod, hairpin
+//!  host: veth                both ends at once, attached to cni0 and into the pod, hairpin
 //!  pod:  eth0                 up, addresses, routes
 //!  pod:  eth0                 once the bridge forwards: gratuitous ARP, neighbour advertisement
 //! ```
@@ -33,11 +33,11 @@ use serde_json::{Value, json};
 
 pub use self::conf::BridgeConf;
 use self::conf::Route;
-use self::wiring::{Cable, Link, inside, sysctl};
+use self::wiring::{Link, Veth, inside, sysctl};
 use crate::conf::Conf;
 use crate::error::{CniError, Code};
-use crate::host_local::{Book, Ungiven};
-use crate::netlink::{Netlink, Refused};
+use crate::host_local::{IpamState, Ungiven};
+use crate::netlink::{self, Netlink, Refused};
 use crate::request::{Action, Attachment, AttachmentId, Call, Identifier, Request};
 use crate::version::{SpecVersion, convert};
 
@@ -58,14 +58,14 @@ pub fn answer(request: &Request<BridgeConf>) -> Result<Option<Value>, CniError> 
     }
 }
 
-/// An address for a pod, as the book gives it.
+/// An address for a pod, as the ipam gives it.
 #[derive(Clone, Copy, Debug)]
 struct Given {
     address: IpNetwork,
     gateway: IpAddr,
 }
 
-/// The host's end of an attachment's cable: `veth` and 44 bits of a hash.
+/// The host's end of an attachment's veth: `veth` and 44 bits of a hash.
 #[must_use]
 pub fn port_name(network: &Identifier, id: &AttachmentId) -> IfName {
     let hash = stable_hash(format!("{network}/{}/{}", id.container, id.ifname).as_bytes());
@@ -95,7 +95,7 @@ impl Call<BridgeConf> {
                 format!("cannot open the network namespace {}: {e}", path.display()),
             )
         })?;
-        let cable = Cable {
+        let veth = Veth {
             port: port_name(&self.conf.name, &pod.id),
             port_mac: random_mac(),
             ifname: pod.id.ifname,
@@ -104,24 +104,24 @@ impl Call<BridgeConf> {
         };
         let given = self.reserve(&pod.id)?;
         let mut host = open_netlink()?;
-        let wired = self.wire(&mut host, &cable, &netns, &given);
-        let bridge = wired.map_err(|failure| match self.unwire(&mut host, &cable, &pod.id, &failure) {
+        let wired = self.wire(&mut host, &veth, &netns, &given);
+        let bridge = wired.map_err(|failure| match self.unwire(&mut host, &veth, &pod.id, &failure) {
             Ok(()) => failure.told,
             Err(e) => failure.told.with_details(format!("cleaning up failed as well, DEL has to finish it: {e}")),
         })?;
-        self.result(&bridge, &cable, path, &given)
+        self.result(&bridge, &veth, path, &given)
     }
 
     /// An address of each set of ranges.
     fn reserve(&self, id: &AttachmentId) -> Result<Vec<Given>, CniError> {
         let wishes = self.conf.wished_ips(&self.args)?;
-        let book = self.book()?;
-        if let Some(ip) = book.held_by(id).map_err(|e| self.unreadable(&e))?.first() {
+        let ipam = self.ipam()?;
+        if let Some(ip) = ipam.held_by(id).map_err(|e| self.unreadable(&e))?.first() {
             return Err(ungiven(&Ungiven::Duplicate(*ip, id.clone())));
         }
         let sets = self.conf.ipam.ranges.iter().enumerate();
         let given: Result<Vec<_>, _> = sets
-            .map(|(set, ranges)| book.reserve(id, set, ranges, &wishes))
+            .map(|(set, ranges)| ipam.reserve(id, set, ranges, &wishes))
             .map(|given| given.map(|(address, gateway)| Given { address, gateway }))
             .collect();
         let given = given.and_then(|given| {
@@ -130,22 +130,22 @@ impl Call<BridgeConf> {
         });
         given.map_err(|e| {
             // What an earlier set has given.
-            let freed = book.release(id);
+            let freed = ipam.release(id);
             freed.map_or_else(|failed| ungiven(&e).with_details(self.unreadable(&failed)), |_| ungiven(&e))
         })
     }
 
-    fn wire(&self, host: &mut Netlink, cable: &Cable, netns: &File, given: &[Given]) -> Result<Link, Failure> {
+    fn wire(&self, host: &mut Netlink, veth: &Veth, netns: &File, given: &[Given]) -> Result<Link, Failure> {
         let conf = &self.conf;
         let bridge = self.bridge(host)?;
         if conf.is_gateway() {
             self.address_bridge(host, &bridge, given)?;
         }
-        let mut plug = vec![cable.add(&bridge, netns)];
-        plug.extend(conf.hairpin_mode.then(|| cable.hairpin()));
-        host.write(&plug).map_err(|e| Failure { unplugged: e.position == 0, ..refused(&e).into() })?;
+        let mut plug = vec![veth.add(&bridge, netns)];
+        plug.extend(conf.hairpin_mode.then(|| veth.hairpin()));
+        host.write(&plug).map_err(|e| Failure { unmade: e.position == 0, ..refused(&e).into() })?;
 
-        let ifname = &cable.ifname;
+        let ifname = &veth.ifname;
         let switches = || {
             // A kernel without IPv6 has no use for most of these; one that has gets an address in the next step.
             let v6 = given.iter().any(|given| given.address.is_ipv6());
@@ -164,22 +164,24 @@ impl Call<BridgeConf> {
         let name = ifname.as_str();
         let mut dress = vec![wiring::raise(index, ifname, false)];
         dress.extend(given.iter().map(|given| wiring::add_address(index, name, given.address)));
+        inside.write(&dress).map_err(|e| refused(&e))?;
+        let mut routes = Vec::new();
         for route in self.routes(given) {
             let gateway = route.gw.or_else(|| gateway_for(given, route.dst));
             // The kernel has made the way to the pod's own subnet by itself.
             let connected = given.iter().any(|given| network_of(given.address) == route.dst);
-            dress.extend(gateway.filter(|_| !connected).map(|gw| wiring::add_route(index, name, route.dst, gw)));
+            routes.extend(gateway.filter(|_| !connected).map(|gw| wiring::add_route(index, name, route.dst, gw)));
         }
-        inside.write(&dress).map_err(|e| refused(&e))?;
-        await_forwarding(host, &cable.port)?;
-        inside.write(&[cable.announce(index)]).map_err(|e| refused(&e))?;
+        add_routes(&mut inside, &routes)?;
+        await_forwarding(host, &veth.port)?;
+        inside.write(&[veth.announce(index)]).map_err(|e| refused(&e))?;
         Ok(bridge)
     }
 
     /// Undoes what a failed ADD has done.
-    fn unwire(&self, host: &mut Netlink, cable: &Cable, id: &AttachmentId, failure: &Failure) -> Result<(), CniError> {
-        if !failure.unplugged {
-            unplug(host, &cable.port)?;
+    fn unwire(&self, host: &mut Netlink, veth: &Veth, id: &AttachmentId, failure: &Failure) -> Result<(), CniError> {
+        if !failure.unmade {
+            remove_link(host, &veth.port)?;
         }
         self.release(id)
     }
@@ -256,49 +258,49 @@ impl Call<BridgeConf> {
         routes
     }
 
-    fn result(&self, bridge: &Link, cable: &Cable, netns: &Path, given: &[Given]) -> Result<Value, CniError> {
+    fn result(&self, bridge: &Link, veth: &Veth, netns: &Path, given: &[Given]) -> Result<Value, CniError> {
         let ip = |given: &Given| json!({ "interface": 2, "address": given.address, "gateway": given.gateway });
         let mut result = json!({
             "cniVersion": SpecVersion::NEWEST.as_str(),
             "interfaces": [
                 { "name": bridge.name, "mac": bridge.mac },
-                { "name": cable.port, "mac": cable.port_mac },
-                { "name": cable.ifname, "mac": cable.mac, "sandbox": netns },
+                { "name": veth.port, "mac": veth.port_mac },
+                { "name": veth.ifname, "mac": veth.mac, "sandbox": netns },
             ],
             "ips": given.iter().map(ip).collect::<Vec<_>>(),
             "routes": self.routes(given),
             "dns": self.conf.dns.clone().unwrap_or_else(|| json!({})),
         });
-        if cable.mtu > 0 {
+        if veth.mtu > 0 {
             for end in [1, 2] {
-                result["interfaces"][end]["mtu"] = cable.mtu.into();
+                result["interfaces"][end]["mtu"] = veth.mtu.into();
             }
         }
         convert(result, self.conf.version()).map_err(|e| CniError::new(Code::Decode, e.to_string()))
     }
 
-    /// The cable first, so that nobody is given an address that is still in use; but the address is freed even if the
-    /// cable can't be.
+    /// The veth first, so that nobody is given an address that is still in use; but the address is freed even if the
+    /// veth can't be.
     fn del(&self, pod: &Attachment) -> Result<(), CniError> {
-        let unplugged = self.unplug_from(pod);
+        let removed = self.remove_veth_of(pod);
         self.release(&pod.id)?;
-        unplugged
+        removed
     }
 
-    fn unplug_from(&self, pod: &Attachment) -> Result<(), CniError> {
-        if unplug(&mut open_netlink()?, &port_name(&self.conf.name, &pod.id))? {
+    fn remove_veth_of(&self, pod: &Attachment) -> Result<(), CniError> {
+        if remove_link(&mut open_netlink()?, &port_name(&self.conf.name, &pod.id))? {
             return Ok(());
         }
-        // It may be a cable of the plugin bridge, whose end in the host has a random name.
+        // It may be a veth of the plugin bridge, whose end in the host has a random name.
         let Some(netns) = pod.netns.as_deref().and_then(namespace) else { return Ok(()) };
         let mut inside = inside(&netns, Netlink::open)
             .map_err(|e| CniError::new(Code::Kernel, format!("cannot enter the pod's network namespace: {e}")))?;
-        unplug(&mut inside, &pod.id.ifname).map(drop)
+        remove_link(&mut inside, &pod.id.ifname).map(drop)
     }
 
     fn check(&self, pod: &Attachment, prev_result: &Value) -> Result<(), CniError> {
         let missing = |what: String| CniError::new(Code::NotAttached, format!("{what}; DEL and ADD {} again", pod.id));
-        let held = self.book()?.held_by(&pod.id).map_err(|e| self.unreadable(&e))?;
+        let held = self.ipam()?.held_by(&pod.id).map_err(|e| self.unreadable(&e))?;
         let result = convert(prev_result.clone(), SpecVersion::NEWEST)
             .map_err(|e| CniError::new(Code::InvalidConfig, format!("prevResult can't be used: {e}")))?;
         let of = |list: &str| result[list].as_array().cloned().unwrap_or_default();
@@ -312,13 +314,13 @@ impl Call<BridgeConf> {
         let bridge = bridge.ok_or_else(|| missing(format!("the bridge {} is gone", self.conf.bridge)))?;
         // Plugins that ran after us may have added devices of theirs, as bandwidth does.
         let outside = interfaces.iter().filter(|i| i["sandbox"].as_str().unwrap_or_default().is_empty());
-        let mut plugged = false;
+        let mut attached = false;
         for name in outside.filter_map(|i| i["name"].as_str()?.parse().ok()) {
             let link = find(&mut host, &name)?;
-            plugged |= link.is_some_and(|link| link.is_veth && link.controller == Some(bridge.index));
+            attached |= link.is_some_and(|link| link.is_veth && link.controller == Some(bridge.index));
         }
-        if !plugged {
-            return Err(missing(format!("no cable of prevResult is plugged into {}", bridge.name)));
+        if !attached {
+            return Err(missing(format!("no veth of prevResult is attached to {}", bridge.name)));
         }
 
         let path = pod.netns.as_deref().unwrap_or(Path::new(""));
@@ -337,7 +339,7 @@ impl Call<BridgeConf> {
                 return Err(missing(format!("{} does not have the address {}", link.name, ip["address"])));
             }
             if address.is_some_and(|address| !held.contains(&address.ip())) {
-                return Err(missing(format!("the address {} is not this pod's by the book", ip["address"])));
+                return Err(missing(format!("the address {} is not this pod's by the IPAM state", ip["address"])));
             }
         }
         let has = wiring::routes(&mut inside, link.index).map_err(|e| refused(&e))?;
@@ -352,54 +354,55 @@ impl Call<BridgeConf> {
         Ok(())
     }
 
-    /// Frees what belongs to no valid attachment of this network, cables included.
+    /// Frees what belongs to no valid attachment of this network, veths included.
     fn gc(&self, valid: &BTreeSet<AttachmentId>) -> Result<(), CniError> {
-        let Some(book) = Book::existing(&self.conf.ipam.data_dir, &self.conf.name).map_err(|e| self.unreadable(&e))?
+        let Some(ipam) =
+            IpamState::existing(&self.conf.ipam.data_dir, &self.conf.name).map_err(|e| self.unreadable(&e))?
         else {
             return Ok(());
         };
-        let doomed = |holder: Option<&AttachmentId>| holder.is_none_or(|id| !valid.contains(id));
-        let freed = book.release_all(doomed).map_err(|e| self.unreadable(&e))?;
+        let doomed = |_, holder: Option<&AttachmentId>| holder.is_none_or(|id| !valid.contains(id));
+        let freed = ipam.release_where(doomed).map_err(|e| self.unreadable(&e))?;
         let mut host = open_netlink()?;
         let owners: BTreeSet<_> = freed.into_iter().filter_map(|(_, holder)| holder).collect();
-        owners.iter().try_for_each(|id| unplug(&mut host, &port_name(&self.conf.name, id)).map(drop))
+        owners.iter().try_for_each(|id| remove_link(&mut host, &port_name(&self.conf.name, id)).map(drop))
     }
 
     fn status(&self) -> Result<(), CniError> {
         let unavailable = |reason: String| CniError::new(Code::NotAvailable, reason);
-        self.book().map_err(|e| unavailable(e.to_string()))?;
+        self.ipam().map_err(|e| unavailable(e.to_string()))?;
         open_netlink().map(drop).map_err(|e| unavailable(e.to_string()))
     }
 
-    fn book(&self) -> Result<Book, CniError> {
-        Book::open(&self.conf.ipam.data_dir, &self.conf.name).map_err(|e| self.unreadable(&e))
+    fn ipam(&self) -> Result<IpamState, CniError> {
+        IpamState::open(&self.conf.ipam.data_dir, &self.conf.name).map_err(|e| self.unreadable(&e))
     }
 
     fn release(&self, id: &AttachmentId) -> Result<(), CniError> {
-        let book = Book::existing(&self.conf.ipam.data_dir, &self.conf.name).map_err(|e| self.unreadable(&e))?;
-        book.map_or(Ok(()), |book| book.release(id).map(drop).map_err(|e| self.unreadable(&e)))
+        let ipam = IpamState::existing(&self.conf.ipam.data_dir, &self.conf.name).map_err(|e| self.unreadable(&e))?;
+        ipam.map_or(Ok(()), |ipam| ipam.release(id).map(drop).map_err(|e| self.unreadable(&e)))
     }
 
     fn unreadable(&self, e: &io::Error) -> CniError {
-        let book = self.conf.ipam.data_dir.join(self.conf.name.as_str());
-        CniError::new(Code::Io, format!("cannot use the book of addresses {}: {e}", book.display()))
+        let ipam = self.conf.ipam.data_dir.join(self.conf.name.as_str());
+        CniError::new(Code::Io, format!("cannot use the IPAM state {}: {e}", ipam.display()))
     }
 }
 
 /// Why wiring failed.
 struct Failure {
     told: CniError,
-    /// The cable was never made: what has its name isn't ours to remove.
-    unplugged: bool,
+    /// The veth was never made: what has its name isn't ours to remove.
+    unmade: bool,
 }
 
 impl From<CniError> for Failure {
     fn from(told: CniError) -> Self {
-        Self { told, unplugged: false }
+        Self { told, unmade: false }
     }
 }
 
-/// Waits until the bridge forwards what comes from `port`: the kernel tells the bridge of a cable that has been plugged
+/// Waits until the bridge forwards what comes from `port`: the kernel tells the bridge of a veth that has been attached
 /// in by a work queue, and what the pod sent before would be lost.
 fn await_forwarding(host: &mut Netlink, port: &IfName) -> Result<(), CniError> {
     let mut forwards = || Ok(wiring::link(host, port).map_err(|e| refused(&e))?.is_some_and(|link| link.operational));
@@ -415,15 +418,27 @@ fn await_forwarding(host: &mut Netlink, port: &IfName) -> Result<(), CniError> {
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() || !events.wait(left).map_err(lost)? {
-            let msg =
-                format!("{port} carries nothing {PORT_PATIENCE:?} after the pod was plugged in; is the bridge up?");
+            let msg = format!("{port} carries nothing {PORT_PATIENCE:?} after the pod was attached; is the bridge up?");
             return Err(CniError::new(Code::Kernel, msg));
         }
     }
 }
 
+/// Adds the routes of a pod's interface. One that another interface of the pod has already stays, as in the reference.
+fn add_routes(inside: &mut Netlink, routes: &[netlink::Request]) -> Result<(), CniError> {
+    let is_there = |e: &Refused| e.errno() == Some(Errno::EXIST);
+    match inside.write(routes) {
+        Err(e) if is_there(&e) => {
+            let one_by_one = routes.iter().map(|route| inside.write(std::slice::from_ref(route)));
+            one_by_one.filter(|written| !written.as_ref().is_err_and(is_there)).collect::<Result<(), _>>()
+        }
+        written => written,
+    }
+    .map_err(|e| refused(&e))
+}
+
 /// Deletes a link. False when there is none.
-fn unplug(netlink: &mut Netlink, name: &IfName) -> Result<bool, CniError> {
+fn remove_link(netlink: &mut Netlink, name: &IfName) -> Result<bool, CniError> {
     match netlink.write(&[wiring::delete(name)]) {
         Ok(()) => Ok(true),
         Err(e) if e.errno() == Some(Errno::NODEV) => Ok(false),

@@ -1,4 +1,4 @@
-//! Bridge, cable and pod's interface: what is said to the kernel, and what it says of them.
+//! Bridge, veth and pod's interface: what is said to the kernel, and what it says of them.
 //!
 //! Each request's name is the `ip` or `bridge` command that would do the same.
 
@@ -36,11 +36,11 @@ pub struct Link {
     pub up: bool,
     /// Sees all frames.
     pub promiscuous: bool,
-    /// It carries frames: set up, plugged in, and known to the bridge as such.
+    /// It carries frames: set up, attached, and known to the bridge as such.
     pub operational: bool,
     /// It is a bridge.
     pub is_bridge: bool,
-    /// It is one end of a cable.
+    /// It is one end of a veth.
     pub is_veth: bool,
     /// The bridge that it is a port of.
     pub controller: Option<u32>,
@@ -128,9 +128,9 @@ pub fn raise(index: u32, name: &IfName, promiscuous: bool) -> Request {
     Request::new(command, Rtnl::SetLink(message), 0)
 }
 
-/// The two ends of a pod's cable.
+/// The two ends of a pod's veth.
 #[derive(Clone, Debug)]
-pub struct Cable {
+pub struct Veth {
     /// The end in the host.
     pub port: IfName,
     /// Its hardware address.
@@ -143,9 +143,9 @@ pub struct Cable {
     pub mtu: u32,
 }
 
-impl Cable {
+impl Veth {
     /// `ip link add PORT address MAC mtu MTU master BRIDGE up type veth peer name IFNAME address MAC netns NETNS`: the
-    /// whole cable, plugged in on both sides. The pod's end is still down: it can't be raised from here (ENOTCONN).
+    /// whole veth, attached on both sides. The pod's end is still down: it can't be raised from here (ENOTCONN).
     pub fn add(&self, bridge: &Link, netns: &File) -> Request {
         let (mtu, words) = mtu_of(self.mtu);
         let mut peer = named(&self.ifname);
@@ -197,20 +197,28 @@ pub fn set_mac(index: u32, name: &str, mac: MacAddr) -> Request {
     Request::new(format!("ip link set {name} address {mac}"), Rtnl::SetLink(message), 0)
 }
 
-/// `ip link del NAME`; with one end of a cable goes the other.
+/// `ip link del NAME`; with one end of a veth goes the other.
 pub fn delete(name: &IfName) -> Request {
     Request::new(format!("ip link del {name}"), Rtnl::DelLink(named(name)), 0)
 }
 
 /// `ip address show dev NAME scope global`.
 pub fn addresses(netlink: &mut Netlink, index: u32, name: &str) -> Result<Vec<IpNetwork>, Refused> {
+    let all = global_addresses(netlink, index, &format!("ip address show dev {name}"))?;
+    Ok(all.into_iter().filter(|(link, _)| *link == index).map(|(_, address)| address).collect())
+}
+
+/// `ip address show scope global`, with the number of each link.
+pub fn all_addresses(netlink: &mut Netlink) -> Result<Vec<(u32, IpNetwork)>, Refused> {
+    global_addresses(netlink, 0, "ip address show")
+}
+
+fn global_addresses(netlink: &mut Netlink, index: u32, command: &str) -> Result<Vec<(u32, IpNetwork)>, Refused> {
     let mut message = AddressMessage::default();
     message.header.index = index;
-    let shown = netlink.dump(&Request::new(format!("ip address show dev {name}"), Rtnl::GetAddress(message), 0))?;
+    let shown = netlink.dump(&Request::new(command, Rtnl::GetAddress(message), 0))?;
     let address = |message: Rtnl| match message {
-        Rtnl::NewAddress(message)
-            if message.header.index == index && message.header.scope == AddressScope::Universe =>
-        {
+        Rtnl::NewAddress(message) if message.header.scope == AddressScope::Universe => {
             // IPv4's own address is `Local`; IPv6 has only `Address`.
             let ip = message.attributes.iter().find_map(|attribute| match attribute {
                 AddressAttribute::Local(ip) => Some(*ip),
@@ -222,14 +230,14 @@ pub fn addresses(netlink: &mut Netlink, index: u32, name: &str) -> Result<Vec<Ip
                     _ => None,
                 })
             });
-            IpNetwork::new(ip?, message.header.prefix_len).ok()
+            Some((message.header.index, IpNetwork::new(ip?, message.header.prefix_len).ok()?))
         }
         _ => None,
     };
     Ok(shown.into_iter().filter_map(address).collect())
 }
 
-/// `ip address add ADDRESS dev NAME [nodad]`. Whose it is was decided by the book of addresses: to ask the link would
+/// `ip address add ADDRESS dev NAME [nodad]`. Whose it is was decided by the IPAM state: to ask the link would
 /// leave the pod without it for a second.
 pub fn add_address(index: u32, name: &str, address: IpNetwork) -> Request {
     let (message, nodad) = address_message(index, address);

@@ -103,6 +103,16 @@ impl Host {
         heard(start_as(shim.env("CNI_ARGS", args), verb, pod, "eth0", conf).wait_with_output().expect("it ends"))
     }
 
+    /// The shim's answer about interface eth0 of `pod`, whose namespace is called `netns`.
+    pub fn ask_in(&self, netns: &str, verb: &str, pod: &str, conf: &Value) -> Result<Value, Value> {
+        let script = format!("CNI_NETNS=/run/netns/{netns} exec {}", env!("CARGO_BIN_EXE_fabric-cni"));
+        heard(
+            start_as(Command::new("sh").args(["-c", &script]), verb, pod, "eth0", conf)
+                .wait_with_output()
+                .expect("it ends"),
+        )
+    }
+
     /// The same by a process that may open so many descriptors. `Err` of null when it couldn't even be started.
     pub fn ask_with_descriptors(&self, limit: u32, verb: &str, pod: &str, conf: &Value) -> Result<Value, Value> {
         let script = format!("ulimit -n {limit}; exec {}", env!("CARGO_BIN_EXE_fabric-cni"));
@@ -112,25 +122,50 @@ impl Host {
         if output.status.success() || output.status.code() == Some(1) { heard(output) } else { Err(Value::Null) }
     }
 
-    pub fn add(&self, pod: &str) -> Value {
+    /// The configuration of another network that the same node serves.
+    pub fn conf_of(&self, network: &str) -> Value {
+        let mut conf = self.conf("1.0.0");
+        conf["name"] = network.into();
+        conf
+    }
+
+    /// Adds a pod, whose namespace has its name, to a network.
+    pub fn add_to(&self, network: &str, pod: &str) -> Value {
         run(&format!("ip netns add {pod}"));
         // A runtime does this by the loopback plugin.
         run(&format!("ip -n {pod} link set lo up"));
-        self.ask("ADD", pod, &self.conf("1.0.0")).expect("ADD succeeds")
+        self.ask("ADD", pod, &self.conf_of(network)).expect("ADD succeeds")
+    }
+
+    /// A runtime's way to make a node's pods and its memory go, but not the files on disk.
+    pub fn reboot(&self, pods: &[&str]) {
+        pods.iter().for_each(|pod| drop(run(&format!("ip netns del {pod}"))));
+        run("ip link del cni0");
+        wait_until("the pods' veths are gone", || !run("ip -o link show type veth").contains("link-netns"));
+    }
+
+    pub fn add(&self, pod: &str) -> Value {
+        self.add_to("fabric", pod)
     }
 
     /// Addresses that host-local holds.
     pub fn addresses(&self) -> Vec<String> {
+        self.addresses_in("fabric")
+    }
+
+    /// Addresses that are taken in a folder of host-local's, in order.
+    pub fn addresses_in(&self, folder: &str) -> Vec<String> {
         let names = |entry: fs::DirEntry| entry.file_name().into_string().expect("text");
-        let files = fs::read_dir(self.path("addresses/fabric")).into_iter().flatten();
+        let files = fs::read_dir(self.path("addresses").join(folder)).into_iter().flatten();
         let mut held: Vec<_> = files.map(|entry| names(entry.expect("an entry"))).collect();
         held.retain(|name| name != "lock" && !name.starts_with("last_reserved_ip"));
+        held.sort();
         held
     }
 
-    /// No address, no state file, no end of a cable.
+    /// No address, no state file, no end of a veth.
     pub fn assert_clean(&self) {
-        wait_until("cables of dead namespaces are gone", || run("ip -o link show type veth").is_empty());
+        wait_until("veths of dead namespaces are gone", || run("ip -o link show type veth").is_empty());
         assert_eq!(self.addresses(), [""; 0], "addresses left");
         let files = fs::read_dir(self.path("state/fabric")).map_or(0, Iterator::count);
         assert_eq!(files, 0, "state files left");
@@ -170,7 +205,7 @@ fn heard(output: Output) -> Result<Value, Value> {
     }
 }
 
-/// Waits for what the kernel does by itself a moment later: a namespace goes after its last file, its cables with it.
+/// Waits for what the kernel does by itself a moment later: a namespace goes after its last file, its veths with it.
 pub fn wait_until(what: &str, done: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !done() {

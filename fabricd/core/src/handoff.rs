@@ -6,6 +6,7 @@
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -95,6 +96,9 @@ pub struct NodeFile {
     pub mtu: u32,
     /// Rises with every claim of a lease.
     pub epoch: u64,
+    /// The folder in which the addresses of the subnet are kept, by the daemon's settings; unknown to earlier daemons.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cni_data_dir: Option<PathBuf>,
 }
 
 impl NodeFile {
@@ -214,6 +218,7 @@ mod tests {
             ipv6: Some(subnet("fd00:10:244::/48", "fd00:10:244:3::/64")),
             mtu: 1430,
             epoch: 7,
+            cni_data_dir: Some("/var/lib/cni/networks".into()),
         }
     }
 
