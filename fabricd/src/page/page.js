@@ -37,21 +37,27 @@ function table(id, header, rows) {
   $(id).replaceChildren(body);
 }
 
-/// Up to sixty peers stand in a ring, with names; more fill the disc as seeds do a sunflower's.
+/// Up to sixty peers stand in a ring, with names; more fill the disc as seeds do a sunflower's. The picture is as high as
+/// they need.
 function topology() {
   const picture = $('topology');
   const own = page.mesh.rows.find((row) => row.node === page.status.node);
   const peers = ordered(page.mesh.names).filter((index) => own && own.cells[index] !== ' ');
   const ring = peers.length <= 60;
+  const radius = Math.min(140, 60 + 10 * peers.length);
   const size = ring ? Math.max(3, Math.min(7, 150 / peers.length)) : 110 / Math.sqrt(peers.length);
   picture.replaceChildren();
+  let [top, bottom] = [-40, 40];
   const [lines, dots] = [add(picture, 'g'), add(picture, 'g')];
   peers.forEach((index, place) => {
     const [name, cell] = [page.mesh.names[index], own.cells[index]];
     const angle = ring ? ((place + 0.5) / peers.length - 0.25) * 2 * Math.PI : place * Math.PI * (3 - Math.sqrt(5));
-    const away = ring ? 140 : 20 + 180 * Math.sqrt((place + 0.5) / peers.length);
+    const away = ring ? radius : 20 + 180 * Math.sqrt((place + 0.5) / peers.length);
     const [x, y] = [away * Math.cos(angle), away * Math.sin(angle)];
     const bad = cell >= 'd';
+    // A name takes up to 70 more, in the same direction.
+    const end = (ring ? away + 70 : away) * Math.sin(angle);
+    [top, bottom] = [Math.min(top, end - 15), Math.max(bottom, end + 15)];
     if (ring || bad) {
       add(lines, 'line', { x2: x, y2: y, stroke: colour(cell), 'stroke-width': bad ? 2 : 1, opacity: bad ? 1 : 0.45 });
     }
@@ -63,6 +69,8 @@ function topology() {
     const at = { transform: `rotate(${turn}) translate(${(left ? -1 : 1) * (away + size + 4)} 3.5)` };
     add(picture, 'text', { ...at, 'text-anchor': left ? 'end' : 'start' }, text);
   });
+  picture.setAttribute('viewBox', `-210 ${top} 420 ${bottom - top}`);
+  picture.style.aspectRatio = 420 / (bottom - top);
   add(picture, 'circle', { r: 11, class: 'self' });
   add(picture, 'text', { y: 25, 'text-anchor': 'middle', 'font-weight': 'bold', 'paint-order': 'stroke', stroke: 'var(--card)', 'stroke-width': 4 }, page.status.node);
 }
@@ -87,14 +95,21 @@ function heat() {
   const whole = page.mesh.rows.length > 1;
   const scale = window.devicePixelRatio || 1;
   const width = element.getBoundingClientRect().width * scale;
-  element.width = element.height = width;
   const draw = element.getContext('2d');
-  draw.font = `${11 * scale}px system-ui, sans-serif`;
-  draw.textBaseline = 'middle';
+  const font = `${11 * scale}px system-ui, sans-serif`;
+  draw.font = font;
   const across = lines.length ? lines[0].length : 1;
   const widest = Math.max(0, ...page.mesh.names.map((name) => draw.measureText(name).width)) + 8 * scale;
   const edge = whole && (width - widest) / across >= 10 * scale ? Math.min(widest, 120 * scale) : 0;
-  const size = whole ? (width - edge) / across : Math.min(width / across, 120 * scale);
+  // Few nodes need no large field, many have to fit the window.
+  const most = Math.min((whole ? 64 : 120) * scale, (0.8 * window.innerHeight * scale - edge) / Math.max(1, lines.length));
+  const size = Math.min((width - edge) / across, most);
+  // To give it a size resets all of it.
+  element.width = width;
+  element.height = Math.ceil(edge + size * lines.length);
+  element.style.height = `${element.height / scale}px`;
+  draw.font = font;
+  draw.textBaseline = 'middle';
   const gap = size > 5 * scale ? scale : 0;
   const at = (place) => Math.round(edge + place * size);
   cellAt = (left, top) => lines[Math.floor((top * scale - edge) / size)]?.[Math.floor((left * scale - edge) / size)];
@@ -170,7 +185,7 @@ function leases() {
   const rows = page.leases
     .map((lease) => [lease.subnets.join(' '), lease.node || '(flannel)', lease.public_addresses.join(' '), lease.epoch, lease.own])
     .filter((row) => row.join(' ').toLowerCase().includes(wanted));
-  table('leases', ['Subnet', `Node (${rows.length})`, 'Underlay', 'Claim'], rows.map((row) => {
+  table('leases', ['Subnet', `Node (${rows.length})`, 'Underlay', 'Epoch'], rows.map((row) => {
     const own = row.pop() ? 'own' : '';
     return row.map((value) => [value, own]);
   }));
