@@ -1,8 +1,9 @@
 //! Generates the code from the protocol files, without protoc.
 
 /// The enums, by the fields that hold one: in JSON they are words.
-const ENUMS: [(&str, &str); 7] = [
+const ENUMS: [(&str, &str); 8] = [
     ("Peer.state", "PeerState"),
+    ("Peer.mesh", "MeshCause"),
     ("PeerEvent.type", "ChangeType"),
     ("LeaseEvent.type", "ChangeType"),
     ("Event.kind", "EventKind"),

@@ -1,4 +1,5 @@
 //! The settings of one node: flags, environment variables `FABRICD_*` and a TOML file, in that order of precedence.
+//! [`Config::of_host`] reads them as the installed service does, for a program that is not the daemon.
 //!
 //! The file has the flags' names with `_` for `-`, as in `etcd_endpoints = ["http://192.0.2.1:2379"]`.
 
@@ -8,12 +9,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::{Arg, ArgAction, Args, CommandFactory, FromArgMatches, Parser, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use fabric_core::model::{Family, NodeName, PerFamily};
 use regex::Regex;
 
 use crate::ipam::CniDirs;
 use crate::rule_args::RuleArgs;
+use crate::settings_files::{variables, with_file, with_variables};
 use crate::store::etcd::{Options, Tls, User};
 use crate::store::kubernetes;
 use crate::underlay::Selector;
@@ -22,15 +24,15 @@ use crate::underlay::Selector;
 #[derive(Clone, Debug, Parser)]
 #[command(name = "fabricd", version, after_help = AFTER_HELP)]
 pub struct Config {
-    /// Name of this node: its identity in the store [default: the host's name]
+    /// Name of this node: its identity in the datastore [default: the host name]
     #[arg(long, env = "FABRICD_NODE_NAME", value_name = "NAME")]
     pub node_name: Option<NodeName>,
 
-    /// File with settings, in TOML [default: /etc/fabric/fabricd.toml, if it exists]
+    /// Settings file in TOML [default: /etc/fabric/fabricd.toml, if it exists]
     #[arg(long, env = "FABRICD_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
 
-    /// Where the leases are
+    /// Datastore of the leases
     #[arg(long, env = "FABRICD_STORE", value_name = "STORE", default_value = "etcd")]
     pub store: StoreKind,
 
@@ -42,63 +44,63 @@ pub struct Config {
     #[command(flatten)]
     pub kubernetes: KubernetesArgs,
 
-    /// How long the lease outlives a node that is gone, as in 90s, 30m, 24h
+    /// Time to live (TTL) of the lease after its last renewal, as in 90s, 30m, 24h
     #[arg(long, env = "FABRICD_LEASE_TTL", value_name = "TIME", default_value = "24h", value_parser = parse_duration)]
     pub lease_ttl: Duration,
 
-    /// How long a subnet whose lease has ended is kept for its node, unless there is no other
+    /// Grace period: how long an expired subnet is kept for its node, unless no other is free
     #[arg(long, env = "FABRICD_LEASE_GRACE", value_name = "TIME", default_value = "24h", value_parser = parse_duration)]
     pub lease_grace: Duration,
 
-    /// Underlay interface, by name or address; repeatable, the first that fits is taken [default: that of the default route]
+    /// Underlay interface, by name or address; repeatable, the first match wins [default: the default route's]
     #[arg(long, env = "FABRICD_IFACE", value_name = "NAME|IP", value_delimiter = ',')]
     pub iface: Vec<String>,
 
-    /// Underlay interface, by a regular expression for its name or address; repeatable, tried after --iface
+    /// Underlay interface, by a regular expression on its name or address; repeatable, tried after --iface
     #[arg(long, env = "FABRICD_IFACE_REGEX", value_name = "REGEX")]
     pub iface_regex: Vec<Regex>,
 
-    /// Underlay interface, as the one that leads to this address; tried last
+    /// Underlay interface, as the one that routes to this address; tried last
     #[arg(long, env = "FABRICD_IFACE_CAN_REACH", value_name = "IP", value_delimiter = ',')]
     pub iface_can_reach: Vec<IpAddr>,
 
-    /// IPv4 address that peers send to, if it is another than the interface's (NAT)
+    /// Public IPv4 address that peers send to, if not the interface's (NAT)
     #[arg(long, env = "FABRICD_PUBLIC_IP", value_name = "IPV4")]
     pub public_ip: Option<Ipv4Addr>,
 
-    /// IPv6 address that peers send to, if it is another than the interface's
+    /// Public IPv6 address that peers send to, if not the interface's
     #[arg(long, env = "FABRICD_PUBLIC_IPV6", value_name = "IPV6")]
     pub public_ipv6: Option<Ipv6Addr>,
 
-    /// What the packet filter is to do.
+    /// The packet filter.
     #[command(flatten)]
     pub rules: RuleArgs,
 
-    /// Folder of node.json, which fabric-cni reads
+    /// Runtime directory: node.json, which fabric-cni reads, and the lock
     #[arg(long, env = "FABRICD_RUN_DIR", value_name = "DIR", default_value = fabric_core::handoff::RUN_DIR)]
     pub run_dir: PathBuf,
 
-    /// Folder of what is remembered over a reboot: lease, peers and network config
+    /// State directory, kept over reboots: lease, peers and network config
     #[arg(long, env = "FABRICD_STATE_DIR", value_name = "DIR", default_value = crate::disk::STATE_DIR)]
     pub state_dir: PathBuf,
 
-    /// Folder where host-local remembers the pods' addresses
+    /// IPAM state of host-local: the pods' addresses
     #[arg(long, env = "FABRICD_CNI_DATA_DIR", value_name = "DIR", default_value = "/var/lib/cni/networks")]
     pub cni_data_dir: PathBuf,
 
-    /// Folder where fabric-cni remembers the pods it has attached, each with its port and addresses
+    /// State of fabric-cni: the attached pods, with veth and addresses
     #[arg(long, env = "FABRICD_CNI_STATE_DIR", value_name = "DIR", default_value = fabric_core::handoff::ATTACHMENTS_DIR)]
     pub cni_state_dir: PathBuf,
 
-    /// Folder of the container runtime's network configurations, for fabricctl doctor to look at
+    /// Directory of the container runtime's network configurations, read by fabricctl doctor
     #[arg(long, env = "FABRICD_CNI_CONF_DIR", value_name = "DIR", default_value = "/etc/cni/net.d")]
     pub cni_conf_dir: PathBuf,
 
-    /// flannel's file with the node's subnet, for others
+    /// flannel's subnet.env, for other programs
     #[arg(long, env = "FABRICD_SUBNET_FILE", value_name = "FILE", default_value = "/run/flannel/subnet.env")]
     pub subnet_file: PathBuf,
 
-    /// Where /proc/sys/net is mounted, writable
+    /// Writable mount of /proc/sys/net
     #[arg(long, env = "FABRICD_SYSCTL_ROOT", value_name = "DIR", default_value = "/proc/sys/net")]
     pub sysctl_root: PathBuf,
 
@@ -106,35 +108,35 @@ pub struct Config {
     #[arg(long, env = "FABRICD_SOCKET", value_name = "FILE", default_value = DEFAULT_SOCKET)]
     pub socket: PathBuf,
 
-    /// Where the gRPC API answers other nodes, which have to show a certificate; "off" for nowhere
+    /// Listen address of the gRPC API for other nodes (read-only, mTLS), or "off"
     #[arg(long, env = "FABRICD_API_ADDR", value_name = "IP:PORT", default_value = "off", value_parser = parse_address)]
     pub api_addr: Address,
 
-    /// Authority that the nodes' certificates are of, in PEM
+    /// Certificate authority (CA) of the nodes' certificates, in PEM
     #[arg(long, env = "FABRICD_API_CAFILE", value_name = "FILE")]
     pub api_cafile: Option<PathBuf>,
 
-    /// This node's certificate, with its name in it, in PEM
+    /// This node's certificate for the gRPC API, with its node name as DNS name, in PEM
     #[arg(long, env = "FABRICD_API_CERTFILE", value_name = "FILE")]
     pub api_certfile: Option<PathBuf>,
 
-    /// Key of that certificate, in PEM
+    /// Private key of that certificate, in PEM
     #[arg(long, env = "FABRICD_API_KEYFILE", value_name = "FILE")]
     pub api_keyfile: Option<PathBuf>,
 
-    /// Where /healthz, /readyz and /metrics answer; "off" for nowhere
+    /// Listen address of /healthz, /readyz, /metrics and the status page, or "off"
     #[arg(long, env = "FABRICD_HEALTH_ADDR", value_name = "IP:PORT", default_value = "127.0.0.1:9472", value_parser = parse_address)]
     pub health_addr: Address,
 
-    /// Form of the log
+    /// Log format
     #[arg(long, env = "FABRICD_LOG_FORMAT", value_name = "FORM", default_value = "text")]
     pub log_format: LogFormat,
 
-    /// What to log, as in info, debug or warn,fabricd::kernel=debug
+    /// Log level, as in info, debug or warn,fabricd::kernel=debug
     #[arg(long, env = "FABRICD_LOG_LEVEL", value_name = "LEVEL", default_value = "info")]
     pub log_level: String,
 
-    /// Remove all that fabricd made on this node, give the lease back, and end
+    /// Remove everything that fabricd created on this node, release its lease, and exit
     #[arg(long)]
     pub cleanup: bool,
 }
@@ -142,7 +144,7 @@ pub struct Config {
 /// How etcd is reached; `fabricctl` takes the same.
 #[derive(Clone, Debug, Args)]
 pub struct EtcdArgs {
-    /// Addresses of etcd's members
+    /// URLs of etcd's members
     #[arg(
         id = "etcd_endpoints",
         long = "etcd-endpoints",
@@ -153,7 +155,7 @@ pub struct EtcdArgs {
     )]
     pub endpoints: Vec<String>,
 
-    /// Where the network lies in etcd
+    /// Prefix of all keys in etcd
     #[arg(
         id = "etcd_prefix",
         long = "etcd-prefix",
@@ -163,19 +165,19 @@ pub struct EtcdArgs {
     )]
     pub prefix: String,
 
-    /// Certificate authority of etcd's members, in PEM
+    /// Certificate authority (CA) of etcd's server certificates, in PEM
     #[arg(id = "etcd_cafile", long = "etcd-cafile", env = "FABRICD_ETCD_CAFILE", value_name = "FILE")]
     pub cafile: Option<PathBuf>,
 
-    /// Certificate to show to etcd, in PEM
+    /// Client certificate for etcd, in PEM
     #[arg(id = "etcd_certfile", long = "etcd-certfile", env = "FABRICD_ETCD_CERTFILE", value_name = "FILE")]
     pub certfile: Option<PathBuf>,
 
-    /// Key of that certificate, in PEM
+    /// Private key of the client certificate, in PEM
     #[arg(id = "etcd_keyfile", long = "etcd-keyfile", env = "FABRICD_ETCD_KEYFILE", value_name = "FILE")]
     pub keyfile: Option<PathBuf>,
 
-    /// User of etcd
+    /// User name for etcd
     #[arg(id = "etcd_username", long = "etcd-username", env = "FABRICD_ETCD_USERNAME", value_name = "NAME")]
     pub username: Option<String>,
 
@@ -189,14 +191,25 @@ pub struct EtcdArgs {
     pub password_file: Option<PathBuf>,
 }
 
+/// How the datastore is reached: what another program has to know to reach the same one.
+#[derive(Clone, Debug)]
+pub struct StoreSettings {
+    /// Which datastore.
+    pub kind: StoreKind,
+    /// etcd.
+    pub etcd: EtcdArgs,
+    /// Kubernetes.
+    pub kubernetes: KubernetesArgs,
+}
+
 /// How the API server of Kubernetes is reached, and what it is told.
 #[derive(Clone, Debug, Args)]
 pub struct KubernetesArgs {
-    /// With --store kubernetes: how to reach it [default: as a pod of the cluster, by its service account]
+    /// With --store kubernetes: kubeconfig file [default: the pod's service account]
     #[arg(long, env = "FABRICD_KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
 
-    /// With --store kubernetes: flannel's net-conf.json, from a ConfigMap; followed when it changes
+    /// With --store kubernetes: flannel's net-conf.json from a ConfigMap; changes are followed
     #[arg(
         long,
         env = "FABRICD_NET_CONFIG_PATH",
@@ -205,7 +218,7 @@ pub struct KubernetesArgs {
     )]
     pub net_config_path: PathBuf,
 
-    /// With --store kubernetes: taint of the Node that goes when its network works, as in fabric.io/not-ready
+    /// With --store kubernetes: startup taint to remove from the Node when its network is ready
     #[arg(long, env = "FABRICD_STARTUP_TAINT", value_name = "KEY")]
     pub startup_taint: Option<String>,
 }
@@ -243,30 +256,37 @@ impl EtcdArgs {
     }
 }
 
-/// Where the leases are.
+/// The datastore of the leases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum StoreKind {
-    /// In etcd: nodes choose their subnets.
+    /// etcd: nodes choose their subnets.
     Etcd,
-    /// In the Nodes of Kubernetes: the cluster assigns them.
+    /// The Nodes of Kubernetes: the cluster assigns subnets.
     Kubernetes,
 }
 
 /// Default path of the gRPC socket.
 pub const DEFAULT_SOCKET: &str = "/run/fabric/fabricd.sock";
 
-const DEFAULT_FILE: &str = "/etc/fabric/fabricd.toml";
+/// The settings file that is read unless another one is named.
+pub const DEFAULT_FILE: &str = "/etc/fabric/fabricd.toml";
 
-const AFTER_HELP: &str =
-    "The network that all nodes share is described in the store: see fabricctl network init --help.
-The CNI plugins are put in place by fabricd install-cni: see fabricd install-cni --help.";
+/// The variables that the packaged service starts the daemon with: its `EnvironmentFile`.
+pub const ENVIRONMENT_FILE: &str = "/etc/default/fabricd";
 
-/// Form of the log.
+const AFTER_HELP: &str = "\
+Other commands:
+  fabricd install-cni   Install the CNI plugins and their conflist
+  fabricd pki           Make and renew certificates
+
+The network config that all nodes share is in the datastore: see fabricctl network init --help.";
+
+/// The log's format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// For people.
+    /// Lines of text.
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
@@ -327,7 +347,7 @@ impl Config {
         let first = Self::try_parse_from(&args)?;
         let file = first.config.clone().or_else(|| Path::new(DEFAULT_FILE).exists().then(|| DEFAULT_FILE.into()));
         let mut config = match file {
-            Some(file) => Self::with_file(&args, &file)?,
+            Some(file) => Self::parse_with(with_file(Self::command(), &file)?, &args, &file)?,
             None => first,
         };
         if config.node_name.is_none() {
@@ -337,34 +357,47 @@ impl Config {
         Ok(config)
     }
 
-    /// The file's settings become the flags' defaults, so that clap checks them by the same rules.
-    fn with_file(args: &[OsString], file: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(file).map_err(|source| ConfigError::File { file: file.into(), source })?;
-        let wrong = |reason: String| ConfigError::Setting { file: file.into(), reason };
-        let table: toml::Table = text.parse().map_err(|e: toml::de::Error| wrong(e.to_string()))?;
+    /// The settings of this host's daemon, as its installed service would get them, with the files that they are from:
+    /// `file`, or else [`DEFAULT_FILE`] below [`ENVIRONMENT_FILE`], as far as they exist. Variables of this process count
+    /// too.
+    ///
+    /// # Errors
+    /// [`ConfigError`], which names the file.
+    pub fn of_host(file: Option<&Path>) -> Result<(Self, Vec<PathBuf>), ConfigError> {
+        let service = Path::new(ENVIRONMENT_FILE);
+        let variables = match (file, std::fs::read_to_string(service)) {
+            (None, Ok(text)) => Some(variables(&text)),
+            (None, Err(error)) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(ConfigError::File { file: service.into(), source: error });
+            }
+            _ => None,
+        };
+        let named = variables.iter().flatten().find(|(name, _)| name == "config").map(|(_, file)| file.into());
+        let file = file.map(Path::to_owned).or(named);
+        let file = file.or_else(|| Path::new(DEFAULT_FILE).exists().then(|| DEFAULT_FILE.into()));
 
         let mut command = Self::command();
-        for (name, value) in table {
-            let settable =
-                |arg: &&Arg| arg.get_id() == name.as_str() && !["config", "cleanup"].contains(&name.as_str());
-            let Some(arg) = command.get_arguments().find(settable) else {
-                let known = command.get_arguments().map(|arg| arg.get_id().as_str());
-                let known: Vec<&str> =
-                    known.filter(|id| !["config", "cleanup", "help", "version"].contains(id)).collect();
-                return Err(wrong(format!("there is no setting {name:?}; there are {}", known.join(", "))));
-            };
-            let values = match value {
-                toml::Value::Array(_) if !matches!(arg.get_action(), ArgAction::Append) => {
-                    return Err(wrong(format!("{name} takes one value, not a list")));
-                }
-                toml::Value::Array(values) => values.into_iter().map(scalar).collect::<Result<Vec<_>, _>>(),
-                value => scalar(value).map(|value| vec![value]),
-            };
-            let values = values.map_err(|kind| wrong(format!("{name} is a {kind}; expected a string")))?;
-            command = command.mut_arg(&name, |arg| arg.default_values(values));
+        if let Some(file) = &file {
+            command = with_file(command, file)?;
         }
-        let matches = command.try_get_matches_from(args).map_err(|e| wrong(e.to_string()))?;
+        if let Some(variables) = &variables {
+            command = with_variables(command, variables);
+        }
+        let files: Vec<PathBuf> = file.into_iter().chain(variables.map(|_| service.into())).collect();
+        let told = files.last().cloned().unwrap_or_default();
+        Ok((Self::parse_with(command, &["fabricd".into()], &told)?, files))
+    }
+
+    fn parse_with(command: clap::Command, args: &[OsString], file: &Path) -> Result<Self, ConfigError> {
+        let matches = command.try_get_matches_from(args);
+        let matches = matches.map_err(|e| ConfigError::Setting { file: file.into(), reason: e.to_string() })?;
         Ok(Self::from_arg_matches(&matches)?)
+    }
+
+    /// How the datastore is reached.
+    #[must_use]
+    pub fn store_settings(&self) -> StoreSettings {
+        StoreSettings { kind: self.store, etcd: self.etcd.clone(), kubernetes: self.kubernetes.clone() }
     }
 
     /// This node's name.
@@ -423,15 +456,6 @@ fn name_of_host(host: &str) -> Result<NodeName, ConfigError> {
 /// True for what machines are called that nobody has named: by distributions, and `(none)` by the kernel.
 fn is_everybodys(name: &str) -> bool {
     name == "(none)" || name.split('.').next().is_some_and(|first| first == "localhost")
-}
-
-fn scalar(value: toml::Value) -> Result<String, &'static str> {
-    match value {
-        toml::Value::String(text) => Ok(text),
-        toml::Value::Integer(number) => Ok(number.to_string()),
-        toml::Value::Boolean(value) => Ok(value.to_string()),
-        other => Err(other.type_str()),
-    }
 }
 
 /// Reads a time such as `90s`, `30m` or `24h`.
@@ -495,6 +519,21 @@ mod tests {
         assert_eq!(config.lease_ttl, Duration::from_secs(1800));
         assert_eq!(config.iface, ["eth1"]);
         assert_eq!(config.etcd.prefix, "/coreos.com/network");
+    }
+
+    #[test]
+    fn variables_of_the_service_win_over_its_file() {
+        let text = "# a comment\nFABRICD_ETCD_ENDPOINTS=http://192.0.2.1:2379,http://192.0.2.2:2379\n\
+                    FABRICD_ETCD_PREFIX=\"/other\"\n; another\nFABRICD_CNI_BIN_DIR=/opt/cni/bin\nPATH=/bin\n\
+                    FABRICD_LEASE_TTL = '1h'\nFABRICD_CLEANUP=true\n";
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let file = dir.path().join("fabricd.toml");
+        std::fs::write(&file, "etcd_endpoints = ['http://192.0.2.9:2379']\niface = 'eth1'\n").expect("written");
+        let command = with_variables(with_file(Config::command(), &file).expect("valid"), &variables(text));
+        let config = Config::parse_with(command, &["fabricd".into()], &file).expect("valid");
+        assert_eq!(config.etcd.endpoints, ["http://192.0.2.1:2379", "http://192.0.2.2:2379"]);
+        assert_eq!((config.etcd.prefix.as_str(), config.lease_ttl), ("/other", Duration::from_secs(3600)));
+        assert_eq!((config.iface, config.cleanup), (vec!["eth1".to_owned()], false));
     }
 
     #[test]

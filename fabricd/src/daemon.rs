@@ -146,7 +146,9 @@ async fn serve(
     });
     let inspector = Arc::new(Inspector { store: Some(probe), mesh: mesh.clone(), places: places(config) });
     let access = remote.as_ref().and_then(|(_, tls)| Some((tls.clone(), config.api_addr.0?.port())));
-    let sources = Sources { view, events, mesh, inspector, remote: Remote { access }, log_level, controls };
+    let remote_access = Remote { access };
+    let store = Arc::new(config.store_settings());
+    let sources = Sources { view, events, mesh, inspector, remote: remote_access, log_level, controls, store };
     if let Some(listener) = health {
         let sources = sources.clone();
         tasks.spawn(async {

@@ -142,7 +142,7 @@ fn tell_lease(events: &Events, was: &View, now: &View) {
     }
     let quarantine = |view: &View| matches!(view.holding.trouble, Some((NotReady::Quarantine, _)));
     if let (false, true, Some((_, reason))) = (quarantine(was), quarantine(now), &now.holding.trouble) {
-        events.tell(Kind::Lease, "", format!("in quarantine: {reason}"), true);
+        events.tell(Kind::Lease, "", format!("lease lost, pod creation suspended (quarantine): {reason}"), true);
     }
 }
 
@@ -154,16 +154,18 @@ fn tell_peers(events: &Events, was: &View, now: &View) {
             let came = changes.iter().filter(|(was, _)| was.is_none()).count();
             let went = changes.iter().filter(|(_, now)| now.is_none()).count();
             let others = changes.len() - came - went;
-            events.tell(Kind::Peer, "", format!("{came} peers came, {went} went, {others} changed"), false);
+            events.tell(Kind::Peer, "", format!("{came} peers added, {went} removed, {others} leases updated"), false);
         } else {
             for change in changes {
                 let (lease, what) = match change {
-                    (None, Some(lease)) => (lease, format!("came with {}", lease.key)),
-                    (Some(lease), None) => (lease, format!("went with {}", lease.key)),
-                    (_, Some(lease)) => (lease, "changed its record".into()),
+                    (None, Some(lease)) => (lease, "added"),
+                    (Some(lease), None) => (lease, "removed"),
+                    (_, Some(lease)) => (lease, "lease updated"),
                     (None, None) => continue,
                 };
-                events.tell(Kind::Peer, name(lease), what, false);
+                // A placeholder is no peer: it keeps the subnet of a node that is away.
+                let of = if lease.record.is_placeholder() { "reservation " } else { "" };
+                events.tell(Kind::Peer, name(lease), format!("{of}{what}: {}", lease.key), false);
             }
         }
     } else if let Some(leases) = &now.leases {
@@ -206,7 +208,7 @@ mod tests {
         let said = |events: &Events| events.read().0.into_iter().map(|event| event.message).collect::<Vec<_>>();
         assert_eq!(said(&events), ["the store answers", "ready", "look", "over: look"]);
         for _ in 0..REMEMBERED {
-            events.tell(Kind::Peer, "node-2", "changed its record", false);
+            events.tell(Kind::Peer, "node-2", "lease updated", false);
         }
         let (past, _) = events.read();
         assert_eq!((past.len(), past[0].number, past[499].number), (500, 5, 504));

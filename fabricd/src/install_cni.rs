@@ -41,7 +41,7 @@ const WATCH_PERIOD: Duration = Duration::from_secs(5);
 
 /// Put the CNI plugins and their conflist in place, the conflist when this node is ready
 #[derive(Clone, Debug, Parser)]
-#[command(name = "fabricd install-cni", version)]
+#[command(name = "fabricd install-cni", bin_name = "fabricd install-cni", version)]
 pub struct InstallCni {
     /// Where the runtime has its CNI plugins
     #[arg(long, env = "FABRICD_CNI_BIN_DIR", value_name = "DIR", default_value = "/opt/cni/bin")]

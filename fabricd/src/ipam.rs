@@ -23,7 +23,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use fabric_core::attachments::{DEFAULT_BRIDGE, IPAM_NETWORK, Owner, SavedAttachment};
-use fabric_core::model::{IfName, Subnet};
+use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::record::LeaseKey;
 use tracing::warn;
 
@@ -296,6 +296,35 @@ fn entries(dir: &Path) -> io::Result<Vec<Entry>> {
     }
     entries.sort_by(|a, b| (a.ip, &a.file).cmp(&(b.ip, &b.file)));
     Ok(entries)
+}
+
+/// How full a subnet is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Use {
+    /// The subnet.
+    pub subnet: Subnet,
+    /// Addresses that are taken in it, whoever has them.
+    pub used: u64,
+    /// Addresses that are left for pods: VTEP, gateway and IPv4's broadcast address are nobody's. Saturates.
+    pub free: u64,
+}
+
+/// How full each subnet of this node is, by host-local's folder alone.
+///
+/// # Errors
+/// When it can't be read. One that is missing is empty.
+pub fn uses(addresses: &Path, key: &LeaseKey) -> io::Result<Vec<Use>> {
+    let taken: BTreeSet<IpAddr> = entries(addresses)?.iter().map(|entry| entry.ip).collect();
+    let uses = key.subnets().values().map(|subnet| {
+        let used = taken.iter().filter(|ip| subnet.contains(**ip)).count().try_into().unwrap_or(u64::MAX);
+        let (bits, reserved) = match subnet.family() {
+            Family::V4 => (32, 3),
+            Family::V6 => (128, 2),
+        };
+        let all = 1_u64.checked_shl(bits - u32::from(subnet.prefix_len())).unwrap_or(u64::MAX);
+        Use { subnet: *subnet, used, free: all.saturating_sub(reserved).saturating_sub(used) }
+    });
+    Ok(uses.collect())
 }
 
 fn folder_of(file: &Path) -> &str {

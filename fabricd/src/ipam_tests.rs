@@ -169,3 +169,20 @@ fn what_cannot_be_read_counts_as_a_pod_and_what_is_missing_as_none() {
     assert_eq!(NodePods::with_links(node.dirs(), nothing).in_subnets(&key("10.244.3.0-24")), (0, 0));
     assert_eq!(NodePods::with_links(node.dirs(), broken).in_subnets(&key("10.244.3.0-24")), (1, 0));
 }
+
+#[test]
+fn use_of_a_subnet_counts_what_is_taken_in_it_and_what_is_left_for_pods() {
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["fabric/10.244.3.7", "other/10.244.3.7", "fabric/10.244.3.8", "fabric/fd00:3::7", "other/10.244.4.1"] {
+        let file = dir.path().join(file);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(file, "container\r\neth0").unwrap();
+    }
+    let counted = |dir: &Path, key: &str| {
+        let uses = uses(dir, &LeaseKey::decode(key).unwrap()).unwrap();
+        uses.iter().map(|one| (one.used, one.free)).collect::<Vec<_>>()
+    };
+    assert_eq!(counted(dir.path(), "10.244.3.0-24&fd00:3::-64"), [(2, 251), (1, u64::MAX - 3)]);
+    assert_eq!(counted(dir.path(), "10.244.5.0-30"), [(0, 1)]);
+    assert_eq!(counted(Path::new("/nowhere"), "10.244.3.0-24"), [(0, 253)]);
+}

@@ -39,6 +39,7 @@ pub mod ports;
 pub mod reconcile;
 pub mod rule_args;
 pub mod rules;
+mod settings_files;
 pub mod store;
 pub mod underlay;
 pub mod view;

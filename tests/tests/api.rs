@@ -68,11 +68,13 @@ async fn api_answers_watches_and_keeps_others_out() -> Result<()> {
     lists_and_watches(&api, &mut client).await?;
     events_are_told(&api, &mut client).await?;
     kernel_state_is_asked_of_the_loop(&mut api, &mut client).await?;
+    let settings = client.get_settings(v1::GetSettingsRequest {}).await?.into_inner();
+    assert_eq!((settings.store.as_str(), settings.etcd_endpoints.len()), ("etcd", 1), "{settings:?}");
     let level = |level: &str| v1::SetLogLevelRequest { level: level.into() };
     assert_eq!(client.set_log_level(level("debug")).await?.into_inner().level, "debug");
     assert_eq!(client.set_log_level(level("loud")).await.unwrap_err().code(), Code::InvalidArgument);
     health_and_reflection_are_served(&socket).await?;
-    tls_is_for_those_who_show_a_certificate_and_to_look_only(&api).await
+    tls_is_for_those_who_show_a_certificate_and_read_only(&api).await
 }
 
 async fn lists_and_watches(api: &Served, client: &mut FabricClient<Channel>) -> Result<()> {
@@ -149,7 +151,7 @@ async fn health_and_reflection_are_served(socket: &Path) -> Result<()> {
     Ok(())
 }
 
-async fn tls_is_for_those_who_show_a_certificate_and_to_look_only(api: &Served) -> Result<()> {
+async fn tls_is_for_those_who_show_a_certificate_and_read_only(api: &Served) -> Result<()> {
     let ours = Certificates::create_for(&[("node-1", "DNS:node-1"), ("node-2", "DNS:node-2")])?;
     let strangers = Certificates::create_for(&[("node-2", "DNS:node-2")])?;
     let (certificate, key) = ours.pair("node-1");
@@ -177,6 +179,8 @@ async fn tls_is_for_those_who_show_a_certificate_and_to_look_only(api: &Served) 
     let mut client = ask(Some(&ours), "node-1").await?;
     let code = |answer: Result<_, tonic::Status>| answer.err().map(|status| status.code());
     let refused = client.set_log_level(v1::SetLogLevelRequest { level: "debug".into() }).await.map(drop);
+    assert_eq!(code(refused), Some(Code::PermissionDenied));
+    let refused = client.get_settings(v1::GetSettingsRequest {}).await.map(drop);
     assert_eq!(code(refused), Some(Code::PermissionDenied));
     let refused = client.renumber_lease(v1::RenumberLeaseRequest { force: true }).await.map(drop);
     assert_eq!(code(refused), Some(Code::PermissionDenied));

@@ -330,6 +330,12 @@ async fn network_config_is_written_once_and_replaced_by_force() {
     assert_eq!(init(&two, false).await, Init::Exists(stored.clone()));
     assert_eq!(init(&two, true).await, Init::Replaced(stored));
     assert_eq!(etcd.ctl(&["get", "--print-value-only", &at("config")]).await.trim_end(), two);
+    // What was decided on a config that isn't there any more is not written.
+    let seen = store.read_config().await.expect("reachable").expect("written");
+    assert_eq!(store.network_replace(&seen, one.as_bytes()).await, Ok(()));
+    let refused = store.network_replace(&seen, two.as_bytes()).await;
+    assert!(matches!(refused, Err(StoreError::Refused { .. })), "{refused:?}");
+    assert_eq!(etcd.ctl(&["get", "--print-value-only", &at("config")]).await.trim_end(), one);
     let network = shows(&mut store.network(), "the config", |network| matches!(network, Network::Valid(_))).await;
     assert!(matches!(network, Network::Valid(config) if config.spaces.v4.is_some()));
 }
@@ -449,11 +455,11 @@ async fn subnets_are_reserved_and_released_by_a_person() {
     let [one, two] = [1, 2].map(|n| format!("node-{n}").parse().expect("a name"));
     let place = key("10.244.2.0-24");
     let refused = store.reserve(&two, &held.key).await.expect_err("it is node-1's").to_string();
-    assert!(refused.contains("held by node-1"), "{refused}");
+    assert!(refused.contains("node-1 holds 10.244.1.0/24"), "{refused}");
     store.reserve(&two, &place).await.expect("free");
     leases(&store, "the placeholder", |set| set.get(&place).is_some_and(|lease| lease.record.is_placeholder())).await;
     let refused = store.reserve(&one, &place).await.expect_err("it is node-2's").to_string();
-    assert!(refused.contains("node-2"), "{refused}");
+    assert!(refused.ends_with("fabricctl lease unreserve node-2"), "{refused}");
     assert_eq!(store.unreserve(&two).await.expect("reachable"), [place]);
     leases(&store, "no placeholder", |set| set.get(&place).is_none() && set.reservations().is_empty()).await;
 

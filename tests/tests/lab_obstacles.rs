@@ -80,9 +80,10 @@ fn a_network_config_that_flannel_runs_on_is_taken_and_what_was_masked_is_told() 
     node.wait_ready()?;
     ensure!(node.subnet()?.starts_with("10.10."), "{}", node.subnet()?);
     let told = r#"the network is 10.10.0.0/16; write "Network": "10.10.0.0/16" there"#;
-    ensure!(node.run(&["fabricctl", "status"])?.contains(told));
+    let status = node.exec(&["fabricctl", "status"])?;
+    ensure!(status.stdout.contains(told) && status.status.code() == Some(4), "{status:?}");
     ensure!(node.log("fabricd").contains("the network is 10.10.0.0/16"), "{}", node.log_tail("fabricd"));
-    let shown = node.exec(&["fabricctl", "network", "show"])?;
+    let shown = node.exec(&["fabricctl", "network", "show", "-o", "json"])?;
     let in_force: serde_json::Value = serde_json::from_str(&shown.stdout)?;
     ensure!(in_force["Network"] == "10.10.0.0/16" && in_force["SubnetLen"] == 24, "{shown:?}");
     ensure!(shown.stderr.contains(told), "{shown:?}");

@@ -1,5 +1,8 @@
 //! The daemon's types in the API's words.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
 use fabric_core::diff::diff;
 use fabric_core::handoff::Readiness;
 use fabric_core::leases::Lease;
@@ -7,10 +10,12 @@ use fabric_core::state::KernelState;
 use fabric_proto::v1;
 use tokio::time::Instant;
 
+use crate::config::{StoreKind, StoreSettings};
 use crate::diagnosis::Outcome;
 use crate::diagnosis::explain::Hop;
 use crate::diagnosis::finding::Finding;
 use crate::events::{Event, Kind, unix_millis};
+use crate::ipam::{self, Use};
 use crate::kernel::Count;
 use crate::mesh::{Cause, Mesh, Path};
 use crate::reconcile::{Looked, Written};
@@ -52,6 +57,7 @@ pub fn status_of(view: &View, now: Instant) -> v1::GetStatusResponse {
             subnets: own.key.subnets().values().map(ToString::to_string).collect(),
             expires_in_seconds: expires.saturating_duration_since(now).as_secs().try_into().unwrap_or(i64::MAX),
             epoch: own.epoch,
+            ttl_seconds: view.holding.mark.map_or(0, |mark| mark.ttl.as_secs().try_into().unwrap_or(i64::MAX)),
         }),
         vteps: view
             .vteps
@@ -71,6 +77,60 @@ pub fn status_of(view: &View, now: Instant) -> v1::GetStatusResponse {
         pending: view.pending.clone(),
         dropped: view.dropped.iter().filter(|(_, count)| count.packets > 0).map(dropped).collect(),
         open_ports: view.open_ports.iter().map(ToString::to_string).collect(),
+        addresses: vec![],
+    }
+}
+
+/// The same with what isn't in a view: how the peers are reached, and which addresses are in use.
+#[must_use]
+pub fn whole_status(view: &View, paths: &Mesh, addresses: &std::path::Path, now: Instant) -> v1::GetStatusResponse {
+    let mut status = status_of(view, now);
+    add_mesh(&mut status.peers, paths, now);
+    if let Some(own) = &view.holding.own {
+        // IPAM state that can't be read tells nothing; doctor says so.
+        let uses = ipam::uses(addresses, &own.key).unwrap_or_default().into_iter();
+        let told = |Use { subnet, used, free }| v1::AddressUse { subnet: subnet.to_string(), used, free };
+        status.addresses = uses.map(told).collect();
+    }
+    status
+}
+
+/// Adds to each peer how it is reached: the worse of both families, which is the one that hurts, or was seen last.
+pub fn add_mesh(peers: &mut [v1::Peer], paths: &Mesh, now: Instant) {
+    let mut by_address = BTreeMap::new();
+    paths.each(|path| {
+        let since = path.since.map_or(-1.0, |since| now.saturating_duration_since(since).as_secs_f64());
+        by_address.insert(path.target.overlay.to_string(), (path.cause(), since));
+    });
+    for peer in peers {
+        let vteps = peer.subnets.iter().filter_map(|subnet| Some(subnet.split_once('/')?.0));
+        let paths = vteps.filter_map(|vtep| by_address.get(vtep));
+        let worst = paths.max_by(|(a, _), (b, _)| (a.hurts(), *a != Cause::Fine).cmp(&(b.hurts(), *b != Cause::Fine)));
+        if let Some((worst, since)) = worst {
+            peer.set_mesh(cause(*worst));
+            peer.mesh_since_seconds = *since;
+        }
+    }
+}
+
+/// How the datastore is reached. Files are named, never shown.
+#[must_use]
+pub fn settings(StoreSettings { kind, etcd, kubernetes }: &StoreSettings) -> v1::GetSettingsResponse {
+    let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
+    v1::GetSettingsResponse {
+        store: match kind {
+            StoreKind::Etcd => "etcd".into(),
+            StoreKind::Kubernetes => "kubernetes".into(),
+        },
+        etcd_endpoints: etcd.endpoints.clone(),
+        etcd_prefix: etcd.prefix.clone(),
+        etcd_cafile: path(&etcd.cafile),
+        etcd_certfile: path(&etcd.certfile),
+        etcd_keyfile: path(&etcd.keyfile),
+        etcd_username: etcd.username.clone().unwrap_or_default(),
+        etcd_password_file: path(&etcd.password_file),
+        kubeconfig: path(&kubernetes.kubeconfig),
+        net_config_path: kubernetes.net_config_path.display().to_string(),
     }
 }
 
@@ -103,6 +163,8 @@ pub fn peer(view: &View, lease: &Lease) -> v1::Peer {
         vtep_macs: endpoints.values().map(|endpoint| endpoint.vtep_mac.to_string()).collect(),
         state: state.into(),
         reason,
+        mesh: v1::MeshCause::Unknown.into(),
+        mesh_since_seconds: -1.0,
     }
 }
 

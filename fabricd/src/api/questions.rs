@@ -158,7 +158,7 @@ async fn answer_ourselves(sources: &Sources, question: Asked) -> v1::NodeAnswer 
     let begin = Instant::now();
     let view = sources.view.borrow().clone();
     let answer = match question {
-        Asked::Status(_) => Ok(Answer::Status(convert::status_of(&view, begin))),
+        Asked::Status(_) => Ok(Answer::Status(sources.status())),
         Asked::Mesh(_) => Ok(Answer::Mesh(convert::mesh(&sources.mesh, begin))),
         Asked::Explain(request) => {
             explain_all(sources, v1::ExplainRequest { local_only: true, ..request }).await.map(Answer::Explain)

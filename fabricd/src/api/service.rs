@@ -14,6 +14,7 @@ use super::changes::{self, Changes};
 use super::convert;
 use super::questions::{self, Answers};
 use super::remote::Remote;
+use crate::config::StoreSettings;
 use crate::diagnosis::Inspector;
 use crate::events::Events;
 use crate::log_level::LogLevel;
@@ -47,6 +48,8 @@ pub struct Sources {
     pub log_level: LogLevel,
     /// Whom to tell what a person wants.
     pub controls: Controls,
+    /// How the datastore is reached.
+    pub store: Arc<StoreSettings>,
 }
 
 /// The API, for one kind of asker.
@@ -55,6 +58,15 @@ pub struct Service {
     sources: Sources,
     /// Whether anything may be changed.
     may_change: bool,
+}
+
+impl Sources {
+    /// The state of this node now, with all that is known of it.
+    #[must_use]
+    pub fn status(&self) -> v1::GetStatusResponse {
+        let view = self.view.borrow().clone();
+        convert::whole_status(&view, &self.mesh, &self.inspector.places.addresses, Instant::now())
+    }
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -66,7 +78,7 @@ impl Service {
         Self { sources, may_change: true }
     }
 
-    /// For other nodes: to look only.
+    /// For other nodes: read-only.
     #[must_use]
     pub fn for_peers(sources: Sources) -> Self {
         Self { sources, may_change: false }
@@ -85,8 +97,14 @@ impl Service {
 
 #[tonic::async_trait]
 impl Fabric for Service {
+    async fn get_settings(&self, _: Request<v1::GetSettingsRequest>) -> Answer<v1::GetSettingsResponse> {
+        // Nothing in it is secret, yet how etcd is reached is no business of other nodes.
+        self.controls()?;
+        Ok(Response::new(convert::settings(&self.sources.store)))
+    }
+
     async fn get_status(&self, _: Request<v1::GetStatusRequest>) -> Answer<v1::GetStatusResponse> {
-        Ok(Response::new(convert::status_of(&self.view(), Instant::now())))
+        Ok(Response::new(self.sources.status()))
     }
 
     async fn renumber_lease(&self, request: Request<v1::RenumberLeaseRequest>) -> Answer<v1::RenumberLeaseResponse> {
@@ -107,7 +125,8 @@ impl Fabric for Service {
 
     async fn list_peers(&self, _: Request<v1::ListPeersRequest>) -> Answer<v1::ListPeersResponse> {
         let view = self.view();
-        let peers = view.peers().map(|lease| convert::peer(&view, lease)).collect();
+        let mut peers: Vec<_> = view.peers().map(|lease| convert::peer(&view, lease)).collect();
+        convert::add_mesh(&mut peers, &self.sources.mesh, Instant::now());
         Ok(Response::new(v1::ListPeersResponse { peers }))
     }
 

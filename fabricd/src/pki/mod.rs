@@ -28,7 +28,7 @@ pub const COMMAND: &str = "pki";
 
 /// Make and renew the certificates of etcd and its clients
 #[derive(Debug, Parser)]
-#[command(name = "fabricd pki", version)]
+#[command(name = "fabricd pki", bin_name = "fabricd pki", version)]
 pub struct Pki {
     #[command(subcommand)]
     action: Action,

@@ -84,7 +84,7 @@ fn address_changes(trial: &mut Trial) -> Result<()> {
         );
         pair.node.run(&["sh", "-ec", &script])?;
         pair.within(BY_EVENT, "the bridge is the underlay", || {
-            let shown = pair.node.run(&["fabricctl", "status"])?;
+            let shown = pair.node.exec(&["fabricctl", "status"])?.stdout;
             ensure!(shown.contains("br0"), "{shown}");
             Ok(())
         })?;

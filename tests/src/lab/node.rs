@@ -176,13 +176,14 @@ impl Node {
         http::get(&self.network()?, SocketAddr::from(([127, 0, 0, 1], port)), path)
     }
 
-    /// What `fabricctl status -o json` prints.
+    /// What `fabricctl status -o json` prints of a node that is ready, whatever else is not well.
     ///
     /// # Errors
-    /// fabricd doesn't answer.
+    /// It is not ready, or fabricd doesn't answer.
     pub fn status(&self) -> Result<Value> {
-        serde_json::from_str(&self.run(&["fabricctl", "status", "-o", "json"])?)
-            .context("fabricctl prints malformed JSON")
+        let shown = self.exec(&["fabricctl", "status", "-o", "json"])?;
+        ensure!(matches!(shown.status.code(), Some(0 | 4)), "{shown:?}");
+        serde_json::from_str(&shown.stdout).context("fabricctl prints malformed JSON")
     }
 
     /// Drops all packets between the node itself and an address, both ways, until [`Node::heal`]; nothing

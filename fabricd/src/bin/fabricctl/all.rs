@@ -8,11 +8,16 @@ use clap::Args;
 use fabric_proto::Word as _;
 use fabric_proto::v1::ask_nodes_request::Question;
 use fabric_proto::v1::node_answer::Answer as Said;
-use fabric_proto::v1::{AskNodesRequest, CheckResult, Checks, GetMeshResponse, GetStatusResponse, NodeAnswer};
+use fabric_proto::v1::{
+    AskNodesRequest, CheckResult, Checks, GetMeshResponse, GetStatusRequest, GetStatusResponse, NodeAnswer,
+};
 
 use crate::output::{Output, Screen, Tone};
 use crate::table::{Cell, render};
-use crate::{Answer, NOT_ALL_WELL, daemon, mesh};
+use crate::{Answer, NOT_ALL_WELL, daemon, mesh, status};
+
+/// How many milliseconds a node may take, unless it is said otherwise.
+const NODE_TIMEOUT: u32 = 2000;
 
 /// Whom to ask.
 #[derive(Debug, Args)]
@@ -23,12 +28,17 @@ pub struct AllArgs {
     /// Ask the daemons of these nodes only
     #[arg(long, value_name = "NODE,…", value_delimiter = ',')]
     nodes: Vec<String>,
-    /// How many milliseconds each may take
-    #[arg(long, value_name = "MILLIS", default_value_t = 2000)]
+    /// Timeout for each node's answer, in milliseconds
+    #[arg(long, value_name = "MILLIS", default_value_t = NODE_TIMEOUT)]
     node_timeout: u32,
 }
 
 impl AllArgs {
+    /// These nodes; all, if none is named.
+    pub fn of(nodes: Vec<String>) -> Self {
+        Self { all: nodes.is_empty(), nodes, node_timeout: NODE_TIMEOUT }
+    }
+
     /// Whether others are asked at all.
     pub fn asked(&self) -> bool {
         self.all || !self.nodes.is_empty()
@@ -37,6 +47,25 @@ impl AllArgs {
 
 /// Asks, and shows a line for each node; exit code 4 when one has not answered, or is not well.
 pub async fn ask(socket: &Path, output: Output, args: AllArgs, question: Question) -> anyhow::Result<Answer> {
+    let answers = answers(socket, args, question).await?;
+    let well = answers.iter().all(|answer| said(answer).1 == Tone::Good);
+    Ok(Answer::well_if(well, output.show(&answers, |screen| table(screen, &answers))?, NOT_ALL_WELL))
+}
+
+/// The status of each node that answers.
+///
+/// # Errors
+/// Nodes can't be asked from here.
+pub async fn statuses(socket: &Path, args: AllArgs) -> anyhow::Result<Vec<GetStatusResponse>> {
+    let answers = answers(socket, args, Question::Status(GetStatusRequest {})).await?;
+    let statuses = answers.into_iter().filter_map(|answer| match answer.answer {
+        Some(Said::Status(status)) => Some(status),
+        _ => None,
+    });
+    Ok(statuses.collect())
+}
+
+async fn answers(socket: &Path, args: AllArgs, question: Question) -> anyhow::Result<Vec<NodeAnswer>> {
     let request = AskNodesRequest { nodes: args.nodes, timeout_ms: args.node_timeout, question: Some(question) };
     let stream = daemon::connect(socket).await?.ask_nodes(request).await;
     let mut stream = stream.map_err(|status| daemon::told(&status))?.into_inner();
@@ -45,8 +74,7 @@ pub async fn ask(socket: &Path, output: Output, args: AllArgs, question: Questio
         answers.push(answer);
     }
     answers.sort_by(|a, b| a.node.cmp(&b.node));
-    let well = answers.iter().all(|answer| said(answer).1 == Tone::Good);
-    Ok(Answer::well_if(well, output.show(&answers, |screen| table(screen, &answers))?, NOT_ALL_WELL))
+    Ok(answers)
 }
 
 fn table(screen: &Screen, answers: &[NodeAnswer]) -> String {
@@ -76,10 +104,10 @@ fn said(answer: &NodeAnswer) -> (String, Tone) {
 fn of_status(status: &GetStatusResponse) -> (String, Tone) {
     let subnets = status.lease.iter().flat_map(|lease| lease.subnets.clone()).collect::<Vec<_>>().join(" ");
     let peers = format!("{} of {} peers programmed", status.peers_programmed, status.peers.len());
-    let warnings =
-        if status.warnings.is_empty() { String::new() } else { format!(", {} warnings", status.warnings.len()) };
+    let wrong: Vec<String> = status::not_well(status).into_iter().map(|what| format!(", {what}")).collect();
+    let tone = if wrong.is_empty() { Tone::Good } else { Tone::Doubtful };
     match status.ready {
-        true => (format!("ready, {subnets}, {peers}{warnings}, version {}", status.version), Tone::Good),
+        true => (format!("ready, {subnets}, {peers}{}, version {}", wrong.concat(), status.version), tone),
         false => (format!("NOT READY: {}", status.reason), Tone::Bad),
     }
 }

@@ -56,10 +56,10 @@ mod tests {
             unix_millis: 1_000_000,
             kind: EventKind::Peer.into(),
             subject: "node-2".into(),
-            message: "came with 10.244.2.0/24".into(),
+            message: "added: 10.244.2.0/24".into(),
             warning: false,
         };
         let now = UNIX_EPOCH + Duration::from_secs(1_060);
-        assert_eq!(line(&Screen::default(), &event, now), "    60 s ago  peer       node-2 came with 10.244.2.0/24\n");
+        assert_eq!(line(&Screen::default(), &event, now), "    60 s ago  peer       node-2 added: 10.244.2.0/24\n");
     }
 }

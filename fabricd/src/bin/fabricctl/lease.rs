@@ -1,7 +1,6 @@
-//! `fabricctl lease`: who has which subnet, and what a person may do about it.
+//! `fabricctl lease`: which node has which subnet, and what an operator may do about it.
 
-use std::collections::BTreeSet;
-use std::future::Future;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
@@ -10,21 +9,24 @@ use fabric_core::leases::Lease;
 use fabric_core::model::{NodeName, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::record::{Backend, LeaseKey};
-use fabric_proto::v1::RenumberLeaseRequest;
-use fabricd::config::EtcdArgs;
-use fabricd::store::StoreError;
-use fabricd::store::etcd::{Etcd, Overview};
+use fabric_proto::v1::{AddressUse, GetStatusRequest, ListPeersRequest, MeshCause, RenumberLeaseRequest};
+use fabricd::store::etcd::Overview;
 use serde::Serialize;
 
-use crate::network::{PATIENCE, unreached};
+use crate::all::{self, AllArgs};
+use crate::network::in_time;
 use crate::output::{OutputArg, Screen};
+use crate::settings::StoreArgs;
 use crate::status::span;
 use crate::table::{Cell, render};
 use crate::{Answer, daemon};
 
+/// What to do where the Nodes of the cluster are the leases.
+const IN_KUBERNETES: &str = "leases are the podCIDRs of its Nodes; see them with: fabricctl leases";
+
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// All leases, reservations, and subnets that rest after their lease has ended
+    /// All leases, reservations, and expired subnets in their grace period
     List(ListArgs),
     /// One node's
     Show {
@@ -34,38 +36,40 @@ pub enum Command {
         #[command(flatten)]
         list: ListArgs,
     },
-    /// Keep a subnet for a node, while it is away too
+    /// Reserve a subnet for a node, also while it is away
     Reserve {
         /// The node.
         node: NodeName,
         /// Its subnet, as in 10.244.3.0/24; on dual stack one of each family, with a comma between.
         #[arg(value_delimiter = ',', required = true)]
         subnet: Vec<Subnet>,
-        /// Where etcd is.
+        /// How, and where.
         #[command(flatten)]
-        etcd: EtcdArgs,
+        list: ListArgs,
     },
-    /// End a node's reservations; it keeps what it holds
+    /// End a node's reservations; it keeps its lease
     Unreserve {
         /// The node.
         node: NodeName,
-        /// Where etcd is.
+        /// How, and where.
         #[command(flatten)]
-        etcd: EtcdArgs,
+        list: ListArgs,
     },
-    /// Take a node's lease away, for a node that is gone: one that lives takes it back
+    /// Delete the lease of a node that is gone; one that is alive takes it back
     Release {
         /// The node.
         node: NodeName,
-        /// Where etcd is.
+        /// How, and where.
         #[command(flatten)]
-        etcd: EtcdArgs,
+        list: ListArgs,
     },
     /// Make this node take another subnet
     Renumber {
-        /// Although pods have addresses in this one, which cuts them off
+        /// Although pods have addresses in the old subnet, which cuts them off
         #[arg(long)]
         force: bool,
+        #[command(flatten)]
+        form: OutputArg,
     },
 }
 
@@ -73,9 +77,9 @@ pub enum Command {
 pub struct ListArgs {
     #[command(flatten)]
     form: OutputArg,
-    /// Where etcd is.
+    /// The datastore.
     #[command(flatten)]
-    etcd: EtcdArgs,
+    store: StoreArgs,
 }
 
 /// One subnet, or pair of subnets, that is not simply free.
@@ -90,44 +94,108 @@ struct Row {
     /// Seconds; unset for a record that stays for ever, and where it was not asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     expires_in_seconds: Option<u64>,
+    /// Addresses that pods have in the first of the subnets; unset where the node wasn't asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    addresses_used: Option<u64>,
+    /// Addresses that are left there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    addresses_free: Option<u64>,
+}
+
+/// How much of an address space is taken.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Capacity {
+    network: String,
+    subnets: u128,
+    leased: usize,
+    reserved: usize,
+    in_grace: usize,
+    left: u128,
+}
+
+/// All that is listed.
+#[derive(Debug, Serialize)]
+struct List {
+    leases: Vec<Row>,
+    capacity: Vec<Capacity>,
+}
+
+/// What was done to the subnets of a node.
+#[derive(Debug, Serialize)]
+struct Done {
+    action: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node: Option<String>,
+    subnets: Vec<String>,
 }
 
 pub async fn run(command: Command, socket: &Path) -> anyhow::Result<Answer> {
-    let said = match command {
-        Command::List(args) => return list(args, None).await,
-        Command::Show { node, list: args } => return list(args, Some(node)).await,
-        Command::Reserve { node, subnet, etcd } => {
-            let store = Etcd::start(etcd.options()?);
+    let (form, done, text) = match command {
+        Command::List(args) => return list(args, None, socket).await,
+        Command::Show { node, list: args } => return list(args, Some(node), socket).await,
+        Command::Reserve { node, subnet, list: ListArgs { form, store } } => {
+            let store = store.find(socket).await?;
+            let etcd = store.etcd("the controller manager assigns podCIDRs, and no subnet can be reserved")?;
             let key = key_of(&subnet)?;
-            let config = in_time(&etcd, store.read_config()).await?.context("there is no network config yet")?;
+            let none = "there is no network config yet; write it with: fabricctl network init --network 10.244.0.0/16";
+            let config = in_time(&store, etcd.read_config()).await?.context(none)?;
             check(&NetworkConfig::decode(&config.json)?, &key)?;
-            in_time(&etcd, store.reserve(&node, &key)).await?;
-            format!("{} is reserved for {node}\n", subnets_of(&key).join(" and "))
+            in_time(&store, etcd.reserve(&node, &key)).await?;
+            let done = Done::new("reserved", Some(&node), &[key]);
+            let text = format!("reserved for {node}: {}\n", done.subnets.join(" "));
+            (form, done, text)
         }
-        Command::Unreserve { node, etcd } => {
-            let ended = in_time(&etcd, Etcd::start(etcd.options()?).unreserve(&node)).await?;
-            tell("no longer reserved", "nothing is reserved for", &node, &ended)
+        Command::Unreserve { node, list: ListArgs { form, store } } => {
+            let store = store.find(socket).await?;
+            let ended = in_time(&store, store.etcd(IN_KUBERNETES)?.unreserve(&node)).await?;
+            let done = Done::new("unreserved", Some(&node), &ended);
+            let text = done.tell("no longer reserved", &format!("nothing is reserved for {node}"));
+            (form, done, text)
         }
-        Command::Release { node, etcd } => {
-            let released = in_time(&etcd, Etcd::start(etcd.options()?).release_node(&node)).await?;
-            tell("released", "there is no lease of", &node, &released)
+        Command::Release { node, list: ListArgs { form, store } } => {
+            let store = store.find(socket).await?;
+            let etcd = store.etcd("delete the Node instead, if it is gone: kubectl delete node NAME")?;
+            if let Some(sign) = sign_of_life(&node, socket).await {
+                eprintln!(
+                    "fabricctl: warning: {node} is alive, since {sign}: it takes its subnet back at once; for another \
+                     subnet run on {node}: fabricctl lease renumber"
+                );
+            }
+            let released = in_time(&store, etcd.release_node(&node)).await?;
+            let done = Done::new("released", Some(&node), &released);
+            let text = done.tell("released", &format!("{node} has no lease"));
+            (form, done, text)
         }
-        Command::Renumber { force } => {
+        Command::Renumber { force, form } => {
             let answer = daemon::connect(socket).await?.renumber_lease(RenumberLeaseRequest { force }).await;
             let left = answer.map_err(|status| daemon::told(&status))?.into_inner().left;
-            format!("{} is being left; see the new one with: fabricctl status\n", left.join(" and "))
+            let text = format!("releasing {}; see the new subnet with: fabricctl status\n", left.join(" and "));
+            (form, Done { action: "releasing", node: None, subnets: left }, text)
         }
     };
-    Ok(Answer::fine(said))
+    Ok(Answer::fine(form.output.show(&done, |_| text)?))
 }
 
-async fn in_time<T>(etcd: &EtcdArgs, work: impl Future<Output = Result<T, StoreError>>) -> anyhow::Result<T> {
-    Ok(tokio::time::timeout(PATIENCE, work).await.with_context(|| unreached(etcd))??)
+impl Done {
+    fn new(action: &'static str, node: Option<&NodeName>, keys: &[LeaseKey]) -> Self {
+        let subnets = keys.iter().flat_map(subnets_of).collect();
+        Self { action, node: node.map(ToString::to_string), subnets }
+    }
+
+    fn tell(&self, done: &str, nothing: &str) -> String {
+        if self.subnets.is_empty() { format!("{nothing}\n") } else { format!("{done}: {}\n", self.subnets.join(" ")) }
+    }
 }
 
-fn tell(done: &str, nothing: &str, node: &NodeName, keys: &[LeaseKey]) -> String {
-    let subnets: Vec<String> = keys.iter().flat_map(subnets_of).collect();
-    if subnets.is_empty() { format!("{nothing} {node}\n") } else { format!("{done}: {}\n", subnets.join(" ")) }
+/// By what this node's daemon, if there is one, knows that a node is alive.
+async fn sign_of_life(node: &NodeName, socket: &Path) -> Option<String> {
+    let mut client = daemon::connect(socket).await.ok()?;
+    if client.get_status(GetStatusRequest {}).await.ok()?.get_ref().node == node.as_str() {
+        return Some("it is this node, and its fabricd runs".into());
+    }
+    let peers = client.list_peers(ListPeersRequest {}).await.ok()?.into_inner().peers;
+    let peer = peers.into_iter().find(|peer| peer.node == node.as_str())?;
+    (peer.mesh() == MeshCause::Fine).then(|| "its fabricd answers the probes of this node".into())
 }
 
 fn key_of(subnets: &[Subnet]) -> anyhow::Result<LeaseKey> {
@@ -155,46 +223,92 @@ fn check(config: &NetworkConfig, key: &LeaseKey) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn list(ListArgs { form, etcd }: ListArgs, node: Option<NodeName>) -> anyhow::Result<Answer> {
-    let store = Etcd::start(etcd.options()?);
-    let overview = in_time(&etcd, store.overview()).await?;
+async fn list(ListArgs { form, store }: ListArgs, node: Option<NodeName>, socket: &Path) -> anyhow::Result<Answer> {
+    let store = store.find(socket).await?;
+    let etcd = store.etcd(IN_KUBERNETES)?;
+    let overview = in_time(&store, etcd.overview()).await?;
     let mut rows = rows(&overview);
-    if let Some(node) = node {
+    let capacity = match in_time(&store, etcd.read_config()).await?.map(|config| NetworkConfig::decode(&config.json)) {
+        Some(Ok(config)) => capacity(&config, &overview),
+        // Whoever sees to that is told by the nodes.
+        Some(Err(_)) | None => vec![],
+    };
+    if let Some(node) = &node {
         rows.retain(|row| row.node == node.as_str());
         if rows.is_empty() {
             bail!("{node} has no lease and no reservation; see all with: fabricctl lease list");
         }
-        for lease in overview.leases.iter().filter(|lease| lease.record.node() == Some(&node)) {
-            let left = in_time(&etcd, store.time_left(lease)).await?;
+        for lease in overview.leases.iter().filter(|lease| lease.record.node() == Some(node)) {
+            let left = in_time(&store, etcd.time_left(lease)).await?;
             let row = rows.iter_mut().find(|row| row.subnets == subnets_of(&lease.key));
             row.into_iter().for_each(|row| row.expires_in_seconds = left.map(|left| left.as_secs()));
         }
     }
-    Ok(Answer::fine(form.output.show(&rows, |screen| table(screen, &rows))?))
+    let uses = address_uses(socket, node.as_ref()).await;
+    for row in &mut rows {
+        let first = row.subnets.first().and_then(|subnet| uses.get(subnet));
+        (row.addresses_used, row.addresses_free) = first.map(|addresses| (addresses.used, addresses.free)).unzip();
+    }
+    let list = List { leases: rows, capacity: if node.is_some() { vec![] } else { capacity } };
+    Ok(Answer::fine(form.output.show(&list, |screen| describe(screen, &list))?))
+}
+
+/// How many addresses pods have, by subnet: of all nodes where they may be asked, else of this one, if its daemon runs.
+async fn address_uses(socket: &Path, node: Option<&NodeName>) -> BTreeMap<String, AddressUse> {
+    let nodes = node.map(ToString::to_string).into_iter().collect();
+    let statuses = match all::statuses(socket, AllArgs::of(nodes)).await {
+        Ok(statuses) => statuses,
+        Err(_) => match daemon::connect(socket).await {
+            Ok(mut client) => {
+                client.get_status(GetStatusRequest {}).await.into_iter().map(tonic::Response::into_inner).collect()
+            }
+            Err(_) => vec![],
+        },
+    };
+    let uses = statuses.into_iter().flat_map(|status| status.addresses);
+    uses.map(|addresses| (addresses.subnet.clone(), addresses)).collect()
+}
+
+fn capacity(config: &NetworkConfig, Overview { leases, resting }: &Overview) -> Vec<Capacity> {
+    let spaces = config.spaces.iter().map(|(family, space)| {
+        let inside = |key: &LeaseKey| key.subnets().get(family).is_some_and(|subnet| space.admits(*subnet));
+        let leased = leases.iter().filter(|lease| !lease.record.is_placeholder() && inside(&lease.key)).count();
+        let is_free = |key: &LeaseKey| leases.get(key).is_none_or(|lease| lease.record.is_placeholder());
+        let reserved = leases.reservations().keys().filter(|key| is_free(key) && inside(key)).count();
+        let in_grace = resting.iter().filter(|rest| space.admits(rest.subnet)).count();
+        let taken = u128::try_from(leased + reserved + in_grace).unwrap_or(u128::MAX);
+        let (network, subnets) = (space.network.to_string(), space.capacity());
+        Capacity { network, subnets, leased, reserved, in_grace, left: subnets.saturating_sub(taken) }
+    });
+    spaces.collect()
 }
 
 fn rows(Overview { leases, resting }: &Overview) -> Vec<Row> {
     let name = |node: Option<&NodeName>| node.map(ToString::to_string).unwrap_or_default();
-    let leased = leases.iter().map(|lease| Row {
-        subnets: subnets_of(&lease.key),
-        node: name(lease.record.node()),
-        state: state(lease, leases.reservations().contains_key(&lease.key)),
-        public_addresses: lease.record.endpoints().values().map(|e| e.public_ip.to_string()).collect(),
-        epoch: lease.record.owner.as_ref().map_or(0, |owner| owner.epoch),
-        expires_in_seconds: None,
-    });
-    let without = |subnets, node, state| Row {
+    let row = |subnets, node, state| Row {
         subnets,
         node,
         state,
         public_addresses: vec![],
         epoch: 0,
         expires_in_seconds: None,
+        addresses_used: None,
+        addresses_free: None,
     };
+    let leased = leases.iter().map(|lease| Row {
+        public_addresses: lease.record.endpoints().values().map(|e| e.public_ip.to_string()).collect(),
+        epoch: lease.record.owner.as_ref().map_or(0, |owner| owner.epoch),
+        ..row(
+            subnets_of(&lease.key),
+            name(lease.record.node()),
+            state(lease, leases.reservations().contains_key(&lease.key)),
+        )
+    });
     let unheld = leases.reservations().iter().filter(|(key, _)| leases.get(key).is_none());
-    let unheld = unheld.map(|(key, node)| without(subnets_of(key), node.to_string(), "reserved, place not held"));
-    let resting =
-        resting.iter().map(|rest| without(vec![rest.subnet.to_string()], name(rest.node.as_ref()), "resting"));
+    let unheld = unheld.map(|(key, node)| row(subnets_of(key), node.to_string(), "reserved, no placeholder yet"));
+    let resting = resting
+        .iter()
+        .map(|rest| row(vec![rest.subnet.to_string()], name(rest.node.as_ref()), "expired, in grace period"));
     leased.chain(unheld).chain(resting).collect()
 }
 
@@ -207,24 +321,38 @@ fn state(lease: &Lease, reserved: bool) -> &'static str {
     }
 }
 
+fn describe(screen: &Screen, List { leases, capacity }: &List) -> String {
+    let mut text = table(screen, leases);
+    if !capacity.is_empty() {
+        text.push('\n');
+    }
+    for Capacity { network, subnets, leased, reserved, in_grace, left } in capacity {
+        text += &format!(
+            "{network}: {left} of {subnets} subnets left, {leased} leased, {reserved} reserved for nodes that are away, \
+             {in_grace} in grace period\n"
+        );
+    }
+    text
+}
+
 fn table(screen: &Screen, rows: &[Row]) -> String {
-    let cells = |row: &Row| -> [Cell; 6] {
-        let node = if row.node.is_empty() { "(flannel)".into() } else { row.node.clone() };
-        let ends = row.expires_in_seconds.map(|left| span(left.try_into().unwrap_or(i64::MAX))).unwrap_or_default();
+    let cells = |row: &Row| -> [Cell; 8] {
+        let number = |number: Option<u64>| number.map(|number| number.to_string()).unwrap_or_default();
         let cells = [
-            row.subnets.join(" "),
-            node,
+            if row.node.is_empty() { "(flannel)".into() } else { row.node.clone() },
             row.state.into(),
+            row.subnets.join(" "),
             row.public_addresses.join(" "),
             row.epoch.to_string(),
-            ends,
+            number(row.addresses_used),
+            number(row.addresses_free),
+            row.expires_in_seconds.map(|left| span(left.try_into().unwrap_or(i64::MAX))).unwrap_or_default(),
         ];
         cells.map(Cell::from)
     };
-    // The store is asked for the end of one node's lease, not of thousands.
-    let ends = if rows.iter().any(|row| row.expires_in_seconds.is_some()) { "ENDS IN" } else { "" };
-    let rows: Vec<[Cell; 6]> = rows.iter().map(cells).collect();
-    render(screen, ["SUBNET", "NODE", "STATE", "UNDERLAY", "CLAIM", ends], &rows)
+    let header = ["NODE", "STATE", "SUBNET", "UNDERLAY", "EPOCH", "USED", "FREE", "ENDS IN"];
+    let rows: Vec<[Cell; 8]> = rows.iter().map(cells).collect();
+    render(screen, header, &rows)
 }
 
 fn subnets_of(key: &LeaseKey) -> Vec<String> {
@@ -238,7 +366,7 @@ mod tests {
     use fabric_core::record::Record;
 
     #[test]
-    fn leases_reservations_and_resting_subnets_are_one_table() {
+    fn leases_reservations_and_expired_subnets_are_one_table() {
         let value = |fabric: &str| {
             format!(
                 r#"{{"PublicIP":"192.0.2.1","BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"02:42:c0:00:02:01"}}{fabric}}}"#
@@ -261,14 +389,21 @@ mod tests {
             node: "node-4".parse().ok(),
             mod_revision: 3,
         };
+        let overview = Overview { leases: leases.into(), resting: vec![rest] };
+        let config = NetworkConfig::decode(br#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).unwrap();
+        let mut rows = rows(&overview);
+        (rows[0].addresses_used, rows[0].addresses_free) = (Some(3), Some(250));
+        let list = List { leases: rows, capacity: capacity(&config, &overview) };
         let want = "\
-SUBNET         NODE       STATE                UNDERLAY   CLAIM
-10.244.1.0/24  node-1     held                 192.0.2.1  4
-10.244.2.0/24  (flannel)  flannel              192.0.2.1  0
-10.244.3.0/24  node-3     reserved, node away             0
-10.244.4.0/24  node-4     resting                         0
+NODE       STATE                     SUBNET         UNDERLAY   EPOCH  USED  FREE
+node-1     held                      10.244.1.0/24  192.0.2.1  4      3     250
+(flannel)  flannel                   10.244.2.0/24  192.0.2.1  0
+node-3     reserved, node away       10.244.3.0/24             0
+node-4     expired, in grace period  10.244.4.0/24             0
+
+10.244.0.0/16: 251 of 255 subnets left, 2 leased, 1 reserved for nodes that are away, 1 in grace period
 ";
-        assert_eq!(table(&Screen::default(), &rows(&Overview { leases: leases.into(), resting: vec![rest] })), want);
+        assert_eq!(describe(&Screen::default(), &list), want);
     }
 
     #[test]

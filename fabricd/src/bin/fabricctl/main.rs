@@ -1,4 +1,4 @@
-//! `fabricctl`: shows what the daemon of this node sees, and sets up network and leases in the store.
+//! `fabricctl`: shows what the daemon of this node sees, and sets up network and leases in the datastore.
 
 mod all;
 mod daemon;
@@ -9,9 +9,11 @@ mod lease;
 mod log_level;
 mod mesh;
 mod network;
+mod network_set;
 mod output;
 mod peers;
 mod plan;
+mod settings;
 mod status;
 mod table;
 mod top;
@@ -26,25 +28,26 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 use clap_complete::Shell;
 use fabric_proto::v1::ask_nodes_request::Question;
 use fabric_proto::v1::{DiagnoseRequest, GetMeshRequest, GetStatusRequest};
-use fabricd::config::DEFAULT_SOCKET;
+use fabricd::config::{Config, DEFAULT_SOCKET, parse_duration};
 
 use crate::all::AllArgs;
 use crate::output::OutputArg;
 
-/// Shows and sets up the fabricd overlay network.
+/// Show and set up the fabricd overlay network
 #[derive(Debug, Parser)]
 #[command(name = "fabricctl", version, after_help = EXIT_CODES)]
 struct Cli {
-    /// Unix socket of the daemon
-    #[arg(long, global = true, env = "FABRICD_SOCKET", value_name = "FILE", default_value = DEFAULT_SOCKET)]
-    socket: PathBuf,
+    /// Unix socket of the daemon [default: as in the daemon's settings file, else /run/fabric/fabricd.sock]
+    #[arg(long, global = true, env = "FABRICD_SOCKET", value_name = "FILE")]
+    socket: Option<PathBuf>,
 
     #[command(subcommand)]
     command: Command,
 }
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 fine, 1 an error, 2 wrong usage, 3 the node is not ready, 4 something else is not well.";
+Exit codes: 0 all is well, 1 error, 2 wrong usage, 3 the node is not ready, 4 something else needs attention: the \
+datastore is not connected, a peer is not programmed or not reachable, a check or test failed, a warning, a pending change.";
 
 /// Exit code of a node that is not ready.
 const NOT_READY: u8 = 3;
@@ -53,77 +56,92 @@ const NOT_ALL_WELL: u8 = 4;
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// This node and its peers, as the daemon sees them
+    /// State of this node and its peers
     Status {
         #[command(flatten)]
         form: OutputArg,
+        /// Wait until the node is ready, at most so long (5m if no time is given)
+        #[arg(
+            long,
+            value_name = "TIME",
+            num_args = 0..=1,
+            default_missing_value = "5m",
+            value_parser = parse_duration,
+            conflicts_with_all = ["all", "nodes"]
+        )]
+        wait: Option<Duration>,
         #[command(flatten)]
         whom: AllArgs,
     },
-    /// The other nodes, and whether they are programmed
+    /// The other nodes: whether they are programmed, and reachable
     Peers {
         #[command(flatten)]
         form: OutputArg,
-        /// Go on with what changes
+        /// Watch for changes
         #[arg(short, long)]
         watch: bool,
     },
-    /// The leases that the daemon knows; see also: fabricctl lease list, which asks the store
+    /// The leases that the daemon knows; see also: fabricctl lease list, which asks the datastore
     Leases {
         #[command(flatten)]
         form: OutputArg,
-        /// Go on with what changes
+        /// Watch for changes
         #[arg(short, long)]
         watch: bool,
     },
-    /// How well the peers are reached through the tunnel, and what to do about those that aren't
+    /// Reachability of the peers through the tunnel: round trip, loss, MTU, causes and fixes
     Mesh {
         #[command(flatten)]
         form: OutputArg,
         #[command(flatten)]
         whom: AllArgs,
     },
-    /// Look for what is wrong on this node, each with its fix
+    /// Check this node, and print a fix for each problem
     Doctor {
         #[command(flatten)]
         form: OutputArg,
-        /// Only what is wrong
+        /// Only warnings and failures
         #[arg(short, long)]
         quiet: bool,
         #[command(flatten)]
         whom: AllArgs,
-        /// Write all that helps others to look for it into a tar archive, without secrets
+        /// Write a support bundle, a tar archive without secrets
         #[arg(long, value_name = "FILE")]
         bundle: Option<PathBuf>,
     },
-    /// The way of a packet from one pod to another, and where it is lost
+    /// Path of a packet from a pod to an address, and where it is lost
     Explain {
-        /// Address that packets come from
+        /// Source address
         source: IpAddr,
-        /// Address that packets go to
+        /// Destination address
         target: IpAddr,
         #[command(flatten)]
         form: OutputArg,
     },
-    /// Node, mesh and events, live; Ctrl-C ends it
+    /// Node, mesh and events, live until Ctrl-C
     Top {
-        /// Seconds between two looks
+        /// Seconds between updates
         #[arg(long, value_name = "SECONDS", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
         every: u64,
+        /// Show it once; json and yaml imply that
+        #[arg(long)]
+        once: bool,
+        #[command(flatten)]
+        form: OutputArg,
     },
-    /// What happened on this node since the daemon began
+    /// Events on this node since the daemon started
     Events {
         #[command(flatten)]
         form: OutputArg,
-        /// Go on with what happens
-        #[arg(short, long)]
+        /// Follow new events
+        #[arg(short, long, visible_alias = "watch", visible_short_alias = 'w')]
         follow: bool,
     },
-    /// What would be written to the kernel now, and what was written last
+    /// Desired and actual state of the kernel, the difference, and the last changes
     Plan {
         #[command(flatten)]
         form: OutputArg,
-        /// All entries too
+        /// List all entries
         #[arg(short, long)]
         entries: bool,
     },
@@ -133,10 +151,12 @@ enum Command {
     /// The nodes' leases
     #[command(subcommand)]
     Lease(Box<lease::Command>),
-    /// Show what the daemon logs, or change it until the daemon ends
+    /// Show the daemon's log level, or change it until the daemon ends
     LogLevel {
         /// As in info, debug or warn,fabricd::kernel=debug
         level: Option<String>,
+        #[command(flatten)]
+        form: OutputArg,
     },
     /// Print the completion for a shell
     Completion {
@@ -148,7 +168,7 @@ enum Command {
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
-    let outcome = run(cli.command, &cli.socket).await;
+    let outcome = run(cli.command, &cli.socket.unwrap_or_else(socket)).await;
     match outcome {
         Ok(Answer { text, code }) => {
             print(&text);
@@ -161,9 +181,14 @@ async fn main() -> ExitCode {
     }
 }
 
+/// Where the daemon's settings say that its socket is. What is wrong with them is told where they are needed.
+fn socket() -> PathBuf {
+    Config::of_host(None).map_or_else(|_| DEFAULT_SOCKET.into(), |(config, _)| config.socket)
+}
+
 async fn run(command: Command, socket: &Path) -> anyhow::Result<Answer> {
     match command {
-        Command::Status { form, whom } if whom.asked() => {
+        Command::Status { form, whom, .. } if whom.asked() => {
             all::ask(socket, form.output, whom, Question::Status(GetStatusRequest {})).await
         }
         Command::Mesh { form, whom } if whom.asked() => {
@@ -172,7 +197,7 @@ async fn run(command: Command, socket: &Path) -> anyhow::Result<Answer> {
         Command::Doctor { form, whom, .. } if whom.asked() => {
             all::ask(socket, form.output, whom, Question::Diagnose(DiagnoseRequest {})).await
         }
-        Command::Status { form, .. } => status::show(socket, form.output).await,
+        Command::Status { form, wait, .. } => status::show(socket, form.output, wait).await,
         Command::Peers { form, watch: false } => peers::peers(socket, form.output).await,
         Command::Peers { form, watch: true } => peers::watch_peers(socket, form.output).await,
         Command::Leases { form, watch: false } => peers::leases(socket, form.output).await,
@@ -182,12 +207,13 @@ async fn run(command: Command, socket: &Path) -> anyhow::Result<Answer> {
             doctor::show(socket, form.output, quiet, bundle.as_deref()).await
         }
         Command::Explain { source, target, form } => explain::show(socket, form.output, source, target).await,
-        Command::Top { every } => top::run(socket, Duration::from_secs(every)).await,
+        Command::Top { once, form, .. } if once || form.output.is_data() => top::once(socket, form.output).await,
+        Command::Top { every, .. } => top::run(socket, Duration::from_secs(every)).await,
         Command::Events { form, follow } => events::show(socket, form.output, follow).await,
         Command::Plan { form, entries } => plan::show(socket, form.output, entries).await,
         Command::Network(command) => network::run(*command, socket).await,
         Command::Lease(command) => lease::run(*command, socket).await,
-        Command::LogLevel { level } => log_level::run(socket, level).await,
+        Command::LogLevel { level, form } => log_level::run(socket, form.output, level).await,
         Command::Completion { shell } => Ok(completion(shell)),
     }
 }

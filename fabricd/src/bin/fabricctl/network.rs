@@ -1,4 +1,4 @@
-//! `fabricctl network`: the network config in etcd.
+//! `fabricctl network`: the network config in the datastore.
 
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -8,30 +8,47 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
 use fabric_core::model::{Family, Subnet};
-use fabric_core::network::{BackendDocument, NetworkConfig, NetworkDocument};
+use fabric_core::network::{AddressSpace, BackendDocument, NetworkConfig, NetworkDocument};
 use fabric_proto::v1::MigrateNetworkRequest;
-use fabricd::config::EtcdArgs;
+use fabricd::config::StoreKind;
 use fabricd::kernel::Kernel as _;
 use fabricd::kernel::netlink::{Netlink, Options};
-use fabricd::store::etcd::{Etcd, Init};
+use fabricd::store::StoreError;
+use fabricd::store::etcd::{Init, StoredConfig};
 use fabricd::underlay;
+use serde::Serialize;
+use serde_json::Value;
 
+use crate::network_set::{self, SetArgs};
+use crate::output::{OutputArg, Screen};
+use crate::settings::{Datastore, StoreArgs};
 use crate::{Answer, daemon};
 
 /// How long etcd may take.
 pub const PATIENCE: Duration = Duration::from_secs(15);
 
+/// What to do where the network config is a ConfigMap.
+const IN_KUBERNETES: &str = "edit net-conf.json in its ConfigMap instead, as in: kubectl --namespace fabric-system edit \
+                             configmap fabric-network";
+
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Write the network config, once for the whole cluster
     Init(InitArgs),
-    /// Apply on this node what is pending of the network config; pods may be cut off
-    Migrate,
+    /// Change keys of the network config and keep all others
+    Set(Box<SetArgs>),
+    /// Apply pending changes of the network config on this node; pods may be cut off
+    Migrate {
+        #[command(flatten)]
+        form: OutputArg,
+    },
     /// Show the network config
     Show {
-        /// Where etcd is.
         #[command(flatten)]
-        etcd: EtcdArgs,
+        form: OutputArg,
+        /// The datastore.
+        #[command(flatten)]
+        store: StoreArgs,
     },
 }
 
@@ -69,7 +86,7 @@ pub struct InitArgs {
     #[arg(long, value_name = "IPV6", requires = "ipv6_network")]
     ipv6_subnet_max: Option<Ipv6Addr>,
 
-    /// How packets travel between nodes
+    /// Backend; only vxlan is supported
     #[arg(long, value_name = "TYPE", default_value = "vxlan")]
     backend: String,
 
@@ -81,21 +98,24 @@ pub struct InitArgs {
     #[arg(long, value_name = "PORT", default_value_t = fabric_core::network::DEFAULT_PORT)]
     port: u16,
 
-    /// MTU of the underlay, if it is less than the interfaces' own
+    /// MTU of the underlay in bytes, if less than the interfaces' own
     #[arg(long, value_name = "BYTES")]
     mtu: Option<u32>,
 
-    /// Route packets to peers on the same link without VXLAN
+    /// Route packets to peers on the same link directly, without VXLAN
     #[arg(long)]
     direct_routing: bool,
 
-    /// Replace a config that is there
+    /// Replace an existing config; to change single keys, use: fabricctl network set
     #[arg(long)]
     force: bool,
 
-    /// Where etcd is.
     #[command(flatten)]
-    etcd: EtcdArgs,
+    form: OutputArg,
+
+    /// The datastore.
+    #[command(flatten)]
+    store: StoreArgs,
 }
 
 impl InitArgs {
@@ -125,50 +145,126 @@ impl InitArgs {
     }
 }
 
-pub async fn run(command: Command, socket: &Path) -> anyhow::Result<Answer> {
-    match command {
-        Command::Init(args) => init(args).await,
-        Command::Migrate => migrate(socket).await,
-        Command::Show { etcd } => show(etcd).await,
+/// A network config that was written, or was as it is to be.
+#[derive(Debug, Serialize)]
+pub struct Written {
+    /// Its key in etcd.
+    pub key: String,
+    /// What it says now.
+    pub config: Value,
+    /// What it said before; nothing when there was none, or it said the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub before: Option<Value>,
+    /// What nodes that run keep until `network migrate` or a restart.
+    pub pending: Vec<String>,
+}
+
+impl Written {
+    /// What becomes of it on the nodes.
+    pub fn new(key: String, config: &[u8], before: Option<&[u8]>) -> Self {
+        let value = |json: &[u8]| {
+            serde_json::from_slice(json).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(json).into()))
+        };
+        let pending = match (before.map(NetworkConfig::decode), NetworkConfig::decode(config)) {
+            (Some(Ok(before)), Ok(now)) => before.lasting_differences(&now),
+            _ => vec![],
+        };
+        Self { key, config: value(config), before: before.map(value), pending }
+    }
+
+    /// In words.
+    pub fn describe(&self) -> String {
+        let Self { key, config, before, pending } = self;
+        let Some(before) = before else { return format!("{key} written: {config}\n") };
+        let mut text = format!("{key} written: {config}\nbefore: {before}\n");
+        text += &match pending.is_empty() {
+            true => "Running nodes apply it at once.\n".to_owned(),
+            false => format!(
+                "Pending on running nodes, until on each of them fabricctl network migrate is run, or fabricd restarted: \
+                 {}\n",
+                pending.join(", ")
+            ),
+        };
+        text
     }
 }
 
-async fn migrate(socket: &Path) -> anyhow::Result<Answer> {
-    let answer = daemon::connect(socket).await?.migrate_network(MigrateNetworkRequest {}).await;
-    let changes = answer.map_err(|status| daemon::told(&status))?.into_inner().changes;
-    Ok(Answer::fine(match changes.is_empty() {
-        true => "nothing is pending on this node\n".into(),
-        false => format!("being applied on this node: {}\n", changes.join(", ")),
-    }))
+pub async fn run(command: Command, socket: &Path) -> anyhow::Result<Answer> {
+    match command {
+        Command::Init(args) => init(args, socket).await,
+        Command::Set(args) => network_set::set(*args, socket).await,
+        Command::Migrate { form } => migrate(socket, form).await,
+        Command::Show { form, store } => show(&store.find(socket).await?, form).await,
+    }
 }
 
-async fn init(args: InitArgs) -> anyhow::Result<Answer> {
+async fn migrate(socket: &Path, form: OutputArg) -> anyhow::Result<Answer> {
+    let answer = daemon::connect(socket).await?.migrate_network(MigrateNetworkRequest {}).await;
+    let answer = answer.map_err(|status| daemon::told(&status))?.into_inner();
+    Ok(Answer::fine(form.output.show(&answer, |_| match answer.changes.is_empty() {
+        true => "nothing is pending on this node\n".into(),
+        false => format!("being applied on this node: {}\n", answer.changes.join(", ")),
+    })?))
+}
+
+/// An answer of etcd, in time.
+pub async fn in_time<T>(store: &Datastore, work: impl Future<Output = Result<T, StoreError>>) -> anyhow::Result<T> {
+    let answer = tokio::time::timeout(PATIENCE, work).await.with_context(|| store.unreached())?;
+    answer.map_err(|error| match error {
+        StoreError::Unreachable { reason, .. } => anyhow::anyhow!("{}: {reason}", store.unreached()),
+        other => other.into(),
+    })
+}
+
+/// The network config in etcd.
+///
+/// # Errors
+/// There is none, or etcd doesn't answer.
+pub async fn stored(store: &Datastore) -> anyhow::Result<StoredConfig> {
+    let etcd = store.etcd(IN_KUBERNETES)?;
+    let none = || {
+        format!(
+            "there is nothing at {}; write it with: fabricctl network init --network 10.244.0.0/16",
+            store.config_key()
+        )
+    };
+    in_time(store, etcd.read_config()).await?.with_context(none)
+}
+
+async fn init(args: InitArgs, socket: &Path) -> anyhow::Result<Answer> {
     let document = args.document();
     let config = document.validate()?;
     check_overlap(&config).await?;
     let json = serde_json::to_string(&document)?;
-    let store = Etcd::start(args.etcd.options()?);
-    let written = tokio::time::timeout(PATIENCE, store.network_init(json.as_bytes(), args.force));
-    let key = format!("{}/config", args.etcd.prefix);
-    let mut text = match written.await.with_context(|| unreached(&args.etcd))?? {
-        Init::Created => format!("{key} written: {json}\n"),
-        Init::Unchanged => format!("{key} says so already: {json}\n"),
-        Init::Replaced(before) => {
-            format!("{key} written: {json}\nit was: {}\n", String::from_utf8_lossy(&before.json))
-        }
-        Init::Exists(there) => {
-            bail!("{key} is there already, and says {}; replace it with --force", String::from_utf8_lossy(&there.json));
-        }
+    let store = args.store.find(socket).await?;
+    let etcd = store.etcd(IN_KUBERNETES)?;
+    let key = store.config_key();
+    let (before, said) = match in_time(&store, etcd.network_init(json.as_bytes(), args.force)).await? {
+        Init::Created => (None, None),
+        Init::Unchanged => (None, Some(format!("{key} says so already: {json}\n"))),
+        Init::Replaced(before) => (Some(before.json), None),
+        Init::Exists(there) => bail!(
+            "{key} is there already, and says {}; replace it with --force, or change single keys with: fabricctl network set",
+            String::from_utf8_lossy(&there.json)
+        ),
     };
-    for (family, space) in config.spaces.iter() {
-        let (count, len) = (space.capacity(), space.subnet_len);
-        let _ = writeln!(text, "{family}: {count} subnets, {}/{len} to {}/{len}", space.min, space.max);
-    }
+    let written = Written::new(key, json.as_bytes(), before.as_deref());
+    let text = args.form.output.show(&written, |_| {
+        let mut text = said.unwrap_or_else(|| written.describe());
+        config.spaces.iter().for_each(|(family, space)| text += &format!("{family}: {}\n", subnets(space)));
+        text
+    })?;
     Ok(Answer::fine(text))
 }
 
+/// How many nodes an address space has room for.
+fn subnets(space: &AddressSpace) -> String {
+    let (count, len) = (space.capacity(), space.subnet_len);
+    format!("{count} subnets, {}/{len} to {}/{len}", space.min, space.max)
+}
+
 /// The network must not overlap what this host's underlay reaches: the nodes are alike in that.
-async fn check_overlap(config: &NetworkConfig) -> anyhow::Result<()> {
+pub async fn check_overlap(config: &NetworkConfig) -> anyhow::Result<()> {
     let Ok(mut kernel) = Netlink::new(Options::default()) else { return Ok(()) };
     let observed = kernel.observe().await.context("cannot look at this host's links")?;
     for family in Family::ALL {
@@ -185,20 +281,70 @@ async fn check_overlap(config: &NetworkConfig) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn show(etcd: EtcdArgs) -> anyhow::Result<Answer> {
-    let store = Etcd::start(etcd.options()?);
-    let key = format!("{}/config", etcd.prefix);
-    match tokio::time::timeout(PATIENCE, store.read_config()).await.with_context(|| unreached(&etcd))?? {
-        Some(config) => {
-            let network = NetworkConfig::decode(&config.json)
-                .with_context(|| format!("{key} can't be used; it says {}", String::from_utf8_lossy(&config.json)))?;
-            network.warnings().iter().for_each(|warning| eprintln!("fabricctl: {warning}"));
-            Ok(Answer::fine(serde_json::to_string_pretty(&network.document())? + "\n"))
+async fn show(store: &Datastore, form: OutputArg) -> anyhow::Result<Answer> {
+    let (place, json) = match store.kind {
+        StoreKind::Etcd => (store.config_key(), stored(store).await?.json),
+        StoreKind::Kubernetes => {
+            let file = &store.net_config;
+            let json = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+            (file.display().to_string(), json)
         }
-        None => bail!("there is nothing at {key}; make it with: fabricctl network init --network 10.244.0.0/16"),
-    }
+    };
+    let text = String::from_utf8_lossy(&json);
+    let config = NetworkConfig::decode(&json).with_context(|| format!("{place} can't be used; it says {text}"))?;
+    config.warnings().iter().for_each(|warning| eprintln!("fabricctl: {warning}"));
+    let table = |_: &Screen| describe(&config, &format!("{place}, set by {}", store.source));
+    Ok(Answer::fine(form.output.show(&config.document(), table)?))
 }
 
-pub fn unreached(etcd: &EtcdArgs) -> String {
-    format!("etcd does not answer at {}; name it with --etcd-endpoints", etcd.endpoints.join(", "))
+/// The config with its defaults.
+fn describe(config: &NetworkConfig, place: &str) -> String {
+    let mut text = String::new();
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(text, "{name:13}{value}");
+    };
+    for space in config.spaces.values() {
+        line("Network", format!("{}: {}", space.network, subnets(space)));
+    }
+    let vxlan = &config.vxlan;
+    line("Backend", format!("vxlan, VNI {}, UDP port {}", vxlan.vni, vxlan.port));
+    line("Underlay MTU", vxlan.underlay_mtu.map_or("of each node's interface".into(), |mtu| mtu.to_string()));
+    let options = [(vxlan.direct_routing, "direct routing"), (vxlan.gbp, "GBP"), (vxlan.learning, "learning")];
+    let options: Vec<&str> = options.into_iter().filter(|(on, _)| *on).map(|(_, name)| name).collect();
+    if !options.is_empty() {
+        line("Options", options.join(", "));
+    }
+    line("Stored at", place.to_owned());
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn config_is_shown_with_its_defaults() {
+        let json = br#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}"#;
+        let config = NetworkConfig::decode(json).unwrap();
+        let want = "\
+Network      10.244.0.0/16: 255 subnets, 10.244.1.0/24 to 10.244.255.0/24
+Backend      vxlan, VNI 1, UDP port 8472
+Underlay MTU of each node's interface
+Options      direct routing
+Stored at    /coreos.com/network/config, set by /etc/fabric/fabricd.toml
+";
+        assert_eq!(describe(&config, "/coreos.com/network/config, set by /etc/fabric/fabricd.toml"), want);
+    }
+
+    #[test]
+    fn what_running_nodes_make_of_a_change_is_said() {
+        let before: &[u8] = br#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
+        let told = |now: &str| Written::new("/n/config".into(), now.as_bytes(), Some(before)).describe();
+        let live = told(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","MTU":1400}}"#);
+        assert!(live.ends_with("Running nodes apply it at once.\n"), "{live}");
+        let lasting = told(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","VNI":2}}"#);
+        assert!(lasting.contains("fabricctl network migrate") && lasting.ends_with("VNI: 1 → 2\n"), "{lasting}");
+        let repaired = Written::new("/n/config".into(), before, Some(b"{")).describe();
+        assert!(repaired.contains("before: \"{\""), "{repaired}");
+    }
 }

@@ -1,32 +1,38 @@
-//! In which form an answer is printed.
+//! Output formats.
 
 use std::io::IsTerminal as _;
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-/// The form of the output.
-#[derive(Clone, Copy, Debug, Args)]
+/// The output format.
+#[derive(Clone, Copy, Debug, Default, Args)]
 pub struct OutputArg {
-    /// Form of the output
+    /// Output format
     #[arg(short, long, default_value = "table")]
     pub output: Output,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Output {
-    /// For people: cut to the terminal's width.
+    /// Text, cut to the terminal's width.
+    #[default]
     Table,
-    /// For people: everything, however wide.
+    /// Text, not cut.
     Wide,
-    /// For programs.
+    /// JSON.
     Json,
-    /// For programs.
+    /// YAML.
     Yaml,
 }
 
 impl Output {
-    /// `value` in this form; `table` makes the one for people, for a terminal of the given width.
+    /// Whether it is for programs.
+    pub fn is_data(self) -> bool {
+        matches!(self, Self::Json | Self::Yaml)
+    }
+
+    /// `value` in this format; `table` makes the text, for a terminal of the given width.
     pub fn show<T: Serialize>(self, value: &T, table: impl FnOnce(&Screen) -> String) -> anyhow::Result<String> {
         Ok(match self {
             Self::Table => table(&Screen::stdout()),
@@ -56,10 +62,11 @@ pub struct Screen {
 }
 
 impl Screen {
-    /// Standard output. `NO_COLOR` (no-color.org) is respected.
+    /// Standard output. `NO_COLOR` (no-color.org) is respected, and `COLUMNS` where it is no terminal.
     pub fn stdout() -> Self {
         if !std::io::stdout().is_terminal() {
-            return Self::default();
+            let columns = std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
+            return Self { width: columns.filter(|width| *width > 0), colour: false };
         }
         let width = rustix::termios::tcgetwinsize(std::io::stdout()).ok().map(|size| usize::from(size.ws_col));
         let colour = std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
@@ -86,8 +93,8 @@ pub enum Tone {
     Plain,
     /// All is well.
     Good,
-    /// To be looked at.
+    /// Needs attention.
     Doubtful,
-    /// It hurts.
+    /// Broken.
     Bad,
 }

@@ -1,5 +1,6 @@
-//! `fabricctl peers` and `fabricctl leases`: who is there, and who comes and goes.
+//! `fabricctl peers` and `fabricctl leases`: which nodes there are, and how that changes.
 
+use std::fmt::Write as _;
 use std::path::Path;
 
 use fabric_proto::Word as _;
@@ -9,13 +10,15 @@ use fabric_proto::v1::{
 };
 
 use crate::output::{Output, Screen, Tone};
+use crate::status::span;
 use crate::table::{Cell, render};
-use crate::{Answer, NOT_ALL_WELL, daemon, print};
+use crate::{Answer, NOT_ALL_WELL, daemon, mesh, print};
 
-/// Lists the peers; exit code 4 when not all of them are programmed.
+/// Lists the peers; exit code 4 when not all of them are programmed and reached.
 pub async fn peers(socket: &Path, output: Output) -> anyhow::Result<Answer> {
     let peers = daemon::connect(socket).await?.list_peers(ListPeersRequest {}).await?.into_inner();
-    let well = peers.peers.iter().all(|peer| peer.state() == PeerState::Programmed);
+    let is_well = |peer: &Peer| peer.state() == PeerState::Programmed && mesh::tone(peer.mesh()) != Tone::Bad;
+    let well = peers.peers.iter().all(is_well);
     Ok(Answer::well_if(well, output.show(&peers, |screen| peer_table(screen, &peers.peers))?, NOT_ALL_WELL))
 }
 
@@ -49,21 +52,42 @@ pub async fn watch_leases(socket: &Path, output: Output) -> anyhow::Result<Answe
     Ok(Answer::fine(String::new()))
 }
 
-/// The peers as a table.
+/// The peers as a table, what matters first: the terminal may cut the rest. Reasons stand below it.
 pub fn peer_table(screen: &Screen, peers: &[Peer]) -> String {
-    let rows: Vec<[Cell; 5]> = peers.iter().map(peer_row).collect();
-    render(screen, ["PEER", "SUBNET", "UNDERLAY", "VTEP", "STATE"], &rows)
+    let rows: Vec<[Cell; 7]> = peers.iter().map(peer_row).collect();
+    let mut text = render(screen, ["PEER", "STATE", "MESH", "SINCE", "SUBNET", "UNDERLAY", "VTEP"], &rows);
+    for (place, peer) in peers.iter().filter(|peer| !peer.reason.is_empty()).enumerate() {
+        let (word, tone) = state(peer);
+        let gap = if place == 0 { "\n" } else { "" };
+        let word = screen.paint(&word, tone);
+        let _ = writeln!(text, "{gap}{} {} {word}: {}", named(&peer.node), peer.subnets.join(" "), peer.reason);
+    }
+    text
 }
 
-fn peer_row(peer: &Peer) -> [Cell; 5] {
-    let state = match peer.state() {
-        PeerState::Programmed => Cell::toned("programmed", Tone::Good),
-        PeerState::Pending => Cell::toned(format!("pending: {}", peer.reason), Tone::Doubtful),
-        PeerState::Refused => Cell::toned(format!("refused: {}", peer.reason), Tone::Bad),
-        PeerState::Unspecified => "unknown".into(),
+fn state(peer: &Peer) -> (String, Tone) {
+    let tone = match peer.state() {
+        PeerState::Programmed => Tone::Good,
+        PeerState::Pending => Tone::Doubtful,
+        PeerState::Refused => Tone::Bad,
+        PeerState::Unspecified => Tone::Plain,
     };
-    let (subnets, underlay) = (peer.subnets.join(" "), peer.public_addresses.join(" "));
-    [named(&peer.node).into(), subnets.into(), underlay.into(), peer.vtep_macs.join(" ").into(), state]
+    (peer.state().word(), tone)
+}
+
+fn peer_row(peer: &Peer) -> [Cell; 7] {
+    let (word, tone) = state(peer);
+    #[expect(clippy::cast_possible_truncation, reason = "seconds")]
+    let since = peer.mesh_since_seconds as i64;
+    [
+        named(&peer.node).into(),
+        Cell::toned(word, tone),
+        Cell::toned(peer.mesh().word(), mesh::tone(peer.mesh())),
+        if since < 0 { Cell::default() } else { span(since).into() },
+        peer.subnets.join(" ").into(),
+        peer.public_addresses.join(" ").into(),
+        peer.vtep_macs.join(" ").into(),
+    ]
 }
 
 fn peer_line(change: &PeerEvent) -> String {
@@ -81,9 +105,9 @@ fn lease_table(screen: &Screen, leases: &[LeaseRecord]) -> String {
             _ => "held".into(),
         };
         [
-            lease.subnets.join(" ").into(),
             named(&lease.node).into(),
             state,
+            lease.subnets.join(" ").into(),
             lease.public_addresses.join(" ").into(),
             lease.vtep_macs.join(" ").into(),
             lease.epoch.to_string().into(),
@@ -91,7 +115,7 @@ fn lease_table(screen: &Screen, leases: &[LeaseRecord]) -> String {
         ]
     };
     let rows: Vec<[Cell; 7]> = leases.iter().map(row).collect();
-    render(screen, ["SUBNET", "NODE", "STATE", "UNDERLAY", "VTEP", "CLAIM", "REVISION"], &rows)
+    render(screen, ["NODE", "STATE", "SUBNET", "UNDERLAY", "VTEP", "EPOCH", "REVISION"], &rows)
 }
 
 fn lease_line(change: &LeaseEvent) -> String {
@@ -102,4 +126,29 @@ fn lease_line(change: &LeaseEvent) -> String {
 
 fn named(node: &str) -> String {
     if node.is_empty() { "(flannel)".into() } else { node.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fabric_proto::v1::MeshCause;
+
+    #[test]
+    fn state_and_mesh_of_a_dual_stack_peer_are_seen_on_a_terminal_of_80_columns() {
+        let peer = Peer {
+            node: "node-2".into(),
+            subnets: vec!["10.244.14.0/24".into(), "fd00:10:244:e::/64".into()],
+            public_addresses: vec!["192.0.2.12".into(), "2001:db8::12".into()],
+            vtep_macs: vec!["02:42:c0:00:02:0c".into(), "02:42:c0:00:02:0d".into()],
+            state: PeerState::Pending.into(),
+            reason: "a route that is not ours leads to 10.244.14.0/24".into(),
+            mesh: MeshCause::MtuBlackHole.into(),
+            mesh_since_seconds: 400.0,
+        };
+        let told = peer_table(&Screen { width: Some(80), colour: false }, &[peer]);
+        assert!(told.contains("node-2  pending  mtu_black_hole  6 min  10.244.14.0/24 fd00:"), "{told}");
+        let reason =
+            "node-2 10.244.14.0/24 fd00:10:244:e::/64 pending: a route that is not ours leads to 10.244.14.0/24\n";
+        assert!(told.ends_with(reason), "{told}");
+    }
 }

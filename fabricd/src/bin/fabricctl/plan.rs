@@ -1,4 +1,4 @@
-//! `fabricctl plan`: what the kernel should hold and holds, and the steps between.
+//! `fabricctl plan`: desired and actual state of the kernel, and the steps between.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -30,16 +30,16 @@ fn describe(screen: &Screen, state: &GetKernelStateResponse, now: SystemTime) ->
         columns.iter().enumerate().for_each(|(place, column)| cells[place + 1] = count(*column).into());
         cells
     };
-    let header = ["", "LINKS", "ADDRESSES", "FDB", "NEIGHBOURS", "NEXTHOPS", "ROUTES", "SETTINGS"];
-    let mut text = render(screen, header, &[row("wanted", &state.wanted), row("had", &state.had)]);
+    let header = ["", "LINKS", "ADDRESSES", "FDB", "NEIGHBOURS", "NEXTHOPS", "ROUTES", "SYSCTLS"];
+    let mut text = render(screen, header, &[row("desired", &state.wanted), row("actual", &state.had)]);
     text.push('\n');
     match (&state.wanted, state.plan.is_empty()) {
         (None, _) => {
             let _ = writeln!(text, "{}: {}", screen.paint("Nothing is planned", Tone::Bad), state.blocked);
         }
-        (Some(_), true) => text += "Nothing is to be written: the kernel holds what is wanted.\n",
+        (Some(_), true) => text += "In sync: the kernel's state is the desired one.\n",
         (Some(_), false) => {
-            let _ = writeln!(text, "Steps that are left, and are being retried: {}", state.plan.len());
+            let _ = writeln!(text, "Out of sync, steps that are being retried: {}", state.plan.len());
             state.plan.iter().for_each(|step| text += &format!("  {step}\n"));
         }
     }
@@ -52,9 +52,9 @@ fn describe(screen: &Screen, state: &GetKernelStateResponse, now: SystemTime) ->
             let _ = writeln!(text, "  … and {more} more");
         }
     }
-    for (name, tables) in [("wanted", &state.wanted), ("had", &state.had)] {
+    for (name, tables) in [("Desired", &state.wanted), ("Actual", &state.had)] {
         if let Some(tables) = tables.as_ref().filter(|tables| !tables.entries.is_empty()) {
-            let _ = writeln!(text, "\nAll that is {name}:");
+            let _ = writeln!(text, "\n{name} entries:");
             tables.entries.iter().for_each(|entry| text += &format!("  {entry}\n"));
         }
     }
@@ -74,11 +74,11 @@ mod tests {
             plan: vec!["+ ip route add 10.244.2.0/24 nhid 4194304000 proto 250".into()],
             ..GetKernelStateResponse::default()
         };
-        let want = "        LINKS  ADDRESSES  FDB  NEIGHBOURS  NEXTHOPS  ROUTES  SETTINGS
-wanted  1      1          2    0           0         2       0
-had     1      1          2    0           0         1       0
+        let want = "         LINKS  ADDRESSES  FDB  NEIGHBOURS  NEXTHOPS  ROUTES  SYSCTLS
+desired  1      1          2    0           0         2       0
+actual   1      1          2    0           0         1       0
 
-Steps that are left, and are being retried: 1
+Out of sync, steps that are being retried: 1
   + ip route add 10.244.2.0/24 nhid 4194304000 proto 250
 ";
         assert_eq!(describe(&Screen::default(), &state, SystemTime::now()), want);

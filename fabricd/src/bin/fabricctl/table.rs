@@ -23,8 +23,14 @@ impl<T: Into<String>> From<T> for Cell {
 }
 
 /// `rows` as lines, each column as wide as its widest cell, two spaces between. What is too wide for the screen is cut,
-/// and ends in `…`.
+/// and ends in `…`. A column that has a name and no text in any row is left out.
 pub fn render<const N: usize>(screen: &Screen, header: [&str; N], rows: &[[Cell; N]]) -> String {
+    let mut header = header;
+    for (column, name) in header.iter_mut().enumerate().filter(|_| !rows.is_empty()) {
+        if rows.iter().all(|row| row[column].text.is_empty()) {
+            *name = "";
+        }
+    }
     let mut widths = header.map(str::len);
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
@@ -41,6 +47,9 @@ fn line<const N: usize>(screen: &Screen, widths: [usize; N], row: &[Cell; N]) ->
     let mut line = String::new();
     let last = row.iter().rposition(|cell| !cell.text.is_empty());
     for (position, (cell, width)) in row.iter().zip(widths).enumerate().take(last.map_or(0, |last| last + 1)) {
+        if width == 0 {
+            continue;
+        }
         let text = cut(&cell.text, room);
         let padding = if Some(position) == last { 0 } else { width + 2 - cell.text.chars().count() };
         line += &screen.paint(&text, cell.tone);
@@ -75,6 +84,14 @@ mod tests {
     fn columns_line_up_and_lines_end_without_spaces() {
         let want = "NODE    SUBNET         WHY\nnode-1  10.244.1.0/24\nn2      -              a long story\n";
         assert_eq!(table(&Screen::default()), want);
+    }
+
+    #[test]
+    fn column_without_any_text_is_left_out() {
+        let rows = [["node-1", "", "7"], ["n2", "", "8"]];
+        let told = render(&Screen::default(), ["NODE", "SUBNET", "EPOCH"], &rows.map(|row| row.map(Cell::from)));
+        assert_eq!(told, "NODE    EPOCH\nnode-1  7\nn2      8\n");
+        assert_eq!(render(&Screen::default(), ["NODE", "SUBNET"], &[]), "NODE  SUBNET\n");
     }
 
     #[test]

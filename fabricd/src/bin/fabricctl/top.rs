@@ -1,4 +1,4 @@
-//! `fabricctl top`: node, mesh and events, live, on a terminal's second screen. Ctrl-C ends it.
+//! `fabricctl top`: node, mesh and events, live, on a terminal's second screen until Ctrl-C; or once.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -8,8 +8,9 @@ use fabric_proto::v1::{
     Event, GetMeshRequest, GetMeshResponse, GetStatusRequest, GetStatusResponse, MeshCause, WatchEventsRequest,
 };
 
-use crate::output::{Screen, Tone};
-use crate::status::span;
+use serde::Serialize;
+
+use crate::output::{Output, Screen, Tone};
 use crate::{Answer, daemon, events, mesh, print};
 
 /// How many events are shown.
@@ -18,10 +19,29 @@ const EVENTS: usize = 8;
 const ENTER: &str = "\x1b[?1049h\x1b[?25l";
 const LEAVE: &str = "\x1b[?25h\x1b[?1049l";
 
+/// All that is shown, for programs.
+#[derive(Debug, Serialize)]
+struct Once {
+    status: GetStatusResponse,
+    mesh: GetMeshResponse,
+    events: Vec<Event>,
+}
+
+/// What is shown, once: for programs, and without a terminal.
+pub async fn once(socket: &Path, output: Output) -> anyhow::Result<Answer> {
+    let (status, mesh, events) = look(socket).await?;
+    let once = Once { status, mesh, events };
+    let table = |screen: &Screen| {
+        let Once { status, mesh, events } = &once;
+        page(screen, usize::MAX, status, mesh.clone(), events, SystemTime::now())
+    };
+    Ok(Answer::fine(output.show(&once, table)?))
+}
+
 /// Draws until Ctrl-C.
 pub async fn run(socket: &Path, every: Duration) -> anyhow::Result<Answer> {
     if Screen::stdout().width.is_none() {
-        bail!("top needs a terminal; for programs there is: fabricctl mesh -o json");
+        bail!("standard output is no terminal; for one look use: fabricctl top --once");
     }
     print(ENTER);
     let outcome = tokio::select! {
@@ -75,10 +95,7 @@ fn page(
         true => screen.paint("ready", Tone::Good),
         false => screen.paint(&format!("NOT READY: {}", status.reason), Tone::Bad),
     };
-    let lease = status.lease.as_ref().map_or_else(
-        || "no lease".into(),
-        |lease| format!("{} for {}", lease.subnets.join(" "), span(lease.expires_in_seconds)),
-    );
+    let lease = status.lease.as_ref().map_or_else(|| "no lease".into(), |lease| lease.subnets.join(" "));
     let (done, all) = (status.peers_programmed, status.peers.len());
     let mut lines = vec![format!("{}  {state}  {lease}  {done} of {all} peers programmed", status.node), String::new()];
 

@@ -118,6 +118,14 @@ impl Etcd {
     pub async fn network_init(&self, json: &[u8], force: bool) -> Result<Init, StoreError> {
         self.store.network_init(json, force).await
     }
+
+    /// Replaces the network config that was read, if it is still the same. The caller has validated the JSON.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreachable`], or `Refused`, also when somebody changed it meanwhile.
+    pub async fn network_replace(&self, before: &StoredConfig, json: &[u8]) -> Result<(), StoreError> {
+        self.store.network_replace(before, json).await
+    }
 }
 
 impl LeaseStore for Etcd {
@@ -133,7 +141,7 @@ impl LeaseStore for Etcd {
         ConfigPlace {
             name: self.store.keys.config(),
             make: "make one with: fabricctl network init --network 10.244.0.0/16",
-            change: "choose another network with: fabricctl network init --force --network …",
+            change: "choose another network, as in: fabricctl network set --network 10.245.0.0/16",
         }
     }
 

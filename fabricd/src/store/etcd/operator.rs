@@ -18,7 +18,7 @@ use crate::store::{LeaseStore as _, StoreError};
 pub struct Overview {
     /// Leases and reservations.
     pub leases: Arc<LeaseSet>,
-    /// Subnets whose lease has ended.
+    /// Subnets whose lease has ended, in their grace period.
     pub resting: Vec<Resting>,
 }
 
@@ -28,7 +28,7 @@ impl Etcd {
     /// # Errors
     /// [`StoreError::Unreachable`] or `Refused`.
     pub async fn overview(&self) -> Result<Overview, StoreError> {
-        let leases = self.listed().await;
+        let leases = self.listed().await?;
         let guards = self.store.guards_without_record().await?;
         Ok(Overview { leases, resting: guards.into_iter().map(super::places::resting).collect() })
     }
@@ -46,16 +46,21 @@ impl Etcd {
     /// # Errors
     /// [`StoreError::Refused`] when it is another node's, `Unreachable`.
     pub async fn reserve(&self, node: &NodeName, key: &LeaseKey) -> Result<(), StoreError> {
-        let leases = self.listed().await;
+        let leases = self.listed().await?;
         let refused = |reason: String| StoreError::Refused { operation: RESERVE, reason };
-        let held = leases.iter().find(|lease| lease.key == *key);
-        if let Some(other) = held.filter(|lease| lease.record.node() != Some(node)) {
-            let told = format!("{key} is held by {}; free it there with: fabricctl lease renumber", other.holder());
+        let subnets = || key.subnets().values().map(ToString::to_string).collect::<Vec<_>>().join(" and ");
+        // Before the record: that of a reservation whose node is away is a placeholder, which no node can renumber.
+        if let Some(other) = leases.reservations().get(key).filter(|other| *other != node) {
+            let told =
+                format!("{} is reserved for {other}; end that with: fabricctl lease unreserve {other}", subnets());
             return Err(refused(told));
         }
-        if let Some(other) = leases.reservations().get(key).filter(|other| *other != node) {
-            let told = format!("{key} is reserved for {other}; end that with: fabricctl lease unreserve {other}");
-            return Err(refused(told));
+        let held = leases.iter().find(|lease| lease.key == *key);
+        if let Some(other) = held.filter(|lease| lease.record.node() != Some(node)) {
+            return Err(refused(match other.record.node() {
+                Some(other) => format!("{other} holds {}; run on {other}: fabricctl lease renumber", subnets()),
+                None => format!("a flannel node holds {}; end its flanneld and delete its record", subnets()),
+            }));
         }
         let (record, reservation) = (self.store.keys.lease(key), self.store.keys.reservation(key));
         let as_seen = match held {
@@ -72,7 +77,7 @@ impl Etcd {
     /// # Errors
     /// [`StoreError::Unreachable`] or `Refused`.
     pub async fn unreserve(&self, node: &NodeName) -> Result<Vec<LeaseKey>, StoreError> {
-        let leases = self.listed().await;
+        let leases = self.listed().await?;
         let of_node = leases.reservations().iter().filter(|(_, reserved)| *reserved == node);
         let keys: Vec<LeaseKey> = of_node.map(|(key, _)| *key).collect();
         for key in &keys {
@@ -113,10 +118,12 @@ impl Etcd {
         Ok(released)
     }
 
-    async fn listed(&self) -> Arc<LeaseSet> {
+    /// All leases. Whether etcd answers at all is asked before: the task that lists them never gives up.
+    async fn listed(&self) -> Result<Arc<LeaseSet>, StoreError> {
+        self.store.read_config().await?;
         let mut leases = self.leases();
         let listed = leases.wait_for(Option::is_some).await.ok().and_then(|set| set.clone());
-        listed.unwrap_or_default()
+        Ok(listed.unwrap_or_default())
     }
 }
 
@@ -125,7 +132,12 @@ const RELEASE: &str = "release the lease";
 
 impl Store {
     /// A transaction that is not tried again: a person decided on what was there.
-    async fn once(&self, operation: &'static str, seen: Vec<Compare>, then: Vec<TxnOp>) -> Result<(), StoreError> {
+    pub(super) async fn once(
+        &self,
+        operation: &'static str,
+        seen: Vec<Compare>,
+        then: Vec<TxnOp>,
+    ) -> Result<(), StoreError> {
         match self.transact(operation, seen, then, &[]).await? {
             Outcome::Done(..) => Ok(()),
             _ => Err(StoreError::Refused { operation, reason: "somebody changed it meanwhile; try again".into() }),

@@ -88,6 +88,8 @@ impl Guard {
     }
 }
 
+const WRITE_CONFIG: &str = "write the network config";
+
 impl Store {
     pub(super) async fn claim(&self, claim: &Claim) -> Result<Grant, StoreError> {
         let lease = self.grant(claim.lease_id, claim.ttl).await?;
@@ -352,7 +354,7 @@ impl Store {
             let unchanged = Compare::mod_revision(key.clone(), CompareOp::Equal, revision);
             let put = TxnOp::put(key.clone(), json, None);
             let keys = std::slice::from_ref(&key);
-            let found = match self.transact("write the network config", vec![unchanged], vec![put], keys).await? {
+            let found = match self.transact(WRITE_CONFIG, vec![unchanged], vec![put], keys).await? {
                 Outcome::Done(..) => return Ok(before.map_or(Init::Created, Init::Replaced)),
                 Outcome::LeaseGone => None,
                 Outcome::Failed(found) => found.into_iter().flatten().next().map(StoredConfig::from),
@@ -364,7 +366,15 @@ impl Store {
             }
         }
         let reason = "somebody else keeps changing it; try again".to_owned();
-        Err(StoreError::Refused { operation: "write the network config", reason })
+        Err(StoreError::Refused { operation: WRITE_CONFIG, reason })
+    }
+}
+
+impl Store {
+    pub(super) async fn network_replace(&self, before: &StoredConfig, json: &[u8]) -> Result<(), StoreError> {
+        let key = self.keys.config();
+        let unchanged = Compare::mod_revision(key.clone(), CompareOp::Equal, before.mod_revision);
+        self.once(WRITE_CONFIG, vec![unchanged], vec![TxnOp::put(key, json, None)]).await
     }
 }
 

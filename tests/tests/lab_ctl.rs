@@ -1,0 +1,237 @@
+//! fabricctl in the Lab: where it finds the datastore, what it changes there, what its exit codes and formats say.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use fabric_tests::lab::exec::Output;
+use fabric_tests::lab::{Lab, Node, wait_until};
+use serde_json::Value;
+
+/// How long a change may take on a busy machine.
+const SOON: Duration = Duration::from_secs(60);
+
+/// As an operator types it: without the variables that a node of the Lab has.
+fn ctl(node: &Node, args: &[&str]) -> Result<Output> {
+    node.exec(&[&["env", "-u", "FABRICD_ETCD_ENDPOINTS", "fabricctl"], args].concat())
+}
+
+fn says(node: &Node, args: &[&str]) -> Result<String> {
+    let output = ctl(node, args)?;
+    ensure!(output.success(), "{args:?}: {output:?}");
+    Ok(output.stdout)
+}
+
+/// What is refused, and why.
+fn refusal(node: &Node, args: &[&str]) -> Result<String> {
+    let output = ctl(node, args)?;
+    ensure!(output.status.code() == Some(1), "{args:?}: {output:?}");
+    Ok(output.stderr)
+}
+
+/// The command behind the last `: ` of a message, run as it is, by a shell.
+fn run_the_fix(node: &Node, told: &str) -> Result<String> {
+    let (_, fix) = told.trim().rsplit_once(": ").context("a fix")?;
+    ensure!(fix.starts_with("fabricctl "), "{told}");
+    node.run(&["env", "-u", "FABRICD_ETCD_ENDPOINTS", "sh", "-c", fix])
+}
+
+#[test]
+fn datastore_is_found_by_the_daemon_else_by_its_settings_files_and_flags_win() -> Result<()> {
+    let lab = Lab::builder().start()?;
+    let node = lab.node("node-1")?;
+    let endpoints = lab.etcd().endpoints();
+    ensure!(says(node, &["lease", "list"])?.contains("node-1"), "the daemon knows where etcd is");
+    ensure!(says(node, &["network", "show"])?.contains("set by the daemon at /run/fabric/fabricd.sock"));
+
+    node.stop_fabricd()?;
+    for command in [&["lease", "list"][..], &["network", "show"], &["network", "set", "--mtu", "1400"]] {
+        let told = refusal(node, command)?;
+        ensure!(told.contains("etcd does not answer at http://127.0.0.1:2379"), "{told}");
+        ensure!(told.contains("no daemon answers at /run/fabric/fabricd.sock") && told.contains("refused"), "{told}");
+    }
+    let flags = ["--etcd-endpoints", &endpoints];
+    ensure!(says(node, &[&["lease", "list"], &flags[..]].concat())?.contains("node-1"));
+
+    fs::create_dir_all(node.path("/etc/fabric")?)?;
+    let file = node.path("/etc/fabric/fabricd.toml")?;
+    fs::write(&file, format!("etcd_endpoints = ['{endpoints}']\n"))?;
+    ensure!(says(node, &["lease", "list"])?.contains("node-1"));
+    fs::write(node.path("/etc/default/fabricd")?, "FABRICD_ETCD_PREFIX=/other\n")?;
+    let told = refusal(node, &["network", "show"])?;
+    ensure!(told.contains("there is nothing at /other/config"), "the variables of the service win: {told}");
+    fs::remove_file(node.path("/etc/default/fabricd")?)?;
+
+    fs::write(&file, "etcd_endpoints = ['http://192.0.2.1:1']\n")?;
+    let told = refusal(node, &["lease", "show", "node-1"])?;
+    ensure!(told.contains("http://192.0.2.1:1 (set by /etc/fabric/fabricd.toml)"), "{told}");
+    ensure!(says(node, &[&["lease", "list"], &flags[..]].concat())?.contains("node-1"), "flags win");
+    fs::write(&file, "etcd_endpoint = 'x'\n")?;
+    let told = refusal(node, &["lease", "list"])?;
+    ensure!(told.contains("/etc/fabric/fabricd.toml: there is no setting \"etcd_endpoint\""), "{told}");
+    let named = node.path("/tmp/other.toml")?;
+    fs::write(&named, format!("etcd_endpoints = ['{endpoints}']\nsocket = '/run/other.sock'\n"))?;
+    ensure!(says(node, &["lease", "list", "--config", "/tmp/other.toml"])?.contains("node-1"));
+    // The socket is found the same way.
+    fs::copy(&named, &file)?;
+    ensure!(refusal(node, &["status"])?.contains("/run/other.sock"));
+    fs::remove_file(&file)?;
+    Ok(())
+}
+
+#[test]
+fn network_set_changes_one_key_and_says_what_running_nodes_do() -> Result<()> {
+    let lab = Lab::builder().start()?;
+    let node = lab.node("node-1")?;
+    let put = r#"{"Network":"10.244.0.0/16","Theirs":7,"Backend":{"Type":"vxlan","DirectRouting":true}}"#;
+    lab.etcd().ctl(&["put", "/coreos.com/network/config", put])?;
+    let stored = || -> Result<Value> {
+        let config = lab.etcd().ctl(&["get", "--print-value-only", "/coreos.com/network/config"])?;
+        Ok(serde_json::from_str(&config)?)
+    };
+
+    let told = says(node, &["network", "set", "--mtu", "1400"])?;
+    ensure!(told.contains("Running nodes apply it at once."), "{told}");
+    let mut want: Value = serde_json::from_str(put)?;
+    want["Backend"]["MTU"] = 1400.into();
+    ensure!(stored()? == want, "{}", stored()?);
+    wait_until("the device has the new MTU", SOON, || {
+        ensure!(node.run(&["ip", "link", "show", "fabric.1"])?.contains("mtu 1350 "));
+        Ok(())
+    })?;
+    ensure!(says(node, &["network", "set", "--mtu", "1400"])?.contains("says so already"));
+    ensure!(ctl(node, &["network", "set"])?.status.code() == Some(2), "a key has to be given");
+    ensure!(refusal(node, &["network", "set", "--mtu", "60"])?.contains("is not changed"));
+    ensure!(refusal(node, &["network", "set", "--network", "10.99.0.0/16"])?.contains("overlaps"));
+    ensure!(stored()? == want, "{}", stored()?);
+
+    let told = says(node, &["network", "set", "--vni", "7"])?;
+    ensure!(told.contains("Pending on running nodes") && told.contains("VNI: 1 → 7"), "{told}");
+    wait_until("the change is pending, and the exit code says so", SOON, || {
+        let status = ctl(node, &["status"])?;
+        ensure!(status.status.code() == Some(4) && status.stdout.contains("Pending   VNI: 1 → 7"), "{status:?}");
+        Ok(())
+    })?;
+    ensure!(says(node, &["network", "migrate"])?.contains("VNI: 1 → 7"));
+    wait_until("it is applied", SOON, || {
+        ensure!(ctl(node, &["status", "--wait", "60s"])?.status.code() == Some(0));
+        node.run(&["ip", "link", "show", "fabric.7"]).map(drop)
+    })
+}
+
+#[test]
+fn exit_code_is_4_when_a_peer_is_not_reached_and_status_names_it() -> Result<()> {
+    let lab = Lab::builder().nodes(2).start()?;
+    let node = lab.node("node-1")?;
+    wait_until("all is well", SOON, || {
+        let (status, peers) = (ctl(node, &["status", "--wait"])?, ctl(node, &["peers"])?);
+        ensure!(status.stdout.contains("Mesh      1 of 1 reachable\n"), "{status:?}");
+        ensure!(status.status.code() == Some(0) && peers.status.code() == Some(0), "{status:?} {peers:?}");
+        Ok(())
+    })?;
+    lab.node("node-2")?.power_off()?;
+    wait_until("the peer is named, with since when", SOON, || {
+        let (status, peers) = (ctl(node, &["status"])?, ctl(node, &["peers", "-o", "json"])?);
+        ensure!(status.status.code() == Some(4) && peers.status.code() == Some(4), "{status:?} {peers:?}");
+        ensure!(status.stdout.contains("Mesh      1 of 1 unreachable: node-2 "), "{status:?}");
+        let peers: Value = serde_json::from_str(&peers.stdout)?;
+        let peer = &peers["peers"][0];
+        ensure!(peer["state"] == "programmed" && peer["mesh"] != "fine", "{peer}");
+        ensure!(peer["mesh_since_seconds"].as_f64().is_some_and(|since| since >= 0.0), "{peer}");
+        Ok(())
+    })?;
+    // On a narrow terminal too.
+    let narrow = node.exec(&["env", "COLUMNS=40", "fabricctl", "peers"])?.stdout;
+    ensure!(narrow.lines().any(|line| line.starts_with("node-2  programmed  ")), "{narrow}");
+
+    lab.etcd().stop()?;
+    wait_until("the datastore's absence counts", SOON, || {
+        let status = ctl(node, &["status"])?;
+        ensure!(status.status.code() == Some(4) && status.stdout.contains("NOT CONNECTED"), "{status:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn every_command_prints_in_every_format() -> Result<()> {
+    let lab = Lab::builder().nodes(2).start()?;
+    let node = lab.node("node-1")?;
+    node.add_pod("a")?;
+    wait_until("the peer is known", SOON, || {
+        ensure!(says(node, &["peers"])?.contains("node-2"));
+        Ok(())
+    })?;
+    let (from, to) = ("10.244.60.2", "10.244.14.2");
+    let commands: &[&[&str]] = &[
+        &["status"],
+        &["peers"],
+        &["leases"],
+        &["mesh"],
+        &["doctor"],
+        &["explain", from, to],
+        &["top", "--once"],
+        &["events"],
+        &["plan"],
+        &["log-level"],
+        &["network", "show"],
+        &["network", "init", "--network", "10.244.0.0/16"],
+        &["network", "set", "--port", "8472"],
+        &["network", "migrate"],
+        &["lease", "list"],
+        &["lease", "show", "node-2"],
+        &["lease", "reserve", "node-9", "10.244.9.0/24"],
+        &["lease", "unreserve", "node-9"],
+        &["lease", "release", "node-9"],
+        &["lease", "renumber", "--force"],
+    ];
+    for command in commands {
+        for format in ["table", "wide", "json", "yaml"] {
+            // Until a renumbered node has its lease again, and others their answers.
+            wait_until(&format!("{command:?} prints {format}"), SOON, || {
+                let output = ctl(node, &[*command, &["-o", format][..]].concat())?;
+                ensure!(!output.stdout.is_empty(), "{output:?}");
+                let values = serde_json::Deserializer::from_str(&output.stdout).into_iter::<Value>();
+                let is_json = values.collect::<Result<Vec<_>, _>>().is_ok_and(|all| all.iter().all(|v| !v.is_string()));
+                ensure!(is_json == (format == "json"), "{output:?}");
+                Ok(())
+            })?;
+        }
+    }
+    let list: Value = serde_json::from_str(&says(node, &["lease", "list", "-o", "json"])?)?;
+    let (leases, capacity) = (&list["leases"], &list["capacity"][0]);
+    let own =
+        leases.as_array().and_then(|all| all.iter().find(|lease| lease["node"] == "node-1")).context("its own")?;
+    ensure!(own["epoch"].is_u64() && own["addresses_used"].is_u64() && own["addresses_free"].is_u64(), "{own}");
+    ensure!(capacity["subnets"] == 255 && capacity["leased"] == 2, "{capacity}");
+    Ok(())
+}
+
+#[test]
+fn fixes_of_lease_commands_work_as_they_are_printed() -> Result<()> {
+    let lab = Lab::builder().nodes(2).start()?;
+    let (one, two) = (lab.node("node-1")?, lab.node("node-2")?);
+    says(one, &["lease", "reserve", "node-9", "10.244.9.0/24"])?;
+    let told = refusal(one, &["lease", "reserve", "node-8", "10.244.9.0/24"])?;
+    ensure!(told.contains("10.244.9.0/24 is reserved for node-9"), "{told}");
+    run_the_fix(one, &told)?;
+    says(one, &["lease", "reserve", "node-8", "10.244.9.0/24"])?;
+
+    let had = two.subnet()?;
+    let told = refusal(one, &["lease", "reserve", "node-8", &had])?;
+    ensure!(told.contains(&format!("node-2 holds {had}; run on node-2: ")), "{told}");
+    run_the_fix(two, &told)?;
+    wait_until("the subnet is free for it", SOON, || says(one, &["lease", "reserve", "node-8", &had]).map(drop))?;
+
+    // Whoever lives takes its lease back, and is told of before.
+    let had = two.subnet()?;
+    wait_until("node-2 answers probes", SOON, || {
+        ensure!(says(one, &["peers", "-o", "json"])?.contains("\"mesh\": \"fine\""));
+        Ok(())
+    })?;
+    let released = ctl(one, &["lease", "release", "node-2"])?;
+    ensure!(released.success() && released.stderr.contains("node-2 is alive"), "{released:?}");
+    two.wait_holding(&had)?;
+    let told = ctl(one, &["lease", "release", "node-7"])?;
+    ensure!(told.stdout.contains("node-7 has no lease") && told.stderr.is_empty(), "{told:?}");
+    Ok(())
+}
