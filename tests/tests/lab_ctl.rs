@@ -4,6 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use fabric_core::model::Family;
 use fabric_tests::lab::exec::Output;
 use fabric_tests::lab::{Lab, Node, wait_until};
 use serde_json::Value;
@@ -233,5 +234,86 @@ fn fixes_of_lease_commands_work_as_they_are_printed() -> Result<()> {
     two.wait_holding(&had)?;
     let told = ctl(one, &["lease", "release", "node-7"])?;
     ensure!(told.stdout.contains("node-7 has no lease") && told.stderr.is_empty(), "{told:?}");
+    Ok(())
+}
+
+/// The steps of a test, and its exit code.
+fn connectivity(node: &Node, args: &[&str]) -> Result<(Option<i32>, Vec<Value>)> {
+    let output = ctl(node, &[&["test", "--timeout", "1", "-o", "json"], args].concat())?;
+    let steps = serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))?;
+    Ok((output.status.code(), steps))
+}
+
+/// What pods leave on a node: namespaces, veths and addresses.
+fn traces(node: &Node) -> Result<String> {
+    node.run(&["sh", "-c", "ls /run/netns; ls /sys/class/net; find /var/lib/cni -name '10.*' | sort"])
+}
+
+#[test]
+fn connectivity_is_tested_by_a_pod_that_leaves_nothing() -> Result<()> {
+    let lab = Lab::builder().nodes(2).start()?;
+    let (node, other) = (lab.node("node-1")?, lab.node("node-2")?);
+    let pod = other.add_pod("a")?.ip(Family::V4)?.to_string();
+    let (outside, result) = (lab.etcd().endpoints(), |steps: &[Value], step: &str| -> Result<Value> {
+        let found = steps.iter().find(|found| found["step"] == step);
+        Ok(found.with_context(|| format!("no step {step} in {steps:#?}"))?.clone())
+    });
+    let outside = outside.trim_start_matches("http://");
+    // cni0 comes with the first pod, and stays.
+    node.add_pod("first")?;
+    let before = traces(node)?;
+
+    wait_until("every step but those outside is ok", SOON, || {
+        let (code, steps) = connectivity(node, &["--outside", "off", "--to", &pod])?;
+        ensure!(code == Some(0), "{steps:#?}");
+        for step in ["attach", "gateway", "peer node-2", "ping", "detach"] {
+            ensure!(result(&steps, step)?["result"] == "ok", "{steps:#?}");
+        }
+        Ok(())
+    })?;
+    ensure!(traces(node)? == before, "{before}\n{}", traces(node)?);
+
+    // The way out needs masquerade, and the node itself has one.
+    node.stop_fabricd()?;
+    node.start_fabricd_with(&["--ip-masq=false"], &[])?;
+    node.wait_ready()?;
+    wait_until("the way out is missing", SOON, || {
+        let (code, steps) = connectivity(node, &["--outside", outside])?;
+        let step = result(&steps, "outside")?;
+        ensure!(code == Some(4) && step["result"] == "failed", "{step}");
+        ensure!(step["detail"].as_str().is_some_and(|told| told.contains("--ip-masq")), "{step}");
+        Ok(())
+    })?;
+    node.stop_fabricd()?;
+    node.start_fabricd_with(&["--ip-masq=true"], &[])?;
+    node.wait_ready()?;
+    wait_until("there is a way out", SOON, || {
+        let (code, steps) = connectivity(node, &["--outside", outside])?;
+        ensure!(code == Some(0) && result(&steps, "outside")?["result"] == "ok", "{steps:#?}");
+        Ok(())
+    })?;
+
+    // What a peer's firewall rejects is said in words.
+    let reject = "table inet theirs {\nchain in {\ntype filter hook input priority 0; policy accept;\n\
+                  iifname fabric.1 icmp type echo-request reject with icmpx type admin-prohibited\n}\n}\n";
+    other.command(&["nft", "-f", "-"])?.stdin(reject).run()?;
+    let (code, steps) = connectivity(node, &["--outside", "off"])?;
+    let step = result(&steps, "peer node-2")?;
+    ensure!(code == Some(4) && step["result"] == "failed", "{step}");
+    ensure!(step["detail"].as_str().is_some_and(|told| told.contains("administratively prohibited")), "{step}");
+    ensure!(traces(node)? == before, "{before}\n{}", traces(node)?);
+
+    // One that was killed leaves its pod to the next, and without a daemon what can be tested is.
+    node.run(&["ip", "netns", "add", "fabric-test-999999"])?;
+    node.kill_fabricd()?;
+    let (_, steps) = connectivity(node, &["--outside", "off"])?;
+    ensure!(
+        result(&steps, "peers")?["result"] == "skipped" && result(&steps, "gateway")?["result"] == "ok",
+        "{steps:#?}"
+    );
+    ensure!(traces(node)? == before, "{before}\n{}", traces(node)?);
+    // Nothing to attach by: an error.
+    node.run(&["rm", "-r", "/etc/cni/net.d"])?;
+    ensure!(refusal(node, &["test"])?.contains("/etc/cni/net.d"));
     Ok(())
 }

@@ -54,7 +54,8 @@ async fn answer(Extract(state): Extract<Arc<State>>, method: Method, uri: Uri, b
 /// `/api/v1/namespaces/NS/secrets/…`.
 fn path(path: &str) -> (String, Option<String>, bool) {
     let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
-    let length = if parts.get(2) == Some(&"namespaces") { 5 } else { 3 };
+    // A namespace is an object itself, and holds collections.
+    let length = if parts.get(2) == Some(&"namespaces") && parts.len() > 4 { 5 } else { 3 };
     let (collection, rest) = parts.split_at(length.min(parts.len()));
     (format!("/{}", collection.join("/")), rest.first().map(ToString::to_string), rest.get(1) == Some(&"status"))
 }

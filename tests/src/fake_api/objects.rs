@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
+/// The path of the namespaces: what is in one goes with it.
+const NAMESPACES: &str = "/api/v1/namespaces";
+
 /// A refusal: HTTP code, reason and message, as the real server words them.
 pub(super) type Refusal = (u16, &'static str, String);
 
@@ -79,6 +82,10 @@ impl Objects {
     pub(super) fn delete(&mut self, collection: &str, name: &str) -> Result<Value, Refusal> {
         let mut object = self.get(collection, name)?;
         self.collections.entry(collection.to_owned()).or_default().remove(name);
+        if collection == NAMESPACES {
+            let inside = format!("{NAMESPACES}/{name}/");
+            self.collections.retain(|collection, _| !collection.starts_with(&inside));
+        }
         self.note(collection, &mut object, "DELETED");
         Ok(object)
     }

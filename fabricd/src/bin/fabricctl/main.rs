@@ -16,6 +16,7 @@ mod plan;
 mod settings;
 mod status;
 mod table;
+mod test;
 mod top;
 
 use std::io::Write as _;
@@ -118,6 +119,8 @@ enum Command {
         #[command(flatten)]
         form: OutputArg,
     },
+    /// Test connectivity with real traffic: gateway, other nodes, Services, DNS, outside
+    Test(Box<test::TestArgs>),
     /// Node, mesh and events, live until Ctrl-C
     Top {
         /// Seconds between updates
@@ -163,6 +166,9 @@ enum Command {
         /// Which shell
         shell: Shell,
     },
+    /// What the pods of a test run
+    #[command(subcommand, hide = true)]
+    Probe(test::probe::Command),
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -215,6 +221,8 @@ async fn run(command: Command, socket: &Path) -> anyhow::Result<Answer> {
         Command::Lease(command) => lease::run(*command, socket).await,
         Command::LogLevel { level, form } => log_level::run(socket, form.output, level).await,
         Command::Completion { shell } => Ok(completion(shell)),
+        Command::Test(args) => test::run(*args, socket).await,
+        Command::Probe(command) => test::probe::run(command),
     }
 }
 
