@@ -10,7 +10,9 @@ use anyhow::{Context, Result, ensure};
 use fabric_core::model::Family;
 use fabric_tests::lab::containerd::Containerd;
 use fabric_tests::lab::packet::Packet;
-use fabric_tests::lab::{Capture, Connection, Families, Lab, Matrix, Stream, binaries, wait_until};
+use fabric_tests::lab::page::Page;
+use fabric_tests::lab::spaces::Spaces;
+use fabric_tests::lab::{Capture, Connection, Families, Lab, Matrix, Stream, binaries, http, wait_until};
 
 #[test]
 fn a_stopped_lab_leaves_no_process_mount_namespace_or_link() -> Result<()> {
@@ -82,6 +84,24 @@ fn pods_reach_each_other_unchanged_in_every_family() -> Result<()> {
         assert!(matrix.is_perfect(), "{matrix}");
         assert_eq!(matrix.cells().len(), pairs);
     }
+    Ok(())
+}
+
+#[test]
+fn the_page_of_a_node_is_reached_from_this_machine() -> Result<()> {
+    let lab = Lab::builder().start()?;
+    let node = lab.node("node-1")?;
+    let page = Page::open(node, 0)?;
+    let address = page.address()?;
+    assert!(address.ip().is_loopback(), "{address}");
+    std::thread::spawn(move || page.serve());
+    let here = Spaces::own();
+    wait_until("it is the page of node-1, live", Duration::from_secs(20), || {
+        let state = http::get(&here, address, "/page.json")?;
+        ensure!(state.status == 200 && state.body.contains(r#""node":"node-1""#), "{state:?}");
+        Ok(())
+    })?;
+    assert!(http::get(&here, address, "/")?.body.contains("<title>fabricd</title>"));
     Ok(())
 }
 

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use fabric_tests::lab::exec::Exec;
 use fabric_tests::lab::init::Init;
+use fabric_tests::lab::page::{self, Page};
 use fabric_tests::lab::tour::{self, Up};
 use fabric_tests::lab::{Lab, Matrix};
 use nix::sys::signal::{SigHandler, Signal, signal};
@@ -54,7 +55,7 @@ enum Command {
         #[arg(long, default_value_t = 2)]
         pods: u8,
     },
-    /// Pull the plug of a node
+    /// Power a node off
     Kill {
         /// node-2, say
         node: String,
@@ -69,6 +70,15 @@ enum Command {
     },
     /// Ping every pod from every pod
     Ping,
+    /// Open the status page of a node to a browser on this machine, until Ctrl-C
+    Page {
+        /// Whose page
+        #[arg(default_value = "node-1")]
+        node: String,
+        /// Port on 127.0.0.1
+        #[arg(long, default_value_t = page::PORT)]
+        port: u16,
+    },
     /// Show the log of a process
     Logs {
         /// node-1 or underlay
@@ -129,6 +139,11 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             if !matrix.is_perfect() {
                 return Ok(ExitCode::FAILURE);
             }
+        }
+        Command::Page { node, port } => {
+            let page = Page::open(Lab::open(&cli.name)?.node(node)?, *port)?;
+            println!("http://{}/ is the page of {node}, until Ctrl-C", page.address()?);
+            page.serve()?;
         }
         Command::Logs { machine, process } => {
             let lab = Lab::open(&cli.name)?;

@@ -24,6 +24,7 @@
 //! | [`crowd`] | peers that exist in etcd only, by the thousand |
 //! | [`attack`] | what must not get through |
 //! | [`stream`], [`connection`], [`matrix`], [`capture`], [`packet`] | traffic, counted and looked at |
+//! | [`page`] | the status page of a node, for a browser of this machine |
 //! | [`witness`] | what the kernel says about its tables |
 //!
 //! A test reads as a sentence:
@@ -66,6 +67,7 @@ pub mod machine;
 pub mod matrix;
 pub mod node;
 pub mod packet;
+pub mod page;
 mod plain;
 pub mod pod;
 pub mod podman;

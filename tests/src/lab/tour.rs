@@ -15,6 +15,9 @@ use super::node::Node;
 use super::packet::{Packet, VXLAN_PORT};
 use super::{Builder, Lab, Wiring, preflight};
 
+/// How wide the screen is that all of it fits on.
+const COLUMNS: usize = 100;
+
 /// What lab to bring up.
 #[derive(Args, Debug)]
 pub struct Up {
@@ -70,9 +73,12 @@ impl Up {
         for _ in 0..self.nodes {
             add_node(lab, self.pods)?;
         }
-        if !self.plain {
+        if !self.plain && self.nodes > 0 {
             println!("\nWhat node-1 knows of its peers (fabricctl status):\n");
-            print!("{}", lab.node("node-1")?.run(&["fabricctl", "status"])?);
+            // Its exit code tells what the text says too.
+            let columns = COLUMNS.to_string();
+            let status = lab.node("node-1")?.command(&["fabricctl", "status"])?.env("COLUMNS", &columns).output()?;
+            print!("{}{}", status.stdout, status.stderr);
         }
         println!("\nEvery pod pings every other:\n");
         let matrix = Matrix::of(&lab.pods()?)?;
@@ -89,32 +95,44 @@ impl Up {
     fn look_around(&self, name: &str) {
         let program = std::env::args().next().unwrap_or_else(|| "lab".into());
         let lab = if name == "fabric" { program } else { format!("{program} --name {name}") };
-        let mut lines = vec![("status", "machines, processes, pods"), ("ping", "the matrix again")];
-        if !self.plain {
-            lines
-                .push(("exec node-1 fabricctl status", "what a daemon sees; also `peers`, `leases`, `events`, `plan`"));
-            lines.push(("exec node-1 fabricctl mesh", "how it reaches the others; break something, and it says what"));
-            lines.push((
-                "exec node-1 fabricctl doctor",
-                "what is wrong with a node; `explain IP IP`: with a packet's way",
-            ));
-            lines.push(("exec node-1 fabricctl top", "all of it, live"));
-            lines.push(("exec node-1 ip route", "what it made: routes, also `bridge fdb`, `ip neigh`, `ip nexthop`"));
-            lines.push(("logs node-1", "what it says"));
-        }
-        lines.push(("exec node-1 etcdctl get --prefix /coreos.com/network", "the leases"));
-        lines.push(("exec node-1/pod-a ip address", "a pod from inside"));
-        lines.push(("capture node-1", "the packets at its port"));
-        lines.push(("shell node-1", "a shell there"));
-        lines.push(("add-node", "one more"));
-        lines.push(("kill node-2", "pull its plug; `boot node-2` switches it on again"));
-        lines.push(("down", "the end"));
         println!("Look around:");
-        let width = lines.iter().map(|(command, _)| command.len()).max().unwrap_or(0);
-        for (command, what) in lines {
-            println!("  {lab} {command:<width$}  # {what}");
-        }
+        look_around(&lab, self.plain).iter().for_each(|line| println!("{line}"));
     }
+}
+
+/// What to try, as lines that can be pasted: each with its comment behind it, or above where that would be too wide.
+fn look_around(lab: &str, plain: bool) -> Vec<String> {
+    let of_fabric = [
+        ("exec node-1 fabricctl status", "the node and its peers"),
+        ("exec node-1 fabricctl mesh", "how peers are reached, and why not"),
+        ("exec node-1 fabricctl doctor", "29 checks, each with a fix"),
+        ("exec node-1 fabricctl test", "traffic of a pod made for it"),
+        ("exec node-1 fabricctl top", "all of it, live"),
+        ("page node-1", "the same in a browser"),
+        ("exec node-1 fabricctl lease list", "the leases in etcd"),
+        ("exec node-1 ip route", "what the kernel has of it"),
+        ("logs node-1", "the daemon's log"),
+    ];
+    let of_all = [
+        ("status", "machines, processes, pods"),
+        ("ping", "every pod pings every other"),
+        ("exec node-1/pod-a ip address", "a pod from inside"),
+        ("capture node-1", "the packets at its port"),
+        ("shell node-1", "a shell there"),
+        ("add-node", "one more"),
+        ("kill node-2", "power off; and on again: boot node-2"),
+        ("down", "stop it and remove its files"),
+    ];
+    let lines = of_fabric.into_iter().filter(|_| !plain).chain(of_all);
+    let width = lines.clone().map(|(command, _)| command.len()).max().unwrap_or(0);
+    let lines = lines.flat_map(|(command, what)| {
+        let line = format!("  {lab} {command:<width$}  # {what}");
+        match line.chars().count() <= COLUMNS {
+            true => vec![line],
+            false => vec![format!("  # {what}"), format!("  {lab} {command}")],
+        }
+    });
+    lines.collect()
 }
 
 /// Adds a node with its fabricd and pods, saying so.
@@ -123,7 +141,7 @@ impl Up {
 /// A part of it doesn't start.
 pub fn add_node(lab: &mut Lab, pods: u8) -> Result<()> {
     let number = lab.nodes().map(|node| node.index).max().unwrap_or(0) + 1;
-    let node = step(&format!("node-{number}: namespaces, a cable to the underlay"), || lab.boot_node())?;
+    let node = step(&format!("node-{number}: namespaces, a veth to the underlay"), || lab.boot_node())?;
     furnish(&node, lab.plan.wiring, pods)
 }
 
@@ -133,7 +151,7 @@ pub fn add_node(lab: &mut Lab, pods: u8) -> Result<()> {
 /// It is on, or a part of it doesn't start.
 pub fn boot_node(lab: &Lab, name: &str, pods: u8) -> Result<()> {
     let node = lab.node(name)?;
-    step(&format!("{name}: namespaces, a cable to the underlay"), || lab.boot_again(node))?;
+    step(&format!("{name}: namespaces, a veth to the underlay"), || lab.boot_again(node))?;
     furnish(node, lab.plan.wiring, pods)
 }
 
@@ -219,4 +237,23 @@ fn step<T>(what: &str, action: impl FnOnce() -> Result<T>) -> Result<T> {
         Err(_) => println!("failed"),
     }
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tour_fits_a_hundred_columns_and_names_the_page_and_the_test() {
+        for lab in ["target/debug/lab", "target/debug/lab --name a-lab-with-a-long-name", "/a/long/folder/of/mine/lab"]
+        {
+            for plain in [false, true] {
+                let lines = look_around(lab, plain);
+                assert!(lines.iter().all(|line| line.chars().count() <= COLUMNS), "{lines:#?}");
+                let has = |command: &str| lines.iter().any(|line| line.contains(&format!("{lab} {command}")));
+                assert!(has("down") && has("page node-1") != plain && has("exec node-1 fabricctl test") != plain);
+            }
+        }
+        assert_eq!(look_around("target/debug/lab", false).len(), 17, "a line each");
+    }
 }
