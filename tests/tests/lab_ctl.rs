@@ -224,7 +224,7 @@ fn fixes_of_lease_commands_work_as_they_are_printed() -> Result<()> {
     wait_until("the subnet is free for it", SOON, || says(one, &["lease", "reserve", "node-8", &had]).map(drop))?;
 
     // Whoever lives takes its lease back, and is told of before.
-    let had = two.subnet()?;
+    let had = wait_until("node-2 has another one", SOON, || two.subnet())?;
     wait_until("node-2 answers probes", SOON, || {
         ensure!(says(one, &["peers", "-o", "json"])?.contains("\"mesh\": \"fine\""));
         Ok(())

@@ -210,7 +210,12 @@ pub fn event(event: &Event) -> v1::Event {
 #[must_use]
 pub fn kernel_state(looked: &Looked, entries: bool) -> v1::GetKernelStateResponse {
     let wanted = looked.wanted.as_ref().map(|desired| &desired.state);
-    let had = looked.observed.as_ref().map(|observed| &observed.ours);
+    let mut had = looked.observed.as_ref().map(|observed| observed.ours.clone());
+    if let Some((wanted, had)) = wanted.zip(had.as_mut()) {
+        // A setting that is not asked for is left as it is: no difference.
+        had.sysctls.retain(|sysctl, _| wanted.sysctls.contains_key(sysctl));
+    }
+    let had = had.as_ref();
     let plan = wanted.zip(had).map(|(wanted, had)| diff(wanted, had).ops().iter().map(ToString::to_string).collect());
     v1::GetKernelStateResponse {
         wanted: wanted.map(|state| tables(state, entries)),

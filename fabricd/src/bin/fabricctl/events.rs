@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fabric_proto::Word as _;
 use fabric_proto::v1::{Event, WatchEventsRequest};
+use time::OffsetDateTime;
 
 use crate::output::{Output, Screen, Tone};
 use crate::status::span;
@@ -20,7 +21,8 @@ pub async fn show(socket: &Path, output: Output, follow: bool) -> anyhow::Result
             eprintln!("fabricctl: {missed} events were missed");
         }
         last = Some(event.number);
-        let line = output.show_next(&event, |screen| line(screen, &event, SystemTime::now()))?;
+        let clock = if output == Output::Wide { clock(event.unix_millis) + "  " } else { String::new() };
+        let line = output.show_next(&event, |screen| clock + &line(screen, &event, SystemTime::now()))?;
         if !print(&line) {
             break;
         }
@@ -37,6 +39,12 @@ pub fn line(screen: &Screen, event: &Event, now: SystemTime) -> String {
     format!("{ago:>12}  {:10} {said}\n", event.kind().word())
 }
 
+/// When something was, by the clock, in UTC: as logs have it.
+fn clock(unix_millis: i64) -> String {
+    let Ok(then) = OffsetDateTime::from_unix_timestamp(unix_millis.div_euclid(1000)) else { return String::new() };
+    format!("{}T{:02}:{:02}:{:02}Z", then.date(), then.hour(), then.minute(), then.second())
+}
+
 /// How long something is past.
 pub fn ago(unix_millis: i64, now: SystemTime) -> String {
     let then = UNIX_EPOCH + Duration::from_millis(unix_millis.try_into().unwrap_or(0));
@@ -48,6 +56,11 @@ pub fn ago(unix_millis: i64, now: SystemTime) -> String {
 mod tests {
     use super::*;
     use fabric_proto::v1::EventKind;
+
+    #[test]
+    fn clock_is_utc() {
+        assert_eq!(clock(1_000_000_000_999), "2001-09-09T01:46:40Z");
+    }
 
     #[test]
     fn event_is_a_line() {

@@ -85,15 +85,15 @@ fn mesh_line(screen: &Screen, peers: &[Peer]) -> String {
     if let Some(trouble) = mesh_trouble(peers) {
         return screen.paint(&trouble, Tone::Bad);
     }
-    let fine = peers.iter().filter(|peer| peer.mesh() == MeshCause::Fine).count();
-    let others: Vec<String> =
-        [(MeshCause::NoDaemon, "without a fabricd that answers"), (MeshCause::Unknown, "not probed yet")]
-            .into_iter()
-            .map(|(cause, what)| (peers.iter().filter(|peer| peer.mesh() == cause).count(), what))
-            .filter(|(count, _)| *count > 0)
-            .map(|(count, what)| format!(", {count} {what}"))
-            .collect();
-    format!("{fine} of {} reachable{}", peers.len(), others.concat())
+    let count = |cause| peers.iter().filter(|peer| peer.mesh() == cause).count();
+    let counts = [
+        (MeshCause::Fine, "reachable"),
+        (MeshCause::NoDaemon, "without a fabricd that answers"),
+        (MeshCause::Unknown, "not probed yet"),
+    ];
+    let counts = counts.map(|(cause, what)| (count(cause), what)).into_iter().filter(|(count, _)| *count > 0);
+    let counts: Vec<String> = counts.map(|(count, what)| format!("{count} of {} {what}", peers.len())).collect();
+    counts.join(", ")
 }
 
 fn describe(screen: &Screen, status: &GetStatusResponse) -> String {
@@ -297,6 +297,18 @@ node-4     programmed  peer_down  61 s   10.244.4.0/24  192.0.2.4  02:42:c0:00:0
         ] {
             assert_eq!(with(change), told);
         }
+    }
+
+    #[test]
+    fn mesh_line_tells_what_is_known() {
+        let of = |causes: &[MeshCause]| {
+            let peers: Vec<Peer> = causes.iter().map(|cause| peer(2, PeerState::Programmed, *cause)).collect();
+            mesh_line(&Screen::default(), &peers)
+        };
+        assert_eq!(of(&[MeshCause::Fine, MeshCause::Fine]), "2 of 2 reachable");
+        assert_eq!(of(&[MeshCause::Unknown]), "1 of 1 not probed yet");
+        let mixed = of(&[MeshCause::Fine, MeshCause::NoDaemon, MeshCause::Unknown]);
+        assert_eq!(mixed, "1 of 3 reachable, 1 of 3 without a fabricd that answers, 1 of 3 not probed yet");
     }
 
     #[test]

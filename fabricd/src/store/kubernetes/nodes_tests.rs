@@ -73,9 +73,9 @@ fn erased_annotations_depart_and_a_deleted_node_is_gone() {
     let departed = |nodes: &Nodes| nodes.set().departed().keys().map(ToString::to_string).collect::<Vec<_>>();
     let mut nodes = cluster();
     assert!(nodes.apply(&node("node-1", "10.244.1.0/24", None, 20)));
-    assert_eq!((shown(&nodes).len(), departed(&nodes)), (1, vec!["10.244.1.0-24".to_owned()]));
+    assert_eq!((shown(&nodes).len(), departed(&nodes)), (1, vec!["10.244.1.0/24".to_owned()]));
     let listed = Nodes::listed(&cluster(), &[node("node-1", "10.244.1.0/24", None, 20)], 21);
-    assert_eq!(departed(&listed), ["10.244.1.0-24"], "and not node-2, which is gone");
+    assert_eq!(departed(&listed), ["10.244.1.0/24"], "and not node-2, which is gone");
 
     assert!(nodes.remove(&node("node-1", "10.244.1.0/24", None, 22)));
     assert_eq!(departed(&nodes), Vec::<String>::new());
