@@ -102,6 +102,9 @@ fn mesh(others: &[u16]) -> Result<Mesh> {
     let view = view(others)?;
     let leases = view.leases.context("leases")?;
     let ours = Arc::new(Ours {
+        node: "node-1".parse()?,
+        device: "fabric.1".parse()?,
+        underlay: "eth0".parse()?,
         overlay: "127.1.1.0".parse()?,
         mac: "02:42:00:00:00:01".parse()?,
         local: "198.18.0.1".parse()?,
@@ -113,12 +116,12 @@ fn mesh(others: &[u16]) -> Result<Mesh> {
         let to = key(*node)?;
         let lease = leases.get(&to).context("a lease")?;
         let target = Target::new(lease, Family::V4, &ours).context("IPv4")?;
-        let mut path = Path::new(target, Instant::now());
-        let came = Answer::Daemon(Duration::from_micros(150));
-        match node {
-            2 => path.probed(came, Answer::Nothing, Seen::SmallOnly { largest: 1250, full: 1450 }),
-            _ => path.probed(came, came, Seen::Both),
-        }
+        let path = Path::new(target, Instant::now());
+        let came = Answer::Daemon { rtt: Duration::from_micros(150), arrived: 0 };
+        let path = match node {
+            2 => path.after(came, Answer::Nothing, Seen::SmallOnly { largest: 1250, full: 1450 }),
+            _ => path.after(came, came, Seen::Both),
+        };
         Ok(((to, Family::V4), path))
     };
     others.iter().map(path).collect()

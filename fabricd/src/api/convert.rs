@@ -269,6 +269,7 @@ pub fn mesh(mesh: &Mesh, now: Instant) -> v1::GetMeshResponse {
 fn mesh_peer(path: &Path, now: Instant) -> v1::MeshPeer {
     let ago = |at: Instant| now.saturating_duration_since(at).as_secs_f64();
     let verdict = path.verdict();
+    let halves = path.loss().and_then(|loss| loss.halves);
     v1::MeshPeer {
         node: path.target.name(),
         address: path.target.overlay.to_string(),
@@ -281,7 +282,9 @@ fn mesh_peer(path: &Path, now: Instant) -> v1::MeshPeer {
         path_mtu: path.path_mtu,
         last_answer_seconds: path.answered.map_or(-1.0, ago),
         probes: path.probes,
-        since_seconds: path.since.map_or(-1.0, ago),
+        since_seconds: path.since().map_or(-1.0, ago),
+        loss_there: halves.map_or(-1.0, |(there, _)| there),
+        loss_back: halves.map_or(-1.0, |(_, back)| back),
     }
 }
 
@@ -300,6 +303,12 @@ pub fn cause(cause: Cause) -> v1::MeshCause {
         Cause::OwnFilter => v1::MeshCause::OwnFilter,
         Cause::PeerDown => v1::MeshCause::PeerDown,
         Cause::Asymmetric => v1::MeshCause::Asymmetric,
+        Cause::UnknownYet => v1::MeshCause::UnknownYet,
+        Cause::Lossy => v1::MeshCause::Lossy,
+        Cause::RouteOverride => v1::MeshCause::RouteOverride,
+        Cause::LocalFirewall => v1::MeshCause::LocalFirewall,
+        Cause::PortClosed => v1::MeshCause::PortClosed,
+        Cause::UnderlayDown => v1::MeshCause::UnderlayDown,
     }
 }
 

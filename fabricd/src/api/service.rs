@@ -2,6 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use fabric_proto::v1;
 use fabric_proto::v1::fabric_server::Fabric;
@@ -21,6 +22,9 @@ use crate::log_level::LogLevel;
 use crate::mesh::Mesh;
 use crate::view::View;
 use crate::{lease, reconcile};
+
+/// How long an answer may take that waits for probes.
+const PROBED: Duration = Duration::from_secs(60);
 
 /// Where a person's commands go.
 #[derive(Clone, Debug)]
@@ -175,6 +179,19 @@ impl Fabric for Service {
     }
 
     async fn get_mesh(&self, _: Request<v1::GetMeshRequest>) -> Answer<v1::GetMeshResponse> {
+        Ok(Response::new(convert::mesh(&self.sources.mesh, Instant::now())))
+    }
+
+    async fn probe_mesh(&self, request: Request<v1::ProbeMeshRequest>) -> Answer<v1::GetMeshResponse> {
+        // It makes traffic: nothing for those who may only read.
+        self.controls()?;
+        let nodes = request.into_inner().nodes;
+        let mut known = vec![];
+        self.sources.mesh.each(|path| known.push(path.target.name()));
+        if let Some(stranger) = nodes.iter().find(|node| !known.contains(node)) {
+            return Err(Status::not_found(format!("there is no peer {stranger}; see them with: fabricctl peers")));
+        }
+        self.sources.mesh.probe(&nodes, PROBED).await;
         Ok(Response::new(convert::mesh(&self.sources.mesh, Instant::now())))
     }
 

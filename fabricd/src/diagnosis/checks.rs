@@ -12,7 +12,7 @@ use super::finding::{Culprit, Finding, all};
 use super::{Inspector, Scene, addresses, cni_config};
 use super::{host_checks as host, manager_checks as managers, overlay_checks as overlay, pod_checks as pods};
 use crate::kernel;
-use crate::mesh::Cause;
+use crate::mesh::{Cause, Mesh};
 use crate::store::Connection;
 use crate::view::PeerTrouble;
 
@@ -55,6 +55,12 @@ pub const ALL: [Check; 31] = [
     ("warnings", "warnings of the daemon", warnings),
 ];
 
+/// Of how many peers the mesh's fixes are told.
+const FIXES: usize = 5;
+/// A read that takes less than so many round trips of the underlay has spent its time there: one to etcd, one from its
+/// leader to the others, and what is lost is sent again.
+const TRIPS: u32 = 5;
+
 /// How long the store takes to answer.
 pub async fn store(inspector: &Inspector, scene: &Scene) -> Finding {
     if let Connection::Down(reason) = &scene.view.connection {
@@ -71,19 +77,35 @@ pub async fn store(inspector: &Inspector, scene: &Scene) -> Finding {
             "is etcd overloaded? etcdctl endpoint status; its disk must be fast",
         ),
         Ok(Err(error)) => Finding::failed(format!("a read failed: {error}"), "see docs/operations.md for this message"),
-        Ok(Ok(())) => {
-            let took = begin.elapsed();
-            let evidence = format!("a read took {:.1} ms", took.as_secs_f64() * 1e3);
-            if took < Duration::from_millis(200) {
-                Finding::fine(evidence)
-            } else {
-                Finding::warning(
-                    evidence,
-                    "etcd should answer within 100 ms: look at its disk (etcd_disk_wal_fsync_duration_seconds)",
-                )
-            }
-        }
+        Ok(Ok(())) => read_took(begin.elapsed(), median_trip(&scene.mesh)),
     }
+}
+
+/// What to think of a read that took so long, where a packet to another node and back takes `trip`.
+fn read_took(took: Duration, trip: Duration) -> Finding {
+    let millis = |time: Duration| time.as_secs_f64() * 1e3;
+    let evidence = format!("a read took {:.1} ms", millis(took));
+    if took < Duration::from_millis(200) {
+        Finding::fine(evidence)
+    } else if took < trip * TRIPS {
+        Finding::warning(
+            format!("{evidence}; so does the underlay: {:.1} ms to another node and back (median)", millis(trip)),
+            "the network is slow, not etcd: fabricctl mesh has the round trip and loss of each peer",
+        )
+    } else {
+        Finding::warning(
+            evidence,
+            "etcd should answer within 100 ms: look at its disk (etcd_disk_wal_fsync_duration_seconds)",
+        )
+    }
+}
+
+/// Round trip to the peers in the tunnel: the median; zero until one is known.
+fn median_trip(mesh: &Mesh) -> Duration {
+    let mut trips = vec![];
+    mesh.each(|path| trips.extend(path.round_trip()));
+    trips.sort_unstable();
+    trips.get(trips.len() / 2).copied().unwrap_or_default()
 }
 
 fn ready(scene: &Scene) -> Finding {
@@ -165,21 +187,19 @@ fn peers(scene: &Scene) -> Finding {
 }
 
 fn mesh(scene: &Scene) -> Finding {
-    let (mut probed, mut bad, mut first) = (0, 0, None);
-    scene.mesh.each(|way| {
-        probed += usize::from(way.cause() != Cause::Unknown);
-        if way.cause().hurts() {
-            bad += 1;
-            first.get_or_insert_with(|| (way.target.name(), way.verdict()));
+    let (mut probed, mut bad) = (0, vec![]);
+    scene.mesh.each(|path| {
+        probed += usize::from(path.cause() != Cause::Unknown);
+        if path.cause().hurts() {
+            let (name, verdict) = (path.target.name(), path.verdict());
+            // In a large cluster there may be thousands.
+            let fix = if bad.len() < FIXES { verdict.fix } else { "the others: fabricctl mesh".into() };
+            bad.push(Culprit::hurts(format!("{name}: {}: {}", verdict.cause.word(), verdict.evidence), fix));
         }
     });
-    match first {
-        None if probed == 0 => Finding::skipped("no peer has been probed yet"),
-        None => Finding::fine(format!("{probed} ways")),
-        Some((name, verdict)) => Finding::failed(
-            format!("{bad} of {probed} are bad; {name}: {}: {}", verdict.cause.word(), verdict.evidence),
-            verdict.fix,
-        ),
+    match (probed, bad.len()) {
+        (0, 0) => Finding::skipped("no peer has been probed yet"),
+        _ => Finding::of(bad, format!("{probed} paths")),
     }
 }
 
@@ -227,5 +247,26 @@ fn warnings(scene: &Scene) -> Finding {
     match words.first() {
         None => Finding::fine("none"),
         Some(_) => Finding::warning(all(words.iter().cloned()), "each warning includes its fix"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slow_read_of_the_store_is_blamed_on_the_network_where_that_is_slow() {
+        for (took, trip, said) in [
+            (20, 0, ""),
+            (417, 0, "disk"),
+            (417, 2, "disk"),
+            (417, 187, "the network is slow, not etcd"),
+            (417, 460, "the network is slow, not etcd"),
+            (2000, 100, "disk"),
+        ] {
+            let found = read_took(Duration::from_millis(took), Duration::from_millis(trip));
+            assert_eq!(found.fix.is_empty(), said.is_empty(), "{took} ms: {found:?}");
+            assert!(found.fix.contains(said), "{took} ms: {found:?}");
+        }
     }
 }

@@ -1,13 +1,18 @@
 //! What a peer is asked in one round, and the evidence when it doesn't answer.
 
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use futures::future::join_all;
 use tokio::sync::Semaphore;
+use tokio::time::{Instant, sleep};
 
-use super::echo::{Echoes, echoes};
-use super::probe::{Answer, Heard, Size, ask, complain, is_alive};
-use super::verdict::{Evidence, Seen};
-use super::{Mesh, ROUND, Target};
+use super::probe::{Answer, Heard, Reply, Size, ask, complain};
+use super::tunnel::{Answered, Knocked};
+use super::verdict::{Evidence, LocalDrop, Seen};
+use super::{Mesh, ROUND, Target, routes, tunnel};
 use crate::kernel;
 
 /// How often what was lost is tried again.
@@ -16,6 +21,16 @@ const AGAIN: usize = 2;
 const SMALLEST: u32 = 576;
 /// How many peers are looked into at once.
 const AT_ONCE: usize = 8;
+/// How many more probes tell how much is lost, once one was …
+const SAMPLES: u32 = 8;
+/// … and the time between them.
+const APART: Duration = Duration::from_millis(50);
+/// A peer that is in trouble with us probes us more often than this.
+const RECENTLY: Duration = ROUND.saturating_mul(4);
+/// Probes that are sent to see whether our filter drops as many answers …
+const COUNTED: u64 = 8;
+/// … and how many more it has to drop then than without them: others may send meanwhile, or the peer.
+const MORE: u64 = 5;
 
 /// What the rounds share.
 #[derive(Debug)]
@@ -31,79 +46,252 @@ impl Default for Context {
     }
 }
 
-/// One round: the first small probe, the first of full size, and what they and all that followed amount to.
-pub async fn examine(to: &Target, context: &Context, mesh: &Mesh) -> (Answer, Answer, Seen) {
-    let (from, full) = (to.ours.overlay, Size::Packet(to.ours.mtu));
-    let (small, large) = tokio::join!(ask(from, to.overlay, Size::Small), ask(from, to.overlay, full));
-    let small_after = again(to, small, Size::Small).await;
-    if small_after.rtt().is_none() {
-        let slot = context.slots.acquire().await;
-        let seen = Seen::Nothing(evidence(to, context, mesh).await);
-        drop(slot);
-        return (small, large, seen);
-    }
-    let seen = match (again(to, large, full).await, small_after) {
-        (Answer::Nothing, _) => {
-            let slot = context.slots.acquire().await;
-            let largest = path_mtu(to).await;
-            drop(slot);
-            Seen::SmallOnly { largest, full: to.ours.mtu }
-        }
-        (_, Answer::Daemon(_)) => Seen::Both,
-        _ => Seen::KernelBoth,
-    };
-    (small, large, seen)
+/// One round of probes.
+#[derive(Clone, Debug)]
+pub struct Round {
+    /// Who was asked.
+    pub target: Target,
+    /// When it began.
+    pub begun: Instant,
+    /// The first small probe.
+    pub small: Answer,
+    /// The first of full size.
+    pub full: Answer,
+    /// What they and all that followed amount to.
+    pub seen: Seen,
+    /// All small ones and those of full size, by their numbers.
+    pub samples: Vec<(u32, Answer)>,
 }
 
-async fn again(to: &Target, mut answer: Answer, size: Size) -> Answer {
-    for _ in 0..AGAIN {
-        if answer.rtt().is_some() {
-            break;
-        }
-        answer = ask(to.ours.overlay, to.overlay, size).await;
+/// Asks one peer, and counts.
+struct Prober<'a> {
+    to: &'a Target,
+    next: AtomicU32,
+    samples: Mutex<Vec<(u32, Answer)>>,
+}
+
+impl Prober<'_> {
+    fn number(&self) -> u32 {
+        self.next.fetch_add(1, Ordering::Relaxed)
     }
-    answer
+
+    async fn ask(&self, size: Size) -> Answer {
+        let number = self.number();
+        let answer = ask(self.to.ours.overlay, self.to.overlay, size, number).await;
+        if size == Size::Small || size == Size::Packet(self.to.ours.mtu) {
+            self.samples.lock().unwrap_or_else(PoisonError::into_inner).push((number, answer));
+        }
+        answer
+    }
+
+    async fn again(&self, mut answer: Answer, size: Size) -> Answer {
+        for _ in 0..AGAIN {
+            if answer.rtt().is_some() {
+                break;
+            }
+            answer = self.ask(size).await;
+        }
+        answer
+    }
+}
+
+/// One round. `first` is the number of its first probe, `failing` the time since when the peer doesn't answer.
+pub async fn examine(to: &Target, first: u32, failing: Option<Instant>, context: &Context, mesh: &Mesh) -> Round {
+    let begun = Instant::now();
+    let prober = Prober { to, next: AtomicU32::new(first), samples: Mutex::default() };
+    let full = Size::Packet(to.ours.mtu);
+    let early = async {
+        match failing {
+            Some(_) => Some(tunnel::knock(to).await),
+            None => None,
+        }
+    };
+    let (knocked, small, large) = tokio::join!(early, prober.ask(Size::Small), prober.ask(full));
+    let times = Times { failing: failing.unwrap_or(begun), begun };
+    let seen = look(&prober, (small, large), knocked, times, context, mesh).await;
+    let mut samples = prober.samples.into_inner().unwrap_or_else(PoisonError::into_inner);
+    samples.sort_by_key(|(number, _)| number.wrapping_sub(first));
+    Round { target: to.clone(), begun, small, full: large, seen, samples }
+}
+
+/// Since when a peer doesn't answer, and when this round began.
+#[derive(Clone, Copy)]
+struct Times {
+    failing: Instant,
+    begun: Instant,
+}
+
+async fn look(
+    prober: &Prober<'_>,
+    (small, large): (Answer, Answer),
+    knocked: Option<Knocked>,
+    times: Times,
+    context: &Context,
+    mesh: &Mesh,
+) -> Seen {
+    let knock = async {
+        match knocked {
+            Some(knocked) => knocked,
+            None if small.rtt().is_none() => tunnel::knock(prober.to).await,
+            None => Knocked::default(),
+        }
+    };
+    let (knocked, mut small_after) = tokio::join!(knock, prober.again(small, Size::Small));
+    if small_after.rtt().is_none() {
+        let slot = context.slots.acquire().await;
+        let evidence = evidence(prober, knocked, times, context, mesh).await;
+        drop(slot);
+        // Whatever it was, it may be over.
+        small_after = prober.ask(Size::Small).await;
+        if small_after.rtt().is_none() {
+            return Seen::Nothing(Box::new(evidence));
+        }
+    }
+    let full = Size::Packet(prober.to.ours.mtu);
+    let large_after = prober.again(large, full).await;
+    if large_after.rtt().is_none() {
+        let slot = context.slots.acquire().await;
+        let largest = path_mtu(prober).await;
+        drop(slot);
+        // It may have gone meanwhile, or lose packets of any size.
+        let (small, large) = tokio::join!(prober.ask(Size::Small), prober.ask(full));
+        match (prober.again(small, Size::Small).await.rtt(), large.rtt()) {
+            (None, _) => return Seen::Nothing(Box::new(gone(prober.to).await)),
+            (_, None) => return Seen::SmallOnly { largest, full: prober.to.ours.mtu },
+            (_, Some(_)) => {}
+        }
+    } else if small.rtt().is_none() || large.rtt().is_none() {
+        sample(prober).await;
+    }
+    if matches!(small_after, Answer::Kernel(_)) { Seen::KernelBoth } else { Seen::Both }
+}
+
+/// More probes, so that it is soon known how much is lost.
+async fn sample(prober: &Prober<'_>) {
+    let probes = (0..SAMPLES).map(async |place| {
+        sleep(APART * place).await;
+        prober.ask(Size::Small).await
+    });
+    join_all(probes).await;
 }
 
 /// The largest packet that is answered, by halving.
-async fn path_mtu(to: &Target) -> u32 {
-    let (mut fits, mut lost) = (SMALLEST.min(to.ours.mtu), to.ours.mtu);
+async fn path_mtu(prober: &Prober<'_>) -> u32 {
+    let (mut fits, mut lost) = (SMALLEST.min(prober.to.ours.mtu), prober.to.ours.mtu);
     while lost - fits > 1 {
         let middle = fits.midpoint(lost);
-        match ask(to.ours.overlay, to.overlay, Size::Packet(middle)).await {
-            Answer::Nothing => lost = middle,
-            _ => fits = middle,
+        match prober.ask(Size::Packet(middle)).await.rtt() {
+            None => lost = middle,
+            Some(_) => fits = middle,
         }
     }
     fits
 }
 
-async fn evidence(to: &Target, context: &Context, mesh: &Mesh) -> Evidence {
-    let (from, before) = (to.ours.overlay, dropped().await);
-    let (unsummed, pings, host_alive) =
-        tokio::join!(ask(from, to.overlay, Size::Unsummed), echoes(to), is_alive(to.ours.local, to.public_ip));
-    let dropped = dropped().await.saturating_sub(before);
-    if dropped > 0 {
-        // It hears us, perhaps, and can then tell that it is us who don't listen.
-        let _ = complain(from, to.overlay).await;
-    }
-    let echoes: Option<Echoes> = match pings {
-        Ok(echoes) => Some(echoes),
-        Err(error) => {
-            mesh.limited(format!(
-                "stale entries can't be told from a blocked port: cannot ping ({error}); does fabricd have CAP_NET_RAW?"
-            ));
-            None
-        }
-    };
-    let heard = context.heard.last(to.overlay).filter(|(ago, _)| *ago < recently());
-    let (it_drops, heard) = (heard.is_some_and(|(_, dropping)| dropping), heard.is_some());
-    Evidence { unsummed: unsummed.rtt().is_some(), echoes, host_alive, heard, it_drops, dropped }
+/// Of one that went while it was looked into.
+async fn gone(to: &Target) -> Evidence {
+    let Knocked { host, vxlan } = tunnel::knock(to).await;
+    Evidence { any_mac: Some(false), host, vxlan, ..Evidence::default() }
 }
 
-/// A peer that is in trouble with us probes us more often than this.
-fn recently() -> Duration {
-    ROUND * 4
+async fn evidence(prober: &Prober<'_>, knocked: Knocked, times: Times, context: &Context, mesh: &Mesh) -> Evidence {
+    let to = prober.to;
+    let before = dropped().await;
+    let around = async {
+        if knocked.is_turned_away() {
+            return (false, (Answered { any_mac: Some(false), ..Answered::default() }, None));
+        }
+        tokio::join!(unsummed_only(prober), tunnel::look(to, prober.number()))
+    };
+    let ((unsummed, (answered, no_ping)), (overriding, underlay)) = tokio::join!(around, astray(to));
+    let mut dropped = dropped().await.saturating_sub(before);
+    if dropped > 0 {
+        dropped = dropped_of_this_peer(prober).await;
+    }
+    if dropped > 0 {
+        // It hears us, perhaps, and can then tell that it is us who don't listen.
+        let _ = complain(to.ours.overlay, to.overlay, prober.number()).await;
+    }
+    if let Some(error) = no_ping {
+        mesh.limited(format!(
+            "stale_mac can't be told from port_blocked where the peer's fabricd doesn't answer: this fabricd may not ping \
+             ({error}); allow it with: sysctl -w net.ipv4.ping_group_range='0 2147483647'"
+        ));
+    }
+    let mut evidence = Evidence {
+        overriding,
+        underlay,
+        local: own_output(prober, knocked),
+        unsummed,
+        kernel: answered.kernel,
+        by_hand: answered.by_hand,
+        any_mac: answered.any_mac,
+        host: knocked.host,
+        vxlan: knocked.vxlan,
+        heard: false,
+        it_drops: false,
+        dropped,
+    };
+    // A probe that was on its way when ours began to fail says nothing. Where its host is silent too, only this round counts.
+    let recent = Instant::now().checked_sub(RECENTLY).map_or(times.failing, |recent| recent.max(times.failing));
+    let after = if evidence.host_alive() { recent } else { times.begun };
+    if let Some((_, dropping)) = context.heard.last(to.overlay).filter(|(at, _)| *at > after) {
+        (evidence.heard, evidence.it_drops) = (true, dropping);
+    }
+    evidence
+}
+
+/// Whether packets without a checksum are answered and those with one are not: by turns, so that a peer which has only just
+/// begun to answer is not taken for that.
+async fn unsummed_only(prober: &Prober<'_>) -> bool {
+    for _ in 0..2 {
+        if prober.ask(Size::Unsummed).await.rtt().is_none() || prober.ask(Size::Small).await.rtt().is_some() {
+            return false;
+        }
+    }
+    true
+}
+
+/// What this node's routes and rules say.
+async fn astray(to: &Target) -> (Vec<routes::Override>, Option<String>) {
+    let fib = tokio::task::spawn_blocking(kernel::fib).await.ok().and_then(Result::ok);
+    let (overriding, unrouted) = fib.map(|fib| routes::look(&fib, to)).unwrap_or_default();
+    (overriding, unrouted.or_else(|| no_carrier(to)))
+}
+
+/// Whether the underlay interface has lost its cable.
+fn no_carrier(to: &Target) -> Option<String> {
+    let dev = &to.ours.underlay;
+    let carrier = std::fs::read_to_string(format!("/sys/class/net/{dev}/carrier")).ok()?;
+    (carrier.trim() == "0").then(|| format!("this node's {dev} has no carrier"))
+}
+
+/// What this node sent and its own firewall let nowhere.
+fn own_output(prober: &Prober<'_>, knocked: Knocked) -> Option<LocalDrop> {
+    let (to, port) = (prober.to, prober.to.ours.port);
+    let not_sent = |(_, answer): &(u32, Answer)| *answer == Answer::NotSent;
+    let inside = prober.samples.lock().unwrap_or_else(PoisonError::into_inner).iter().any(not_sent);
+    let what: (IpAddr, u16) = match knocked.vxlan {
+        Reply::NotSent => (to.public_ip, port),
+        _ if inside => (to.overlay, super::PORT),
+        _ => return None,
+    };
+    Some(LocalDrop {
+        rule: format!("a chain on this node's output hook drops UDP to {} port {}", what.0, what.1),
+        remedy: format!("find the rule with: nft list ruleset; and let UDP port {} out to {}", what.1, what.0),
+    })
+}
+
+/// Packets of other nodes that our filter drops as often as this peer is probed; 0 when they come anyhow, and so are
+/// somebody else's.
+async fn dropped_of_this_peer(prober: &Prober<'_>) -> u64 {
+    let begin = dropped().await;
+    sleep(super::PATIENCE).await;
+    let quiet = dropped().await;
+    join_all((0..COUNTED).map(|_| prober.ask(Size::Small))).await;
+    let end = dropped().await;
+    let (by_itself, probed) = (quiet.saturating_sub(begin), end.saturating_sub(quiet));
+    if probed >= by_itself + MORE { probed - by_itself } else { 0 }
 }
 
 /// Packets of other nodes that our filter has thrown away so far.

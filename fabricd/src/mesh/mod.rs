@@ -2,25 +2,37 @@
 //!
 //! From VTEP to VTEP each peer gets a small packet and one of full size, over UDP, and answers with one of the same
 //! size. A flannel node's kernel answers too: that nobody listens there. What is lost is tried again; what stays lost is
-//! looked into ([`diagnose`]), and [`verdict`] names the cause.
+//! looked into ([`diagnose`]). [`verdict`] names the cause that a round shows, and [`confirm`] tells it once it is sure.
 //!
 //! | file | what it is |
 //! |---|---|
 //! | [`schedule`] | who is probed when: at most five peers a second, however many there are |
 //! | [`probe`] | one probe, and the answers to those of others |
-//! | [`echo`] | pings around parts of our own kernel, which tell whose entries are stale |
-//! | [`diagnose`] | the evidence, when a peer doesn't answer |
-//! | [`verdict`] | the cause, by the evidence: pure |
+//! | [`diagnose`] | one round: probes, and the evidence when a peer doesn't answer |
+//! | [`routes`] | what this node's routes and policy rules say of the peer |
+//! | [`tunnel`], [`ping`], [`frame`] | packets around parts of our own kernel, which tell whose entries are stale |
+//! | [`verdict`] | the cause, by the evidence of one round: pure |
+//! | [`confirm`] | the cause, by the rounds so far: pure |
+//! | [`loss`] | how much is lost, and on which half of the path |
 //! | [`path`] | what is remembered of a peer |
+//! | [`words`] | a verdict as an operator reads it |
+//! | [`transitions`] | verdicts that change, as events and log lines |
 //!
-//! Nothing here writes to the kernel or waits for the reconcile loop.
+//! Nothing here writes to the kernel or waits for the reconcile loop, and nothing needs a capability.
 
+pub mod confirm;
 pub mod diagnose;
-pub mod echo;
+pub mod frame;
+pub mod loss;
 pub mod path;
+pub mod ping;
 pub mod probe;
+pub mod routes;
 pub mod schedule;
+pub mod transitions;
+pub mod tunnel;
 pub mod verdict;
+pub mod words;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -28,8 +40,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use fabric_core::leases::Lease;
-use fabric_core::model::{Family, MacAddr, Vni};
+use fabric_core::model::{Family, IfName, MacAddr, NodeName, Vni};
 use fabric_core::record::LeaseKey;
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, timeout};
 
 pub use self::path::Path;
 pub use self::schedule::run;
@@ -76,6 +90,13 @@ impl Target {
         })
     }
 
+    /// Whether both ends are where those of `other` are.
+    #[must_use]
+    pub fn is_like(&self, other: &Self) -> bool {
+        let ends = |of: &Self| (of.overlay, of.mac, of.public_ip, of.ours.local, of.ours.overlay, of.ours.mac);
+        ends(self) == ends(other)
+    }
+
     /// The peer's name; its subnet for a flannel node.
     #[must_use]
     pub fn name(&self) -> String {
@@ -84,8 +105,14 @@ impl Target {
 }
 
 /// This node's end of the tunnels in one family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ours {
+    /// This node.
+    pub node: NodeName,
+    /// The VXLAN device.
+    pub device: IfName,
+    /// The underlay interface.
+    pub underlay: IfName,
     /// Our VTEP's address in the overlay.
     pub overlay: IpAddr,
     /// Our VTEP's MAC address.
@@ -105,6 +132,10 @@ pub struct Ours {
 pub struct Mesh {
     paths: Mutex<BTreeMap<Key, Path>>,
     limits: Mutex<String>,
+    /// Somebody wants a path to be probed now.
+    asked: Notify,
+    /// Rounds that have ended so far.
+    rounds: watch::Sender<u64>,
 }
 
 impl Mesh {
@@ -134,6 +165,25 @@ impl Mesh {
         (round, 4.0 * f64::from(u32::try_from(peers).unwrap_or(u32::MAX)) / round)
     }
 
+    /// Probes the peers of these names now, all if there are none, and waits until each has a verdict that the next round
+    /// won't change, but no longer than `patience`. They take their turns at the usual pace.
+    pub async fn probe(&self, nodes: &[String], patience: Duration) {
+        let (began, mut rounds) = (Instant::now(), self.rounds.subscribe());
+        let wanted = |path: &Path| nodes.is_empty() || nodes.contains(&path.target.name());
+        for path in self.lock().values_mut().filter(|path| wanted(path)) {
+            match &mut path.due {
+                // Their turns come in the order in which they are due: before all that wait.
+                Some(due) => *due = (*due).min(began),
+                None => path.again = true,
+            }
+        }
+        self.asked.notify_one();
+        let settled = |path: &Path| path.probed.is_some_and(|at| at > began) && !path.again && !path.is_open();
+        // When it takes longer, what is known until then is all there is.
+        let _ =
+            timeout(patience, rounds.wait_for(|_| self.lock().values().filter(|path| wanted(path)).all(settled))).await;
+    }
+
     /// Why not all causes can be told apart; empty when they can.
     #[must_use]
     pub fn limits(&self) -> String {
@@ -151,7 +201,7 @@ impl Mesh {
 
 impl FromIterator<(Key, Path)> for Mesh {
     fn from_iter<I: IntoIterator<Item = (Key, Path)>>(paths: I) -> Self {
-        Self { paths: Mutex::new(paths.into_iter().collect()), limits: Mutex::default() }
+        Self { paths: Mutex::new(paths.into_iter().collect()), ..Self::default() }
     }
 }
 
@@ -163,7 +213,31 @@ pub fn round(peers: usize) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use fabric_core::leases::{Entry, LeaseSet};
+
     use super::*;
+
+    /// The path from node-1 (10.244.1.0 at 192.0.2.1) to node-2 (10.244.2.0 at 192.0.2.2).
+    pub(super) fn target() -> Target {
+        let ours = Ours {
+            node: "node-1".parse().unwrap(),
+            device: "fabric.1".parse().unwrap(),
+            underlay: "eth0".parse().unwrap(),
+            overlay: "10.244.1.0".parse().unwrap(),
+            mac: "02:00:00:00:00:01".parse().unwrap(),
+            local: "192.0.2.1".parse().unwrap(),
+            mtu: 1450,
+            vni: Vni::try_from(1).unwrap(),
+            port: 8472,
+        };
+        let record = r#"{"PublicIP":"192.0.2.2","BackendType":"vxlan",
+            "BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:02"},
+            "Fabric":{"v":1,"node":"node-2","boot":"b","netns":1,"epoch":1}}"#;
+        let entry = Entry { key: "10.244.2.0-24".into(), value: record.into(), create_revision: 1, mod_revision: 1 };
+        let leases = LeaseSet::snapshot(&LeaseSet::default(), vec![entry], 1);
+        let lease = leases.iter().next().expect("one was put in");
+        Target::new(lease, Family::V4, &Arc::new(ours)).expect("it is in IPv4")
+    }
 
     #[test]
     fn cost_is_bounded_however_many_peers_there_are() {

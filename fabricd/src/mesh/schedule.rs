@@ -1,5 +1,6 @@
 //! Who is probed when: those that are due first, one each [`GAP`]. A peer that is fine is due again after a whole
-//! [`round`]; one that isn't, sooner. So the cost is bounded however many peers there are, or are in trouble.
+//! [`round`]; one that isn't, sooner; one whose verdict the next round may tell, at once. So the cost is bounded however
+//! many peers there are, or are in trouble.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
@@ -13,16 +14,18 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::diagnose::{Context, examine};
+use super::diagnose::{Context, Round, examine};
 use super::path::Path;
-use super::probe::Answer;
-use super::verdict::{Cause, Seen};
+use super::transitions::{Transition, Transitions};
+use super::verdict::Cause;
 use super::{GAP, Key, Mesh, Ours, ROUND, Target, probe, round};
-use crate::events::{Events, Kind};
+use crate::events::Events;
 use crate::view::{PeerTrouble, View, VtepView};
 
 /// How long a change of the leases waits for others, since all paths are looked at then.
 const LOOK: Duration = Duration::from_secs(1);
+/// What one round has shown is confirmed by another after this time.
+const SOON: Duration = Duration::from_secs(1);
 
 /// Probes the peers until the reconcile loop ends.
 pub async fn run(mesh: Arc<Mesh>, events: Arc<Events>, mut view: watch::Receiver<Arc<View>>) {
@@ -32,6 +35,7 @@ pub async fn run(mesh: Arc<Mesh>, events: Arc<Events>, mut view: watch::Receiver
     let mut under_way = JoinSet::new();
     let (mut next_start, mut next_look) = (Instant::now(), Some(Instant::now()));
     let mut seen: Option<Arc<View>> = None;
+    let mut transitions = Transitions::default();
     loop {
         let start = due.peek().map(|Reverse((at, _))| (*at).max(next_start));
         tokio::select! {
@@ -54,57 +58,74 @@ pub async fn run(mesh: Arc<Mesh>, events: Arc<Events>, mut view: watch::Receiver
             }
             () = sleep_until(start.unwrap_or(next_start)), if start.is_some() => {
                 if let Some(Reverse((at, key))) = due.pop()
-                    && let Some(target) = begin(&mesh, &key, at)
+                    && let Some((target, number, failing)) = begin(&mesh, &key, at)
                 {
                     next_start = Instant::now() + GAP;
                     let (context, mesh) = (Arc::clone(&context), Arc::clone(&mesh));
-                    under_way.spawn(async move { (key, examine(&target, &context, &mesh).await) });
+                    under_way.spawn(async move { (key, examine(&target, number, failing, &context, &mesh).await) });
                 }
             }
-            Some(Ok((key, outcome))) = under_way.join_next() => {
-                due.extend(end(&mesh, &events, key, outcome));
+            Some(Ok((key, round))) = under_way.join_next() => {
+                let (next, transition) = end(&mesh, key, round);
+                due.extend(next);
+                if let Some(transition) = transition {
+                    transitions.add(transition, &events, Instant::now());
+                }
+            }
+            () = mesh.asked.notified() => due.extend(asked(&mesh)),
+            () = sleep_until(transitions.due().unwrap_or(next_start)), if transitions.due().is_some() => {
+                transitions.flush(&events, Instant::now());
             }
         }
     }
 }
 
-/// What is to be probed now, unless it is probed already, or gone.
-fn begin(mesh: &Mesh, key: &Key, at: Instant) -> Option<Target> {
+/// What is to be probed now, unless it is probed already, or gone; the number of its first probe, and since when it fails.
+fn begin(mesh: &Mesh, key: &Key, at: Instant) -> Option<(Target, u32, Option<Instant>)> {
     let mut paths = mesh.lock();
     let path = paths.get_mut(key).filter(|path| path.due == Some(at))?;
     path.due = None;
-    Some(path.target.clone())
+    Some((path.target.clone(), path.next, path.failing()))
 }
 
-/// Takes a round over; gives when the next is due.
-fn end(
-    mesh: &Mesh,
-    events: &Events,
-    key: Key,
-    (small, full, seen): (Answer, Answer, Seen),
-) -> Option<Reverse<(Instant, Key)>> {
+/// Those that somebody wants to be probed now, and others that are due.
+fn asked(mesh: &Mesh) -> Vec<Reverse<(Instant, Key)>> {
+    let now = Instant::now();
+    mesh.lock().iter().filter_map(|(key, path)| Some(Reverse((path.due.filter(|due| *due <= now)?, *key)))).collect()
+}
+
+/// Takes a round over; gives when the next is due, and whether there is something to tell.
+fn end(mesh: &Mesh, key: Key, ended: Round) -> (Option<Reverse<(Instant, Key)>>, Option<Transition>) {
     let mut paths = mesh.lock();
-    let round = round(paths.len());
-    let path = paths.get_mut(&key)?;
-    let before = path.cause();
-    path.probed(small, full, seen);
-    tell(events, path, before);
-    let at = Instant::now() + if path.cause().hurts() { ROUND } else { round };
+    let all = round(paths.len());
+    let Some(path) = paths.get_mut(&key) else { return (None, None) };
+    // A round that was begun towards a former address says nothing of this one.
+    if path.target.is_like(&ended.target) {
+        path.round(ended);
+    }
+    let now = Instant::now();
+    let at = match std::mem::take(&mut path.again) {
+        true => now,
+        false if path.is_open() => now + SOON,
+        false if path.cause().hurts() => now + ROUND,
+        false => now + all,
+    };
     path.due = Some(at);
-    Some(Reverse((at, key)))
+    let transition = transition(path);
+    drop(paths);
+    mesh.rounds.send_modify(|rounds| *rounds += 1);
+    (Some(Reverse((at, key))), transition)
 }
 
-fn tell(events: &Events, path: &Path, before: Cause) {
-    let now = path.cause();
-    if before == now || (before == Cause::Unknown && !now.hurts()) {
-        return;
+fn transition(path: &mut Path) -> Option<Transition> {
+    let (before, now) = (path.logged, path.cause());
+    if !path.is_news() || before == now {
+        return None;
     }
-    let said = match now {
-        Cause::Fine if before == Cause::NoDaemon => "its fabricd answers".into(),
-        Cause::Fine => "reached again".into(),
-        cause => format!("{}: {}", cause.word(), path.verdict().evidence),
-    };
-    events.tell(Kind::Mesh, path.target.name(), said, now.hurts());
+    path.logged = now;
+    // That a path is there, and fine, is no news.
+    let news = before != Cause::Unknown || now.hurts();
+    news.then(|| Transition { peer: path.target.name(), before, now, evidence: path.verdict().evidence })
 }
 
 /// Whether the peers, or our own end, may be others now.
@@ -133,8 +154,18 @@ fn ours(view: &View) -> PerFamily<Arc<Ours>> {
         let family = Family::of(end.vtep.local);
         let overlay = view.holding.own.as_ref()?.key.subnets().get(family)?.base();
         let vxlan = &view.network?.vxlan;
-        let (mac, local, mtu) = (end.vtep.mac, end.vtep.local, end.vtep.mtu);
-        Some((family, Arc::new(Ours { overlay, mac, local, mtu, vni: vxlan.vni, port: vxlan.port })))
+        let ours = Ours {
+            node: view.node.clone(),
+            device: end.device,
+            underlay: end.underlay,
+            overlay,
+            mac: end.vtep.mac,
+            local: end.vtep.local,
+            mtu: end.vtep.mtu,
+            vni: vxlan.vni,
+            port: vxlan.port,
+        };
+        Some((family, Arc::new(ours)))
     };
     view.vteps.iter().filter_map(end).collect()
 }
@@ -146,7 +177,7 @@ fn take_over(mesh: &Mesh, targets: Vec<(Key, Target)>) -> Vec<Reverse<(Instant, 
     let mut before = std::mem::take(&mut *paths);
     let now_known = targets.into_iter().map(|(key, target)| match before.remove(&key) {
         Some(mut path) => {
-            path.target = target;
+            path.lead_to(target, now);
             (key, path)
         }
         None => {

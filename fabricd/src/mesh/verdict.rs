@@ -1,13 +1,13 @@
-//! [`verdict`]: the cause, by the evidence. Pure: every situation is put before it in a test.
+//! [`Cause`]: why a peer isn't reached, by the [`Evidence`] of one round of probes. Pure: every situation is put before
+//! it in a test. What is told of it, and when, is [`confirm`](super::confirm)'s; the words are [`words`](super::words)'s.
 
-use std::net::IpAddr;
-
-use super::PORT;
+use super::probe::Reply;
+use super::routes::Override;
 
 /// Why a peer isn't reached, or not fully.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Cause {
-    /// Not probed yet, or not often enough.
+    /// Not probed yet.
     #[default]
     Unknown,
     /// Nothing is wrong.
@@ -28,13 +28,25 @@ pub enum Cause {
     OwnFilter,
     /// Nothing answers, in the tunnel or outside of it.
     PeerDown,
-    /// Its packets arrive here, ours don't arrive there.
+    /// One-way: we receive from it, and don't reach it.
     Asymmetric,
+    /// It isn't reached, and the cause has not been confirmed.
+    UnknownYet,
+    /// It is reached, and many packets are lost.
+    Lossy,
+    /// A route or policy rule of somebody else leads packets for it elsewhere.
+    RouteOverride,
+    /// A firewall rule of this very node drops the packets.
+    LocalFirewall,
+    /// Its host answers that nobody listens at the VXLAN port.
+    PortClosed,
+    /// This node itself has no way into the underlay.
+    UnderlayDown,
 }
 
 impl Cause {
-    /// All of them, in the order of the API.
-    pub const ALL: [Self; 11] = [
+    /// All of them, in the order of the page's letters.
+    pub const ALL: [Self; 17] = [
         Self::Unknown,
         Self::Fine,
         Self::NoDaemon,
@@ -46,6 +58,12 @@ impl Cause {
         Self::OwnFilter,
         Self::PeerDown,
         Self::Asymmetric,
+        Self::UnknownYet,
+        Self::Lossy,
+        Self::RouteOverride,
+        Self::LocalFirewall,
+        Self::PortClosed,
+        Self::UnderlayDown,
     ];
 
     /// A word for it: metrics and the page use it too.
@@ -63,6 +81,12 @@ impl Cause {
             Self::OwnFilter => "own_filter",
             Self::PeerDown => "peer_down",
             Self::Asymmetric => "asymmetric",
+            Self::UnknownYet => "unknown_yet",
+            Self::Lossy => "lossy",
+            Self::RouteOverride => "route_override",
+            Self::LocalFirewall => "local_firewall",
+            Self::PortClosed => "port_closed",
+            Self::UnderlayDown => "underlay_down",
         }
     }
 
@@ -71,10 +95,34 @@ impl Cause {
     pub fn hurts(self) -> bool {
         !matches!(self, Self::Unknown | Self::Fine | Self::NoDaemon)
     }
+
+    /// Whether one round shows it beyond doubt: an answer came, or this node's own kernel says so.
+    #[must_use]
+    pub fn is_certain(self) -> bool {
+        matches!(
+            self,
+            Self::Fine | Self::NoDaemon | Self::Lossy | Self::RouteOverride | Self::LocalFirewall | Self::UnderlayDown
+        )
+    }
+
+    /// Whether it accuses what lies between the nodes, or the peer's settings. A peer that has only just got its lease,
+    /// and doesn't let us in yet, looks the same.
+    #[must_use]
+    pub fn accuses(self) -> bool {
+        matches!(
+            self,
+            Self::PortBlocked
+                | Self::ChecksumOffload
+                | Self::StaleMac
+                | Self::StaleFdb
+                | Self::OwnFilter
+                | Self::Asymmetric
+        )
+    }
 }
 
 /// What a round of probes showed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Seen {
     /// The daemon of the peer answered small and large packets.
     Both,
@@ -87,29 +135,58 @@ pub enum Seen {
         /// In bytes.
         full: u32,
     },
-    /// Nothing came back, three times.
-    Nothing(Evidence),
+    /// Nothing came back, however often it was tried.
+    Nothing(Box<Evidence>),
 }
 
 /// What was looked at when nothing came back.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Evidence {
-    /// A packet without a checksum was answered.
+    /// What leads packets for the peer elsewhere, on this node.
+    pub overriding: Vec<Override>,
+    /// Why this node can't send into the underlay at all.
+    pub underlay: Option<String>,
+    /// What of this node's own firewall drops them.
+    pub local: Option<LocalDrop>,
+    /// Packets without a checksum were answered, twice, and those with one between them were not.
     pub unsummed: bool,
-    /// Which pings were; `None` when we may not ping.
-    pub echoes: Option<super::echo::Echoes>,
-    /// Its host answers in the underlay.
-    pub host_alive: bool,
-    /// Its own probes have come lately.
+    /// Its kernel answered through the tunnel.
+    pub kernel: bool,
+    /// A packet that was encapsulated by hand, per its lease, was answered.
+    pub by_hand: bool,
+    /// One to every MAC address was; `None` when that can't be tried.
+    pub any_mac: Option<bool>,
+    /// What its host said of a port in the underlay at which nobody listens.
+    pub host: Reply,
+    /// What its host said of the VXLAN port.
+    pub vxlan: Reply,
+    /// Its own probes have come since ours are not answered.
     pub heard: bool,
-    /// … and it said that its filter throws packets of other nodes away.
+    /// … and it said that its filter throws packets of ours away.
     pub it_drops: bool,
-    /// Packets of other nodes that our filter threw away meanwhile.
+    /// Packets of its that our filter threw away, as often as it was probed.
     pub dropped: u64,
 }
 
+/// A firewall rule of this node, in the way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalDrop {
+    /// Which one, or where it is.
+    pub rule: String,
+    /// What lets the packets through.
+    pub remedy: String,
+}
+
+impl Evidence {
+    /// Whether its host is alive: it answered something in the underlay, if only a refusal.
+    #[must_use]
+    pub fn host_alive(&self) -> bool {
+        self.host.is_from_host() || self.vxlan.is_from_host()
+    }
+}
+
 impl Seen {
-    /// What it amounts to.
+    /// What it amounts to, if it is so again.
     #[must_use]
     pub fn cause(&self) -> Cause {
         let evidence = match self {
@@ -118,143 +195,61 @@ impl Seen {
             Self::SmallOnly { .. } => return Cause::MtuBlackHole,
             Self::Nothing(evidence) => evidence,
         };
-        let echoes = evidence.echoes.unwrap_or_default();
-        match evidence {
-            _ if evidence.dropped > 0 => Cause::OwnFilter,
-            _ if evidence.unsummed => Cause::ChecksumOffload,
-            _ if echoes.kernel => Cause::NoDaemon,
-            _ if echoes.wrapped => Cause::StaleFdb,
-            _ if echoes.broadcast => Cause::StaleMac,
-            _ if evidence.heard => Cause::Asymmetric,
-            _ if evidence.host_alive => Cause::PortBlocked,
-            _ => Cause::PeerDown,
+        // What this node itself says comes first, then what was answered, then what was not.
+        match &**evidence {
+            e if e.underlay.is_some() => Cause::UnderlayDown,
+            e if !e.overriding.is_empty() => Cause::RouteOverride,
+            e if e.local.is_some() => Cause::LocalFirewall,
+            e if e.unsummed => Cause::ChecksumOffload,
+            e if e.kernel => Cause::NoDaemon,
+            e if e.dropped > 0 => Cause::OwnFilter,
+            e if e.by_hand => Cause::StaleFdb,
+            e if e.any_mac == Some(true) => Cause::StaleMac,
+            e if !e.host_alive() && !e.heard => Cause::PeerDown,
+            e if e.heard => Cause::Asymmetric,
+            e if matches!(e.vxlan, Reply::Refused) => Cause::PortClosed,
+            _ => Cause::PortBlocked,
         }
-    }
-}
-
-/// A cause, the evidence in a sentence, and what to do about it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Verdict {
-    /// The cause.
-    pub cause: Cause,
-    /// What was seen.
-    pub evidence: String,
-    /// What to do.
-    pub fix: String,
-}
-
-/// The verdict on the way to the VTEP at `overlay` of the host `public_ip`; `port` is VXLAN's.
-#[must_use]
-pub fn verdict(seen: &Seen, overlay: IpAddr, public_ip: IpAddr, port: u16) -> Verdict {
-    let (evidence, fix) = match seen {
-        Seen::Both => (String::new(), String::new()),
-        Seen::KernelBoth => (
-            "the tunnel is fine; its kernel answers, no fabricd does: no answer is expected of a flannel node".into(),
-            "if it should run fabricd: is it running there? systemctl status fabricd".into(),
-        ),
-        Seen::SmallOnly { largest, full } => (
-            format!("packets of {largest} bytes come through, those of {full} don't"),
-            format!(
-                "raise the underlay's MTU by {} bytes on the way, or lower Backend.MTU by as much: fabricctl network \
-                 init --force --mtu …",
-                full.saturating_sub(*largest)
-            ),
-        ),
-        Seen::Nothing(evidence) => silence(seen.cause(), evidence, overlay, public_ip, port),
-    };
-    Verdict { cause: seen.cause(), evidence, fix }
-}
-
-/// What is said of a peer that doesn't answer: the evidence, and what to do.
-fn silence(cause: Cause, evidence: &Evidence, overlay: IpAddr, public_ip: IpAddr, port: u16) -> (String, String) {
-    match cause {
-        Cause::OwnFilter => (
-            format!("our packet filter threw {} encapsulated packets away while it was probed", evidence.dropped),
-            format!(
-                "it sends from another address than {public_ip}: publish that one there with --public-ip, or allow it \
-                 here with --allow-sender; see where from: tcpdump -ni any udp port {port}"
-            ),
-        ),
-        Cause::ChecksumOffload => (
-            "UDP without a checksum comes through, with one it doesn't: a network card or kernel breaks them".into(),
-            "on both nodes, for the underlay interface and the VXLAN device: ethtool -K DEV tx-checksum-ip-generic off"
-                .into(),
-        ),
-        Cause::NoDaemon => (
-            "pings come through the tunnel, probes are not answered: its fabricd hangs, or its host filters them"
-                .into(),
-            format!("there: systemctl status fabricd; let UDP port {PORT} in on its VXLAN device"),
-        ),
-        Cause::StaleFdb => (
-            "a packet wrapped as its lease says is answered, what our kernel sends isn't: a stale or foreign entry"
-                .into(),
-            format!("fabricctl plan; who leads it astray: ip route get {overlay}; ip rule; bridge fdb show"),
-        ),
-        Cause::StaleMac => (
-            "its VTEP answers to every MAC address, but not to the one in its lease: it has another one".into(),
-            "there: restart fabricd, or set the address of its lease with: ip link set DEV address MAC; keep udev off \
-             the device (MACAddressPolicy=none)"
-                .into(),
-        ),
-        Cause::Asymmetric => {
-            let why = if evidence.it_drops { ": its packet filter drops what it doesn't know" } else { "" };
-            (
-                format!("its packets arrive here, ours don't arrive there{why}"),
-                format!(
-                    "there: fabricctl mesh, and nft list table inet fabric; on the way: UDP port {port} from this node \
-                     to {public_ip} is blocked in one direction"
-                ),
-            )
-        }
-        Cause::PortBlocked => {
-            let doubt = if evidence.echoes.is_none() { ", or its MAC address is stale" } else { "" };
-            (
-                format!("{public_ip} answers, but nothing comes through the tunnel{doubt}"),
-                format!(
-                    "let UDP port {port} through between the nodes (firewall, security group, hypervisor), or choose \
-                     another: fabricctl network init --force --port …"
-                ),
-            )
-        }
-        Cause::PeerDown | Cause::Unknown | Cause::Fine | Cause::MtuBlackHole => (
-            format!("nothing answers, neither in the tunnel nor at {public_ip}"),
-            "is the node up, and has it another address now? If it is gone for good: fabricctl lease release NODE"
-                .into(),
-        ),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mesh::echo::Echoes;
+
+    /// What was seen of a peer that doesn't answer.
+    fn nothing(change: impl FnOnce(&mut Evidence)) -> Seen {
+        let mut evidence = Evidence { any_mac: Some(false), ..Evidence::default() };
+        change(&mut evidence);
+        Seen::Nothing(Box::new(evidence))
+    }
 
     #[test]
-    fn every_situation_has_its_cause_and_every_cause_but_fine_a_fix() {
-        let [overlay, public_ip] = ["10.244.2.0", "192.0.2.2"].map(|ip| ip.parse().unwrap());
-        let echoes = |kernel, wrapped, broadcast| Some(Echoes { kernel, wrapped, broadcast });
-        let nothing = |change: fn(&mut Evidence)| {
-            let mut evidence = Evidence { echoes: Some(Echoes::default()), ..Evidence::default() };
-            change(&mut evidence);
-            Seen::Nothing(evidence)
-        };
-        let pinged = |echoes| Seen::Nothing(Evidence { echoes, heard: true, host_alive: true, ..Evidence::default() });
+    fn every_situation_has_its_cause() {
+        let line = || Override { line: "blackhole 10.244.2.0/26".into(), remedy: "ip route del".into() };
+        let rule = || LocalDrop { rule: "inet fw input".into(), remedy: "nft insert rule".into() };
+        let rejected = || Reply::Rejected { by: "192.0.2.2".parse().unwrap(), why: "host prohibited" };
         for (seen, cause) in [
             (Seen::Both, Cause::Fine),
             (Seen::KernelBoth, Cause::NoDaemon),
             (Seen::SmallOnly { largest: 1300, full: 1450 }, Cause::MtuBlackHole),
             (nothing(|_| {}), Cause::PeerDown),
-            (nothing(|e| e.host_alive = true), Cause::PortBlocked),
-            (nothing(|e| (e.host_alive, e.heard) = (true, true)), Cause::Asymmetric),
-            (nothing(|e| (e.heard, e.dropped) = (true, 2)), Cause::OwnFilter),
+            (nothing(|e| e.host = Reply::Refused), Cause::PortBlocked),
+            (nothing(|e| e.host = rejected()), Cause::PortBlocked),
+            (nothing(|e| (e.host, e.vxlan) = (Reply::Silence, rejected())), Cause::PortBlocked),
+            (nothing(|e| (e.host, e.vxlan) = (Reply::Refused, Reply::Refused)), Cause::PortClosed),
+            (nothing(|e| (e.host, e.heard) = (Reply::Refused, true)), Cause::Asymmetric),
+            (nothing(|e| (e.host, e.heard) = (Reply::Silence, true)), Cause::Asymmetric),
+            (nothing(|e| (e.heard, e.dropped) = (true, 4)), Cause::OwnFilter),
             (nothing(|e| (e.unsummed, e.heard) = (true, true)), Cause::ChecksumOffload),
-            (pinged(echoes(true, true, true)), Cause::NoDaemon),
-            (pinged(echoes(false, true, true)), Cause::StaleFdb),
-            (pinged(echoes(false, false, true)), Cause::StaleMac),
+            (nothing(|e| (e.kernel, e.by_hand, e.heard) = (true, true, true)), Cause::NoDaemon),
+            (nothing(|e| (e.by_hand, e.heard) = (true, true)), Cause::StaleFdb),
+            (nothing(|e| (e.any_mac, e.heard) = (Some(true), true)), Cause::StaleMac),
+            (nothing(|e| (e.overriding, e.by_hand) = (vec![line()], true)), Cause::RouteOverride),
+            (nothing(|e| (e.local, e.heard) = (Some(rule()), true)), Cause::LocalFirewall),
+            (nothing(|e| (e.underlay, e.heard) = (Some("no route".into()), true)), Cause::UnderlayDown),
         ] {
-            let told = verdict(&seen, overlay, public_ip, 8472);
-            assert_eq!(told.cause, cause, "{seen:?}");
-            assert_eq!(told.fix.is_empty(), cause == Cause::Fine, "{seen:?}");
+            assert_eq!(seen.cause(), cause, "{seen:?}");
         }
     }
 

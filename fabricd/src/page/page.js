@@ -4,6 +4,7 @@
 const COLOURS = {
   unknown: '#a8b0b9', no_daemon: '#7f8fa3', port_blocked: '#e5484d', mtu_black_hole: '#f08c2e', checksum_offload: '#d6409f',
   stale_mac: '#a05fd6', stale_fdb: '#7a63e8', own_filter: '#a5682a', peer_down: '#a3152b', asymmetric: '#e2b203',
+  unknown_yet: '#c2708a', lossy: '#f5b041', route_override: '#5b5bd6', local_firewall: '#c0392b', port_closed: '#d35400', underlay_down: '#6e2b2b',
 };
 // A digit in the mesh is a round trip: each step is twice as long as the one before, the first a tenth of a millisecond.
 const FINE = [...'0123456789'].map((digit) => `hsl(${140 + 10 * digit} 52% ${48 - digit}%)`);

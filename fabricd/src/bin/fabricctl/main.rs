@@ -92,6 +92,12 @@ enum Command {
     },
     /// Reachability of the peers through the tunnel: round trip, loss, MTU, causes and fixes
     Mesh {
+        /// Only these peers
+        #[arg(value_name = "NODE", conflicts_with_all = ["all", "nodes"])]
+        peers: Vec<String>,
+        /// Probe them now, and wait for the verdict
+        #[arg(long, conflicts_with_all = ["all", "nodes"])]
+        probe: bool,
         #[command(flatten)]
         form: OutputArg,
         #[command(flatten)]
@@ -197,7 +203,7 @@ async fn run(command: Command, socket: &Path) -> anyhow::Result<Answer> {
         Command::Status { form, whom, .. } if whom.asked() => {
             all::ask(socket, form.output, whom, Question::Status(GetStatusRequest {})).await
         }
-        Command::Mesh { form, whom } if whom.asked() => {
+        Command::Mesh { form, whom, .. } if whom.asked() => {
             all::ask(socket, form.output, whom, Question::Mesh(GetMeshRequest {})).await
         }
         Command::Doctor { form, whom, .. } if whom.asked() => {
@@ -208,7 +214,7 @@ async fn run(command: Command, socket: &Path) -> anyhow::Result<Answer> {
         Command::Peers { form, watch: true } => peers::watch_peers(socket, form.output).await,
         Command::Leases { form, watch: false } => peers::leases(socket, form.output).await,
         Command::Leases { form, watch: true } => peers::watch_leases(socket, form.output).await,
-        Command::Mesh { form, .. } => mesh::show(socket, form.output).await,
+        Command::Mesh { form, peers, probe, .. } => mesh::show(socket, form.output, peers, probe).await,
         Command::Doctor { form, quiet, bundle, .. } => {
             doctor::show(socket, form.output, quiet, bundle.as_deref()).await
         }
