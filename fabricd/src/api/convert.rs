@@ -99,7 +99,7 @@ pub fn whole_status(view: &View, paths: &Mesh, addresses: &std::path::Path, now:
 pub fn add_mesh(peers: &mut [v1::Peer], paths: &Mesh, now: Instant) {
     let mut by_address = BTreeMap::new();
     paths.each(|path| {
-        let since = path.since.map_or(-1.0, |since| now.saturating_duration_since(since).as_secs_f64());
+        let since = path.since().map_or(-1.0, |since| now.saturating_duration_since(since).as_secs_f64());
         by_address.insert(path.target.overlay.to_string(), (path.cause(), since));
     });
     for peer in peers {

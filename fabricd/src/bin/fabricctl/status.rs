@@ -67,7 +67,7 @@ pub fn not_well(status: &GetStatusResponse) -> Vec<String> {
 /// The peers that are not reached, or not well.
 fn mesh_trouble(peers: &[Peer]) -> Option<String> {
     let bad: Vec<&Peer> = peers.iter().filter(|peer| mesh::tone(peer.mesh()) == Tone::Bad).collect();
-    let impaired = |peer: &&&Peer| matches!(peer.mesh(), MeshCause::MtuBlackHole | MeshCause::ChecksumOffload);
+    let impaired = |peer: &&&Peer| matches!(peer.mesh(), MeshCause::MtuBlackHole | MeshCause::Lossy);
     let count = bad.iter().filter(impaired).count();
     let counts = [(bad.len() - count, "unreachable"), (count, "impaired")];
     let counts = counts.iter().filter(|(count, _)| *count > 0);
