@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::StatusCode;
-use axum::http::header::{CONTENT_TYPE, HeaderName};
+use axum::http::header::{ACCEPT, CONTENT_TYPE, HeaderName};
+use axum::http::{HeaderMap, StatusCode};
 use axum::routing::get;
 use fabric_core::handoff::Readiness;
 use tokio::net::TcpListener;
@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use crate::api::Sources;
 use crate::mesh::Mesh;
-use crate::metrics::Metrics;
+use crate::metrics::{Format, Metrics};
 use crate::view::View;
 use crate::{kernel, page};
 
@@ -65,10 +65,15 @@ async fn readyz(State(view): State<watch::Receiver<Arc<View>>>) -> (StatusCode, 
 
 type Told = (watch::Receiver<Arc<View>>, Arc<Mesh>, Arc<Metrics>);
 
-async fn numbers(State((view, mesh, metrics)): State<Told>) -> ([(HeaderName, &'static str); 1], String) {
-    let format = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+async fn numbers(
+    State((view, mesh, metrics)): State<Told>,
+    headers: HeaderMap,
+) -> ([(HeaderName, &'static str); 1], String) {
+    let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok());
+    let format = Format::accepted(accept.unwrap_or_default());
     let view = view.borrow().clone();
     // A kernel that can't be asked shows in the other numbers.
     let drops = spawn_blocking(kernel::drops).await.ok().and_then(Result::ok).unwrap_or_default();
-    ([(CONTENT_TYPE, format)], metrics.render(&view, &mesh, &drops, Instant::now()))
+    let numbers = metrics.render(&view, &mesh, &drops, Instant::now());
+    ([(CONTENT_TYPE, format.content_type())], format.write(numbers))
 }

@@ -31,13 +31,21 @@ async fn probes_tell_whether_the_loop_lives_and_pods_may_be_added() -> Result<()
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     tokio::spawn(health::serve(listener, api.sources, Arc::default()));
-    let get = async |path: &str| -> Result<String> {
+    let get_as = async |path: &str, accept: &str| -> Result<String> {
         let mut stream = TcpStream::connect(address).await?;
-        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await?;
+        stream.write_all(format!("GET {path} HTTP/1.0\r\nAccept: {accept}\r\n\r\n").as_bytes()).await?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await?;
         Ok(answer.replace("\r\n", " "))
     };
+    let get = async |path: &str| get_as(path, "*/*").await;
+    let numbers = get("/metrics").await?;
+    assert!(numbers.contains("content-type: text/plain; version=0.0.4;"), "{numbers}");
+    assert!(numbers.contains("# TYPE fabricd_passes_total counter") && !numbers.contains("# EOF"), "{numbers}");
+    let numbers = get_as("/metrics", "application/openmetrics-text;version=1.0.0,text/plain;q=0.5").await?;
+    assert!(numbers.contains("content-type: application/openmetrics-text; version=1.0.0;"), "{numbers}");
+    assert!(numbers.contains("# TYPE fabricd_passes counter") && numbers.ends_with("# EOF\n"), "{numbers}");
+
     assert!(get("/readyz").await?.starts_with("HTTP/1.0 200"));
     api.view.send_modify(|view| {
         let reason = "no lease".to_owned();

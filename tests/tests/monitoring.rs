@@ -1,4 +1,4 @@
-//! Dashboard and alerts in deploy/monitoring: they ask for nothing that `/metrics` doesn't have.
+//! `/metrics` as Prometheus reads it; dashboard and alerts in deploy/monitoring ask for nothing that it doesn't have.
 
 use std::collections::BTreeSet;
 use std::io::{self, Write as _};
@@ -8,10 +8,10 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, ensure};
 use fabric_core::diff::{Change, Op};
 use fabric_core::rules::TableFamily;
+use fabric_tests::served;
 use fabricd::kernel::{Drops, KernelError};
 use fabricd::mesh::Mesh;
-use fabricd::metrics::Metrics;
-use fabricd::view::View;
+use fabricd::metrics::{Format, Metrics};
 use regex::Regex;
 use tokio::time::Instant;
 
@@ -21,7 +21,9 @@ fn folder() -> PathBuf {
 
 /// `/metrics` when each metric with labels has a value.
 fn shown() -> Result<String> {
-    let view = View::new("node-1".parse()?);
+    let mut view = served::view(&[2])?;
+    // Every machine has this device, so its counters can be read.
+    view.vteps[0].device = "lo".parse()?;
     let (table, chain, why) = (TableFamily::Inet, "senders".to_owned(), "from no peer".to_owned());
     let drops = [Drops { table, chain, why, packets: 1 }];
     let metrics = Metrics::default();
@@ -35,7 +37,7 @@ fn shown() -> Result<String> {
 fn dashboard_and_alerts_ask_for_metrics_that_there_are() -> Result<()> {
     let shown = shown()?;
     let there = |name: &str| {
-        let stem = ["_total", "_bucket"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
+        let stem = ["_total", "_bucket", "_info"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
         shown.lines().any(|line| line.split(' ').nth(2) == Some(stem))
     };
     let name = Regex::new("fabricd_[a-z_]+")?;
@@ -70,19 +72,42 @@ fn promtool_takes_the_alerts() -> Result<()> {
     promtool(&["rules", &folder().join("alerts.yaml").display().to_string()], "")
 }
 
-/// It reads the older of Prometheus' two formats, in which a counter is declared with the `_total` of its samples.
+/// promtool reads the older of Prometheus' two formats, and wants a help text and no odd name.
 #[test]
-fn promtool_takes_the_metrics() -> Result<()> {
+fn promtool_takes_the_metrics_as_text() -> Result<()> {
+    let text = Format::Text.write(shown()?);
+    promtool(&["metrics"], &text)?;
+    for name in [
+        "fabricd_build_info{version=\"",
+        "process_cpu_seconds_total ",
+        "process_resident_memory_bytes ",
+        "process_virtual_memory_bytes ",
+        "process_open_fds ",
+        "process_max_fds ",
+        "process_start_time_seconds ",
+        "fabricd_device_receive_bytes_total{device=\"lo\"} ",
+        "fabricd_device_transmit_packets_total{device=\"lo\"} ",
+        "fabricd_device_receive_dropped_packets_total{device=\"lo\"} ",
+        "fabricd_device_transmit_errors_total{device=\"lo\"} ",
+    ] {
+        ensure!(text.lines().any(|line| line.starts_with(name)), "{name} is not in\n{text}");
+    }
+    Ok(())
+}
+
+/// A number without a unit says nothing: its help names the unit that its name ends in.
+#[test]
+fn help_texts_name_the_unit() -> Result<()> {
     let shown = shown()?;
-    let counters = Regex::new("(?m)^# TYPE ([a-z_]+) counter$")?;
-    let counters: BTreeSet<&str> = counters.captures_iter(&shown).filter_map(|c| Some(c.get(1)?.as_str())).collect();
-    ensure!(counters.len() > 5, "only {counters:?} are counters");
-    let older = shown.lines().filter(|line| !line.starts_with("# UNIT") && *line != "# EOF").map(|line| {
-        let words: Vec<&str> = line.splitn(4, ' ').collect();
-        match words[..] {
-            ["#", what, name, rest] if counters.contains(name) => format!("# {what} {name}_total {rest}\n"),
-            _ => format!("{line}\n"),
-        }
-    });
-    promtool(&["metrics"], &older.collect::<String>())
+    for line in shown.lines().filter_map(|line| line.strip_prefix("# UNIT ")) {
+        let (name, unit) = line.split_once(' ').context("a name and a unit")?;
+        let help = shown.lines().find_map(|line| line.strip_prefix(&format!("# HELP {name} "))).context("help")?;
+        let told = match unit {
+            "ratio" => "Share",
+            "bytes" => "ytes",
+            unit => unit,
+        };
+        ensure!(help.contains(told), "{name} is in {unit}, its help says: {help}");
+    }
+    Ok(())
 }

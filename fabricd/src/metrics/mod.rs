@@ -1,9 +1,12 @@
-//! What the daemon did, in numbers: `/metrics` in the OpenMetrics text format.
+//! What the daemon did, in numbers: `/metrics`, in the format that is asked for.
 //!
 //! Counters are raised by the reconcile loop. What the [`View`] says already (peers, readiness, lease, store) is read
 //! from it at the moment of asking, so that the two can't differ.
 
+mod format;
 mod paths;
+mod process;
+mod traffic;
 
 use std::fmt;
 use std::time::Duration;
@@ -17,10 +20,14 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use tokio::time::Instant;
 
+pub use self::format::Format;
 use self::paths::Paths;
+use self::process::Process;
+use self::traffic::Traffic;
 use crate::kernel::{Drops, KernelError};
 use crate::mesh::Mesh;
 use crate::store::Connection;
@@ -44,6 +51,7 @@ pub struct Metrics {
     expiry: Gauge,
     age: Gauge,
     paths: Paths,
+    traffic: Traffic,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -80,7 +88,7 @@ impl EncodeLabelValue for Word {
 impl Default for Metrics {
     fn default() -> Self {
         let metrics = Self {
-            registry: Registry::with_prefix("fabricd"),
+            registry: Registry::default(),
             passes: Counter::default(),
             audits: Counter::default(),
             resyncs: Counter::default(),
@@ -96,6 +104,7 @@ impl Default for Metrics {
             expiry: Gauge::default(),
             age: Gauge::default(),
             paths: Paths::default(),
+            traffic: Traffic::default(),
         };
         metrics.registered()
     }
@@ -103,31 +112,37 @@ impl Default for Metrics {
 
 impl Metrics {
     fn registered(mut self) -> Self {
-        let all = &mut self.registry;
+        let all = self.registry.sub_registry_with_prefix("fabricd");
+        let build = Info::new([("version", env!("CARGO_PKG_VERSION")), ("arch", std::env::consts::ARCH)]);
+        all.register("build", "Version and architecture of this daemon; always 1", build);
         all.register("passes", "Passes of the reconcile loop", self.passes.clone());
-        all.register(
-            "audits",
-            "Times that everything was looked at although nothing had happened",
-            self.audits.clone(),
-        );
-        all.register("kernel_resyncs", "Times that the kernel's notifications were lost", self.resyncs.clone());
-        all.register("kernel_operations", "Writes to the kernel", self.operations.clone());
-        all.register("kernel_errors", "Writes that the kernel refused", self.errors.clone());
-        let help = "From the first wake to a kernel that holds what is wanted";
+        all.register("audits", "Periodic full resyncs of the kernel state", self.audits.clone());
+        let help = "Full resyncs because notifications of the kernel were lost";
+        all.register("kernel_resyncs", help, self.resyncs.clone());
+        all.register("kernel_operations", "Writes to the kernel, by table and kind", self.operations.clone());
+        all.register("kernel_errors", "Writes that the kernel refused, by errno", self.errors.clone());
+        let help = "Reconcile latency: from the first event to a kernel state as desired, in seconds";
         all.register_with_unit("reconcile_lag", help, Unit::Seconds, self.lag.clone());
-        all.register("peers", "Leases of other nodes", self.peers.clone());
-        all.register("ready", "1 while pods may be added", self.ready.clone());
-        all.register("store_connected", "1 while the store answers", self.connected.clone());
-        all.register("store_revision", "The store's revision that is acted on", self.revision.clone());
-        all.register("lease", "1 for the state that this node's lease is in", self.lease.clone());
+        all.register("peers", "Leases of other nodes, by state", self.peers.clone());
+        all.register("ready", "1 while pods can be added to this node, else 0", self.ready.clone());
+        all.register("store_connected", "1 while the datastore answers, else 0", self.connected.clone());
+        all.register("store_revision", "Revision of the datastore that the daemon acts on", self.revision.clone());
+        all.register("lease", "1 for the state that this node's lease is in, 0 for the others", self.lease.clone());
         all.register_with_unit(
             "lease_expiry",
-            "Until the lease ends unless kept alive",
+            "Time until this node's lease expires unless it is renewed, in seconds",
             Unit::Seconds,
             self.expiry.clone(),
         );
-        all.register_with_unit("lease_age", "Since the lease was kept alive last", Unit::Seconds, self.age.clone());
+        all.register_with_unit(
+            "lease_age",
+            "Time since this node's lease was renewed, in seconds",
+            Unit::Seconds,
+            self.age.clone(),
+        );
         self.paths.register(all);
+        self.traffic.register(all);
+        self.registry.register_collector(Box::new(Process));
         self
     }
 
@@ -160,11 +175,12 @@ impl Metrics {
         self.lag.observe(lag.as_secs_f64());
     }
 
-    /// All of it as text. `now` is what the lease's end is counted from.
+    /// All of it in OpenMetrics, which [`Format`] turns into another. `now` is what the lease's end is counted from.
     #[must_use]
     pub fn render(&self, view: &View, mesh: &Mesh, drops: &[Drops], now: Instant) -> String {
         self.show(view, now);
         self.paths.show(mesh, drops);
+        self.traffic.show(view);
         let mut text = String::new();
         encode(&mut text, &self.registry).expect("writing to a string does not fail");
         text

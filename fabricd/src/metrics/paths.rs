@@ -65,11 +65,12 @@ struct Filtered {
 impl Paths {
     pub(super) fn register(&self, all: &mut Registry) {
         all.register("mesh_peers", "Paths to peers, by verdict", self.peers.clone());
-        let help = "Round trips to the peers through the tunnel: the median, the slowest tenth, the slowest";
+        let help =
+            "Round trips to the peers through the tunnel: the median, the slowest tenth, the slowest, in seconds";
         all.register_with_unit("mesh_rtt", help, Unit::Seconds, self.rtt.clone());
         let help = "Share of the last probes without an answer, over all peers";
         all.register_with_unit("mesh_loss", help, Unit::Other("ratio".into()), self.loss.clone());
-        let help = "Round trip to one peer; in clusters of up to a hundred";
+        let help = "Round trip to one peer, in seconds; in clusters of up to a hundred";
         all.register_with_unit("mesh_peer_rtt", help, Unit::Seconds, self.peer_rtt.clone());
         let help = "Share of the last probes of one peer without an answer; in clusters of up to a hundred";
         all.register_with_unit("mesh_peer_loss", help, Unit::Other("ratio".into()), self.peer_loss.clone());
