@@ -10,7 +10,7 @@ PROFILE ?= release
 .PHONY: help deps build lab lab-down test bench faults image deb e2e api-server helm lint
 
 help: ## List the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
 deps: ## Install what is missing for the lab and the tests (apt; elsewhere: say what is missing)
 	@tests/deps

@@ -9,11 +9,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::{Args, CommandFactory, FromArgMatches, Parser, ValueEnum};
+use clap::{ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use fabric_core::model::{Family, NodeName, PerFamily};
 use regex::Regex;
 
+use crate::install_cni::InstallCni;
 use crate::ipam::CniDirs;
+use crate::pki::Pki;
 use crate::rule_args::RuleArgs;
 use crate::settings_files::{variables, with_file, with_variables};
 use crate::store::etcd::{Options, Tls, User};
@@ -108,11 +110,11 @@ pub struct Config {
     #[arg(long, env = "FABRICD_SOCKET", value_name = "FILE", default_value = DEFAULT_SOCKET)]
     pub socket: PathBuf,
 
-    /// Listen address of the gRPC API for other nodes (read-only, mTLS), or "off"
+    /// Listen address of the gRPC API for other nodes (read-only, mTLS), as in [::]:9473, or "off"
     #[arg(long, env = "FABRICD_API_ADDR", value_name = "IP:PORT", default_value = "off", value_parser = parse_address)]
     pub api_addr: Address,
 
-    /// Certificate authority (CA) of the nodes' certificates, in PEM
+    /// Certificate authority (CA) of the nodes' certificates, in PEM; fabricd pki ca and node create these files
     #[arg(long, env = "FABRICD_API_CAFILE", value_name = "FILE")]
     pub api_cafile: Option<PathBuf>,
 
@@ -252,8 +254,18 @@ impl EtcdArgs {
         let client = self.certfile.clone().zip(self.keyfile.clone());
         let tls = Tls { ca: self.cafile.clone(), client };
         let prefix = self.prefix.trim_end_matches('/').to_owned();
-        Ok(Options { prefix, tls, user, ..Options::new(self.endpoints.clone()) })
+        let endpoints = self.endpoints.iter().map(|endpoint| with_port(endpoint)).collect();
+        Ok(Options { prefix, tls, user, ..Options::new(endpoints) })
     }
+}
+
+/// With scheme and port, as in `http://192.0.2.10:2379`: without a port a URL would mean that of a web server.
+fn with_port(endpoint: &str) -> String {
+    let (scheme, rest) = endpoint.split_once("://").unwrap_or(("http", endpoint));
+    let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let host = if host.parse::<Ipv6Addr>().is_ok() { format!("[{host}]") } else { host.to_owned() };
+    let named = host.rsplit(']').next().is_some_and(|end| end.contains(':'));
+    format!("{scheme}://{host}{}{path}", if named { "" } else { ":2379" })
 }
 
 /// The datastore of the leases.
@@ -275,10 +287,6 @@ pub const DEFAULT_FILE: &str = "/etc/fabric/fabricd.toml";
 pub const ENVIRONMENT_FILE: &str = "/etc/default/fabricd";
 
 const AFTER_HELP: &str = "\
-Other commands:
-  fabricd install-cni   Install the CNI plugins and their conflist
-  fabricd pki           Make and renew certificates
-
 The network config that all nodes share is in the datastore: see fabricctl network init --help.";
 
 /// The log's format.
@@ -344,10 +352,10 @@ impl Config {
     /// [`ConfigError`], which says what, where, and what would be right.
     pub fn load(args: impl IntoIterator<Item = OsString>) -> Result<Self, ConfigError> {
         let args: Vec<OsString> = args.into_iter().collect();
-        let first = Self::try_parse_from(&args)?;
+        let first = Self::from_arg_matches(&Self::whole_command().try_get_matches_from(&args)?)?;
         let file = first.config.clone().or_else(|| Path::new(DEFAULT_FILE).exists().then(|| DEFAULT_FILE.into()));
         let mut config = match file {
-            Some(file) => Self::parse_with(with_file(Self::command(), &file)?, &args, &file)?,
+            Some(file) => Self::parse_with(with_file(Self::whole_command(), &file)?, &args, &file)?,
             None => first,
         };
         if config.node_name.is_none() {
@@ -388,7 +396,7 @@ impl Config {
         Ok((Self::parse_with(command, &["fabricd".into()], &told)?, files))
     }
 
-    fn parse_with(command: clap::Command, args: &[OsString], file: &Path) -> Result<Self, ConfigError> {
+    fn parse_with(command: Command, args: &[OsString], file: &Path) -> Result<Self, ConfigError> {
         let matches = command.try_get_matches_from(args);
         let matches = matches.map_err(|e| ConfigError::Setting { file: file.into(), reason: e.to_string() })?;
         Ok(Self::from_arg_matches(&matches)?)
@@ -398,6 +406,14 @@ impl Config {
     #[must_use]
     pub fn store_settings(&self) -> StoreSettings {
         StoreSettings { kind: self.store, etcd: self.etcd.clone(), kubernetes: self.kubernetes.clone() }
+    }
+
+    /// The daemon's own settings, beside the commands that `fabricd` has too: those are asked for by the first word alone,
+    /// before this, and stand here for `--help` and `help`.
+    #[must_use]
+    pub fn whole_command() -> Command {
+        let commands = [Pki::command(), InstallCni::command()];
+        Self::command().subcommands(commands).args_conflicts_with_subcommands(true)
     }
 
     /// This node's name.
@@ -456,6 +472,19 @@ fn name_of_host(host: &str) -> Result<NodeName, ConfigError> {
 /// True for what machines are called that nobody has named: by distributions, and `(none)` by the kernel.
 fn is_everybodys(name: &str) -> bool {
     name == "(none)" || name.split('.').next().is_some_and(|first| first == "localhost")
+}
+
+/// What the command line says to `command`, if its first word asks for that.
+#[must_use]
+pub fn asked_for(args: impl IntoIterator<Item = OsString>, command: Command) -> Option<ArgMatches> {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let name = command.get_name().to_owned();
+    if args.get(1)? != name.as_str() {
+        return None;
+    }
+    // Under its parent, so that usage and errors show both words.
+    let whole = Command::new("fabricd").version(env!("CARGO_PKG_VERSION")).propagate_version(true).subcommand(command);
+    whole.get_matches_from(args).remove_subcommand().map(|(_, matches)| matches)
 }
 
 /// Reads a time such as `90s`, `30m` or `24h`.
@@ -554,6 +583,21 @@ mod tests {
     }
 
     #[test]
+    fn endpoint_without_a_port_means_etcds() {
+        for (given, meant) in [
+            ("192.0.2.1", "http://192.0.2.1:2379"),
+            ("http://192.0.2.1", "http://192.0.2.1:2379"),
+            ("https://etcd.example/", "https://etcd.example:2379/"),
+            ("etcd.example:12379", "http://etcd.example:12379"),
+            ("https://[2001:db8::1]", "https://[2001:db8::1]:2379"),
+            ("https://[2001:db8::1]:443", "https://[2001:db8::1]:443"),
+            ("2001:db8::1", "http://[2001:db8::1]:2379"),
+        ] {
+            assert_eq!(with_port(given), meant);
+        }
+    }
+
+    #[test]
     fn half_a_key_pair_is_refused() {
         for file in ["etcd_certfile = 'a.pem'", "etcd_keyfile = 'a.pem'", "etcd_username = 'root'"] {
             let error =
@@ -571,6 +615,45 @@ mod tests {
             let variable = format!("FABRICD_{}", arg.get_id().as_str().to_uppercase());
             assert!(help.contains(&variable), "{variable}");
         }
+    }
+
+    /// What the package ships as an example: each setting, and none that there isn't.
+    #[test]
+    fn example_file_has_every_setting() {
+        let example = include_str!("../../deploy/systemd/fabricd.toml");
+        let commented = |line: &str| line.starts_with('#') && !line.starts_with("# ") && line.len() > 1;
+        let lines = example.lines().map(|line| if commented(line) { &line[1..] } else { line });
+        let all = lines.collect::<Vec<_>>().join("\n");
+        load(&[], Some(&all)).expect("valid when nothing is commented out");
+        load(&[], Some(example)).expect("valid as it is shipped");
+        let settings: toml::Table = all.parse().expect("TOML");
+        let command = Config::command();
+        for id in command.get_arguments().map(|arg| arg.get_id().as_str()) {
+            let expected = !["config", "cleanup", "help", "version"].contains(&id);
+            assert_eq!(settings.contains_key(id), expected, "{id}");
+        }
+    }
+
+    #[test]
+    fn help_shows_the_commands_and_they_show_themselves() {
+        let help = load(&["--help"], None).expect_err("help");
+        for command in ["pki", "install-cni", "help"] {
+            assert!(
+                help.lines().any(|line| line.trim_start().starts_with(&format!("{command} "))),
+                "{command}: {help}"
+            );
+        }
+        for (words, usage) in [
+            (&["help", "pki"][..], "Usage: fabricd pki <COMMAND>"),
+            (&["help", "pki", "init"], "Usage: fabricd pki init"),
+            (&["help", "install-cni"], "Usage: fabricd install-cni"),
+        ] {
+            let help = load(words, None).expect_err("help");
+            assert!(help.contains(usage), "{words:?}: {help}");
+        }
+        // A command that doesn't come first is no daemon.
+        let error = load(&["--node-name", "node-1", "pki", "init"], None).expect_err("refused");
+        assert!(error.contains("cannot be used with"), "{error}");
     }
 
     #[test]

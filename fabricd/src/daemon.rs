@@ -158,7 +158,7 @@ async fn serve(
     if let Some((listener, tls)) = remote {
         let sources = sources.clone();
         tasks.spawn(async move {
-            format!("the gRPC API for other nodes has ended: {:?}", api::serve_tls(listener, &tls, sources).await)
+            format!("the gRPC API for other nodes has ended: {:?}", api::serve_tls(listener, tls, sources).await)
         });
     }
     tasks.spawn(async { format!("the gRPC API has ended: {:?}", api::serve(api, sources).await) });
@@ -197,8 +197,8 @@ async fn api_for_others(config: &Config) -> anyhow::Result<Option<(TcpListener, 
             Ok(Some((listener.with_context(told)?, tls)))
         }
         (Some(address), None) => bail!(
-            "--api-addr {address} needs --api-cafile, --api-certfile and --api-keyfile: nobody may ask without a \
-             certificate"
+            "--api-addr {address} needs --api-cafile, --api-certfile and --api-keyfile, which fabricd pki node makes: \
+             nobody may ask without a certificate"
         ),
         (None, _) => Ok(None),
     }

@@ -16,13 +16,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use clap::{Parser, ValueEnum};
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 use fabric_core::handoff::{NODE_FILE, NodeFile, RUN_DIR, Readiness};
 use serde_json::{Value, json};
-use tokio::signal::unix::{SignalKind, signal};
 
+use crate::config::asked_for;
 use crate::diagnosis::cni_config;
 use crate::files::{FileError, replace};
+use crate::stay::until_terminated;
 
 /// The first word of the command line that asks for this instead of the daemon.
 pub const COMMAND: &str = "install-cni";
@@ -41,7 +42,7 @@ const WATCH_PERIOD: Duration = Duration::from_secs(5);
 
 /// Put the CNI plugins and their conflist in place, the conflist when this node is ready
 #[derive(Clone, Debug, Parser)]
-#[command(name = "fabricd install-cni", bin_name = "fabricd install-cni", version)]
+#[command(name = COMMAND)]
 pub struct InstallCni {
     /// Where the runtime has its CNI plugins
     #[arg(long, env = "FABRICD_CNI_BIN_DIR", value_name = "DIR", default_value = "/opt/cni/bin")]
@@ -108,9 +109,8 @@ impl InstallCni {
     /// Reads the command line, if its first word asks for this.
     #[must_use]
     pub fn asked(args: impl IntoIterator<Item = OsString>) -> Option<Self> {
-        let mut args = args.into_iter();
-        let program = args.next()?;
-        (args.next()? == COMMAND).then(|| Self::parse_from(std::iter::once(program).chain(args)))
+        let matches = asked_for(args, Self::command())?;
+        Some(Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()))
     }
 
     /// Installs or takes away, and says what was done.
@@ -268,22 +268,6 @@ impl InstallCni {
         }
         Ok(())
     }
-}
-
-/// Does something again and again, each time after as long as it says, until SIGTERM: the first process of a container
-/// only notices that if it asks for it.
-fn until_terminated(mut again: impl FnMut() -> Result<Duration>) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let mut terminate = signal(SignalKind::terminate())?;
-        loop {
-            let period = again()?;
-            tokio::select! {
-                _ = terminate.recv() => return Ok(()),
-                () = tokio::time::sleep(period) => {}
-            }
-        }
-    })
 }
 
 #[cfg(test)]

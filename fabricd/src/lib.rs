@@ -40,6 +40,7 @@ pub mod reconcile;
 pub mod rule_args;
 pub mod rules;
 mod settings_files;
+pub mod stay;
 pub mod store;
 pub mod underlay;
 pub mod view;

@@ -1,30 +1,19 @@
 //! `fabricd install-cni --only conflist --stay`, as the container beside the daemon runs it.
 
+mod common;
+
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use tempfile::TempDir;
 
-/// Generous: the machine may be busy.
-const PATIENCE: Duration = Duration::from_secs(60);
+use self::common::{Stays, wait_until};
 
-fn start(dir: &Path) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_fabricd"))
-        .args(["install-cni", "--only", "conflist", "--stay"])
-        .arg("--bin-dir")
-        .arg(dir.join("bin"))
-        .arg("--conf-dir")
-        .arg(dir.join("net.d"))
-        .arg("--run-dir")
-        .arg(dir.join("run"))
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("started")
+fn start(dir: &Path) -> Stays {
+    let paths = [("--bin-dir", "bin"), ("--conf-dir", "net.d"), ("--run-dir", "run")];
+    Stays::start(&["install-cni", "--only", "conflist", "--stay"], &paths.map(|(flag, name)| (flag, dir.join(name))))
 }
 
 fn tell(dir: &Path, state: &str) {
@@ -36,14 +25,6 @@ fn tell(dir: &Path, state: &str) {
     fs::rename(file.with_extension("new"), file).expect("renamed");
 }
 
-fn wait_until(what: &str, holds: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what} never came true");
-        thread::sleep(Duration::from_millis(20));
-    }
-}
-
 #[test]
 fn conflist_comes_with_readiness_comes_back_when_lost_and_stays_at_the_end() {
     let dir = TempDir::new().expect("a folder");
@@ -53,7 +34,7 @@ fn conflist_comes_with_readiness_comes_back_when_lost_and_stays_at_the_end() {
     }
     let conflist = dir.join("net.d/10-fabric.conflist");
     tell(dir, r#""not-ready", "code": "starting", "reason": "no lease yet""#);
-    let mut stays = start(dir);
+    let stays = start(dir);
     thread::sleep(Duration::from_millis(500));
     assert!(!conflist.exists(), "the node is not ready");
 
@@ -66,7 +47,6 @@ fn conflist_comes_with_readiness_comes_back_when_lost_and_stays_at_the_end() {
         fs::read_to_string(&conflist).is_ok_and(|text| !text.contains("readyTimeout"))
     });
 
-    kill(Pid::from_raw(i32::try_from(stays.id()).expect("a pid")), Signal::SIGTERM).expect("it runs");
-    assert!(stays.wait().expect("waited for").success());
+    stays.terminate();
     assert!(conflist.exists());
 }

@@ -20,7 +20,13 @@ probe() {
     kube exec -i "$on" -- probe "$@"
 }
 # What fabricd says about a node, from inside its container, whether or not there is an API server.
-status() { in_machine "$1" sh -c 'nsenter --target "$(pgrep -xf /bin/fabricd)" --mount --root /bin/fabricctl status'; }
+status() { fabricctl_on "$1" status; }
+# fabricctl_on NODE ARGUMENTS...
+fabricctl_on() {
+    local node=$1
+    shift
+    in_machine "$node" sh -c 'nsenter --target "$(pgrep -xf /bin/fabricd)" --mount --root /bin/fabricctl "$@"' sh "$@"
+}
 says() { grep -q "^$2" <<<"$(status "$1")"; }
 # All that fabricd made in the kernel of a node, in iproute2's words; what pods made is not in it.
 kernel_state() {

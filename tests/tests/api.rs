@@ -3,16 +3,19 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use fabric_core::handoff::{NotReady, Readiness};
 use fabric_proto::v1;
+use fabric_proto::v1::ask_nodes_request::Question;
 use fabric_proto::v1::fabric_client::FabricClient;
 use fabric_tests::certificates::Certificates;
 use fabric_tests::served::{Served, view};
-use fabricd::api::{self, Tls};
+use fabricd::api::{self, Remote, Tls};
 use fabricd::events::Kind;
 use fabricd::mesh::Mesh;
+use fabricd::pki::Pki;
 use fabricd::{health, reconcile};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -159,15 +162,63 @@ async fn health_and_reflection_are_served(socket: &Path) -> Result<()> {
     Ok(())
 }
 
+/// `fabricd pki` with these words: it brings a runtime of its own.
+fn pki(words: &[&str]) -> Result<()> {
+    let line: Vec<std::ffi::OsString> = ["fabricd", "pki"].iter().chain(words).map(Into::into).collect();
+    let pki = Pki::asked(line).context("the words for it")?;
+    std::thread::spawn(|| pki.run()).join().map_err(|_| anyhow::anyhow!("fabricd pki has panicked"))?
+}
+
+#[tokio::test]
+async fn certificates_that_come_later_or_change_are_used_by_the_next_connection() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = |name: &str| dir.path().join(name);
+    let text = |name: &str| path(name).display().to_string();
+    let tls = |folder: &str| {
+        Tls::new(&path(folder).join("ca.crt"), &path(folder).join("node.crt"), &path(folder).join("node.key"))
+    };
+    let mut api = Served::new(view(&[2])?, Mesh::default())?;
+    let listener = TcpListener::bind("0.0.0.0:0").await?;
+    let port = listener.local_addr()?.port();
+    tokio::spawn(api::serve_tls(listener, tls("node-1"), api.sources.clone()));
+    // node-1 asks as node-2 would: its lease's VTEP is an address of this machine.
+    api.sources.remote = Remote { access: Some((tls("node-2"), port)) };
+    let lease = api.view.borrow().leases.iter().flat_map(|leases| leases.iter()).next().cloned().context("a lease")?;
+    let asks = async || {
+        let question = Question::Status(v1::GetStatusRequest {});
+        api.sources.remote.ask(lease.clone(), question, Duration::from_secs(10)).await.error
+    };
+    let error = asks().await;
+    assert!(error.contains("node-2/ca.crt, which fabricd pki node makes: No such file"), "{error}");
+
+    let issue =
+        |authority: &str, node: &str| pki(&["node", "--ca", &text(authority), "--name", node, "--out", &text(node)]);
+    pki(&["ca", "--out", &text("ca")])?;
+    issue("ca", "node-2")?;
+    let error = asks().await;
+    assert!(!error.is_empty(), "node-1 has none yet");
+    issue("ca", "node-1")?;
+    assert_eq!(asks().await, "");
+
+    // Another authority: whoever has no certificate of it any more is kept out, and let in when he has one.
+    pki(&["ca", "--out", &text("another")])?;
+    issue("another", "node-1")?;
+    let error = asks().await;
+    assert!(error.contains("certificate"), "{error}");
+    issue("another", "node-2")?;
+    assert_eq!(asks().await, "");
+    Ok(())
+}
+
 async fn tls_is_for_those_who_show_a_certificate_and_read_only(api: &Served) -> Result<()> {
     let ours = Certificates::create_for(&[("node-1", "DNS:node-1"), ("node-2", "DNS:node-2")])?;
     let strangers = Certificates::create_for(&[("node-2", "DNS:node-2")])?;
     let (certificate, key) = ours.pair("node-1");
-    let tls = Tls::read(&ours.ca(), &certificate, &key)?;
+    let tls = Tls::new(&ours.ca(), &certificate, &key);
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     let sources = api.sources.clone();
-    tokio::spawn(async move { api::serve_tls(listener, &tls, sources).await });
+    tokio::spawn(async move { api::serve_tls(listener, tls, sources).await });
 
     let ask = async |identity: Option<&Certificates>, name: &str| -> Result<FabricClient<Channel>> {
         let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(std::fs::read(ours.ca())?));

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use fabric_core::model::{Family, Subnet};
 use fabric_tests::faults::rules::{Field, is_repaired, mac, nobodys, restart_with, rules_of};
 use fabric_tests::lab::spaces::Spaces;
-use fabric_tests::lab::{Forged, Lab, Node, Pod, Stream, addresses, wait_until};
+use fabric_tests::lab::{Families, Forged, Lab, Node, Outside, Pod, Stream, addresses, wait_until};
 
 /// How long a rule may be missing.
 const REPAIR: Duration = Duration::from_secs(2);
@@ -178,37 +178,6 @@ fn restarts_and_crashes_leave_the_rules_alone() -> Result<()> {
     Ok(())
 }
 
-/// A host beyond the network that answers UDP, and a pod that talks to it.
-struct Outside {
-    server: UdpSocket,
-    client: UdpSocket,
-}
-
-impl Outside {
-    fn at(place: Spaces, ip: IpAddr, pod: &Pod) -> Result<Self> {
-        Self::between((place, ip), (pod.network()?, pod.ip(Family::of(ip))?))
-    }
-
-    /// Somebody who answers at the first place, and somebody who asks at the second.
-    fn between(server: (Spaces, IpAddr), client: (Spaces, IpAddr)) -> Result<Self> {
-        let socket = |(place, ip): (Spaces, IpAddr)| place.run(move || Ok(UdpSocket::bind((ip, 0))?));
-        let (server, client) = (socket(server)?, socket(client)?);
-        client.connect(server.local_addr()?)?;
-        server.set_read_timeout(Some(SOON))?;
-        client.set_read_timeout(Some(SOON))?;
-        Ok(Self { server, client })
-    }
-
-    /// The address that the outside sees; it also answers.
-    fn sees(&self) -> Result<IpAddr> {
-        self.client.send(b"hello")?;
-        let (_, from) = self.server.recv_from(&mut [0; 16]).context("nothing arrives outside")?;
-        self.server.send_to(b"hello", from)?;
-        self.client.recv(&mut [0; 16]).context("no answer from outside")?;
-        Ok(from.ip())
-    }
-}
-
 #[test]
 fn pods_reach_the_outside_as_their_node_and_each_other_as_themselves() -> Result<()> {
     let field = Field::of_fabricd(Lab::builder(), &["--ip-masq"])?;
@@ -227,6 +196,21 @@ fn pods_reach_the_outside_as_their_node_and_each_other_as_themselves() -> Result
     restart_with(node, &["--ip-masq", "--no-masquerade-to", "nodes"])?;
     let other_node = Outside::at(field.peer.node.network()?, field.peer.node.underlay_ip(Family::V4), pod)?;
     assert_eq!(other_node.sees()?, pod.ip(Family::V4)?);
+    Ok(())
+}
+
+/// As the manifests, the package and `lab up` have it, on a node that comes later too.
+#[test]
+fn a_lab_with_masquerade_has_it_on_every_node() -> Result<()> {
+    let mut lab = Lab::builder().nodes(1).families(Families::Dual).masquerade(true).start()?;
+    lab.add_node()?;
+    for node in lab.nodes() {
+        let pod = node.add_pod("a")?;
+        for family in Family::ALL {
+            let outside = Outside::at(lab.underlay().machine.network()?, addresses::gateway(family), &pod)?;
+            assert_eq!(outside.sees()?, node.underlay_ip(family));
+        }
+    }
     Ok(())
 }
 

@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use fabric_core::model::Family;
-use fabric_tests::certificates::Certificates;
-use fabric_tests::lab::{Lab, Node, wait_until};
+use fabric_tests::lab::{Families, Lab, Node, wait_until};
 use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(10);
@@ -145,7 +144,7 @@ fn doctor_finds_what_was_broken_and_nothing_before() -> Result<()> {
     Ok(())
 }
 
-fn bundle_has_no_secret(node: &Node, certificates: &Certificates) -> Result<()> {
+fn bundle_has_no_secret(node: &Node) -> Result<()> {
     node.exec(&["fabricctl", "doctor", "--quiet", "--bundle", "/tmp/bundle.tar"])?;
     let names = node.run(&["tar", "tf", "/tmp/bundle.tar"])?;
     for name in ["checks", "status", "leases", "mesh", "kernel", "events"] {
@@ -153,12 +152,27 @@ fn bundle_has_no_secret(node: &Node, certificates: &Certificates) -> Result<()> 
     }
     let all = node.run(&["tar", "xfO", "/tmp/bundle.tar"])?;
     node.run(&["rm", "/tmp/bundle.tar"])?;
-    let (certificate, key) = certificates.pair(&node.name);
-    assert!(all.contains(&certificate.display().to_string()), "the check of certificates is in it");
-    let secret = std::fs::read_to_string(key)?;
+    assert!(all.contains("/var/lib/fabric-api/node.crt"), "the check of certificates is in it");
+    let secret = node.run(&["cat", "/var/lib/fabric-api/node.key"])?;
     let mut lines = secret.lines().filter(|line| !line.starts_with("---"));
     let leaked = lines.find(|line| all.contains(line));
     assert!(leaked.is_none() && !all.to_lowercase().contains("password"), "{leaked:?} is in the bundle");
+    Ok(())
+}
+
+/// Nobody has set anything up for it: neither an address nor certificates.
+#[test]
+fn all_nodes_can_be_asked_out_of_the_box_in_every_family() -> Result<()> {
+    for families in Families::ALL {
+        let lab = Lab::builder().name(&format!("lab_see.all-{families:?}")).nodes(2).families(families).start()?;
+        for command in ["status", "mesh", "doctor"] {
+            wait_until("both nodes answer", SOON, || {
+                let all = lab.node("node-1")?.exec(&["fabricctl", command, "--all", "--node-timeout", "10000"])?.stdout;
+                anyhow::ensure!(all.contains("2 of 2 answered"), "{families}: {command}: {all}");
+                Ok(())
+            })?;
+        }
+    }
     Ok(())
 }
 
@@ -172,17 +186,7 @@ fn divergence(node: &Node, from: &str, to: &str) -> Result<(Option<i32>, Value)>
 
 #[test]
 fn explain_follows_a_packet_on_both_nodes_and_marks_where_it_is_lost() -> Result<()> {
-    let certificates = Certificates::create_for(&[("node-1", "DNS:node-1"), ("node-2", "DNS:node-2")])?;
-    let mut lab = Lab::builder().nodes(0).start()?;
-    for name in ["node-1", "node-2"] {
-        let node = lab.boot_node()?;
-        let (certificate, key) = certificates.pair(name);
-        let path = |path: std::path::PathBuf| path.display().to_string();
-        let (ca, certificate, key) = (path(certificates.ca()), path(certificate), path(key));
-        let tls = ["--api-cafile", &ca, "--api-certfile", &certificate, "--api-keyfile", &key];
-        node.start_fabricd_with(&[&["--api-addr", "0.0.0.0:9473"], &tls[..]].concat(), &[])?;
-        node.wait_ready()?;
-    }
+    let lab = Lab::builder().nodes(2).start()?;
     let (here, there) = (lab.node("node-1")?, lab.node("node-2")?);
     let (a, b) = (here.add_pod("a")?, there.add_pod("b")?);
     let (from, to) = (a.ip(Family::V4)?.to_string(), b.ip(Family::V4)?.to_string());
@@ -206,7 +210,7 @@ fn explain_follows_a_packet_on_both_nodes_and_marks_where_it_is_lost() -> Result
     }
 
     // What is packed for others has the certificate's end in it, and nothing of the key.
-    bundle_has_no_secret(here, &certificates)?;
+    bundle_has_no_secret(here)?;
 
     // On this node: somebody leads the packets elsewhere.
     here.run(&["ip", "route", "add", "unreachable", &format!("{to}/32")])?;

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
+use serde::Deserialize as _;
+use serde_json::{Value, json};
 
 const FILES: [&str; 3] = ["fabricd-etcd.yaml", "fabricd-kubernetes.yaml", "fabricd-cleanup.yaml"];
 
@@ -24,14 +26,121 @@ fn files_to_apply_are_what_kustomize_makes_of_the_folders() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn every_overlay_can_be_rendered() -> Result<()> {
+/// Each overlay by its folder's name, and its objects.
+fn overlays() -> Result<Vec<(String, Vec<Value>)>> {
+    let mut overlays = vec![];
     for folder in std::fs::read_dir(deploy().join("kubernetes"))? {
         let folder = folder?.path();
         if folder.join("kustomization.yaml").is_file() {
             let rendered = output(Command::new("kubectl").arg("kustomize").arg(&folder))?;
-            ensure!(rendered.contains("kind: DaemonSet"), "{}: {rendered}", folder.display());
+            let objects = serde_yaml_ng::Deserializer::from_str(&rendered).map(Value::deserialize);
+            let name = folder.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            overlays.push((name, objects.collect::<Result<_, _>>()?));
         }
+    }
+    ensure!(overlays.len() > 5, "only {} overlays", overlays.len());
+    Ok(overlays)
+}
+
+fn object<'a>(objects: &'a [Value], kind: &str, name: &str) -> Result<&'a Value> {
+    let found = objects.iter().find(|object| object["kind"] == kind && object["metadata"]["name"] == name);
+    found.with_context(|| format!("no {kind} {name}"))
+}
+
+#[test]
+fn every_overlay_can_be_rendered() -> Result<()> {
+    for (name, objects) in overlays()? {
+        ensure!(objects.iter().any(|object| object["kind"] == "DaemonSet"), "{name}");
+    }
+    Ok(())
+}
+
+/// As flannel's manifest has it; where there is no Kubernetes, the package.
+#[test]
+fn pods_reach_the_outside_wherever_it_is_installed() -> Result<()> {
+    for (name, objects) in overlays()?.iter().filter(|(name, _)| name != "cleanup") {
+        let settings = &object(objects, "ConfigMap", "fabricd")?["data"];
+        ensure!(settings["FABRICD_IP_MASQ"] == "true", "{name}: {settings}");
+    }
+    let package = std::fs::read_to_string(deploy().join("systemd/fabricd.default"))?;
+    ensure!(package.lines().any(|line| line == "FABRICD_IP_MASQ=true"), "{package}");
+    Ok(())
+}
+
+/// The daemon has a certificate to show, and none of the key by which certificates are made.
+#[test]
+fn daemons_can_ask_each_other_and_do_not_see_the_authoritys_key() -> Result<()> {
+    for (name, objects) in overlays()?.iter().filter(|(name, _)| name != "cleanup") {
+        let settings = &object(objects, "ConfigMap", "fabricd")?["data"];
+        ensure!(settings["FABRICD_API_ADDR"] == "[::]:9473", "{name}: {settings}");
+        let pod = &object(objects, "DaemonSet", "fabricd")?["spec"]["template"]["spec"];
+        let all =
+            ["initContainers", "containers"].into_iter().flat_map(|kind| pod[kind].as_array().into_iter().flatten());
+        let mounts = |volume: &str| -> Vec<(&str, bool)> {
+            all.clone()
+                .flat_map(|container| {
+                    let mounts = container["volumeMounts"].as_array().into_iter().flatten();
+                    let mine = mounts.filter(|mount| mount["name"] == volume);
+                    mine.map(|mount| (container["name"].as_str().unwrap_or_default(), mount["readOnly"] == true))
+                })
+                .collect()
+        };
+        assert_eq!(mounts("api-ca"), [("certificate", true)], "{name}");
+        assert_eq!(mounts("api"), [("fabricd", true), ("certificate", false)], "{name}");
+        // The network needs none of it: a missing authority holds up no pod.
+        let volumes = pod["volumes"].as_array().into_iter().flatten();
+        let authority = volumes.filter(|volume| volume["name"] == "api-ca").map(|volume| &volume["secret"]);
+        let authority: Vec<_> = authority.collect();
+        assert_eq!(authority, [&json!({"secretName": "fabric-api-ca-key", "optional": true})], "{name}");
+        let job = object(objects, "Role", "fabric-api-pki")?;
+        let rules = json!([
+            {"apiGroups": [""], "resources": ["secrets"], "verbs": ["create"]},
+            {
+                "apiGroups": [""],
+                "resources": ["secrets"],
+                "resourceNames": ["fabric-api-ca", "fabric-api-ca-key"],
+                "verbs": ["get"]
+            }
+        ]);
+        assert_eq!(job["rules"], rules, "{name}");
+    }
+    Ok(())
+}
+
+/// A missing archive is told before a cluster is made.
+#[test]
+fn kind_is_not_begun_without_an_image() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    for folder in ["deploy/kind", "bin"] {
+        std::fs::create_dir_all(dir.path().join(folder))?;
+    }
+    for file in ["deploy/kind/up", "deploy/kind/cluster.yaml"] {
+        std::fs::copy(deploy().join("..").join(file), dir.path().join(file))?;
+    }
+    for tool in ["kind", "kubectl"] {
+        std::os::unix::fs::symlink("/bin/true", dir.path().join("bin").join(tool))?;
+    }
+    let path = format!("{}:/usr/bin:/bin", dir.path().join("bin").display());
+    let run = || Command::new(dir.path().join("deploy/kind/up")).env("PATH", &path).output();
+    let refused = run()?;
+    let told = String::from_utf8_lossy(&refused.stderr);
+    ensure!(
+        !refused.status.success() && told.contains("target/image/fabricd.tar; build it with: make image"),
+        "{told}"
+    );
+    std::fs::create_dir_all(dir.path().join("target/image"))?;
+    std::fs::write(dir.path().join("target/image/fabricd.tar"), "")?;
+    ensure!(run()?.status.success(), "with it, it goes on");
+    Ok(())
+}
+
+#[test]
+fn make_help_lists_every_target() -> Result<()> {
+    let makefile = std::fs::read_to_string(deploy().join("../Makefile"))?;
+    let help = output(Command::new("make").arg("--no-print-directory").arg("help").current_dir(deploy().join("..")))?;
+    let targets = makefile.lines().find_map(|line| line.strip_prefix(".PHONY: ")).context("targets")?;
+    for target in targets.split_whitespace() {
+        ensure!(help.lines().any(|line| line.split_whitespace().next() == Some(target)), "no {target} in {help}");
     }
     Ok(())
 }
@@ -56,7 +165,8 @@ fn daemon_has_no_more_rights_than_it_needs() -> Result<()> {
     ensure!(!text.contains("privileged: true"), "nothing is privileged");
     ensure!(text.matches("readOnlyRootFilesystem: true").count() == text.matches("  image: ").count());
     ensure!(text.matches("- ALL").count() == text.matches("  image: ").count(), "all capabilities are dropped");
-    ensure!(text.matches("- NET_ADMIN").count() == 1, "one container has one back");
+    ensure!(text.matches("- NET_ADMIN").count() == 1, "one container has two back");
+    ensure!(text.matches("- NET_RAW").count() == 1, "one container has two back");
     ensure!(!text.contains("nodes"), "with etcd nobody reads the API server's nodes");
     Ok(())
 }

@@ -48,11 +48,11 @@ impl Open {
         let names: Vec<String> = (1..nodes).map(|node| format!("DNS:node-{node}")).collect();
         let certificates = Certificates::create_for(&[("all", &names.join(","))])?;
         let (certificate, key) = certificates.pair("all");
-        let tls = Tls::read(&certificates.ca(), &certificate, &key)?;
+        let tls = Tls::new(&certificates.ca(), &certificate, &key);
         let listener = runtime.block_on(TcpListener::bind("0.0.0.0:0"))?;
         daemon.sources.remote = Remote { access: Some((tls.clone(), listener.local_addr()?.port())) };
         let sources = daemon.sources.clone();
-        runtime.spawn(async move { api::serve_tls(listener, &tls, sources).await });
+        runtime.spawn(async move { api::serve_tls(listener, tls, sources).await });
 
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0"))?;
         let address: SocketAddr = listener.local_addr()?;

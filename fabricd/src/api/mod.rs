@@ -29,7 +29,7 @@ use fabric_proto::v1;
 use fabric_proto::v1::fabric_server::FabricServer;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tokio_stream::wrappers::UnixListenerStream;
 use tonic::service::InterceptorLayer;
 use tonic::transport::Server;
 use tonic::transport::server::UdsConnectInfo;
@@ -79,16 +79,15 @@ pub async fn serve(listener: UnixListener, sources: Sources) -> anyhow::Result<(
 /// Answers those who show a certificate of our authority, until the process ends. Nothing can be changed this way.
 ///
 /// # Errors
-/// When the certificates can't be used, or the listener breaks.
-pub async fn serve_tls(listener: TcpListener, tls: &Tls, sources: Sources) -> anyhow::Result<()> {
+/// When the listener breaks. Certificates that can't be used keep everybody out until they can.
+pub async fn serve_tls(listener: TcpListener, tls: Tls, sources: Sources) -> anyhow::Result<()> {
     let (reporter, health) = tonic_health::server::health_reporter();
     tokio::spawn(report_health(reporter, sources.view.clone()));
     Server::builder()
-        .tls_config(tls.server())?
         .add_service(health)
         .add_service(reflection()?)
         .add_service(FabricServer::new(Service::for_peers(sources)))
-        .serve_with_incoming(TcpListenerStream::new(listener))
+        .serve_with_incoming(tls::accept(listener, tls))
         .await?;
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! Questions to the daemons of other nodes, through the fabric: to their VTEP's address, over TLS.
 
+use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -74,11 +75,13 @@ impl Remote {
         let (tls, port) = self.access.as_ref().ok_or(NO_ACCESS)?;
         let address = lease.key.subnets().values().next().ok_or("it has no subnet")?.base();
         let told = |error: tonic::transport::Error| {
-            use std::error::Error as _;
-            error.source().map_or_else(|| error.to_string(), |source| format!("{error}: {source}"))
+            // What is at the bottom of it says most: that a certificate is not valid, or that nobody listens.
+            let causes = std::iter::successors(error.source(), |&cause: &&(dyn Error + 'static)| cause.source());
+            causes.last().map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"))
         };
+        let tls = tls.client(node).map_err(|error| format!("{error:#}"))?;
         let endpoint = Endpoint::new(format!("https://{}", std::net::SocketAddr::new(address, *port))).map_err(told)?;
-        let channel = endpoint.tls_config(tls.client(node)).map_err(told)?.connect().await.map_err(told)?;
+        let channel = endpoint.tls_config(tls).map_err(told)?.connect().await.map_err(told)?;
         Ok(FabricClient::new(channel).max_decoding_message_size(LARGEST))
     }
 }

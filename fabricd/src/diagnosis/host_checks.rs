@@ -142,6 +142,8 @@ fn clock_error() -> Option<Option<f64>> {
     }
 }
 
+const RENEW: &str = "create it anew with fabricd pki (docs/pki.md); it is used from the next connection on";
+
 pub(super) fn certificates(scene: &Scene) -> Finding {
     if scene.places.certificates.is_empty() {
         return Finding::skipped("none are used");
@@ -154,15 +156,13 @@ pub(super) fn certificates(scene: &Scene) -> Finding {
         let ends = ends.and_then(|pem| not_after(&pem).ok_or_else(|| "no certificate in it".to_owned()));
         let shown = file.display();
         match ends.map(|ends| ends - now) {
-            Err(why) => culprits.push(Culprit::hurts(format!("{shown}: {why}"), "renew it, and restart fabricd")),
-            Ok(left @ ..0) => culprits.push(Culprit::hurts(
-                format!("{shown} ended {} days ago", -left / 86400),
-                "renew it, and restart fabricd",
-            )),
-            Ok(left @ 0..SOON) => culprits.push(Culprit::may_hurt(
-                format!("{shown} ends in {} days", left / 86400),
-                "renew it, and restart fabricd",
-            )),
+            Err(why) => culprits.push(Culprit::hurts(format!("{shown}: {why}"), RENEW)),
+            Ok(left @ ..0) => {
+                culprits.push(Culprit::hurts(format!("{shown} expired {} days ago", -left / 86400), RENEW))
+            }
+            Ok(left @ 0..SOON) => {
+                culprits.push(Culprit::may_hurt(format!("{shown} expires in {} days", left / 86400), RENEW))
+            }
             Ok(left) if first.is_none_or(|(before, _)| left < before) => first = Some((left, file)),
             Ok(_) => {}
         }

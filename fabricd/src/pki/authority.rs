@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use anyhow::{Context as _, Result};
+use fabric_core::model::NodeName;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
     SanType,
@@ -36,6 +37,27 @@ pub enum Subject {
     Server(Vec<String>),
     /// fabricd. Its name is also that of its user in etcd.
     Client,
+    /// The daemon of this node, towards those of other nodes: it answers them, and asks them.
+    Node(NodeName),
+}
+
+impl Subject {
+    /// The addresses and names that it is known by.
+    fn names(&self) -> Vec<&str> {
+        match self {
+            Self::Server(addresses) => LOCAL.into_iter().chain(addresses.iter().map(String::as_str)).collect(),
+            Self::Client => vec![],
+            Self::Node(name) => vec![name.as_str()],
+        }
+    }
+
+    fn common_name(&self) -> &str {
+        match self {
+            Self::Server(_) => "fabric-etcd",
+            Self::Client => "fabricd",
+            Self::Node(name) => name.as_str(),
+        }
+    }
 }
 
 /// Somebody who signs certificates.
@@ -45,13 +67,13 @@ pub struct Authority {
 }
 
 impl Authority {
-    /// A new one.
+    /// A new one of this name.
     ///
     /// # Errors
     /// When the machine has no randomness.
-    pub fn create() -> Result<Pair> {
+    pub fn create(name: &str) -> Result<Pair> {
         let mut wanted = lasting(AUTHORITY_DAYS);
-        wanted.distinguished_name.push(DnType::CommonName, "fabric-etcd-ca");
+        wanted.distinguished_name.push(DnType::CommonName, name);
         wanted.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         wanted.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let key = KeyPair::generate()?;
@@ -83,19 +105,13 @@ impl Authority {
         let mut wanted = lasting(days.into());
         wanted.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         wanted.use_authority_key_identifier_extension = true;
-        let name = match subject {
-            Subject::Server(addresses) => {
-                wanted.subject_alt_names = alternatives(addresses)?;
-                wanted.extended_key_usages =
-                    vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-                "fabric-etcd"
-            }
-            Subject::Client => {
-                wanted.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
-                "fabricd"
-            }
+        let both = [ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        wanted.extended_key_usages = match subject {
+            Subject::Server(_) | Subject::Node(_) => both.into(),
+            Subject::Client => vec![ExtendedKeyUsagePurpose::ClientAuth],
         };
-        wanted.distinguished_name.push(DnType::CommonName, name);
+        wanted.subject_alt_names = alternatives(&subject.names())?;
+        wanted.distinguished_name.push(DnType::CommonName, subject.common_name());
         let key = KeyPair::generate()?;
         Ok(Pair { certificate: wanted.signed_by(&key, &self.issuer)?.pem(), key: key.serialize_pem() })
     }
@@ -110,9 +126,9 @@ impl Authority {
         if certificate.verify_signature(Some(authority.public_key())).is_err() {
             return Ok(Some("it is signed by another authority".to_owned()));
         }
-        let Subject::Server(addresses) = subject else { return Ok(None) };
         let has = named(&certificate)?;
-        let lacks: Vec<&str> = all(addresses).filter(|address| !has.iter().any(|name| name == address)).collect();
+        let mut lacks = subject.names();
+        lacks.retain(|name| !has.iter().any(|has| has == name));
         Ok((!lacks.is_empty()).then(|| format!("it is not for {}", lacks.join(", "))))
     }
 }
@@ -151,16 +167,12 @@ fn lasting(days: i64) -> CertificateParams {
     wanted
 }
 
-fn all(addresses: &[String]) -> impl Iterator<Item = &str> {
-    LOCAL.into_iter().chain(addresses.iter().map(String::as_str))
-}
-
-fn alternatives(addresses: &[String]) -> Result<Vec<SanType>> {
+fn alternatives(names: &[&str]) -> Result<Vec<SanType>> {
     let alternative = |address: &str| match address.parse() {
         Ok(ip) => Ok(SanType::IpAddress(ip)),
         Err(_) => Ok(SanType::DnsName(address.try_into()?)),
     };
-    all(addresses).map(alternative).collect()
+    names.iter().copied().map(alternative).collect()
 }
 
 /// The addresses and names that a certificate is for, as a person writes them.

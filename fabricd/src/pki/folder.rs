@@ -11,7 +11,7 @@ use super::authority::Pair;
 use super::issue::{Item, Place};
 use crate::files::replace;
 
-/// `ca.crt`, `ca.key`, `server.crt`, `server.key`, `client.crt` and `client.key` in one folder.
+/// `ca`, `server`, `client` and `node`, each with `.crt` and `.key`, in one folder.
 pub struct Folder(pub PathBuf);
 
 impl Folder {
@@ -20,6 +20,7 @@ impl Folder {
             Item::Authority => "ca",
             Item::Server => "server",
             Item::Client => "client",
+            Item::Node => "node",
         }
     }
 

@@ -1,4 +1,4 @@
-//! What is made, kept and made anew, wherever it lies.
+//! What is created, kept and renewed, wherever it lies.
 
 use anyhow::{Context as _, Result, ensure};
 use time::OffsetDateTime;
@@ -14,6 +14,8 @@ pub enum Item {
     Server,
     /// fabricd has it.
     Client,
+    /// A node's daemon has it, towards those of other nodes.
+    Node,
 }
 
 /// Where certificates are kept.
@@ -52,16 +54,14 @@ impl Plan {
     /// # Errors
     /// A place can't be read or written; something that is there doesn't fit, and `renew` would help.
     pub async fn init(&self, place: &impl Place) -> Result<()> {
-        let made = Authority::create()?;
-        let authority = Authority::open(obtain(place, Item::Authority, &made.certificate, || Ok(made.clone())).await?)?;
-        place.publish(authority.certificate()).await?;
+        let authority = authority(place, "fabric-etcd-ca").await?;
         for (item, subject) in self.subjects() {
             let pair = obtain(place, item, authority.certificate(), || authority.sign(&subject, self.days)).await?;
             let objection = authority.objection(&subject, &pair.certificate);
             let objection = objection.with_context(|| format!("cannot use {}", place.name(item)))?;
             ensure!(
                 objection.is_none(),
-                "{} can't be used: {}; make it anew with: fabricd pki renew",
+                "{} can't be used: {}; replace it with: fabricd pki renew",
                 place.name(item),
                 objection.unwrap_or_default()
             );
@@ -69,12 +69,12 @@ impl Plan {
         Ok(())
     }
 
-    /// Makes anew what ends soon or doesn't fit, or all but the authority. The authority stays: who trusts it goes on.
+    /// Renews what ends soon or doesn't fit, or all but the authority. The authority stays: who trusts it goes on.
     ///
     /// # Errors
     /// A place can't be read or written; there is nothing yet to renew.
     pub async fn renew(&self, place: &impl Place, all: bool) -> Result<()> {
-        let missing = |item| format!("there is no {}; make it with: fabricd pki init", place.name(item));
+        let missing = |item| format!("there is no {}; create it with: fabricd pki init", place.name(item));
         let authority = place.read(Item::Authority).await?.with_context(|| missing(Item::Authority))?;
         let authority = Authority::open(authority)?;
         for (item, subject) in self.subjects() {
@@ -84,26 +84,37 @@ impl Plan {
                 Some(objection) => objection,
                 None if ends_soon(&pair.certificate, OffsetDateTime::now_utc())? => "it ends soon".to_owned(),
                 None => {
-                    println!("{} stays", place.name(item));
+                    println!("{} is valid, unchanged", place.name(item));
                     continue;
                 }
             };
             place.replace(item, &authority.sign(&subject, self.days)?, authority.certificate()).await?;
-            println!("{} made anew: {reason}", place.name(item));
+            println!("{} renewed: {reason}", place.name(item));
         }
         Ok(())
     }
 }
 
+/// The authority that is there, or else a new one of this name.
+///
+/// # Errors
+/// The place can't be read or written, or what is there can't be used.
+pub async fn authority(place: &impl Place, name: &str) -> Result<Authority> {
+    let made = Authority::create(name)?;
+    let authority = Authority::open(obtain(place, Item::Authority, &made.certificate, || Ok(made.clone())).await?)?;
+    place.publish(authority.certificate()).await?;
+    Ok(authority)
+}
+
 /// What is there, or else what is made now. Of two that make it at once, one gives way.
 async fn obtain(place: &impl Place, item: Item, ca: &str, make: impl FnOnce() -> Result<Pair>) -> Result<Pair> {
     if let Some(pair) = place.read(item).await? {
-        println!("{} is there", place.name(item));
+        println!("{} exists, unchanged", place.name(item));
         return Ok(pair);
     }
     let pair = make()?;
     if place.create(item, &pair, ca).await? {
-        println!("{} made", place.name(item));
+        println!("{} created", place.name(item));
         return Ok(pair);
     }
     place.read(item).await?.with_context(|| format!("{} was made and removed meanwhile", place.name(item)))

@@ -1,12 +1,14 @@
-//! `fabricd pki`: the certificates of an etcd that belongs to this network: an authority, what its members show to all
-//! and to each other, and what fabricd shows to it.
+//! `fabricd pki`: the certificates of an etcd that belongs to this network (an authority, what its members show to all and
+//! to each other, and what fabricd shows to it), and those that the daemons show each other.
 //!
-//! `init` makes what is missing and keeps what is there, so it may run any number of times and in any number of places
-//! at once. `renew` makes anew what ends soon or no longer names the members' addresses. docs/pki.md has the contract.
+//! `init` and `ca` make what is missing and keep what is there, so they may run any number of times and in any number of
+//! places at once. `renew` replaces what ends soon or no longer names the members' addresses, `node` does both for one
+//! node. docs/pki.md has the contract.
 
 mod authority;
 mod folder;
 mod issue;
+mod node;
 mod secrets;
 #[cfg(test)]
 mod tests;
@@ -16,19 +18,25 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use self::folder::Folder;
-use self::issue::{Place, Plan};
+use self::issue::{Place, Plan, authority};
+use self::node::NodeArgs;
 use self::secrets::Secrets;
 use crate::api_server;
+use crate::config::asked_for;
 
 /// The first word of the command line that asks for this instead of the daemon.
 pub const COMMAND: &str = "pki";
 
-/// Make and renew the certificates of etcd and its clients
+/// What the names of etcd's Secrets begin with, and those of the API between daemons.
+const ETCD: &str = "fabric-etcd";
+const API: &str = "fabric-api";
+
+/// Create and renew certificates: those of etcd and its clients, and those that daemons show each other
 #[derive(Debug, Parser)]
-#[command(name = "fabricd pki", bin_name = "fabricd pki", version)]
+#[command(name = COMMAND)]
 pub struct Pki {
     #[command(subcommand)]
     action: Action,
@@ -36,9 +44,9 @@ pub struct Pki {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Make what is missing: the authority, etcd's certificate, the clients'. What is there stays as it is
+    /// Create what is missing for etcd: an authority, etcd's certificate, the clients'. What exists stays as it is
     Init(Wish),
-    /// Make etcd's and the clients' certificate anew, those that end within a third of their life or don't name all addresses
+    /// Renew etcd's and the clients' certificate, if less than a third of its life is left or it lacks an address
     Renew {
         #[command(flatten)]
         wish: Wish,
@@ -46,6 +54,14 @@ enum Action {
         #[arg(long)]
         all: bool,
     },
+    /// Create the authority of the nodes' certificates, if it is missing
+    Ca {
+        #[command(flatten)]
+        place: PlaceArgs,
+    },
+    /// Create a node's certificate for the API between daemons, or renew it: if it is missing, less than a third of its life
+    /// is left, or the name or the authority has changed
+    Node(NodeArgs),
 }
 
 #[derive(Debug, Args)]
@@ -65,17 +81,18 @@ struct Wish {
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]
 struct PlaceArgs {
-    /// Folder for ca.crt, ca.key, server.crt, server.key, client.crt and client.key
+    /// Folder for the .crt and .key files of ca and, with init and renew, server and client
     #[arg(long, value_name = "DIR", conflicts_with_all = ["namespace", "secret_prefix", "kubeconfig"])]
     out: Option<PathBuf>,
 
-    /// Namespace, in Kubernetes, of the Secrets PREFIX-ca, PREFIX-ca-key, PREFIX-server and PREFIX-client
+    /// Namespace, in Kubernetes, of the Secrets PREFIX-ca, PREFIX-ca-key and, with init and renew, PREFIX-server and
+    /// PREFIX-client
     #[arg(long, env = "FABRICD_NAMESPACE", value_name = "NAME")]
     namespace: Option<String>,
 
-    /// What the Secrets' names begin with
-    #[arg(long, value_name = "PREFIX", default_value = "fabric-etcd")]
-    secret_prefix: String,
+    /// What the Secrets' names begin with [default: fabric-etcd; with ca fabric-api]
+    #[arg(long, value_name = "PREFIX")]
+    secret_prefix: Option<String>,
 
     /// How to reach Kubernetes [default: as a pod of the cluster]
     #[arg(long, value_name = "FILE")]
@@ -86,9 +103,8 @@ impl Pki {
     /// Reads the command line, if its first word asks for this.
     #[must_use]
     pub fn asked(args: impl IntoIterator<Item = OsString>) -> Option<Self> {
-        let mut args = args.into_iter();
-        let program = args.next()?;
-        (args.next()? == COMMAND).then(|| Self::parse_from(std::iter::once(program).chain(args)))
+        let matches = asked_for(args, Self::command())?;
+        Some(Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()))
     }
 
     /// Makes or renews, and says what was done.
@@ -96,15 +112,20 @@ impl Pki {
     /// # Errors
     /// A file or Secret can't be read or written, or what is there can't be used.
     pub fn run(self) -> Result<()> {
+        let (place, prefix) = match &self.action {
+            Action::Node(node) => return node.run(),
+            Action::Ca { place } => (place, API),
+            Action::Init(wish) | Action::Renew { wish, .. } => (&wish.place, ETCD),
+        };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
-            let (Action::Init(wish) | Action::Renew { wish, .. }) = &self.action;
-            match (&wish.place.out, &wish.place.namespace) {
+            match (&place.out, &place.namespace) {
                 (Some(dir), _) => self.action.take(&Folder(dir.clone())).await,
                 (None, namespace) => {
-                    let client = api_server::client(wish.place.kubeconfig.as_deref()).await?;
+                    let client = api_server::client(place.kubeconfig.as_deref()).await?;
                     let namespace = namespace.as_deref().context("--out or --namespace is needed")?;
-                    self.action.take(&Secrets::new(client, namespace, &wish.place.secret_prefix)).await
+                    let prefix = place.secret_prefix.as_deref().unwrap_or(prefix);
+                    self.action.take(&Secrets::new(client, namespace, prefix)).await
                 }
             }
         })
@@ -117,6 +138,8 @@ impl Action {
         match self {
             Self::Init(wish) => plan(wish).init(place).await,
             Self::Renew { wish, all } => plan(wish).renew(place, *all).await,
+            Self::Ca { .. } => authority(place, "fabric-api-ca").await.map(drop),
+            Self::Node(node) => node.run(),
         }
     }
 }

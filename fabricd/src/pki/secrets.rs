@@ -36,6 +36,7 @@ impl Secrets {
             Item::Authority => "ca-key",
             Item::Server => "server",
             Item::Client => "client",
+            Item::Node => "node",
         };
         format!("{}-{kind}", self.prefix)
     }
@@ -74,7 +75,7 @@ impl Secrets {
 fn data(item: Item, pair: &Pair, ca: &str) -> BTreeMap<String, ByteString> {
     let members: &[(&str, &str)] = match item {
         Item::Authority => &[(CA, &pair.certificate), (CA_KEY, &pair.key)],
-        Item::Server | Item::Client => &[(CERTIFICATE, &pair.certificate), (KEY, &pair.key), (CA, ca)],
+        _ => &[(CERTIFICATE, &pair.certificate), (KEY, &pair.key), (CA, ca)],
     };
     members.iter().map(|(name, pem)| ((*name).to_owned(), ByteString(pem.as_bytes().to_vec()))).collect()
 }
@@ -89,7 +90,7 @@ impl Place for Secrets {
         let Some(data) = self.get(&name).await? else { return Ok(None) };
         let (certificate, key) = match item {
             Item::Authority => (CA, CA_KEY),
-            Item::Server | Item::Client => (CERTIFICATE, KEY),
+            _ => (CERTIFICATE, KEY),
         };
         let certificate = self.member(&name, &data, certificate)?;
         Ok(Some(Pair { certificate, key: self.member(&name, &data, key)? }))
@@ -98,7 +99,7 @@ impl Place for Secrets {
     async fn create(&self, item: Item, pair: &Pair, ca: &str) -> Result<bool> {
         let kind = match item {
             Item::Authority => "Opaque",
-            Item::Server | Item::Client => "kubernetes.io/tls",
+            _ => "kubernetes.io/tls",
         };
         self.put(&self.secret(item), kind, data(item, pair, ca)).await
     }

@@ -84,6 +84,57 @@ fn certificate_ends_soon_when_a_third_of_its_life_is_left() {
     }
 }
 
+/// `pki node` for `name`, of the authority in `ca`, into `out`.
+fn node(ca: &Path, name: &str, out: &Path, args: &[&str]) -> anyhow::Result<()> {
+    let ca = ca.to_str().expect("a path");
+    pki(out, &[&["node", "--ca", ca, "--name", name], args].concat())
+}
+
+fn nodes_files(dir: &TempDir) -> [String; 3] {
+    ["ca.crt", "node.crt", "node.key"].map(|file| fs::read_to_string(dir.path().join(file)).expect(file))
+}
+
+#[test]
+fn nodes_certificate_is_made_once_and_again_when_name_or_authority_or_life_do_not_fit() {
+    let (ca, out) = (TempDir::new().expect("a folder"), TempDir::new().expect("a folder"));
+    let error = node(ca.path(), "node-1", out.path(), &[]).expect_err("no authority").to_string();
+    assert!(error.contains("fabricd pki ca"), "{error}");
+    pki(ca.path(), &["ca"]).expect("made");
+    let mode =
+        |dir: &TempDir, file: &str| fs::metadata(dir.path().join(file)).expect(file).permissions().mode() & 0o777;
+    assert_eq!((mode(&ca, "ca.key"), mode(&ca, "ca.crt")), (0o600, 0o644));
+
+    node(ca.path(), "node-1", out.path(), &[]).expect("made");
+    let first = nodes_files(&out);
+    assert_eq!((mode(&out, "node.key"), mode(&out, "node.crt")), (0o600, 0o644));
+    assert_eq!(first[0], fs::read_to_string(ca.path().join("ca.crt")).expect("made"));
+    assert!(!out.path().join("ca.key").exists(), "a node has not the authority's key");
+    pki(ca.path(), &["ca"]).expect("kept");
+    node(ca.path(), "node-1", out.path(), &[]).expect("kept");
+    assert_eq!(nodes_files(&out), first);
+
+    // Another name, and back; garbage; a life that has less than a third left at once.
+    node(ca.path(), "node-2", out.path(), &[]).expect("made");
+    assert_ne!(nodes_files(&out)[1..], first[1..]);
+    fs::write(out.path().join("node.crt"), "garbage").expect("written");
+    node(ca.path(), "node-2", out.path(), &[]).expect("made");
+    let whole = nodes_files(&out);
+    fs::remove_file(out.path().join("node.key")).expect("removed");
+    node(ca.path(), "node-2", out.path(), &[]).expect("made");
+    assert_ne!(nodes_files(&out)[1..], whole[1..]);
+
+    // Another authority: its certificate comes along.
+    for file in ["ca.crt", "ca.key"] {
+        fs::remove_file(ca.path().join(file)).expect("removed");
+    }
+    pki(ca.path(), &["ca"]).expect("made");
+    let before = nodes_files(&out);
+    node(ca.path(), "node-2", out.path(), &[]).expect("made");
+    let after = nodes_files(&out);
+    assert!(before.iter().zip(&after).all(|(before, after)| before != after));
+    assert_eq!(after[0], fs::read_to_string(ca.path().join("ca.crt")).expect("made"));
+}
+
 #[test]
 fn what_cannot_be_used_is_named() {
     let dir = TempDir::new().expect("a folder");

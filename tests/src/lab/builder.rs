@@ -30,6 +30,7 @@ pub struct Builder {
     pub(super) families: Families,
     pub(super) etcd_members: u16,
     pub(super) wiring: Wiring,
+    pub(super) masquerade: bool,
     network: Option<Vec<String>>,
     pub(super) lifetime: Lifetime,
 }
@@ -42,6 +43,7 @@ impl Default for Builder {
             families: Families::V4,
             etcd_members: 1,
             wiring: Wiring::Fabric,
+            masquerade: false,
             network: None,
             lifetime: Lifetime::OfTheTest,
         }
@@ -81,6 +83,14 @@ impl Builder {
     #[must_use]
     pub fn plain(mut self) -> Self {
         self.wiring = Wiring::Plain;
+        self
+    }
+
+    /// Pods reach the outside by their node's address, as the manifests and the package have it; otherwise the daemon's own
+    /// default holds, which is off.
+    #[must_use]
+    pub fn masquerade(mut self, on: bool) -> Self {
+        self.masquerade = on;
         self
     }
 

@@ -23,7 +23,7 @@
 //! | [`lease`] | what a node says about its lease, and etcd about its record |
 //! | [`crowd`] | peers that exist in etcd only, by the thousand |
 //! | [`attack`] | what must not get through |
-//! | [`stream`], [`connection`], [`matrix`], [`capture`], [`packet`] | traffic, counted and looked at |
+//! | [`stream`], [`connection`], [`matrix`], [`outside`], [`capture`], [`packet`] | traffic, counted and looked at |
 //! | [`page`] | the status page of a node, for a browser of this machine |
 //! | [`witness`] | what the kernel says about its tables |
 //!
@@ -48,6 +48,7 @@
 //! where NAME is the test's, until its next run.
 
 pub mod addresses;
+mod api_certificates;
 pub mod attack;
 pub mod binaries;
 pub mod builder;
@@ -66,6 +67,7 @@ pub mod lease;
 pub mod machine;
 pub mod matrix;
 pub mod node;
+pub mod outside;
 pub mod packet;
 pub mod page;
 mod plain;
@@ -99,6 +101,7 @@ pub use etcd::Etcd;
 pub use machine::{Lifetime, Machine};
 pub use matrix::Matrix;
 pub use node::Node;
+pub use outside::Outside;
 pub use pod::Pod;
 pub use stream::Stream;
 pub use underlay::Underlay;
@@ -111,6 +114,8 @@ pub use witness::Witness;
 pub struct Plan {
     families: Families,
     wiring: Wiring,
+    /// Whether pods reach the outside by their node's address: `--ip-masq`.
+    masquerade: bool,
     etcd_endpoints: String,
     /// Arguments of `fabricctl network init`.
     network: Vec<String>,
@@ -169,8 +174,9 @@ impl Lab {
         let machine = Machine::new("underlay", &dir.join("underlay"), lifetime, vec![]);
         let underlay = Arc::new(Underlay::new(machine, wanted.families));
         let etcd = Etcd::new(Arc::clone(&underlay), wanted.families, wanted.etcd_members);
-        let (families, wiring, network) = (wanted.families, wanted.wiring, wanted.network_args());
-        let plan = Plan { families, wiring, etcd_endpoints: etcd.endpoints(), network };
+        let (families, wiring, masquerade) = (wanted.families, wanted.wiring, wanted.masquerade);
+        let network = wanted.network_args();
+        let plan = Plan { families, wiring, masquerade, etcd_endpoints: etcd.endpoints(), network };
         let (name, plan, nodes) = (name.to_owned(), Arc::new(plan), BTreeMap::new());
         let mut lab = Self { name, dir, lifetime, plan, underlay, etcd, nodes };
         for entry in fs::read_dir(&lab.dir)? {
@@ -345,7 +351,10 @@ impl Lab {
         let name = format!("node-{index}");
         let endpoints = &*self.plan.etcd_endpoints;
         let env = [("FABRICD_ETCD_ENDPOINTS", endpoints), ("ETCDCTL_ENDPOINTS", endpoints), ("ETCDCTL_API", "3")];
-        let env = env.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+        let masquerade = ("FABRICD_IP_MASQ", self.plan.masquerade.to_string());
+        let env = env.map(|(name, value)| (name, value.to_owned())).into_iter().chain([masquerade]);
+        let env = env.chain(api_certificates::environment());
+        let env = env.map(|(name, value)| (name.to_owned(), value)).collect();
         let machine = Machine::new(&name, &self.dir.join(&name), self.lifetime, env);
         let node = Arc::new(Node::new(machine, index, Arc::clone(&self.plan), Arc::clone(&self.underlay)));
         self.nodes.insert(index, Arc::clone(&node));

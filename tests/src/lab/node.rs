@@ -16,7 +16,7 @@ use super::cni;
 use super::http::{self, Reply};
 use super::machine::Machine;
 use super::underlay::Underlay;
-use super::{Plan, Wiring, plain, wait_until};
+use super::{Plan, Wiring, api_certificates, plain, wait_until};
 
 /// The name of the daemon among the node's services: its log is `fabricd.log`.
 const FABRICD: &str = "fabricd";
@@ -62,7 +62,10 @@ impl Node {
         self.forget_pods()?;
         self.underlay.connect(&self.machine, self.index)?;
         let (name, conflist) = match self.plan.wiring {
-            Wiring::Fabric => ("10-fabric", cni::fabric_conflist()),
+            Wiring::Fabric => {
+                api_certificates::make(&self.name, self.dir())?;
+                ("10-fabric", cni::fabric_conflist())
+            }
             Wiring::Plain => {
                 plain::prepare(&self.machine, self.plan.families)?;
                 ("10-plain", plain::conflist(self.index, self.plan.families))

@@ -8,10 +8,11 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use fabric_core::model::Family;
 
-use super::addresses::Families;
+use super::addresses::{self, Families};
 use super::machine::Machine;
 use super::matrix::Matrix;
 use super::node::Node;
+use super::outside::Outside;
 use super::packet::{Packet, VXLAN_PORT};
 use super::{Builder, Lab, Wiring, preflight};
 
@@ -33,6 +34,9 @@ pub struct Up {
     /// How many etcd members
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=3))]
     etcd_members: u16,
+    /// Leave what pods send outside of the network its own address: no masquerade (--ip-masq)
+    #[arg(long)]
+    no_masquerade: bool,
     /// Pods by the bridge plugin and static routes alone, without fabricd: the baseline
     #[arg(long)]
     plain: bool,
@@ -47,6 +51,7 @@ impl Up {
         preflight::check()?;
         let begin = Instant::now();
         let mut builder = Lab::builder().name(name).families(self.families).etcd_members(self.etcd_members);
+        builder = builder.masquerade(!self.no_masquerade);
         if self.plain {
             builder = builder.plain();
         }
@@ -89,6 +94,12 @@ impl Up {
                 prove_vxlan(lab, family)?;
             }
         }
+        if !self.plain && !self.no_masquerade && self.nodes > 0 && self.pods > 0 {
+            println!("\nWhat an address outside of the network sees of a pod (masquerade, --ip-masq):\n");
+            for &family in lab.families().each() {
+                prove_masquerade(lab, family)?;
+            }
+        }
         Ok(())
     }
 
@@ -106,6 +117,7 @@ fn look_around(lab: &str, plain: bool) -> Vec<String> {
         ("exec node-1 fabricctl status", "the node and its peers"),
         ("exec node-1 fabricctl mesh", "how peers are reached, and why not"),
         ("exec node-1 fabricctl doctor", "checks, each with a fix"),
+        ("exec node-1 fabricctl status --all", "what all daemons say"),
         ("exec node-1 fabricctl test", "traffic of a pod made for it"),
         ("exec node-1 fabricctl top", "all of it, live"),
         ("page node-1", "the same in a browser"),
@@ -219,6 +231,16 @@ fn prove_vxlan(lab: &Lab, family: Family) -> Result<()> {
     println!("  outer  {} → {}  UDP port {VXLAN_PORT}  (the nodes)", packet.source, packet.target);
     println!("  VXLAN  VNI {}", vxlan.vni);
     println!("  inner  {source} → {target}  (the pods)");
+    Ok(())
+}
+
+/// Lets a pod ask somebody outside, and shows whose address that sees.
+fn prove_masquerade(lab: &Lab, family: Family) -> Result<()> {
+    let (node, outside) = (lab.node("node-1")?, addresses::gateway(family));
+    let pod = node.pod("pod-a")?;
+    let seen = Outside::at(lab.underlay().machine.network()?, outside, &pod)?.sees()?;
+    ensure!(seen == node.underlay_ip(family), "{outside} sees {seen}, which is not the node's address");
+    println!("  {} → {outside}, seen as {seen}, the address of {}", pod.ip(family)?, node.name);
     Ok(())
 }
 
