@@ -9,8 +9,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use fabric_tests::lab::{binaries, wait_until};
 use fabric_tests::plain_host::PlainHost;
+use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(60);
+
+const UPLINKS: [(&str, &str); 2] = [("eth0", "10.0.2.15"), ("eth1", "192.168.56.11")];
 
 /// Packages are there already, all but ours.
 const APT_GET: &str = r#"#!/bin/sh
@@ -31,7 +34,7 @@ fn package(to: &Path) -> Result<()> {
 /// A machine as Vagrant makes it: the first interface is the same everywhere and has the default route.
 fn machine() -> Result<PlainHost> {
     let host = PlainHost::boot()?;
-    for (interface, address) in [("eth0", "10.0.2.15"), ("eth1", "192.168.56.11")] {
+    for (interface, address) in UPLINKS {
         host.run(&format!("ip link add {interface} type veth peer name cable-{interface}"))?;
         host.run(&format!("ip address add {address}/24 dev {interface}"))?;
         host.run(&format!("ip link set {interface} up && ip link set cable-{interface} up"))?;
@@ -40,8 +43,8 @@ fn machine() -> Result<PlainHost> {
     Ok(host)
 }
 
-#[test]
-fn package_is_installed_started_killed_upgraded_and_removed() -> Result<()> {
+/// The same with the package, installed by Vagrant's script, and a node that is ready.
+fn node() -> Result<PlainHost> {
     let host = machine()?;
     let packages = host.root().join("packages");
     fs::create_dir(&packages)?;
@@ -60,15 +63,39 @@ fn package_is_installed_started_killed_upgraded_and_removed() -> Result<()> {
     });
     let status = ready.with_context(log)?;
     ensure!(status.contains("from 192.168.56.11 on eth1"), "not by the interface that all machines share: {status}");
+    Ok(host)
+}
+
+#[test]
+fn package_is_installed_started_killed_upgraded_removed_and_purged() -> Result<()> {
+    let host = node()?;
+    let log = || host.run("journalctl --no-pager --unit fabricd --unit fabric-cni").unwrap_or_default();
     wait_until("CNI's configuration", SOON, || host.run("cat /etc/cni/net.d/10-fabric.conflist")).with_context(log)?;
     host.run("ls /opt/cni/bin/fabric-cni /opt/cni/bin/fabric-bridge /run/flannel/subnet.env")?;
     ensure!(host.run("systemd-analyze verify fabricd.service fabric-cni.service")?.is_empty());
     let told = log();
     ensure!(!told.contains("os error 30") && !told.contains("os error 13") && !told.contains("os error 1)"), "{told}");
+    host.run("nft list chain inet fabric postrouting | grep masquerade")?;
+    // The sandbox leaves it what the mesh needs to tell a stale entry from a blocked port.
+    host.run("grep 'CapEff:.*0000000000003000' /proc/$(systemctl show --property MainPID --value fabricd)/status")?;
+
+    // What comes along: manual, completions, examples.
+    for page in ["man1/fabricctl", "man1/fabricctl-lease-list", "man8/fabricd", "man8/fabricd-pki-node"] {
+        let number = &page[3..4];
+        let shown = host.run(&format!("zcat /usr/share/man/{page}.{number}.gz"))?;
+        let name = page.rsplit('/').next().unwrap_or_default();
+        ensure!(shown.contains(&format!(".TH {name} {number}")), "{page}: {shown}");
+    }
+    for program in ["fabricd", "fabricctl"] {
+        host.run(&format!("bash -n /usr/share/bash-completion/completions/{program}"))?;
+        host.run(&format!("grep -q '#compdef {program}' /usr/share/zsh/vendor-completions/_{program}"))?;
+        host.run(&format!("grep -q 'complete -c {program}' /usr/share/fish/vendor_completions.d/{program}.fish"))?;
+    }
+    host.run("ls /usr/share/doc/fabricd/examples/fabricd.toml /usr/share/doc/fabricd/docs/operations.md")?;
 
     // More often in ten seconds than systemd puts up with by itself.
     for time in 1..=6 {
-        host.run("systemctl kill --signal KILL fabricd")?;
+        host.run("systemctl kill --kill-whom main --signal KILL fabricd")?;
         let restarted = format!("systemctl show --property NRestarts --value fabricd | grep -x {time}");
         wait_until("the daemon to be started again", SOON, || host.run(&format!("{restarted} && fabricctl status")))
             .with_context(log)?;
@@ -85,5 +112,104 @@ fn package_is_installed_started_killed_upgraded_and_removed() -> Result<()> {
     ensure!(!host.run("ps -e -o comm")?.contains("fabricd"));
     ensure!(host.run("ip -details link show fabric.1")? == device, "the network outlives the package");
     host.run("ls /run/fabric/node.json /opt/cni/bin/fabric-cni")?;
+
+    host.run("ls /etc/fabric/fabricd.toml /etc/default/fabricd /var/lib/fabric/lease.state")?;
+    host.run("dpkg --purge fabricd")?;
+    host.run("! ls -d /etc/fabric /etc/default/fabricd /var/lib/fabric 2>/dev/null")?;
+    Ok(())
+}
+
+/// Attaches a pod, by the plugin that makes the bridge's port, and gives the port's name.
+fn add_pod(host: &PlainHost, name: &str, delegate: &str) -> Result<String> {
+    host.run(&format!("ip netns add {name}"))?;
+    let config = format!(
+        r#"{{"cniVersion": "1.0.0", "name": "fabric", "type": "fabric-cni", "delegate": {{"type": "{delegate}"}}}}"#
+    );
+    let result = host.run(&format!(
+        "echo '{config}' | CNI_COMMAND=ADD CNI_CONTAINERID={name} CNI_NETNS=/run/netns/{name} CNI_IFNAME=eth0 \
+         CNI_PATH=/opt/cni/bin /opt/cni/bin/fabric-cni"
+    ))?;
+    let result: Value = serde_json::from_str(&result).with_context(|| result.clone())?;
+    let ports = result["interfaces"].as_array().into_iter().flatten().filter_map(|port| port["name"].as_str());
+    ports.into_iter().find(|port| port.starts_with("veth")).map(str::to_owned).context("a port")
+}
+
+/// What networkd says of an interface, once it has looked at it.
+fn networkds_word(host: &PlainHost, interface: &str) -> Result<String> {
+    host.run(&format!("cat /run/systemd/netif/links/$(cat /sys/class/net/{interface}/ifindex)"))
+}
+
+/// The commonest of such files: an image's default that asks for DHCP on whatever there is.
+#[test]
+fn pods_stay_on_the_bridge_when_networkd_is_told_to_manage_everything() -> Result<()> {
+    let host = node()?;
+    let ports = [add_pod(&host, "pod-a", "bridge")?, add_pod(&host, "pod-b", "fabric-bridge")?];
+    let reached = || host.run("ip netns exec pod-b ping -c 1 -W 5 $(ip netns exec pod-a hostname -I)");
+    reached()?;
+
+    let folder = host.root().join("etc/systemd/network");
+    fs::write(folder.join("zz-default.network"), "[Match]\nName=*\n[Network]\nDHCP=yes\n")?;
+    for (interface, address) in UPLINKS {
+        let file = folder.join(format!("10-{interface}.network"));
+        fs::write(
+            file,
+            format!("[Match]\nName={interface}\n[Network]\nAddress={address}/24\nKeepConfiguration=yes\n"),
+        )?;
+    }
+    // A port that none of the package's files names: so what happens to the others' like is seen.
+    host.run("ip link add stray up type veth peer name stray-peer && ip link set stray master cni0")?;
+    // As in a container: networkd then doesn't wait for udev, which isn't here.
+    host.run("mount -o remount,bind,ro /sys && systemctl start systemd-networkd")?;
+    let told = || host.run("journalctl --no-pager --unit systemd-networkd").unwrap_or_default();
+    let is_port = |name: &str| -> Result<bool> {
+        Ok(host
+            .run("bridge link")?
+            .lines()
+            .any(|line| line.contains(&format!(" {name}")) && line.contains("master cni0")))
+    };
+    let taken = wait_until("networkd to take the port off the bridge that nobody keeps it from", SOON, || {
+        ensure!(!is_port("stray")?, "it is still there");
+        Ok(())
+    });
+    taken.with_context(told)?;
+    for interface in ["fabric.1", "cni0", &ports[0], &ports[1]] {
+        let word = wait_until("networkd's word", SOON, || networkds_word(&host, interface))?;
+        ensure!(word.contains("ADMIN_STATE=unmanaged"), "{interface}: {word}");
+    }
+    ensure!(is_port(&ports[0])? && is_port(&ports[1])?);
+    reached()?;
+    ensure!(host.run("fabricctl status")?.contains("State     ready"));
+    Ok(())
+}
+
+/// Names in the files for networkd, udev and NetworkManager: ours, and nobody else's.
+#[test]
+fn network_files_name_our_devices_and_nobody_elses() -> Result<()> {
+    let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/network");
+    let of = |file: &str, key: &str| -> Result<String> {
+        let text = fs::read_to_string(deploy.join(file))?;
+        let line = text.lines().find_map(|line| line.strip_prefix(key).map(str::to_owned));
+        line.with_context(|| format!("{file} has no {key}"))
+    };
+    let networkd = of("00-fabricd.network", "Name=")?;
+    assert_eq!(of("00-fabricd.link", "OriginalName=")?, networkd);
+    let manager = of("NetworkManager.conf", "unmanaged-devices+=")?.replace("interface-name:", "").replace(';', " ");
+    // glob(7), as all of them match.
+    let matches = |patterns: &str, name: &str| -> Result<bool> {
+        let script = "set -f; for pattern in $1; do case $2 in $pattern) exit 0 ;; esac; done; exit 1";
+        Ok(Command::new("sh").args(["-c", script, "sh", patterns, name]).status()?.success())
+    };
+    for name in
+        ["fabric.1", "fabric.16777215", "fab.7", "fabric6.1", "fab6.1", "cni0", "veth0a1b2c3d", "veth0123456789a"]
+    {
+        ensure!(matches(&networkd, name)? && matches(&manager, name)?, "{name}");
+    }
+    for name in ["eth0", "fabric0", "docker0", "cni1", "flannel.1"] {
+        ensure!(!matches(&networkd, name)? && !matches(&manager, name)?, "{name}");
+    }
+    // A person's own, and Docker's, which has 7 digits.
+    for name in ["veth0", "veth-web", "veth1234abc"] {
+        ensure!(!matches(&networkd, name)?, "{name}");
+    }
     Ok(())
 }

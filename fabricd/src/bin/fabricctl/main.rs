@@ -7,6 +7,7 @@ mod events;
 mod explain;
 mod lease;
 mod log_level;
+mod manual;
 mod mesh;
 mod network;
 mod network_set;
@@ -25,13 +26,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{CommandFactory as _, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 use clap_complete::Shell;
 use fabric_proto::v1::ask_nodes_request::Question;
 use fabric_proto::v1::{DiagnoseRequest, GetMeshRequest, GetStatusRequest};
 use fabricd::config::{Config, DEFAULT_SOCKET, parse_duration};
 
 use crate::all::AllArgs;
+use crate::manual::Program;
 use crate::output::OutputArg;
 
 /// Show and set up the fabricd overlay network
@@ -171,6 +173,15 @@ enum Command {
     Completion {
         /// Which shell
         shell: Shell,
+        /// Of which program
+        #[arg(long, value_name = "PROGRAM", default_value = "fabricctl")]
+        program: Program,
+    },
+    /// Write the manual pages of fabricctl and fabricd into a folder
+    #[command(hide = true)]
+    Manual {
+        /// Gets man1 and man8
+        folder: PathBuf,
     },
     /// What the pods of a test run
     #[command(subcommand, hide = true)]
@@ -226,16 +237,11 @@ async fn run(command: Command, socket: &Path) -> anyhow::Result<Answer> {
         Command::Network(command) => network::run(*command, socket).await,
         Command::Lease(command) => lease::run(*command, socket).await,
         Command::LogLevel { level, form } => log_level::run(socket, form.output, level).await,
-        Command::Completion { shell } => Ok(completion(shell)),
+        Command::Completion { shell, program } => Ok(manual::completion(program, shell)),
+        Command::Manual { folder } => manual::write(&folder),
         Command::Test(args) => test::run(*args, socket).await,
         Command::Probe(command) => test::probe::run(command),
     }
-}
-
-fn completion(shell: Shell) -> Answer {
-    let mut script = vec![];
-    clap_complete::generate(shell, &mut Cli::command(), "fabricctl", &mut script);
-    Answer::fine(String::from_utf8_lossy(&script).into_owned())
 }
 
 /// Prints, and says whether anybody reads on: `fabricctl status | head` is no error.
