@@ -192,7 +192,7 @@ async fn api_for_others(config: &Config) -> anyhow::Result<Option<(TcpListener, 
     let files = [&config.api_cafile, &config.api_certfile, &config.api_keyfile];
     match (config.api_addr.0, Tls::of(files.map(Option::as_ref))?) {
         (Some(address), Some(tls)) => {
-            let listener = TcpListener::bind(address).await;
+            let listener = api::listen_tcp(address);
             let told = || format!("cannot listen on {address} for other nodes; choose another with --api-addr, or off");
             Ok(Some((listener.with_context(told)?, tls)))
         }

@@ -178,8 +178,9 @@ async fn certificates_that_come_later_or_change_are_used_by_the_next_connection(
         Tls::new(&path(folder).join("ca.crt"), &path(folder).join("node.crt"), &path(folder).join("node.key"))
     };
     let mut api = Served::new(view(&[2])?, Mesh::default())?;
-    let listener = TcpListener::bind("0.0.0.0:0").await?;
+    let listener = api::listen_tcp("[::]:0".parse()?)?;
     let port = listener.local_addr()?.port();
+    assert!(TcpStream::connect(("::1", port)).await.is_ok(), "both families");
     tokio::spawn(api::serve_tls(listener, tls("node-1"), api.sources.clone()));
     // node-1 asks as node-2 would: its lease's VTEP is an address of this machine.
     api.sources.remote = Remote { access: Some((tls("node-2"), port)) };

@@ -20,6 +20,7 @@ pub mod service;
 pub mod tls;
 
 use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -27,7 +28,9 @@ use std::sync::Arc;
 use fabric_core::handoff::Readiness;
 use fabric_proto::v1;
 use fabric_proto::v1::fabric_server::FabricServer;
-use tokio::net::{TcpListener, UnixListener};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::Ipv6V6Only;
+use tokio::net::{TcpListener, TcpSocket, UnixListener};
 use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::service::InterceptorLayer;
@@ -40,6 +43,9 @@ pub use self::remote::Remote;
 pub use self::service::{Controls, Service, Sources};
 pub use self::tls::Tls;
 use crate::view::View;
+
+/// How many connections may wait to be accepted.
+const BACKLOG: u32 = 128;
 
 /// Opens the socket, with mode 0600. One that a daemon before us left behind is replaced: that it is not in use is
 /// what the lock on the run folder is for.
@@ -57,6 +63,30 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
+}
+
+/// Opens a TCP address. `[::]` means both families, whatever the host's `bindv6only` says, and IPv4 alone on a host without
+/// IPv6.
+///
+/// # Errors
+/// When it is taken or not this host's.
+pub fn listen_tcp(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => match TcpSocket::new_v6() {
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) && address.ip().is_unspecified() => {
+                return listen_tcp((Ipv4Addr::UNSPECIFIED, address.port()).into());
+            }
+            socket => socket?,
+        },
+    };
+    if address.is_ipv6() && address.ip().is_unspecified() {
+        setsockopt(&socket, Ipv6V6Only, &false)?;
+    }
+    // A daemon that is restarted doesn't wait for the connections of the one before.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// Answers on `listener` until the process ends. Who asks must be root, or the daemon's own user.

@@ -35,7 +35,7 @@ impl std::fmt::Debug for Remote {
 
 /// What is missing when nodes can't ask each other.
 pub const NO_ACCESS: &str = "nodes don't ask each other here: fabricd needs --api-addr, --api-cafile, --api-certfile \
-                             and --api-keyfile, on all nodes, with one port";
+                             and --api-keyfile, on all nodes, with one port; docs/pki.md has the recipe";
 
 impl Remote {
     /// Asks one node; without an answer the reason is in it.
