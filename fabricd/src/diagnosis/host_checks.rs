@@ -158,10 +158,10 @@ pub(super) fn certificates(scene: &Scene) -> Finding {
         match ends.map(|ends| ends - now) {
             Err(why) => culprits.push(Culprit::hurts(format!("{shown}: {why}"), RENEW)),
             Ok(left @ ..0) => {
-                culprits.push(Culprit::hurts(format!("{shown} expired {} days ago", -left / 86400), RENEW))
+                culprits.push(Culprit::hurts(format!("{shown} expired {} days ago", -left / 86400), RENEW));
             }
             Ok(left @ 0..SOON) => {
-                culprits.push(Culprit::may_hurt(format!("{shown} expires in {} days", left / 86400), RENEW))
+                culprits.push(Culprit::may_hurt(format!("{shown} expires in {} days", left / 86400), RENEW));
             }
             Ok(left) if first.is_none_or(|(before, _)| left < before) => first = Some((left, file)),
             Ok(_) => {}

@@ -13,6 +13,9 @@ use super::host_checks::{number, read};
 const FOLDERS: [&str; 4] =
     ["etc/systemd/network", "run/systemd/network", "usr/lib/systemd/network", "lib/systemd/network"];
 
+/// What the next pods' veths are called: by the plugin `bridge`, and by fabric-bridge.
+const COMING: [&str; 2] = ["veth01234567", "veth0123456789a"];
+
 /// What a packet of a pod passes on this host, by name, with the interface's kind.
 fn interfaces(scene: &Scene) -> Vec<(String, &'static str)> {
     let mut all: Vec<(String, &'static str)> =
@@ -58,16 +61,19 @@ pub(super) fn networkd(scene: &Scene) -> Finding {
         .collect();
     // What it will do when it is restarted, or when the next pod comes.
     let files = network_files(root);
-    let coming = ("veth0".to_owned(), "veth");
+    let coming = COMING.map(|name| (name.to_owned(), "veth"));
     let next = ours.iter().filter(|(name, _)| !managed.values().flatten().any(|known| known == name));
-    let next = next.chain(std::iter::once(&coming)).filter_map(|(name, kind)| {
+    let next = next.chain(&coming).filter_map(|(name, kind)| {
         let (file, text) = files.iter().find(|(_, text)| matches(text, name, kind))?;
         (!unmanaged(text)).then(|| (shown(root, file), name.clone()))
     });
     let next: Vec<(String, String)> = next.collect();
     for (file, names) in by_file(next.into_iter()) {
         if !managed.contains_key(&file) {
-            let names = all(names.into_iter().map(|name| if name == coming.0 { "veths of pods".into() } else { name }));
+            let word = |name: String| if COMING.contains(&name.as_str()) { "veths of pods".into() } else { name };
+            let mut names: Vec<String> = names.into_iter().map(word).collect();
+            names.dedup();
+            let names = all(names);
             culprits
                 .push(Culprit::may_hurt(format!("{file} matches {names}: it takes them over"), unmanage(scene, &[])));
         }
@@ -155,8 +161,11 @@ fn any(patterns: &str, names: &[&str]) -> bool {
     patterns.split_whitespace().any(|pattern| names.iter().any(|name| glob(pattern, name))) != invert
 }
 
-/// Shell patterns with `*` and `?`.
+/// Shell patterns with `*`, `?` and sets such as `[0-9a-f]` or `[!x]`.
 fn glob(pattern: &str, name: &str) -> bool {
+    if let (Some((set, rest)), Some(first)) = (set(pattern), name.chars().next()) {
+        return set.contains(first) && glob(rest, &name[first.len_utf8()..]);
+    }
     match (pattern.chars().next(), name.chars().next()) {
         (None, None) => true,
         (Some('*'), _) => {
@@ -168,6 +177,35 @@ fn glob(pattern: &str, name: &str) -> bool {
             glob(&pattern[wanted.len_utf8()..], &name[first.len_utf8()..])
         }
         _ => false,
+    }
+}
+
+/// What may stand for one character.
+struct Set<'a> {
+    negated: bool,
+    members: &'a str,
+}
+
+/// The set that a pattern begins with, and what follows it.
+fn set(pattern: &str) -> Option<(Set<'_>, &str)> {
+    let inside = pattern.strip_prefix('[')?;
+    let (negated, inside) = inside.strip_prefix(['!', '^']).map_or((false, inside), |inside| (true, inside));
+    // A bracket that comes first is a member.
+    let end = inside.char_indices().skip(1).find(|(_, c)| *c == ']')?.0;
+    Some((Set { negated, members: &inside[..end] }, &inside[end + 1..]))
+}
+
+impl Set<'_> {
+    fn contains(&self, wanted: char) -> bool {
+        let members: Vec<char> = self.members.chars().collect();
+        let range = |at: usize| members.get(at + 1).filter(|c| **c == '-').and_then(|_| members.get(at + 2));
+        let (mut at, mut found) = (0, false);
+        while let Some(first) = members.get(at) {
+            let last = range(at);
+            found |= (*first..=*last.unwrap_or(first)).contains(&wanted);
+            at += if last.is_some() { 3 } else { 1 };
+        }
+        found != self.negated
     }
 }
 
@@ -258,6 +296,11 @@ mod tests {
             ("[Match]\nName=*\nMACAddress=02:00:00:00:00:01\n", "veth1", "veth", false),
             ("[Match]\n\n[Network]\nDHCP=yes\n", "veth1", "veth", false),
             ("[Match]\nName=fabric.?\n", "fabric.1", "vxlan", true),
+            ("[Match]\nName=veth[0-9a-f][!x]\n", "vethc1", "veth", true),
+            ("[Match]\nName=veth[0-9a-f][!x]\n", "vethg1", "veth", false),
+            ("[Match]\nName=veth[0-9a-f][!x]\n", "vethcx", "veth", false),
+            ("[Match]\nName=veth[]a-]\n", "veth]", "veth", true),
+            ("[Match]\nName=veth[0\n", "veth0", "veth", false),
         ] {
             assert_eq!(matches(text, name, kind), want, "{text} {name}");
         }
