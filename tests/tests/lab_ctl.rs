@@ -124,12 +124,25 @@ fn network_set_changes_one_key_and_says_what_running_nodes_do() -> Result<()> {
 fn exit_code_is_4_when_a_peer_is_not_reached_and_status_names_it() -> Result<()> {
     let lab = Lab::builder().nodes(2).start()?;
     let node = lab.node("node-1")?;
-    wait_until("all is well", SOON, || {
+    let status = wait_until("all is well", SOON, || {
         let (status, peers) = (ctl(node, &["status", "--wait"])?, ctl(node, &["peers"])?);
         ensure!(status.stdout.contains("Mesh      1 of 1 reachable\n"), "{status:?}");
         ensure!(status.status.code() == Some(0) && peers.status.code() == Some(0), "{status:?} {peers:?}");
-        Ok(())
+        Ok(status.stdout)
     })?;
+    // The README shows the same lines and columns.
+    let readme = include_str!("../../README.md");
+    let shape = |text: &str| -> Vec<String> {
+        let lines =
+            text.lines().skip_while(|line| !line.starts_with("Node  ")).take_while(|line| !line.starts_with("node-"));
+        let words = |line: &str| -> Vec<String> { line.split_whitespace().map(str::to_owned).collect() };
+        lines
+            .flat_map(
+                |line| if line.starts_with("PEER") { words(line) } else { words(line).into_iter().take(1).collect() },
+            )
+            .collect()
+    };
+    ensure!(shape(readme) == shape(&status), "{:?}\n{:?}", shape(readme), shape(&status));
     lab.node("node-2")?.power_off()?;
     wait_until("the peer is named, with since when", SOON, || {
         let (status, peers) = (ctl(node, &["status"])?, ctl(node, &["peers", "-o", "json"])?);
