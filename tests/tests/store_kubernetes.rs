@@ -194,11 +194,13 @@ async fn bookmarks_carry_a_watch_over_a_compaction() {
     for n in 0..5 {
         cluster.api.create("/api/v1/namespaces/default/secrets", json!({"metadata": {"name": n.to_string()}}));
     }
+    let (listed, revision) = (cluster.api.lists(), cluster.api.revision());
     cluster.api.bookmark();
-    sleep(Duration::from_millis(500)).await;
+    timeout(PATIENCE, cluster.api.watched_from(revision)).await.expect("the watch goes on where the bookmark was");
     cluster.api.compact();
     cluster.flannel_says(&key("10.244.7.0-24"), &flannel_value("192.0.2.7"));
     leases(&store, "the other lease", |set| set.len() == 2).await;
+    assert_eq!(cluster.api.lists(), listed, "nothing was listed anew");
 }
 
 #[tokio::test]

@@ -335,39 +335,102 @@ fn sharing_a_lease_set_costs_no_copy_of_the_leases() {
     assert!(Arc::ptr_eq(set.iter().next().unwrap(), copy.iter().next().unwrap()));
 }
 
+/// A change of a lease: the subnet, whether it covers two (0: yes), whose addresses it has, and whether it comes.
+type Step = (u8, u8, u8, bool);
+
+/// A lease of the families of this network, as the store has it.
+fn leased(config: &str, (subnet, wide, id, _): Step) -> (String, String) {
+    let (v4, v6) = match wide {
+        0 => (format!("10.244.{}.0-23", subnet & !1), format!("fd00:10:244:{:x}::-63", subnet & !1)),
+        _ => (format!("10.244.{subnet}.0-24"), format!("fd00:10:244:{subnet:x}::-64")),
+    };
+    let data = |of: u8| format!(r#"{{"VNI":1,"VtepMAC":"02:42:c0:00:{of:02x}:{id:02x}"}}"#);
+    // Some are on our link, some behind a gateway.
+    let net = if id % 2 == 0 { 2 } else { 3 };
+    let (ip, ip6) = (format!("192.0.{net}.{id}"), format!("2001:db8:{net}::{id:x}"));
+    let backend = r#""BackendType":"vxlan""#;
+    if config == DUAL {
+        let (v4_data, v6_data) = (data(2), data(6));
+        let value = format!(
+            r#"{{"PublicIP":"{ip}","PublicIPv6":"{ip6}",{backend},"BackendData":{v4_data},"BackendV6Data":{v6_data}}}"#
+        );
+        (format!("{v4}&{v6}"), value)
+    } else if config == V6 {
+        (
+            format!("0.0.0.0-0&{v6}"),
+            format!(r#"{{"PublicIP":"0.0.0.0","PublicIPv6":"{ip6}",{backend},"BackendV6Data":{}}}"#, data(6)),
+        )
+    } else {
+        (v4, format!(r#"{{"PublicIP":"{ip}",{backend},"BackendData":{}}}"#, data(2)))
+    }
+}
+
+const DUAL: &str =
+    r#"{"EnableIPv6":true,"Network":"10.244.0.0/16","IPv6Network":"fd00:10:244::/48","Backend":{"Type":"vxlan"}}"#;
+
+/// Applies batches of changes, and compares what is followed with what is planned anew. Gives how often it was followed.
+fn follow_and_compare(config: &str, batches: &[Vec<Step>]) -> usize {
+    let node = Node::new(config);
+    let (mut set, mut known) = (LeaseSet::default(), node.desired(&LeaseSet::default(), &KernelState::default()));
+    let (mut revision, mut followed) = (0, 0);
+    for batch in batches {
+        let before = set.clone();
+        for step in batch {
+            revision += 1;
+            let (key, value) = leased(config, *step);
+            let event = if step.3 {
+                Event::Put(Entry { key, value: value.into(), create_revision: revision, mod_revision: revision })
+            } else {
+                Event::Delete { key, given_back: true }
+            };
+            set.apply(event, revision);
+        }
+        assert!(set.unreadable().is_empty(), "{:?}", set.unreadable());
+        let Node { network, own, vteps, facts, foreign } = &node;
+        let have = known.state.clone();
+        let inputs = Inputs { network, own, vteps, leases: &set, facts, have: &have, foreign };
+        let (went, came): (Vec<_>, Vec<_>) = set.changes(&before).unzip();
+        let (went, came): (Vec<_>, Vec<_>) = (
+            went.into_iter().flatten().map(Arc::as_ref).collect(),
+            came.into_iter().flatten().map(Arc::as_ref).collect(),
+        );
+        let anew = desired(&inputs);
+        if known.follow(&inputs, &went, &came) {
+            assert_eq!(known, anew);
+            followed += 1;
+        }
+        known = anew;
+    }
+    followed
+}
+
+const CONFIGS: [&str; 4] = [V4, DIRECT, V6, DUAL];
+
 proptest::proptest! {
     /// Whatever comes and goes, clashes included: to follow it, where that can be done, is to plan anew.
     #[test]
-    fn to_follow_changes_is_to_plan_anew(changes in proptest::collection::vec((0..8_u8, 0..8_u8, 1..8_u8, proptest::bool::ANY), 1..40)) {
-        let node = Node::new(V4);
-        let (mut set, mut known) = (LeaseSet::default(), Desired::default());
-        for (revision, (subnet, wide, id, there)) in changes.into_iter().enumerate() {
-            let revision = i64::try_from(revision).unwrap() + 1;
-            // Now and then a subnet that covers two others.
-            let key = if wide == 0 { format!("10.244.{}.0-23", subnet & !1) } else { format!("10.244.{subnet}.0-24") };
-            let value = v4_peer(&format!("192.0.2.{id}"), &format!("02:42:c0:00:02:{id:02x}")).into_bytes();
-            let before = set.clone();
-            set.apply(
-                if there {
-                    Event::Put(Entry { key, value, create_revision: revision, mod_revision: revision })
-                } else {
-                    Event::Delete { key, given_back: true }
-                },
-                revision,
-            );
-            let Node { network, own, vteps, facts, foreign } = &node;
-            let have = known.state.clone();
-            let inputs = Inputs { network, own, vteps, leases: &set, facts, have: &have, foreign };
-            let (went, came): (Vec<_>, Vec<_>) = set.changes(&before).unzip();
-            let (went, came): (Vec<_>, Vec<_>) = (
-                went.into_iter().flatten().map(Arc::as_ref).collect(),
-                came.into_iter().flatten().map(Arc::as_ref).collect(),
-            );
-            let anew = desired(&inputs);
-            if revision > 1 && known.follow(&inputs, &went, &came) {
-                proptest::prop_assert_eq!(&known, &anew);
-            }
-            known = anew;
-        }
+    fn to_follow_changes_is_to_plan_anew(
+        config in 0..CONFIGS.len(),
+        batches in proptest::collection::vec(
+            proptest::collection::vec((2..10_u8, 0..8_u8, 2..10_u8, proptest::bool::ANY), 1..64),
+            1..12,
+        ),
+        singles in proptest::collection::vec((2..10_u8, 0..8_u8, 2..10_u8, proptest::bool::ANY), 1..40),
+    ) {
+        follow_and_compare(CONFIGS[config], &batches);
+        follow_and_compare(CONFIGS[config], &singles.into_iter().map(|step| vec![step]).collect::<Vec<_>>());
+    }
+
+    /// Where nothing clashes every batch of up to 64 changes is followed.
+    #[test]
+    fn changes_without_a_clash_are_always_followed(
+        config in 0..CONFIGS.len(),
+        batches in proptest::collection::vec(proptest::collection::btree_map(2..66_u8, proptest::bool::ANY, 1..32), 1..8),
+    ) {
+        let steps = |batch: std::collections::BTreeMap<u8, bool>| -> Vec<Step> {
+            batch.into_iter().map(|(subnet, comes)| (subnet, 1, subnet, comes)).collect()
+        };
+        let batches: Vec<Vec<Step>> = batches.into_iter().map(steps).collect();
+        proptest::prop_assert_eq!(follow_and_compare(CONFIGS[config], &batches), batches.len());
     }
 }

@@ -41,20 +41,31 @@ fn id() -> impl Strategy<Value = NexthopId> {
 }
 
 fn via() -> impl Strategy<Value = Via> {
-    prop_oneof![id().prop_map(Via::Nexthop), nexthop().prop_map(Via::Gateway), nexthop().prop_map(Via::Direct)]
+    prop_oneof![
+        id().prop_map(Via::Nexthop),
+        nexthop().prop_map(Via::Gateway),
+        nexthop().prop_map(Via::Direct),
+        (1..3_u8).prop_map(|n| Via::Other(format!("via 192.0.2.{n} dev eth0"))),
+    ]
 }
 
 fn link() -> impl Strategy<Value = VxlanLink> {
-    (1..3_u32, prop::sample::select(vec![8472, 4789]), mac(), ip(), 1400..1402_u32, any::<bool>()).prop_map(
-        |(vni, port, mac, local, mtu, up)| {
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>());
+    (1..3_u32, prop::sample::select(vec![8472, 4789]), mac(), ip(), 1400..1402_u32, flags).prop_map(
+        |(vni, port, mac, local, mtu, (up, gbp, learning))| {
             let vni = Vni::try_from(vni).unwrap();
-            VxlanLink { vni, port, gbp: false, mac, local, mtu, learning: false, up }
+            VxlanLink { vni, port, gbp, mac, local, mtu, learning, up }
         },
     )
 }
 
 fn sysctl() -> impl Strategy<Value = Sysctl> {
-    prop_oneof![Just(Sysctl::Ipv4Forward), Just(Sysctl::Ipv6Forward), dev().prop_map(Sysctl::AcceptRa)]
+    prop_oneof![
+        Just(Sysctl::Ipv4Forward),
+        Just(Sysctl::Ipv6Forward),
+        dev().prop_map(Sysctl::AcceptRa),
+        dev().prop_map(Sysctl::RpFilter),
+    ]
 }
 
 /// Any state that a kernel can be in: nothing hangs on a device that isn't there.

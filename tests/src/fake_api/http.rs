@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use axum::Router;
@@ -32,7 +33,12 @@ async fn answer(Extract(state): Extract<Arc<State>>, method: Method, uri: Uri, b
     if method == Method::GET {
         return match (query.get("watch").map(String::as_str), path(uri.path())) {
             (Some("true" | "1"), (collection, None, _)) => watch(state, collection, &query),
-            (_, (collection, None, _)) => list(&state.objects(), &collection, &query),
+            (_, (collection, None, _)) => {
+                if number(&query, "limit") != Some(1) {
+                    state.lists.fetch_add(1, Ordering::Relaxed);
+                }
+                list(&state.objects(), &collection, &query)
+            }
             (_, (collection, Some(name), _)) => one(state.objects().get(&collection, &name)),
         };
     }
@@ -83,6 +89,7 @@ fn watch(state: Arc<State>, collection: String, query: &BTreeMap<String, String>
     let seconds = number(query, "timeoutSeconds").and_then(|seconds| u64::try_from(seconds).ok()).unwrap_or(300);
     let bookmarks = query.get("allowWatchBookmarks").is_some_and(|wanted| wanted == "true");
     let end = Instant::now() + Duration::from_secs(seconds);
+    state.watches.send_modify(|begun| begun.push(from));
     Body::from_stream(events(state, collection, from, bookmarks, end)).into_response()
 }
 
@@ -123,7 +130,7 @@ fn events(
                         from = now.max(from);
                         let object = json!({"kind": "Node", "apiVersion": "v1", "metadata": {"resourceVersion": from.to_string()}});
                         let bookmark = line(&json!({"type": "BOOKMARK", "object": object}));
-                        return Some((bookmark, Some((state, news, bookmarks, from))));
+                        return Some((bookmark, None));
                     }
                     () = sleep_until(end) => return None,
                 }

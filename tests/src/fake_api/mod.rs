@@ -9,6 +9,7 @@ mod objects;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -58,6 +59,10 @@ struct State {
     fault: watch::Sender<Fault>,
     /// All requests that would change something: verb, path and body.
     writes: Mutex<Vec<(String, String, Value)>>,
+    /// How many pages of lists were asked for, those of one object not counted: by such the revision is asked for.
+    lists: AtomicU64,
+    /// The revisions that watches began at.
+    watches: watch::Sender<Vec<i64>>,
 }
 
 impl FakeApi {
@@ -72,6 +77,8 @@ impl FakeApi {
             bookmarks: watch::Sender::new(0),
             fault: watch::Sender::new(Fault::None),
             writes: Mutex::default(),
+            lists: AtomicU64::new(0),
+            watches: watch::Sender::default(),
         });
         let (running, address) = Running::start(&state, address)?;
         Ok(Self { state, address, running: Mutex::new(Some(running)) })
@@ -151,9 +158,21 @@ impl FakeApi {
         self.state.tell();
     }
 
-    /// Sends all who watch a bookmark.
+    /// Sends all who watch a bookmark, and ends their watches in good order.
     pub fn bookmark(&self) {
         self.state.bookmarks.send_modify(|times| *times += 1);
+    }
+
+    /// Waits until a watch has begun at this revision.
+    pub async fn watched_from(&self, revision: i64) {
+        // The sender lives as long as this does.
+        let _ = self.state.watches.subscribe().wait_for(|begun| begun.contains(&revision)).await;
+    }
+
+    /// How many pages of lists it has been asked for, those of one object not counted.
+    #[must_use]
+    pub fn lists(&self) -> u64 {
+        self.state.lists.load(Ordering::Relaxed)
     }
 
     /// Sets what is wrong with it from now on.
