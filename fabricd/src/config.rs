@@ -18,7 +18,7 @@ use crate::ipam::CniDirs;
 use crate::pki::Pki;
 use crate::rule_args::RuleArgs;
 use crate::settings_files::{variables, with_file, with_variables};
-use crate::store::etcd::{Options, Tls, User};
+use crate::store::etcd::{Options, Tls, User, complete};
 use crate::store::kubernetes;
 use crate::underlay::Selector;
 
@@ -146,7 +146,7 @@ pub struct Config {
 /// How etcd is reached; `fabricctl` takes the same.
 #[derive(Clone, Debug, Args)]
 pub struct EtcdArgs {
-    /// URLs of etcd's members
+    /// Addresses of etcd's members; without a scheme http (https with --etcd-cafile), without a port 2379
     #[arg(
         id = "etcd_endpoints",
         long = "etcd-endpoints",
@@ -229,7 +229,7 @@ impl EtcdArgs {
     /// These settings as the store takes them. The password is read from its file here.
     ///
     /// # Errors
-    /// When that file can't be read.
+    /// When that file can't be read, or an endpoint is no address.
     pub fn options(&self) -> Result<Options, ConfigError> {
         let user = match self.username.clone().zip(self.password_file.as_ref()) {
             Some((name, file)) => {
@@ -253,19 +253,11 @@ impl EtcdArgs {
         }
         let client = self.certfile.clone().zip(self.keyfile.clone());
         let tls = Tls { ca: self.cafile.clone(), client };
+        let scheme = if tls.ca.is_some() { "https" } else { "http" };
+        let endpoints = self.endpoints.iter().map(|endpoint| complete(endpoint, scheme)).collect::<Result<_, _>>();
         let prefix = self.prefix.trim_end_matches('/').to_owned();
-        let endpoints = self.endpoints.iter().map(|endpoint| with_port(endpoint)).collect();
-        Ok(Options { prefix, tls, user, ..Options::new(endpoints) })
+        Ok(Options { prefix, tls, user, ..Options::new(endpoints.map_err(ConfigError::Endpoint)?) })
     }
-}
-
-/// With scheme and port, as in `http://192.0.2.10:2379`: without a port a URL would mean that of a web server.
-fn with_port(endpoint: &str) -> String {
-    let (scheme, rest) = endpoint.split_once("://").unwrap_or(("http", endpoint));
-    let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-    let host = if host.parse::<Ipv6Addr>().is_ok() { format!("[{host}]") } else { host.to_owned() };
-    let named = host.rsplit(']').next().is_some_and(|end| end.contains(':'));
-    format!("{scheme}://{host}{}{path}", if named { "" } else { ":2379" })
 }
 
 /// The datastore of the leases.
@@ -332,6 +324,9 @@ pub enum ConfigError {
         /// The one that lacks.
         lacks: String,
     },
+    /// An address of etcd that is none.
+    #[error("--etcd-endpoints: {0}")]
+    Endpoint(String),
     /// The host's name can't be a node's name.
     #[error(
         "cannot use the host's name as the node's name: {0}; set it with hostnamectl hostname NAME, or give --node-name NAME"
@@ -583,21 +578,6 @@ mod tests {
     }
 
     #[test]
-    fn endpoint_without_a_port_means_etcds() {
-        for (given, meant) in [
-            ("192.0.2.1", "http://192.0.2.1:2379"),
-            ("http://192.0.2.1", "http://192.0.2.1:2379"),
-            ("https://etcd.example/", "https://etcd.example:2379/"),
-            ("etcd.example:12379", "http://etcd.example:12379"),
-            ("https://[2001:db8::1]", "https://[2001:db8::1]:2379"),
-            ("https://[2001:db8::1]:443", "https://[2001:db8::1]:443"),
-            ("2001:db8::1", "http://[2001:db8::1]:2379"),
-        ] {
-            assert_eq!(with_port(given), meant);
-        }
-    }
-
-    #[test]
     fn half_a_key_pair_is_refused() {
         for file in ["etcd_certfile = 'a.pem'", "etcd_keyfile = 'a.pem'", "etcd_username = 'root'"] {
             let error =
@@ -606,6 +586,17 @@ mod tests {
         }
         let both = load(&["--etcd-certfile", "a.pem"], Some("etcd_keyfile = 'b.pem'")).expect("valid");
         assert!(both.etcd.options().expect("complete").tls.client.is_some());
+    }
+
+    #[test]
+    fn endpoints_get_etcds_port_and_the_scheme_that_fits_the_certificates() {
+        let urls = |args: &[&str]| load(args, None).expect("valid").etcd.options().map(|options| options.endpoints);
+        let two = urls(&["--etcd-endpoints", "192.0.2.10,[2001:db8::1]"]).expect("addresses");
+        assert_eq!(two, ["http://192.0.2.10:2379", "http://[2001:db8::1]:2379"]);
+        let safe = urls(&["--etcd-endpoints", "etcd-1", "--etcd-cafile", "ca.pem"]).expect("an address");
+        assert_eq!(safe, ["https://etcd-1:2379"]);
+        let refused = urls(&["--etcd-endpoints", "192.0.2.10:x"]).expect_err("no port").to_string();
+        assert!(refused.starts_with("--etcd-endpoints: \"192.0.2.10:x\" is no address of etcd"), "{refused}");
     }
 
     #[test]

@@ -37,14 +37,10 @@ const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// What a TLS server that shuts the door looks like from outside.
 const TURNED_AWAY: [&str; 4] = ["connection closed", "fatal alert", "reset by peer", "broken pipe"];
 
-/// etcd's port for clients, where none is given.
-const PORT: u16 = 2379;
-
 /// Where etcd is and how to get in.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// URLs of the members, such as `https://192.0.2.10:2379`, at least one. Without a scheme a CA makes it `https`;
-    /// without a port it is 2379.
+    /// URLs of the members, such as `https://192.0.2.10:2379`, at least one.
     pub endpoints: Vec<String>,
     /// What all keys begin with.
     pub prefix: String,
@@ -150,11 +146,7 @@ enum Failure {
 }
 
 impl Connector {
-    pub(super) fn new(mut options: Options) -> Self {
-        let scheme = if options.tls.ca.is_some() { "https" } else { "http" };
-        for endpoint in &mut options.endpoints {
-            *endpoint = whole(endpoint, scheme);
-        }
+    pub(super) fn new(options: Options) -> Self {
         // Nodes spread over the members.
         let turn = fastrand::usize(..options.endpoints.len().max(1));
         Self {
@@ -327,19 +319,6 @@ impl Connector {
     }
 }
 
-/// An endpoint with scheme and port. Without a port it would be that of HTTP, where no etcd is.
-fn whole(endpoint: &str, scheme: &str) -> String {
-    let (scheme, authority) = endpoint.split_once("://").unwrap_or((scheme, endpoint));
-    let authority = authority.trim_end_matches('/');
-    // The last colon of a bare IPv6 address is no port's.
-    let has_port = authority.rsplit_once(':').is_some_and(|(host, _)| !host.contains(':') || host.ends_with(']'));
-    if has_port || authority.is_empty() {
-        format!("{scheme}://{authority}")
-    } else {
-        format!("{scheme}://{authority}:{PORT}")
-    }
-}
-
 async fn read(path: &Path) -> Result<Vec<u8>, Failure> {
     tokio::fs::read(path).await.map_err(|error| Failure::Connection(format!("cannot read {}: {error}", path.display())))
 }
@@ -394,26 +373,5 @@ pub(super) fn lease_is_gone(error: &Error) -> bool {
         // etcd-client's own words when the first response says that the lease has no time to live.
         Error::LeaseKeepAliveError(message) => message == "lease not found",
         _ => false,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn endpoint_without_scheme_or_port_gets_both() {
-        for (given, want) in [
-            ("127.0.0.1", "http://127.0.0.1:2379"),
-            ("etcd.example.com", "http://etcd.example.com:2379"),
-            ("192.0.2.10:4001", "http://192.0.2.10:4001"),
-            ("https://192.0.2.10", "https://192.0.2.10:2379"),
-            ("http://192.0.2.10:2379/", "http://192.0.2.10:2379"),
-            ("[2001:db8::1]", "http://[2001:db8::1]:2379"),
-            ("[2001:db8::1]:2379", "http://[2001:db8::1]:2379"),
-            ("", "http://"),
-        ] {
-            assert_eq!(whole(given, "http"), want, "{given}");
-        }
     }
 }

@@ -12,6 +12,7 @@
 //! connection. Nothing here fails because etcd is away: the task retries for ever, a call says `Unreachable`.
 
 mod connect;
+mod endpoint;
 mod identity;
 mod keys;
 mod operator;
@@ -30,6 +31,7 @@ use tokio::task::JoinSet;
 
 use self::connect::Connector;
 pub use self::connect::{Options, Tls, User};
+pub use self::endpoint::complete;
 use self::keys::Keys;
 pub use self::operator::Overview;
 use super::{Claim, ConfigPlace, Connection, Grant, LeaseStore, Network, Resting, StoreError};
