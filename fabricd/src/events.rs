@@ -33,8 +33,10 @@ pub enum Kind {
     Peer,
     /// The path to another node.
     Mesh,
-    /// Something to be looked at.
+    /// A warning.
     Warning,
+    /// What another program changed of ours, and was restored.
+    Repaired,
 }
 
 /// Something that happened.
@@ -126,6 +128,10 @@ fn tell_changes(events: &Events, was: &View, now: &View) {
     for warning in now.warnings.iter().filter(|warning| !was.warnings.contains(warning)) {
         events.tell(Kind::Warning, "", warning, true);
     }
+    let known = was.repairs.back().map_or(0, |repair| repair.number);
+    for repair in now.repairs.iter().filter(|repair| repair.number > known) {
+        events.tell(Kind::Repaired, "", &repair.message, true);
+    }
     for warning in was.warnings.iter().filter(|warning| !now.warnings.contains(warning)) {
         events.tell(Kind::Warning, "", format!("over: {warning}"), false);
     }
@@ -191,6 +197,7 @@ fn name(lease: &Lease) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::repairs::Repair;
 
     #[test]
     fn transitions_are_told_once_and_the_last_are_remembered() {
@@ -205,12 +212,16 @@ mod tests {
         tell_changes(&events, &was, &now);
         tell_changes(&events, &now, &now);
         tell_changes(&events, &now, &View { warnings: vec![], ..now.clone() });
+        let repair = Repair { number: 1, message: "link fabric.1 was deleted".into() };
+        let repaired = View { warnings: vec![], repairs: Arc::new([repair].into()), ..now.clone() };
+        tell_changes(&events, &View { warnings: vec![], ..now.clone() }, &repaired);
+        tell_changes(&events, &repaired, &repaired);
         let said = |events: &Events| events.read().0.into_iter().map(|event| event.message).collect::<Vec<_>>();
-        assert_eq!(said(&events), ["the store answers", "ready", "look", "over: look"]);
+        assert_eq!(said(&events), ["the store answers", "ready", "look", "over: look", "link fabric.1 was deleted"]);
         for _ in 0..REMEMBERED {
             events.tell(Kind::Peer, "node-2", "lease updated", false);
         }
         let (past, _) = events.read();
-        assert_eq!((past.len(), past[0].number, past[499].number), (500, 5, 504));
+        assert_eq!((past.len(), past[0].number, past[499].number), (500, 6, 505));
     }
 }

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use fabric_core::handoff::{NODE_FILE, NODE_FILE_VERSION, NodeFile, NotReady, Readiness};
 use fabric_core::model::NodeName;
 
+use crate::errno;
+
 /// Where the files lie.
 #[derive(Clone, Debug)]
 pub struct Files {
@@ -21,7 +23,7 @@ pub struct Files {
 
 /// A file could not be written or removed.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot write {}: {source}", .file.display())]
+#[error("cannot write {}: {}: {}", .file.display(), errno::named(source), errno::unwritable(source))]
 pub struct FileError {
     /// The file.
     pub file: PathBuf,

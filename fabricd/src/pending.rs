@@ -46,7 +46,7 @@ impl Pending {
     /// True when no peer is touched.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.subnets.is_empty() && self.overlay.is_empty() && self.macs.is_empty()
+        self.subnets.is_empty() && self.overlay.is_empty() && self.macs.is_empty() && self.everything.is_none()
     }
 
     /// Why this peer is not fully programmed, the lowest cause first; `None` when it is.

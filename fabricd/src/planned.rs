@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use fabric_core::leases::LeaseSet;
+use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::PerFamily;
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::{Desired, Facts, Inputs, Vtep, desired};
@@ -13,7 +13,22 @@ use fabric_core::state::Foreign;
 
 /// What is desired, as long as what decides it stays the same.
 #[derive(Clone, Debug, Default)]
-pub struct Planned(Option<(Given, Arc<Desired>)>);
+pub struct Planned {
+    known: Option<(Given, Arc<Desired>)>,
+    cause: Cause,
+}
+
+/// What has changed in what is desired.
+#[derive(Clone, Debug, Default)]
+pub enum Cause {
+    /// Nothing: what is to be written the kernel has lost.
+    Unchanged,
+    /// These leases, as they were and as they are.
+    Leases(Vec<Arc<Lease>>),
+    /// Anything.
+    #[default]
+    Anew,
+}
 
 /// What decides, but for what the kernel has of ours: that only gives nexthop objects their ids, and those stay.
 #[derive(Clone, Debug)]
@@ -29,26 +44,45 @@ struct Given {
 impl Planned {
     /// What is desired. `leases` are those of `inputs`.
     pub fn desired(&mut self, inputs: &Inputs<'_>, leases: &Arc<LeaseSet>) -> &Desired {
-        let kept = self.0.take().and_then(|(mut given, mut known)| {
-            let followed = given.decides(inputs) && {
-                let (went, came): (Vec<_>, Vec<_>) = leases.changes(&given.leases).unzip();
-                let (went, came): (Vec<_>, Vec<_>) = (
-                    went.into_iter().flatten().map(Arc::as_ref).collect(),
-                    came.into_iter().flatten().map(Arc::as_ref).collect(),
-                );
-                (went.is_empty() && came.is_empty()) || Arc::make_mut(&mut known).follow(inputs, &went, &came)
-            };
+        self.cause = Cause::Anew;
+        let mut before = None;
+        let kept = self.known.take().and_then(|(mut given, mut known)| {
+            let (went, came): (Vec<_>, Vec<_>) = leases.changes(&given.leases).unzip();
+            let (went, came): (Vec<_>, Vec<_>) =
+                (went.into_iter().flatten().collect(), came.into_iter().flatten().collect());
+            let all: Vec<Arc<Lease>> = went.iter().chain(&came).map(|lease| Arc::clone(lease)).collect();
+            let [went, came] = [went, came].map(|some| some.into_iter().map(Arc::as_ref).collect::<Vec<_>>());
+            let followed =
+                given.decides(inputs) && (all.is_empty() || Arc::make_mut(&mut known).follow(inputs, &went, &came));
             given.leases = Arc::clone(leases);
-            followed.then_some((given, known))
+            if followed {
+                self.cause = if all.is_empty() { Cause::Unchanged } else { Cause::Leases(all) };
+                return Some((given, known));
+            }
+            before = Some(known);
+            None
         });
-        let (_, desired) =
-            self.0.insert(kept.unwrap_or_else(|| (Given::of(inputs, leases), Arc::new(desired(inputs)))));
+        let known = kept.unwrap_or_else(|| {
+            let anew = Arc::new(desired(inputs));
+            // Most of what the host's links do changes nothing.
+            if before.is_some_and(|before| before == anew) {
+                self.cause = Cause::Unchanged;
+            }
+            (Given::of(inputs, leases), anew)
+        });
+        let (_, desired) = self.known.insert(known);
         desired
+    }
+
+    /// What has changed when what is desired was last asked for.
+    #[must_use]
+    pub fn cause(&self) -> &Cause {
+        &self.cause
     }
 
     /// What was desired last. Copied by the next change for as long as somebody keeps it.
     pub fn last(&self) -> Option<Arc<Desired>> {
-        self.0.as_ref().map(|(_, desired)| Arc::clone(desired))
+        self.known.as_ref().map(|(_, desired)| Arc::clone(desired))
     }
 }
 

@@ -4,13 +4,15 @@
 //! [`View`]. It never acts on an event as such: an event, of the kernel or of the store, only wakes it. So what was
 //! missed, lost or done by hand is put right by the next pass, and a pass that finds nothing to do writes nothing.
 
+mod write;
+
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use fabric_core::device;
-use fabric_core::diff::{Gate, Op, Plan, diff};
+use fabric_core::diff::{Op, diff};
 use fabric_core::handoff::{NODE_FILE_VERSION, NodeFile, NodeSubnet, NotReady, Readiness};
 use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::{Family, NodeName, PerFamily, Subnet};
@@ -22,8 +24,10 @@ use fabric_core::rules::door::Door;
 use fabric_core::state::Sysctl;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
+use self::write::Held;
+pub use self::write::Written;
 use crate::backoff::Backoff;
 use crate::disk::State;
 use crate::files::{Files, unknown};
@@ -34,6 +38,7 @@ use crate::metrics::Metrics;
 use crate::pending::Pending;
 use crate::planned::Planned;
 use crate::ports::PodPorts;
+use crate::repairs::Repairs;
 use crate::rules::Rules;
 use crate::store::{Connection, LeaseStore, Network};
 use crate::underlay::{self, Selector, Steady, Underlay, UnderlayError};
@@ -43,10 +48,8 @@ use crate::view::{PeerTrouble, View, VtepView};
 const AUDIT: Duration = Duration::from_secs(10);
 /// The longest delay after the first pass that failed; each next one is twice as long, up to an audit.
 const RETRY: Duration = Duration::from_millis(500);
-/// How many steps the kernel is given at once: far more than what one costs, and little memory.
-const AT_ONCE: usize = 1000;
-/// How many steps of the last plan are remembered.
-const REMEMBERED: usize = 500;
+/// How many steps of the packet filter are shown to those who ask.
+const SHOWN: usize = 500;
 
 /// The settings of this node that the loop needs.
 #[derive(Clone, Debug)]
@@ -81,6 +84,7 @@ pub struct Reconciler<S, K> {
     last: Option<Arc<Written>>,
     planned: Planned,
     metrics: Arc<Metrics>,
+    repairs: Repairs,
     retry: Backoff,
 }
 
@@ -106,23 +110,12 @@ pub struct Looked {
     pub wanted: Option<Arc<Desired>>,
     /// What it holds; `None` when it can't be read.
     pub observed: Option<Arc<Observed>>,
-    /// The last plan that was not empty.
+    /// What the packet filter lacks, as lines of `nft`: the first 500.
+    pub filter: Vec<String>,
+    /// What was written last.
     pub last: Option<Arc<Written>>,
     /// Why the node isn't ready. Empty when it is.
     pub blocked: String,
-}
-
-/// A plan that was carried out.
-#[derive(Clone, Debug)]
-pub struct Written {
-    /// When.
-    pub at: SystemTime,
-    /// How many steps it had.
-    pub steps: usize,
-    /// How many failed or were left out.
-    pub failed: usize,
-    /// The first of them.
-    pub first: Vec<Op>,
 }
 
 /// Why a pass ended before there was anything to write.
@@ -162,6 +155,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             last: None,
             planned: Planned::default(),
             metrics: Arc::default(),
+            repairs: Repairs::default(),
             retry: Backoff::new(RETRY, AUDIT),
         }
     }
@@ -218,6 +212,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             {
                 self.metrics.in_sync(since.elapsed());
             }
+            view.repairs = self.repairs.last();
             self.tell_lookers(&view).await;
             self.publish(view);
 
@@ -426,7 +421,10 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             Readiness::NotReady { reason, .. } => reason.clone(),
         };
         let (wanted, last) = (self.planned.last(), self.last.clone());
-        let looked = Looked { wanted, observed: self.kernel.observe().await.ok(), last, blocked };
+        let observed = self.kernel.observe().await.ok();
+        let left = observed.as_ref().map(|observed| self.rules.left(observed).to_string()).unwrap_or_default();
+        let filter = left.lines().take(SHOWN).map(str::to_owned).collect();
+        let looked = Looked { wanted, observed, filter, last, blocked };
         for reply in self.lookers.drain(..) {
             // Whoever asked may have gone.
             let _ = reply.send(looked.clone());
@@ -475,10 +473,15 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let plan = diff(state, &foreign.lend(have, state));
         view.troubles = refused.iter().map(|(key, refusal)| (*key, PeerTrouble::Refused(refusal.clone()))).collect();
         let conflicts = conflicts.clone();
-        let filtered = self.enforce(&filter).await;
+        let cause = self.planned.cause().clone();
+        let filtered = self.enforce(&filter, observed).await;
         // What others have against a rule of ours is no reason not to be ready: the status shows their chain.
-        let _ = self.enforce(&Change { doors: self.rules.doors(network, observed), ..Change::default() }).await;
-        let failures = self.execute(&plan, view.from_disk).await;
+        let doors = Change { doors: self.rules.doors(network, observed), ..Change::default() };
+        let _ = self.enforce(&doors, observed).await;
+        let unguarded = filtered.as_ref().err().filter(|_| !self.rules.judges_senders(&observed.rules));
+        let held = Held { deletes: view.from_disk, devices: unguarded.map(String::as_str) };
+        let failures = self.execute(&plan, held, &cause).await;
+        self.remember(&filter, filtered.is_ok(), &plan, failures.len());
         let pending = Pending::new(&failures, &conflicts);
         if !pending.is_empty() {
             let waits = |peer: &Arc<Lease>| Some((peer.key, PeerTrouble::Pending(pending.reason(peer)?.into())));
@@ -492,63 +495,13 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         }
         // A peer's trouble is that peer's alone; without our own device nobody is reached.
         let fatal = failures.iter().find(|(op, _)| matches!(op, Op::Link(..) | Op::Address(..) | Op::Sysctl(..)));
+        if failures.is_empty() && filtered.is_ok() && !view.from_disk {
+            self.repairs.in_sync();
+        }
         match fatal {
             Some((_, why)) => Err(failed(why)),
             None => filtered.map_err(failed).map(|()| failures.is_empty()),
         }
-    }
-
-    /// Writes what the packet filter lacks.
-    async fn enforce(&mut self, change: &Change) -> Result<(), String> {
-        if change.is_empty() {
-            return Ok(());
-        }
-        let result = self.kernel.enforce(change).await;
-        for step in change.to_string().lines() {
-            debug!(step, ok = result.is_ok(), "filter write");
-        }
-        result.map_err(|error| {
-            if self.retry.attempts() == 0 {
-                warn!(%error, "packet filter not written, retrying");
-            }
-            error.to_string()
-        })
-    }
-
-    /// Takes the steps of a plan, stage by stage. Gives those that failed or were left out, with the reason. What is only
-    /// remembered is no reason to delete anything.
-    async fn execute(&mut self, plan: &Plan, keeping: bool) -> Vec<(Op, String)> {
-        let mut gate = Gate::default();
-        let mut failures = Vec::new();
-        for stage in plan.stages().flat_map(|stage| stage.chunks(AT_ONCE)) {
-            let stage = stage.iter().filter(|op| !(keeping && op.is_delete()));
-            let (go, wait): (Vec<&Op>, Vec<&Op>) = stage.partition(|op| gate.admits(op));
-            failures
-                .extend(wait.into_iter().map(|op| (op.clone(), format!("{op}: left out, what it needs has failed"))));
-            let go: Vec<Op> = go.into_iter().cloned().collect();
-            for (op, result) in go.iter().zip(self.kernel.apply(&go).await) {
-                debug!(%op, ok = result.is_ok(), "kernel write");
-                self.metrics.wrote(op, &result);
-                if let Err(error) = result {
-                    gate.failed(op);
-                    failures.push((op.clone(), error.to_string()));
-                }
-            }
-        }
-        if !plan.is_empty() {
-            debug!(ops = plan.ops().len(), failed = failures.len(), "kernel written to");
-            self.last = Some(Arc::new(Written {
-                at: SystemTime::now(),
-                steps: plan.ops().len(),
-                failed: failures.len(),
-                first: plan.ops().iter().take(REMEMBERED).cloned().collect(),
-            }));
-        }
-        // The first of a series; how it goes on shows in the status.
-        if let (Some((_, first)), 0) = (failures.first(), self.retry.attempts()) {
-            warn!(error = first, failed = failures.len(), "kernel writes failed, retrying");
-        }
-        failures
     }
 
     /// Writes the files that others read. A file that can't be written makes the node not ready.
@@ -592,7 +545,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 (_, Readiness::NotReady { reason, .. }) => warn!(reason, "not ready"),
             }
             for warning in view.warnings.iter().filter(|warning| !current.warnings.contains(warning)) {
-                warn!(warning, "to be looked at");
+                warn!(warning, "needs attention");
             }
             let mut fresh = view.troubles.iter().filter(|(key, trouble)| current.troubles.get(key) != Some(trouble));
             if let Some((key, trouble)) = fresh.next() {

@@ -11,9 +11,10 @@ use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::Refusal;
 use fabric_core::record::LeaseKey;
+use fabric_core::rules::change::{Change, Found, FoundTable, change};
 use fabric_core::rules::door::{Door, DoorChange};
 use fabric_core::rules::senders::{follow, has_notrack};
-use fabric_core::rules::{Member, RuleInputs, RuleOptions, Ruleset, TableFamily, ruleset};
+use fabric_core::rules::{Member, RuleInputs, RuleOptions, Ruleset, Table, TableFamily, ruleset};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -41,6 +42,8 @@ pub struct Rules {
     /// What was last found to be wanted, and from what: at thousands of peers that is far from nothing, and mostly the
     /// loop comes by with nothing new.
     known: Option<(Given, Ruleset)>,
+    /// True when the last pass wanted what the one before it had.
+    unchanged: bool,
 }
 
 /// What decides.
@@ -63,7 +66,7 @@ impl Rules {
     pub fn new(options: RuleOptions) -> Self {
         let bridge = BRIDGE.parse().expect("a valid name");
         let (_, pods) = watch::channel(Arc::default());
-        Self { options, bridge, members: BTreeSet::new(), moved: BTreeMap::new(), pods, known: None }
+        Self { options, bridge, members: BTreeSet::new(), moved: BTreeMap::new(), pods, known: None, unchanged: false }
     }
 
     /// Lets the pods of these ports use no addresses but their own.
@@ -125,9 +128,16 @@ impl Rules {
             tracked: observed.tracked || observed.rules.get(&TableFamily::Inet).is_some_and(has_notrack),
             moved: self.moved.keys().copied().collect(),
         };
-        let known = self.known.take().filter(|(before, _)| before.decides_as(&given)).map(|(before, mut ruleset)| {
+        self.unchanged = false;
+        let mut had = None;
+        let known = self.known.take().and_then(|(before, mut ruleset)| {
+            if !before.decides_as(&given) {
+                had = Some(ruleset);
+                return None;
+            }
+            self.unchanged = given.leases.changes(&before.leases).next().is_none();
             self.follow(&before, &given, &mut ruleset, now);
-            ruleset
+            Some(ruleset)
         });
         let ruleset = known.unwrap_or_else(|| {
             let members = self.with_moved(given.members(), now);
@@ -147,8 +157,32 @@ impl Rules {
             }
             wanted
         });
+        self.unchanged |= had.is_some_and(|had| had == ruleset);
         given.moved = self.moved.keys().copied().collect();
         &self.known.insert((given, ruleset)).1
+    }
+
+    /// Whether the last pass wanted what the one before it had: then what is to be written somebody else has changed.
+    #[must_use]
+    pub fn unchanged(&self) -> bool {
+        self.unchanged
+    }
+
+    /// The steps that are left to what was last wanted.
+    #[must_use]
+    pub fn left(&self, observed: &Observed) -> Change {
+        self.known.as_ref().map(|(_, ruleset)| change(ruleset, &observed.rules)).unwrap_or_default()
+    }
+
+    /// Whether it is judged who may send to our device, or needn't be: the chains that do so are there as they should be.
+    #[must_use]
+    pub fn judges_senders(&self, found: &Found) -> bool {
+        let wanted = self.known.as_ref().and_then(|(_, ruleset)| ruleset.get(&TableFamily::Inet));
+        let there = found.get(&TableFamily::Inet).filter(|table| !table.disabled);
+        let same = |wanted: &Table, there: &FoundTable| {
+            wanted.chains.iter().all(|(name, chain)| there.chains.get(*name) == Some(&chain.lines()))
+        };
+        !self.options.check_senders || wanted.zip(there).is_some_and(|(wanted, there)| same(wanted, there))
     }
 
     /// Takes over what has changed of the leases since, for the price of the change.

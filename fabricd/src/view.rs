@@ -1,6 +1,6 @@
 //! [`View`]: what the daemon knows, as the reconcile loop saw it last. The API, readiness and metrics only read it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -13,6 +13,7 @@ use fabric_core::record::LeaseKey;
 
 use crate::kernel::Dropped;
 use crate::lease::Holding;
+use crate::repairs::Repair;
 use crate::store::Connection;
 
 /// What is known after one pass.
@@ -46,6 +47,8 @@ pub struct View {
     pub open_ports: BTreeSet<IfName>,
     /// What the packet filter has dropped since its rules were written, by reason; not older than an audit.
     pub dropped: Dropped,
+    /// What another program changed and was written again, the last of it.
+    pub repairs: Arc<VecDeque<Repair>>,
 }
 
 /// One end of the tunnels, with what surrounds it.
@@ -91,6 +94,7 @@ impl View {
             warnings: vec![],
             open_ports: BTreeSet::new(),
             dropped: Dropped::new(),
+            repairs: Arc::default(),
         }
     }
 

@@ -374,6 +374,7 @@ impl fmt::Display for Write {
 }
 
 type Matches = Box<dyn FnMut(&Op) -> bool + Send>;
+type MatchesFilter = Box<dyn FnMut(&RuleChange) -> bool + Send>;
 
 #[derive(Default)]
 struct State {
@@ -381,6 +382,8 @@ struct State {
     tables: Tables,
     writes: Vec<Write>,
     faults: Vec<(Matches, i32)>,
+    filter_faults: Vec<(MatchesFilter, i32)>,
+    filter_refused: usize,
     unreadable: Option<i32>,
     observed: Arc<Observed>,
     stale: bool,
@@ -434,6 +437,17 @@ impl FakeKernel {
         self.state().faults.push((Box::new(matches), errno));
     }
 
+    /// From now on changes of our tables of nftables for which `matches` says so fail with `errno`.
+    pub fn fail_filter(&self, errno: i32, matches: impl FnMut(&RuleChange) -> bool + Send + 'static) {
+        self.state().filter_faults.push((Box::new(matches), errno));
+    }
+
+    /// How many changes of our tables of nftables were refused since the last call.
+    #[must_use]
+    pub fn filter_refused(&self) -> usize {
+        std::mem::take(&mut self.state().filter_refused)
+    }
+
     /// From now on nothing can be read (`Some`), or all can be again (`None`).
     pub fn fail_reads(&self, errno: Option<i32>) {
         self.state().unreadable = errno;
@@ -443,6 +457,7 @@ impl FakeKernel {
     pub fn heal(&self) {
         let mut state = self.state();
         state.faults.clear();
+        state.filter_faults.clear();
         state.unreadable = None;
     }
 
@@ -496,17 +511,19 @@ impl Kernel for FakeKernel {
                 self.announce(&mut state);
             }
             state.writes.push(Write { op: op.clone(), result });
-            results.push(result.map_err(|errno| KernelError::Refused {
-                op: op.to_string(),
-                source: io::Error::from_raw_os_error(errno),
-                detail: None,
-            }));
+            results.push(result.map_err(|errno| KernelError::of_op(op, io::Error::from_raw_os_error(errno), None)));
         }
         results
     }
 
     async fn enforce(&mut self, change: &RuleChange) -> Result<(), KernelError> {
         let mut state = self.state();
+        let faults = state.filter_faults.iter_mut();
+        let faults: Vec<i32> = faults.filter_map(|(hits, errno)| hits(change).then_some(*errno)).collect();
+        if let Some(errno) = faults.first() {
+            state.filter_refused += 1;
+            return Err(KernelError::of_filter(change, io::Error::from_raw_os_error(*errno), None, None));
+        }
         change.apply_to(&mut state.tables.rules);
         state.rule_changes.push(change.clone());
         // As with the real one, our own writes wake nobody.

@@ -119,6 +119,7 @@ impl Node {
         let looked = Looked {
             wanted: Some(Arc::new(wanted)),
             observed: Some(Arc::new(self.observed.clone())),
+            filter: vec![],
             last: None,
             blocked: String::new(),
         };

@@ -151,8 +151,8 @@ fn setting_that_cannot_be_written_says_which_file_and_the_way_out() {
         let error = world.kernel().apply(&[op]).await.remove(0).expect_err("no such file");
         assert_eq!(
             error.to_string(),
-            "sysctl -w net/ipv4/ip_forward=1: No such file or directory (os error 2) \
-             (/proc/sys/net/nowhere/ipv4/ip_forward; is IPv6 turned off on this host, or the device gone?)"
+            "sysctl -w net/ipv4/ip_forward=1: No such file or directory (ENOENT): \
+             /proc/sys/net/nowhere/ipv4/ip_forward; is IPv6 turned off on this host, or the device gone?"
         );
     });
 }
@@ -167,7 +167,10 @@ fn refusal_carries_the_kernels_own_words() {
         let error = world.kernel().apply(&[create]).await.remove(0).expect_err("the VNI is taken");
         let KernelError::Refused { op, detail, .. } = &error else { panic!("{error}") };
         assert!(op.starts_with("ip link add fabric.1 "), "{op}");
-        assert_eq!(detail.as_deref(), Some("A VXLAN device with the specified VNI already exists"));
+        assert!(
+            detail.starts_with("A VXLAN device with the specified VNI already exists; an interface with"),
+            "{detail}"
+        );
     });
 }
 

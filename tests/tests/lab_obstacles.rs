@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use fabric_core::model::Family;
 use fabric_tests::lab::{Families, Lab, Node, Stream, wait_until};
+use nix::sys::signal::Signal;
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -134,6 +135,8 @@ fn device_name_and_vni_taken_by_others_are_named_and_left_alone() -> Result<()> 
     node.start_fabricd()?;
     let told = reason(&node, "the interface other already uses VNI 1 on UDP port 8472")?;
     ensure!(told.contains("ip link del other"), "{told}");
+    let plan = node.exec(&["fabricctl", "plan"])?;
+    ensure!(!plan.success() && plan.stdout.contains(&told) && !plan.stdout.contains("In sync"), "{plan:?}");
     node.run(&["ip", "link", "del", "other"])?;
     node.wait_ready()?;
 
@@ -145,6 +148,59 @@ fn device_name_and_vni_taken_by_others_are_named_and_left_alone() -> Result<()> 
     reason(&node, "the interface fabric.1 exists and is not ours (vxlan with VNI 7, UDP port 4789)")?;
     ensure!(node.run(&["ip", "-d", "link", "show", "fabric.1"])? == before);
     Ok(())
+}
+
+#[test]
+fn whoever_has_the_udp_port_is_named_with_what_clears_it() -> Result<()> {
+    let (_lab, node) = lab()?;
+    node.run(&["ip", "link", "add", "cilium_vxlan", "type", "vxlan", "external", "dstport", "8472"])?;
+    node.run(&["ip", "link", "set", "cilium_vxlan", "up"])?;
+    node.start_fabricd()?;
+    let told = reason(&node, "UDP port 8472 is taken by the interface cilium_vxlan (vxlan, external)")?;
+    let (_, remedy) = told.split_once("remove it with: ").context("no remedy")?;
+    let (remedy, _) = remedy.split_once(", or choose").context("no other way")?;
+    node.run(&["sh", "-ec", remedy])?;
+    node.wait_ready()?;
+
+    node.stop_fabricd()?;
+    node.run(&["ip", "link", "del", "fabric.1"])?;
+    let hog = "use Socket; socket(S, AF_INET, SOCK_DGRAM, 0) or die; bind(S, sockaddr_in(8472, INADDR_ANY)) or die; sleep 600";
+    node.start_service("hog", &["perl", "-e", hog], &[])?;
+    node.start_fabricd()?;
+    let told = reason(&node, "UDP port 8472 is taken by another program: see ss -ulpn 'sport = :8472'")?;
+    ensure!(!told.contains("os error"), "{told}");
+    wait_until("the command shows the program", SOON, || {
+        ensure!(node.run(&["sh", "-ec", "ss -ulpn 'sport = :8472'"])?.contains("perl"));
+        Ok(())
+    })?;
+    node.end("hog", Signal::SIGKILL)?;
+    node.wait_ready()
+}
+
+#[test]
+fn no_device_comes_up_while_another_program_owns_the_table_of_its_filter() -> Result<()> {
+    let (_lab, node) = lab()?;
+    // It has both ends of the pipe, so it waits for more.
+    let owner =
+        "mkfifo /run/owner; exec 3<>/run/owner; echo 'add table inet fabric { flags owner; }' >&3; exec nft -i <&3";
+    node.start_service("owner", &["sh", "-c", owner], &[])?;
+    wait_until("the table is owned", SOON, || {
+        ensure!(node.run(&["nft", "list", "tables"])?.contains("inet fabric"), "{}", node.log_tail("owner"));
+        Ok(())
+    })?;
+    node.start_fabricd()?;
+    let told = reason(&node, "the table inet fabric is owned by another program, with the netlink port ")?;
+    ensure!(told.contains("left out while the packet filter can't be written") && told.len() < 800, "{told}");
+    let (_, look) = told.split_once("(mostly its process id: ").context("no way to look")?;
+    let (look, _) = look.split_once(')').context("no end")?;
+    ensure!(node.run(&["sh", "-ec", look])?.contains("nft"), "{told}");
+    ensure!(!node.exec(&["ip", "link", "show", "fabric.1"])?.success(), "the device is up");
+    let plan = node.exec(&["fabricctl", "plan"])?;
+    ensure!(!plan.success() && plan.stdout.contains("nft"), "{plan:?}");
+    let reply = node.http_get(9472, "/readyz")?;
+    ensure!(reply.status == 503 && reply.body.contains("is owned by another program"), "{}", reply.body);
+    node.end("owner", Signal::SIGKILL)?;
+    node.wait_ready()
 }
 
 /// A daemon with an etcd prefix, a network and folders of its own.

@@ -29,7 +29,7 @@ fn shown() -> Result<String> {
     let metrics = Metrics::default();
     let op = Op::Address("fabric.1".parse()?, Change::Create("10.244.1.0/32".parse()?));
     let source = io::Error::from_raw_os_error(libc::EPERM);
-    metrics.wrote(&op, &Err(KernelError::Refused { op: op.to_string(), source, detail: None }));
+    metrics.wrote(&op, &Err(KernelError::of_op(&op, source, None)));
     Ok(metrics.render(&view, &Mesh::default(), &drops, Instant::now()))
 }
 

@@ -36,6 +36,32 @@ const DUAL_PEER: (&str, &str) = (
     r#"{"PublicIP":"192.0.2.2","PublicIPv6":"2001:db8::2","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:42:c0:00:02:02"},"BackendV6Data":{"VNI":1,"VtepMAC":"02:42:c0:00:06:02"}}"#,
 );
 
+/// What a kernel may answer.
+const ERRNOS: [i32; 22] = [
+    libc::EPERM,
+    libc::ENOENT,
+    libc::ESRCH,
+    libc::EINTR,
+    libc::EIO,
+    libc::EAGAIN,
+    libc::ENOMEM,
+    libc::EACCES,
+    libc::EBUSY,
+    libc::EEXIST,
+    libc::ENODEV,
+    libc::EINVAL,
+    libc::ENOSPC,
+    libc::EROFS,
+    libc::EMSGSIZE,
+    libc::EOPNOTSUPP,
+    libc::EADDRINUSE,
+    libc::EADDRNOTAVAIL,
+    libc::ENETDOWN,
+    libc::ENETUNREACH,
+    libc::ENOBUFS,
+    libc::EHOSTUNREACH,
+];
+
 /// A node's daemon, all of it but netlink, etcd and the API.
 struct Daemon {
     store: Arc<MemoryStore>,
@@ -49,6 +75,7 @@ struct Host {
     kernel: FakeKernel,
     dir: tempfile::TempDir,
     iface: &'static str,
+    rules: RuleOptions,
 }
 
 impl Host {
@@ -63,7 +90,13 @@ impl Host {
             (ip, Subnet::holding(ip, len).expect(text))
         };
         let kernel = FakeKernel::new(Tables::host(&[address("192.0.2.1", 24), address("2001:db8::1", 64)]));
-        Self { cluster, kernel, dir: tempfile::tempdir().expect("temporary folder"), iface: "eth0" }
+        Self {
+            cluster,
+            kernel,
+            dir: tempfile::tempdir().expect("temporary folder"),
+            iface: "eth0",
+            rules: RuleOptions::default(),
+        }
     }
 
     fn files(&self) -> Files {
@@ -79,7 +112,7 @@ impl Host {
         let tenant = Tenant { node: name.clone(), instance, ttl: day, grace: day, pods };
         let keeper = Keeper::new(store.clone(), tenant, None);
         let selectors = vec![Selector::Iface(self.iface.into())];
-        let node = Node { name, selectors, public_ips: PerFamily::default(), rules: RuleOptions::default() };
+        let node = Node { name, selectors, public_ips: PerFamily::default(), rules: self.rules.clone() };
         let reconciler = Reconciler::new(node, store.clone(), self.kernel.clone(), self.files(), State::default());
         let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
         let mut tasks = JoinSet::new();
@@ -145,31 +178,7 @@ async fn every_write_may_fail_with_every_errno_and_the_node_converges_then_falls
     let done = host.kernel.tables();
     assert!(steps.len() >= 13, "{steps:?}");
 
-    let errnos = [
-        libc::EPERM,
-        libc::ENOENT,
-        libc::ESRCH,
-        libc::EINTR,
-        libc::EIO,
-        libc::EAGAIN,
-        libc::ENOMEM,
-        libc::EACCES,
-        libc::EBUSY,
-        libc::EEXIST,
-        libc::ENODEV,
-        libc::EINVAL,
-        libc::ENOSPC,
-        libc::EROFS,
-        libc::EMSGSIZE,
-        libc::EOPNOTSUPP,
-        libc::EADDRINUSE,
-        libc::EADDRNOTAVAIL,
-        libc::ENETDOWN,
-        libc::ENETUNREACH,
-        libc::ENOBUFS,
-        libc::EHOSTUNREACH,
-    ];
-    for errno in errnos {
+    for errno in ERRNOS {
         for victim in &steps {
             let host = Host::new(DUAL, &[DUAL_PEER]);
             let key = victim.key();
@@ -196,6 +205,155 @@ async fn every_write_may_fail_with_every_errno_and_the_node_converges_then_falls
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn every_filter_write_may_fail_with_every_errno_and_no_new_device_comes_up_before_it_is_written() {
+    let reference = Host::new(DUAL, &[DUAL_PEER]);
+    reference.start().ready().await;
+    let done = reference.kernel.tables();
+    let ours = |tables: &Tables| tables.links.keys().filter(|name| name.as_str().starts_with("fabric")).count();
+    assert_eq!(ours(&done), 2);
+    for errno in ERRNOS {
+        let host = Host::new(DUAL, &[DUAL_PEER]);
+        host.kernel.fail_filter(errno, |_| true);
+        let mut daemon = host.start();
+        let reason = daemon.refusing("left out while the packet filter can't be written").await;
+        assert!(reason.contains("--check-senders=false") && !reason.contains("os error"), "{reason}");
+        assert!(reason.len() < 800, "{reason}");
+        sleep(Duration::from_secs(20)).await;
+        assert!(host.kernel.filter_refused() > 1, "{errno} never came");
+        let tables = host.kernel.tables();
+        assert_eq!((ours(&tables), tables.routes.len(), tables.rules.len()), (0, 0, 0), "{errno}");
+        let view = daemon.view.borrow().clone();
+        assert_eq!(view.troubles.len(), 1, "the peer is not programmed");
+
+        host.kernel.heal();
+        daemon.ready().await;
+        assert_eq!(host.kernel.tables().observed().ours, done.observed().ours, "after {errno}");
+        assert_eq!(host.kernel.tables().rules, done.rules, "after {errno}");
+        stays_silent(&host.kernel).await;
+
+        // What stands goes on, whatever becomes of its filter.
+        let standing = host.kernel.tables();
+        host.kernel.fail_filter(errno, |_| true);
+        host.kernel.edit(|tables| tables.rules.clear());
+        let reason = daemon.refusing("nft add set").await;
+        assert!(!reason.contains("left out"), "{reason}");
+        sleep(Duration::from_secs(20)).await;
+        let now = host.kernel.tables();
+        assert_eq!((now.links, now.routes, now.fdb), (standing.links, standing.routes, standing.fdb), "{errno}");
+        // But one that is set down stays down, and one that is deleted doesn't come back.
+        host.kernel.edit(|tables| tables.set_down(&dev("fabric6.1")));
+        daemon.refusing("ip link set fabric6.1 up: left out while").await;
+        host.kernel.edit(|tables| tables.delete_link(&dev("fabric.1")));
+        daemon.refusing("ip link add fabric.1").await;
+        sleep(Duration::from_secs(20)).await;
+        assert!(!host.kernel.tables().links.contains_key(&dev("fabric.1")));
+        host.kernel.heal();
+        daemon.ready().await;
+        assert_eq!(host.kernel.tables().observed().ours, done.observed().ours, "after {errno}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_filter_that_judges_senders_is_enough_for_a_new_device() {
+    let host = Host::new(V4, &[V4_PEER]);
+    let mut daemon = host.start();
+    daemon.ready().await;
+    // Another peer can't be let in, and the device is gone: it comes back for those that are members.
+    host.kernel.fail_filter(libc::ENOMEM, |_| true);
+    let another = V4_PEER.1.replace("192.0.2.2", "192.0.2.3").replace("02:42:c0:00:02:02", "02:42:c0:00:02:03");
+    host.cluster.put("subnets/10.244.3.0-24", another.as_bytes());
+    daemon.refusing("nft add element").await;
+    host.kernel.edit(|tables| tables.delete_link(&dev("fabric.1")));
+    sleep(Duration::from_secs(20)).await;
+    assert!(host.kernel.tables().links.contains_key(&dev("fabric.1")));
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_checking_senders_a_device_waits_for_no_filter() {
+    let mut host = Host::new(V4, &[V4_PEER]);
+    host.rules.check_senders = false;
+    host.kernel.fail_filter(libc::EOPNOTSUPP, |_| true);
+    let mut daemon = host.start();
+    let reason = daemon.refusing("modprobe -a nf_tables").await;
+    assert!(!reason.contains("left out"), "{reason}");
+    assert!(host.kernel.tables().links.contains_key(&dev("fabric.1")));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_another_program_changes_is_a_repair_and_what_a_lease_changes_is_none() {
+    let host = Host::new(DUAL, &[DUAL_PEER]);
+    let mut daemon = host.start();
+    daemon.ready().await;
+    let told = |view: &View| view.repairs.iter().map(|repair| repair.message.clone()).collect::<Vec<_>>();
+    assert_eq!(told(&daemon.view.borrow()), [""; 0], "a start repairs nothing");
+    host.cluster.put(DUAL_PEER.0, DUAL_PEER.1.replace("02:42:c0:00:02:02", "02:42:c0:00:02:99").as_bytes());
+    sleep(Duration::from_secs(15)).await;
+    assert_eq!(told(&daemon.view.borrow()), [""; 0], "nor does a peer's change");
+    type Damage = fn(&mut Tables);
+    let damages: [(Damage, &str); 8] = [
+        (
+            |t| {
+                t.routes.pop_first();
+            },
+            "route 10.244.2.0/24 was deleted by another program, restored",
+        ),
+        (
+            |t| {
+                t.fdb.pop_first();
+            },
+            "FDB entry 02:42:c0:00:02:99 of fabric.1 was deleted",
+        ),
+        (
+            |t| {
+                t.neighbours.pop_first();
+            },
+            "neighbour 10.244.2.0 of fabric.1 was deleted",
+        ),
+        (
+            |t| {
+                t.sysctls.insert(Sysctl::Ipv4Forward, 0);
+            },
+            "setting net/ipv4/ip_forward was changed",
+        ),
+        (|t| t.addresses.retain(|(name, ip, _)| name.as_str() == "eth0" || ip.is_ipv6()), "address "),
+        (|t| t.delete_nexthop(NexthopId(fabric_core::state::NEXTHOP_ID_BASE)), "; with it 1 route"),
+        (
+            |t| t.delete_link(&dev("fabric.1")),
+            "link fabric.1 was deleted by another program, restored; with it 1 address",
+        ),
+        (|t| t.rules.clear(), "of the packet filter was deleted by another program, restored"),
+    ];
+    for (damage, words) in damages {
+        // Events about one table keep their distance.
+        sleep(Duration::from_secs(11)).await;
+        let before = told(&daemon.view.borrow()).len();
+        host.kernel.edit(damage);
+        daemon.until(words, |view| view.repairs.len() == before + 1 || view.repairs.len() == before + 2).await;
+        sleep(Duration::from_secs(1)).await;
+        let told = told(&daemon.view.borrow());
+        assert!(told.last().is_some_and(|last| last.contains(words)), "{words}: {told:?}");
+        assert_eq!(told.len(), before + 1, "{told:?}");
+    }
+    stays_silent(&host.kernel).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn device_conflict_shows_every_peer_as_pending_with_the_conflict() {
+    for (config, peer, name) in [(V4, V4_PEER, "fabric.1"), (DUAL, DUAL_PEER, "fabric6.1")] {
+        let host = Host::new(config, &[peer]);
+        host.kernel.edit(|tables| tables.add_link(dev(name), "bridge", 1500));
+        let mut daemon = host.start();
+        let reason = daemon.refusing("exists and is not ours (bridge)").await;
+        let view = daemon.view.borrow().clone();
+        let troubles: Vec<String> = view.troubles.values().map(ToString::to_string).collect();
+        assert_eq!(troubles, [reason], "{name}");
+        // When it is gone the peer is programmed.
+        host.kernel.edit(|tables| tables.delete_link(&dev(name)));
+        daemon.ready().await;
+    }
+}
+
 /// Nothing was written that needs what failed.
 fn no_step_stands_on_a_failed_one(writes: &[Write], failed: &Key) {
     for write in writes {
@@ -207,7 +365,7 @@ fn no_step_stands_on_a_failed_one(writes: &[Write], failed: &Key) {
 fn bystanders(tables: &Tables, victim: &Op) -> Vec<(Subnet, Via)> {
     let v6 = victim.to_string().contains("fabric6.")
         || victim.to_string().contains("fd00:")
-        || victim.to_string().contains("ipv6.conf.all");
+        || matches!(victim, Op::Sysctl(Sysctl::Ipv6Forward, _));
     let routes = tables.routes.iter().map(|(dst, (_, via))| (*dst, via.clone()));
     routes.filter(|(dst, _)| dst.base().is_ipv6() != v6).collect()
 }

@@ -195,6 +195,7 @@ pub fn event(event: &Event) -> v1::Event {
         Kind::Peer => v1::EventKind::Peer,
         Kind::Mesh => v1::EventKind::Mesh,
         Kind::Warning => v1::EventKind::Warning,
+        Kind::Repaired => v1::EventKind::Repaired,
     };
     v1::Event {
         number: event.number,
@@ -216,13 +217,16 @@ pub fn kernel_state(looked: &Looked, entries: bool) -> v1::GetKernelStateRespons
         had.sysctls.retain(|sysctl, _| wanted.sysctls.contains_key(sysctl));
     }
     let had = had.as_ref();
-    let plan = wanted.zip(had).map(|(wanted, had)| diff(wanted, had).ops().iter().map(ToString::to_string).collect());
+    let steps = wanted.zip(had).map(|(wanted, had)| diff(wanted, had));
+    let steps = steps.iter().flat_map(|plan| plan.ops()).map(ToString::to_string);
+    let conflicts = looked.wanted.iter().flat_map(|desired| &desired.conflicts);
     v1::GetKernelStateResponse {
         wanted: wanted.map(|state| tables(state, entries)),
         had: had.map(|state| tables(state, entries)),
-        plan: plan.unwrap_or_default(),
+        plan: looked.filter.iter().cloned().chain(steps).collect(),
         last: looked.last.as_deref().map(written),
         blocked: looked.blocked.clone(),
+        conflicts: conflicts.map(ToString::to_string).collect(),
     }
 }
 
@@ -231,7 +235,7 @@ fn written(plan: &Written) -> v1::WrittenPlan {
         unix_millis: unix_millis(plan.at),
         steps: number(plan.steps),
         failed: number(plan.failed),
-        lines: plan.first.iter().map(ToString::to_string).collect(),
+        lines: plan.filter.iter().cloned().chain(plan.first.iter().map(ToString::to_string)).collect(),
     }
 }
 

@@ -80,6 +80,15 @@ impl Mirror {
         Interest { ours, every_route: !options.can_reach.is_empty() }
     }
 
+    /// The tunnel interfaces of others that use this UDP port, each with what it is. One that doesn't tell its port, as
+    /// all but VXLAN's, is not among them.
+    pub(super) fn on_port(&self, port: u16) -> Vec<(String, String)> {
+        let others = self.links.values().filter(|link| link.ours.is_none() && link.up);
+        let on_port = others.filter(|link| link.vxlan.is_some_and(|(_, other, _)| other == port));
+        let what = |vni| if vni == 0 { "vxlan, external".to_owned() } else { format!("vxlan with VNI {vni}") };
+        on_port.map(|link| (link.name.to_string(), what(link.vxlan.map_or(0, |(vni, ..)| vni)))).collect()
+    }
+
     fn hear(&mut self, event: Event) {
         use Table::{Addresses, HostRoutes, Links, Routes, Sysctls};
         let is_ours = |index| self.links.get(&index).is_some_and(|link| link.ours.is_some());

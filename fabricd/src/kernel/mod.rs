@@ -27,6 +27,7 @@ mod monitor;
 pub mod netlink;
 mod nexthop;
 mod nft;
+mod refusal;
 mod routes;
 mod socket;
 mod sysctl;
@@ -48,6 +49,7 @@ use fabric_core::rules::change::{Change, Found};
 use fabric_core::rules::door::{Door, table_family};
 use fabric_core::state::{Foreign, KernelState};
 
+use crate::errno;
 use crate::underlay::Host;
 
 /// What one look at the kernel found.
@@ -121,17 +123,17 @@ pub enum Touched {
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// The kernel refused a write.
-    #[error("{op}: {source}{}", detail.as_deref().map(|d| format!(" ({d})")).unwrap_or_default())]
+    #[error("{op}: {}: {detail}", errno::named(source))]
     Refused {
         /// The write, as iproute2 would put it.
         op: String,
         /// Its errno.
         source: io::Error,
-        /// The kernel's own words (`NLMSGERR_ATTR_MSG`), or what else is known, with the way out.
-        detail: Option<String>,
+        /// The kernel's own words (`NLMSGERR_ATTR_MSG`), or what else is known, and the way out. Never empty.
+        detail: String,
     },
     /// A table could not be read.
-    #[error("cannot read the kernel's {table}: {source}")]
+    #[error("cannot read the kernel's {table}: {}: {}", errno::named(source), refusal::general(source))]
     Dump {
         /// Which table.
         table: &'static str,
@@ -141,6 +143,12 @@ pub enum KernelError {
     /// The connection to the kernel is gone.
     #[error("the netlink connection is gone: {0}")]
     Disconnected(String),
+    /// The kernel takes longer than that many seconds over one call. The call goes on.
+    #[error(
+        "the kernel has not answered for {0} s and is still at it; does it load modules, or is the machine overloaded? See: \
+         ps -eo pid,etime,args | grep [m]odprobe; uptime"
+    )]
+    Busy(u64),
 }
 
 impl KernelError {
@@ -149,7 +157,7 @@ impl KernelError {
     pub fn errno(&self) -> Option<i32> {
         match self {
             Self::Refused { source, .. } | Self::Dump { source, .. } => source.raw_os_error(),
-            Self::Disconnected(_) => None,
+            Self::Disconnected(_) | Self::Busy(_) => None,
         }
     }
 }

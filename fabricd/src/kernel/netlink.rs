@@ -22,7 +22,7 @@ use super::mirror::Mirror;
 use super::monitor::{Monitor, Table};
 use super::nft::{self, Filter};
 use super::socket::{Refusal, RequestSocket};
-use super::{Kernel, KernelError, Observed, Touched, sysctl, tables};
+use super::{Kernel, KernelError, Observed, Touched, refusal, sysctl, tables};
 
 /// A call that takes longer has a kernel that hangs: the largest plans take a second.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -85,7 +85,7 @@ impl Netlink {
         match tokio::time::timeout(LIMIT, job).await {
             Ok(Ok(result)) => Ok(result),
             Ok(Err(error)) => Err(KernelError::Disconnected(error.to_string())),
-            Err(_) => Err(KernelError::Disconnected(format!("no answer for {} s", LIMIT.as_secs()))),
+            Err(_) => Err(KernelError::Busy(LIMIT.as_secs())),
         }
     }
 }
@@ -105,6 +105,7 @@ impl Kernel for Netlink {
         let steps = ops.to_vec();
         match self.work(move |worker| worker.apply(&steps)).await {
             Ok(results) => results,
+            Err(KernelError::Busy(seconds)) => ops.iter().map(|_| Err(KernelError::Busy(seconds))).collect(),
             Err(error) => ops.iter().map(|_| Err(KernelError::Disconnected(error.to_string()))).collect(),
         }
     }
@@ -161,14 +162,15 @@ impl Worker {
                     },
                 },
             };
-            results.push(refusal.map_or(Ok(()), |refusal| Err(refused(op, refusal))));
+            results.push(refusal.map_or(Ok(()), |refusal| Err(self.refused(op, refusal))));
         }
-        for (answer, position) in self.socket.write(&requests).into_iter().zip(owners) {
+        let answers = self.socket.write(&requests);
+        for (answer, position) in answers.into_iter().zip(owners) {
             // Of several refusals the first tells why.
             if let (Err(refusal), true) = (answer, results[position].is_ok())
                 && !is_as_wanted(&ops[position], &refusal)
             {
-                results[position] = Err(refused(&ops[position], refusal));
+                results[position] = Err(self.refused(&ops[position], refusal));
             }
         }
         results
@@ -179,11 +181,8 @@ impl Worker {
         let written = self.filter.write(&change);
         if let Err(refusal) = written {
             self.monitor.distrust([Table::Rules]);
-            return Err(KernelError::Refused {
-                op: change.to_string().trim_end().replace('\n', "; "),
-                source: refusal.error,
-                detail: refusal.words,
-            });
+            let owner = if refusal.error.raw_os_error() == Some(libc::EPERM) { self.filter.owner() } else { None };
+            return Err(KernelError::of_filter(&change, refusal.error, refusal.words, owner));
         }
         if !change.doors.is_empty() {
             // The handles of rules are the kernel's to give.
@@ -191,6 +190,17 @@ impl Worker {
         }
         self.mirror.enforced(change);
         Ok(())
+    }
+
+    /// The error of an op: what was done, what the kernel said, and the way out.
+    fn refused(&self, op: &Op, refusal: Refusal) -> KernelError {
+        let Refusal { error, mut words } = refusal;
+        if let (Some(libc::EADDRINUSE), Op::Link(_, Change::Create(link) | Change::Replace { now: link, .. })) =
+            (error.raw_os_error(), op)
+        {
+            words = Some(refusal::port_holder(link.port, &self.mirror.on_port(link.port)));
+        }
+        KernelError::of_op(op, error, words)
     }
 
     fn set(&mut self, setting: &Sysctl, value: u32) -> Result<(), Refusal> {
@@ -246,25 +256,5 @@ fn unsendable(why: &Unsendable) -> Refusal {
         Unsendable::Senseless(words) => {
             Refusal { error: io::Error::from_raw_os_error(libc::EINVAL), words: Some((*words).to_owned()) }
         }
-    }
-}
-
-/// The error of an op: what was done, what the kernel said, and the way out where one is known.
-fn refused(op: &Op, refusal: Refusal) -> KernelError {
-    let advice = match (refusal.error.raw_os_error(), op) {
-        (Some(libc::EPERM), Op::Sysctl(..)) => None,
-        (Some(libc::EPERM | libc::EACCES), _) => Some("does fabricd have CAP_NET_ADMIN?"),
-        (Some(libc::EOPNOTSUPP), Op::Link(_, Change::Create(_))) => Some("does the kernel have the vxlan module?"),
-        (Some(libc::EEXIST), Op::Route(..)) => Some("a route of somebody else leads there: see `ip route`"),
-        (Some(libc::EEXIST), Op::Nexthop(..)) => {
-            Some("somebody else took the id meanwhile: the next pass takes another")
-        }
-        _ => None,
-    };
-    let words = refusal.words.into_iter().chain(advice.map(str::to_owned)).collect::<Vec<_>>().join("; ");
-    KernelError::Refused {
-        op: op.to_string().trim_start_matches(['+', '~', '-', ' ']).to_owned(),
-        source: refusal.error,
-        detail: Some(words).filter(|words| !words.is_empty()),
     }
 }

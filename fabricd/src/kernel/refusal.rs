@@ -6,13 +6,11 @@ use std::io;
 
 use fabric_core::diff::{Change, Op};
 use fabric_core::rules::change::Change as RuleChange;
-use nix::errno::Errno;
 
 use super::KernelError;
 
 /// Missing rights, wherever it is told.
-pub(super) const CAPABILITY: &str =
-    "does fabricd have CAP_NET_ADMIN? See: grep CapEff /proc/$(pidof fabricd)/status";
+pub(super) const CAPABILITY: &str = "does fabricd have CAP_NET_ADMIN? See: grep CapEff /proc/$(pidof fabricd)/status";
 /// What a new rule takes from the kernel, where nf_tables is a module.
 const MODULES: &str =
     "does the kernel have nf_tables? Load it with: modprobe -a nf_tables nft_chain_nat nft_ct nft_masq nft_meta_bridge";
@@ -32,14 +30,20 @@ impl KernelError {
     pub fn of_filter(change: &RuleChange, source: io::Error, words: Option<String>, owner: Option<String>) -> Self {
         let advice = match source.raw_os_error() {
             Some(libc::EPERM | libc::EACCES) if owner.is_some() => None,
-            Some(libc::ENOENT | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT | libc::EAFNOSUPPORT) => Some(MODULES.to_owned()),
+            Some(libc::ENOENT | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT | libc::EAFNOSUPPORT) => {
+                Some(MODULES.to_owned())
+            }
             Some(libc::EEXIST | libc::EBUSY) => {
                 Some("another program changes the rules at this moment; it is tried again".to_owned())
             }
             _ => Some(general(&source).to_owned()),
         };
         let words = joined(words, owner);
-        Self::Refused { op: change.summary(), detail: joined(Some(words).filter(|words| !words.is_empty()), advice), source }
+        Self::Refused {
+            op: change.summary(),
+            detail: joined(Some(words).filter(|words| !words.is_empty()), advice),
+            source,
+        }
     }
 }
 
@@ -93,17 +97,10 @@ pub(super) fn general(source: &io::Error) -> &'static str {
         libc::EADDRINUSE => "another program uses the address or port",
         libc::EADDRNOTAVAIL => "the address is not on this host",
         libc::ENETDOWN => "the interface is down; the next pass looks again",
-        libc::ENETUNREACH | libc::EHOSTUNREACH => "the gateway is not on that interface's link; the next pass looks again",
+        libc::ENETUNREACH | libc::EHOSTUNREACH => {
+            "the gateway is not on that interface's link; the next pass looks again"
+        }
         _ => "the kernel says no more; see: dmesg | tail",
-    }
-}
-
-/// An errno as `Operation not permitted (EPERM)`; other errors in their own words.
-pub(super) fn named(source: &io::Error) -> String {
-    match source.raw_os_error().map(Errno::from_raw) {
-        None => source.to_string(),
-        Some(Errno::UnknownErrno) => format!("error {}", source.raw_os_error().unwrap_or_default()),
-        Some(errno) => format!("{} ({errno:?})", errno.desc()),
     }
 }
 
@@ -112,9 +109,9 @@ pub(super) fn named(source: &io::Error) -> String {
 pub(super) fn port_holder(port: u16, interfaces: &[(String, String)]) -> String {
     let another = "or choose another Port in the network config";
     match interfaces {
-        [] => format!(
-            "UDP port {port} is taken by another program: see ss -ulpn 'sport = :{port}' and end it, {another}"
-        ),
+        [] => {
+            format!("UDP port {port} is taken by another program: see ss -ulpn 'sport = :{port}' and end it, {another}")
+        }
         _ => {
             let mut names = String::new();
             let mut removal = String::new();
@@ -122,7 +119,9 @@ pub(super) fn port_holder(port: u16, interfaces: &[(String, String)]) -> String 
                 let _ = write!(names, "{}{name} ({kind})", if position == 0 { "" } else { ", " });
                 let _ = write!(removal, "{}ip link del {name}", if position == 0 { "" } else { "; " });
             }
-            format!("UDP port {port} is taken by the interface {names}; if nothing uses it any more remove it with: {removal}, {another}")
+            format!(
+                "UDP port {port} is taken by the interface {names}; if nothing uses it any more remove it with: {removal}, {another}"
+            )
         }
     }
 }
@@ -139,6 +138,7 @@ mod tests {
     use fabric_core::state::{KernelState, Nexthop, NexthopId, Sysctl, Via, VxlanLink};
 
     use super::*;
+    use crate::errno::named;
 
     /// A state with a row in each table.
     fn rows() -> KernelState {

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use fabric_core::diff::{Change, Op};
 use fabric_core::handoff::{NotReady, Readiness};
+use fabric_core::rules::change::Change as RuleChange;
 use nix::errno::Errno;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
@@ -30,6 +31,7 @@ use self::process::Process;
 use self::traffic::Traffic;
 use crate::kernel::{Drops, KernelError};
 use crate::mesh::Mesh;
+use crate::repairs::{FILTER, table};
 use crate::store::Connection;
 use crate::view::{PeerTrouble, View};
 
@@ -42,6 +44,7 @@ pub struct Metrics {
     resyncs: Counter,
     operations: Family<Operation, Counter>,
     errors: Family<Failure, Counter>,
+    repairs: Family<Repairs, Counter>,
     lag: Histogram,
     peers: Family<Peers, Gauge>,
     ready: Gauge,
@@ -63,6 +66,11 @@ struct Operation {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Failure {
     errno: Word,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Repairs {
+    table: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -94,6 +102,7 @@ impl Default for Metrics {
             resyncs: Counter::default(),
             operations: Family::default(),
             errors: Family::default(),
+            repairs: Family::default(),
             // From one millisecond to half a minute.
             lag: Histogram::new(exponential_buckets(0.001, 2.0, 16)),
             peers: Family::default(),
@@ -121,6 +130,8 @@ impl Metrics {
         all.register("kernel_resyncs", help, self.resyncs.clone());
         all.register("kernel_operations", "Writes to the kernel, by table and kind", self.operations.clone());
         all.register("kernel_errors", "Writes that the kernel refused, by errno", self.errors.clone());
+        let help = "Entries that another program changed or deleted, and that were restored, by table";
+        all.register("repairs", help, self.repairs.clone());
         let help = "Reconcile latency: from the first event to a kernel state as desired, in seconds";
         all.register_with_unit("reconcile_lag", help, Unit::Seconds, self.lag.clone());
         all.register("peers", "Leases of other nodes, by state", self.peers.clone());
@@ -164,9 +175,30 @@ impl Metrics {
     /// The kernel was asked for something.
     pub fn wrote(&self, op: &Op, result: &Result<(), KernelError>) {
         self.operations.get_or_create(&operation(op)).inc();
+        self.refused(result);
+    }
+
+    /// The kernel was asked for a change of the packet filter, which it takes or refuses as a whole.
+    pub fn wrote_filter(&self, change: &RuleChange, result: &Result<(), KernelError>) {
+        for (verb, count) in ["create", "replace", "delete"].into_iter().zip(change.counts()) {
+            if count > 0 {
+                self.operations.get_or_create(&Operation { table: FILTER, verb }).inc_by(count);
+            }
+        }
+        self.refused(result);
+    }
+
+    fn refused(&self, result: &Result<(), KernelError>) {
         if let Err(error) = result {
             let errno = error.errno().map_or_else(|| "none".into(), |errno| format!("{:?}", Errno::from_raw(errno)));
             self.errors.get_or_create(&Failure { errno: Word(errno) }).inc();
+        }
+    }
+
+    /// So many entries of a table were restored after another program had changed them.
+    pub fn repaired(&self, table: &'static str, count: u64) {
+        if count > 0 {
+            self.repairs.get_or_create(&Repairs { table }).inc_by(count);
         }
     }
 
@@ -218,16 +250,16 @@ impl Metrics {
 }
 
 fn operation(op: &Op) -> Operation {
-    let (table, verb) = match op {
-        Op::Link(_, change) => ("link", verb(change)),
-        Op::Sysctl(..) => ("sysctl", "replace"),
-        Op::Address(_, change) => ("address", verb(change)),
-        Op::Fdb(_, _, change) => ("fdb", verb(change)),
-        Op::Neighbour(_, _, change) => ("neighbour", verb(change)),
-        Op::Nexthop(_, change) => ("nexthop", verb(change)),
-        Op::Route(_, change) => ("route", verb(change)),
+    let verb = match op {
+        Op::Link(_, change) => verb(change),
+        Op::Sysctl(..) => "replace",
+        Op::Address(_, change) => verb(change),
+        Op::Fdb(_, _, change) => verb(change),
+        Op::Neighbour(_, _, change) => verb(change),
+        Op::Nexthop(_, change) => verb(change),
+        Op::Route(_, change) => verb(change),
     };
-    Operation { table, verb }
+    Operation { table: table(op), verb }
 }
 
 fn verb<T>(change: &Change<T>) -> &'static str {
@@ -249,8 +281,13 @@ mod tests {
         let metrics = Metrics::default();
         let op = Op::Address("fabric.1".parse().unwrap(), Change::Create("10.244.1.0/32".parse().unwrap()));
         let source = io::Error::from_raw_os_error(libc::EPERM);
-        metrics.wrote(&op, &Err(KernelError::Refused { op: op.to_string(), source, detail: None }));
+        metrics.wrote(&op, &Err(KernelError::of_op(&op, source, None)));
         metrics.wrote(&op, &Ok(()));
+        let change = RuleChange { removed: [TableFamily::Inet].into(), ..RuleChange::default() };
+        let busy = io::Error::from_raw_os_error(libc::EBUSY);
+        metrics.wrote_filter(&change, &Err(KernelError::of_filter(&change, busy, None, None)));
+        metrics.repaired("route", 2);
+        metrics.repaired("fdb", 0);
         metrics.in_sync(Duration::from_millis(3));
         let (table, chain, why) = (TableFamily::Inet, "senders".to_owned(), "from no peer".to_owned());
         let drops = [Drops { table, chain, why, packets: 7 }];
@@ -258,6 +295,9 @@ mod tests {
         for line in [
             r#"fabricd_kernel_operations_total{table="address",verb="create"} 2"#,
             r#"fabricd_kernel_errors_total{errno="EPERM"} 1"#,
+            r#"fabricd_kernel_operations_total{table="filter",verb="delete"} 1"#,
+            r#"fabricd_kernel_errors_total{errno="EBUSY"} 1"#,
+            r#"fabricd_repairs_total{table="route"} 2"#,
             r#"fabricd_reconcile_lag_seconds_bucket{le="0.004"} 1"#,
             r#"fabricd_lease{state="none"} 1"#,
             "fabricd_ready 0",

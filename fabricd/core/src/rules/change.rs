@@ -195,6 +195,45 @@ impl Change {
         ours && self.rules.is_empty() && self.doors.is_empty()
     }
 
+    /// How many steps it has, as its lines show them.
+    #[must_use]
+    pub fn steps(&self) -> u64 {
+        self.counts().into_iter().sum()
+    }
+
+    /// How many steps make something, change something and remove something.
+    #[must_use]
+    pub fn counts(&self) -> [u64; 3] {
+        let sum = |counts: &mut dyn Iterator<Item = usize>| counts.map(|count| count as u64).sum::<u64>();
+        let made = self.sets.len() as u64
+            + sum(&mut self.elements.iter().map(|change| change.added.len()))
+            + sum(&mut self.doors.iter().map(|change| change.added.len()));
+        let removed = self.removed.len() as u64
+            + sum(&mut self.elements.iter().map(|change| change.removed.len()))
+            + sum(&mut self.doors.iter().map(|change| change.removed.len()));
+        [made, self.rules.len() as u64, removed]
+    }
+
+    /// The families of our tables that it writes to.
+    pub fn families(&self) -> impl Iterator<Item = TableFamily> {
+        let sets = self.sets.iter().map(|(family, ..)| *family);
+        let elements = self.elements.iter().map(|change| change.table);
+        self.rules.keys().copied().chain(sets).chain(elements).chain(self.removed.iter().copied())
+    }
+
+    /// The first step, and how many more there are: what fits into a sentence.
+    #[must_use]
+    pub fn summary(&self) -> String {
+        let all = self.to_string();
+        let mut steps = all.lines().map(|step| step.trim_start_matches(['+', '~', '-', ' ']));
+        let first = steps.next().unwrap_or_default();
+        match steps.count() {
+            0 => first.to_owned(),
+            1 => format!("{first} (and 1 more step)"),
+            more => format!("{first} (and {more} more steps)"),
+        }
+    }
+
     /// The same, but for elements that go: when what is wanted is only remembered, a peer may be newer than that.
     #[must_use]
     pub fn without_removals(mut self) -> Self {

@@ -14,7 +14,7 @@ use crate::{Answer, NOT_ALL_WELL, daemon};
 /// Shows it; exit code 4 when there are steps left.
 pub async fn show(socket: &Path, output: Output, entries: bool) -> anyhow::Result<Answer> {
     let state = daemon::connect(socket).await?.get_kernel_state(GetKernelStateRequest { entries }).await?.into_inner();
-    let well = state.plan.is_empty() && state.wanted.is_some();
+    let well = state.plan.is_empty() && state.conflicts.is_empty() && state.wanted.is_some();
     Ok(Answer::well_if(well, output.show(&state, |screen| describe(screen, &state, SystemTime::now()))?, NOT_ALL_WELL))
 }
 
@@ -37,11 +37,20 @@ fn describe(screen: &Screen, state: &GetKernelStateResponse, now: SystemTime) ->
         (None, _) => {
             let _ = writeln!(text, "{}: {}", screen.paint("Nothing is planned", Tone::Bad), state.blocked);
         }
-        (Some(_), true) => text += "In sync: the kernel's state is the desired one.\n",
+        (Some(_), true) if state.conflicts.is_empty() => text += "In sync: the kernel's state is the desired one.\n",
+        (Some(_), true) => {}
         (Some(_), false) => {
             let _ = writeln!(text, "Out of sync, steps that are being retried: {}", state.plan.len());
             state.plan.iter().for_each(|step| text += &format!("  {step}\n"));
         }
+    }
+    if !state.conflicts.is_empty() {
+        let _ = writeln!(
+            text,
+            "{}",
+            screen.paint("Conflicts with objects of other programs, which are not touched:", Tone::Bad)
+        );
+        state.conflicts.iter().for_each(|conflict| text += &format!("  {conflict}\n"));
     }
     if let Some(last) = &state.last {
         let failed = if last.failed == 0 { String::new() } else { format!(", {} of them failed", last.failed) };
@@ -82,5 +91,9 @@ Out of sync, steps that are being retried: 1
   + ip route add 10.244.2.0/24 nhid 4194304000 proto 250
 ";
         assert_eq!(describe(&Screen::default(), &state, SystemTime::now()), want);
+        let conflict = "the interface fabric.1 exists and is not ours (bridge)".to_owned();
+        let state = GetKernelStateResponse { plan: vec![], conflicts: vec![conflict.clone()], ..state };
+        let page = describe(&Screen::default(), &state, SystemTime::now());
+        assert!(page.contains(&conflict) && !page.contains("In sync"), "{page}");
     }
 }

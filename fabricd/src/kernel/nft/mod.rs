@@ -17,9 +17,9 @@ pub(super) mod watch;
 
 use std::io;
 
-use fabric_core::rules::TableFamily;
 use fabric_core::rules::change::{Change, Found};
 use fabric_core::rules::door::Door;
+use fabric_core::rules::{TABLE, TableFamily};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::Dropped;
@@ -72,6 +72,18 @@ impl Filter {
     /// Whether kube-proxy's rules are here.
     pub(super) fn has_kube_proxy(&mut self) -> bool {
         self.socket.as_mut().is_some_and(door::has_kube_proxy)
+    }
+
+    /// Who else owns one of our tables (`flags owner`), in words with the way out.
+    pub(super) fn owner(&mut self) -> Option<String> {
+        let socket = self.socket.as_mut()?;
+        let mine = socket.port();
+        read::owners(socket).into_iter().find(|(_, port)| *port != mine).map(|(family, port)| {
+            format!(
+                "the table {family} {TABLE} is owned by another program, with the netlink port {port} (mostly its process id: \
+                 ps -p {port}); end it, and the table goes with it"
+            )
+        })
     }
 
     /// Writes a change: its sets and then its rules, each all or nothing.

@@ -83,6 +83,17 @@ fn table(socket: &mut RequestSocket, family: TableFamily, dropped: &mut Dropped)
     Ok(Some(found))
 }
 
+/// The netlink ports of the programs that own tables of ours (`NFT_TABLE_F_OWNER`).
+pub(super) fn owners(socket: &mut RequestSocket) -> Vec<(TableFamily, u32)> {
+    let mut owners = vec![];
+    for family in [TableFamily::Inet, TableFamily::Bridge] {
+        // NFTA_TABLE_OWNER
+        let owner = socket.ask(&ask(GET_TABLE, ours(family)), |frame| Values::of(frame).number(7));
+        owners.extend(owner.ok().flatten().map(|port| (family, port)));
+    }
+    owners
+}
+
 fn ask(kind: u16, body: Attributes) -> Request {
     Request::raw(message(kind), 0, body.into_bytes())
 }
