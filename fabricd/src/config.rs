@@ -353,11 +353,21 @@ impl Config {
             Some(file) => Self::parse_with(with_file(Self::whole_command(), &file)?, &args, &file)?,
             None => first,
         };
-        if config.node_name.is_none() {
-            let name = std::fs::read_to_string("/proc/sys/kernel/hostname");
-            config.node_name = Some(name_of_host(&name.map_err(|e| ConfigError::NodeName(e.to_string()))?)?);
-        }
+        config.fill_in_name()?;
         Ok(config)
+    }
+
+    /// Takes the host's name for the node's, unless that was given: [`Config::of_host`] leaves it open, since not every
+    /// program needs it.
+    ///
+    /// # Errors
+    /// The host's name can't be a node's.
+    pub fn fill_in_name(&mut self) -> Result<(), ConfigError> {
+        if self.node_name.is_none() {
+            let name = std::fs::read_to_string("/proc/sys/kernel/hostname");
+            self.node_name = Some(name_of_host(&name.map_err(|e| ConfigError::NodeName(e.to_string()))?)?);
+        }
+        Ok(())
     }
 
     /// The settings of this host's daemon, as its installed service would get them, with the files that they are from:

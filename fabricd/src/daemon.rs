@@ -144,7 +144,7 @@ async fn serve(
         mesh::run(probed, told, seen).await;
         "the reconcile loop has ended".to_owned()
     });
-    let inspector = Arc::new(Inspector { store: Some(probe), mesh: mesh.clone(), places: places(config) });
+    let inspector = Arc::new(Inspector { store: Some(probe), mesh: mesh.clone(), places: Places::of(config) });
     let access = remote.as_ref().and_then(|(_, tls)| Some((tls.clone(), config.api_addr.0?.port())));
     let remote_access = Remote { access };
     let store = Arc::new(config.store_settings());
@@ -171,20 +171,6 @@ async fn serve(
     }
     info!("fabricd ends, the data plane stays");
     Ok(())
-}
-
-/// Where doctor looks.
-fn places(config: &Config) -> Places {
-    let of_etcd = [&config.etcd.cafile, &config.etcd.certfile];
-    let of_api = [&config.api_cafile, &config.api_certfile];
-    Places {
-        addresses: config.cni_data_dir.clone(),
-        attachments: config.cni_state_dir.clone(),
-        root: "/".into(),
-        certificates: of_etcd.into_iter().chain(of_api).flatten().cloned().collect(),
-        cni_conf: config.cni_conf_dir.clone(),
-        kubernetes: std::env::var_os("KUBERNETES_SERVICE_HOST").is_some(),
-    }
 }
 
 /// Opens the API to other nodes, if it is asked for: never without certificates.

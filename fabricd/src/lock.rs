@@ -150,6 +150,15 @@ impl Namespace {
     }
 }
 
+/// Who holds the lock of this network namespace, as far as it says so, and its process; `None` when no fabricd does.
+pub async fn holder() -> Option<(Option<Holder>, Option<i32>)> {
+    // A socket that nobody has bound refuses as well.
+    match ask(&format!("\0{SOCKET}")).await {
+        Other::Fabricd(holder, pid) => Some((holder, pid)),
+        Other::Stranger(_) => None,
+    }
+}
+
 /// Tells everybody who connects who holds the lock.
 async fn introduce(listener: UnixListener, holder: Holder) {
     let words = serde_json::to_vec(&holder).unwrap_or_default();

@@ -81,7 +81,7 @@ impl Node {
             ("run/NetworkManager/devices/5", "[device]\nmanaged=false"),
             ("sys/class/net/cni0/ifindex", "6"),
             ("sys/class/net/veth1/ifindex", "7"),
-            ("sys/class/net/veth1/operstate", "up"),
+            ("sys/class/net/veth1/carrier", "1"),
             ("etc/cni/net.d/10-fabric.conflist", r#"{"plugins":[{"type":"fabric-cni"}]}"#),
             ("etc/cni/net.d/99-loopback.conf", "{}"),
             ("var/lib/cni/networks/fabric/127.1.1.2", "c1\r\neth0"),
@@ -342,7 +342,7 @@ const BROKEN: &[(&str, Breakage, Outcome, &str)] = &[
     ),
     (
         "pod-ports",
-        |n| n.has("sys/class/net/veth1/operstate", "lowerlayerdown"),
+        |n| n.has("sys/class/net/veth1/carrier", "0"),
         Outcome::Failed,
         "veth1 of container c1 (127.1.1.2) has no carrier: the pod's eth0 is down",
     ),

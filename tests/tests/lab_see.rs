@@ -1,11 +1,13 @@
 //! What a node shows of itself, in the Lab: fabricctl on a daemon that works.
 
+use std::collections::BTreeMap;
 use std::net::UdpSocket;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use fabric_core::model::Family;
-use fabric_tests::lab::{Families, Lab, Node, wait_until};
+use fabric_tests::lab::{Families, Lab, Node, Pod, wait_until};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(10);
@@ -113,11 +115,12 @@ fn doctor_finds_what_was_broken_and_nothing_before() -> Result<()> {
     node.run(&["ip", "link", "add", "vxlan99", "type", "vxlan", "id", "99", "dstport", "4789", "local", "127.0.0.1"])?;
     wait_for_check(node, "foreign-vxlan", "warning")?;
     node.run(&["ip", "link", "set", "cni0", "mtu", "1400"])?;
-    let mut port = pod.result()["interfaces"].as_array().into_iter().flatten().filter_map(|i| i["name"].as_str());
-    let port = port.find(|name| name.starts_with("veth")).context("a veth")?.to_owned();
+    let port = veth(&pod)?;
     node.run(&["ip", "link", "set", &port, "mtu", "1500"])?;
     wait_for_check(node, "bridge-mtu", "failed")?;
     node.run(&["ip", "link", "del", &port])?;
+    wait_for_check(node, "pod-ports", "failed")?;
+    node.run(&["ip", "netns", "del", "a"])?;
     wait_for_check(node, "addresses", "warning")?;
 
     let address = node.run(&["ip", "-4", "-brief", "address", "show", "cni0"])?;
@@ -144,22 +147,6 @@ fn doctor_finds_what_was_broken_and_nothing_before() -> Result<()> {
     Ok(())
 }
 
-fn bundle_has_no_secret(node: &Node) -> Result<()> {
-    node.exec(&["fabricctl", "doctor", "--quiet", "--bundle", "/tmp/bundle.tar"])?;
-    let names = node.run(&["tar", "tf", "/tmp/bundle.tar"])?;
-    for name in ["checks", "status", "leases", "mesh", "kernel", "events"] {
-        assert!(names.contains(&format!("fabricd/{name}.json")), "{names}");
-    }
-    let all = node.run(&["tar", "xfO", "/tmp/bundle.tar"])?;
-    node.run(&["rm", "/tmp/bundle.tar"])?;
-    assert!(all.contains("/var/lib/fabric-api/node.crt"), "the check of certificates is in it");
-    let secret = node.run(&["cat", "/var/lib/fabric-api/node.key"])?;
-    let mut lines = secret.lines().filter(|line| !line.starts_with("---"));
-    let leaked = lines.find(|line| all.contains(line));
-    assert!(leaked.is_none() && !all.to_lowercase().contains("password"), "{leaked:?} is in the bundle");
-    Ok(())
-}
-
 /// Nobody has set anything up for it: neither an address nor certificates.
 #[test]
 fn all_nodes_can_be_asked_out_of_the_box_in_every_family() -> Result<()> {
@@ -176,66 +163,216 @@ fn all_nodes_can_be_asked_out_of_the_box_in_every_family() -> Result<()> {
     Ok(())
 }
 
-/// The first hop that is wrong, and the exit code.
-fn divergence(node: &Node, from: &str, to: &str) -> Result<(Option<i32>, Value)> {
-    let output = node.exec(&["fabricctl", "explain", from, to, "-o", "json"])?;
-    let way: Value = serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))?;
-    let first = way["hops"].as_array().into_iter().flatten().find(|hop| hop["result"] == "failed").cloned();
-    Ok((output.status.code(), first.unwrap_or(way)))
+/// The checks that a command makes, by their names, and its exit code.
+fn checks(node: &Node, args: &[&str]) -> Result<(Option<i32>, BTreeMap<String, Value>)> {
+    let output = node.exec(&[&["fabricctl", "doctor", "-o", "json"], args].concat())?;
+    let checks = output.stdout.lines().map(serde_json::from_str::<Value>).collect::<Result<Vec<_>, _>>()?;
+    let by_name = checks.into_iter().map(|check| (check["id"].as_str().unwrap_or_default().to_owned(), check));
+    Ok((output.status.code(), by_name.collect()))
+}
+
+fn is(checks: &BTreeMap<String, Value>, id: &str, result: &str, evidence: &str) -> Result<()> {
+    let check = checks.get(id).with_context(|| format!("no check {id} in {checks:#?}"))?;
+    let found = check["evidence"].as_str().unwrap_or_default();
+    anyhow::ensure!(check["result"] == result && found.contains(evidence), "{check:#}");
+    Ok(())
+}
+
+/// Runs the commands of a fix: those of its lines that begin with a program.
+fn run_fix(node: &Node, id: &str) -> Result<()> {
+    let check = check(node, id)?;
+    let fix = check["fix"].as_str().unwrap_or_default();
+    let command =
+        |line: &&str| ["ip ", "nsenter ", "mkdir ", "printf ", "mv ", "sysctl "].iter().any(|p| line.starts_with(p));
+    let commands: Vec<&str> = fix.lines().filter(command).collect();
+    anyhow::ensure!(!commands.is_empty(), "nothing to run in {check:#}");
+    for line in commands {
+        node.run(&["sh", "-c", line])?;
+    }
+    Ok(())
 }
 
 #[test]
-fn explain_follows_a_packet_on_both_nodes_and_marks_where_it_is_lost() -> Result<()> {
+fn each_fix_of_doctor_clears_what_it_was_printed_for() -> Result<()> {
     let lab = Lab::builder().nodes(2).start()?;
-    let (here, there) = (lab.node("node-1")?, lab.node("node-2")?);
-    let (a, b) = (here.add_pod("a")?, there.add_pod("b")?);
-    let (from, to) = (a.ip(Family::V4)?.to_string(), b.ip(Family::V4)?.to_string());
-
-    let fine = wait_until("nothing is wrong, on either node", SOON, || {
-        let (code, way) = divergence(here, &from, &to)?;
-        anyhow::ensure!(code == Some(0), "{way:#}");
-        Ok(way)
-    })?;
-    assert_eq!(fine["missing"], "", "the other node was asked");
-    let hops: Vec<_> = fine["hops"].as_array().into_iter().flatten().collect();
-    let layers =
-        |node: &str| hops.iter().filter(|h| h["node"] == node).filter_map(|h| h["layer"].as_str()).collect::<Vec<_>>();
-    for (node, wants) in [
-        ("node-1", &["bridge", "veth", "lease", "route", "nexthop", "neighbour", "fdb", "filter", "underlay"][..]),
-        ("node-2", &["filter", "device", "bridge", "veth", "route"]),
+    let node = lab.node("node-1")?;
+    let (pod, other) = (node.add_pod("a")?, lab.node("node-2")?.add_pod("b")?);
+    let port = veth(&pod)?;
+    let subnet = node.status()?["lease"]["subnets"][0].as_str().context("a subnet")?.to_owned();
+    let gateway = subnet.replace("0/24", "1/24");
+    let peer = other.ip(Family::V4)?.to_string();
+    let hidden = peer.rsplit_once('.').context("an address")?.0.to_owned() + ".0/26";
+    node.run(&["mount", "-t", "tmpfs", "tmpfs", "/etc/cni/net.d"])?;
+    node.run(&["sh", "-c", "echo '{\"type\":\"fabric-cni\"}' > /etc/cni/net.d/10-fabric.conflist"])?;
+    for (id, result, damage) in [
+        ("pod-ports", "failed", format!("ip link set {port} nomaster")),
+        ("pod-ports", "failed", format!("ip link set {port} down")),
+        ("pod-ports", "failed", "ip -n a link set eth0 down".to_owned()),
+        ("bridge", "failed", "ip link set cni0 down".to_owned()),
+        ("bridge", "failed", format!("ip address del {gateway} dev cni0")),
+        ("overlap", "failed", format!("ip route add blackhole {hidden} proto bird")),
+        ("foreign-vxlan", "warning", "ip link add vxlan99 type vxlan id 99 dstport 4789 local 127.0.0.1".to_owned()),
+        ("cni-config", "failed", "echo '{}' > /etc/cni/net.d/05-cilium.conflist".to_owned()),
     ] {
-        for layer in wants {
-            assert!(layers(node).contains(layer), "{layer} of {node} in {fine:#}");
-        }
+        wait_for_check(node, id, "ok")?;
+        node.run(&["sh", "-c", &damage])?;
+        wait_for_check(node, id, result).with_context(|| damage.clone())?;
+        run_fix(node, id).with_context(|| damage.clone())?;
+        wait_for_check(node, id, "ok").with_context(|| damage.clone())?;
+    }
+    wait_until("the pods reach each other again", SOON, || pod.run(&["ping", "-c1", "-W1", &peer]).map(drop))
+}
+
+/// The host's end of a pod's veth.
+fn veth(pod: &Pod) -> Result<String> {
+    let mut names = pod.result()["interfaces"].as_array().into_iter().flatten().filter_map(|i| i["name"].as_str());
+    names.find(|name| name.starts_with("veth")).context("a veth").map(str::to_owned)
+}
+
+#[test]
+fn device_of_another_overlay_is_the_first_finding_and_its_fix_makes_the_node_ready() -> Result<()> {
+    let lab = Lab::builder().start()?;
+    let node = lab.node("node-1")?;
+    node.stop_fabricd()?;
+    node.run(&["ip", "link", "del", "fabric.1"])?;
+    node.run(&["ip", "link", "add", "cilium_vxlan", "type", "vxlan", "external", "dstport", "8472"])?;
+    node.run(&["ip", "link", "set", "cilium_vxlan", "up"])?;
+    node.start_fabricd()?;
+    wait_for_check(node, "foreign-vxlan", "failed")?;
+    let first = node.exec(&["fabricctl", "doctor", "--quiet"])?.stdout;
+    assert!(
+        first.starts_with("FAILED  foreign-vxlan    other overlays: cilium_vxlan (Cilium) has our UDP port"),
+        "{first}"
+    );
+    run_fix(node, "foreign-vxlan")?;
+    node.wait_ready()
+}
+
+#[test]
+fn without_a_daemon_doctor_says_what_stands_and_what_to_do() -> Result<()> {
+    let lab = Lab::builder().nodes(2).start()?;
+    let node = lab.node("node-1")?;
+    let pod = node.add_pod("a")?;
+    node.kill_fabricd()?;
+    let (code, found) = checks(node, &[])?;
+    assert_eq!(code, Some(4), "{found:#?}");
+    is(&found, "daemon", "failed", "it doesn't run")?;
+    is(&found, "node-file", "ok", "ready")?;
+    is(&found, "kernel-state", "ok", "fabric.1, 1 routes")?;
+    is(&found, "pod-ports", "ok", "1 attached pods")?;
+    is(&found, "store", "ok", "etcd answers")?;
+
+    // What is broken meanwhile is found without it, too.
+    node.run(&["ip", "link", "set", &veth(&pod)?, "nomaster"])?;
+    node.run(&["ip", "link", "set", "fabric.1", "down"])?;
+    lab.etcd().stop()?;
+    let (_, found) = checks(node, &["--bundle", "/tmp/bundle.tar"])?;
+    is(&found, "pod-ports", "failed", "is not on cni0")?;
+    is(&found, "kernel-state", "failed", "fabric.1 is down")?;
+    is(&found, "store", "failed", "etcd")?;
+    let names = node.run(&["tar", "tf", "/tmp/bundle.tar"])?;
+    node.run(&["rm", "/tmp/bundle.tar"])?;
+    for name in
+        ["checks.json", "host/nft-ruleset.txt", "host/ip-route-4.txt", "host/log.txt", "files/node.json", "version"]
+    {
+        assert!(names.contains(&format!("fabricd/{name}")), "{name} in {names}");
     }
 
-    // What is packed for others has the certificate's end in it, and nothing of the key.
-    bundle_has_no_secret(here)?;
-
-    // On this node: somebody leads the packets elsewhere.
-    here.run(&["ip", "route", "add", "unreachable", &format!("{to}/32")])?;
-    let (code, hop) = divergence(here, &from, &to)?;
-    assert_eq!((code, &hop["node"], &hop["layer"]), (Some(4), &"node-1".into(), &"route".into()), "{hop}");
-    here.run(&["ip", "route", "del", "unreachable", &format!("{to}/32")])?;
-
-    // On the other one: the pod's cable is pulled.
-    let mut port = b.result()["interfaces"].as_array().into_iter().flatten().filter_map(|i| i["name"].as_str());
-    let port = port.find(|name| name.starts_with("veth")).context("a veth")?.to_owned();
-    there.run(&["ip", "link", "set", &port, "nomaster"])?;
-    wait_until("the other node says so", SOON, || {
-        let (_, hop) = divergence(here, &from, &to)?;
-        anyhow::ensure!((&hop["node"], &hop["layer"]) == (&"node-2".into(), &"veth".into()), "{hop}");
+    // One that hangs holds the lock.
+    node.start_fabricd()?;
+    wait_until("it answers", SOON, || {
+        anyhow::ensure!(!node.exec(&["fabricctl", "status"])?.stdout.is_empty());
         Ok(())
     })?;
+    node.freeze_fabricd()?;
+    let (code, found) = checks(node, &[])?;
+    node.thaw_fabricd()?;
+    assert_eq!(code, Some(4), "{found:#?}");
+    is(&found, "daemon", "failed", "it runs (pid ")
+}
 
-    // All nodes answer, and one that doesn't is told of.
-    let all = here.exec(&["fabricctl", "status", "--all"])?.stdout;
-    assert!(all.contains("node-1") && all.contains("node-2"), "{all}");
-    there.kill_fabricd()?;
-    let part = here.exec(&["fabricctl", "status", "--all"])?;
-    assert_eq!(part.status.code(), Some(4), "{part:?}");
-    assert!(part.stdout.contains("no answer") && part.stdout.contains("1 of 2 answered"), "{part:?}");
-    let (_, way) = divergence(here, &from, &to)?;
-    assert!(way["missing"].as_str().unwrap_or_default().contains("node-2 was not asked"), "{way}");
+#[test]
+fn preflight_tells_whether_fabricd_can_run_before_it_does() -> Result<()> {
+    let mut lab = Lab::builder().nodes(0).start()?;
+    let node = lab.boot_node()?;
+    let (code, found) = checks(&node, &["--preflight"])?;
+    assert_eq!(code, Some(0), "{found:#?}");
+    is(&found, "udp-port", "ok", "8472")?;
+    is(&found, "underlay", "ok", "eth0, 10.99.0.11")?;
+    is(&found, "store", "ok", "etcd answers")?;
+
+    node.run(&[
+        "ip",
+        "link",
+        "add",
+        "flannel.1",
+        "type",
+        "vxlan",
+        "id",
+        "1",
+        "dstport",
+        "8472",
+        "local",
+        "10.99.0.11",
+    ])?;
+    node.run(&["ip", "link", "del", "eth0"])?;
+    let (code, found) = checks(&node, &["--preflight"])?;
+    assert_eq!(code, Some(4), "{found:#?}");
+    is(&found, "udp-port", "failed", "the VXLAN device flannel.1 has UDP port 8472")?;
+    is(&found, "underlay", "failed", "default route")?;
+    is(&found, "store", "failed", "etcd")?;
+    let refused = node.command(&["fabricctl", "doctor", "--preflight", "-o", "json"])?.env("FABRICD_LEASE_TTL", "soon");
+    let refused = refused.output()?;
+    assert!(refused.stdout.contains("from 5s to 8760h"), "{refused:?}");
     Ok(())
+}
+
+#[test]
+fn networkd_that_takes_the_pods_veths_off_the_bridge_is_named_with_its_file() -> Result<()> {
+    let lab = Lab::builder().start()?;
+    let node = lab.node("node-1")?;
+    let (a, b) = (node.add_pod("a")?, node.add_pod("b")?);
+    let to = b.ip(Family::V4)?.to_string();
+    wait_for_check(node, "networkd", "skipped")?;
+    let eth0 = "[Match]\nName=eth0\n\n[Network]\nAddress=10.99.0.11/16\nGateway=10.99.0.1\nKeepConfiguration=yes\n";
+    let all = "[Match]\nName=*\n\n[Network]\nDHCP=yes\n";
+    node.run(&["mount", "-o", "remount,ro,bind", "/sys"])?;
+    // The machine's own files are not this node's.
+    node.run(&["mount", "-t", "tmpfs", "tmpfs", "/etc/systemd/network"])?;
+    node.run(&[
+        "sh",
+        "-c",
+        "mkdir -p /run/systemd/network /run/systemd/netif/links /run/systemd/netif/leases \
+        /run/systemd/netif/lldp && chown -R systemd-network /run/systemd/netif",
+    ])?;
+    for (file, text) in [("10-eth0", eth0), ("zz-default", all)] {
+        node.command(&["tee", &format!("/run/systemd/network/{file}.network")])?.stdin(text).run()?;
+    }
+    node.start_service("networkd", &["/lib/systemd/systemd-networkd"], &[])?;
+    wait_until("it has taken the veths over", SOON * 3, || {
+        let (_, found) = checks(node, &[])?;
+        is(&found, "pod-ports", "failed", "is not on cni0")?;
+        is(&found, "networkd", "failed", "/run/systemd/network/zz-default.network")?;
+        is(&found, "networkd", "failed", &veth(&a)?)
+    })?;
+    assert!(!a.exec(&["ping", "-c1", "-W1", &to])?.success(), "the pods are cut off");
+
+    // Without D-Bus `networkctl reload` isn't there: the program is started anew.
+    run_fix(node, "networkd")?;
+    node.end("networkd", Signal::SIGTERM)?;
+    node.start_service("networkd", &["/lib/systemd/systemd-networkd"], &[])?;
+    wait_until("it has read its files", SOON * 3, || {
+        let (_, found) = checks(node, &[])?;
+        anyhow::ensure!(found["networkd"]["result"] != "failed", "{:#}", found["networkd"]);
+        Ok(())
+    })?;
+    if check(node, "pod-ports")?["result"] == "failed" {
+        run_fix(node, "pod-ports")?;
+    }
+    wait_until("it leaves them alone", SOON * 3, || {
+        let (_, found) = checks(node, &[])?;
+        is(&found, "pod-ports", "ok", "")?;
+        anyhow::ensure!(found["networkd"]["result"] != "failed", "{:#}", found["networkd"]);
+        a.run(&["ping", "-c1", "-W1", &to]).map(drop)
+    })
 }

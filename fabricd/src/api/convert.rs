@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use crate::config::{StoreKind, StoreSettings};
 use crate::diagnosis::Outcome;
-use crate::diagnosis::explain::Hop;
+use crate::diagnosis::explain::{Hop, Sender};
 use crate::diagnosis::finding::Finding;
 use crate::events::{Event, Kind, unix_millis};
 use crate::ipam::{self, Use};
@@ -323,11 +323,19 @@ pub fn check(id: &str, title: &str, finding: Finding) -> v1::Check {
     v1::Check { id: id.into(), title: title.into(), result: result(outcome).into(), evidence, fix }
 }
 
-/// One thing on a packet's way, on `node`.
+/// One thing on a packet's path, on `node`.
 #[must_use]
 pub fn hop(node: &str, hop: Hop) -> v1::Hop {
     let Hop { layer, found, outcome, expected } = hop;
     v1::Hop { node: node.into(), layer: layer.into(), found, result: result(outcome).into(), expected }
+}
+
+/// Where on `node` a packet can be sent from.
+#[must_use]
+pub fn sender(node: &str, sender: Sender) -> v1::PacketSender {
+    let Sender { netns, from, to, outside } = sender;
+    let (netns, from, to) = (netns.display().to_string(), from.to_string(), to.to_string());
+    v1::PacketSender { netns, from, to, outside, node: node.into() }
 }
 
 fn result(outcome: Outcome) -> v1::CheckResult {

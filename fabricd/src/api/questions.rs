@@ -21,11 +21,14 @@ use super::remote::{NO_ACCESS, PATIENCE};
 use super::service::Sources;
 use crate::diagnosis::Scene;
 use crate::diagnosis::checks;
-use crate::diagnosis::explain::{Question, explain};
+use crate::diagnosis::explain::{PACKET, Question, explain, sender};
 use crate::diagnosis::finding::Finding;
 
 /// How many nodes are asked at once.
 const AT_ONCE: usize = 64;
+
+/// How long a node may take to explain a path: it sends packets, and waits for answers.
+const EXPLAIN: Duration = Duration::from_secs(6);
 
 /// A stream of answers.
 pub type Answers<T> = ReceiverStream<Result<T, Status>>;
@@ -65,7 +68,7 @@ async fn make_checks(
     Ok(())
 }
 
-/// The way of a packet, on this node and, unless `request` says not to, on the others that decide on it.
+/// The path of a packet, on this node and, unless `request` says not to, on the others that decide on it.
 ///
 /// # Errors
 /// When an address is none, or the daemon is ending.
@@ -86,13 +89,15 @@ pub async fn explain_all(sources: &Sources, request: v1::ExplainRequest) -> Resu
             Some(lease) if Some(lease.key) == own => {
                 let (scene, question) = (scene.clone(), question.clone());
                 let node = scene.view.node.to_string();
-                let hops = spawn_blocking(move || explain(&scene, &question)).await.unwrap_or_default();
+                let told = spawn_blocking(move || (explain(&scene, &question), sender(&scene, &question)));
+                let (hops, sender) = told.await.map_err(|error| Status::internal(error.to_string()))?;
+                response.sender = sender.map(|sender| convert::sender(&node, sender));
                 response.hops.extend(hops.into_iter().map(|hop| convert::hop(&node, hop)));
             }
             Some(_) if request.local_only => {}
             Some(lease) => {
                 let question = v1::ExplainRequest { local_only: true, ..request.clone() };
-                let answer = sources.remote.ask(Arc::clone(lease), Asked::Explain(question), PATIENCE).await;
+                let answer = sources.remote.ask(Arc::clone(lease), Asked::Explain(question), EXPLAIN).await;
                 match answer.answer {
                     Some(Answer::Explain(theirs)) => response.hops.extend(theirs.hops),
                     _ => add(&mut response.missing, &format!("{} was not asked: {}", answer.node, answer.error)),
@@ -106,6 +111,8 @@ pub async fn explain_all(sources: &Sources, request: v1::ExplainRequest) -> Resu
             add(&mut response.missing, &format!("no node has a lease with {ip}"));
         }
     }
+    // What was read comes first, on the path's order: packets show that something is wrong, not what.
+    response.hops.sort_by_key(|hop| hop.layer == PACKET);
     Ok(response)
 }
 

@@ -31,7 +31,7 @@ pub fn before<'a>(all: &'a [PathBuf], ours: &Path) -> Vec<&'a PathBuf> {
     all.iter().filter(|path| path.as_path() < ours && !multus(path)).collect()
 }
 
-/// The command that moves a configuration out of the way.
+/// The command that disables a configuration.
 #[must_use]
 pub fn move_away(file: &Path) -> String {
     format!("mv {0} {0}.disabled", file.display())

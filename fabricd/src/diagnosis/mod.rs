@@ -7,8 +7,9 @@
 //! | `overlay_checks` | the VTEP, and what stands beside it: other overlays, other routes |
 //! | `pod_checks`, [`addresses`] | the bridge, the pods that are attached to it, and their addresses |
 //! | [`host_checks`], `manager_checks`, [`cni_config`] | the host's files; programs that manage interfaces; CNI configurations |
+//! | [`standalone`] | what can be checked without a daemon |
 //! | [`finding`] | what a check found |
-//! | [`explain`] | the path of a packet |
+//! | [`explain`], [`packet`] | the path of a packet, read; real packets on it |
 
 pub mod addresses;
 pub mod certificates;
@@ -19,7 +20,9 @@ pub mod finding;
 pub mod host_checks;
 mod manager_checks;
 mod overlay_checks;
+pub mod packet;
 mod pod_checks;
+pub mod standalone;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -29,6 +32,7 @@ use fabric_core::model::{IfName, Subnet};
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::config::Config;
 use crate::ipam::{self, Addresses, CniDirs};
 use crate::kernel;
 use crate::kernel::fib::Fib;
@@ -66,6 +70,36 @@ pub struct Places {
     pub cni_conf: PathBuf,
     /// Whether the daemon is a pod of Kubernetes: then fixes of its settings are kubectl's.
     pub kubernetes: bool,
+}
+
+impl Places {
+    /// By the daemon's settings.
+    #[must_use]
+    pub fn of(config: &Config) -> Self {
+        let of_etcd = [&config.etcd.cafile, &config.etcd.certfile];
+        let of_api = [&config.api_cafile, &config.api_certfile];
+        Self {
+            addresses: config.cni_data_dir.clone(),
+            attachments: config.cni_state_dir.clone(),
+            root: "/".into(),
+            certificates: of_etcd.into_iter().chain(of_api).flatten().cloned().collect(),
+            cni_conf: config.cni_conf_dir.clone(),
+            kubernetes: std::env::var_os("KUBERNETES_SERVICE_HOST").is_some(),
+        }
+    }
+
+    /// Where it all is unless the settings say otherwise.
+    #[must_use]
+    pub fn usual() -> Self {
+        Self {
+            addresses: "/var/lib/cni/networks".into(),
+            attachments: fabric_core::handoff::ATTACHMENTS_DIR.into(),
+            root: "/".into(),
+            certificates: vec![],
+            cni_conf: "/etc/cni/net.d".into(),
+            kubernetes: std::env::var_os("KUBERNETES_SERVICE_HOST").is_some(),
+        }
+    }
 }
 
 /// Asks the store something that it must answer itself: [`LeaseStore::probe`](crate::store::LeaseStore::probe).

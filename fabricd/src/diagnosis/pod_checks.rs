@@ -94,16 +94,24 @@ pub(super) fn port_trouble(scene: &Scene, pod: &Pod) -> Option<Culprit> {
         return Some(Culprit::hurts(format!("{has} is down"), format!("ip link set {port} up")));
     }
     // A veth has carrier while its other end is up.
-    let state = read(scene, &format!("sys/class/net/{port}/operstate"));
-    (state.as_deref() == Some("lowerlayerdown")).then(|| {
-        Culprit::hurts(
-            format!("{has} has no carrier: the pod's {interface} is down"),
-            match &pod.saved.netns {
-                Some(netns) => format!("nsenter --net={} ip link set {interface} up", netns.display()),
-                None => "recreate this pod".into(),
-            },
-        )
-    })
+    let carrier = read(scene, &format!("sys/class/net/{port}/carrier"));
+    (carrier.as_deref() == Some("0"))
+        .then(|| Culprit::hurts(format!("{has} has no carrier: the pod's {interface} is down"), up_again(scene, pod)))
+}
+
+/// The commands that bring a pod's interface up with its routes. IPv6 addresses are gone with the link.
+fn up_again(scene: &Scene, pod: &Pod) -> String {
+    let ips = pod.saved.ips();
+    let own = scene.view.holding.own.as_ref().map(|own| own.key.subnets());
+    match (&pod.saved.netns, own.and_then(|own| own.v4)) {
+        (Some(netns), Some(subnet)) if ips.iter().all(|ip| subnet.contains(*ip)) => format!(
+            "nsenter --net={0} ip link set {1} up\nnsenter --net={0} ip route replace default via {2}",
+            netns.display(),
+            pod.owner.ifname,
+            subnet.gateway()
+        ),
+        _ => "recreate this pod: IPv6 addresses are lost with the link".into(),
+    }
 }
 
 pub(super) fn bridge_mtu(scene: &Scene) -> Finding {

@@ -36,7 +36,8 @@ mod wire;
 
 pub use self::fib::fib;
 pub use self::nft::drops::{Drops, drops};
-pub use self::routes::route_to;
+pub use self::nft::service::is_service;
+pub use self::routes::{Taken, route_of_packet, route_to};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;

@@ -139,6 +139,75 @@ pub fn route_to(ip: IpAddr) -> Result<Option<(IfName, IpAddr)>, KernelError> {
     Ok(reach(&mut socket, &links, ip))
 }
 
+/// Where a packet goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// Out of a device.
+    Out {
+        /// The device.
+        device: IfName,
+        /// The router, if there is one between.
+        gateway: Option<IpAddr>,
+    },
+    /// To this host itself.
+    Local,
+    /// Nowhere.
+    Refused(&'static str),
+}
+
+impl std::fmt::Display for Taken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Out { device, gateway: Some(gateway) } => write!(f, "via {gateway} dev {device}"),
+            Self::Out { device, gateway: None } => write!(f, "dev {device}"),
+            Self::Local => f.write_str("to this node itself"),
+            Self::Refused(why) => write!(f, "refused: {why}"),
+        }
+    }
+}
+
+/// `ip route get TO from FROM iif IIF`, over a socket of its own: what the kernel does with a packet that comes in there.
+///
+/// # Errors
+/// When the kernel can't be asked, or has no such interface.
+pub fn route_of_packet(from: IpAddr, to: IpAddr, iif: IfName) -> Result<Taken, KernelError> {
+    let socket = RequestSocket::open(NETLINK_ROUTE);
+    let mut socket = socket.map_err(|error| KernelError::Disconnected(error.to_string()))?;
+    let links = super::tables::links(&mut socket)?;
+    let index = links.values().find(|link| link.name == iif).map(|link| link.index);
+    let index = index.ok_or_else(|| KernelError::Disconnected(format!("there is no {iif}")))?;
+    let family = Family::of(to);
+    let mut question = RouteMessage::default();
+    question.header.address_family = if family == Family::V4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    (question.header.destination_prefix_length, question.header.source_prefix_length) = (family.bits(), family.bits());
+    question.attributes =
+        vec![RouteAttribute::Destination(to.into()), RouteAttribute::Source(from.into()), RouteAttribute::Iif(index)];
+    let answer = match socket.ask(&Request::new(&Rtnl::GetRoute(question), 0), route_of) {
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EINVAL) => return Ok(Taken::Refused("a blackhole")),
+            Some(libc::EHOSTUNREACH) => return Ok(Taken::Refused("unreachable")),
+            Some(libc::EACCES) => return Ok(Taken::Refused("prohibited")),
+            Some(libc::ENETUNREACH) => return Ok(Taken::Refused("there is no route")),
+            Some(libc::EXDEV) => return Ok(Taken::Refused("the reverse path filter drops it")),
+            _ => return Err(reading("route for a packet")(error)),
+        },
+        Ok(answer) => answer,
+    };
+    let Some(route) = answer else { return Ok(Taken::Refused("there is no route")) };
+    let gateway = route.attributes.iter().find_map(|a| match a {
+        RouteAttribute::Gateway(address) => ip(address),
+        _ => None,
+    });
+    Ok(match (route.header.kind, device(&route).and_then(|index| links.get(&index))) {
+        (RouteType::Local, _) => Taken::Local,
+        (RouteType::BlackHole, _) => Taken::Refused("a blackhole"),
+        (RouteType::Prohibit, _) => Taken::Refused("prohibited"),
+        (RouteType::Unreachable, _) => Taken::Refused("unreachable"),
+        (_, Some(link)) => Taken::Out { device: link.name, gateway },
+        (_, None) => Taken::Refused("there is no route"),
+    })
+}
+
 /// True for a route that has our mark: our protocol, the sixth byte of a `struct rtmsg`.
 pub(super) fn is_ours(frame: &Frame<'_>) -> bool {
     frame.body.get(5) == Some(&ROUTE_PROTOCOL)

@@ -60,7 +60,7 @@ impl Pinger {
     }
 }
 
-fn open(at: IpAddr, kind: SockType) -> io::Result<OwnedFd> {
+pub(crate) fn open(at: IpAddr, kind: SockType) -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC;
     match at {
         IpAddr::V4(ip) => {

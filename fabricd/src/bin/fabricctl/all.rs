@@ -97,7 +97,7 @@ fn said(answer: &NodeAnswer) -> (String, Tone) {
         Some(Said::Status(status)) => of_status(status),
         Some(Said::Mesh(mesh)) => of_mesh(mesh),
         Some(Said::Checks(checks)) => of_checks(checks),
-        Some(Said::Explain(way)) => (format!("{} hops", way.hops.len()), Tone::Good),
+        Some(Said::Explain(path)) => (format!("{} hops", path.hops.len()), Tone::Good),
     }
 }
 

@@ -1,4 +1,4 @@
-//! The way to the daemon of this node.
+//! The connection to the daemon of this node.
 
 use std::path::{Path, PathBuf};
 

@@ -1,39 +1,64 @@
-//! `fabricctl doctor`: looks for what is wrong on this node, and packs what others need to look for it.
+//! `fabricctl doctor`: looks for what is wrong on this node.
+//!
+//! The daemon makes the checks. Where none answers this program makes those that need no daemon, and before one ever ran
+//! (`--preflight`) those that say whether it can.
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::Context as _;
+use clap::Args;
 use fabric_proto::Word as _;
-use fabric_proto::v1::{
-    Check, CheckResult, DiagnoseRequest, GetKernelStateRequest, GetMeshRequest, GetStatusRequest, ListLeasesRequest,
-    WatchEventsRequest,
-};
-use serde::Serialize;
+use fabric_proto::v1::{Check, CheckResult, DiagnoseRequest};
+use fabricd::api::convert;
+use fabricd::config::Config;
+use fabricd::diagnosis::standalone::{self, Made};
+use tokio::time::timeout;
 
 use crate::output::{Output, Screen, Tone};
 use crate::table::cut;
-use crate::{Answer, NOT_ALL_WELL, daemon, print};
+use crate::{Answer, NOT_ALL_WELL, bundle, daemon, print};
+
+/// How long the daemon may take until its next check, some of which send packets or ask the store.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What is looked for, and what is shown of it.
+#[derive(Clone, Debug, Args)]
+pub struct DoctorArgs {
+    /// Only warnings and failures
+    #[arg(short, long)]
+    quiet: bool,
+    /// Check whether fabricd can run on this host, before it does; asks no daemon
+    #[arg(long)]
+    preflight: bool,
+    /// Write a support bundle, a tar archive without secrets
+    #[arg(long, value_name = "FILE")]
+    bundle: Option<PathBuf>,
+}
 
 /// Prints each check when it is made; exit code 4 when one has failed.
-pub async fn show(socket: &Path, output: Output, quiet: bool, bundle: Option<&Path>) -> anyhow::Result<Answer> {
-    let mut stream = daemon::connect(socket).await?.diagnose(DiagnoseRequest {}).await?.into_inner();
-    let mut checks = vec![];
-    while let Some(check) = stream.message().await? {
-        let looks = !quiet || matches!(check.result(), CheckResult::Warning | CheckResult::Failed);
-        if looks && !print(&output.show_next(&check, |screen| line(screen, &check))?) {
-            break;
+pub async fn show(socket: &Path, output: Output, args: &DoctorArgs) -> anyhow::Result<Answer> {
+    let mut report = Report { output, quiet: args.quiet, checks: vec![] };
+    let asked = if args.preflight { Err("it was not asked".to_owned()) } else { ask(socket, &mut report).await };
+    match (&asked, args.preflight) {
+        (Ok(()), _) => {}
+        (Err(_), true) => report.take(standalone::preflight(&settings()).await)?,
+        (Err(why), false) => {
+            report.checks.clear();
+            report.take(standalone::without_daemon(&settings(), why).await)?;
         }
-        checks.push(check);
     }
-    let failed = checks.iter().filter(|check| check.result() == CheckResult::Failed).count();
-    let warned = checks.iter().filter(|check| check.result() == CheckResult::Warning).count();
+    let count = |result: CheckResult| report.checks.iter().filter(|check| check.result() == result).count();
+    let (failed, warned) = (count(CheckResult::Failed), count(CheckResult::Warning));
     let mut text = String::new();
     if matches!(output, Output::Table | Output::Wide) {
-        let _ = writeln!(text, "\n{} checks, {failed} failed, {warned} warnings", checks.len());
+        let _ = writeln!(text, "\n{} checks, {failed} failed, {warned} warnings", report.checks.len());
+        if asked.is_err() && !args.preflight {
+            let _ = writeln!(text, "The daemon doesn't answer: these are the checks that need none.");
+        }
     }
-    if let Some(file) = bundle {
-        pack(socket, file, &checks).await?;
+    if let Some(file) = &args.bundle {
+        bundle::pack(asked.is_ok().then_some(socket), file, &report.checks).await?;
         let _ = writeln!(
             text,
             "{} has it all: there are no keys or passwords in it, but addresses and names",
@@ -41,6 +66,48 @@ pub async fn show(socket: &Path, output: Output, quiet: bool, bundle: Option<&Pa
         );
     }
     Ok(Answer::well_if(failed == 0, text, NOT_ALL_WELL))
+}
+
+/// Checks as they come.
+struct Report {
+    output: Output,
+    quiet: bool,
+    checks: Vec<Check>,
+}
+
+impl Report {
+    fn add(&mut self, check: Check) -> anyhow::Result<()> {
+        let looks = !self.quiet || matches!(check.result(), CheckResult::Warning | CheckResult::Failed);
+        if looks {
+            print(&self.output.show_next(&check, |screen| line(screen, &check))?);
+        }
+        self.checks.push(check);
+        Ok(())
+    }
+
+    fn take(&mut self, made: Vec<Made>) -> anyhow::Result<()> {
+        made.into_iter().try_for_each(|(id, title, finding)| self.add(convert::check(id, title, finding)))
+    }
+}
+
+/// The daemon's checks; the reason when it doesn't answer.
+async fn ask(socket: &Path, report: &mut Report) -> Result<(), String> {
+    let hangs = |_| format!("no answer within {} s", PATIENCE.as_secs());
+    let told = |status: tonic::Status| status.message().to_owned();
+    let client = timeout(PATIENCE, daemon::connect(socket)).await.map_err(hangs)?;
+    let mut client = client.map_err(|error| format!("{error:#}"))?;
+    let stream = timeout(PATIENCE, client.diagnose(DiagnoseRequest {})).await.map_err(hangs)?;
+    let mut stream = stream.map_err(told)?.into_inner();
+    while let Some(check) = timeout(PATIENCE, stream.message()).await.map_err(hangs)?.map_err(told)? {
+        report.add(check).map_err(|error| error.to_string())?;
+    }
+    Ok(())
+}
+
+/// The daemon's settings, by the files and variables that its service reads.
+fn settings() -> Result<Config, String> {
+    let named = |(mut config, _): (Config, _)| config.fill_in_name().map(|()| config);
+    Config::of_host(None).and_then(named).map_err(|error| error.to_string())
 }
 
 /// A check in a line, with evidence and fix below when something is wrong.
@@ -52,8 +119,10 @@ pub fn line(screen: &Screen, check: &Check) -> String {
         CheckResult::Skipped | CheckResult::Unspecified => ("skipped", Tone::Plain),
     };
     let padding = " ".repeat(8 - word.len());
+    let indent = format!("\n{}", " ".repeat(8 + 17 + check.title.chars().count() + 2));
     let told = format!("{:16} {}: {}", check.id, check.title, check.evidence);
     // Of what is wrong everything is said; what isn't takes a line.
+    let told = told.replace('\n', &indent);
     let told = if check.fix.is_empty() {
         cut(&told, screen.width.map_or(usize::MAX, |width| width.saturating_sub(8)))
     } else {
@@ -64,35 +133,6 @@ pub fn line(screen: &Screen, check: &Check) -> String {
         let _ = writeln!(text, "        {} {fix}", if place == 0 { "fix:" } else { "    " });
     }
     text
-}
-
-/// Writes an archive of what the daemon shows. It shows no secret, so there is none in it.
-async fn pack(socket: &Path, file: &Path, checks: &[Check]) -> anyhow::Result<()> {
-    let mut client = daemon::connect(socket).await?;
-    let told = || format!("cannot write {}", file.display());
-    let mut archive = tar::Builder::new(std::fs::File::create(file).with_context(told)?);
-    add(&mut archive, "checks.json", &checks)?;
-    add(&mut archive, "status.json", &client.get_status(GetStatusRequest {}).await?.into_inner())?;
-    add(&mut archive, "leases.json", &client.list_leases(ListLeasesRequest {}).await?.into_inner())?;
-    add(&mut archive, "mesh.json", &client.get_mesh(GetMeshRequest {}).await?.into_inner())?;
-    let kernel = client.get_kernel_state(GetKernelStateRequest { entries: true }).await?.into_inner();
-    add(&mut archive, "kernel.json", &kernel)?;
-    let mut stream = client.watch_events(WatchEventsRequest { follow: false }).await?.into_inner();
-    let mut events = vec![];
-    while let Some(event) = stream.message().await? {
-        events.push(event);
-    }
-    add(&mut archive, "events.json", &events)?;
-    archive.into_inner().and_then(|file| file.sync_all()).with_context(told)
-}
-
-fn add<T: Serialize + ?Sized>(archive: &mut tar::Builder<std::fs::File>, name: &str, value: &T) -> anyhow::Result<()> {
-    let json = serde_json::to_vec_pretty(value)?;
-    let mut header = tar::Header::new_gnu();
-    header.set_size(json.len().try_into()?);
-    header.set_mode(0o600);
-    header.set_mtime(std::time::UNIX_EPOCH.elapsed()?.as_secs());
-    Ok(archive.append_data(&mut header, format!("fabricd/{name}"), json.as_slice())?)
 }
 
 /// The word of a result, for other commands.

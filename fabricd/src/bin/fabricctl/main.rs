@@ -1,6 +1,7 @@
 //! `fabricctl`: shows what the daemon of this node sees, and sets up network and leases in the datastore.
 
 mod all;
+mod bundle;
 mod daemon;
 mod doctor;
 mod events;
@@ -105,20 +106,16 @@ enum Command {
         #[command(flatten)]
         whom: AllArgs,
     },
-    /// Check this node, and print a fix for each problem
+    /// Check this node, and print a fix for each problem; works without a daemon, too
     Doctor {
         #[command(flatten)]
         form: OutputArg,
-        /// Only warnings and failures
-        #[arg(short, long)]
-        quiet: bool,
+        #[command(flatten)]
+        what: doctor::DoctorArgs,
         #[command(flatten)]
         whom: AllArgs,
-        /// Write a support bundle, a tar archive without secrets
-        #[arg(long, value_name = "FILE")]
-        bundle: Option<PathBuf>,
     },
-    /// Path of a packet from a pod to an address, and where it is lost
+    /// Path of a packet from a pod to an address, and where it is lost; sends one, too
     Explain {
         /// Source address
         source: IpAddr,
@@ -226,9 +223,7 @@ async fn run(command: Command, socket: &Path) -> anyhow::Result<Answer> {
         Command::Leases { form, watch: false } => peers::leases(socket, form.output).await,
         Command::Leases { form, watch: true } => peers::watch_leases(socket, form.output).await,
         Command::Mesh { form, peers, probe, .. } => mesh::show(socket, form.output, peers, probe).await,
-        Command::Doctor { form, quiet, bundle, .. } => {
-            doctor::show(socket, form.output, quiet, bundle.as_deref()).await
-        }
+        Command::Doctor { form, what, .. } => doctor::show(socket, form.output, &what).await,
         Command::Explain { source, target, form } => explain::show(socket, form.output, source, target).await,
         Command::Top { once, form, .. } if once || form.output.is_data() => top::once(socket, form.output).await,
         Command::Top { every, .. } => top::run(socket, Duration::from_secs(every)).await,

@@ -13,6 +13,7 @@ pub(super) mod drops;
 mod encode;
 mod expr;
 mod read;
+pub(super) mod service;
 pub(super) mod watch;
 
 use std::io;

@@ -1,24 +1,38 @@
-//! The way of a packet from one pod to another, as far as this node decides on it.
+//! The path of a packet from a pod, as far as this node decides on it: what is read of it, and what became of real
+//! packets that this node sends on it.
 //!
 //! ```text
-//!   the node of the source:  veth ▸ bridge ▸ lease ▸ route ▸ nexthop ▸ neighbour ▸ fdb ▸ filter ▸ underlay
-//!   the node of the target:  filter ▸ device ▸ bridge ▸ veth, and the same way back
+//!   the node of the source:  bridge ▸ veth ▸ lease ▸ route ▸ nexthop ▸ neighbour ▸ fdb ▸ filter ▸ underlay
+//!   the node of the target:  filter ▸ device ▸ bridge ▸ veth, and the same path back
+//!   out of the network:      bridge ▸ veth ▸ address ▸ route ▸ filter ▸ masquerade
 //! ```
+
+mod outside;
+mod pod;
+mod probes;
+mod route;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use fabric_core::attachments::DEFAULT_BRIDGE;
 use fabric_core::leases::Lease;
 use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::rules::TableFamily;
 use fabric_core::rules::senders;
 use fabric_core::state::{KernelState, Via, VxlanLink};
 
+pub use self::outside::Place;
+use self::probes::Probes;
+use self::route::FromPod;
 use super::{Outcome, Scene};
-use crate::kernel;
 use crate::mesh::Cause;
 use crate::view::PeerTrouble;
+
+/// The layer of hops that are packets which were sent.
+pub const PACKET: &str = "packet";
 
 /// One thing that decides on a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +54,10 @@ impl Hop {
 
     fn failed(layer: &'static str, found: impl Into<String>, expected: impl Into<String>) -> Self {
         Self { layer, found: found.into(), outcome: Outcome::Failed, expected: expected.into() }
+    }
+
+    fn doubtful(layer: &'static str, found: impl Into<String>, expected: impl Into<String>) -> Self {
+        Self { layer, found: found.into(), outcome: Outcome::Warning, expected: expected.into() }
     }
 
     fn unknown(layer: &'static str, found: impl Into<String>) -> Self {
@@ -72,104 +90,79 @@ impl Question {
     }
 }
 
-/// The hops on this node. Reads files and asks the kernel: for a thread that may wait.
+/// Where a packet of this path can be sent from by a program that may enter the pod's network namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sender {
+    /// The pod's network namespace, as the container runtime named it.
+    pub netns: PathBuf,
+    /// The pod's address.
+    pub from: IpAddr,
+    /// The other end.
+    pub to: IpAddr,
+    /// Whether the other end is no pod: then the daemons send it nothing, and it may answer no pings.
+    pub outside: bool,
+}
+
+/// The pod of this node that can send on this path: the source's, else, the other way round, the target's.
+#[must_use]
+pub fn sender(scene: &Scene, question: &Question) -> Option<Sender> {
+    let Question { source, target, from, to } = question;
+    let own = scene.view.holding.own.as_ref().map(|own| own.key)?;
+    let ours = |lease: &Option<Arc<Lease>>| lease.as_ref().is_some_and(|lease| lease.key == own);
+    let place = to.is_none().then(|| Place::of(scene, *target));
+    let (pod, other) = match (ours(from), ours(to)) {
+        // kube-proxy answers no pings in its Services' place.
+        (true, _) if !matches!(place, Some(Place::Service | Place::Nobodys)) => (*source, *target),
+        (false, true) if from.is_some() => (*target, *source),
+        _ => return None,
+    };
+    let netns = scene.addresses().ok()?.pod_with(pod)?.saved.netns.clone().unwrap_or_default();
+    Some(Sender { netns, from: pod, to: other, outside: place.is_some() })
+}
+
+/// The hops on this node. Reads files, asks the kernel, and sends packets: for a thread that may wait.
 #[must_use]
 pub fn explain(scene: &Scene, question: &Question) -> Vec<Hop> {
+    let Question { source, target, from, to } = question;
     let own = scene.view.holding.own.as_ref().map(|own| own.key);
     let ours = |lease: &Option<Arc<Lease>>| lease.as_ref().is_some_and(|lease| Some(lease.key) == own);
+    if !ours(from) && !ours(to) {
+        return vec![];
+    }
+    let in_network = [(source, from), (target, to)].into_iter().filter(|(_, lease)| lease.is_some());
+    let probes = Probes::send(scene, &in_network.map(|(ip, _)| *ip).collect::<Vec<_>>());
     let mut hops = vec![];
-    if ours(&question.from) {
-        hops.extend(pod(scene, question.source));
-        if ours(&question.to) {
-            hops.extend(pod(scene, question.target));
-        } else {
-            hops.extend(towards(scene, question.target, question.to.as_deref()));
+    if ours(from) {
+        hops.extend(pod::hops(scene, *source, &probes));
+        let from_pod = FromPod { ip: *source, bridge: bridge_of(scene, *source) };
+        match to {
+            Some(_) if ours(to) => hops.extend(pod::hops(scene, *target, &probes)),
+            Some(lease) => hops.extend(towards(scene, from_pod, *target, lease, &probes)),
+            None => hops.extend(outside::hops(scene, from_pod, *target)),
         }
-    } else if ours(&question.to) {
+    } else {
         hops.extend(arrival(scene, question));
-        hops.extend(pod(scene, question.target));
+        hops.extend(pod::hops(scene, *target, &probes));
         // What is answered goes back.
-        hops.extend(towards(scene, question.source, question.from.as_deref()));
+        if let Some(lease) = from {
+            let from_pod = FromPod { ip: *target, bridge: bridge_of(scene, *target) };
+            hops.extend(towards(scene, from_pod, *source, lease, &probes));
+        }
     }
     hops
 }
 
-/// The bridge and the veth of a pod of this node.
-fn pod(scene: &Scene, ip: IpAddr) -> Vec<Hop> {
-    let Some(observed) = &scene.looked.observed else {
-        return vec![Hop::unknown("bridge", "the kernel can't be read")];
-    };
-    let addresses = match scene.addresses() {
-        Ok(addresses) => addresses,
-        Err(why) => return vec![Hop::unknown("veth", why)],
-    };
-    let pod = addresses.pod_with(ip);
-    let Some(name) = pod.map_or_else(|| addresses.bridges.first().copied(), |pod| pod.saved.bridge) else {
-        return vec![Hop::unknown("bridge", format!("the pod with {ip} is attached to no bridge"))];
-    };
-    let own = scene.view.holding.own.as_ref().and_then(|own| own.key.subnets().get(Family::of(ip)).copied());
-    let bridge = observed.host.links.iter().find(|link| link.name == name);
-    let mut hops = vec![match (bridge, own) {
-        (None, _) => Hop::failed(
-            "bridge",
-            format!("there is no {name}"),
-            "the CNI plugin makes it with the first pod: is there one?",
-        ),
-        (Some(link), _) if !link.up => {
-            Hop::failed("bridge", format!("{name} is down"), format!("ip link set {name} up"))
-        }
-        (Some(link), Some(own)) if !link.addresses.iter().any(|(_, prefix)| *prefix == own) => Hop::failed(
-            "bridge",
-            format!("{name} has {}", list(link.addresses.iter().map(|(_, prefix)| prefix.to_string()))),
-            format!("an address of {own}: remove this node's pods, then ip link del {name}"),
-        ),
-        (Some(link), _) => {
-            Hop::fine("bridge", format!("{name} up, {}", list(link.addresses.iter().map(|(ip, _)| ip.to_string()))))
-        }
-    }];
-    let taken = addresses.attached.iter().chain(&addresses.leaked).find(|entry| entry.ip == ip);
-    hops.push(match (pod, taken) {
-        (Some(pod), _) => {
-            let ports = pod.saved.attached.as_ref().map_or(&[] as &[String], |attached| &attached.ports);
-            let there = observed.bridges.get(&name);
-            let attached = |port: &String| there.is_some_and(|all| all.iter().any(|name| name.as_str() == port));
-            let (ports, container) = (ports.join(" "), &pod.owner.container);
-            if ports.split(' ').map(str::to_owned).any(|port| attached(&port)) {
-                Hop::fine("veth", format!("{ports} on {name}, of container {container}"))
-            } else {
-                Hop::failed(
-                    "veth",
-                    format!("container {container} should be at {ports}, which is not on {name}"),
-                    "recreate the pod",
-                )
-            }
-        }
-        (None, Some(entry)) => {
-            let container = entry.owner.as_ref().map_or("no container", |owner| &owner.container);
-            Hop::unknown(
-                "veth",
-                format!("by {} {container} has {ip}; no attachment is saved for it", entry.file.display()),
-            )
-        }
-        (None, None) => Hop::failed(
-            "veth",
-            format!("no pod of this node has {ip}"),
-            "is the pod still there? kubectl get pod -o wide",
-        ),
-    });
-    hops
+/// The bridge that the pod with this address is attached to.
+fn bridge_of(scene: &Scene, ip: IpAddr) -> IfName {
+    let addresses = scene.addresses().unwrap_or_default();
+    let own = addresses.pod_with(ip).and_then(|pod| pod.saved.bridge);
+    let bridge = own.or_else(|| scene.pod_bridges().first().copied());
+    bridge.unwrap_or_else(|| DEFAULT_BRIDGE.parse().expect("a valid name"))
 }
 
 /// From this node to the one that has `ip`.
-fn towards(scene: &Scene, ip: IpAddr, lease: Option<&Lease>) -> Vec<Hop> {
+fn towards(scene: &Scene, from: FromPod, ip: IpAddr, lease: &Lease, probes: &Probes) -> Vec<Hop> {
     let family = Family::of(ip);
-    let Some(lease) = lease else {
-        return vec![Hop::failed(
-            "lease",
-            format!("no node has a lease with {ip}"),
-            "is it a pod's address? fabricctl leases",
-        )];
-    };
     let name = lease.record.node().map_or_else(|| "a flannel node".to_owned(), ToString::to_string);
     let (Some(subnet), endpoints) = (lease.key.subnets().get(family).copied(), lease.record.endpoints()) else {
         return vec![Hop::failed("lease", lease.key.to_string(), format!("a subnet of {family}"))];
@@ -192,22 +185,38 @@ fn towards(scene: &Scene, ip: IpAddr, lease: Option<&Lease>) -> Vec<Hop> {
         hops.push(Hop::unknown("route", format!("nothing is planned: {}", scene.looked.blocked)));
         return hops;
     };
-    hops.extend(entries(&wanted.state, &observed.ours, subnet, ip));
-    let forward = observed.forward_drops.iter().find(|drop| drop.family == family);
-    hops.push(match forward {
-        Some(drop) => Hop::failed(
-            "filter",
-            format!("{} drops forwarded {family} packets", drop.chain),
-            drop.remedy.replace('\n', "; "),
-        ),
-        None => Hop::fine("filter", "no chain drops forwarded packets by its policy"),
-    });
+    hops.extend(entries(scene, from, &wanted.state, &observed.ours, subnet, ip));
+    hops.extend(forward_chains(scene, family));
     hops.push(underlay(scene, lease, family));
+    hops.extend(probes.hop(ip));
     hops
 }
 
+/// What chains of others do with forwarded packets.
+fn forward_chains(scene: &Scene, family: Family) -> Option<Hop> {
+    let observed = scene.looked.observed.as_ref()?;
+    let network = scene.view.network?.spaces.get(family)?.network.to_string();
+    let forward = observed.forward_drops.iter().find(|drop| drop.family == family);
+    Some(match forward {
+        Some(drop) => Hop::failed(
+            "filter",
+            format!("{} drops forwarded {family} packets", drop.chain),
+            format!("rules that accept the pods' packets:\n{}", drop.remedy.replace("{network}", &network)),
+        ),
+        None => Hop::fine("filter", "no chain drops forwarded packets by its policy"),
+    })
+}
+
 /// Route, nexthop, neighbour and FDB entry: what is there beside what should be.
-fn entries(wanted: &KernelState, had: &KernelState, subnet: Subnet, ip: IpAddr) -> Vec<Hop> {
+fn entries(
+    scene: &Scene,
+    from: FromPod,
+    wanted: &KernelState,
+    had: &KernelState,
+    subnet: Subnet,
+    ip: IpAddr,
+) -> Vec<Hop> {
+    let routed = |device| route::hop(scene, from, ip, Some(device)).0;
     let mut hops = vec![];
     let via = wanted.routes.get(&subnet);
     hops.push(compare("route", had.routes.get(&subnet).map(via_line), via.map(via_line), &subnet.to_string()));
@@ -221,13 +230,13 @@ fn entries(wanted: &KernelState, had: &KernelState, subnet: Subnet, ip: IpAddr) 
         }
         Some(Via::Gateway(nexthop)) => Some(*nexthop),
         Some(Via::Direct(nexthop)) => {
-            hops.push(routed(ip, nexthop.dev));
+            hops.push(routed(nexthop.dev));
             return hops;
         }
         Some(Via::Other(_)) | None => None,
     };
     let Some(nexthop) = nexthop else { return hops };
-    hops.push(routed(ip, nexthop.dev));
+    hops.push(routed(nexthop.dev));
     let key = (nexthop.dev, nexthop.gateway);
     let mac = wanted.neighbours.get(&key).copied();
     let line =
@@ -245,24 +254,6 @@ fn entries(wanted: &KernelState, had: &KernelState, subnet: Subnet, ip: IpAddr) 
     };
     hops.push(compare("device", link(had), link(wanted), key.0.as_str()));
     hops
-}
-
-/// What the kernel itself says: somebody's more specific route or rule may lead packets elsewhere.
-fn routed(ip: IpAddr, dev: IfName) -> Hop {
-    match kernel::route_to(ip) {
-        Err(error) => Hop::failed(
-            "route",
-            format!("ip route get {ip}: {error}"),
-            format!("dev {dev}; who leads it astray: ip rule; ip route show table all"),
-        ),
-        Ok(Some((by, _))) if by != dev => Hop::failed(
-            "route",
-            format!("ip route get {ip}: dev {by}"),
-            format!("dev {dev}; who leads it astray: ip rule; ip route show table all"),
-        ),
-        Ok(Some((by, source))) => Hop::fine("route", format!("ip route get {ip}: dev {by} src {source}")),
-        Ok(None) => Hop::failed("route", format!("ip route get {ip}: nowhere"), format!("dev {dev}")),
-    }
 }
 
 fn compare(layer: &'static str, had: Option<String>, wanted: Option<String>, what: &str) -> Hop {
@@ -287,13 +278,13 @@ fn via_line(via: &Via) -> String {
     }
 }
 
-/// What the mesh knows of the way.
+/// What the mesh knows of the path.
 fn underlay(scene: &Scene, lease: &Lease, family: Family) -> Hop {
     let overlay = lease.key.subnets().get(family).map(|subnet| subnet.base());
     let mut hop = Hop::unknown("underlay", "not probed yet: see fabricctl mesh");
-    scene.mesh.each(|way| {
-        if Some(way.target.overlay) == overlay {
-            let (verdict, host) = (way.verdict(), way.target.public_ip);
+    scene.mesh.each(|path| {
+        if Some(path.target.overlay) == overlay {
+            let (verdict, host) = (path.verdict(), path.target.public_ip);
             hop = match verdict.cause {
                 Cause::Unknown => hop.clone(),
                 cause if cause.hurts() => {
@@ -301,7 +292,7 @@ fn underlay(scene: &Scene, lease: &Lease, family: Family) -> Hop {
                 }
                 cause => Hop::fine(
                     "underlay",
-                    format!("{host}: {}, packets of {} bytes come through", cause.word(), way.path_mtu),
+                    format!("{host}: {}, packets of {} bytes come through", cause.word(), path.path_mtu),
                 ),
             };
         }
