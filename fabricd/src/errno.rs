@@ -7,10 +7,11 @@ use nix::errno::Errno;
 /// An error as `Operation not permitted (EPERM)`; one without a number in its own words.
 #[must_use]
 pub fn named(error: &io::Error) -> String {
-    match error.raw_os_error().map(Errno::from_raw) {
-        None => error.to_string(),
-        Some(Errno::UnknownErrno) => format!("error {}", error.raw_os_error().unwrap_or_default()),
-        Some(errno) => format!("{} ({errno:?})", errno.desc()),
+    let (text, Some(number)) = (error.to_string(), error.raw_os_error()) else { return error.to_string() };
+    let text = text.strip_suffix(&format!(" (os error {number})")).unwrap_or(&text);
+    match Errno::from_raw(number) {
+        Errno::UnknownErrno => text.to_owned(),
+        errno => format!("{text} ({errno:?})"),
     }
 }
 
@@ -34,7 +35,7 @@ mod tests {
     #[test]
     fn numbers_have_names() {
         assert_eq!(named(&io::Error::from_raw_os_error(libc::EROFS)), "Read-only file system (EROFS)");
-        assert_eq!(named(&io::Error::from_raw_os_error(41)), "error 41");
+        assert_eq!(named(&io::Error::from_raw_os_error(41)), "Unknown error 41");
         assert_eq!(named(&io::Error::other("torn")), "torn");
         assert!(unwritable(&io::Error::from_raw_os_error(libc::ENOSPC)).contains("df -h"));
     }

@@ -164,15 +164,18 @@ fn whoever_has_the_udp_port_is_named_with_what_clears_it() -> Result<()> {
 
     node.stop_fabricd()?;
     node.run(&["ip", "link", "del", "fabric.1"])?;
-    let hog = "use Socket; socket(S, AF_INET, SOCK_DGRAM, 0) or die; bind(S, sockaddr_in(8472, INADDR_ANY)) or die; sleep 600";
+    // The kernel closes a device's socket a moment after the device.
+    let hog = "use Socket; socket(S, AF_INET, SOCK_DGRAM, 0) or die $!;
+        until (bind(S, sockaddr_in(8472, INADDR_ANY))) { select(undef, undef, undef, 0.05) } sleep 600";
     node.start_service("hog", &["perl", "-e", hog], &[])?;
+    // The command of the reason shows the program.
+    wait_until("the port is taken", SOON, || {
+        ensure!(node.run(&["sh", "-ec", "ss -ulpn 'sport = :8472'"])?.contains("perl"), "{}", node.log_tail("hog"));
+        Ok(())
+    })?;
     node.start_fabricd()?;
     let told = reason(&node, "UDP port 8472 is taken by another program: see ss -ulpn 'sport = :8472'")?;
     ensure!(!told.contains("os error"), "{told}");
-    wait_until("the command shows the program", SOON, || {
-        ensure!(node.run(&["sh", "-ec", "ss -ulpn 'sport = :8472'"])?.contains("perl"));
-        Ok(())
-    })?;
     node.end("hog", Signal::SIGKILL)?;
     node.wait_ready()
 }
