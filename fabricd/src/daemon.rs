@@ -3,14 +3,12 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, bail};
 use fabric_core::diff::diff;
 use fabric_core::handoff::Readiness;
-use fabric_core::holding::{Expect, Instance};
-use fabric_core::leases::LeaseSet;
-use fabric_core::record::LeaseKey;
+use fabric_core::holding::Instance;
 use fabric_core::rules::Ruleset;
 use fabric_core::rules::change::change;
 use fabric_core::state::KernelState;
@@ -30,15 +28,15 @@ use crate::files::{Files, remove_if_there};
 use crate::ipam::NodePods;
 use crate::kernel::Kernel as _;
 use crate::kernel::netlink::{self, Netlink};
-use crate::lease::{Keeper, Tenant};
+use crate::lease::{GivenBack, Hosts, Keeper, Leaver, Tenant};
 use crate::leftovers::Leftovers;
 use crate::lock::{self, Holder, Lock};
 use crate::log_level::LogLevel;
 use crate::mesh::Mesh;
 use crate::reconcile::{Node, Reconciler};
+use crate::store::LeaseStore;
 use crate::store::etcd::Etcd;
 use crate::store::kubernetes::Kubernetes;
-use crate::store::{Claim, LeaseStore};
 use crate::{api, events, health, mesh, ports};
 
 /// How long `--cleanup` waits for the store before it leaves the lease to end by itself.
@@ -89,6 +87,8 @@ async fn serve(
         ttl: config.lease_ttl,
         grace: config.lease_grace,
         pods: NodePods::new(config.cni_dirs()),
+        since: events::unix_millis(SystemTime::now()) / 1000,
+        hosts: Hosts::of_underlay(),
     };
     let keeper = Keeper::new(store.clone(), tenant, before.lease.clone());
     let node = Node {
@@ -200,9 +200,19 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
     let leftovers = Leftovers::of_node(&config.run_dir, &config.cni_data_dir);
     // No pod may be added while the rest goes.
     Files::new(&config.run_dir, &config.subnet_file).remove()?;
-    Disk::new(&config.state_dir, config.node()).remove()?;
+    let disk = Disk::new(&config.state_dir, config.node());
+    let remembered = Uptime::now().ok().and_then(|now| disk.load(&now).lease);
+    disk.remove()?;
 
     let observed = kernel.observe().await?;
+    let has = observed.host.links.iter().flat_map(|link| link.addresses.iter().map(|(ip, _)| *ip));
+    let leaver = Leaver {
+        node: config.node().clone(),
+        instance: instance()?,
+        addresses: has.chain(config.public_ips().values().copied()).collect(),
+        remembered,
+        ttl: config.lease_ttl,
+    };
     // Forwarding and the like stay: others may need them by now.
     let plan = diff(&KernelState::default(), &observed.ours);
     let mut refused = vec![];
@@ -224,13 +234,17 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
 
     let released = timeout(GIVE_UP, async {
         match config.store {
-            StoreKind::Etcd => release(&config, Etcd::start(config.etcd.options()?)).await,
-            StoreKind::Kubernetes => release(&config, Kubernetes::start(config.kubernetes())).await,
+            StoreKind::Etcd => leaver.give_back(&Etcd::start(config.etcd.options()?)).await,
+            StoreKind::Kubernetes => leaver.give_back(&Kubernetes::start(config.kubernetes())).await,
         }
     });
     match released.await {
-        Ok(Ok(Some(key))) => println!("lease of {key} given back"),
-        Ok(Ok(None)) => println!("this node, {}, holds no lease", config.node()),
+        Ok(Ok(GivenBack::Released(key))) => println!("lease of {key} given back"),
+        Ok(Ok(GivenBack::Nothing)) => println!("this node, {}, holds no lease", config.node()),
+        Ok(Ok(GivenBack::Anothers(key, there))) => println!(
+            "{key} is leased to {node} at {there}, not to this machine; if that one is gone: fabricctl lease release {node}",
+            node = config.node()
+        ),
         Ok(Err(error)) => warn!(%error, "lease not given back, it ends by itself"),
         Err(_) => warn!(store = ?config.store, "store not reached, the lease ends by itself"),
     }
@@ -241,27 +255,6 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
         Some(first) => Err(first).context("not everything could be removed"),
         None => Ok(()),
     }
-}
-
-/// Claims this node's record, whoever wrote it last, to give it back: so it goes only as long as it is this node's.
-async fn release(config: &Config, store: impl LeaseStore) -> anyhow::Result<Option<LeaseKey>> {
-    let mut leases = store.leases();
-    let leases: Arc<LeaseSet> = leases.wait_for(Option::is_some).await?.clone().expect("waited for");
-    let Some(lease) = leases.of_node(config.node()) else { return Ok(None) };
-    let claim = Claim {
-        node: config.node().clone(),
-        key: lease.key,
-        record: lease.record.clone(),
-        expect: Expect::Revision(lease.mod_revision),
-        seen_revision: leases.revision(),
-        outdated: false,
-        evict: vec![],
-        ttl: config.lease_ttl,
-        lease_id: fastrand::i64(1..),
-    };
-    let grant = store.claim(&claim).await?;
-    store.release(&grant).await?;
-    Ok(Some(lease.key))
 }
 
 fn open_kernel(config: &Config) -> anyhow::Result<Netlink> {

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::leases::{Entry, LeaseSet};
-use fabric_core::model::{NodeName, stable_hash};
+use fabric_core::model::{NodeName, Subnet, stable_hash};
 use fabric_core::network::{NetworkConfig, NetworkDocument};
 use fabric_core::record::{Backend, LeaseKey, Record};
 use serde::de::DeserializeOwned;
@@ -98,6 +98,9 @@ struct LeaseState {
     /// Seconds since this boot at which the lease ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     expires: Option<(String, u64)>,
+    /// What pods had that a person has cut off: addresses and subnets.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    left: Vec<Subnet>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -186,10 +189,15 @@ impl Disk {
     pub fn load(&self, now: &Uptime) -> State {
         let mut state = State::default();
         if let Some((network, lease)) = self.read(LEASE, |lease: LeaseState| self.understand(lease, now)) {
-            (state.network, state.lease) = (Some(network), Some(lease));
+            // Under another name, in another boot, it may be a copy of another node's disk.
+            let is_ours = lease.formerly.is_none() || lease.this_boot;
+            (state.network, state.lease) = (is_ours.then_some(network), Some(lease));
         }
+        let former = state.lease.as_ref().filter(|lease| lease.this_boot).and_then(|lease| lease.formerly.clone());
         state.leases = self.read(PEERS, |peers: StoredPeers| {
-            self.belongs(&peers.node)?;
+            if peers.node != self.node && Some(&peers.node) != former.as_ref() {
+                return Err(Unusable::OtherNode(peers.node.to_string()));
+            }
             let entries = peers.leases.into_iter().map(|StoredEntry(entry)| entry).collect();
             Ok(Arc::new(LeaseSet::snapshot(&LeaseSet::default(), entries, peers.revision)))
         });
@@ -223,6 +231,7 @@ impl Disk {
                 mark,
                 // A lease that was lost has ended now, whatever it said before.
                 expires: Some((now.boot.clone(), now.seconds + left.unwrap_or_default())),
+                left: holding.left.clone(),
             },
         )
     }
@@ -250,7 +259,6 @@ impl Disk {
     }
 
     fn understand(&self, lease: LeaseState, now: &Uptime) -> Result<(NetworkConfig, Remembered), Unusable> {
-        self.belongs(&lease.node)?;
         let wrong = |error: &dyn std::fmt::Display| Unusable::Content(error.to_string());
         let network = lease.network.validate().map_err(|e| wrong(&e))?;
         let key = LeaseKey::decode(&lease.subnets).map_err(|e| wrong(&e))?;
@@ -260,15 +268,18 @@ impl Disk {
             lease_id,
             ttl: Duration::from_secs(ttl_seconds),
         });
-        let this_boot = lease.expires.filter(|(boot, _)| *boot == now.boot);
-        let left = this_boot.map(|(_, end)| Duration::from_secs(end.saturating_sub(now.seconds)));
+        let ends = lease.expires.filter(|(boot, _)| *boot == now.boot);
+        let this_boot = ends.is_some();
+        let formerly = Some(lease.node).filter(|name| *name != self.node);
+        if let Some(former) = &formerly {
+            warn!(node = %self.node, %former, this_boot, "this node had another name when the state on disk was written");
+        }
+        let left = ends.map(|(_, end)| Duration::from_secs(end.saturating_sub(now.seconds)));
         let own = Own { key, endpoints: record.endpoints(), epoch: lease.epoch };
         let revision = mark.map_or(0, |mark| mark.mod_revision);
-        Ok((network, Remembered { own, mark, expires: left.map(|left| Instant::now() + left), revision }))
-    }
-
-    fn belongs(&self, node: &NodeName) -> Result<(), Unusable> {
-        if *node == self.node { Ok(()) } else { Err(Unusable::OtherNode(node.to_string())) }
+        let expires = left.map(|left| Instant::now() + left);
+        let left = lease.left;
+        Ok((network, Remembered { own, mark, expires, revision, left, formerly, this_boot }))
     }
 
     fn read<T: DeserializeOwned, U>(&self, name: &str, understand: impl FnOnce(T) -> Result<U, Unusable>) -> Option<U> {

@@ -18,7 +18,7 @@ fn holding() -> Holding {
     let own = Own { key, endpoints: PerFamily { v4: Some(endpoint), v6: None }, epoch: 7 };
     let mark = Mark { mod_revision: 41, lease_id: 77, ttl: Duration::from_secs(86_400) };
     let expires = Some(Instant::now() + Duration::from_secs(3600));
-    Holding { own: Some(own), mark: Some(mark), trouble: None, expires }
+    Holding { own: Some(own), mark: Some(mark), expires, ..Holding::default() }
 }
 
 fn leases(revision: i64) -> LeaseSet {
@@ -84,7 +84,9 @@ async fn file_that_cannot_be_used_is_set_aside_and_the_other_one_counts() {
     }
     let stranger = Disk::new(dir.path(), &"node-2".parse().unwrap());
     disk(&dir);
-    assert_eq!(stranger.load(&uptime("boot", 100)), State::default(), "a copied disk");
+    let copied = stranger.load(&uptime("another", 100));
+    let lease = copied.lease.expect("it may be this machine's after all");
+    assert_eq!((lease.formerly, lease.this_boot, copied.network, copied.leases), (Some(node()), false, None, None));
 }
 
 #[tokio::test(start_paused = true)]
@@ -128,4 +130,25 @@ async fn disk_follows_what_the_loop_sees_and_not_what_came_from_it() {
     disk.remove().unwrap();
     disk.remove().unwrap();
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn renamed_machine_finds_what_it_had_under_its_former_name() {
+    let dir = tempfile::tempdir().unwrap();
+    disk(&dir);
+    let renamed = Disk::new(dir.path(), &"renamed".parse().unwrap());
+    let state = renamed.load(&uptime("boot", 100));
+    let lease = state.lease.unwrap();
+    assert_eq!((lease.formerly, lease.this_boot), (Some(node()), true));
+    assert_eq!((Some(lease.own), state.network), (holding().own, Some(config())));
+    assert_eq!(state.leases.as_deref(), Some(&leases(50)));
+}
+
+#[test]
+fn what_a_person_cut_off_is_remembered() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = disk(&dir);
+    let left = vec!["10.244.9.0/24".parse().unwrap()];
+    disk.save_lease(&config(), &Holding { left: left.clone(), ..holding() }, &uptime("boot", 100)).unwrap();
+    assert_eq!(disk.load(&uptime("boot", 101)).lease.unwrap().left, left);
 }

@@ -319,6 +319,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 differs
             });
         }
+        view.warnings.extend(holding.rival.clone());
         let ours = observed.hazards.iter().filter(|(family, _)| network.spaces.get(*family).is_some());
         view.warnings.extend(ours.map(|(_, words)| words.clone()));
         let shut = self.rules.doors(&network, &observed);

@@ -11,7 +11,7 @@ use fabric_core::model::{NodeName, PerFamily};
 use fabric_core::network::NetworkConfig;
 use fabricd::ipam::{CniDirs, NodePods};
 use fabricd::kernel::links::HostLinks;
-use fabricd::lease::{Holding, Keeper, Tenant, Wanted};
+use fabricd::lease::{Holding, Hosts, Keeper, Tenant, Wanted};
 use fabricd::store::etcd::{Etcd, Options};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -51,6 +51,8 @@ impl Keepers {
             ttl: self.ttl,
             grace: Duration::from_secs(86_400),
             pods: pods_in(Path::new("/nonexistent")),
+            since: 0,
+            hosts: no_hosts(),
         };
         let keeper = Keeper::new(Arc::new(Etcd::start(self.etcd.clone())), tenant, None);
         let ip = Ipv4Addr::from_bits(Ipv4Addr::new(198, 18, 0, 0).to_bits() + n);
@@ -91,4 +93,10 @@ pub fn pods_in(addresses: &Path) -> NodePods {
         Ok(HostLinks { ports: [(bridge, [port].into())].into(), ..HostLinks::default() })
     };
     NodePods::with_links(CniDirs { addresses: addresses.into(), attachments: "/nonexistent".into() }, links)
+}
+
+/// An underlay on which nothing answers.
+#[must_use]
+pub fn no_hosts() -> Hosts {
+    Hosts::new(|_| Box::pin(async { false }))
 }

@@ -196,3 +196,119 @@ fn damaged_state_files_are_set_aside() -> Result<()> {
     }
     Ok(())
 }
+
+/// Two machines with one name: one that nobody has named, and one whose disk was copied.
+#[test]
+fn a_second_machine_of_one_name_waits_and_the_first_ones_pods_are_reached() -> Result<()> {
+    let (mut lab, nodes) = lab(2)?;
+    let (first, had) = (&nodes[0], nodes[0].subnet()?);
+    let (pod, other) = (first.add_pod("a")?, nodes[1].add_pod("a")?);
+    let stream = Stream::start(&other, &pod)?;
+    let record = lab.record(&had)?;
+    let second = lab.boot_node()?;
+    for copied in [false, true] {
+        if copied {
+            let state = first.path("/var/lib/fabric")?;
+            second.run(&["mkdir", "-p", "/var/lib/fabric"])?;
+            for file in fs::read_dir(state)? {
+                let file = file?;
+                fs::copy(file.path(), second.path("/var/lib/fabric")?.join(file.file_name()))?;
+            }
+        }
+        second.start_fabricd_with(&["--node-name", "node-1"], &[])?;
+        let told = second.wait_trouble("another machine that lives is called node-1 too")?;
+        let here = first.run(&["cat", "/proc/sys/kernel/random/boot_id"])?;
+        for word in [had.as_str(), here.trim(), "10.99.0.11", "10.99.0.13", "--node-name"] {
+            ensure!(told.contains(word), "{word} is not in {told}");
+        }
+        until("the first one says so too", || {
+            Ok(first.status_or_not()?["warnings"].to_string().contains("10.99.0.13"))
+        })?;
+        second.refuses_pod(if copied { "copied" } else { "early" })?;
+        second.stop_fabricd()?;
+        // Nor does its end take away what is not its own.
+        let removed = second.run(&["fabricd", "--cleanup", "--node-name", "node-1"])?;
+        ensure!(removed.contains("leased to node-1 at 10.99.0.11"), "{removed}");
+    }
+    ensure!(first.trouble()?.is_empty() && lab.record(&had)? == record, "the record was written");
+    ensure!(stream.stop()?.lost == 0);
+    // The way out that was told.
+    second.start_fabricd()?;
+    second.wait_ready()
+}
+
+#[test]
+fn a_reinstalled_machine_has_its_subnet_back_though_its_lease_has_not_ended() -> Result<()> {
+    let lab = Lab::builder().nodes(2).start()?;
+    let (node, had) = (lab.node("node-1")?, lab.node("node-1")?.subnet()?);
+    let record = lab.record(&had)?;
+    node.power_off()?;
+    lab.boot_again(node)?;
+    fs::remove_dir_all(node.path("/var/lib/fabric")?)?;
+    node.start_fabricd()?;
+    node.wait_holding(&had)?;
+    ensure!(lab.record(&had)? != record, "it did not claim anew");
+    Ok(())
+}
+
+#[test]
+fn a_renamed_machine_keeps_its_subnet_and_its_pods() -> Result<()> {
+    let lab = Lab::builder().nodes(2).start()?;
+    let (node, had) = (lab.node("node-2")?, lab.node("node-2")?.subnet()?);
+    let (pod, other) = (node.add_pod("a")?, lab.node("node-1")?.add_pod("a")?);
+    let stream = Stream::start(&other, &pod)?;
+    let rename = |name: &str| {
+        node.stop_fabricd()?;
+        node.start_fabricd_with(&["--node-name", name], &[])?;
+        node.wait_holding(&had)
+    };
+    rename("node-2.example.internal")?;
+    // Without a memory, too.
+    fs::remove_dir_all(node.path("/var/lib/fabric")?)?;
+    rename("short")?;
+    ensure!(stream.stop()?.lost == 0);
+    // With nothing in etcd either, where a person has released the former name's lease: the pods tell.
+    node.stop_fabricd()?;
+    lab.node("node-1")?.run(&["fabricctl", "lease", "release", "short"])?;
+    fs::remove_dir_all(node.path("/var/lib/fabric")?)?;
+    node.start_fabricd_with(&["--node-name", "long.example.internal"], &[])?;
+    node.wait_holding(&had)?;
+    for pod in [pod, node.add_pod("b")?] {
+        ensure!(Stream::start(&other, &pod)?.stop()?.lost == 0);
+    }
+    Ok(())
+}
+
+/// The pods' subnet can't be had: the node says so, and is ready when it can, or when a person gives the pods up.
+#[test]
+fn a_node_is_not_ready_with_another_subnet_than_its_pods_have() -> Result<()> {
+    let lab = Lab::builder().nodes(2).start()?;
+    let (node, had) = (lab.node("node-2")?, lab.node("node-2")?.subnet()?);
+    node.add_pod("a")?;
+    let lease = |args: &[&str]| lab.node("node-1")?.run(&[&["fabricctl", "lease"], args].concat());
+    let forget = || {
+        node.stop_fabricd()?;
+        Ok::<_, anyhow::Error>(fs::remove_dir_all(node.path("/var/lib/fabric")?)?)
+    };
+    forget()?;
+    lease(&["release", "node-2"])?;
+    lease(&["reserve", "node-9", &had])?;
+    node.start_fabricd()?;
+    let told = node.wait_trouble(&format!("{had} is held by node-9"))?;
+    ensure!(told.contains("fabricctl lease renumber --force"), "{told}");
+    lease(&["unreserve", "node-9"])?;
+    node.wait_holding(&had)?;
+
+    // Another node's by now, and a person gives the pod up: also over a restart.
+    forget()?;
+    lease(&["release", "node-2"])?;
+    lease(&["reserve", "node-9", &had])?;
+    node.start_fabricd()?;
+    node.wait_trouble(&format!("{had} is held by node-9"))?;
+    node.run(&["fabricctl", "lease", "renumber", "--force"])?;
+    until("it has another subnet", || Ok(node.trouble()?.is_empty() && node.subnet()? != had))?;
+    let has = node.subnet()?;
+    node.stop_fabricd()?;
+    node.start_fabricd()?;
+    node.wait_holding(&has)
+}

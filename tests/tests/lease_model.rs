@@ -4,11 +4,14 @@
 //! The keepers are the real ones and the clock is paused. Every short course of events is tried with two nodes; longer
 //! ones are drawn with more. `SEEDS=2000` draws more, `SEED=7` repeats one.
 
+use std::collections::BTreeSet;
 use std::future::Future;
+use std::net::IpAddr;
+use std::ops::Deref;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -39,6 +42,13 @@ enum Event {
     Resume(usize),
     /// With the memory of the disk, or without.
     Restart(usize, bool),
+    /// The same after a boot of the machine; its pods are gone then.
+    Reboot(usize, bool),
+    /// The daemon starts anew under another name.
+    Rename(usize),
+    /// Another machine of the same name comes, with a copy of the disk or without, in place of the last one that came.
+    Newcomer(usize, bool),
+    NewcomerGoes,
     LoseAnswer(usize),
     LoseRace(usize),
     /// The store takes no writes, as one without space, or takes them again.
@@ -89,9 +99,27 @@ impl<F: Future> Future for Pausable<F> {
     }
 }
 
-struct Node {
+/// The addresses at which a machine answers.
+type Hosts = Arc<Mutex<BTreeSet<IpAddr>>>;
+
+/// One machine of those that have a node's number, which is also the end of their addresses.
+#[derive(Clone)]
+struct Machine {
     name: NodeName,
     number: usize,
+    boot: usize,
+    hosts: Hosts,
+    pods: PathBuf,
+}
+
+impl Machine {
+    fn ip(&self) -> IpAddr {
+        format!("192.0.2.{}", self.number).parse().expect("an address")
+    }
+}
+
+struct Node {
+    machine: Machine,
     store: Arc<MemoryStore>,
     holding: watch::Receiver<Holding>,
     commands: mpsc::Sender<Command>,
@@ -99,34 +127,48 @@ struct Node {
     task: JoinHandle<()>,
     pause: Arc<Pause>,
     reachable: bool,
-    pods: PathBuf,
+}
+
+impl Deref for Node {
+    type Target = Machine;
+
+    fn deref(&self) -> &Machine {
+        &self.machine
+    }
 }
 
 impl Drop for Node {
     fn drop(&mut self) {
+        self.hosts.lock().expect("unpoisoned").remove(&self.ip());
         self.task.abort();
     }
 }
 
 impl Node {
-    fn start(cluster: &MemoryCluster, number: usize, pods: PathBuf, remembered: Option<Remembered>) -> Self {
-        let name: NodeName = format!("node-{number}").parse().expect("a name");
+    fn start(cluster: &MemoryCluster, machine: Machine, remembered: Option<Remembered>) -> Self {
         let store = Arc::new(cluster.node());
+        let hosts = machine.hosts.clone();
+        hosts.lock().expect("unpoisoned").insert(machine.ip());
         let tenant = Tenant {
-            node: name.clone(),
-            instance: Instance { boot: format!("boot-{number}"), netns: 7 },
+            node: machine.name.clone(),
+            instance: Instance { boot: format!("boot-{}", machine.boot), netns: 7 },
             ttl: TTL,
             grace: GRACE,
-            pods: pods_in(&pods),
+            pods: pods_in(&machine.pods),
+            since: 1_790_000_000,
+            hosts: fabricd::lease::Hosts::new(move |ip| {
+                let answers = hosts.lock().expect("unpoisoned").contains(&ip);
+                Box::pin(async move { answers })
+            }),
         };
         let keeper = Keeper::new(store.clone(), tenant, remembered);
         let (holding, commands, pause) = (keeper.holding(), keeper.commands(), Arc::new(Pause::default()));
         let network = NetworkConfig::decode(CONFIG.as_bytes()).expect("valid");
-        let public_ips = PerFamily { v4: format!("192.0.2.{number}").parse().ok(), v6: None };
+        let public_ips = PerFamily { v4: Some(machine.ip()), v6: None };
         let (wanted, wants) = watch::channel(Some(Wanted { network, public_ips }));
         let task = Box::pin(keeper.run(wants));
         let task = tokio::spawn(Pausable { pause: pause.clone(), task });
-        Self { name, number, store, holding, commands, _wanted: wanted, task, pause, reachable: true, pods }
+        Self { machine, store, holding, commands, _wanted: wanted, task, pause, reachable: true }
     }
 
     fn hands_out(&self) -> Option<Own> {
@@ -147,6 +189,9 @@ impl Node {
             mark: holding.mark,
             expires: holding.expires.or(Some(Instant::now())),
             revision,
+            left: vec![],
+            formerly: None,
+            this_boot: true,
         })
     }
 
@@ -160,6 +205,9 @@ impl Node {
 struct World {
     cluster: MemoryCluster,
     nodes: Vec<Node>,
+    /// Another machine that has the name of a node.
+    newcomer: Option<Node>,
+    boots: usize,
     snapshot: Option<Snapshot>,
     dir: tempfile::TempDir,
     /// Nodes whose lease may have been taken away while they could not see it.
@@ -171,9 +219,15 @@ impl World {
         let cluster = MemoryCluster::default();
         cluster.put("config", CONFIG.as_bytes());
         let dir = tempfile::tempdir().expect("temporary folder");
-        let start = |n| Node::start(&cluster, n, dir.path().join(n.to_string()), None);
+        let hosts = Hosts::default();
+        let start = |number: usize| {
+            let name = format!("node-{number}").parse().expect("a name");
+            let pods = dir.path().join(number.to_string());
+            Node::start(&cluster, Machine { name, number, boot: number, hosts: hosts.clone(), pods }, None)
+        };
         let nodes: Vec<Node> = (1..=count).map(start).collect();
-        let world = Self { cluster, forgotten: vec![false; count], nodes, snapshot: None, dir };
+        let forgotten = vec![false; count];
+        let world = Self { cluster, forgotten, nodes, newcomer: None, boots: count, snapshot: None, dir };
         sleep(Duration::from_secs(5)).await;
         world.check("at the start");
         world
@@ -187,6 +241,10 @@ impl World {
             Event::Pause(n) => self.nodes[n % count].pause.is_on.store(true, Ordering::Relaxed),
             Event::Resume(n) => self.resume(n % count),
             Event::Restart(n, with_disk) => self.restart(n % count, with_disk),
+            Event::Reboot(n, with_disk) => self.reboot(n % count, with_disk),
+            Event::Rename(n) => self.rename(n % count),
+            Event::Newcomer(n, with_disk) => self.newcomer(n % count, with_disk),
+            Event::NewcomerGoes => self.newcomer = None,
             Event::LoseAnswer(n) => self.nodes[n % count].store.lose_answers(1),
             Event::LoseRace(n) => self.nodes[n % count].store.lose_claims(1),
             Event::Fill => self.nodes.iter().for_each(|node| node.store.refuse_writes(true)),
@@ -253,9 +311,48 @@ impl World {
     fn restart(&mut self, n: usize, with_disk: bool) {
         let node = &self.nodes[n];
         let remembered = node.remembered().filter(|_| with_disk);
-        let (number, pods) = (node.number, node.pods.clone());
-        self.nodes[n] = Node::start(&self.cluster, number, pods, remembered);
+        let machine = node.machine.clone();
+        self.start_anew(n, machine, remembered);
+    }
+
+    fn reboot(&mut self, n: usize, with_disk: bool) {
+        let node = &self.nodes[n];
+        node.remove_pods();
+        let remembered = node.remembered().filter(|_| with_disk);
+        let remembered = remembered.map(|before| Remembered { expires: None, this_boot: false, ..before });
+        self.boots += 1;
+        let machine = Machine { boot: self.boots, ..node.machine.clone() };
+        self.start_anew(n, machine, remembered);
+    }
+
+    fn rename(&mut self, n: usize) {
+        let node = &self.nodes[n];
+        let formerly = Some(node.name.clone());
+        let remembered = node.remembered().map(|before| Remembered { formerly, ..before });
+        let name = format!("{}.example", node.name).parse().unwrap_or_else(|_| node.name.clone());
+        let machine = Machine { name, ..node.machine.clone() };
+        self.start_anew(n, machine, remembered);
+    }
+
+    fn start_anew(&mut self, n: usize, machine: Machine, remembered: Option<Remembered>) {
+        // The former one ends first: it would say that nobody answers at the address.
+        self.nodes[n].task.abort();
+        let hosts = machine.hosts.clone();
+        let ip = machine.ip();
+        self.nodes[n] = Node::start(&self.cluster, machine, remembered);
+        hosts.lock().expect("unpoisoned").insert(ip);
         self.forgotten[n] = false;
+    }
+
+    fn newcomer(&mut self, n: usize, with_disk: bool) {
+        self.newcomer = None;
+        let node = &self.nodes[n];
+        let remembered = node.remembered().filter(|_| with_disk);
+        let remembered = remembered.map(|before| Remembered { expires: None, this_boot: false, ..before });
+        self.boots += 1;
+        let pods = self.dir.path().join("newcomer");
+        let machine = Machine { number: 100, boot: self.boots, pods, ..node.machine.clone() };
+        self.newcomer = Some(Node::start(&self.cluster, machine, remembered));
     }
 
     /// A store that lost its memory, or a person or flannel that took a lease away before its time, may give away what a
@@ -277,11 +374,26 @@ impl World {
                 node.name,
                 own.key
             );
+            // Of the machines that have one name too, the one whose record stands there.
+            let record = self.cluster.get(&format!("subnets/{}", own.key.encode()));
+            let record = record.map(|record| String::from_utf8_lossy(&record).into_owned());
+            let is_its_own = |record: &String| record.contains(&format!("\"{}\"", node.ip()));
+            assert!(
+                record.as_ref().is_none_or(is_its_own),
+                "{when}: {} at {} hands out addresses of {}, where {record:?} stands",
+                node.name,
+                node.ip(),
+                own.key
+            );
+            if let Some(newcomer) = &self.newcomer {
+                assert_ne!(newcomer.hands_out().map(|own| own.key), Some(own.key), "{when}: a newcomer has it too");
+            }
         }
     }
 
     /// When all is well again, each node has a subnet of its own, as far as there are any.
     async fn recovers(mut self, course: &str) {
+        self.newcomer = None;
         for n in 0..self.nodes.len() {
             self.set_reachable(n, true);
             self.nodes[n].store.refuse_writes(false);
@@ -332,6 +444,10 @@ fn every_course_of_three_events_keeps_two_nodes_apart() {
         Event::Resume(0),
         Event::Restart(0, true),
         Event::Restart(1, false),
+        Event::Reboot(0, true),
+        Event::Rename(0),
+        Event::Newcomer(0, true),
+        Event::Newcomer(0, false),
         Event::LoseAnswer(0),
         Event::Revoke(0),
         Event::AddPod(0),
@@ -367,7 +483,7 @@ fn random_courses_of_events_keep_two_to_four_nodes_apart() {
         };
         let count = 2 + draw(3);
         let course: Vec<Event> = (0..40)
-            .map(|_| match draw(26) {
+            .map(|_| match draw(32) {
                 0 => Event::CutOff(draw(4)),
                 1 | 2 => Event::LetBack(draw(4)),
                 3 => Event::Pause(draw(4)),
@@ -388,6 +504,10 @@ fn random_courses_of_events_keep_two_to_four_nodes_apart() {
                 19 => Event::Fill,
                 20 | 21 => Event::Empty,
                 22 => Event::Jump(1 + draw(100) as u64),
+                23 => Event::Reboot(draw(4), draw(4) > 0),
+                24 => Event::Rename(draw(4)),
+                25 | 26 => Event::Newcomer(draw(4), draw(2) > 0),
+                27 => Event::NewcomerGoes,
                 _ => Event::Wait(1 + draw(40) as u64),
             })
             .collect();

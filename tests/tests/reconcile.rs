@@ -12,7 +12,7 @@ use fabric_core::model::{IfName, PerFamily, Subnet};
 use fabric_core::rules::RuleOptions;
 use fabric_core::state::{Nexthop, NexthopId, Sysctl, Via};
 use fabric_tests::fake_kernel::{FakeKernel, STATIC, Tables, Write};
-use fabric_tests::keepers::pods_in;
+use fabric_tests::keepers::{no_hosts, pods_in};
 use fabric_tests::memory_store::{MemoryCluster, MemoryStore};
 use fabricd::disk::State;
 use fabricd::files::Files;
@@ -109,7 +109,7 @@ impl Host {
         let instance = Instance { boot: "boot".into(), netns: 7 };
         let day = Duration::from_secs(86_400);
         let pods = pods_in(&self.dir.path().join("networks"));
-        let tenant = Tenant { node: name.clone(), instance, ttl: day, grace: day, pods };
+        let tenant = Tenant { node: name.clone(), instance, ttl: day, grace: day, pods, since: 0, hosts: no_hosts() };
         let keeper = Keeper::new(store.clone(), tenant, None);
         let selectors = vec![Selector::Iface(self.iface.into())];
         let node = Node { name, selectors, public_ips: PerFamily::default(), rules: self.rules.clone() };

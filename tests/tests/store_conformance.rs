@@ -206,6 +206,8 @@ macro_rules! where_nodes_choose {
             release_leaves_a_foreign_record,
             key_that_is_no_subnet_is_reported,
             other_keys_are_ignored,
+            question_about_a_name_is_heard_and_answered,
+            renamed_node_takes_its_record_and_guards_over,
         }
     };
 }

@@ -17,6 +17,7 @@ pub mod firewall;
 pub mod follow;
 pub mod handoff;
 pub mod holding;
+pub mod inquiry;
 pub mod leases;
 pub mod model;
 pub mod network;

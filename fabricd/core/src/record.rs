@@ -9,6 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::holding::Instance;
 use crate::model::{Family, MacAddr, NodeName, PerFamily, Subnet, Vni, stable_hash};
 
 /// The largest value that is looked at, in bytes. A real one has about 300; etcd allows 1.5 MiB.
@@ -133,6 +134,9 @@ pub struct Owner {
     pub netns: u64,
     /// Rises with every claim of the node.
     pub epoch: u64,
+    /// The run that the record was taken over from, where that was another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub taken_from: Option<Instance>,
     /// Members of a newer version.
     #[serde(flatten)]
     pub unknown: Map<String, Value>,
@@ -141,6 +145,12 @@ pub struct Owner {
 impl Owner {
     /// The version that this fabricd writes.
     pub const VERSION: u32 = 1;
+
+    /// The run of the node that wrote the record.
+    #[must_use]
+    pub fn instance(&self) -> Instance {
+        Instance { boot: self.boot.clone(), netns: self.netns }
+    }
 }
 
 /// What a node does with packets for its subnet.
@@ -290,6 +300,7 @@ impl Record {
             boot: String::new(),
             netns: 0,
             epoch: 0,
+            taken_from: None,
             unknown: Map::new(),
         };
         Self { backend: Backend::Reserved(address), owner: Some(owner), unknown: Map::new() }

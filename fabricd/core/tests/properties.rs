@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use fabric_core::diff::{Change, Gate, Key, Op, diff, without};
 use fabric_core::handoff::NodeFile;
+use fabric_core::inquiry::Inquiry;
 use fabric_core::model::{Family, IfName, MacAddr, PerFamily, Subnet, Vni};
 use fabric_core::network::NetworkConfig;
 use fabric_core::record::{Backend, Endpoint, LeaseKey, Owner, Record};
@@ -182,6 +183,7 @@ fn endpoint_record(v4: u8, v6: u8, epoch: u64, node: &str) -> (LeaseKey, Record)
         boot: "boot".into(),
         netns: 7,
         epoch,
+        taken_from: None,
         unknown: serde_json::Map::default(),
     };
     let record = Record { backend: Backend::Vxlan(endpoints), owner: Some(owner), unknown: serde_json::Map::default() };
@@ -204,6 +206,7 @@ proptest! {
         let _ = Record::decode(&key, &bytes);
         let _ = NetworkConfig::decode(&bytes);
         let _ = NodeFile::decode(&bytes);
+        let _ = Inquiry::decode(&bytes);
     }
 
     #[test]

@@ -10,12 +10,14 @@ use fabric_core::holding::{
     Assigned, Bid, Held, Instance, Loss, Obstacle, Previous, Resting, Situation, Step, next_step,
 };
 use fabric_core::leases::LeaseSet;
-use fabric_core::model::stable_hash;
+use fabric_core::model::{Subnet, stable_hash};
 use fabric_core::record::{LeaseKey, Record};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::{debug, error, info, warn};
 
+use super::inquiries::Inquiries;
+use super::rivals::Rival;
 use super::{Command, Holding, Mark, Own, Remembered, Tenant, Wanted};
 use crate::backoff::Backoff;
 use crate::store::{Claim, Connection, Grant, LeaseStore, Network, StoreError};
@@ -50,23 +52,34 @@ struct Seen {
 /// The lease keeper of one node.
 #[derive(Debug)]
 pub struct Keeper<S> {
-    store: Arc<S>,
-    tenant: Tenant,
+    pub(super) store: Arc<S>,
+    pub(super) tenant: Tenant,
     /// The lease of before, or the one that is held.
     previous: Option<Previous>,
     mark: Option<Mark>,
-    grant: Option<Grant>,
+    pub(super) grant: Option<Grant>,
     /// When a lease ends that is only remembered.
     unconfirmed: Option<Instant>,
     /// The store's revision that was remembered, until it is compared.
     remembered_revision: Option<i64>,
     replaced: Option<Instant>,
-    twin: Option<Instance>,
+    /// The run that took the lease from this one, and is overruled.
+    pub(super) overruled: Option<Instance>,
+    /// The run that this one took the lease from.
+    pub(super) taken_from: Option<Instance>,
+    pub(super) inquiries: Inquiries,
+    /// The question that was answered last.
+    pub(super) answered: Option<u64>,
+    pub(super) rival: Option<Rival>,
     leave: Option<LeaseKey>,
+    /// What pods had that were cut off by that.
+    left: Vec<Subnet>,
+    /// The subnets of pods that keep this node from others.
+    in_the_way: Option<LeaseKey>,
     resting: Vec<Resting>,
-    holding: watch::Sender<Holding>,
+    pub(super) holding: watch::Sender<Holding>,
     commands: (mpsc::Sender<Command>, mpsc::Receiver<Command>),
-    retry: Backoff,
+    pub(super) retry: Backoff,
     /// A claim whose answer was lost.
     unanswered: Option<Claim>,
     /// Until then nothing is tried again, although the leases change: each change would have every node that waits try.
@@ -77,20 +90,33 @@ impl<S: LeaseStore> Keeper<S> {
     /// A keeper that holds nothing yet. What is remembered is in use, but unconfirmed until the store has shown it.
     pub fn new(store: Arc<S>, tenant: Tenant, remembered: Option<Remembered>) -> Self {
         let mut holding = Holding::default();
-        if let Some(Remembered { own, mark, expires, .. }) = &remembered {
+        // Of another boot under another name it isn't sure that it was this machine's.
+        let in_use = remembered.as_ref().filter(|before| before.formerly.is_none() || before.this_boot);
+        if let Some(Remembered { own, mark, expires, .. }) = in_use {
             let reason = "the lease is remembered from disk; waiting for the store to confirm it".to_owned();
             let trouble = Some((NotReady::Starting, reason));
-            holding = Holding { own: Some(own.clone()), mark: *mark, trouble, expires: *expires };
+            holding =
+                Holding { own: Some(own.clone()), mark: *mark, trouble, expires: *expires, rival: None, left: vec![] };
         }
         Self {
-            previous: remembered.as_ref().map(|r| previous(&r.own, r.mark)),
+            previous: remembered.as_ref().map(|before| Previous {
+                formerly: before.formerly.clone(),
+                this_boot: before.this_boot,
+                ..previous(&before.own, before.mark)
+            }),
             mark: holding.mark,
             grant: None,
             unconfirmed: holding.expires,
-            remembered_revision: remembered.map(|r| r.revision),
+            remembered_revision: remembered.as_ref().map(|r| r.revision),
             replaced: None,
-            twin: None,
+            overruled: None,
+            taken_from: None,
+            inquiries: Inquiries::default(),
+            answered: None,
+            rival: None,
             leave: None,
+            left: remembered.as_ref().map(|before| before.left.clone()).unwrap_or_default(),
+            in_the_way: None,
             resting: vec![],
             holding: watch::channel(holding).0,
             commands: mpsc::channel(8),
@@ -117,21 +143,26 @@ impl<S: LeaseStore> Keeper<S> {
         let mut leases = self.store.leases();
         let mut replaced = self.store.replaced();
         let mut assigned = self.store.assigned();
+        let mut inquired = self.store.inquiries();
         loop {
             self.pause = self.pause.filter(|end| *end > Instant::now());
             let want = wanted.borrow_and_update().clone();
             let set = leases.borrow_and_update().clone();
+            let asked = inquired.as_mut().map(|all| self.concerning_us(&all.borrow_and_update())).unwrap_or_default();
             let wake = match (want, set) {
                 (Some(want), Some(set)) => {
                     let assigned = assigned.as_mut().map(|assigned| assigned.borrow_and_update().clone());
+                    self.attend(&want, &asked).await;
                     self.advance(&want, &set, assigned.as_ref()).await
                 }
                 _ => self.renew_if_due().await,
             };
+            let wake = self.forget_rival().map_or(wake, |forget| wake.min(forget));
             tokio::select! {
                 changed = wanted.changed() => if changed.is_err() { return },
                 changed = leases.changed(), if self.pause.is_none() => if changed.is_err() { return },
                 () = changes(&mut assigned) => {}
+                () = changes(&mut inquired) => {}
                 changed = replaced.changed() => match changed {
                     Ok(()) => self.begin_anew(),
                     Err(_) => return,
@@ -149,7 +180,9 @@ impl<S: LeaseStore> Keeper<S> {
             self.replaced = Some(Instant::now());
         }
         self.find_unanswered(leases);
-        let pods = &self.tenant.pods;
+        self.inquiries.keep(leases);
+        let findings = self.inquiries.findings();
+        let pods = if self.grant.is_none() { self.pod_subnets() } else { vec![] };
         let now = Instant::now();
         let step = next_step(&Situation {
             node: &self.tenant.node,
@@ -163,9 +196,12 @@ impl<S: LeaseStore> Keeper<S> {
                 run_out: grant.expires <= now,
             }),
             previous: self.previous.as_ref(),
-            twin: self.twin.as_ref(),
-            occupied: self.grant.is_none() && self.previous.is_some_and(|had| pods.in_subnets(&had.key).0 > 0),
+            since: self.tenant.since,
+            overruled: self.overruled.as_ref(),
+            findings: &findings,
+            pods: &pods,
             leave: self.leave,
+            left: &self.left,
             settling: self.settles_until().is_some(),
             resting: &self.resting,
             assigned,
@@ -176,14 +212,15 @@ impl<S: LeaseStore> Keeper<S> {
         let seen = Seen { revision: leases.revision(), outdated: !is_current };
         let outcome = match step {
             Step::Keep => return self.renew_if_due().await,
+            Step::Ask(question, obstacle) => return self.ask(want, &question, &obstacle).await,
             Step::Wait(obstacle) => {
+                self.in_the_way = obstacle.pods_of();
                 self.hinder(&obstacle.to_string());
                 return self.look_again_at(&obstacle);
             }
             Step::Lost(loss) => {
-                if let Loss::Twin(key, ..) = &loss {
-                    let owner = leases.get(key).and_then(|lease| lease.record.owner.clone());
-                    self.twin = owner.map(|owner| Instance { boot: owner.boot, netns: owner.netns });
+                if let Loss::Twin { by, there, .. } = &loss {
+                    self.was_taken_over(by, there);
                 }
                 self.lose(&loss.to_string());
                 return now;
@@ -208,6 +245,8 @@ impl<S: LeaseStore> Keeper<S> {
     async fn conclude(&mut self, outcome: Result<(), StoreError>) -> Instant {
         let in_vain = match outcome {
             Ok(()) => {
+                // Who holds a lease hears of every change.
+                self.pause = None;
                 self.retry.reset();
                 return Instant::now();
             }
@@ -264,8 +303,23 @@ impl<S: LeaseStore> Keeper<S> {
         let now = Instant::now();
         match obstacle {
             Obstacle::Settling => self.settles_until().unwrap_or(now),
-            Obstacle::Occupied { .. } | Obstacle::Unfit(_) | Obstacle::Moved { .. } => now + PODS,
+            Obstacle::Occupied { .. } | Obstacle::Unfit(_) | Obstacle::Moved { .. } | Obstacle::Astray { .. } => {
+                now + PODS
+            }
             _ => now + REST,
+        }
+    }
+
+    /// Where attached pods have addresses. What can't be read counts as pods in the subnets of before: to take a subnet
+    /// away from pods by mistake is worse than to wait for a person.
+    fn pod_subnets(&self) -> Vec<Subnet> {
+        let had: Vec<Subnet> = self.previous.iter().flat_map(|had| had.key.subnets().values().copied()).collect();
+        match self.tenant.pods.read(&had) {
+            Ok(addresses) => addresses.pod_ips().map(Subnet::host).chain(addresses.pod_subnets()).collect(),
+            Err(error) => {
+                warn!(%error, "cannot tell which addresses pods have");
+                had
+            }
         }
     }
 
@@ -284,7 +338,7 @@ impl<S: LeaseStore> Keeper<S> {
     }
 
     fn obey(&mut self, Command::Renumber { force, reply }: Command) {
-        let answer = match self.previous.map(|previous| previous.key) {
+        let answer = match self.in_the_way.or(self.previous.as_ref().map(|previous| previous.key)) {
             None => Err("this node has no subnet to leave".to_owned()),
             Some(key) if self.is_assigned(&key) => Err(format!(
                 "{key} is what the cluster assigns to this node; it takes another one when its Node is made anew with \
@@ -303,6 +357,9 @@ impl<S: LeaseStore> Keeper<S> {
         if let Ok(key) = answer {
             warn!(subnet = %key, force, "told to take another subnet");
             self.leave = Some(key);
+            if force {
+                self.left.extend(self.pod_subnets());
+            }
         }
         // Whoever asked may have gone.
         let _ = reply.send(answer);
@@ -358,7 +415,9 @@ impl<S: LeaseStore> Keeper<S> {
             Err(StoreError::Expired { .. }) => {
                 // It is claimed by its revision then.
                 self.mark = None;
-                self.previous = self.previous.map(|previous| Previous { written: None, ..previous });
+                if let Some(previous) = &mut self.previous {
+                    previous.written = None;
+                }
                 Ok(())
             }
             Err(error) => Err(error),
@@ -369,10 +428,19 @@ impl<S: LeaseStore> Keeper<S> {
         let own = Own { key: grant.key, endpoints: record.endpoints(), epoch: epoch(record) };
         let mark = mark(&grant);
         self.previous = Some(previous(&own, Some(mark)));
-        (self.mark, self.unconfirmed, self.twin, self.leave) = (Some(mark), None, None, None);
+        self.left.extend(self.leave.take().iter().flat_map(|key| key.subnets().values().copied()));
+        self.left.retain(|left| !own.key.subnets().values().any(|subnet| subnet.covers(*left)));
+        self.left.sort_unstable();
+        self.left.dedup();
+        self.in_the_way = None;
+        (self.mark, self.unconfirmed, self.overruled) = (Some(mark), None, None);
+        self.taken_from = record.owner.as_ref().and_then(|owner| owner.taken_from.clone());
         self.resting.clear();
-        let expires = Some(grant.expires);
-        self.holding.send_replace(Holding { own: Some(own), mark: Some(mark), trouble: None, expires });
+        let (expires, left) = (Some(grant.expires), self.left.clone());
+        self.holding.send_modify(|holding| {
+            let rival = holding.rival.take();
+            *holding = Holding { own: Some(own), mark: Some(mark), trouble: None, expires, rival, left };
+        });
         self.grant = Some(grant);
     }
 
@@ -394,17 +462,19 @@ impl<S: LeaseStore> Keeper<S> {
     async fn give_back(&mut self) -> Result<(), StoreError> {
         let Some(grant) = self.grant.clone() else { return Ok(()) };
         self.store.release(&grant).await?;
+        // Only a person has a node give its lease back: by renumbering it, or by applying another config.
+        self.leave.get_or_insert(grant.key);
         self.lose("it was given back for another one");
         Ok(())
     }
 
-    fn as_claim(&self, Bid { key, record, expect, evict }: Bid, seen: Seen) -> Claim {
+    fn as_claim(&self, Bid { key, record, expect, evict, formerly }: Bid, seen: Seen) -> Claim {
         let (node, ttl) = (self.tenant.node.clone(), self.tenant.ttl);
         let (seen_revision, outdated) = (seen.revision, seen.outdated);
         // The lease of an attempt that nobody answered may be there; for another subnet it would keep both.
         let before = self.unanswered.as_ref().filter(|claim| claim.key == key);
         let lease_id = before.map_or_else(|| fastrand::i64(1..), |claim| claim.lease_id);
-        Claim { node, key, record, expect, seen_revision, outdated, evict, ttl, lease_id }
+        Claim { node, key, record, expect, seen_revision, outdated, evict, formerly, ttl, lease_id }
     }
 
     /// Keeps the lease alive when a third of its time has passed, and stops acting as its owner when all has.
@@ -452,7 +522,7 @@ impl<S: LeaseStore> Keeper<S> {
 
     /// The lease is not ours any more: no address may be handed out. What runs goes on.
     fn lose(&mut self, why: &str) {
-        error!(reason = why, "lease lost, in quarantine until it is held again");
+        error!(reason = why, "lease lost, pod creation suspended until it is held again");
         self.grant = None;
         self.holding.send_modify(|holding| {
             holding.trouble = Some((NotReady::Quarantine, format!("this node's lease is lost: {why}")));
@@ -461,7 +531,7 @@ impl<S: LeaseStore> Keeper<S> {
     }
 
     /// Says why there is no lease, once for each reason. A node that has a subnet is in quarantine then.
-    fn hinder(&self, why: &str) {
+    pub(super) fn hinder(&self, why: &str) {
         self.holding.send_if_modified(|holding| {
             let code = if holding.own.is_some() { NotReady::Quarantine } else { NotReady::Failed };
             if self.grant.is_some() || holding.trouble.as_ref().is_some_and(|(_, known)| known.ends_with(why)) {
@@ -474,10 +544,10 @@ impl<S: LeaseStore> Keeper<S> {
     }
 }
 
-/// Waits for a change of what is assigned; for ever where nothing is.
-async fn changes(assigned: &mut Option<watch::Receiver<Assigned>>) {
-    if let Some(assigned) = assigned
-        && assigned.changed().await.is_ok()
+/// Waits for a change of what a store may tell; for ever where it tells nothing.
+async fn changes<T>(watched: &mut Option<watch::Receiver<T>>) {
+    if let Some(watched) = watched
+        && watched.changed().await.is_ok()
     {
         return;
     }
@@ -498,5 +568,7 @@ fn previous(own: &Own, mark: Option<Mark>) -> Previous {
         vtep_macs: own.endpoints.map(|_, endpoint| endpoint.vtep_mac),
         epoch: own.epoch,
         written: mark.map(|mark| mark.mod_revision),
+        formerly: None,
+        this_boot: true,
     }
 }

@@ -1,20 +1,28 @@
 //! This node's lease: what it should say, what is held, and the task that sees to both.
 
+mod give_back;
+mod inquiries;
 mod keeper;
+mod rivals;
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::handoff::NotReady;
 use fabric_core::holding::Instance;
-use fabric_core::model::{NodeName, PerFamily};
+use fabric_core::model::{NodeName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::record::{Endpoint, LeaseKey};
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+pub use self::give_back::{GivenBack, Leaver};
 pub use self::keeper::{Keeper, SETTLING};
 use crate::ipam::NodePods;
+use crate::mesh::probe;
 
 /// What the reconcile loop wants the lease to say.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,6 +66,10 @@ pub struct Holding {
     pub trouble: Option<(NotReady, String)>,
     /// When the lease ends unless it is kept alive.
     pub expires: Option<Instant>,
+    /// What is to be said of another machine that has this node's name.
+    pub rival: Option<String>,
+    /// What pods had that a person has cut off: addresses and subnets.
+    pub left: Vec<Subnet>,
 }
 
 /// What a daemon before this one left on disk.
@@ -71,6 +83,12 @@ pub struct Remembered {
     pub expires: Option<Instant>,
     /// The store's revision that was last seen.
     pub revision: i64,
+    /// What pods had that a person has cut off: addresses and subnets.
+    pub left: Vec<Subnet>,
+    /// The name that the node had then, where that was another.
+    pub formerly: Option<NodeName>,
+    /// True when it was written in this boot of the machine.
+    pub this_boot: bool,
 }
 
 /// Who the keeper works for.
@@ -86,6 +104,38 @@ pub struct Tenant {
     pub grace: Duration,
     /// The pods of this node, and their addresses.
     pub pods: NodePods,
+    /// When the daemon started, in seconds of Unix time.
+    pub since: i64,
+    /// Tells whether any machine answers at an address of the underlay.
+    pub hosts: Hosts,
+}
+
+/// A way to ask whether any machine answers at an address of the underlay.
+#[derive(Clone)]
+pub struct Hosts(Arc<dyn Fn(IpAddr) -> BoxFuture<'static, bool> + Send + Sync>);
+
+impl Hosts {
+    /// Asks by `probe`.
+    pub fn new(probe: impl Fn(IpAddr) -> BoxFuture<'static, bool> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(probe))
+    }
+
+    /// Asks by two packets to a port where nobody listens, which a kernel says unless a firewall forbids it.
+    #[must_use]
+    pub fn of_underlay() -> Self {
+        Self::new(|ip| probe::is_host_there(ip).boxed())
+    }
+
+    /// True if something answers at `ip`.
+    pub async fn answers(&self, ip: IpAddr) -> bool {
+        (self.0)(ip).await
+    }
+}
+
+impl std::fmt::Debug for Hosts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Hosts")
+    }
 }
 
 /// What a person tells the keeper.

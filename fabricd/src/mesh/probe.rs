@@ -13,14 +13,14 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd as _};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use fabric_core::model::Family;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt};
-use tokio::net::UdpSocket;
+use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::{Instant, timeout};
 
 use super::{PATIENCE, PORT};
@@ -230,6 +230,29 @@ fn icmp_error(socket: &UdpSocket) -> Reply {
     Reply::Silence
 }
 
+/// Whether any machine answers at an address of the underlay, from whichever address of this one: by UDP, or by TCP
+/// where a firewall lets that through alone.
+pub async fn is_host_there(to: IpAddr) -> bool {
+    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let udp = async {
+        match knock(any, SocketAddr::new(to, PORT), &[]).await {
+            Reply::Answer | Reply::Refused => true,
+            // A router on the path says such things of a host that isn't there.
+            Reply::Rejected { by, .. } => by == to,
+            Reply::Silence | Reply::NotSent => false,
+        }
+    };
+    let tcp = async {
+        match timeout(PATIENCE, TcpStream::connect((to, PORT))).await {
+            Ok(Ok(_)) => true,
+            Ok(Err(error)) => error.kind() == io::ErrorKind::ConnectionRefused,
+            Err(_) => false,
+        }
+    };
+    let (by_udp, by_tcp) = tokio::join!(udp, tcp);
+    by_udp || by_tcp
+}
+
 /// When we heard of whom. Only those that are here are answered.
 #[derive(Debug, Default)]
 pub struct Heard(Mutex<HashMap<IpAddr, Peer>>);
@@ -428,6 +451,7 @@ mod tests {
         let heard = Arc::new(Heard::default());
         assert!(matches!(ask(us, peer, Size::Small, 1).await, Answer::Kernel(_)), "nobody listens yet");
         assert_eq!(knock(us, SocketAddr::new(peer, PORT), &question(1)).await, Reply::Refused);
+        assert!(is_host_there(peer).await, "its kernel says so");
         let listening = Arc::clone(&heard);
         let answering = tokio::spawn(async move { answer(peer, &listening).await });
         tokio::task::yield_now().await;

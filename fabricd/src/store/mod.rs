@@ -7,11 +7,13 @@ pub mod etcd;
 pub mod kubernetes;
 mod outage;
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use fabric_core::holding::{Assigned, Expect, Resting};
+use fabric_core::inquiry::Inquiry;
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::NodeName;
 use fabric_core::network::{ConfigError, NetworkConfig};
@@ -76,12 +78,25 @@ pub struct Claim {
     pub outdated: bool,
     /// Guards of resting subnets that may be overwritten: their revisions.
     pub evict: Vec<i64>,
+    /// The name that the node had before: its guards, and what its record hangs on, are the claimer's.
+    pub formerly: Option<NodeName>,
     /// Time to live of the lease, in whole seconds.
     pub ttl: Duration,
     /// Id of the store's lease, above 0, where it has such: chosen by who claims, so that asking again after an answer was
     /// lost makes no second one.
     pub lease_id: i64,
 }
+
+impl Claim {
+    /// True for the claimer's name, and the one that it had before.
+    #[must_use]
+    pub fn is_by(&self, node: &NodeName) -> bool {
+        *node == self.node || self.formerly.as_ref() == Some(node)
+    }
+}
+
+/// Questions about who holds the lease of a name, by the names; see [`fabric_core::inquiry`].
+pub type Inquired = BTreeMap<NodeName, Inquiry>;
 
 /// A lease that is held.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -109,9 +124,9 @@ pub enum StoreError {
         /// What was asked for.
         key: LeaseKey,
     },
-    /// No record stands in the way, but the guard of another node does: the subnet rests, or is half of that node's
+    /// No record stands in the way, but the guard of another node does: the subnet is in its grace period, or half of that node's
     /// pair. [`LeaseStore::resting`] tells which ones rest.
-    #[error("{key} rests: another node had it")]
+    #[error("{key} is in its grace period: another node had it")]
     Guarded {
         /// What was asked for.
         key: LeaseKey,
@@ -208,6 +223,28 @@ pub trait LeaseStore: Send + Sync + 'static {
     /// # Errors
     /// [`StoreError::Unreachable`] or `Refused`.
     fn hold_place(&self, key: &LeaseKey, placeholder: &Record) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Questions of other machines of one name, and their answers; `None` from a store in which names are the cluster's.
+    fn inquiries(&self) -> Option<watch::Receiver<Inquired>> {
+        None
+    }
+
+    /// Asks whoever holds the lease of `node`, or answers, for a minute: whatever was asked about that name before is
+    /// replaced.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreachable`] or `Refused`.
+    fn inquire(&self, _node: &NodeName, _inquiry: &Inquiry) -> impl Future<Output = Result<(), StoreError>> + Send {
+        async { Ok(()) }
+    }
+
+    /// How long the lease of `key` lasts unless it is kept alive; `None` for a record that stays for ever, or is gone.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreachable`] or `Refused`.
+    fn time_left(&self, _key: &LeaseKey) -> impl Future<Output = Result<Option<Duration>, StoreError>> + Send {
+        async { Ok(None) }
+    }
 
     /// Reads something that the store itself must answer, to see how fast it does.
     ///

@@ -1,5 +1,6 @@
 //! What one node's handle does: it asks, is cut off, refused, and loses answers.
 
+use fabric_core::inquiry::Inquiry;
 use fabric_core::record::Record;
 use fabricd::store::{ConfigPlace, Grant, LeaseStore};
 
@@ -189,6 +190,27 @@ impl LeaseStore for MemoryStore {
             state.put(vec![(record_key(key), placeholder.encode(), None)]);
         }
         Ok(())
+    }
+
+    fn inquiries(&self) -> Option<Receiver<Inquired>> {
+        Some(self.node.inquiries.subscribe())
+    }
+
+    async fn inquire(&self, node: &NodeName, inquiry: &Inquiry) -> Result<(), StoreError> {
+        self.reach_to_write("ask who holds a lease").await?;
+        let mut state = self.cluster.lock();
+        state.inquiries.insert(node.clone(), inquiry.clone());
+        for node in state.nodes().iter().filter(|node| node.is_listening()) {
+            node.inquiries.send_replace(state.inquiries.clone());
+        }
+        Ok(())
+    }
+
+    async fn time_left(&self, key: &LeaseKey) -> Result<Option<Duration>, StoreError> {
+        self.reach().await?;
+        let state = self.cluster.lock();
+        let lease = state.pairs.get(&record_key(key)).and_then(|pair| state.leases.get(&pair.lease?));
+        Ok(lease.map(|lease| lease.expires.saturating_duration_since(Instant::now())))
     }
 
     async fn probe(&self) -> Result<(), StoreError> {

@@ -13,7 +13,7 @@ use fabric_core::leases::{Entry, Event, LeaseSet};
 use fabric_core::model::{Family, NodeName, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::record::{LeaseKey, Record};
-use fabricd::store::{Claim, Connection, Expect, Network, Resting, StoreError};
+use fabricd::store::{Claim, Connection, Expect, Inquired, Network, Resting, StoreError};
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::time::{Instant, sleep_until};
 
@@ -43,6 +43,7 @@ struct State {
     owners: Owners,
     /// The first time that two nodes owned one address.
     overlap: Option<String>,
+    inquiries: Inquired,
 }
 
 /// What a store had in it at some time.
@@ -66,7 +67,7 @@ impl Pair {
     /// What it hangs on, if the claimer itself wrote it.
     fn lease_of(&self, claim: &Claim) -> Option<i64> {
         let record = Record::decode(&claim.key, &self.value).ok()?;
-        self.lease.filter(|_| record.node() == Some(&claim.node))
+        self.lease.filter(|_| record.node().is_some_and(|node| claim.is_by(node)))
     }
 }
 
@@ -80,6 +81,7 @@ struct Node {
     network: Sender<Network>,
     leases: Sender<Option<Arc<LeaseSet>>>,
     connection: Sender<Connection>,
+    inquiries: Sender<Inquired>,
     replaced: Sender<u64>,
     /// The store's generation when the node came.
     since: u64,
@@ -110,6 +112,7 @@ impl MemoryCluster {
             network: Sender::new(Network::Unknown),
             leases: Sender::new(None),
             connection: Sender::new(Connection::Unknown),
+            inquiries: Sender::new(Inquired::default()),
             replaced: Sender::new(0),
             since: state.generation,
             faults: Mutex::default(),
@@ -328,6 +331,7 @@ impl State {
             listed.forget_departed(|subnet| self.pairs.keys().any(|key| guarded(key) == Some(subnet)));
             *set = Some(Arc::new(listed));
         });
+        node.inquiries.send_replace(self.inquiries.clone());
         node.connection.send_replace(Connection::Up);
     }
 
@@ -346,7 +350,9 @@ impl State {
             Expect::Revision(revision) => modified(&record_key(&key)) == Some(revision),
         };
         let ours = |guard: &String| {
-            let is_ours = |pair: &Pair| pair.value == claim.node.as_str().as_bytes();
+            let names = |pair: &Pair, node: &NodeName| pair.value == node.as_str().as_bytes();
+            let is_ours =
+                |pair: &Pair| names(pair, &claim.node) || claim.formerly.as_ref().is_some_and(|node| names(pair, node));
             self.pairs.get(guard).is_none_or(|pair| is_ours(pair) || claim.evict.contains(&pair.mod_revision))
         };
         // A revision that this store never reached is another store's.

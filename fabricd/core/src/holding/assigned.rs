@@ -13,7 +13,7 @@
 
 use std::net::IpAddr;
 
-use super::{Bid, Expect, Held, Loss, Obstacle, Situation, Step, bid, endpoints, same_address};
+use super::{Bid, Expect, Held, Loss, Obstacle, Situation, Step, bid, endpoints, homes, same_address};
 use crate::leases::Lease;
 use crate::model::{PerFamily, Subnet};
 use crate::record::LeaseKey;
@@ -25,6 +25,8 @@ pub struct Assigned {
     pub subnets: PerFamily<Subnet>,
     /// Addresses to publish instead of the node's own, for one behind NAT.
     pub public_ips: PerFamily<IpAddr>,
+    /// The boot id of the machine that the cluster knows under this node's name, if it knows one.
+    pub boot: Option<String>,
 }
 
 pub(super) fn next_step(now: &Situation<'_>, assigned: &Assigned) -> Step {
@@ -32,7 +34,7 @@ pub(super) fn next_step(now: &Situation<'_>, assigned: &Assigned) -> Step {
     let now = &Situation { public_ips: &public_ips, ..*now };
     match (key(now, assigned), now.held) {
         (Ok(key), Some(held)) => keep(now, held, key),
-        (Ok(key), None) => acquire(now, key),
+        (Ok(key), None) => anothers(now, assigned).map_or_else(|| acquire(now, key), Step::Wait),
         (Err(_), Some(held)) => Step::Lost(Loss::Unassigned(held.key)),
         (Err(obstacle), None) => Step::Wait(obstacle),
     }
@@ -59,6 +61,12 @@ fn keep(now: &Situation<'_>, held: Held, key: LeaseKey) -> Step {
     }
 }
 
+/// Another machine of the same name, which the cluster takes for this node.
+fn anothers(now: &Situation<'_>, assigned: &Assigned) -> Option<Obstacle> {
+    let there = assigned.boot.clone().filter(|boot| *boot != now.instance.boot)?;
+    Some(Obstacle::OtherMachine { node: now.node.clone(), there, here: now.instance.boot.clone() })
+}
+
 fn is_readable(now: &Situation<'_>, key: &LeaseKey) -> bool {
     !now.leases.unreadable().contains_key(&key.encode())
 }
@@ -68,9 +76,12 @@ fn acquire(now: &Situation<'_>, key: LeaseKey) -> Step {
     if let Some(obstacle) = same_address(now, &ours) {
         return Step::Wait(obstacle);
     }
-    match now.previous.map(|previous| previous.key).filter(|had| *had != key && now.leave != Some(*had)) {
-        Some(had) if now.occupied => Step::Wait(Obstacle::Moved { had, assigned: key }),
-        _ => Step::Claim(publish(now, key, now.leases.get(&key).map(AsRef::as_ref))),
+    if homes::astray(now, &key).is_empty() {
+        return Step::Claim(publish(now, key, now.leases.get(&key).map(AsRef::as_ref)));
+    }
+    match now.previous.map(|previous| previous.key).filter(|had| *had != key) {
+        Some(had) if homes::occupied(now, &had) => Step::Wait(Obstacle::Moved { had, assigned: key }),
+        _ => homes::cut_off(now, &key).map_or(Step::Keep, Step::Wait),
     }
 }
 

@@ -12,17 +12,22 @@
 //! ```
 //!
 //! In quarantine no address is handed out and what runs goes on: the subnet that a node had is had back if that can be
-//! at all. A subnet whose lease has ended rests for a grace before another node may have it, unless there is no other.
+//! at all. A subnet whose lease has ended stays in its grace period before another node may have it, unless there is no other.
 
 mod assigned;
+mod homes;
 mod reason;
+mod rival;
 #[cfg(test)]
 mod tests;
 
 use std::net::IpAddr;
 
+use serde::{Deserialize, Serialize};
+
 pub use self::assigned::Assigned;
 pub use self::reason::{Loss, Obstacle};
+pub use self::rival::{Findings, Life, Place, QUICK, Question, REMEMBERED, Rivals};
 use crate::alloc::{Taken, choose};
 use crate::leases::{Lease, LeaseSet};
 use crate::model::{Family, MacAddr, NodeName, PerFamily, Subnet, stable_hash};
@@ -33,7 +38,7 @@ use crate::record::{Backend, Endpoint, LeaseKey, Owner, Record};
 const KEEPERS_OF_A_PLACE: usize = 3;
 
 /// What tells one run of a node from another that has its name.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Instance {
     /// `/proc/sys/kernel/random/boot_id`.
     pub boot: String,
@@ -53,7 +58,7 @@ pub struct Held {
 }
 
 /// The lease that a node had before: what is to be had back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Previous {
     /// Its subnets.
     pub key: LeaseKey,
@@ -63,6 +68,10 @@ pub struct Previous {
     pub epoch: u64,
     /// Revision of the node's last write, if it can be known: a record with it is this node's own.
     pub written: Option<i64>,
+    /// The name that it was held under, where that was another.
+    pub formerly: Option<NodeName>,
+    /// True when it was held in this very boot of the machine.
+    pub this_boot: bool,
 }
 
 /// A subnet whose lease has ended while its guard still stands: it is kept for the node that had it.
@@ -102,12 +111,18 @@ pub struct Situation<'a> {
     pub held: Option<Held>,
     /// The lease of before.
     pub previous: Option<&'a Previous>,
-    /// The run that took the lease from this one under the same name.
-    pub twin: Option<&'a Instance>,
-    /// True when pods of this node have addresses in the subnets of before.
-    pub occupied: bool,
+    /// When this node's daemon started, in seconds of Unix time.
+    pub since: i64,
+    /// The run that took the lease from this one although this one lived: it is overruled.
+    pub overruled: Option<&'a Instance>,
+    /// What is known of runs that wrote records in this node's name.
+    pub findings: &'a [Findings],
+    /// Where attached pods of this node have addresses: each one's, and the subnets of bridges that they are on.
+    pub pods: &'a [Subnet],
     /// Subnets that a person told this node to leave.
     pub leave: Option<LeaseKey>,
+    /// What pods had that a person has cut off by that: addresses and subnets.
+    pub left: &'a [Subnet],
     /// True for a while after the store was emptied or set back.
     pub settling: bool,
     /// Subnets that rest, as far as that was asked for.
@@ -135,6 +150,8 @@ pub enum Step {
     Lost(Loss),
     /// A reserved subnet has no record while its node is away: put a placeholder there.
     HoldPlace(LeaseKey, Record),
+    /// A record of ours may be a living machine's: ask it. Until that is known there is nothing to ask the store for.
+    Ask(Question, Obstacle),
     /// There is nothing to ask for, until something changes.
     Wait(Obstacle),
 }
@@ -150,6 +167,8 @@ pub struct Bid {
     pub expect: Expect,
     /// Guards of resting subnets that may be overwritten, because there is no other subnet: their revisions.
     pub evict: Vec<i64>,
+    /// The name that this node had before: what is that name's is this node's.
+    pub formerly: Option<NodeName>,
 }
 
 /// What to do about the lease.
@@ -177,32 +196,55 @@ fn keep(now: &Situation<'_>, held: Held) -> Step {
         }
         // The set shows the time before our write.
         _ if now.leases.revision() < held.mod_revision => Step::Keep,
-        Some(lease) if writer(now, lease).is_some_and(|writer| writer != *now.instance) => {
-            Step::Lost(Loss::Twin(held.key, now.node.clone(), addresses(lease)))
-        }
-        Some(lease) => Step::Lost(Loss::Taken(held.key, lease.holder())),
+        Some(lease) => match writer(now, lease).filter(|writer| writer != now.instance) {
+            Some(by) => Step::Lost(Loss::Twin { key: held.key, node: now.node.clone(), there: addresses(lease), by }),
+            None => Step::Lost(Loss::Taken(held.key, lease.holder())),
+        },
         None => Step::Lost(Loss::Gone(held.key)),
     }
 }
 
 fn acquire(now: &Situation<'_>) -> Step {
+    // What a disk remembers under another name counts if it was this boot's, or the store shows the same; else the disk
+    // was copied.
+    let is_copy = |previous: &&Previous| {
+        previous.formerly.is_some() && !previous.this_boot && !now.leases.iter().any(|lease| is_ours(now, lease))
+    };
+    let now = &Situation { previous: now.previous.filter(|previous| !is_copy(previous)), ..*now };
     let mut ours: Vec<&Lease> = now.leases.iter().map(AsRef::as_ref).filter(|lease| is_ours(now, lease)).collect();
     // The one that was had before first, then the newest.
     let had = now.previous.map(|previous| previous.key);
     ours.sort_by_key(|lease| (Some(lease.key) != had, -lease.create_revision));
-    if let Some(twin) = ours.iter().find(|lease| is_twins(now, lease)) {
-        return Step::Wait(same_name(now, twin));
+    if let Some(contested) = ours.iter().find_map(|lease| rival::contest(now, lease)) {
+        return contested;
     }
     if let Some(obstacle) = same_address(now, &ours) {
         return Step::Wait(obstacle);
     }
-    match now.previous.map(|previous| previous.key).filter(|key| now.leave != Some(*key)) {
+    let step = match wanted(now, &ours) {
         Some(key) if fits(now.network, &key) => regain(now, &ours, key),
         _ => settle(now, &ours),
-    }
+    };
+    let key = match &step {
+        Step::Claim(bid) => bid.key,
+        Step::Adopt(held, _) => held.key,
+        _ => return step,
+    };
+    homes::cut_off(now, &key).map_or(step, Step::Wait)
 }
 
-/// Tries to have the subnets of before back.
+/// The subnets to have, if any are to be preferred: those that the pods live in, else those of before.
+fn wanted(now: &Situation<'_>, ours: &[&Lease]) -> Option<LeaseKey> {
+    let (home, had) = (homes::home(now), now.previous.map(|previous| previous.key));
+    let had = had.filter(|key| now.leave != Some(*key));
+    let is_home = |key: &LeaseKey| home.iter().all(|(family, subnet)| key.subnets().get(family) == Some(subnet));
+    let known = had.into_iter().chain(ours.iter().map(|lease| lease.key)).find(is_home);
+    // A family without pods may have any subnet; a key of all families is needed to ask for it.
+    let whole = LeaseKey::new(home).filter(|key| key.subnets().families().eq(now.network.spaces.families()));
+    if home.is_empty() { had } else { known.or(whole) }
+}
+
+/// Tries to have these subnets.
 fn regain(now: &Situation<'_>, ours: &[&Lease], key: LeaseKey) -> Step {
     // A store that was set back may show what this node held long ago: in the way of whoever has that now.
     if let Some(stale) = ours.iter().find(|lease| lease.key != key) {
@@ -212,32 +254,53 @@ fn regain(now: &Situation<'_>, ours: &[&Lease], key: LeaseKey) -> Step {
         return adopt(now, lease).unwrap_or_else(|| Step::Claim(take(now, lease)));
     }
     match holder(now, &key) {
+        // Guards of others that rest there are no reason: the pods are here.
+        None if homes::occupied(now, &key) => {
+            Step::Claim(Bid { evict: resting_in(now, &key), ..bid(now, key, Expect::Absent, None) })
+        }
         None => Step::Claim(bid(now, key, Expect::Absent, None)),
         Some(_) if now.settling => Step::Wait(Obstacle::Settling),
-        Some(holder) if now.occupied => Step::Wait(Obstacle::Occupied { key, holder }),
+        Some(holder) if homes::occupied(now, &key) => Step::Wait(Obstacle::Occupied { key, holder }),
         Some(_) => settle(now, ours),
     }
 }
 
 /// Takes whatever subnets there are.
 fn settle(now: &Situation<'_>, ours: &[&Lease]) -> Step {
+    let unfit = |key: &LeaseKey| !fits(now.network, key) && now.leave != Some(*key) && homes::occupied(now, key);
     match ours.first() {
         Some(lease) if now.leave == Some(lease.key) => Step::Withdraw(take(now, lease)),
         Some(lease) if fits(now.network, &lease.key) => {
             adopt(now, lease).unwrap_or_else(|| Step::Claim(take(now, lease)))
         }
-        Some(lease) if now.occupied => Step::Wait(Obstacle::Unfit(lease.key)),
+        Some(lease) if unfit(&lease.key) => Step::Wait(Obstacle::Unfit(lease.key)),
         Some(lease) => Step::Withdraw(take(now, lease)),
-        None if now.settling && now.leave.is_none() => Step::Wait(Obstacle::Settling),
-        None => fresh(now).map_or_else(Step::Wait, Step::Claim),
+        None => match now.previous.map(|previous| previous.key).filter(unfit) {
+            Some(key) => Step::Wait(Obstacle::Unfit(key)),
+            None if now.settling && now.leave.is_none() => Step::Wait(Obstacle::Settling),
+            None => fresh(now).map_or_else(Step::Wait, Step::Claim),
+        },
     }
 }
 
+/// Revisions of guards in these subnets that rest.
+fn resting_in(now: &Situation<'_>, key: &LeaseKey) -> Vec<i64> {
+    let within = |rest: &&Resting| key.subnets().values().any(|subnet| subnet.overlaps(rest.subnet));
+    now.resting.iter().filter(within).map(|rest| rest.mod_revision).collect()
+}
+
 /// True for a record in this node's name, a placeholder for it, and what flannel wrote for it: flannel knows a node by
-/// its public address alone.
+/// its public address alone. Under another name a record is ours if this very run wrote it, or this disk remembers that
+/// it did, at an address that is still ours: then the node was renamed.
 fn is_ours(now: &Situation<'_>, lease: &Lease) -> bool {
     match &lease.record.owner {
-        Some(owner) => owner.node == *now.node,
+        Some(owner) if owner.node == *now.node => true,
+        Some(owner) => {
+            let formerly = now.previous.and_then(|previous| previous.formerly.as_ref());
+            let remembered = formerly == Some(&owner.node) && written_here(now, lease);
+            let wrote = remembered || owner.instance() == *now.instance;
+            wrote && !lease.record.is_placeholder() && rival::shares_address(now, lease)
+        }
         None => {
             let endpoints = lease.record.endpoints();
             !endpoints.is_empty()
@@ -246,30 +309,16 @@ fn is_ours(now: &Situation<'_>, lease: &Lease) -> bool {
     }
 }
 
-/// True for a record that another living node of the same name wrote. After a reboot a node has another boot id, in
-/// another network namespace of the same machine it has the address or the memory of before. A run that took the lease
-/// from this one is alive: a reboot would have ended this one.
-fn is_twins(now: &Situation<'_>, lease: &Lease) -> bool {
-    let Some(writer) = writer(now, lease) else { return false };
-    if now.twin == Some(&writer) {
-        return true;
-    }
-    let written_here = now.previous.is_some_and(|previous| previous.written == Some(lease.mod_revision));
-    let same_address =
-        lease.record.endpoints().iter().any(|(family, e)| now.public_ips.get(family) == Some(&e.public_ip));
-    writer.boot == now.instance.boot && writer.netns != now.instance.netns && !written_here && !same_address
+/// True for a record that is as this node's disk remembers to have written it.
+fn written_here(now: &Situation<'_>, lease: &Lease) -> bool {
+    now.previous.is_some_and(|previous| previous.key == lease.key && previous.written == Some(lease.mod_revision))
 }
 
 /// The run of this node that wrote a record.
 fn writer(now: &Situation<'_>, lease: &Lease) -> Option<Instance> {
     let owner =
         lease.record.owner.as_ref().filter(|owner| owner.node == *now.node && !lease.record.is_placeholder())?;
-    Some(Instance { boot: owner.boot.clone(), netns: owner.netns })
-}
-
-fn same_name(now: &Situation<'_>, lease: &Lease) -> Obstacle {
-    let here = now.public_ips.values().map(ToString::to_string).collect::<Vec<_>>().join(" and ");
-    Obstacle::SameName { node: now.node.clone(), key: lease.key, there: addresses(lease), here }
+    Some(owner.instance())
 }
 
 fn addresses(lease: &Lease) -> String {
@@ -311,11 +360,10 @@ fn holder(now: &Situation<'_>, key: &LeaseKey) -> Option<String> {
 
 /// The record of before a restart, as long as it says what it should: then nothing is written at all.
 fn adopt(now: &Situation<'_>, lease: &Lease) -> Option<Step> {
-    let (previous, owner) = (now.previous?, lease.record.owner.as_ref()?);
-    let same_run = owner.boot == now.instance.boot && owner.netns == now.instance.netns;
-    let as_written = previous.written == Some(lease.mod_revision) && previous.key == lease.key;
+    let owner = lease.record.owner.as_ref()?;
+    let (same_run, as_written) = (owner.instance() == *now.instance, written_here(now, lease));
     let held = Held { key: lease.key, mod_revision: lease.mod_revision, run_out: false };
-    (same_run && as_written && lease.record.endpoints() == endpoints(now, Some(lease)))
+    (same_run && as_written && owner.node == *now.node && lease.record.endpoints() == endpoints(now, Some(lease)))
         .then(|| Step::Adopt(held, lease.record.clone()))
 }
 
@@ -328,8 +376,10 @@ fn fresh(now: &Situation<'_>) -> Result<Bid, Obstacle> {
         now.leases.subnets(family).chain(reserved.filter_map(move |key| key.subnets().get(family).copied()))
     };
     let resting: Vec<&Resting> = now.resting.iter().filter(|rest| rest.node.as_ref() != Some(now.node)).collect();
-    let had = now.previous.map(|previous| previous.key);
-    let preferred = now.leases.reservations().iter().find(|(_, node)| *node == now.node).map(|(key, _)| *key).or(had);
+    let home = homes::home(now);
+    let had = LeaseKey::new(home).or_else(|| now.previous.map(|previous| previous.key));
+    let reserved = now.leases.reservations().iter().find(|(_, node)| *node == now.node).map(|(key, _)| *key);
+    let preferred = if home.is_empty() { reserved.or(had) } else { had };
     let subnets = now.network.spaces.try_map(|family, space| {
         let preferred = preferred.and_then(|key| key.subnets().get(family).copied());
         let at_rest = || resting.iter().map(|rest| rest.subnet).filter(|subnet| subnet.family() == family);
@@ -386,15 +436,23 @@ fn bid(now: &Situation<'_>, key: LeaseKey, expect: Expect, before: Option<&Lease
     let before = before.map(|lease| &lease.record);
     let owner = before.and_then(|record| record.owner.as_ref());
     let remembered = now.previous.map_or(0, |previous| previous.epoch);
+    let writer = owner.filter(|_| before.is_some_and(|record| !record.is_placeholder())).map(Owner::instance);
+    // Who takes back what was taken from it has taken it from nobody.
+    let taken_from = match writer {
+        Some(writer) if writer == *now.instance => owner.and_then(|owner| owner.taken_from.clone()),
+        writer => writer.filter(|writer| now.overruled != Some(writer)),
+    };
+    let formerly = owner.map(|owner| owner.node.clone()).or_else(|| now.previous?.formerly.clone());
     let owner = Owner {
         version: Owner::VERSION,
         node: now.node.clone(),
         boot: now.instance.boot.clone(),
         netns: now.instance.netns,
         epoch: owner.map_or(0, |owner| owner.epoch).max(remembered) + 1,
+        taken_from,
         unknown: owner.map(|owner| owner.unknown.clone()).unwrap_or_default(),
     };
     let unknown = before.map(|record| record.unknown.clone()).unwrap_or_default();
     let record = Record { backend: Backend::Vxlan(endpoints), owner: Some(owner), unknown };
-    Bid { key, record, expect, evict: vec![] }
+    Bid { key, record, expect, evict: vec![], formerly: formerly.filter(|name| name != now.node) }
 }

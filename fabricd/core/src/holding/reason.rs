@@ -2,6 +2,9 @@
 
 use std::net::IpAddr;
 
+use super::Instance;
+use super::rival::{Life, Rivals};
+
 use crate::model::{Family, NodeName, Subnet};
 use crate::record::LeaseKey;
 
@@ -14,9 +17,22 @@ pub enum Loss {
     /// Another node's record stands there.
     #[error("the lease of {0} was taken over by {1}")]
     Taken(LeaseKey, String),
-    /// A node of the same name has claimed it.
-    #[error("the lease of {0} was taken over by another node that is called {1} too, at {2}")]
-    Twin(LeaseKey, NodeName, String),
+    /// Another machine of the same name has claimed it.
+    #[error(
+        "the lease of {key} was taken over by another machine that is called {node} too, at {there} (boot id {}); name \
+         one of them differently with --node-name",
+        .by.boot
+    )]
+    Twin {
+        /// The subnets.
+        key: LeaseKey,
+        /// The name.
+        node: NodeName,
+        /// The other one's underlay addresses.
+        there: String,
+        /// Which run it is.
+        by: Instance,
+    },
     /// Nobody has said so yet, but by the local clock it is over.
     #[error("the lease of {0} has run out, and the store can't be reached to keep it alive")]
     RunOut(LeaseKey),
@@ -47,7 +63,8 @@ pub enum Obstacle {
     /// Two nodes announce one underlay address.
     #[error(
         "the public address {ip} of this node, {node}, is also that of {other}; \
-         choose the underlay interface with --iface, or say another address with --public-ip"
+         choose the underlay interface with --iface, or publish another address with --public-ip; if {other} is a \
+         former name of this machine, keep it with --node-name {other}, or end its lease: fabricctl lease release {other}"
     )]
     SameAddress {
         /// The address.
@@ -57,21 +74,23 @@ pub enum Obstacle {
         /// The other one.
         other: String,
     },
-    /// Two nodes have one name.
+    /// The cluster knows another machine under this node's name.
     #[error(
-        "another node is called {node} too: it holds {key} from {there}, this one is at {here}; name one of them \
-         differently with --node-name; if that node is gone: fabricctl lease release {node}"
+        "the kubelet that reports the Node {node} runs on another machine, or before a reboot of this one (boot id \
+         {there}); this machine's boot id is {here}. If that lasts, two machines have one name: give one of them another \
+         by kubelet's --hostname-override and fabricd's --node-name"
     )]
-    SameName {
+    OtherMachine {
         /// The name.
         node: NodeName,
-        /// What the other one holds.
-        key: LeaseKey,
-        /// The other one's underlay addresses.
+        /// The other one's boot id.
         there: String,
         /// This one's.
         here: String,
     },
+    /// Two machines have one name, or may have.
+    #[error("{0}")]
+    SameName(Box<Rivals>),
     /// The subnet is another's, and pods of this node still have addresses in it.
     #[error(
         "{key} is held by {holder} now, and pods of this node still have addresses in it; it is taken again when it \
@@ -82,6 +101,18 @@ pub enum Obstacle {
         key: LeaseKey,
         /// Who has them.
         holder: String,
+    },
+    /// Attached pods have addresses in other subnets than the one that this node would have.
+    #[error(
+        "pods attached on this node have addresses in {}, outside of {key}, which is this node's to have: they would be \
+         cut off; remove them, and ip link delete their bridge; or cut them off with: fabricctl lease renumber --force",
+        list(pods)
+    )]
+    Astray {
+        /// The subnets to have.
+        key: LeaseKey,
+        /// The pods' addresses, and the subnets of their bridges.
+        pods: Vec<Subnet>,
     },
     /// The subnet is outside the network by now, and pods of this node still have addresses in it.
     #[error(
@@ -120,4 +151,35 @@ pub enum Obstacle {
         /// What is assigned.
         assigned: LeaseKey,
     },
+}
+
+impl Obstacle {
+    /// True while the holder of a record in this node's name has been asked a moment ago.
+    #[must_use]
+    pub fn is_being_asked(&self) -> bool {
+        matches!(self, Self::SameName(rivals) if rivals.life == Life::Asked)
+    }
+
+    /// The subnets of pods that are in the way.
+    #[must_use]
+    pub fn pods_of(&self) -> Option<LeaseKey> {
+        match self {
+            Self::Occupied { key, .. } | Self::Unfit(key) => Some(*key),
+            Self::Moved { had, .. } => Some(*had),
+            Self::Astray { pods, .. } => LeaseKey::new(pods.iter().map(|pod| (pod.family(), *pod)).collect()),
+            _ => None,
+        }
+    }
+}
+
+/// The first few of them.
+fn list(subnets: &[Subnet]) -> String {
+    const SHOWN: usize = 4;
+    let one = |subnet: &Subnet| {
+        let is_host = subnet.prefix_len() == subnet.family().bits();
+        if is_host { subnet.base().to_string() } else { subnet.to_string() }
+    };
+    let shown: Vec<String> = subnets.iter().take(SHOWN).map(one).collect();
+    let more = subnets.len().saturating_sub(SHOWN);
+    if more == 0 { shown.join(", ") } else { format!("{} and {more} more", shown.join(", ")) }
 }

@@ -2,7 +2,10 @@
 
 mod assigned;
 
+use std::time::Duration;
+
 use super::*;
+use crate::inquiry::Party;
 use crate::leases::Entry;
 
 struct Node {
@@ -12,9 +15,11 @@ struct Node {
     public_ips: PerFamily<IpAddr>,
     held: Option<Held>,
     previous: Option<Previous>,
-    twin: Option<Instance>,
-    occupied: bool,
+    overruled: Option<Instance>,
+    findings: Vec<Findings>,
+    pods: Vec<Subnet>,
     leave: Option<LeaseKey>,
+    left: Vec<Subnet>,
     settling: bool,
     resting: Vec<Resting>,
     assigned: Option<Assigned>,
@@ -24,14 +29,16 @@ impl Node {
     fn new() -> Self {
         Self {
             name: "node-1".parse().expect("valid"),
-            instance: Instance { boot: "boot".into(), netns: 7 },
+            instance: run("boot"),
             network: config("10.244.0.0/16"),
             public_ips: PerFamily { v4: Some("192.0.2.1".parse().expect("ip")), v6: None },
             held: None,
             previous: None,
-            twin: None,
-            occupied: false,
+            overruled: None,
+            findings: vec![],
+            pods: vec![],
             leave: None,
+            left: vec![],
             settling: false,
             resting: vec![],
             assigned: None,
@@ -41,7 +48,8 @@ impl Node {
     /// One that held `10.244.9.0-24` by a write at revision 5, and lost it.
     fn that_had_a_lease() -> Self {
         let vtep_macs = PerFamily { v4: Some("c6:d2:32:6f:8f:44".parse().expect("a MAC")), v6: None };
-        let previous = Previous { key: key(NINE), vtep_macs, epoch: 4, written: Some(5) };
+        let previous =
+            Previous { key: key(NINE), vtep_macs, epoch: 4, written: Some(5), formerly: None, this_boot: true };
         Self { previous: Some(previous), ..Self::new() }
     }
 
@@ -60,9 +68,12 @@ impl Node {
             public_ips: &self.public_ips,
             held: self.held,
             previous: self.previous.as_ref(),
-            twin: self.twin.as_ref(),
-            occupied: self.occupied,
+            since: 1_790_000_000,
+            overruled: self.overruled.as_ref(),
+            findings: &self.findings,
+            pods: &self.pods,
             leave: self.leave,
+            left: &self.left,
             settling: self.settling,
             resting: &self.resting,
             assigned: self.assigned.as_ref(),
@@ -78,10 +89,26 @@ impl Node {
 
     fn obstacle(&self, leases: &LeaseSet) -> String {
         match self.step(leases) {
-            Step::Wait(obstacle) => obstacle.to_string(),
+            Step::Wait(obstacle) | Step::Ask(_, obstacle) => obstacle.to_string(),
             other => panic!("{other:?}"),
         }
     }
+}
+
+/// A run of a node in one boot of its machine.
+fn run(boot: &str) -> Instance {
+    Instance { boot: boot.into(), netns: 7 }
+}
+
+/// What is known of a record at revision 5 whose writer has said nothing for so long.
+fn silent_for(silent: Duration) -> Vec<Findings> {
+    vec![Findings { revision: 5, silent, ..Findings::default() }]
+}
+
+/// Addresses of attached pods, or subnets of their bridges.
+fn pods(all: &[&str]) -> Vec<Subnet> {
+    let one = |text: &&str| text.parse().unwrap_or_else(|_| Subnet::host(text.parse().expect("an address")));
+    all.iter().map(one).collect()
 }
 
 const NINE: &str = "10.244.9.0-24";
@@ -114,8 +141,13 @@ fn flannel(ip: &str) -> Vec<u8> {
         .into()
 }
 
+/// A record of this very run of the node.
 fn fabric(node: &str, ip: &str) -> Vec<u8> {
-    let owner = format!(r#","Fabric":{{"v":1,"node":"{node}","boot":"old","netns":7,"epoch":4}}}}"#);
+    fabric_of("boot", node, ip)
+}
+
+fn fabric_of(boot: &str, node: &str, ip: &str) -> Vec<u8> {
+    let owner = format!(r#","Fabric":{{"v":1,"node":"{node}","boot":"{boot}","netns":7,"epoch":4}}}}"#);
     let flannel = String::from_utf8(flannel(ip)).expect("text");
     (flannel[..flannel.len() - 1].to_owned() + &owner).into()
 }
@@ -132,7 +164,8 @@ fn first_claim_is_for_a_free_subnet_that_only_the_name_decides() {
 
 #[test]
 fn restarted_node_takes_its_own_record_over_and_keeps_subnet_and_mac() {
-    let bid = Node::new().bid(&set(&[("10.244.9.0-24", fabric("node-1", "192.0.2.99"), 5)], 5));
+    let node = Node { findings: silent_for(QUICK), ..Node::new() };
+    let bid = node.bid(&set(&[("10.244.9.0-24", fabric("node-1", "192.0.2.99"), 5)], 5));
     assert_eq!((bid.key, bid.expect), (key("10.244.9.0-24"), Expect::Revision(5)));
     let endpoint = bid.record.endpoints().v4.expect("IPv4");
     assert_eq!(endpoint.vtep_mac.to_string(), "c6:d2:32:6f:8f:44");
@@ -149,7 +182,7 @@ fn flannels_record_of_this_address_is_taken_over() {
 
 #[test]
 fn two_nodes_with_one_address_are_both_named() {
-    let step = Node::new().step(&set(&[("10.244.9.0-24", fabric("node-2", "192.0.2.1"), 5)], 5));
+    let step = Node::new().step(&set(&[("10.244.9.0-24", fabric_of("other", "node-2", "192.0.2.1"), 5)], 5));
     let Step::Wait(obstacle) = step else { panic!("{step:?}") };
     let text = obstacle.to_string();
     assert!(text.contains("192.0.2.1") && text.contains("node-1") && text.contains("node-2"), "{text}");
@@ -212,13 +245,11 @@ fn held_lease_that_is_gone_or_changed_by_another_or_run_out_is_lost() {
 
 #[test]
 fn restart_with_nothing_changed_adopts_the_record_as_it_is() {
-    let mut node = Node::that_had_a_lease();
-    node.instance.boot = "old".into();
+    let node = Node::that_had_a_lease();
     let leases = set(&[(NINE, fabric("node-1", "192.0.2.1"), 5)], 9);
     assert!(matches!(node.step(&leases), Step::Adopt(held, _) if held.key == key(NINE) && held.mod_revision == 5));
     for changed in ["another address", "another write", "another boot"] {
-        let mut node = Node::that_had_a_lease();
-        node.instance.boot = "old".into();
+        let mut node = Node { findings: silent_for(QUICK), ..Node::that_had_a_lease() };
         match changed {
             "another address" => node.public_ips.v4 = Some("192.0.2.100".parse().expect("ip")),
             "another write" => node.previous.as_mut().expect("had").written = Some(3),
@@ -231,20 +262,20 @@ fn restart_with_nothing_changed_adopts_the_record_as_it_is() {
 #[test]
 fn subnet_that_another_has_is_waited_for_while_pods_are_in_it() {
     let taken = set(&[(NINE, fabric("node-2", "192.0.2.2"), 6)], 6);
-    let mut node = Node { occupied: true, ..Node::that_had_a_lease() };
+    let mut node = Node { pods: pods(&["10.244.9.2"]), ..Node::that_had_a_lease() };
     let told = node.obstacle(&taken);
     assert!(told.contains("node-2") && told.contains("fabricctl lease renumber --force"), "{told}");
     assert_eq!(node.bid(&empty()).key, key(NINE), "free again");
     // A person may insist; without pods nobody has to.
     node.leave = Some(key(NINE));
     assert_ne!(node.bid(&taken).key, key(NINE));
-    node = Node { occupied: false, leave: None, ..node };
+    node = Node { pods: vec![], leave: None, ..node };
     assert_ne!(node.bid(&taken).key, key(NINE));
 }
 
 #[test]
 fn node_that_is_told_to_leave_its_subnet_gives_it_back_and_takes_another() {
-    let mut node = Node { leave: Some(key(NINE)), occupied: true, ..Node::with_a_lease() };
+    let mut node = Node { leave: Some(key(NINE)), pods: pods(&["10.244.9.2"]), ..Node::with_a_lease() };
     let leases = set(&[(NINE, fabric("node-1", "192.0.2.1"), 5)], 6);
     assert_eq!(node.step(&leases), Step::GiveBack);
     node.held = None;
@@ -267,9 +298,9 @@ fn config_without_room_for_the_lease_ends_it_but_new_limits_do_not() {
     node.network = config("10.99.0.0/16");
     assert_eq!(node.step(&leases), Step::GiveBack);
     // After a restart nobody has said that the pods may be cut off.
-    node = Node { held: None, occupied: true, ..node };
+    node = Node { held: None, pods: pods(&["10.244.9.2"]), ..node };
     assert!(node.obstacle(&leases).contains("no subnet of the network config any more"));
-    node.occupied = false;
+    node.pods = vec![];
     assert!(matches!(node.step(&leases), Step::Withdraw(_)));
 }
 
@@ -294,29 +325,139 @@ fn record_from_before_a_rollback_is_withdrawn_and_the_present_subnet_kept() {
     assert_eq!(node.bid(&empty()).key, key(NINE));
 }
 
-#[test]
-fn rebooted_node_and_one_in_a_new_namespace_are_the_same_node() {
-    let mut node = Node::new();
-    assert_eq!(node.bid(&set(&[(NINE, fabric("node-1", "192.0.2.9"), 5)], 5)).key, key(NINE), "another boot");
-    node.instance = Instance { boot: "old".into(), netns: 8 };
-    assert_eq!(node.bid(&set(&[(NINE, fabric("node-1", "192.0.2.1"), 5)], 5)).key, key(NINE), "the same address");
-    node.previous = Node::that_had_a_lease().previous;
-    assert_eq!(node.bid(&set(&[(NINE, fabric("node-1", "192.0.2.9"), 5)], 5)).key, key(NINE), "its own write");
+/// Every newcomer that finds a record of another run in its name, and for how long it has to hear nothing; `None` for
+/// as long as that record's lease lasts.
+fn newcomers() -> Vec<(&'static str, Node, &'static str, Option<Duration>)> {
+    let remembers = |node: Node| Node { previous: Node::that_had_a_lease().previous, ..node };
+    let rebooted = || Node { instance: run("reboot"), ..Node::new() };
+    let moved = || Node { instance: Instance { netns: 8, ..run("boot") }, ..Node::new() };
+    vec![
+        ("another machine", rebooted(), "192.0.2.9", None),
+        ("another namespace", moved(), "192.0.2.9", None),
+        ("a reinstalled machine", rebooted(), "192.0.2.1", Some(QUICK)),
+        ("a rebooted machine", remembers(rebooted()), "192.0.2.1", Some(QUICK)),
+        ("a namespace made anew", remembers(moved()), "192.0.2.1", Some(QUICK)),
+        ("another address after a reboot, or a copied disk", remembers(rebooted()), "192.0.2.9", Some(REMEMBERED)),
+        ("another address without a reboot, or a copied memory", Node::new(), "192.0.2.9", Some(QUICK)),
+    ]
 }
 
 #[test]
-fn second_node_of_the_same_name_is_refused_with_both_addresses() {
-    let other = set(&[(NINE, fabric("node-1", "192.0.2.9"), 5)], 5);
-    let mut node = Node { instance: Instance { boot: "old".into(), netns: 8 }, ..Node::new() };
-    let told = node.obstacle(&other);
-    assert!(told.contains("192.0.2.9") && told.contains("192.0.2.1") && told.contains("--node-name"), "{told}");
-    // Of two machines the newcomer can't be told from a reboot; the one that was there gives way and says so.
-    node = Node::with_a_lease();
-    let usurped = set(&[(NINE, fabric("node-1", "192.0.2.9"), 6)], 6);
-    assert!(matches!(node.step(&usurped), Step::Lost(Loss::Twin(..))));
-    node = Node { held: None, twin: Some(Instance { boot: "old".into(), netns: 7 }), ..node };
-    assert!(node.obstacle(&usurped).contains("another node is called node-1 too"));
-    assert_eq!(node.bid(&empty()).key, key(NINE), "the other one is gone");
+fn newcomer_never_takes_the_lease_of_a_node_that_lives() {
+    for (who, mut node, ip, _) in newcomers() {
+        let leases = set(&[(NINE, fabric("node-1", ip), 5)], 5);
+        let asks = |node: &Node| matches!(node.step(&leases), Step::Ask(question, _) if question.revision == 5);
+        assert!(asks(&node), "{who}");
+        let told = node.obstacle(&leases);
+        assert!(told.contains(ip) && told.contains("asking whether"), "{who}: {told}");
+        let holder = Party { instance: run("boot"), addresses: vec![ip.parse().expect("ip")], since: 1_780_000_000 };
+        let answered = Findings { revision: 5, answer: Some(holder), silent: REMEMBERED, ..Findings::default() };
+        node.findings = vec![answered];
+        assert!(asks(&node), "{who}");
+        let told = node.obstacle(&leases);
+        for word in [
+            "another machine that lives is called node-1 too",
+            &format!("10.244.9.0/24 at {ip} (boot id boot, fabricd started 2026-05-28 20:26 UTC)"),
+            "this machine is at 192.0.2.1",
+            "fabricd started 2026-09-21 14:13 UTC",
+            "--node-name",
+        ] {
+            assert!(told.contains(word), "{who}: {word:?} is not in {told:?}");
+        }
+    }
+}
+
+#[test]
+fn silence_gives_a_machine_its_subnet_back_where_nobody_else_can_have_it() {
+    let just_before = |time: Duration| time.saturating_sub(Duration::from_millis(1));
+    for (who, mut node, ip, patience) in newcomers() {
+        let leases = set(&[(NINE, fabric("node-1", ip), 5)], 5);
+        node.findings = silent_for(patience.map_or(Duration::from_secs(86_400), just_before));
+        let told = node.obstacle(&leases);
+        if let Some(patience) = patience {
+            node.findings = silent_for(patience);
+            assert_eq!(node.bid(&leases).key, key(NINE), "{who}");
+            // Silence about another record says nothing about this one.
+            node.findings[0].revision = 4;
+            assert!(matches!(node.step(&leases), Step::Ask(..)), "{who}");
+        } else {
+            assert!(
+                told.contains("doesn't answer") && told.contains("fabricctl lease release node-1"),
+                "{who}: {told}"
+            );
+            node.findings[0].ends = Some(1_790_003_600);
+            let told = node.obstacle(&leases);
+            assert!(told.ends_with("is taken when that lease ends, 2026-09-21 15:13 UTC"), "{who}: {told}");
+        }
+    }
+}
+
+#[test]
+fn machine_that_answers_at_the_address_of_before_is_waited_for_unless_it_is_another_node() {
+    let previous = Node::that_had_a_lease().previous;
+    let answers = Findings { revision: 5, silent: REMEMBERED, host_answers: true, ..Findings::default() };
+    let mut node = Node { instance: run("reboot"), previous, findings: vec![answers], ..Node::new() };
+    let mut leases = vec![(NINE, fabric("node-1", "192.0.2.9"), 5)];
+    let Step::Ask(question, obstacle) = node.step(&set(&leases, 5)) else { panic!("it may be a living machine's") };
+    assert_eq!(question.probe, ["192.0.2.9".parse::<IpAddr>().expect("ip")]);
+    assert!(obstacle.to_string().contains("where a machine answers though its fabricd doesn't"), "{obstacle}");
+    leases.push(("10.244.3.0-24", fabric("node-2", "192.0.2.9"), 4));
+    assert_eq!(node.bid(&set(&leases, 5)).key, key(NINE), "the address is node-2's by now");
+    node.findings = vec![];
+    let Step::Ask(question, _) = node.step(&set(&leases, 5)) else { panic!("nobody was asked") };
+    assert_eq!(question.probe, [] as [IpAddr; 0], "node-2 would answer");
+}
+
+#[test]
+fn node_whose_lease_was_taken_takes_it_back_and_says_whom_it_took_one_from() {
+    let node = Node::with_a_lease();
+    let usurped = set(&[(NINE, fabric_of("thief", "node-1", "192.0.2.9"), 6)], 6);
+    let Step::Lost(Loss::Twin { by, there, .. }) = node.step(&usurped) else { panic!("{:?}", node.step(&usurped)) };
+    assert_eq!((by, there.as_str()), (run("thief"), "192.0.2.9"));
+    let node = Node { held: None, overruled: Some(run("thief")), ..node };
+    let bid = node.bid(&usurped);
+    assert_eq!((bid.expect, bid.record.owner.expect("named").taken_from), (Expect::Revision(6), None));
+    // The other one, in its turn, would have said whom it took it from.
+    let thief = Node { instance: run("thief"), findings: silent_for(QUICK), ..Node::new() };
+    let bid = thief.bid(&set(&[(NINE, fabric("node-1", "192.0.2.1"), 5)], 5));
+    assert_eq!(bid.record.owner.expect("named").taken_from, Some(run("boot")));
+}
+
+#[test]
+fn renamed_machine_keeps_its_subnet() {
+    let ours = set(&[(NINE, fabric("other-name", "192.0.2.1"), 5)], 5);
+    let bid = Node::new().bid(&ours);
+    assert_eq!((bid.key, bid.expect), (key(NINE), Expect::Revision(5)), "the same boot wrote it");
+    assert_eq!(bid.formerly.expect("guards have that name").as_str(), "other-name");
+    assert_eq!(bid.record.node().expect("named").as_str(), "node-1");
+
+    // Renamed at a reboot: the disk remembers, and nobody of the former name answers.
+    let formerly = "other-name".parse().ok();
+    let remembered = Previous { formerly, this_boot: false, ..Node::that_had_a_lease().previous.expect("had") };
+    let mut node = Node { instance: run("reboot"), previous: Some(remembered), ..Node::new() };
+    assert!(matches!(node.step(&ours), Step::Ask(question, _) if question.node.as_str() == "other-name"));
+    node.findings = silent_for(QUICK);
+    assert_eq!(node.bid(&ours).key, key(NINE));
+}
+
+#[test]
+fn copied_disk_of_a_node_with_another_name_is_no_claim_to_its_subnet() {
+    let formerly = "other-name".parse().ok();
+    let remembered = Previous { formerly, this_boot: false, ..Node::that_had_a_lease().previous.expect("had") };
+    let node =
+        Node { instance: run("clone"), previous: Some(remembered), findings: silent_for(REMEMBERED), ..Node::new() };
+    for leases in [set(&[(NINE, fabric("other-name", "192.0.2.9"), 5)], 5), empty()] {
+        let bid = node.bid(&leases);
+        assert_ne!(bid.key, key(NINE));
+        assert_eq!(bid.formerly, None);
+        let mac = bid.record.endpoints().v4.expect("IPv4").vtep_mac;
+        assert_eq!(mac, MacAddr::derived(&node.name, node.network.vxlan.vni, Family::V4), "nor to its VTEP's address");
+    }
+    // This very boot held it under that name, and it is free.
+    let mut renamed = node;
+    renamed.previous.as_mut().expect("had").this_boot = true;
+    let bid = renamed.bid(&empty());
+    assert_eq!((bid.key, bid.formerly.expect("its guards").as_str()), (key(NINE), "other-name"));
 }
 
 #[test]
@@ -388,4 +529,67 @@ fn placeholder_of_a_node_that_went_away_is_put_back_by_a_few_of_the_others() {
         matches!(node.step(&all), Step::HoldPlace(..))
     };
     assert_eq!((1..).zip(&nodes).filter(holds_the_place).count(), KEEPERS_OF_A_PLACE);
+}
+
+/// At a first start, with a memory, with a record, told by the attachments or by the bridge alone.
+#[test]
+fn node_takes_the_subnet_that_its_attached_pods_live_in_if_it_can_be_had() {
+    let elsewhere = set(&[("10.244.3.0-24", fabric("node-1", "192.0.2.1"), 5)], 5);
+    for living in
+        [pods(&["10.244.9.2", "10.244.9.7"]), pods(&["10.244.9.0/24"]), pods(&["10.244.9.0/24", "10.244.9.2"])]
+    {
+        let mut node = Node { pods: living, ..Node::new() };
+        assert_eq!(node.bid(&empty()).key, key(NINE), "nothing is known");
+        assert!(matches!(node.step(&elsewhere), Step::Withdraw(bid) if bid.key == key("10.244.3.0-24")));
+        node.previous = Node::that_had_a_lease().previous;
+        assert_eq!(node.bid(&empty()).key, key(NINE));
+        let other = Previous { key: key("10.244.3.0-24"), ..node.previous.clone().expect("had") };
+        node.previous = Some(other);
+        assert_eq!(node.bid(&empty()).key, key(NINE), "the disk remembers another");
+        // Its guard rests for another name: as that of a node that was renamed and released.
+        node.resting = vec![Resting { subnet: "10.244.9.0/24".parse().expect("valid"), node: None, mod_revision: 8 }];
+        assert_eq!(node.bid(&empty()).evict, [8]);
+    }
+}
+
+#[test]
+fn node_is_never_ready_with_another_subnet_than_its_attached_pods_have() {
+    let theirs = (NINE, fabric("node-2", "192.0.2.2"), 4);
+    let ours = ("10.244.3.0-24", fabric("node-1", "192.0.2.1"), 5);
+    let mut node = Node { pods: pods(&["10.244.9.2"]), ..Node::new() };
+    let mut reserved = empty();
+    reserved.reserve(NINE, Some(b"node-2"), 7);
+    for leases in [set(std::slice::from_ref(&theirs), 5), reserved] {
+        let told = node.obstacle(&leases);
+        assert!(told.contains("10.244.9.0/24 is held by node-2") && told.contains("lease renumber --force"), "{told}");
+    }
+    // Nor does it keep another, though it had that before its start.
+    node.previous = Node::that_had_a_lease().previous.map(|had| Previous { key: key("10.244.3.0-24"), ..had });
+    let both = set(&[theirs, ours], 5);
+    assert!(!matches!(node.step(&both), Step::Claim(_) | Step::Adopt(..)), "{:?}", node.step(&both));
+    let only = set(&[("10.244.3.0-24", fabric("node-1", "192.0.2.1"), 5)], 5);
+    node.pods = pods(&["10.244.9.2", "10.244.8.2"]);
+    let told = node.obstacle(&only);
+    assert!(told.contains("addresses in 10.244.8.2, 10.244.9.2, outside of 10.244.3.0/24"), "{told}");
+    // A person has said that they may be cut off, now or before a restart; or they are of another network.
+    for (leave, left, pods) in [
+        (Some(key(NINE)), vec![], pods(&["10.244.9.2"])),
+        (None, pods(&["10.244.9.0/24"]), pods(&["10.244.9.2"])),
+        (None, vec![], pods(&["10.88.0.2", "10.244.3.7", "10.244.3.0/24"])),
+    ] {
+        let node = Node { leave, left, pods, ..Node { previous: node.previous.clone(), ..Node::new() } };
+        assert!(matches!(node.step(&only), Step::Adopt(held, _) if held.key == key("10.244.3.0-24")));
+    }
+}
+
+#[test]
+fn family_without_pods_follows_the_one_that_has_some() {
+    let json = br#"{"Network":"10.244.0.0/16","IPv6Network":"fd00::/48","EnableIPv6":true,"Backend":{"Type":"vxlan"}}"#;
+    let mut node = Node { network: NetworkConfig::decode(json).expect("valid"), ..Node::new() };
+    node.public_ips.v6 = "2001:db8::1".parse().ok();
+    node.pods = pods(&["10.244.9.2"]);
+    assert_eq!(node.bid(&empty()).key.subnets().v4, "10.244.9.0/24".parse().ok());
+    let had = key("10.244.9.0-24&fd00:0:0:7::-64");
+    node.previous = Node::that_had_a_lease().previous.map(|previous| Previous { key: had, ..previous });
+    assert_eq!(node.bid(&empty()).key, had);
 }

@@ -6,6 +6,7 @@
 //! <prefix>/fabric/guard/4/10.244.3.0-24           the node that has the subnet    ours
 //! <prefix>/fabric/guard/6/fd00:3::-64             the node that has the subnet    ours
 //! <prefix>/fabric/guard/outdated                  who last claimed under a config of before    ours
+//! <prefix>/fabric/guard/asked/node-3              who asks whether that node lives, and the answer    ours
 //! <prefix>/fabric/reservations/10.244.3.0-24      the node that it is kept for    ours
 //! ```
 //!
@@ -14,7 +15,7 @@
 //! lease: when that has ended, the guard without a record keeps the subnet for its node for a grace. Keys of ours never begin with
 //! `<prefix>/subnets`, which flannel lists as a plain string.
 
-use fabric_core::model::{Family, Subnet};
+use fabric_core::model::{Family, NodeName, Subnet};
 use fabric_core::record::LeaseKey;
 
 /// The keys under one prefix.
@@ -32,6 +33,8 @@ pub(super) enum Place {
     Lease(String),
     /// A reservation; the key's last part.
     Reservation(String),
+    /// A question about who holds the lease of a name; the name.
+    Inquiry(String),
     /// A guard, or nothing that we know.
     Other,
 }
@@ -84,6 +87,16 @@ impl Keys {
         format!("{}outdated", self.all_guards())
     }
 
+    /// What the keys of all questions about names begin with: among the guards, which every node may write.
+    pub(super) fn inquiries(&self) -> String {
+        format!("{}asked/", self.all_guards())
+    }
+
+    /// The key of a question about a name.
+    pub(super) fn inquiry(&self, node: &NodeName) -> String {
+        format!("{}{node}", self.inquiries())
+    }
+
     /// What the keys of all guards begin with.
     pub(super) fn all_guards(&self) -> String {
         format!("{}/fabric/guard/", self.prefix)
@@ -117,6 +130,8 @@ impl Keys {
                     Place::Lease(last(lease))
                 } else if let Some(reserved) = rest.strip_prefix(b"fabric/reservations/") {
                     Place::Reservation(last(reserved))
+                } else if let Some(name) = rest.strip_prefix(b"fabric/guard/asked/") {
+                    Place::Inquiry(last(name))
                 } else {
                     Place::Other
                 }
@@ -145,6 +160,9 @@ mod tests {
         }
         assert_eq!(keys.guarded(b"/coreos.com/network/fabric/guard/4/nonsense"), None);
         assert_eq!(keys.guarded(keys.outdated().as_bytes()), None);
+        let asked = keys.inquiry(&"node-3".parse().expect("a name"));
+        assert_eq!(keys.guarded(asked.as_bytes()), None);
+        assert_eq!(keys.place(asked.as_bytes()), Place::Inquiry("node-3".into()));
     }
 
     #[test]

@@ -14,6 +14,7 @@
 mod connect;
 mod endpoint;
 mod identity;
+mod inquiries;
 mod keys;
 mod operator;
 mod places;
@@ -24,7 +25,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+use fabric_core::inquiry::Inquiry;
 use fabric_core::leases::LeaseSet;
+use fabric_core::model::NodeName;
 use fabric_core::record::{LeaseKey, Record};
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::task::JoinSet;
@@ -34,7 +37,7 @@ pub use self::connect::{Options, Tls, User};
 pub use self::endpoint::complete;
 use self::keys::Keys;
 pub use self::operator::Overview;
-use super::{Claim, ConfigPlace, Connection, Grant, LeaseStore, Network, Resting, StoreError};
+use super::{Claim, ConfigPlace, Connection, Grant, Inquired, LeaseStore, Network, Resting, StoreError};
 
 /// The lease store in etcd. Dropping it ends its task.
 pub struct Etcd {
@@ -52,6 +55,7 @@ struct Store {
     /// The leases of before the start: what the first list is compared with.
     remembered: Option<Arc<LeaseSet>>,
     connection: Sender<Connection>,
+    inquiries: Sender<Inquired>,
     /// The generation of the store, counted as in [`LeaseStore::replaced`], that the published leases came from.
     listed_of: AtomicU64,
 }
@@ -97,6 +101,7 @@ impl Etcd {
             leases: Sender::new(None),
             remembered,
             connection: Sender::new(Connection::Unknown),
+            inquiries: Sender::new(Inquired::default()),
             listed_of: AtomicU64::new(0),
         });
         let mut following = JoinSet::new();
@@ -177,6 +182,18 @@ impl LeaseStore for Etcd {
 
     async fn hold_place(&self, key: &LeaseKey, placeholder: &Record) -> Result<(), StoreError> {
         self.store.hold_place(key, placeholder).await
+    }
+
+    fn inquiries(&self) -> Option<Receiver<Inquired>> {
+        Some(self.store.inquiries.subscribe())
+    }
+
+    async fn inquire(&self, node: &NodeName, inquiry: &Inquiry) -> Result<(), StoreError> {
+        self.store.inquire(node, inquiry).await
+    }
+
+    async fn time_left(&self, key: &LeaseKey) -> Result<Option<Duration>, StoreError> {
+        self.store.time_left(key).await
     }
 
     async fn probe(&self) -> Result<(), StoreError> {

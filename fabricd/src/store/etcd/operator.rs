@@ -143,24 +143,4 @@ impl Store {
             _ => Err(StoreError::Refused { operation, reason: "somebody changed it meanwhile; try again".into() }),
         }
     }
-
-    async fn time_left(&self, key: &LeaseKey) -> Result<Option<Duration>, StoreError> {
-        const ASK: &str = "ask how long a lease lasts";
-        let record = self.keys.lease(key);
-        let (mut found, _) = self
-            .connector
-            .ask(ASK, |client| {
-                let record = record.clone();
-                async move { client.kv_client().get(record, None).await }
-            })
-            .await?;
-        let Some(lease) = found.take_kvs().first().map(etcd_client::KeyValue::lease).filter(|lease| *lease != 0) else {
-            return Ok(None);
-        };
-        let left = self
-            .connector
-            .send(ASK, |client| async move { client.lease_client().time_to_live(lease, None).await })
-            .await?;
-        Ok(Some(Duration::from_secs(left.ttl().try_into().unwrap_or_default())))
-    }
 }

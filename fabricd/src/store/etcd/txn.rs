@@ -65,24 +65,30 @@ pub(super) enum Outcome {
 enum Guard {
     Nobodys,
     Ours,
+    /// Of the name that this node had before.
+    Formerly,
     /// Another node's, which may be overwritten while it has this revision.
     Resting(i64),
 }
 
 impl Guard {
-    fn found(kv: Option<&KeyValue>, node: &NodeName, evict: &[i64]) -> Option<Self> {
+    fn found(kv: Option<&KeyValue>, claim: &Claim) -> Option<Self> {
+        let names = |kv: &KeyValue, node: &NodeName| kv.value() == node.as_str().as_bytes();
         match kv {
             None => Some(Self::Nobodys),
-            Some(kv) if kv.value() == node.as_str().as_bytes() => Some(Self::Ours),
-            Some(kv) if evict.contains(&kv.mod_revision()) => Some(Self::Resting(kv.mod_revision())),
+            Some(kv) if names(kv, &claim.node) => Some(Self::Ours),
+            Some(kv) if claim.formerly.as_ref().is_some_and(|node| names(kv, node)) => Some(Self::Formerly),
+            Some(kv) if claim.evict.contains(&kv.mod_revision()) => Some(Self::Resting(kv.mod_revision())),
             Some(_) => None,
         }
     }
 
-    fn compare(self, key: &str, node: &NodeName) -> Compare {
+    fn compare(self, key: &str, claim: &Claim) -> Compare {
+        let names = |node: &NodeName| Compare::value(key, CompareOp::Equal, node.as_str());
         match self {
             Self::Nobodys => Compare::version(key, CompareOp::Equal, 0),
-            Self::Ours => Compare::value(key, CompareOp::Equal, node.as_str()),
+            Self::Ours => names(&claim.node),
+            Self::Formerly => names(claim.formerly.as_ref().unwrap_or(&claim.node)),
             Self::Resting(revision) => Compare::mod_revision(key, CompareOp::Equal, revision),
         }
     }
@@ -149,7 +155,7 @@ impl Store {
         // The first attempt takes the guards to be as usual; the next ones know.
         let mut expected = vec![usual; guards.len()];
         for _ in 0..3 {
-            let compare_guards = guards.iter().zip(&expected).map(|(key, guard)| guard.compare(key, &claim.node));
+            let compare_guards = guards.iter().zip(&expected).map(|(key, guard)| guard.compare(key, claim));
             let compares = decided_on.iter().cloned().chain(compare_guards).collect::<Vec<_>>();
             let found = match self.transact("claim a lease", compares, puts.clone(), &keys).await? {
                 Outcome::Done(revision, before) => {
@@ -165,7 +171,7 @@ impl Store {
                 return Ok(ours.mod_revision());
             }
             let as_they_are: Option<Vec<Guard>> =
-                guards.iter().map(|guard| Guard::found(guard.as_ref(), &claim.node, &claim.evict)).collect();
+                guards.iter().map(|guard| Guard::found(guard.as_ref(), claim)).collect();
             match as_they_are {
                 Some(guards) if guards != expected => expected = guards,
                 None if record.is_none() => return Err(StoreError::Guarded { key: claim.key }),
@@ -180,7 +186,7 @@ impl Store {
     async fn discard_that_of(&self, claim: &Claim, before: Option<KeyValue>) {
         let Some(before) = before.filter(|kv| ![0, claim.lease_id].contains(&kv.lease())) else { return };
         let record = Record::decode(&claim.key, before.value());
-        if record.is_ok_and(|record| record.node() == Some(&claim.node)) {
+        if record.is_ok_and(|record| record.node().is_some_and(|node| claim.is_by(node))) {
             self.discard(before.lease()).await;
         }
     }
@@ -248,7 +254,7 @@ impl Store {
         let all = std::iter::once(&record).chain(&guards).map(delete).collect();
         if !matches!(self.transact("release the lease", ours, all, &[]).await?, Outcome::Done(..)) {
             for guard in &guards {
-                let ours = vec![Guard::Ours.compare(guard, &grant.node)];
+                let ours = vec![Compare::value(guard.clone(), CompareOp::Equal, grant.node.as_str())];
                 self.transact("release a guard", ours, vec![delete(guard)], &[]).await?;
             }
         }

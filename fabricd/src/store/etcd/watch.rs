@@ -115,12 +115,13 @@ async fn follow(store: &Store, outage: &mut Outage) -> Result<Infallible, Interr
     }
 }
 
-/// Reads config and leases at one revision, by a linearizable read: one transaction with three ranges.
+/// Reads config and leases at one revision, by a linearizable read: one transaction with four ranges.
 async fn list(store: &Store) -> Result<Listing, StoreError> {
     let ranges = Txn::new().and_then([
         TxnOp::get(store.keys.config(), None),
         TxnOp::get(store.keys.subnets(), Some(GetOptions::new().with_prefix())),
         TxnOp::get(store.keys.reservations(), Some(GetOptions::new().with_prefix())),
+        TxnOp::get(store.keys.inquiries(), Some(GetOptions::new().with_prefix())),
     ]);
     let (response, seen) = store
         .connector
@@ -145,6 +146,11 @@ async fn list(store: &Store) -> Result<Listing, StoreError> {
         _ => None,
     };
     let reservations = ranges.next().unwrap_or_default().into_iter().filter_map(reservation).collect();
+    for asked in ranges.next().unwrap_or_default() {
+        if let Place::Inquiry(name) = store.keys.place(asked.key()) {
+            store.asked(&name, Some(asked.value()));
+        }
+    }
     Ok(Listing { config, entries, reservations, revision, seen })
 }
 
@@ -258,6 +264,10 @@ fn take_in(store: &Store, set: &mut LeaseSet, seen: Seen, response: &WatchRespon
             Place::Reservation(key) => {
                 set.reserve(&key, (!deleted).then(|| kv.value()), kv.mod_revision());
                 changes += 1;
+                continue;
+            }
+            Place::Inquiry(name) => {
+                store.asked(&name, (!deleted).then(|| kv.value()));
                 continue;
             }
             Place::Other => continue,

@@ -93,8 +93,15 @@ pub(super) fn read(node: &Node) -> Option<Published> {
         }
     }
     // Whoever wrote it: in Kubernetes a lease has its node's name.
-    let owner =
-        Owner { version: Owner::VERSION, node: name, boot: String::new(), netns: 0, epoch: 0, unknown: Map::new() };
+    let owner = Owner {
+        version: Owner::VERSION,
+        node: name,
+        boot: String::new(),
+        netns: 0,
+        epoch: 0,
+        taken_from: None,
+        unknown: Map::new(),
+    };
     record.insert("Fabric".into(), json!(owner));
     Some(Published { key, value: Value::Object(record).to_string().into_bytes() })
 }
@@ -133,7 +140,9 @@ pub(super) fn assigned(node: &Node) -> Assigned {
         (Family::of(ip) == family).then_some((family, ip))
     };
     let subnets: PerFamily<Subnet> = node.subnets();
-    Assigned { subnets, public_ips: NAMES.iter().filter_map(overwrite).collect() }
+    let info = node.status.node_info.as_ref();
+    let boot = info.map(|info| info.boot_id.clone()).filter(|boot| !boot.is_empty());
+    Assigned { subnets, public_ips: NAMES.iter().filter_map(overwrite).collect(), boot }
 }
 
 #[cfg(test)]

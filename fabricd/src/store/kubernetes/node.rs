@@ -42,6 +42,17 @@ pub struct Status {
     /// One for each type.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub conditions: Option<Vec<Condition>>,
+    /// What its kubelet says of its machine.
+    #[serde(rename = "nodeInfo", default, skip_serializing_if = "Option::is_none")]
+    pub node_info: Option<NodeInfo>,
+}
+
+/// The machine that a Node's kubelet runs on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeInfo {
+    /// `/proc/sys/kernel/random/boot_id`.
+    #[serde(rename = "bootID", default)]
+    pub boot_id: String,
 }
 
 /// One thing that is so of a Node, or is not.

@@ -4,12 +4,15 @@
 use std::future::Future;
 use std::time::Duration;
 
+use fabric_core::holding::Instance;
+use fabric_core::inquiry::{Inquiry, Party};
 use fabric_core::leases::LeaseSet;
+use fabric_core::model::NodeName;
 use fabric_core::record::Record;
-use fabricd::store::{Claim, Expect, Grant, LeaseStore, StoreError};
+use fabricd::store::{Claim, Expect, Grant, Inquired, LeaseStore, StoreError};
 use tokio::time::timeout;
 
-use super::{PATIENCE, claim, flannel_value, is_lost, join, key, leases, now, settled};
+use super::{PATIENCE, claim, flannel_value, is_lost, join, key, leases, now, settled, shows};
 
 /// A hand that reaches deeper: into keys, and the leases that they hang on.
 pub trait Harness: super::Harness {
@@ -341,4 +344,53 @@ pub async fn other_keys_are_ignored(h: &impl Harness) {
     assert_eq!((set.len(), set.unreadable().len()), (1, 0));
     let late = h.node(1);
     assert_eq!(now(&late).await.len(), 1);
+}
+
+fn shown<'a>(node: &'a NodeName, inquiry: &'a Inquiry) -> impl Fn(&Inquired) -> bool + 'a {
+    move |all| all.get(node) == Some(inquiry)
+}
+
+/// Who asks about a name is heard by whoever follows the store, and the answer by who asked; also by those that come later.
+pub async fn question_about_a_name_is_heard_and_answered(h: &impl Harness) {
+    let (holder, newcomer) = (h.node(1), h.node(1));
+    let (_, grant) = claimed(&holder, 1, "10.244.1.0-24").await;
+    settled(&newcomer, &grant).await;
+    let party = |boot: &str| Party { instance: Instance { boot: boot.into(), netns: 7 }, addresses: vec![], since: 5 };
+    let asked = Inquiry { number: 9, by: party("new"), answer: None };
+    newcomer.inquire(&grant.node, &asked).await.expect("asked");
+    let mut heard = holder.inquiries().expect("nodes choose here");
+    shows(&mut heard, "the question", shown(&grant.node, &asked)).await;
+    let answered = Inquiry { answer: Some(party("old")), ..asked };
+    holder.inquire(&grant.node, &answered).await.expect("answered");
+    let mut heard = newcomer.inquiries().expect("nodes choose here");
+    shows(&mut heard, "the answer", shown(&grant.node, &answered)).await;
+    let late = h.node(2);
+    let mut heard = late.inquiries().expect("nodes choose here");
+    shows(&mut heard, "what was said before", shown(&grant.node, &answered)).await;
+    assert_eq!(now(&newcomer).await.len(), 1, "questions are no leases");
+    let left = newcomer.time_left(&grant.key).await.expect("asked").expect("it ends");
+    assert!(left <= grant.ttl && left + Duration::from_secs(20) > grant.ttl, "{left:?}");
+    assert_eq!(newcomer.time_left(&key("10.244.2.0-24")).await, Ok(None));
+}
+
+/// A node that was renamed takes over what it has under its former name: the record, its guards, and what it hung on.
+pub async fn renamed_node_takes_its_record_and_guards_over(h: &impl Harness) {
+    let store = h.node(1);
+    let (before, grant) = claimed(&store, 1, "10.244.1.0-24&fd00:1::-64").await;
+    let set = settled(&store, &grant).await;
+    let renamed = over(claim(2, "10.244.1.0-24&fd00:1::-64", &set), grant.mod_revision);
+    assert!(is_lost(&store.claim(&renamed).await), "another node's");
+    let renamed = Claim { formerly: Some(before.node.clone()), lease_id: fastrand::i64(1..), ..renamed };
+    let taken = store.claim(&renamed).await.expect("its own");
+    assert_eq!(h.get("fabric/guard/4/10.244.1.0-24").await.as_deref(), Some("node-2"));
+    assert_eq!(h.get("fabric/guard/6/fd00:1::-64").await.as_deref(), Some("node-2"));
+    settled(&store, &taken).await;
+    let lease_id = grant.lease_id;
+    assert_eq!(store.keep_alive(&grant).await, Err(StoreError::Expired { lease_id }), "nothing hangs on it");
+    // With the record gone, too.
+    h.delete("subnets/10.244.1.0-24&fd00:1::-64").await;
+    let gone = leases(&store, "no record", LeaseSet::is_empty).await;
+    let again =
+        Claim { formerly: Some("node-2".parse().expect("a name")), ..claim(3, "10.244.1.0-24&fd00:1::-64", &gone) };
+    store.claim(&again).await.expect("its own guards");
 }

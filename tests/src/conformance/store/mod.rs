@@ -106,13 +106,25 @@ pub fn claim(number: u8, subnets: &str, seen: &LeaseSet) -> Claim {
         boot: "3f2a".into(),
         netns: 4_026_531_840,
         epoch: 1,
+        taken_from: None,
         unknown: serde_json::Map::new(),
     };
     let node = owner.node.clone();
     let record = Record { backend: Backend::Vxlan(endpoints), owner: Some(owner), unknown: serde_json::Map::new() };
     let seen_revision = seen.revision();
     let (expect, lease_id) = (Expect::Absent, fastrand::i64(1..));
-    Claim { node, key, record, expect, seen_revision, outdated: false, evict: vec![], ttl: TTL, lease_id }
+    Claim {
+        node,
+        key,
+        record,
+        expect,
+        seen_revision,
+        outdated: false,
+        evict: vec![],
+        formerly: None,
+        ttl: TTL,
+        lease_id,
+    }
 }
 
 /// The leases as the store shows them now, as soon as it shows any.

@@ -6,7 +6,7 @@ const SEVEN: &str = "10.244.7.0-24";
 
 fn assigned(subnet: &str) -> Option<Assigned> {
     let v4 = (!subnet.is_empty()).then(|| subnet.parse().expect(subnet));
-    Some(Assigned { subnets: PerFamily { v4, v6: None }, public_ips: PerFamily::default() })
+    Some(Assigned { subnets: PerFamily { v4, v6: None }, public_ips: PerFamily::default(), boot: None })
 }
 
 /// One that holds `10.244.9.0-24`, and what the store shows then.
@@ -67,11 +67,11 @@ fn other_assignment_is_a_loss_and_waits_for_the_pods_of_the_old_subnet() {
     node.assigned = assigned("10.244.7.0/24");
     assert_eq!(node.step(&leases), Step::Lost(Loss::Reassigned(key(NINE), key(SEVEN))));
 
-    (node.held, node.occupied) = (None, true);
+    (node.held, node.pods) = (None, pods(&["10.244.9.2"]));
     assert!(node.obstacle(&empty()).contains("its pods still have addresses in 10.244.9.0/24"));
     node.leave = Some(key(NINE));
     assert_eq!(node.bid(&empty()).key, key(SEVEN), "told to cut them off");
-    (node.leave, node.occupied) = (None, false);
+    (node.leave, node.pods) = (None, vec![]);
     assert_eq!(node.bid(&empty()).key, key(SEVEN));
 }
 
@@ -80,4 +80,28 @@ fn address_of_another_node_is_refused() {
     let node = Node { assigned: assigned("10.244.9.0/24"), ..Node::new() };
     let other = set(&[(SEVEN, fabric("node-7", "192.0.2.1"), 5)], 6);
     assert!(node.obstacle(&other).contains("192.0.2.1 of this node, node-1, is also that of node-7"));
+}
+
+#[test]
+fn pods_of_another_subnet_are_seen_without_a_memory_too() {
+    let node = Node { assigned: assigned("10.244.7.0/24"), pods: pods(&["10.244.9.0/24"]), ..Node::new() };
+    let told = node.obstacle(&empty());
+    assert!(told.contains("addresses in 10.244.9.0/24, outside of 10.244.7.0/24"), "{told}");
+    let left = Node { left: pods(&["10.244.9.0/24"]), ..node };
+    assert_eq!(left.bid(&empty()).key, key(SEVEN));
+}
+
+#[test]
+fn machine_that_the_cluster_does_not_mean_by_this_nodes_name_waits() {
+    let mut node = Node { assigned: assigned("10.244.7.0/24"), ..Node::new() };
+    let says = |node: &mut Node, boot: &str| node.assigned.as_mut().expect("assigned").boot = Some(boot.into());
+    says(&mut node, "another");
+    let told = node.obstacle(&empty());
+    assert!(told.contains("boot id another") && told.contains("this machine's boot id is boot"), "{told}");
+    says(&mut node, "boot");
+    assert_eq!(node.bid(&empty()).key, key(SEVEN));
+    // One that has its lease doesn't lose it to whatever a second kubelet writes.
+    let (mut held, leases) = holder();
+    says(&mut held, "another");
+    assert_eq!(held.step(&leases), Step::Keep);
 }
