@@ -110,9 +110,18 @@ fn what_firewalls_and_networks_do_is_named() -> Result<()> {
     let told = named(&lab, "node-2", &["input"], &one_way, "asymmetric")?;
     assert!(told["evidence"].as_str().unwrap_or_default().contains("receiving from node-2, not reaching it"), "{told}");
     let rejected = format!("{} reject with icmp type admin-prohibited", one_way.trim_end_matches(" drop"));
-    let told = named(&lab, "node-2", &["input"], &rejected, "asymmetric")?;
+    let (node, peer) = (lab.node("node-1")?, lab.node("node-2")?);
+    interfere(peer, "ip", &["input"], &rejected)?;
     let words = "10.99.0.12 rejects UDP port 8472: communication administratively prohibited";
-    assert!(told["evidence"].as_str().unwrap_or_default().contains(words), "{told}");
+    // A host refuses once a second, whatever it is sent.
+    wait_until("node-1 says who rejects", 2 * SOON, || {
+        let told = verdict(node)?;
+        let evidence = told["evidence"].as_str().unwrap_or_default();
+        ensure!(told["cause"] == "asymmetric" && evidence.contains(words), "{told}");
+        Ok(())
+    })?;
+    stop_interfering(peer)?;
+    wait_for(node, "fine")?;
     // The same on this very node is no fault of the network between.
     let own = format!("ip daddr {} udp dport 8472 drop", lab.node("node-2")?.underlay_ip(Family::V4));
     named(&lab, "node-1", &["output"], &own, "local_firewall")?;

@@ -100,15 +100,22 @@ pub async fn examine(to: &Target, first: u32, failing: Option<Instant>, context:
     let begun = Instant::now();
     let prober = Prober { to, next: AtomicU32::new(first), samples: Mutex::default() };
     let full = Size::Packet(to.ours.mtu);
-    let early = async {
-        match failing {
-            Some(_) => Some(tunnel::knock(to).await),
-            None => None,
-        }
+    let asks = async { tokio::join!(prober.ask(Size::Small), prober.ask(full)) };
+    let (knocked, (small, large, small_after)) = if failing.is_some() {
+        // It will be needed.
+        let asked = async {
+            let (small, large) = asks.await;
+            (small, large, prober.again(small, Size::Small).await)
+        };
+        tokio::join!(tunnel::knock(to), asked)
+    } else {
+        let (small, large) = asks.await;
+        let knock = async { if small.rtt().is_none() { tunnel::knock(to).await } else { Knocked::default() } };
+        let (knocked, small_after) = tokio::join!(knock, prober.again(small, Size::Small));
+        (knocked, (small, large, small_after))
     };
-    let (knocked, small, large) = tokio::join!(early, prober.ask(Size::Small), prober.ask(full));
     let times = Times { failing: failing.unwrap_or(begun), begun };
-    let seen = look(&prober, (small, large), knocked, times, context, mesh).await;
+    let seen = look(&prober, (small, large, small_after), knocked, times, context, mesh).await;
     let mut samples = prober.samples.into_inner().unwrap_or_else(PoisonError::into_inner);
     samples.sort_by_key(|(number, _)| number.wrapping_sub(first));
     Round { target: to.clone(), begun, small, full: large, seen, samples }
@@ -123,20 +130,12 @@ struct Times {
 
 async fn look(
     prober: &Prober<'_>,
-    (small, large): (Answer, Answer),
-    knocked: Option<Knocked>,
+    (small, large, mut small_after): (Answer, Answer, Answer),
+    knocked: Knocked,
     times: Times,
     context: &Context,
     mesh: &Mesh,
 ) -> Seen {
-    let knock = async {
-        match knocked {
-            Some(knocked) => knocked,
-            None if small.rtt().is_none() => tunnel::knock(prober.to).await,
-            None => Knocked::default(),
-        }
-    };
-    let (knocked, mut small_after) = tokio::join!(knock, prober.again(small, Size::Small));
     if small_after.rtt().is_none() {
         let slot = context.slots.acquire().await;
         let evidence = evidence(prober, knocked, times, context, mesh).await;

@@ -11,10 +11,10 @@
 //! address is, the peer's VTEP has another one than it has published.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
-use tokio::net::UdpSocket;
-use tokio::time::Instant;
+use tokio::net::{TcpSocket, UdpSocket};
+use tokio::time::{Instant, timeout};
 
 use super::frame::{self, Inner};
 use super::ping::Pinger;
@@ -23,6 +23,9 @@ use super::{PATIENCE, PORT, Target};
 
 /// A port at which nobody listens (traceroute's), so that the peer's kernel itself answers.
 const CLOSED: u16 = 33434;
+
+/// How often the VXLAN port is knocked at.
+const KNOCKS: usize = 3;
 
 /// The pings, by their numbers.
 const BY_KERNEL: u16 = 1;
@@ -57,15 +60,37 @@ impl Knocked {
     }
 }
 
-/// Knocks at the peer's host. Before anything else is sent to it, since a host that refuses says so once a second on the
-/// average (`net.ipv4.icmp_ratelimit`).
+/// Knocks at the peer's host. A host that refuses UDP says so once a second on the average (`net.ipv4.icmp_ratelimit`),
+/// and what else is refused counts: so the VXLAN port is knocked at several times, and the host by TCP too, whose refusals
+/// are not limited.
 pub async fn knock(to: &Target) -> Knocked {
     let (local, remote, port) = (to.ours.local, to.public_ip, to.ours.port);
-    let (vxlan, host) = tokio::join!(
-        probe::knock(local, SocketAddr::new(remote, port), &frame::NOBODYS),
-        probe::knock(local, SocketAddr::new(remote, PORT), b"fabricd?"),
-    );
-    Knocked { host, vxlan }
+    let at_vxlan = async {
+        for _ in 0..KNOCKS {
+            let reply = probe::knock(local, SocketAddr::new(remote, port), &frame::NOBODYS).await;
+            if reply != Reply::Silence {
+                return reply;
+            }
+        }
+        Reply::Silence
+    };
+    let closed = SocketAddr::new(remote, PORT);
+    let (vxlan, by_udp, by_tcp) =
+        tokio::join!(at_vxlan, probe::knock(local, closed, b"fabricd?"), knock_by_tcp(local, closed));
+    Knocked { host: if by_udp == Reply::Silence { by_tcp } else { by_udp }, vxlan }
+}
+
+async fn knock_by_tcp(from: IpAddr, to: SocketAddr) -> Reply {
+    let connect = async {
+        let socket = if from.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        socket.bind(SocketAddr::new(from, 0))?;
+        socket.connect(to).await
+    };
+    match timeout(PATIENCE, connect).await {
+        Ok(Ok(_)) => Reply::Answer,
+        Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => Reply::Refused,
+        Ok(Err(_)) | Err(_) => Reply::Silence,
+    }
 }
 
 /// Sends all of them at once and waits for the answers; and why pings could not be sent, if so.
