@@ -21,6 +21,7 @@ pub mod disk;
 pub mod errno;
 pub mod events;
 pub mod files;
+pub mod firewall;
 pub mod health;
 pub mod install_cni;
 pub mod ipam;

@@ -20,7 +20,6 @@ use fabric_core::network::NetworkConfig;
 use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep};
 use fabric_core::rules::RuleOptions;
 use fabric_core::rules::change::{Change, change};
-use fabric_core::rules::door::Door;
 use fabric_core::state::Sysctl;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
@@ -31,8 +30,9 @@ pub use self::write::Written;
 use crate::backoff::Backoff;
 use crate::disk::State;
 use crate::files::{Files, unknown};
+use crate::firewall::Judge;
 use crate::kept::Kept;
-use crate::kernel::{ForwardDrop, Kernel, Observed, Touched};
+use crate::kernel::{Kernel, Observed, Touched};
 use crate::lease::{Holding, Own, Wanted};
 use crate::metrics::Metrics;
 use crate::pending::Pending;
@@ -75,6 +75,7 @@ pub struct Reconciler<S, K> {
     view: watch::Sender<Arc<View>>,
     rules: Rules,
     underlays: Steady,
+    firewall: Judge,
     applied: Option<NetworkConfig>,
     /// The config that was in force before the start, until the store has shown one.
     remembered: Option<NetworkConfig>,
@@ -141,6 +142,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         Self {
             rules: Rules::new(node.rules.clone()),
             underlays: Steady::default(),
+            firewall: Judge::default(),
             node,
             store,
             kernel,
@@ -322,20 +324,6 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         view.warnings.extend(holding.rival.clone());
         let ours = observed.hazards.iter().filter(|(family, _)| network.spaces.get(*family).is_some());
         view.warnings.extend(ours.map(|(_, words)| words.clone()));
-        let shut = self.rules.doors(&network, &observed);
-        let open = |drop: &&ForwardDrop| {
-            let spares = |door: &Door| drop.is_behind(door) && !shut.iter().any(|change| change.family == door.family);
-            self.rules.opens_doors() && observed.doors.iter().any(spares)
-        };
-        for drop in observed.forward_drops.iter().filter(|drop| !open(drop)) {
-            if let Some(space) = network.spaces.get(drop.family) {
-                let remedy = drop.remedy.replace("{network}", &space.network.to_string()).replace('\n', "; ");
-                view.warnings.push(format!(
-                    "{} drops forwarded {} packets unless a rule accepts them; let the pods' through with: {remedy}",
-                    drop.chain, drop.family
-                ));
-            }
-        }
         let own = holding.own.clone().ok_or_else(|| match &holding.trouble {
             Some((code, reason)) => Blocked { code: *code, reason: reason.clone() },
             None => starting("waiting for a lease"),
@@ -467,7 +455,12 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         view.open_ports = self.rules.open_ports(observed);
         view.dropped = observed.dropped.clone();
         // Before anything is there that decapsulates, those who may send to it are known.
-        let mut filter = change(self.rules.wanted(network, own, observed, leases, refused), &observed.rules);
+        view.firewall = self.firewall.judge(view, observed);
+        let doors = self.rules.doors(network, observed);
+        view.warnings.extend(view.firewall.warnings_beside(&doors));
+        let states_decide = view.firewall.judges_state.is_some();
+        let wanted = self.rules.wanted(network, own, observed, leases, refused, states_decide);
+        let mut filter = change(wanted, &observed.rules);
         if view.from_disk {
             filter = filter.without_removals();
         }
@@ -477,7 +470,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let cause = self.planned.cause().clone();
         let filtered = self.enforce(&filter, observed).await;
         // What others have against a rule of ours is no reason not to be ready: the status shows their chain.
-        let doors = Change { doors: self.rules.doors(network, observed), ..Change::default() };
+        let doors = Change { doors, ..Change::default() };
         let _ = self.enforce(&doors, observed).await;
         let unguarded = filtered.as_ref().err().filter(|_| !self.rules.judges_senders(&observed.rules));
         let held = Held { deletes: view.from_disk, devices: unguarded.map(String::as_str) };
@@ -547,6 +540,12 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             }
             for warning in view.warnings.iter().filter(|warning| !current.warnings.contains(warning)) {
                 warn!(warning, "needs attention");
+            }
+            if current.firewall.judges_state != view.firewall.judges_state {
+                match &view.firewall.judges_state {
+                    Some(rule) => info!(%rule, "encapsulated packets are tracked: a rule of others judges states"),
+                    None => info!("no rule of others judges the state of encapsulated packets any more"),
+                }
             }
             let mut fresh = view.troubles.iter().filter(|(key, trouble)| current.troubles.get(key) != Some(trouble));
             if let Some((key, trouble)) = fresh.next() {

@@ -9,7 +9,7 @@ use fabric_core::rules::RuleOptions;
 /// What the packet filter is to do.
 #[derive(Clone, Debug, Args)]
 pub struct RuleArgs {
-    /// Give what pods send beyond the network this node's address, so that answers find back
+    /// Masquerade (SNAT) pod traffic that leaves the cluster network
     #[arg(
         long,
         env = "FABRICD_IP_MASQ",
@@ -37,9 +37,13 @@ pub struct RuleArgs {
     #[arg(long, env = "FABRICD_CHECK_PODS", value_name = "BOOL", default_value = "true", action = clap::ArgAction::Set)]
     pub check_pods: bool,
 
-    /// Let the pods' packets through where others have a chain for such rules: Docker's DOCKER-USER
-    #[arg(long, env = "FABRICD_OPEN_DOORS", value_name = "BOOL", default_value = "true", action = clap::ArgAction::Set)]
-    pub open_doors: bool,
+    /// Insert ACCEPT rules for pod traffic into DOCKER-USER while Docker drops forwarded packets [default: true]
+    #[arg(long, env = "FABRICD_DOCKER_USER_RULES", value_name = "BOOL", action = clap::ArgAction::Set)]
+    pub docker_user_rules: Option<bool>,
+
+    /// The earlier name of --docker-user-rules
+    #[arg(long, env = "FABRICD_OPEN_DOORS", value_name = "BOOL", action = clap::ArgAction::Set, hide = true)]
+    pub open_doors: Option<bool>,
 
     /// Keep encapsulated packets out of connection tracking
     #[arg(long, env = "FABRICD_NOTRACK", value_name = "BOOL", default_value = "true", action = clap::ArgAction::Set)]
@@ -83,7 +87,32 @@ impl RuleArgs {
             senders: self.allow_sender.clone(),
             notrack: self.notrack,
             check_pods: self.check_pods,
-            open_doors: self.open_doors,
+            docker_user_rules: self.docker_user_rules.or(self.open_doors).unwrap_or(true),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        rules: RuleArgs,
+    }
+
+    #[test]
+    fn rules_in_docker_user_are_switched_off_by_the_flag_and_by_its_earlier_name() {
+        let on = |args: &[&str]| {
+            let program = Program::try_parse_from([&["fabricd"], args].concat()).expect("valid");
+            program.rules.options().docker_user_rules
+        };
+        assert!(on(&[]));
+        assert!(!on(&["--docker-user-rules=false"]));
+        assert!(!on(&["--open-doors=false"]));
+        assert!(on(&["--open-doors=false", "--docker-user-rules=true"]), "the present name counts");
     }
 }

@@ -6,13 +6,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use fabric_core::firewall::{Firewall, Hook, TableKind};
 use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::Refusal;
 use fabric_core::record::LeaseKey;
 use fabric_core::rules::change::{Change, Found, FoundTable, change};
-use fabric_core::rules::door::{Door, DoorChange};
+use fabric_core::rules::door::{self, Door, DoorChange};
 use fabric_core::rules::senders::{follow, has_notrack};
 use fabric_core::rules::{Member, RuleInputs, RuleOptions, Ruleset, Table, TableFamily, ruleset};
 use tokio::sync::watch;
@@ -27,7 +28,7 @@ use crate::ports::PodPorts;
 const GRACE: Duration = Duration::from_secs(30);
 
 /// The bridge that the CNI plugin attaches pods to.
-const BRIDGE: &str = "cni0";
+pub(crate) const BRIDGE: &str = "cni0";
 
 /// The packet filter of one node, as it should be.
 #[derive(Debug)]
@@ -57,6 +58,8 @@ struct Given {
     pods: Arc<PodPorts>,
     pod_subnets: BTreeSet<Subnet>,
     tracked: bool,
+    /// A chain of others judges encapsulated packets by their connection's state.
+    states_decide: bool,
     moved: BTreeSet<Member>,
 }
 
@@ -85,16 +88,14 @@ impl Rules {
     #[must_use]
     pub fn doors(&self, network: &NetworkConfig, observed: &Observed) -> Vec<DoorChange> {
         let opened = |door: &Door| {
-            let dropped = observed.forward_drops.iter().any(|drop| drop.is_behind(door));
-            network.spaces.get(door.family).map(|space| space.network).filter(|_| self.options.open_doors && dropped)
+            let dropped = drops_by_policy(&observed.firewall, door);
+            network
+                .spaces
+                .get(door.family)
+                .map(|space| space.network)
+                .filter(|_| self.options.docker_user_rules && dropped)
         };
         observed.doors.iter().filter_map(|door| door.change(opened(door))).collect()
-    }
-
-    /// Whether chains of others are written to at all.
-    #[must_use]
-    pub fn opens_doors(&self) -> bool {
-        self.options.open_doors
     }
 
     /// Ports whose pods are not known.
@@ -113,6 +114,7 @@ impl Rules {
         observed: &Observed,
         leases: &Arc<LeaseSet>,
         refused: &BTreeMap<LeaseKey, Refusal>,
+        states_decide: bool,
     ) -> &Ruleset {
         let now = Instant::now();
         self.moved.retain(|_, until| *until > now);
@@ -126,6 +128,7 @@ impl Rules {
             pods,
             pod_subnets: self.pod_subnets(network, own, observed),
             tracked: observed.tracked || observed.rules.get(&TableFamily::Inet).is_some_and(has_notrack),
+            states_decide,
             moved: self.moved.keys().copied().collect(),
         };
         self.unchanged = false;
@@ -141,6 +144,8 @@ impl Rules {
         });
         let ruleset = known.unwrap_or_else(|| {
             let members = self.with_moved(given.members(), now);
+            let notrack = self.options.notrack && !states_decide;
+            let options = RuleOptions { notrack, ..self.options.clone() };
             let mut wanted = ruleset(&RuleInputs {
                 network,
                 own: own.key.subnets(),
@@ -150,7 +155,7 @@ impl Rules {
                 pods: &given.pods,
                 pod_subnets: &given.pod_subnets,
                 tracked: given.tracked,
-                options: &self.options,
+                options: &options,
             });
             for (family, table) in &mut wanted {
                 observed.rules.get(family).into_iter().for_each(|there| table.share(there));
@@ -235,6 +240,18 @@ impl Rules {
     }
 }
 
+/// Whether the chain that a door leads past drops what no rule accepts: Docker's own.
+fn drops_by_policy(firewall: &Firewall, door: &Door) -> bool {
+    let kind = match door.family {
+        Family::V4 => TableKind::Ip,
+        Family::V6 => TableKind::Ip6,
+    };
+    let tables = firewall.tables.iter().filter(|table| table.kind == kind && table.name == door::TABLE);
+    tables
+        .filter_map(|table| table.chains.get("FORWARD"))
+        .any(|chain| chain.base.is_some_and(|base| base.hook == Hook::Forward && base.drops))
+}
+
 impl Given {
     /// Whether all but the leases is the same.
     fn decides_as(&self, other: &Self) -> bool {
@@ -244,7 +261,7 @@ impl Given {
             && self.ports == other.ports
             && self.pods == other.pods
             && self.pod_subnets == other.pod_subnets
-            && self.tracked == other.tracked
+            && (self.tracked, self.states_decide) == (other.tracked, other.states_decide)
             && self.moved == other.moved
     }
 
@@ -295,7 +312,7 @@ mod tests {
             NetworkConfig::decode(br#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).expect("valid");
         let key = LeaseKey::decode("10.244.1.0-24").expect("valid");
         let own = Own { key, endpoints: PerFamily::default(), epoch: 1 };
-        let ruleset = rules.wanted(&network, &own, &Observed::default(), &leases(peers), &BTreeMap::new());
+        let ruleset = rules.wanted(&network, &own, &Observed::default(), &leases(peers), &BTreeMap::new(), false);
         ruleset[&TableFamily::Inet].sets["members4"].elements.iter().map(ToString::to_string).collect()
     }
 

@@ -11,6 +11,7 @@ use fabric_core::network::NetworkConfig;
 use fabric_core::plan::{Refusal, Vtep};
 use fabric_core::record::LeaseKey;
 
+use crate::firewall::Judged;
 use crate::kernel::Dropped;
 use crate::lease::Holding;
 use crate::repairs::Repair;
@@ -49,6 +50,8 @@ pub struct View {
     pub dropped: Dropped,
     /// What another program changed and was written again, the last of it.
     pub repairs: Arc<VecDeque<Repair>>,
+    /// What the firewalls of others make of packets of ours.
+    pub firewall: Arc<Judged>,
 }
 
 /// One end of the tunnels, with what surrounds it.
@@ -95,6 +98,7 @@ impl View {
             open_ports: BTreeSet::new(),
             dropped: Dropped::new(),
             repairs: Arc::default(),
+            firewall: Arc::default(),
         }
     }
 

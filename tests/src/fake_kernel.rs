@@ -13,12 +13,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use fabric_core::device;
 use fabric_core::diff::{Change, Op};
+use fabric_core::firewall::Firewall;
 use fabric_core::model::{Family, IfName, MacAddr, Subnet};
 use fabric_core::rules::change::{Change as RuleChange, Found};
 use fabric_core::state::{
     Foreign, ForeignLink, KernelState, NEXTHOP_ID_BASE, Nexthop, NexthopId, ROUTE_PROTOCOL, Sysctl, Via, VxlanLink,
 };
-use fabricd::kernel::{ForwardDrop, Kernel, KernelError, Observed, Touched};
+use fabricd::kernel::{Kernel, KernelError, Observed, Touched};
 use fabricd::underlay::{DefaultRoute, Host, HostLink};
 use tokio::sync::Notify;
 
@@ -61,8 +62,8 @@ pub struct Tables {
     pub reaches: Vec<(IpAddr, IfName, IpAddr)>,
     /// Settings.
     pub sysctls: BTreeMap<Sysctl, u32>,
-    /// Chains that drop what is forwarded.
-    pub forward_drops: Vec<ForwardDrop>,
+    /// Firewall chains of others.
+    pub firewall: Arc<Firewall>,
     /// Our tables of nftables.
     pub rules: Found,
     /// Whether nexthop objects are unknown (a kernel before 5.3).
@@ -344,7 +345,7 @@ impl Tables {
                 reaches: self.reaches.clone(),
             },
             nexthop_objects: !self.without_nexthop_objects,
-            forward_drops: self.forward_drops.clone(),
+            firewall: Arc::clone(&self.firewall),
             rules: self.rules.clone(),
             dropped: BTreeMap::new(),
             doors: vec![],

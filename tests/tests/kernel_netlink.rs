@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fabric_core::diff::{Change, Op};
-use fabric_core::model::{Family, IfName};
+use fabric_core::firewall::Interface;
+use fabric_core::firewall::traffic::{Node, Obstacle};
+use fabric_core::model::{Family, IfName, Vni};
 use fabric_core::state::{KernelState, Sysctl};
 use fabric_tests::conformance::kernel::{World, device, look, settle, v, wanted, woken};
 use fabric_tests::conformance::real_world::RealWorld;
@@ -238,54 +240,196 @@ fn route_that_decides_the_way_to_an_address_wakes() {
     });
 }
 
+/// Where packets of ours pass on the host of these tests.
+fn node(family: Family) -> Node {
+    let interface = |name, kind| Interface { name: v(name), index: None, kind };
+    let (network, own, local) = match family {
+        Family::V4 => ("10.64.0.0/12", "10.64.3.0/24", "192.0.2.1"),
+        Family::V6 => ("2001:db8::/48", "2001:db8:0:3::/64", "2001:db8:ff::1"),
+    };
+    Node {
+        network: v(network),
+        own: v(own),
+        bridge: interface("cni0", Some("bridge")),
+        tunnel: interface("fabric.1", Some("vxlan")),
+        underlay: interface("eth0", None),
+        local: v(local),
+        port: 8472,
+        vni: Vni::DEFAULT,
+        untracked: false,
+        direct: false,
+    }
+}
+
+/// What stands in the way of packets of ours, in both families.
+async fn obstacles(kernel: &mut impl Kernel) -> Vec<Obstacle> {
+    kernel.distrust();
+    let firewall = look(kernel).await.firewall.clone();
+    Family::ALL.iter().flat_map(|family| node(*family).obstacles(&firewall, &[])).collect()
+}
+
+/// Loads rules of others, and runs what is printed for each chain that they drop by, until none is left.
+async fn remedies_clear(world: &mut RealWorld, rules: &[&str], chains: &[&str]) {
+    for rule in rules {
+        let (program, arguments) = rule.split_once(' ').expect("a command");
+        run(program, arguments);
+    }
+    let found = obstacles(world.kernel()).await;
+    let named: Vec<String> = found.iter().map(|o| format!("{} {} {}", o.by.kind, o.by.table, o.by.chain)).collect();
+    assert_eq!(named, chains, "{found:#?}");
+    let mut done: Vec<&String> = vec![];
+    for command in found.iter().flat_map(|obstacle| &obstacle.remedy) {
+        if !done.contains(&command) {
+            let (program, arguments) = command.split_once(' ').expect("a command");
+            run(program, arguments);
+            done.push(command);
+        }
+    }
+    assert_eq!(obstacles(world.kernel()).await, [], "after {done:?}");
+}
+
 #[test]
-fn chains_that_drop_what_is_forwarded_are_found_with_their_remedy() {
+fn chains_that_drop_packets_of_ours_are_found_and_their_remedies_clear_that() {
     in_netns_async(|| async {
         let mut world = RealWorld::default();
-        assert_eq!(look(world.kernel()).await.forward_drops, []);
-        run("iptables", "-P FORWARD DROP");
-        run("iptables-legacy", "-P FORWARD DROP");
-        run("ip6tables-legacy", "-A FORWARD -j ACCEPT");
-        run("ip6tables-legacy", "-P FORWARD DROP");
-        for table in ["inet guard", "inet fabric"] {
-            run("nft", &format!("add table {table}"));
-            run("nft", &format!("add chain {table} through {{ type filter hook forward priority 5 ; policy drop ; }}"));
-            run("nft", &format!("add chain {table} inwards {{ type filter hook input priority 5 ; policy drop ; }}"));
-        }
-        run("nft", "add chain inet guard open { type filter hook forward priority 6 ; policy accept ; }");
-        world.kernel().distrust();
-        let drops = look(world.kernel()).await.forward_drops.clone();
-        let chains: Vec<&str> = drops.iter().map(|drop| drop.chain.as_str()).collect();
-        assert_eq!(
-            chains,
-            [
+        assert_eq!(obstacles(world.kernel()).await, []);
+        let base = |name: &str, hook: &str, policy: &str| {
+            format!("nft add chain inet guard {name} {{ type filter hook {hook} priority 5 ; policy {policy} ; }}")
+        };
+        remedies_clear(
+            &mut world,
+            &[
+                "nft add table inet guard",
+                &base("through", "forward", "drop"),
+                &base("inwards", "input", "drop"),
+                &base("open", "forward", "accept"),
+                "nft add rule inet guard open ip saddr 10.64.0.0/12 drop",
+            ],
+            &[
+                "inet guard inwards",
+                "inet guard open",
                 "inet guard through",
-                "ip filter FORWARD",
-                "iptables-legacy FORWARD",
+                "inet guard inwards",
                 "inet guard through",
-                "ip6tables-legacy FORWARD",
-            ]
-        );
-        for drop in &drops {
-            // The remedy is to be believed: it runs as it stands.
-            let network = if drop.family == Family::V6 { "2001:db8::/48" } else { "10.64.0.0/10" };
-            for command in drop.remedy.replace("{network}", network).lines() {
-                let (program, arguments) = command.split_once(' ').expect("a command");
-                run(program, arguments);
-            }
-        }
-        assert!(drops[1].remedy.starts_with("iptables -I FORWARD -s {network} -j ACCEPT\n"));
+            ],
+        )
+        .await;
+        run("nft", "delete table inet guard");
+        remedies_clear(
+            &mut world,
+            &[
+                "iptables-nft -P FORWARD DROP",
+                "ip6tables-nft -A FORWARD -j REJECT",
+                "iptables-nft -N gone",
+                "iptables-nft -A gone -p udp -j DROP",
+                "iptables-nft -A INPUT -j gone",
+                "iptables-nft -t raw -A PREROUTING -s 10.64.0.0/12 -j DROP",
+            ],
+            &["ip filter gone", "ip filter FORWARD", "ip raw PREROUTING", "ip6 filter FORWARD"],
+        )
+        .await;
+        run("nft", "flush ruleset");
+        remedies_clear(
+            &mut world,
+            &[
+                "iptables-legacy -P FORWARD DROP",
+                "ip6tables-legacy -A FORWARD -j ACCEPT",
+                "ip6tables-legacy -P FORWARD DROP",
+                "ip6tables-legacy -A INPUT -p udp --dport 8472 -j REJECT",
+                "iptables-legacy -t mangle -A INPUT -i eth0 -j DROP",
+            ],
+            &["iptables-legacy mangle INPUT", "iptables-legacy filter FORWARD", "ip6tables-legacy filter INPUT"],
+        )
+        .await;
     });
 }
 
 #[test]
-fn iptables_that_accepts_and_iptables_that_nobody_uses_are_not_reported() {
+fn chains_of_bridges_and_devices_are_named_and_not_judged() {
     in_netns_async(|| async {
         let mut world = RealWorld::default();
-        assert_eq!(look(world.kernel()).await.forward_drops, []);
-        run("iptables-legacy", "-A FORWARD -j DROP");
+        run("nft", "add table bridge guard");
+        run("nft", "add chain bridge guard through { type filter hook forward priority 0 ; policy drop ; }");
         world.kernel().distrust();
-        assert_eq!(look(world.kernel()).await.forward_drops, [], "its policy is accept");
+        let unread = look(world.kernel()).await.firewall.unread.clone();
+        assert_eq!(unread, ["bridge guard through".to_owned()].into());
+    });
+}
+
+#[test]
+fn firewalld_is_told_in_its_own_words_and_is_open_after_its_own_commands() {
+    in_netns_async(|| async {
+        let mut world = RealWorld::default();
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/firewalld");
+        let cluster = Node { network: v("10.244.0.0/16"), own: v("10.244.3.0/24"), ..node(Family::V4) };
+        run("nft", &format!("-f {folder}/closed.nft"));
+        world.kernel().distrust();
+        let firewall = look(world.kernel()).await.firewall.clone();
+        let found = cluster.obstacles(&firewall, &[]);
+        let told: Vec<String> = found.iter().map(ToString::to_string).collect();
+        assert_eq!(told.len(), 2, "{told:#?}");
+        assert!(told[0].starts_with("inet firewalld filter_IN_public rule") && told[0].contains("reject"), "{told:#?}");
+        assert!(told[1].starts_with("inet firewalld filter_FWD_public rule"), "{told:#?}");
+        assert_eq!(
+            found.iter().flat_map(|obstacle| &obstacle.remedy).collect::<Vec<_>>(),
+            [
+                "firewall-cmd --permanent --zone=public --add-port=8472/udp",
+                "firewall-cmd --reload",
+                "firewall-cmd --permanent --zone=trusted --add-source=10.244.0.0/16",
+                "firewall-cmd --reload"
+            ]
+        );
+        assert!(cluster.needs_tracking(&firewall).is_some(), "it judges states");
+
+        run("nft", "flush ruleset");
+        run("nft", &format!("-f {folder}/open.nft"));
+        world.kernel().distrust();
+        let firewall = look(world.kernel()).await.firewall.clone();
+        assert_eq!(cluster.obstacles(&firewall, &[]), []);
+    });
+}
+
+#[test]
+fn ten_thousand_services_of_kube_proxy_are_read_in_a_moment() {
+    in_netns_async(|| async {
+        let mut world = RealWorld::default();
+        // As kube-proxy has them: chains for translation, and a set of addresses that is looked into on forward.
+        let chains: String = (0..10_000).map(|n| format!("chain KUBE-SVC-{n} {{ }}\n")).collect();
+        let ips: Vec<String> = (0..10_000).map(|n| format!("198.18.{}.{}", n / 250, n % 250)).collect();
+        let rules = format!(
+            "table ip kube-proxy {{\n{chains} set cluster-ips {{ type ipv4_addr; elements = {{ {} }} }}\n\
+             chain filter-forward {{ type filter hook forward priority 0; ct state new ip daddr @cluster-ips reject; }}\n}}\n",
+            ips.join(", ")
+        );
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), rules).expect("written");
+        run("nft", &format!("-f {}", file.path().display()));
+        let began = Instant::now();
+        assert_eq!(obstacles(world.kernel()).await, []);
+        let first = began.elapsed();
+        let began = Instant::now();
+        assert_eq!(obstacles(world.kernel()).await, []);
+        println!("10,000 services: read and judged in {first:?}, judged again in {:?}", began.elapsed());
+        let firewall = look(world.kernel()).await.firewall.clone();
+        let table = firewall.tables.iter().find(|table| table.name == "kube-proxy").expect("it is read");
+        assert_eq!(table.chains.len(), 1, "chains that are not reached are not read");
+        assert_eq!(table.sets["cluster-ips"].elements.len(), 10_000);
+    });
+}
+
+#[test]
+fn foreign_rule_wakes_and_one_of_translation_is_not_read() {
+    in_netns_async(|| async {
+        let mut world = RealWorld::default();
+        look(world.kernel()).await;
+        for line in ["-N KUBE-SERVICES", "-A PREROUTING -j KUBE-SERVICES"] {
+            run("iptables-nft", &format!("-t nat {line}"));
+        }
+        run("iptables-nft", "-A FORWARD -s 192.0.2.0/24 -j DROP");
+        woken(world.kernel()).await;
+        let firewall = look(world.kernel()).await.firewall.clone();
+        let chains: Vec<&String> = firewall.tables.iter().flat_map(|table| table.chains.keys()).collect();
+        assert_eq!(chains, ["FORWARD"]);
     });
 }
 

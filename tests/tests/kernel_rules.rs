@@ -165,16 +165,20 @@ fn whatever_is_done_to_our_tables_wakes_and_is_put_right() {
 }
 
 #[test]
-fn tables_of_others_wake_nobody_and_stay_as_they_are() {
+fn tables_of_others_stay_as_they_are_and_those_that_only_translate_wake_nobody() {
     in_netns_async(|| async {
         let mut kernel = kernel();
         settle(&mut kernel, &rules(2)).await;
         let before = look(&mut kernel).await;
-        run("nft", "add table inet other");
-        run("nft", "add chain inet other fabric { type filter hook input priority 0; }");
-        run("nft", "add table ip fabric");
+        run("nft", "add table ip nat");
+        run("nft", "add chain ip nat PREROUTING { type nat hook prerouting priority -100; }");
+        run("nft", "add rule ip nat PREROUTING ip daddr 192.0.2.7 dnat to 192.0.2.8");
         tokio::time::sleep(Duration::from_millis(200)).await;
         assert!(Arc::ptr_eq(&before, &look(&mut kernel).await));
+        run("nft", "add table inet other");
+        run("nft", "add chain inet other fabric { type filter hook input priority 0; policy drop; }");
+        run("nft", "add table ip fabric");
+        woken(&mut kernel).await;
         let others = || ["inet other", "ip fabric"].map(|table| run("nft", &format!("-a list table {table}")));
         let listed = others();
         run("nft", "delete table inet fabric");

@@ -93,7 +93,8 @@ fn doctor_finds_what_was_broken_and_nothing_before() -> Result<()> {
         ["ready", "store", "lease", "kernel-state", "udp-port", "underlay-mtu", "mac", "duplicates", "peers", "mesh"]
             .into_iter()
             .chain([
-                "forward-drop",
+                "foreign-input",
+                "foreign-forward",
                 "filter-drops",
                 "forwarding",
                 "bridge",
@@ -109,7 +110,7 @@ fn doctor_finds_what_was_broken_and_nothing_before() -> Result<()> {
     node.command(&["nft", "-f", "-"])?
         .stdin("table ip filter {\nchain FORWARD {\ntype filter hook forward priority 0; policy drop;\n}\n}\n")
         .run()?;
-    wait_for_check(node, "forward-drop", "failed")?;
+    wait_for_check(node, "foreign-forward", "failed")?;
     node.run(&["nft", "delete", "table", "ip", "filter"])?;
 
     node.run(&["ip", "link", "add", "vxlan99", "type", "vxlan", "id", "99", "dstport", "4789", "local", "127.0.0.1"])?;

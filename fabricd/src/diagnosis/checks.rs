@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use fabric_core::firewall::traffic::Flow;
 use fabric_core::handoff::{NotReady, Readiness};
 use fabric_core::rules::TableFamily;
 use tokio::time::{Instant, timeout};
@@ -21,7 +22,7 @@ pub type Check = (&'static str, &'static str, fn(&Scene) -> Finding);
 
 /// All checks but that of the store's speed, in the order in which they are made: what others follow from comes first.
 /// A title is a noun, so that it reads well before any finding.
-pub const ALL: [Check; 31] = [
+pub const ALL: [Check; 32] = [
     ("foreign-vxlan", "other overlays", overlay::other_overlays),
     ("ready", "readiness", ready),
     ("lease", "lease", lease),
@@ -34,7 +35,8 @@ pub const ALL: [Check; 31] = [
     ("bridge", "pod bridge", pods::bridge),
     ("pod-ports", "pod veths", pods::ports),
     ("overlap", "routes into the network", overlay::overlap),
-    ("forward-drop", "forward chain policy", forward_drop),
+    ("foreign-input", "foreign firewall: input", foreign_input),
+    ("foreign-forward", "foreign firewall: forward", foreign_forward),
     ("peers", "peers", peers),
     ("mesh", "reachability of peers", mesh),
     ("filter-drops", "packets dropped by the packet filter", filter_drops),
@@ -203,19 +205,36 @@ fn mesh(scene: &Scene) -> Finding {
     }
 }
 
-fn forward_drop(scene: &Scene) -> Finding {
-    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
-    let network = scene.view.network.as_ref();
-    let hurts = observed.forward_drops.iter().find_map(|drop| {
-        let space = network?.spaces.get(drop.family)?;
-        Some((drop, drop.remedy.replace("{network}", &space.network.to_string()).replace('\n', "; ")))
-    });
-    match hurts {
-        None => Finding::fine("no chain does so by its policy"),
-        Some((drop, remedy)) => {
-            Finding::failed(format!("{} drops what no rule accepts, {}", drop.chain, drop.family), remedy)
-        }
+/// What chains of others do to the packets of pods.
+fn foreign_forward(scene: &Scene) -> Finding {
+    foreign(scene, &[Flow::Pods, Flow::Outside], "packets of pods pass the chains of others")
+}
+
+/// What chains of others do to encapsulated packets.
+fn foreign_input(scene: &Scene) -> Finding {
+    let judged = &scene.view.firewall;
+    let tracked = match &judged.judges_state {
+        Some(rule) => format!("; they are tracked, since this rule judges connection states: {rule}"),
+        None => String::new(),
+    };
+    foreign(scene, &[Flow::Received, Flow::Sent], &format!("encapsulated packets pass the chains of others{tracked}"))
+}
+
+fn foreign(scene: &Scene, flows: &[Flow], fine: &str) -> Finding {
+    if scene.view.vteps.is_empty() {
+        return Finding::skipped("there is no VTEP yet");
     }
+    let judged = &scene.view.firewall;
+    let culprits = judged.of(flows).map(|obstacle| Culprit {
+        hurts: obstacle.is_sure(),
+        what: obstacle.to_string(),
+        fix: obstacle.remedy.join("\n"),
+    });
+    let unread = match judged.unread.as_slice() {
+        [] => String::new(),
+        chains => format!("; not judged: {}", chains.join(", ")),
+    };
+    Finding::of(culprits.collect(), format!("{fine}{unread}"))
 }
 
 fn filter_drops(scene: &Scene) -> Finding {

@@ -21,7 +21,7 @@ use super::netlink::Options;
 use super::nft::Filter;
 use super::socket::RequestSocket;
 use super::tables::{self, Address, EntryRow, Fit, Link, Links};
-use super::{KernelError, Observed, bridge_nf, forward, routes, sysctl};
+use super::{KernelError, Observed, bridge_nf, firewalls, routes, sysctl};
 use crate::underlay::HostLink;
 
 /// What the kernel holds.
@@ -39,6 +39,8 @@ pub(super) struct Mirror {
     gone: BTreeSet<NexthopId>,
     /// What was written to our tables of nftables since the last look.
     enforced: Vec<Change>,
+    /// Reads the chains of others.
+    firewalls: firewalls::Reader,
 }
 
 impl Mirror {
@@ -179,7 +181,7 @@ impl Mirror {
 
     /// Reads what is stale.
     fn read(&mut self, socket: &mut RequestSocket, filter: &mut Filter, options: &Options) -> Result<(), KernelError> {
-        let Self { observed, stale, .. } = self;
+        let Self { observed, stale, firewalls, .. } = self;
         if stale.contains(&Table::Links) {
             let links = tables::links(socket)?;
             // Whatever was said about a device before it was known to be ours has been passed over.
@@ -242,12 +244,12 @@ impl Mirror {
                 observed.ours.sysctls.extend(value.map(|value| (setting, value)));
             }
         }
-        if stale.contains(&Table::ForwardDrops) {
+        if stale.contains(&Table::Firewalls) {
             // A diagnosis: that it can't be made is no reason to do nothing.
-            observed.forward_drops = forward::drops().unwrap_or_else(|error| {
-                tracing::warn!(%error, "cannot tell which firewall chains drop forwarded packets");
-                vec![]
-            });
+            match firewalls.read() {
+                Ok(found) => observed.firewall = found,
+                Err(error) => tracing::warn!(%error, "cannot read the firewall chains of others"),
+            }
             observed.doors = filter.doors().map_err(tables::reading("nftables"))?;
             observed.hazards = if filter.has_kube_proxy() { bridge_nf::lacking(&options.sysctl_root) } else { vec![] };
         }

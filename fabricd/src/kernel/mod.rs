@@ -8,7 +8,7 @@
 //!                  │                                 │                               ▲
 //!   encode (nexthop) ▸ Request          mirror: what is known  ◄── events ──  monitor: a socket of its own
 //!                  │                                 ▲                               ▲
-//!                  │                       tables, routes, forward, sysctl, nft      │
+//!                  │                       tables, routes, sysctl, nft, firewalls      │
 //!                  ▼                                 │  (only what is stale)         │
 //!            socket: one send per 64 KiB, or one dump of a table                     │
 //!                  ▼                                 │                               │
@@ -19,8 +19,7 @@ pub mod bridge;
 mod bridge_nf;
 mod encode;
 pub mod fib;
-mod forward;
-mod iptables_legacy;
+mod firewalls;
 pub mod links;
 mod mirror;
 mod monitor;
@@ -45,9 +44,10 @@ use std::io;
 use std::sync::Arc;
 
 use fabric_core::diff::Op;
+use fabric_core::firewall::Firewall;
 use fabric_core::model::{Family, IfName};
 use fabric_core::rules::change::{Change, Found};
-use fabric_core::rules::door::{Door, table_family};
+use fabric_core::rules::door::Door;
 use fabric_core::state::{Foreign, KernelState};
 
 use crate::errno;
@@ -64,8 +64,8 @@ pub struct Observed {
     pub host: Host,
     /// Whether the kernel knows nexthop objects (5.3 and later).
     pub nexthop_objects: bool,
-    /// Chains of others that drop forwarded packets unless a rule accepts them.
-    pub forward_drops: Vec<ForwardDrop>,
+    /// Chains of others that packets of ours meet, as [`fabric_core::firewall::judge`] takes them.
+    pub firewall: Arc<Firewall>,
     /// Our tables of nftables.
     pub rules: Found,
     /// What they have dropped, when they were last read.
@@ -90,25 +90,6 @@ pub struct Count {
     pub packets: u64,
     /// How many bytes they had, those of their IP headers included.
     pub bytes: u64,
-}
-
-/// A base chain on the forward hook whose policy is drop; one of both families (`inet`) shows twice.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ForwardDrop {
-    /// The family whose packets it drops.
-    pub family: Family,
-    /// Where it is, as `nft` or `iptables` names it: `ip filter FORWARD`, `iptables-legacy FORWARD`.
-    pub chain: String,
-    /// Commands that let the pods' packets through, one a line, with `{network}` for the network of that family.
-    pub remedy: String,
-}
-
-impl ForwardDrop {
-    /// Whether what passes this door is spared: it leads past Docker's own chain alone.
-    #[must_use]
-    pub fn is_behind(&self, door: &Door) -> bool {
-        self.family == door.family && self.chain == format!("{} filter FORWARD", table_family(door.family))
-    }
 }
 
 /// What has changed in the kernel.
@@ -188,7 +169,7 @@ pub trait Kernel: Send {
     /// [`Kernel::apply`]; that observe failed wakes nobody. Cancel-safe.
     fn changed(&mut self) -> impl Future<Output = Touched> + Send;
 
-    /// Makes the next observe read everything anew: for the audit, since not all changes are announced (a chain that
-    /// begins to drop, `accept_ra`).
+    /// Makes the next observe read everything anew: for the audit, since not all changes are announced (a chain of
+    /// iptables-legacy, `accept_ra`).
     fn distrust(&mut self);
 }

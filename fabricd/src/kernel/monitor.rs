@@ -59,7 +59,7 @@ pub(super) enum Table {
     Routes,
     HostRoutes,
     Sysctls,
-    ForwardDrops,
+    Firewalls,
     Rules,
 }
 
@@ -73,7 +73,7 @@ impl Table {
         Self::Routes,
         Self::HostRoutes,
         Self::Sysctls,
-        Self::ForwardDrops,
+        Self::Firewalls,
         Self::Rules,
     ];
     /// What depends on our devices.

@@ -186,7 +186,7 @@ impl Worker {
         }
         if !change.doors.is_empty() {
             // The handles of rules are the kernel's to give.
-            self.monitor.distrust([Table::ForwardDrops]);
+            self.monitor.distrust([Table::Firewalls]);
         }
         self.mirror.enforced(change);
         Ok(())

@@ -319,7 +319,11 @@ impl<'a> Walk<'a> {
                     }
                 },
                 Step::Test { test, inverted } => holds(test, self.packet, &self.carried).inverted(*inverted),
-                Step::Opaque(words) => Truth::Maybe(Unknown::Condition(words.clone())),
+                // Whatever it may have loaded isn't known either.
+                Step::Opaque(words) => {
+                    registers = Bits::open(64, Unknown::Condition(words.clone()));
+                    Truth::Maybe(Unknown::Condition(words.clone()))
+                }
                 Step::SetMark(register) => {
                     let mark = registers.part((*register).into(), 4);
                     self.mark(mark, &applies, certain);
@@ -365,8 +369,9 @@ impl<'a> Walk<'a> {
     }
 }
 
+/// The kernel fills up with zeros to the next multiple of four bytes.
 fn set(registers: &mut Bits, to: u8, bits: &Bits) {
-    registers.put(to.into(), bits);
+    registers.put(to.into(), &bits.part(0, bits.len().next_multiple_of(4)));
 }
 
 /// Whether a key is in a set, and the value that a map has for it, if that is known.
@@ -395,7 +400,7 @@ fn look_up<'a>(set: &'a Set, registers: &Bits, register: usize) -> (Truth, Optio
             Truth::No => {}
         }
     }
-    let rest = if set.cut { Some(Unknown::Condition("a set of which a part was read".to_owned())) } else { open };
+    let rest = if set.dynamic { Some(Unknown::Condition("a set that packets fill".to_owned())) } else { open };
     match (rest, &set.catch_all) {
         (None, Some(all)) => (Truth::Yes, all.value.as_ref()),
         (None, None) => (Truth::No, None),

@@ -449,8 +449,8 @@ pub struct Set {
     pub catch_all: Option<Element>,
     /// Bytes of each field of the key, where ranges are of several fields: each is compared by itself. Empty otherwise.
     pub fields: Vec<u8>,
-    /// There are more elements than were read.
-    pub cut: bool,
+    /// Packets add to it and time takes away from it, without a word: what is not in it may be, a moment later.
+    pub dynamic: bool,
 }
 
 /// One element.

@@ -224,10 +224,14 @@ impl Node {
                 }
             }
         }
+        // What keeps pods from each other is told once.
+        let between: Vec<Blocked> =
+            found.keys().filter(|(flow, _)| *flow == Flow::Pods).map(|(_, by)| by.clone()).collect();
+        found.retain(|(flow, by), _| *flow != Flow::Outside || !between.contains(by));
         let obstacle = |((flow, by), (because, peers)): ((Flow, Blocked), (Option<Unknown>, Vec<IpAddr>))| Obstacle {
             family: self.family(),
             flow,
-            remedy: remedy(firewall, &by, flow, self.network, self.port),
+            remedy: self.remedy(firewall, &by, flow),
             by,
             because,
             peers,
@@ -249,6 +253,12 @@ impl Node {
                 found.entry((flow, doubt.by)).or_insert((Some(doubt.because), vec![])).1.push(peer);
             }),
         }
+    }
+
+    /// The commands that let packets of `flow` pass what blocks them.
+    #[must_use]
+    pub fn remedy(&self, firewall: &Firewall, by: &Blocked, flow: Flow) -> Vec<String> {
+        remedy(firewall, by, flow, self.network, self.port)
     }
 
     /// A rule of others whose decision on encapsulated packets hangs on the state of their connection: where there is

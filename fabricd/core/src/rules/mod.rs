@@ -253,8 +253,8 @@ pub struct RuleOptions {
     pub notrack: bool,
     /// Let pods use no addresses but their own, send no router advertisements, and not speak VXLAN.
     pub check_pods: bool,
-    /// Let the pods' packets through where others have a chain for such rules.
-    pub open_doors: bool,
+    /// Let the pods' packets through by rules in Docker's chain for rules of others, DOCKER-USER.
+    pub docker_user_rules: bool,
 }
 
 impl Default for RuleOptions {
@@ -267,7 +267,7 @@ impl Default for RuleOptions {
             senders: vec![],
             notrack: true,
             check_pods: true,
-            open_doors: true,
+            docker_user_rules: true,
         }
     }
 }

@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use fabric_core::attachments::DEFAULT_BRIDGE;
+use fabric_core::firewall::Verdict;
 use fabric_core::leases::Lease;
 use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::rules::TableFamily;
@@ -28,6 +29,7 @@ pub use self::outside::Place;
 use self::probes::Probes;
 use self::route::FromPod;
 use super::{Outcome, Scene};
+use crate::firewall::{self, Asked};
 use crate::mesh::Cause;
 use crate::view::PeerTrouble;
 
@@ -142,6 +144,7 @@ pub fn explain(scene: &Scene, question: &Question) -> Vec<Hop> {
         }
     } else {
         hops.extend(arrival(scene, question));
+        hops.extend(not_fine(foreign(scene, Asked::Between(*source, *target))));
         hops.extend(pod::hops(scene, *target, &probes));
         // What is answered goes back.
         if let Some(lease) = from {
@@ -158,6 +161,34 @@ fn bridge_of(scene: &Scene, ip: IpAddr) -> IfName {
     let own = addresses.pod_with(ip).and_then(|pod| pod.saved.bridge);
     let bridge = own.or_else(|| scene.pod_bridges().first().copied());
     bridge.unwrap_or_else(|| DEFAULT_BRIDGE.parse().expect("a valid name"))
+}
+
+/// What the chains of others make of a packet here.
+fn foreign(scene: &Scene, asked: Asked) -> Option<Hop> {
+    let observed = scene.looked.observed.as_ref()?;
+    let what = match asked {
+        Asked::Between(source, target) => format!("{source} to {target}"),
+        Asked::From(peer) => format!("VXLAN from {peer}"),
+        Asked::To(peer) => format!("VXLAN to {peer}"),
+    };
+    let all = |words: Vec<String>| words.join("; ");
+    Some(match firewall::ask(&scene.view, observed, asked)? {
+        (Verdict::Passes, _) => Hop::fine("filter", format!("{what} passes the chains of others")),
+        (Verdict::Dropped(by), commands) => Hop::failed(
+            "filter",
+            format!("{what}: dropped by {}", all(by.iter().map(ToString::to_string).collect())),
+            format!("rules that let it pass:\n{}", commands.join("\n")),
+        ),
+        (Verdict::Unknown(doubts), _) => {
+            let doubts = all(doubts.iter().map(ToString::to_string).collect());
+            Hop::unknown("filter", format!("{what}: may be dropped by {doubts}"))
+        }
+    })
+}
+
+/// Only what is to be told.
+fn not_fine(hop: Option<Hop>) -> Option<Hop> {
+    hop.filter(|hop| hop.outcome != Outcome::Fine)
 }
 
 /// From this node to the one that has `ip`.
@@ -186,25 +217,11 @@ fn towards(scene: &Scene, from: FromPod, ip: IpAddr, lease: &Lease, probes: &Pro
         return hops;
     };
     hops.extend(entries(scene, from, &wanted.state, &observed.ours, subnet, ip));
-    hops.extend(forward_chains(scene, family));
+    hops.extend(foreign(scene, Asked::Between(from.ip, ip)));
+    hops.extend(endpoints.get(family).and_then(|end| not_fine(foreign(scene, Asked::To(end.public_ip)))));
     hops.push(underlay(scene, lease, family));
     hops.extend(probes.hop(ip));
     hops
-}
-
-/// What chains of others do with forwarded packets.
-fn forward_chains(scene: &Scene, family: Family) -> Option<Hop> {
-    let observed = scene.looked.observed.as_ref()?;
-    let network = scene.view.network?.spaces.get(family)?.network.to_string();
-    let forward = observed.forward_drops.iter().find(|drop| drop.family == family);
-    Some(match forward {
-        Some(drop) => Hop::failed(
-            "filter",
-            format!("{} drops forwarded {family} packets", drop.chain),
-            format!("rules that accept the pods' packets:\n{}", drop.remedy.replace("{network}", &network)),
-        ),
-        None => Hop::fine("filter", "no chain drops forwarded packets by its policy"),
-    })
 }
 
 /// Route, nexthop, neighbour and FDB entry: what is there beside what should be.
@@ -316,7 +333,9 @@ fn arrival(scene: &Scene, question: &Question) -> Vec<Hop> {
     let subnet = from.key.subnets().get(family).copied();
     let public_ip = from.record.endpoints().get(family).map(|endpoint| endpoint.public_ip);
     let table = observed.rules.get(&TableFamily::Inet);
-    let mut hops = vec![match (table, subnet, public_ip) {
+    let mut hops: Vec<Hop> =
+        public_ip.and_then(|peer| not_fine(foreign(scene, Asked::From(peer)))).into_iter().collect();
+    hops.push(match (table, subnet, public_ip) {
         (Some(table), Some(subnet), Some(public_ip)) => match senders::may_send(table, public_ip, subnet) {
             None => Hop::unknown("filter", "who sends is not checked"),
             Some(true) => Hop::fine("filter", format!("{public_ip} may send from {subnet}")),
@@ -328,7 +347,7 @@ fn arrival(scene: &Scene, question: &Question) -> Vec<Hop> {
         },
         (None, ..) => Hop::unknown("filter", "there is no filter"),
         _ => Hop::failed("filter", format!("{} has no {family}", from.key), "a subnet of that family"),
-    }];
+    });
     let published = question.to.as_ref().and_then(|to| to.record.endpoints().get(family).copied());
     let devices: BTreeMap<_, _> = scene
         .view

@@ -5,8 +5,9 @@ use std::net::IpAddr;
 use fabric_core::model::{Family, IfName};
 
 use super::route::{self, FromPod};
-use super::{Hop, forward_chains};
+use super::{Hop, foreign};
 use crate::diagnosis::{Scene, pod_checks};
+use crate::firewall::Asked;
 use crate::kernel::{self, Taken};
 
 /// What an address is that no lease has.
@@ -71,7 +72,7 @@ pub(super) fn hops(scene: &Scene, pod: FromPod, to: IpAddr) -> Vec<Hop> {
     let (hop, taken) = route::hop(scene, pod, to, None);
     hops.push(hop);
     let Some(Taken::Out { device, .. }) = taken else { return hops };
-    hops.extend(forward_chains(scene, Family::of(to)));
+    hops.extend(foreign(scene, Asked::Between(pod.ip, to)));
     hops.push(if pod_checks::masquerades(scene) {
         match kernel::route_to(to) {
             Ok(Some((_, source))) => Hop::fine("masquerade", format!("on: it leaves {device} with {source} as source")),

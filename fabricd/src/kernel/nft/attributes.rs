@@ -5,11 +5,11 @@ const NESTED: u16 = 0x8000;
 
 /// A list of attributes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Attributes(Vec<u8>);
+pub(in crate::kernel) struct Attributes(Vec<u8>);
 
 impl Attributes {
     /// A message of nftables begins with a `struct nfgenmsg`: family, version 0, resource (network order).
-    pub(super) fn message(family: u8, resource: u16) -> Self {
+    pub(in crate::kernel) fn message(family: u8, resource: u16) -> Self {
         let [high, low] = resource.to_be_bytes();
         Self(vec![family, 0, high, low])
     }
@@ -35,7 +35,7 @@ impl Attributes {
         self.bytes(kind, &value.to_be_bytes())
     }
 
-    pub(super) fn text(self, kind: u16, value: &str) -> Self {
+    pub(in crate::kernel) fn text(self, kind: u16, value: &str) -> Self {
         self.written(kind, |bytes| {
             bytes.extend(value.as_bytes());
             bytes.push(0);
@@ -47,7 +47,7 @@ impl Attributes {
         self.written(kind | NESTED, |bytes| *bytes = inner(Self(std::mem::take(bytes))).0)
     }
 
-    pub(super) fn into_bytes(self) -> Vec<u8> {
+    pub(in crate::kernel) fn into_bytes(self) -> Vec<u8> {
         self.0
     }
 }

@@ -16,6 +16,9 @@ mod read;
 pub(super) mod service;
 pub(super) mod watch;
 
+pub(super) use self::attributes::Attributes;
+pub(super) use self::read::{GET_CHAIN, GET_RULE, Values, comment, generation, lacks_nftables};
+
 use std::io;
 
 use fabric_core::rules::change::{Change, Found};
@@ -55,7 +58,7 @@ impl Filter {
     /// dropped.
     pub(super) fn read(&mut self) -> io::Result<(Option<Found>, Dropped)> {
         let Some(socket) = &mut self.socket else { return Ok(Default::default()) };
-        let now = read::generation(socket)?;
+        let now = generation(socket)?;
         if now.is_some() && now == self.read_at {
             return Ok((None, read::dropped(socket)?));
         }
@@ -97,7 +100,7 @@ impl Filter {
 }
 
 /// `NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_*`.
-const fn message(kind: u16) -> u16 {
+pub(super) const fn message(kind: u16) -> u16 {
     10 << 8 | kind
 }
 

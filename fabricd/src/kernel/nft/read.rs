@@ -17,8 +17,8 @@ use crate::kernel::{Count, Dropped};
 
 /// `NFT_MSG_GET*`.
 const GET_TABLE: u16 = 1;
-pub(super) const GET_CHAIN: u16 = 4;
-pub(super) const GET_RULE: u16 = 7;
+pub(in crate::kernel) const GET_CHAIN: u16 = 4;
+pub(in crate::kernel) const GET_RULE: u16 = 7;
 const GET_SET: u16 = 10;
 const GET_ELEMENTS: u16 = 13;
 const GET_GENERATION: u16 = 16;
@@ -28,7 +28,7 @@ const FOREIGN: &str = "of somebody else";
 
 /// The number of the generation of rules: every transaction of anybody in this namespace begins another. `None` from a kernel
 /// without nftables.
-pub(super) fn generation(socket: &mut RequestSocket) -> io::Result<Option<u32>> {
+pub(in crate::kernel) fn generation(socket: &mut RequestSocket) -> io::Result<Option<u32>> {
     let question = Request::raw(message(GET_GENERATION), 0, Attributes::message(0, 0).into_bytes());
     // NFTA_GEN_ID
     match socket.ask(&question, |frame| Values::of(frame).number(1)) {
@@ -103,7 +103,7 @@ fn ours(family: TableFamily) -> Attributes {
 }
 
 /// By what a kernel shows that it has no nftables, or not this family.
-fn lacks_nftables(error: &io::Error) -> bool {
+pub(in crate::kernel) fn lacks_nftables(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP | libc::EAFNOSUPPORT))
 }
 
@@ -123,28 +123,38 @@ fn elements(socket: &mut RequestSocket, listing: &Request, set: &Set) -> io::Res
 }
 
 /// The attributes of a message.
-pub(super) struct Values<'a>(&'a [u8]);
+pub(in crate::kernel) struct Values<'a>(&'a [u8]);
 
 impl<'a> Values<'a> {
     /// Those behind the `struct nfgenmsg`.
-    pub(super) fn of(frame: &Frame<'a>) -> Self {
+    pub(in crate::kernel) fn of(frame: &Frame<'a>) -> Self {
         Self(frame.body.get(4..).unwrap_or_default())
     }
 
-    pub(super) fn bytes(&self, wanted: u16) -> Option<&'a [u8]> {
+    pub(in crate::kernel) fn bytes(&self, wanted: u16) -> Option<&'a [u8]> {
         attributes(self.0).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
     }
 
-    pub(super) fn text(&self, wanted: u16) -> Option<&'a str> {
+    pub(in crate::kernel) fn text(&self, wanted: u16) -> Option<&'a str> {
         std::str::from_utf8(self.bytes(wanted)?).ok().map(|text| text.trim_end_matches('\0'))
     }
 
-    fn number(&self, wanted: u16) -> Option<u32> {
+    pub(in crate::kernel) fn number(&self, wanted: u16) -> Option<u32> {
         parse_u32_be(self.bytes(wanted)?).ok()
     }
 
-    pub(super) fn nested(&self, wanted: u16) -> Option<Self> {
+    pub(in crate::kernel) fn nested(&self, wanted: u16) -> Option<Self> {
         self.bytes(wanted).map(Self)
+    }
+
+    /// No attributes.
+    pub(in crate::kernel) fn none() -> Self {
+        Self(&[])
+    }
+
+    /// The attributes of each element of a list.
+    pub(in crate::kernel) fn list(&self) -> impl Iterator<Item = Self> + use<'a> {
+        attributes(self.0).map(|(_, element)| Self(element))
     }
 
     /// Whether it is about a table of ours: every kind of message has the table's name first.
@@ -211,7 +221,7 @@ pub(super) fn rule(frame: &Frame<'_>) -> Option<RuleFound> {
 }
 
 /// A rule's comment.
-pub(super) fn comment<'a>(values: &Values<'a>) -> Option<&'a str> {
+pub(in crate::kernel) fn comment<'a>(values: &Values<'a>) -> Option<&'a str> {
     // NFTA_RULE_USERDATA, of which type 0 is the comment: type, length, text and a zero.
     match values.bytes(7) {
         Some([0, length, text @ ..]) => {

@@ -1,27 +1,35 @@
-//! Listens to the events of nftables, of which only those about our tables count.
+//! Listens to the events of nftables.
 //!
 //! kube-proxy and its like write thousands of rules in a second. So of each event no more is looked at than its family
-//! and the name of its table.
+//! and the name of its table: one of ours has to be put right, any other may decide on our packets, unless it only
+//! translates addresses.
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{AsyncSocket, AsyncSocketExt as _, TokioSocket};
 use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until};
 
-use super::read::concerns_us;
+use super::read::{Values, concerns_us};
 use crate::kernel::monitor::{Monitor, Table};
 use crate::kernel::socket;
-use crate::kernel::wire::frames;
+use crate::kernel::wire::{Frame, frames};
 
 /// Room for the events of a large transaction of others.
 const RECEIVE_BUFFER: usize = 8 << 20;
 /// `NFNLGRP_NFTABLES`.
 const GROUP: u32 = 7;
+/// `NFT_MSG_NEWGEN`: the end of a transaction, which names no table.
+const NEW_GENERATION: u16 = 10 << 8 | 15;
+/// What others write is told at once, and then no more often than this, so that a firewall that is being filled rule by
+/// rule doesn't keep the loop busy.
+const PAUSE: Duration = Duration::from_millis(500);
 
-/// Tells `monitor` whenever somebody else than the socket at `own_port` has touched a table of ours. Must be called
-/// within a tokio runtime.
+/// Tells `monitor` whenever somebody else than the socket at `own_port` has written rules. Must be called within a tokio
+/// runtime.
 pub(in crate::kernel) fn start(monitor: Arc<Monitor>, own_port: u32) -> io::Result<JoinHandle<()>> {
     let mut socket = TokioSocket::new(NETLINK_NETFILTER)?;
     socket.socket_mut().bind_auto()?;
@@ -29,12 +37,30 @@ pub(in crate::kernel) fn start(monitor: Arc<Monitor>, own_port: u32) -> io::Resu
     socket.socket_ref().add_membership(GROUP)?;
     Ok(tokio::spawn(async move {
         let mut buffer = Vec::with_capacity(socket::RECEIVE);
+        let mut told = Instant::now() - PAUSE;
+        let mut to_tell = false;
         loop {
             buffer.clear();
-            match socket.recv(&mut buffer).await {
-                Ok(_) if !frames(&buffer).any(|frame| frame.port != own_port && concerns_us(&frame)) => {}
-                Ok(_) => monitor.distrust([Table::Rules]),
-                Err(error) if socket::is_overrun(&error) => monitor.distrust([Table::Rules]),
+            let received = tokio::select! {
+                received = socket.recv(&mut buffer) => received.map(|_| ()),
+                () = sleep_until(told + PAUSE), if to_tell => {
+                    (told, to_tell) = (Instant::now(), false);
+                    monitor.distrust([Table::Firewalls]);
+                    continue;
+                }
+            };
+            match received {
+                Ok(()) => {
+                    let theirs = || frames(&buffer).filter(|frame| frame.port != own_port);
+                    if theirs().any(|frame| concerns_us(&frame)) {
+                        monitor.distrust([Table::Rules]);
+                    }
+                    to_tell |= theirs().any(|frame| may_decide(&frame));
+                }
+                Err(error) if socket::is_overrun(&error) => {
+                    monitor.distrust([Table::Rules]);
+                    to_tell = true;
+                }
                 Err(error) => {
                     tracing::error!(%error, "nftables monitor ended: changes of rules show at audits only");
                     return;
@@ -42,4 +68,9 @@ pub(in crate::kernel) fn start(monitor: Arc<Monitor>, own_port: u32) -> io::Resu
             }
         }
     }))
+}
+
+/// Whether an event is about a table of others that may decide on packets: that of iptables for translation never does.
+fn may_decide(frame: &Frame<'_>) -> bool {
+    frame.kind != NEW_GENERATION && !concerns_us(frame) && Values::of(frame).text(1) != Some("nat")
 }

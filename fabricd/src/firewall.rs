@@ -1,0 +1,168 @@
+//! What the firewalls of others do to this node's packets: [`fabric_core::firewall`], asked about what the loop knows.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use fabric_core::firewall::packet::Content;
+use fabric_core::firewall::traffic::{Flow, Node, Obstacle};
+use fabric_core::firewall::{Blocked, Connection, Firewall, Hook, Interface, Verdict, judge};
+use fabric_core::leases::LeaseSet;
+use fabric_core::model::{Family, IfName, Subnet};
+use fabric_core::rules::TableFamily;
+use fabric_core::rules::door::{self, DoorChange};
+use fabric_core::rules::senders::has_notrack;
+
+use crate::kernel::Observed;
+use crate::rules::BRIDGE;
+use crate::view::{View, VtepView};
+
+/// What foreign chains make of packets of ours.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Judged {
+    /// What stands in the way; what is sure comes first.
+    pub obstacles: Vec<Obstacle>,
+    /// A rule whose decision on encapsulated packets hangs on the state of their connection: so they are tracked.
+    pub judges_state: Option<Blocked>,
+    /// Base chains that nobody judges: those of bridges and devices.
+    pub unread: Vec<String>,
+}
+
+/// Judges once, as long as nothing changes that decides.
+#[derive(Debug, Default)]
+pub struct Judge {
+    known: Option<(Given, Arc<Judged>)>,
+}
+
+/// What decides.
+#[derive(Debug)]
+struct Given {
+    firewall: Arc<Firewall>,
+    nodes: Vec<Node>,
+    leases: Option<Arc<LeaseSet>>,
+}
+
+impl Given {
+    fn decides_as(&self, other: &Self) -> bool {
+        let same_leases = match (&self.leases, &other.leases) {
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+            (None, None) => true,
+            _ => false,
+        };
+        Arc::ptr_eq(&self.firewall, &other.firewall) && self.nodes == other.nodes && same_leases
+    }
+}
+
+impl Judge {
+    /// What the chains that were just seen make of packets of ours.
+    pub fn judge(&mut self, view: &View, observed: &Observed) -> Arc<Judged> {
+        let given = Given {
+            firewall: Arc::clone(&observed.firewall),
+            nodes: nodes(view, observed),
+            leases: view.leases.clone(),
+        };
+        if let Some((before, judged)) = &self.known
+            && before.decides_as(&given)
+        {
+            return Arc::clone(judged);
+        }
+        let judges_state = given.nodes.iter().find_map(|node| node.needs_tracking(&given.firewall));
+        let obstacles = |node: &Node| {
+            let endpoints = view.peers().filter_map(|peer| peer.record.endpoints().get(node.family()).copied());
+            let peers: Vec<IpAddr> = endpoints.map(|endpoint| endpoint.public_ip).collect();
+            // Where states decide, the rules that keep packets untracked are taken back in this very pass.
+            let node = Node { untracked: node.untracked && judges_state.is_none(), ..node.clone() };
+            node.obstacles(&given.firewall, &peers)
+        };
+        let mut obstacles: Vec<Obstacle> = given.nodes.iter().flat_map(obstacles).collect();
+        obstacles.sort_by_key(|obstacle| !obstacle.is_sure());
+        let unread = given.firewall.unread.iter().cloned().collect();
+        let judged = Arc::new(Judged { obstacles, judges_state, unread });
+        self.known = Some((given, Arc::clone(&judged)));
+        judged
+    }
+}
+
+impl Judged {
+    /// What stands in the way of these kinds of packets.
+    pub fn of<'a>(&'a self, flows: &'a [Flow]) -> impl Iterator<Item = &'a Obstacle> + use<'a> {
+        self.obstacles.iter().filter(|obstacle| flows.contains(&obstacle.flow))
+    }
+
+    /// What an operator has to know, each with the commands; without what rules of ours are about to let through.
+    #[must_use]
+    pub fn warnings_beside(&self, doors: &[DoorChange]) -> Vec<String> {
+        let is_opened = |obstacle: &Obstacle| {
+            let is_docker = obstacle.by.table == door::TABLE && obstacle.by.hook == Hook::Forward;
+            let opened = |door: &DoorChange| door.family == obstacle.family && !door.added.is_empty();
+            is_docker && !obstacle.by.kind.is_legacy() && doors.iter().any(opened)
+        };
+        let sure = self.obstacles.iter().filter(|obstacle| obstacle.is_sure() && !is_opened(obstacle));
+        sure.map(|obstacle| format!("{obstacle}; let them pass with: {}", obstacle.remedy.join("; "))).collect()
+    }
+}
+
+/// Where packets pass on this node, in each family.
+#[must_use]
+pub fn nodes(view: &View, observed: &Observed) -> Vec<Node> {
+    let (Some(network), Some(own)) = (&view.network, &view.holding.own) else { return vec![] };
+    let untracked = observed.rules.get(&TableFamily::Inet).is_some_and(has_notrack);
+    let interface = |name: IfName, kind| {
+        let link = observed.host.links.iter().find(|link| link.name == name);
+        Interface { name, index: link.map(|link| link.index), kind }
+    };
+    let node = |end: &VtepView| {
+        let family = Family::of(end.vtep.local);
+        Some(Node {
+            network: network.spaces.get(family)?.network,
+            own: *own.key.subnets().get(family)?,
+            bridge: interface(BRIDGE.parse().expect("a valid name"), Some("bridge")),
+            tunnel: interface(end.device, Some("vxlan")),
+            underlay: interface(end.underlay, None),
+            local: end.vtep.local,
+            port: network.vxlan.port,
+            vni: network.vxlan.vni,
+            untracked,
+            direct: network.vxlan.direct_routing,
+        })
+    };
+    view.vteps.iter().filter_map(node).collect()
+}
+
+/// A packet that foreign chains on this node are asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// Between these two addresses, one of which is that of a pod of this node.
+    Between(IpAddr, IpAddr),
+    /// Encapsulated, from this peer.
+    From(IpAddr),
+    /// Encapsulated, to this peer.
+    To(IpAddr),
+}
+
+/// What foreign chains make of that packet, with the commands that let it pass; `None` where nothing is known of the
+/// node yet.
+#[must_use]
+pub fn ask(view: &View, observed: &Observed, asked: Asked) -> Option<(Verdict, Vec<String>)> {
+    let (Asked::Between(ip, _) | Asked::From(ip) | Asked::To(ip)) = asked;
+    let node = nodes(view, observed).into_iter().find(|node| node.family() == Family::of(ip))?;
+    let (flow, packet) = match asked {
+        Asked::From(peer) => (Flow::Received, node.received(Some(peer))),
+        Asked::To(peer) => (Flow::Sent, node.sent(Some(peer))),
+        Asked::Between(source, target) => {
+            let (source, target) = (Subnet::host(source), Subnet::host(target));
+            let flow =
+                if [source, target].iter().all(|ip| node.network.covers(*ip)) { Flow::Pods } else { Flow::Outside };
+            (flow, node.forwarded(source, target, Content::Icmp { reply: false }, Connection::New))
+        }
+    };
+    let verdict = judge(&observed.firewall, &packet);
+    let mut commands: Vec<String> = vec![];
+    if let Verdict::Dropped(by) = &verdict {
+        for command in by.iter().flat_map(|by| node.remedy(&observed.firewall, by, flow)) {
+            if !commands.contains(&command) {
+                commands.push(command);
+            }
+        }
+    }
+    Some((verdict, commands))
+}

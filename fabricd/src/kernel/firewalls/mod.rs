@@ -1,0 +1,72 @@
+//! Reads the chains of others that packets of ours meet: see [`fabric_core::firewall`].
+//!
+//! ```text
+//! nftables (netlink) ── nftables (expressions, xt) ──┐
+//!                                                    ├──► Firewall
+//! iptables-legacy (getsockopt) ── legacy (xt) ───────┘
+//! ```
+//!
+//! Of nftables the base chains are listed, and of those on the hooks in question only the chains are read that are
+//! reached from them: never the nat tables, where kube-proxy has its thousands. They are read again when the kernel's
+//! generation of rules is another; of iptables-legacy, which tells nobody of changes, at each audit.
+
+mod expressions;
+mod legacy;
+mod nftables;
+mod xt;
+
+use std::io;
+use std::sync::Arc;
+
+use fabric_core::firewall::{Firewall, Table};
+use netlink_sys::protocols::NETLINK_NETFILTER;
+
+use super::nft::generation;
+use super::socket::RequestSocket;
+
+/// The reader, and what it has read.
+#[derive(Default)]
+pub(super) struct Reader {
+    socket: Option<RequestSocket>,
+    /// At which generation of the kernel's rules the tables of nftables were read.
+    read_at: Option<u32>,
+    nftables: Firewall,
+    legacy: Vec<Table>,
+    whole: Arc<Firewall>,
+}
+
+impl Reader {
+    /// What there is now, in this thread's network namespace.
+    pub(super) fn read(&mut self) -> io::Result<Arc<Firewall>> {
+        let (anew, legacy) = (self.read_nftables()?, legacy::read()?);
+        if anew || legacy != self.legacy {
+            self.legacy = legacy;
+            let mut whole = self.nftables.clone();
+            whole.tables.extend(self.legacy.iter().cloned());
+            if *self.whole != whole {
+                self.whole = Arc::new(whole);
+            }
+        }
+        Ok(Arc::clone(&self.whole))
+    }
+
+    /// Whether the tables of nftables were read anew.
+    fn read_nftables(&mut self) -> io::Result<bool> {
+        if self.socket.is_none() {
+            match RequestSocket::open(NETLINK_NETFILTER) {
+                // A kernel without netfilter drops nothing.
+                Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return Ok(false),
+                socket => self.socket = Some(socket?),
+            }
+        }
+        let Some(socket) = &mut self.socket else { return Ok(false) };
+        let now = generation(socket)?;
+        let anew = now.is_none() || now != self.read_at;
+        if anew {
+            // A generation that begins meanwhile is another than this.
+            self.nftables = nftables::read(socket)?;
+            self.read_at = now;
+        }
+        Ok(anew)
+    }
+}
