@@ -62,7 +62,7 @@ fn node() -> Result<PlainHost> {
         Ok(status)
     });
     let status = ready.with_context(log)?;
-    ensure!(status.contains("from 192.168.56.11 on eth1"), "not by the interface that all machines share: {status}");
+    ensure!(status.contains(", 192.168.56.11 on eth1"), "not by the interface that all machines share: {status}");
     Ok(host)
 }
 
