@@ -255,8 +255,13 @@ async fn scene(config: &Result<Config, String>, node: Option<NodeFile>) -> Resul
         Ok(config) => Places::of(config),
         Err(_) => Places::usual(),
     };
-    let looked =
-        Looked { wanted: None, observed: Some(observed), last: None, blocked: "the daemon doesn't answer".into() };
+    let looked = Looked {
+        wanted: None,
+        observed: Some(observed),
+        filter: vec![],
+        last: None,
+        blocked: "the daemon doesn't answer".into(),
+    };
     Ok(Scene {
         view: Arc::new(view),
         looked,
