@@ -20,6 +20,7 @@ use super::checks::{ALL, Check};
 use super::finding::{Culprit, Finding};
 use super::{Places, Scene, overlay_checks};
 use crate::config::{Config, StoreKind};
+use crate::firewall::Judge;
 use crate::kernel::netlink::{Netlink, Options};
 use crate::kernel::{self, Kernel as _, Observed};
 use crate::lease::{Holding, Own};
@@ -32,13 +33,14 @@ use crate::underlay;
 use crate::view::{View, VtepView};
 
 /// Checks of the daemon's list that need no daemon.
-const ON_A_NODE: [&str; 20] = [
+const ON_A_NODE: [&str; 21] = [
     "foreign-vxlan",
     "kernel-version",
     "bridge",
     "pod-ports",
     "overlap",
-    "forward-drop",
+    "foreign-input",
+    "foreign-forward",
     "forwarding",
     "rp-filter",
     "br-netfilter",
@@ -250,6 +252,7 @@ async fn scene(config: &Result<Config, String>, node: Option<NodeFile>) -> Resul
             ..Holding::default()
         };
         view.readiness = node.readiness;
+        view.firewall = Judge::default().judge(&view, &observed);
     }
     let places = match config {
         Ok(config) => Places::of(config),
