@@ -2,7 +2,6 @@
 
 use std::process::ExitCode;
 
-use clap::CommandFactory as _;
 use fabricd::config::{Config, ConfigError};
 use fabricd::daemon;
 use fabricd::install_cni::InstallCni;
@@ -20,12 +19,6 @@ fn main() -> ExitCode {
         return match pki.run() {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&format!("{error:#}")),
-        };
-    }
-    if std::env::args_os().nth(1).is_some_and(|word| word == "help") {
-        return match Config::command().print_long_help() {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(&error),
         };
     }
     let config = match Config::load(std::env::args_os()) {
