@@ -197,7 +197,7 @@ async fn api_for_others(config: &Config) -> anyhow::Result<Option<(TcpListener, 
 pub async fn cleanup(config: Config) -> anyhow::Result<()> {
     let _lock = Lock::take(&holder(&config, true)).await?;
     let mut kernel = open_kernel(&config)?;
-    let leftovers = Leftovers::of_node(&config.run_dir, &config.cni_data_dir);
+    let leftovers = Leftovers::of_node(&config);
     // No pod may be added while the rest goes.
     Files::new(&config.run_dir, &config.subnet_file).remove()?;
     let disk = Disk::new(&config.state_dir, config.node());

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use fabric_core::attachments::DEFAULT_BRIDGE;
 use fabric_core::firewall::packet::Content;
 use fabric_core::firewall::traffic::{Flow, Node, Obstacle};
 use fabric_core::firewall::{Blocked, Connection, Firewall, Hook, Interface, Verdict, judge};
@@ -13,7 +14,6 @@ use fabric_core::rules::door::{self, DoorChange};
 use fabric_core::rules::senders::has_notrack;
 
 use crate::kernel::Observed;
-use crate::rules::BRIDGE;
 use crate::view::{View, VtepView};
 
 /// What foreign chains make of packets of ours.
@@ -115,7 +115,7 @@ pub fn nodes(view: &View, observed: &Observed) -> Vec<Node> {
         Some(Node {
             network: network.spaces.get(family)?.network,
             own: *own.key.subnets().get(family)?,
-            bridge: interface(BRIDGE.parse().expect("a valid name"), Some("bridge")),
+            bridge: interface(DEFAULT_BRIDGE.parse().expect("a valid name"), Some("bridge")),
             tunnel: interface(end.device, Some("vxlan")),
             underlay: interface(end.underlay, None),
             local: end.vtep.local,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{fs, io, thread};
 
+use fabric_core::attachments::{Owner, SavedAttachment};
 use fabric_core::handoff::Attached;
 use fabric_core::model::IfName;
 use fabric_core::rules::Pod;
@@ -14,20 +15,45 @@ use tokio::sync::watch;
 use tracing::warn;
 
 use crate::backoff::Backoff;
+use crate::ipam;
+use crate::kernel::Observed;
 
-/// Pods by the port that they are plugged into.
-pub type PodPorts = BTreeMap<IfName, Pod>;
+/// The pods that are attached, as far as the filter needs to know them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttachedPods {
+    /// The bridges that they are attached to.
+    pub bridges: BTreeSet<IfName>,
+    /// Each by its port.
+    pub ports: BTreeMap<IfName, Pod>,
+}
+
+impl Default for AttachedPods {
+    /// No pod yet, and the bridge that the first one makes.
+    fn default() -> Self {
+        Self::of(&BTreeMap::new())
+    }
+}
+
+impl AttachedPods {
+    fn of(saved: &BTreeMap<Owner, SavedAttachment>) -> Self {
+        let attached = saved.values().filter_map(|saved| saved.attached.as_ref());
+        Self { bridges: ipam::bridges_of(saved.values()), ports: attached.flat_map(pods).collect() }
+    }
+
+    /// The ports of their bridges.
+    #[must_use]
+    pub fn ports_of(&self, observed: &Observed) -> BTreeSet<IfName> {
+        self.bridges.iter().filter_map(|bridge| observed.bridges.get(bridge)).flatten().copied().collect()
+    }
+}
 
 /// How long at most until a folder that can't be watched is read again.
 const RETRY: Duration = Duration::from_secs(10);
 
-/// The largest file that is read: the plugin's own limit.
-const MAX_FILE: u64 = 2 << 20;
-
 /// Follows the attachments below `dir`, a folder for each network. What can't be read is no pod: its port stays open
 /// for every address of this node.
 #[must_use]
-pub fn follow(dir: PathBuf) -> watch::Receiver<Arc<PodPorts>> {
+pub fn follow(dir: PathBuf) -> watch::Receiver<Arc<AttachedPods>> {
     let (sender, receiver) = watch::channel(Arc::default());
     // It waits in the kernel, so it has a thread of its own; that ends with the process.
     thread::spawn(move || {
@@ -47,7 +73,7 @@ pub fn follow(dir: PathBuf) -> watch::Receiver<Arc<PodPorts>> {
 }
 
 /// Reads everything anew after each change, until something fails or nobody listens.
-fn publish_all(dir: &Path, sender: &watch::Sender<Arc<PodPorts>>) -> io::Result<()> {
+fn publish_all(dir: &Path, sender: &watch::Sender<Arc<AttachedPods>>) -> io::Result<()> {
     fs::create_dir_all(dir)?;
     let changes = Inotify::init(InitFlags::IN_CLOEXEC)?;
     let written = AddWatchFlags::IN_CREATE
@@ -58,35 +84,20 @@ fn publish_all(dir: &Path, sender: &watch::Sender<Arc<PodPorts>>) -> io::Result<
     while !sender.is_closed() {
         // First watched, then read, so that nothing happens in between. Watching twice is watching once.
         changes.add_watch(dir, written)?;
-        let networks: Vec<PathBuf> = entries(dir)?.into_iter().filter(|path| path.is_dir()).collect();
-        for network in &networks {
-            changes.add_watch(network, written)?;
+        for network in fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<PathBuf>>>()? {
+            if network.is_dir() {
+                changes.add_watch(&network, written)?;
+            }
         }
-        let ports = Arc::new(read(&networks)?);
+        let pods = Arc::new(AttachedPods::of(&ipam::attachments(dir)?));
         sender.send_if_modified(|current| {
-            let differs = *current != ports;
-            *current = ports;
+            let differs = *current != pods;
+            *current = pods;
             differs
         });
         changes.read_events()?;
     }
     Ok(())
-}
-
-fn read(networks: &[PathBuf]) -> io::Result<PodPorts> {
-    let mut ports = PodPorts::new();
-    for network in networks {
-        for file in entries(network)?.iter().filter(|file| file.extension().is_some_and(|end| end == "json")) {
-            ports.extend(attached(file).into_iter().flat_map(|attached| pods(&attached)));
-        }
-    }
-    Ok(ports)
-}
-
-/// What is saved of one pod; nothing of one that is just coming or going.
-fn attached(file: &Path) -> Option<Attached> {
-    let small = fs::metadata(file).is_ok_and(|meta| meta.is_file() && meta.len() <= MAX_FILE);
-    small.then(|| Attached::decode(&fs::read(file).ok()?))?
 }
 
 fn pods(attached: &Attached) -> Vec<(IfName, Pod)> {
@@ -96,16 +107,23 @@ fn pods(attached: &Attached) -> Vec<(IfName, Pod)> {
     ports.map(|port| (port, Pod { mac, ips: ips.clone() })).collect()
 }
 
-fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
-    fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     const FIRST_LINE: &str = "{}\n";
     const POD: &str = r#"{"ports":["veth7"],"mac":"02:42:c0:00:02:07","ips":["10.244.3.7","fd00:3::7"]}"#;
+
+    #[test]
+    fn pods_are_looked_for_on_the_bridges_that_their_attachments_name() {
+        let names = |pods: &AttachedPods| pods.bridges.iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(names(&AttachedPods::default()), ["cni0"]);
+        let owner = |container: &str| Owner { network: "n".into(), container: container.into(), ifname: "eth0".into() };
+        let saved =
+            |bridge: &str| SavedAttachment::decode(format!(r#"{{"config":{{"bridge":"{bridge}"}}}}"#).as_bytes());
+        let pods = AttachedPods::of(&[(owner("c1"), saved("br-pods")), (owner("c2"), saved("br-2"))].into());
+        assert_eq!(names(&pods), ["br-2", "br-pods"]);
+    }
 
     #[tokio::test]
     async fn pods_that_come_and_go_are_heard_of() {
@@ -122,10 +140,10 @@ mod tests {
         )
         .expect("written");
         fs::write(&file, FIRST_LINE.to_owned() + POD).expect("written");
-        let known = ports.wait_for(|ports| !ports.is_empty()).await.expect("followed").clone();
-        let pod = &known[&"veth7".parse().expect("valid")];
-        assert_eq!((known.len(), pod.mac.to_string(), pod.ips.len()), (1, "02:42:c0:00:02:07".to_owned(), 2));
+        let known = ports.wait_for(|pods| !pods.ports.is_empty()).await.expect("followed").clone();
+        let pod = &known.ports[&"veth7".parse().expect("valid")];
+        assert_eq!((known.ports.len(), pod.mac.to_string(), pod.ips.len()), (1, "02:42:c0:00:02:07".to_owned(), 2));
         fs::remove_file(file).expect("removed");
-        ports.wait_for(|ports| ports.is_empty()).await.expect("followed");
+        ports.wait_for(|pods| pods.ports.is_empty()).await.expect("followed");
     }
 }

@@ -37,7 +37,7 @@ use crate::lease::{Holding, Own, Wanted};
 use crate::metrics::Metrics;
 use crate::pending::Pending;
 use crate::planned::Planned;
-use crate::ports::PodPorts;
+use crate::ports::AttachedPods;
 use crate::repairs::Repairs;
 use crate::rules::Rules;
 use crate::store::{Connection, LeaseStore, Network};
@@ -163,7 +163,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     }
 
     /// Lets the pods of these ports use no addresses but their own.
-    pub fn guard_ports(&mut self, pods: watch::Receiver<Arc<PodPorts>>) {
+    pub fn guard_ports(&mut self, pods: watch::Receiver<Arc<AttachedPods>>) {
         self.rules.guard_ports(pods);
     }
 

@@ -21,25 +21,21 @@ use tokio::time::Instant;
 
 use crate::kernel::Observed;
 use crate::lease::Own;
-use crate::ports::PodPorts;
+use crate::ports::AttachedPods;
 
 /// How long the address that a peer had before may go on sending: its packets are still under way, and its kernel may
 /// follow its lease a little later.
 const GRACE: Duration = Duration::from_secs(30);
 
-/// The bridge that the CNI plugin attaches pods to.
-pub(crate) const BRIDGE: &str = "cni0";
-
 /// The packet filter of one node, as it should be.
 #[derive(Debug)]
 pub struct Rules {
     options: RuleOptions,
-    bridge: IfName,
     members: BTreeSet<Member>,
     /// Members that have moved, and until when they count.
     moved: BTreeMap<Member, Instant>,
-    /// Whose the bridge's ports are.
-    pods: watch::Receiver<Arc<PodPorts>>,
+    /// The pods' bridges, and whose their ports are.
+    pods: watch::Receiver<Arc<AttachedPods>>,
     /// What was last found to be wanted, and from what: at thousands of peers that is far from nothing, and mostly the
     /// loop comes by with nothing new.
     known: Option<(Given, Ruleset)>,
@@ -55,7 +51,7 @@ struct Given {
     leases: Arc<LeaseSet>,
     refused: BTreeSet<LeaseKey>,
     ports: BTreeSet<IfName>,
-    pods: Arc<PodPorts>,
+    pods: Arc<AttachedPods>,
     pod_subnets: BTreeSet<Subnet>,
     tracked: bool,
     /// A chain of others judges encapsulated packets by their connection's state.
@@ -67,13 +63,12 @@ impl Rules {
     /// A filter with these options.
     #[must_use]
     pub fn new(options: RuleOptions) -> Self {
-        let bridge = BRIDGE.parse().expect("a valid name");
         let (_, pods) = watch::channel(Arc::default());
-        Self { options, bridge, members: BTreeSet::new(), moved: BTreeMap::new(), pods, known: None, unchanged: false }
+        Self { options, members: BTreeSet::new(), moved: BTreeMap::new(), pods, known: None, unchanged: false }
     }
 
     /// Lets the pods of these ports use no addresses but their own.
-    pub fn guard_ports(&mut self, pods: watch::Receiver<Arc<PodPorts>>) {
+    pub fn guard_ports(&mut self, pods: watch::Receiver<Arc<AttachedPods>>) {
         self.pods = pods;
     }
 
@@ -101,9 +96,9 @@ impl Rules {
     /// Ports whose pods are not known.
     #[must_use]
     pub fn open_ports(&self, observed: &Observed) -> BTreeSet<IfName> {
-        let (ports, pods) = (observed.bridges.get(&self.bridge), self.pods.borrow());
-        let open = ports.into_iter().flatten().filter(|port| !pods.contains_key(port));
-        open.filter(|_| self.options.check_pods).copied().collect()
+        let pods = self.pods.borrow();
+        let open = pods.ports_of(observed).into_iter().filter(|port| !pods.ports.contains_key(port));
+        open.filter(|_| self.options.check_pods).collect()
     }
 
     /// What the filter should hold now, given the leases and which of them are refused.
@@ -124,9 +119,9 @@ impl Rules {
             own: own.key,
             leases: Arc::clone(leases),
             refused: refused.keys().copied().collect(),
-            ports: observed.bridges.get(&self.bridge).cloned().unwrap_or_default(),
+            ports: pods.ports_of(observed),
+            pod_subnets: pod_subnets(&pods, network, own, observed),
             pods,
-            pod_subnets: self.pod_subnets(network, own, observed),
             tracked: observed.tracked || observed.rules.get(&TableFamily::Inet).is_some_and(has_notrack),
             states_decide,
             moved: self.moved.keys().copied().collect(),
@@ -150,9 +145,9 @@ impl Rules {
                 network,
                 own: own.key.subnets(),
                 members: &members,
-                bridge: &self.bridge,
+                bridges: &given.pods.bridges,
                 ports: &given.ports,
-                pods: &given.pods,
+                pods: &given.pods.ports,
                 pod_subnets: &given.pod_subnets,
                 tracked: given.tracked,
                 options: &options,
@@ -229,15 +224,15 @@ impl Rules {
         self.members = members;
         all
     }
+}
 
-    /// Where the pods have their addresses from: after this node has moved to another subnet, those of before too.
-    fn pod_subnets(&self, network: &NetworkConfig, own: &Own, observed: &Observed) -> BTreeSet<Subnet> {
-        let bridge = observed.host.links.iter().filter(|link| link.name == self.bridge);
-        let there = bridge.flat_map(|link| link.addresses.iter().map(|(_, prefix)| *prefix));
-        let of_the_network =
-            |prefix: &Subnet| network.spaces.get(prefix.family()).is_some_and(|space| space.network.covers(*prefix));
-        there.filter(of_the_network).chain(own.key.subnets().values().copied()).collect()
-    }
+/// Where the pods have their addresses from: after this node has moved to another subnet, those of before too.
+fn pod_subnets(pods: &AttachedPods, network: &NetworkConfig, own: &Own, observed: &Observed) -> BTreeSet<Subnet> {
+    let bridges = observed.host.links.iter().filter(|link| pods.bridges.contains(&link.name));
+    let there = bridges.flat_map(|link| link.addresses.iter().map(|(_, prefix)| *prefix));
+    let of_the_network =
+        |prefix: &Subnet| network.spaces.get(prefix.family()).is_some_and(|space| space.network.covers(*prefix));
+    there.filter(of_the_network).chain(own.key.subnets().values().copied()).collect()
 }
 
 /// Whether the chain that a door leads past drops what no rule accepts: Docker's own.

@@ -36,7 +36,7 @@ fn rules(peers: u32) -> Ruleset {
         network: &NetworkConfig::decode(CONFIG.as_bytes()).expect("valid"),
         own: &own,
         members: &members,
-        bridge: &v("cni0"),
+        bridges: &[v("cni0")].into(),
         ports: &["veth1", "veth2"].map(v).into(),
         pods: &[(v("veth1"), Pod { mac: v("02:00:00:00:00:07"), ips: [v("10.64.1.7"), v("2001:db8:0:1::7")].into() })]
             .into(),

@@ -1,67 +1,34 @@
-//! The bridge that the CNI plugins made for this node's pods. The plugins never take it away, so `--cleanup` does.
+//! The bridges that the CNI plugins made for this node's pods. The plugins never remove them, so `--cleanup` does.
 
-use std::net::IpAddr;
+use std::collections::BTreeSet;
 
+use fabric_core::model::IfName;
 use futures::TryStreamExt as _;
-use netlink_packet_route::address::AddressAttribute;
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 
 use super::KernelError;
 
-/// What became of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Bridge {
-    /// There is none with a gateway address of this node's subnets.
-    Absent,
-    /// It had no port, and is gone.
-    Removed {
-        /// Its name.
-        name: String,
-    },
-    /// Pods are plugged in.
-    InUse {
-        /// Its name.
-        name: String,
-        /// How many of them.
-        ports: usize,
-    },
-}
-
-/// `ip link delete cni0`, if that has one of these addresses and no port.
+/// `ip link delete BRIDGE` for those of `names` that are bridges and have no port. Returns them.
 ///
 /// # Errors
 /// When netlink can't be spoken, or the kernel refuses.
-pub async fn remove_unless_used(gateways: &[IpAddr]) -> Result<Bridge, KernelError> {
+pub async fn remove_unused(names: &BTreeSet<IfName>) -> Result<Vec<IfName>, KernelError> {
     let gone = |error: std::io::Error| KernelError::Disconnected(error.to_string());
     let told = |error: rtnetlink::Error| KernelError::Disconnected(error.to_string());
     let (connection, handle, _) = rtnetlink::new_connection().map_err(gone)?;
     let connection = tokio::spawn(connection);
-
     let links: Vec<LinkMessage> = handle.link().get().execute().try_collect().await.map_err(told)?;
-    let addresses: Vec<_> = handle.address().get().execute().try_collect().await.map_err(told)?;
-    let has_gateway = |index: u32| {
-        addresses.iter().filter(|message| message.header.index == index).any(|message| {
-            message
-                .attributes
-                .iter()
-                .any(|attribute| matches!(attribute, AddressAttribute::Address(ip) if gateways.contains(ip)))
-        })
-    };
-    let Some(bridge) = links.iter().find(|link| is_bridge(link) && has_gateway(link.header.index)) else {
-        connection.abort();
-        return Ok(Bridge::Absent);
-    };
-    let index = bridge.header.index;
-    let name = name(bridge);
-    let ports = links.iter().filter(|link| link.attributes.contains(&LinkAttribute::Controller(index))).count();
-    let outcome = if ports == 0 {
-        handle.link().del(index).execute().await.map_err(told)?;
-        Bridge::Removed { name }
-    } else {
-        Bridge::InUse { name, ports }
-    };
+    let mut removed = vec![];
+    for link in links.iter().filter(|link| is_bridge(link)) {
+        let index = link.header.index;
+        let is_used = links.iter().any(|port| port.attributes.contains(&LinkAttribute::Controller(index)));
+        if let Some(name) = name(link).filter(|name| names.contains(name) && !is_used) {
+            handle.link().del(index).execute().await.map_err(told)?;
+            removed.push(name);
+        }
+    }
     connection.abort();
-    Ok(outcome)
+    Ok(removed)
 }
 
 fn is_bridge(link: &LinkMessage) -> bool {
@@ -70,10 +37,9 @@ fn is_bridge(link: &LinkMessage) -> bool {
     )
 }
 
-fn name(link: &LinkMessage) -> String {
-    let names = link.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::IfName(name) => Some(name.clone()),
+fn name(link: &LinkMessage) -> Option<IfName> {
+    link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => name.parse().ok(),
         _ => None,
-    });
-    names.unwrap_or_default()
+    })
 }

@@ -307,9 +307,9 @@ pub struct RuleInputs<'a> {
     pub own: &'a PerFamily<Subnet>,
     /// Who may send to it.
     pub members: &'a BTreeSet<Member>,
-    /// The bridge of the pods.
-    pub bridge: &'a IfName,
-    /// Its ports.
+    /// The bridges of the pods.
+    pub bridges: &'a BTreeSet<IfName>,
+    /// Their ports.
     pub ports: &'a BTreeSet<IfName>,
     /// The pods, as far as it is known which are behind these ports.
     pub pods: &'a BTreeMap<IfName, Pod>,

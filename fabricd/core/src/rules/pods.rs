@@ -60,9 +60,9 @@ fn on_the_host(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
     pods.push(Rule::drop([], SPOOFED));
 
     for (name, place) in [("input", Place::Input), ("forward", Place::Forward)] {
-        let from_pods = Match::new(Field::InInterface, Test::Named(*inputs.bridge));
-        let rule = Rule::new([from_pods], Verdict::Jump("pods"), "from a pod");
-        table.at(name, ChainKind::Filter, place, senders::FILTER).push(rule);
+        let from = |bridge: &IfName| Match::new(Field::InInterface, Test::Named(*bridge));
+        let rules = inputs.bridges.iter().map(|bridge| Rule::new([from(bridge)], Verdict::Jump("pods"), "from a pod"));
+        table.at(name, ChainKind::Filter, place, senders::FILTER).extend(rules);
     }
 }
 

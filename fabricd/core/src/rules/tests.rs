@@ -9,6 +9,7 @@ use crate::model::{IfName, PerFamily, Subnet};
 use crate::network::NetworkConfig;
 
 struct Node {
+    bridges: BTreeSet<IfName>,
     network: NetworkConfig,
     own: PerFamily<Subnet>,
     members: BTreeSet<Member>,
@@ -38,6 +39,7 @@ impl Node {
         Self {
             network: NetworkConfig::decode(config.as_bytes()).expect("valid"),
             own,
+            bridges: [v("cni0")].into(),
             members: BTreeSet::new(),
             ports: BTreeSet::new(),
             pods: BTreeMap::new(),
@@ -56,7 +58,7 @@ impl Node {
             network: &self.network,
             own: &self.own,
             members: &self.members,
-            bridge: &v("cni0"),
+            bridges: &self.bridges,
             ports: &self.ports,
             pods: &self.pods,
             pod_subnets: &self.own.values().copied().collect(),
@@ -158,6 +160,18 @@ chain postrouting {
     node.options.check_senders = true;
     let may = [peer, stranger].map(|node_ip| may_send(&table(&node), node_ip, v("10.64.2.0/24")));
     assert_eq!(may, [Some(true), Some(false)]);
+}
+
+#[test]
+fn pods_of_every_bridge_are_judged() {
+    let mut node = Node::v4();
+    node.options.check_pods = true;
+    node.bridges = [v("br-pods"), v("cni0")].into();
+    let text = node.inet();
+    for bridge in ["br-pods", "cni0"] {
+        let rule = format!("iifname \"{bridge}\" jump pods");
+        assert_eq!(text.matches(&rule).count(), 2, "on input and on forward:\n{text}");
+    }
 }
 
 #[test]
