@@ -95,7 +95,7 @@ async fn ask(socket: &Path, report: &mut Report) -> Result<(), String> {
     let hangs = |_| format!("no answer within {} s", PATIENCE.as_secs());
     let told = |status: tonic::Status| status.message().to_owned();
     let client = timeout(PATIENCE, daemon::connect(socket)).await.map_err(hangs)?;
-    let mut client = client.map_err(|error| format!("{error:#}"))?;
+    let mut client = client.map_err(|error| error.to_string())?;
     let stream = timeout(PATIENCE, client.diagnose(DiagnoseRequest {})).await.map_err(hangs)?;
     let mut stream = stream.map_err(told)?.into_inner();
     while let Some(check) = timeout(PATIENCE, stream.message()).await.map_err(hangs)?.map_err(told)? {
