@@ -312,7 +312,7 @@ fn forward_policy_of_drop_is_told_with_commands_that_help() -> Result<()> {
             let warnings = status["warnings"].as_array().context("a list")?;
             let warnings = warnings.iter().filter_map(|warning| warning.as_str());
             let mut remedies = warnings.filter_map(|w| w.split_once("with: ")).map(|(_, remedy)| remedy.to_owned());
-            let told = remedies.find(|remedy| remedy.starts_with(&format!("{iptables} ")));
+            let told = remedies.find(|remedy| remedy.starts_with(iptables));
             told.context("no warning yet")
         })?;
         here.run(&["sh", "-ec", &remedy])?;
