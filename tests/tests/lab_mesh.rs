@@ -124,7 +124,15 @@ fn what_firewalls_and_networks_do_is_named() -> Result<()> {
     wait_for(node, "fine")?;
     // The same on this very node is no fault of the network between.
     let own = format!("ip daddr {} udp dport 8472 drop", lab.node("node-2")?.underlay_ip(Family::V4));
-    named(&lab, "node-1", &["output"], &own, "local_firewall")?;
+    let told = named(&lab, "node-1", &["output"], &own, "local_firewall")?;
+    assert!(told["evidence"].as_str().unwrap_or_default().contains("ip breakage output"), "{told}");
+    // Nor is what it doesn't take in; and what mends it is told.
+    interfere(node, "ip", &["input"], "udp dport 8472 drop")?;
+    let told = wait_for(node, "local_firewall")?;
+    assert!(told["evidence"].as_str().unwrap_or_default().contains("ip breakage input"), "{told}");
+    follow(node, &told)?;
+    wait_for(node, "fine")?;
+    stop_interfering(node)?;
     // A network between them that translates addresses: what comes is from nobody that is known.
     let translated = "udp dport 8472 ip saddr set 10.99.0.222";
     named(&lab, "node-2", &["output"], translated, "own_filter")?;

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use fabric_core::firewall::traffic::{Flow, Obstacle};
+use fabric_core::model::Family;
 use futures::future::join_all;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep};
@@ -13,6 +15,7 @@ use super::probe::{Answer, Heard, Reply, Size, ask, complain};
 use super::tunnel::{Answered, Knocked};
 use super::verdict::{Evidence, LocalDrop, Seen};
 use super::{Mesh, ROUND, Target, routes, tunnel};
+use crate::firewall::Judged;
 use crate::kernel;
 
 /// How often what was lost is tried again.
@@ -96,7 +99,14 @@ impl Prober<'_> {
 }
 
 /// One round. `first` is the number of its first probe, `failing` the time since when the peer doesn't answer.
-pub async fn examine(to: &Target, first: u32, failing: Option<Instant>, context: &Context, mesh: &Mesh) -> Round {
+pub async fn examine(
+    to: &Target,
+    first: u32,
+    failing: Option<Instant>,
+    context: &Context,
+    mesh: &Mesh,
+    firewall: &Judged,
+) -> Round {
     let begun = Instant::now();
     let prober = Prober { to, next: AtomicU32::new(first), samples: Mutex::default() };
     let full = Size::Packet(to.ours.mtu);
@@ -115,7 +125,8 @@ pub async fn examine(to: &Target, first: u32, failing: Option<Instant>, context:
         (knocked, (small, large, small_after))
     };
     let times = Times { failing: failing.unwrap_or(begun), begun };
-    let seen = look(&prober, (small, large, small_after), knocked, times, context, mesh).await;
+    let around = Around { context, mesh, firewall };
+    let seen = look(&prober, (small, large, small_after), knocked, times, &around).await;
     let mut samples = prober.samples.into_inner().unwrap_or_else(PoisonError::into_inner);
     samples.sort_by_key(|(number, _)| number.wrapping_sub(first));
     Round { target: to.clone(), begun, small, full: large, seen, samples }
@@ -128,17 +139,26 @@ struct Times {
     begun: Instant,
 }
 
+/// What is known beside the peer itself.
+#[derive(Clone, Copy)]
+struct Around<'a> {
+    context: &'a Context,
+    mesh: &'a Mesh,
+    /// What the firewalls of others on this node make of encapsulated packets.
+    firewall: &'a Judged,
+}
+
 async fn look(
     prober: &Prober<'_>,
     (small, large, mut small_after): (Answer, Answer, Answer),
     knocked: Knocked,
     times: Times,
-    context: &Context,
-    mesh: &Mesh,
+    around: &Around<'_>,
 ) -> Seen {
+    let context = around.context;
     if small_after.rtt().is_none() {
         let slot = context.slots.acquire().await;
-        let evidence = evidence(prober, knocked, times, context, mesh).await;
+        let evidence = evidence(prober, knocked, times, around).await;
         drop(slot);
         // Whatever it was, it may be over.
         small_after = prober.ask(Size::Small).await;
@@ -193,16 +213,16 @@ async fn gone(to: &Target) -> Evidence {
     Evidence { any_mac: Some(false), host, vxlan, ..Evidence::default() }
 }
 
-async fn evidence(prober: &Prober<'_>, knocked: Knocked, times: Times, context: &Context, mesh: &Mesh) -> Evidence {
-    let to = prober.to;
+async fn evidence(prober: &Prober<'_>, knocked: Knocked, times: Times, around: &Around<'_>) -> Evidence {
+    let (Around { context, mesh, firewall }, to) = (*around, prober.to);
     let before = dropped().await;
-    let around = async {
+    let in_the_tunnel = async {
         if knocked.is_turned_away() {
             return (false, (Answered { any_mac: Some(false), ..Answered::default() }, None));
         }
         tokio::join!(unsummed_only(prober), tunnel::look(to, prober.number()))
     };
-    let ((unsummed, (answered, no_ping)), (overriding, underlay)) = tokio::join!(around, astray(to));
+    let ((unsummed, (answered, no_ping)), (overriding, underlay)) = tokio::join!(in_the_tunnel, astray(to));
     let mut dropped = dropped().await.saturating_sub(before);
     if dropped > 0 {
         dropped = dropped_of_this_peer(prober).await;
@@ -220,7 +240,7 @@ async fn evidence(prober: &Prober<'_>, knocked: Knocked, times: Times, context: 
     let mut evidence = Evidence {
         overriding,
         underlay,
-        local: own_output(prober, knocked),
+        local: if answered.kernel { None } else { in_the_way(firewall, to) }.or_else(|| own_output(prober, knocked)),
         unsummed,
         kernel: answered.kernel,
         by_hand: answered.by_hand,
@@ -265,7 +285,18 @@ fn no_carrier(to: &Target) -> Option<String> {
     (carrier.trim() == "0").then(|| format!("this node's {dev} has no carrier"))
 }
 
-/// What this node sent and its own firewall let nowhere.
+/// The rule of somebody's firewall on this node that surely drops what the two nodes send each other.
+fn in_the_way(firewall: &Judged, to: &Target) -> Option<LocalDrop> {
+    let concerns = |obstacle: &&Obstacle| {
+        obstacle.is_sure()
+            && obstacle.family == Family::of(to.public_ip)
+            && (obstacle.peers.is_empty() || obstacle.peers.contains(&to.public_ip))
+    };
+    let obstacle = firewall.of(&[Flow::Received, Flow::Sent]).find(concerns)?;
+    Some(LocalDrop { rule: obstacle.to_string(), remedy: obstacle.remedy.join("; ") })
+}
+
+/// What this node sent and its own firewall let nowhere, where no rule was found that does so.
 fn own_output(prober: &Prober<'_>, knocked: Knocked) -> Option<LocalDrop> {
     let (to, port) = (prober.to, prober.to.ours.port);
     let not_sent = |(_, answer): &(u32, Answer)| *answer == Answer::NotSent;

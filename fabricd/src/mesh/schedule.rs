@@ -62,7 +62,10 @@ pub async fn run(mesh: Arc<Mesh>, events: Arc<Events>, mut view: watch::Receiver
                 {
                     next_start = Instant::now() + GAP;
                     let (context, mesh) = (Arc::clone(&context), Arc::clone(&mesh));
-                    under_way.spawn(async move { (key, examine(&target, number, failing, &context, &mesh).await) });
+                    let firewall = Arc::clone(&view.borrow().firewall);
+                    under_way.spawn(async move {
+                        (key, examine(&target, number, failing, &context, &mesh, &firewall).await)
+                    });
                 }
             }
             Some(Ok((key, round))) = under_way.join_next() => {
