@@ -261,7 +261,9 @@ fn header(protocol: &Protocol, bytes: &[u8]) -> Option<Vec<Step>> {
         }
     }
     for (end, at, bit) in [(End::Source, names, 0x01), (End::Target, names + 16, 0x02)] {
-        let (name, mask) = (info.bytes(at, 16)?.to_vec(), info.bytes(at + 32, 16)?.to_vec());
+        let mask = info.bytes(at + 32, 16)?.to_vec();
+        // The plus of `cni+` is in the name, and beyond what counts.
+        let name: Vec<u8> = info.bytes(at, 16)?.iter().zip(&mask).map(|(byte, counts)| byte & counts).collect();
         if mask.iter().any(|byte| *byte != 0) {
             test(Test::Interface { end, name, mask }, bit);
         }
