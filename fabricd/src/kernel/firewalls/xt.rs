@@ -58,6 +58,8 @@ fn known(name: &str, revision: u32, info: &Info<'_>, v6: bool) -> Option<Vec<Ste
         ("addrtype", _) => address_type(info, revision),
         ("pkttype", 0) => one(Test::PacketType(info.long(0)?), info.long(4)? != 0),
         ("iprange", 1) => address_range(info, v6),
+        // No packet of ours has an extension header of IPv6.
+        ("rt" | "frag" | "hbh" | "dst" | "mh", _) if v6 => one(Test::Fragment, false),
         ("rpfilter", 0) => one(Test::ReversePath, info.byte(0)? & 8 != 0),
         _ => None,
     }
