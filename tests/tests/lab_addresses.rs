@@ -201,10 +201,9 @@ fn pods_on_a_bridge_of_another_name_are_guarded_and_explained() -> Result<()> {
     ensure!(filter.lines().any(dropped), "{filter}");
 
     let explained = node.exec(&["fabricctl", "explain", &ip.to_string(), &target])?.stdout;
-    ensure!(
-        explained.contains("br-pods up") && explained.contains(&format!("{} on br-pods", port.trim())),
-        "{explained}"
-    );
+    for words in ["br-pods up", &format!("{}, of container m1", port.trim()), "iif br-pods"] {
+        ensure!(explained.contains(words), "{words}: {explained}");
+    }
     let report = node.exec(&["fabricctl", "doctor"])?.stdout;
     ensure!(!report.contains("there is no cni0") && !report.contains("FAILED bridge"), "{report}");
     pod.call(&node, "DEL").map(drop)
