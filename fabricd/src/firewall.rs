@@ -3,7 +3,6 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use fabric_core::attachments::DEFAULT_BRIDGE;
 use fabric_core::firewall::packet::Content;
 use fabric_core::firewall::traffic::{Flow, Node, Obstacle};
 use fabric_core::firewall::{Blocked, Connection, Firewall, Hook, Interface, Verdict, judge};
@@ -73,7 +72,14 @@ impl Judge {
             let node = Node { untracked: node.untracked && judges_state.is_none(), ..node.clone() };
             node.obstacles(&given.firewall, &peers)
         };
-        let mut obstacles: Vec<Obstacle> = given.nodes.iter().flat_map(obstacles).collect();
+        let mut all: Vec<Obstacle> = vec![];
+        for obstacle in given.nodes.iter().flat_map(obstacles) {
+            // What the underlay carries meets the same chains whatever the pods' bridge is.
+            if !all.contains(&obstacle) {
+                all.push(obstacle);
+            }
+        }
+        let mut obstacles = all;
         obstacles.sort_by_key(|obstacle| !obstacle.is_sure());
         let unread = given.firewall.unread.iter().cloned().collect();
         let judged = Arc::new(Judged { obstacles, judges_state, unread });
@@ -101,7 +107,7 @@ impl Judged {
     }
 }
 
-/// Where packets pass on this node, in each family.
+/// Where packets pass on this node, in each family and by each bridge of pods.
 #[must_use]
 pub fn nodes(view: &View, observed: &Observed) -> Vec<Node> {
     let (Some(network), Some(own)) = (&view.network, &view.holding.own) else { return vec![] };
@@ -110,12 +116,12 @@ pub fn nodes(view: &View, observed: &Observed) -> Vec<Node> {
         let link = observed.host.links.iter().find(|link| link.name == name);
         Interface { name, index: link.map(|link| link.index), kind }
     };
-    let node = |end: &VtepView| {
+    let node = |end: &VtepView, bridge: IfName| {
         let family = Family::of(end.vtep.local);
         Some(Node {
             network: network.spaces.get(family)?.network,
             own: *own.key.subnets().get(family)?,
-            bridge: interface(DEFAULT_BRIDGE.parse().expect("a valid name"), Some("bridge")),
+            bridge: interface(bridge, Some("bridge")),
             tunnel: interface(end.device, Some("vxlan")),
             underlay: interface(end.underlay, None),
             local: end.vtep.local,
@@ -125,7 +131,8 @@ pub fn nodes(view: &View, observed: &Observed) -> Vec<Node> {
             direct: network.vxlan.direct_routing,
         })
     };
-    view.vteps.iter().filter_map(node).collect()
+    let ends = view.vteps.iter().flat_map(|end| view.pod_bridges.iter().map(move |bridge| (end, *bridge)));
+    ends.filter_map(|(end, bridge)| node(end, bridge)).collect()
 }
 
 /// A packet that foreign chains on this node are asked about.

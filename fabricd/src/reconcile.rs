@@ -452,6 +452,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             })
             .collect();
 
+        view.pod_bridges = self.rules.pod_bridges();
         view.open_ports = self.rules.open_ports(observed);
         view.dropped = observed.dropped.clone();
         // Before anything is there that decapsulates, those who may send to it are known.

@@ -93,6 +93,12 @@ impl Rules {
         observed.doors.iter().filter_map(|door| door.change(opened(door))).collect()
     }
 
+    /// The bridges that pods are attached to.
+    #[must_use]
+    pub fn pod_bridges(&self) -> BTreeSet<IfName> {
+        self.pods.borrow().bridges.clone()
+    }
+
     /// Ports whose pods are not known.
     #[must_use]
     pub fn open_ports(&self, observed: &Observed) -> BTreeSet<IfName> {

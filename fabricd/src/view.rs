@@ -14,6 +14,7 @@ use fabric_core::record::LeaseKey;
 use crate::firewall::Judged;
 use crate::kernel::Dropped;
 use crate::lease::Holding;
+use crate::ports::AttachedPods;
 use crate::repairs::Repair;
 use crate::store::Connection;
 
@@ -44,6 +45,8 @@ pub struct View {
     pub troubles: BTreeMap<LeaseKey, PeerTrouble>,
     /// What an operator should know, each with the way out.
     pub warnings: Vec<String>,
+    /// The bridges that this node's pods are attached to.
+    pub pod_bridges: BTreeSet<IfName>,
     /// Ports of the pods' bridge of which nobody has told whose they are: every address of this node may send there.
     pub open_ports: BTreeSet<IfName>,
     /// What the packet filter has dropped since its rules were written, by reason; not older than an audit.
@@ -95,6 +98,7 @@ impl View {
             mtu: 0,
             troubles: BTreeMap::new(),
             warnings: vec![],
+            pod_bridges: AttachedPods::default().bridges,
             open_ports: BTreeSet::new(),
             dropped: Dropped::new(),
             repairs: Arc::default(),

@@ -573,7 +573,7 @@ fn certificate_that_ends_within_two_weeks_is_told() -> Result<()> {
     node.certificates = vec![certificates.server().0];
     let found = node.check("certificates")?;
     assert_eq!(found.outcome, Outcome::Warning, "{found:?}");
-    assert!(found.evidence.contains("ends in"), "{found:?}");
+    assert!(found.evidence.contains("expires in"), "{found:?}");
     Ok(())
 }
 

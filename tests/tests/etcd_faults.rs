@@ -388,12 +388,14 @@ async fn log_in_that_etcd_has_forgotten_is_made_anew() {
 #[tokio::test]
 async fn watch_that_is_not_permitted_is_named() {
     let etcd = etcd().await;
-    let [config, subnets, reservations] = ["config", "subnets/", "fabric/reservations/"].map(at);
+    let [config, subnets, reservations, asked] =
+        ["config", "subnets/", "fabric/reservations/", "fabric/guard/asked/"].map(at);
     for args in [
         &["role", "add", "lister"][..],
         &["role", "grant-permission", "lister", "read", &config],
         &["role", "grant-permission", "--prefix", "lister", "read", &subnets],
         &["role", "grant-permission", "--prefix", "lister", "read", &reservations],
+        &["role", "grant-permission", "--prefix", "lister", "read", &asked],
         &["user", "add", "root:secret"],
         &["user", "grant-role", "root", "root"],
         &["user", "add", "node:secret"],
@@ -516,9 +518,7 @@ async fn ca_alone_is_enough_for_an_etcd_that_asks_for_no_certificate() {
     let certificates = Certificates::create().expect("certificates");
     let tls = Tls { ca: Some(certificates.ca()), client: None };
     let etcd = EtcdServer::start_with_server_tls(certificates).await.expect("a real etcd");
-    // A CA makes it https.
-    let address = etcd.endpoint().trim_start_matches("https://").to_owned();
-    let store = Etcd::start(Options { tls, ..Options::new(vec![address]) });
+    let store = Etcd::start(Options { tls, ..Options::new(vec![etcd.endpoint().into()]) });
     store.claim(&claim(1, "10.244.1.0-24", &*now(&store).await)).await.expect("let in");
 }
 

@@ -105,6 +105,7 @@ fn mesh(others: &[u16]) -> Result<Mesh> {
         node: "node-1".parse()?,
         device: "fabric.1".parse()?,
         underlay: "eth0".parse()?,
+        pod_bridges: ["cni0".parse()?].into(),
         overlay: "127.1.1.0".parse()?,
         mac: "02:42:00:00:00:01".parse()?,
         local: "198.18.0.1".parse()?,

@@ -142,7 +142,16 @@ fn clock_error() -> Option<Option<f64>> {
     }
 }
 
-const RENEW: &str = "create it anew with fabricd pki (docs/pki.md); it is used from the next connection on";
+const RENEW: &str = "renew it with fabricd pki (docs/pki.md); it is used from the next connection on";
+
+/// Seconds in words, whole days.
+fn days(seconds: i64) -> String {
+    match seconds / 86400 {
+        0 => "less than a day".into(),
+        1 => "1 day".into(),
+        days => format!("{days} days"),
+    }
+}
 
 pub(super) fn certificates(scene: &Scene) -> Finding {
     if scene.places.certificates.is_empty() {
@@ -158,16 +167,16 @@ pub(super) fn certificates(scene: &Scene) -> Finding {
         match ends.map(|ends| ends - now) {
             Err(why) => culprits.push(Culprit::hurts(format!("{shown}: {why}"), RENEW)),
             Ok(left @ ..0) => {
-                culprits.push(Culprit::hurts(format!("{shown} expired {} days ago", -left / 86400), RENEW));
+                culprits.push(Culprit::hurts(format!("{shown} expired {} ago", days(-left)), RENEW));
             }
             Ok(left @ 0..SOON) => {
-                culprits.push(Culprit::may_hurt(format!("{shown} expires in {} days", left / 86400), RENEW));
+                culprits.push(Culprit::may_hurt(format!("{shown} expires in {}", days(left)), RENEW));
             }
             Ok(left) if first.is_none_or(|(before, _)| left < before) => first = Some((left, file)),
             Ok(_) => {}
         }
     }
-    let fine = first.map(|(left, file)| format!("the first to end is {}, in {} days", file.display(), left / 86400));
+    let fine = first.map(|(left, file)| format!("the first to expire is {}, in {}", file.display(), days(left)));
     Finding::of(culprits, fine.unwrap_or_default())
 }
 

@@ -21,6 +21,7 @@ use super::finding::{Culprit, Finding};
 use super::{Places, Scene, overlay_checks};
 use crate::config::{Config, StoreKind};
 use crate::firewall::Judge;
+use crate::ipam;
 use crate::kernel::netlink::{Netlink, Options};
 use crate::kernel::{self, Kernel as _, Observed};
 use crate::lease::{Holding, Own};
@@ -242,7 +243,12 @@ async fn scene(config: &Result<Config, String>, node: Option<NodeFile>) -> Resul
     let name = node.as_ref().map(|node| node.node.clone());
     let name = name.or_else(|| config.as_ref().ok().map(|config| config.node().clone()));
     let mut view = View::new(name.unwrap_or_else(|| "unknown".parse().expect("a valid name")));
+    let places = match config {
+        Ok(config) => Places::of(config),
+        Err(_) => Places::usual(),
+    };
     view.vteps = vteps(&observed);
+    view.pod_bridges = ipam::bridges_of(ipam::attachments(&places.attachments).unwrap_or_default().values());
     if let Some(node) = node {
         view.mtu = node.mtu;
         view.network = network(&node, &observed);
@@ -254,10 +260,6 @@ async fn scene(config: &Result<Config, String>, node: Option<NodeFile>) -> Resul
         view.readiness = node.readiness;
         view.firewall = Judge::default().judge(&view, &observed);
     }
-    let places = match config {
-        Ok(config) => Places::of(config),
-        Err(_) => Places::usual(),
-    };
     let looked = Looked {
         wanted: None,
         observed: Some(observed),

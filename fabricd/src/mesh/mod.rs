@@ -34,7 +34,7 @@ pub mod tunnel;
 pub mod verdict;
 pub mod words;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -113,6 +113,8 @@ pub struct Ours {
     pub device: IfName,
     /// The underlay interface.
     pub underlay: IfName,
+    /// The bridges that pods are attached to.
+    pub pod_bridges: BTreeSet<IfName>,
     /// Our VTEP's address in the overlay.
     pub overlay: IpAddr,
     /// Our VTEP's MAC address.
@@ -223,6 +225,7 @@ mod tests {
             node: "node-1".parse().unwrap(),
             device: "fabric.1".parse().unwrap(),
             underlay: "eth0".parse().unwrap(),
+            pod_bridges: ["cni0".parse().unwrap()].into(),
             overlay: "10.244.1.0".parse().unwrap(),
             mac: "02:00:00:00:00:01".parse().unwrap(),
             local: "192.0.2.1".parse().unwrap(),

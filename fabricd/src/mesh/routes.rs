@@ -37,7 +37,9 @@ pub fn look(fib: &Fib, to: &Target) -> (Vec<Override>, Option<String>) {
     // The VTEP first: it is what is probed. Then a pod's packet, which comes in by the bridge.
     if let Some(subnet) = to.lease.key.subnets().get(Family::of(to.overlay)).copied() {
         add(astray(fib, &Packet { from: ours.overlay, to: to.overlay, iif: "lo" }, subnet));
-        add(astray(fib, &Packet { from: ours.overlay, to: subnet.gateway(), iif: "cni0" }, subnet));
+        for bridge in &ours.pod_bridges {
+            add(astray(fib, &Packet { from: ours.overlay, to: subnet.gateway(), iif: bridge.as_str() }, subnet));
+        }
     }
     let unrouted = underlay.is_none().then(|| format!("this node has no route to {}", to.public_ip));
     (found, unrouted)

@@ -137,7 +137,10 @@ fn concerns_us(before: &View, now: &View) -> bool {
         (Some(was), Some(is)) => Arc::ptr_eq(was, is),
         (was, is) => was.is_none() && is.is_none(),
     };
-    !same_leases || before.vteps != now.vteps || before.holding.own != now.holding.own
+    !same_leases
+        || before.vteps != now.vteps
+        || before.pod_bridges != now.pod_bridges
+        || before.holding.own != now.holding.own
 }
 
 /// The paths to all peers that are programmed, in the order of their keys.
@@ -161,6 +164,7 @@ fn ours(view: &View) -> PerFamily<Arc<Ours>> {
             node: view.node.clone(),
             device: end.device,
             underlay: end.underlay,
+            pod_bridges: view.pod_bridges.clone(),
             overlay,
             mac: end.vtep.mac,
             local: end.vtep.local,

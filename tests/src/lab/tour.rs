@@ -276,6 +276,6 @@ mod tests {
                 assert!(has("down") && has("page node-1") != plain && has("exec node-1 fabricctl test") != plain);
             }
         }
-        assert_eq!(look_around("target/debug/lab", false).len(), 17, "a line each");
+        assert_eq!(look_around("target/debug/lab", false).len(), 18, "a line each");
     }
 }
