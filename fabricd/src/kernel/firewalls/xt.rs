@@ -219,7 +219,7 @@ mod tests {
             ["udp", "tcp", "multiport", "state", "conntrack", "mark", "addrtype", "pkttype", "iprange", "rpfilter"]
         {
             for revision in 0..4 {
-                let steps = conditions(name, revision, &[1], false);
+                let steps = conditions(name, revision, &[], false);
                 assert_eq!(steps, [Step::Opaque(format!("-m {name}"))], "revision {revision}");
             }
         }
