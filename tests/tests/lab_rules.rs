@@ -306,7 +306,7 @@ fn rules_of_others_stay_byte_identical_and_a_dropping_policy_is_named_with_the_w
     let warning = wait_until("the warning", Duration::from_secs(15), || {
         let status = node.status()?;
         let warnings = status["warnings"].to_string();
-        ensure!(warnings.contains("iptables -I FORWARD"), "{status}");
+        ensure!(warnings.contains("iptables-nft -I FORWARD"), "{status}");
         Ok(warnings)
     })?;
     node.run(&["nft", "delete", "table", "inet", "fabric"])?;

@@ -36,6 +36,8 @@ struct Open {
     server: JoinHandle<()>,
     browser: Browser,
     runtime: Runtime,
+    /// Read at each connection.
+    _certificates: Certificates,
 }
 
 impl Open {
@@ -63,7 +65,7 @@ impl Open {
         let mut browser = Browser::open(1280, 1600)?;
         browser.visit(&format!("http://{address}/"))?;
         drop(inside);
-        Ok(Self { daemon, server, browser, runtime })
+        Ok(Self { daemon, server, browser, runtime, _certificates: certificates })
     }
 
     fn publish(&self, change: impl FnOnce(&mut View)) {
