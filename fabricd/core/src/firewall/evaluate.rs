@@ -265,12 +265,13 @@ impl<'a> Walk<'a> {
 
     /// What a rule decides, and whether it applies. `certain`: whether the packet comes here for sure.
     fn rule(&mut self, at: At<'a>, rule: &Rule, certain: bool) -> Option<(Decision, Truth)> {
+        let hook = at.base.1.hook;
         let mut registers = Bits::known(vec![0; 64]);
         let mut applies = Truth::Yes;
         let mut decision = Decision::Continue;
         for step in &rule.steps {
             let condition = match step {
-                Step::Load { field, len, to } => match load(field, *len, self.packet, &self.carried) {
+                Step::Load { field, len, to } => match load(field, *len, self.packet, hook, &self.carried) {
                     None => Truth::No,
                     Some(bits) => {
                         set(&mut registers, *to, &bits);
@@ -318,7 +319,7 @@ impl<'a> Walk<'a> {
                         holds.inverted(*inverted)
                     }
                 },
-                Step::Test { test, inverted } => holds(test, self.packet, &self.carried).inverted(*inverted),
+                Step::Test { test, inverted } => holds(test, self.packet, hook, &self.carried).inverted(*inverted),
                 // Whatever it may have loaded isn't known either.
                 Step::Opaque(words) => {
                     registers = Bits::open(64, Unknown::Condition(words.clone()));

@@ -3,7 +3,7 @@
 use super::bits::{Bits, Truth};
 use super::evaluate::{Tracking, Unknown, state};
 use super::packet::{Connection, Interface, Packet, Path, address};
-use super::{End, Field, Test};
+use super::{End, Field, Hook, Test};
 use crate::model::Family;
 
 /// What a packet carries along from chain to chain.
@@ -26,9 +26,10 @@ const ANSWERED: u32 = 1 << 1;
 const CONFIRMED: u32 = 1 << 3;
 const DESTINATION_NAT: u32 = 1 << 5;
 
-/// What a field holds; `None` when the packet has no such thing, which ends the rule.
-pub(super) fn load(field: &Field, len: u8, packet: &Packet, carried: &Carried) -> Option<Bits> {
+/// What a field holds at a hook; `None` when the packet has no such thing, which ends the rule.
+pub(super) fn load(field: &Field, len: u8, packet: &Packet, hook: Hook, carried: &Carried) -> Option<Bits> {
     let len = usize::from(len);
+    let [input, output] = packet.interfaces(hook);
     let number = |number: u32| Bits::known(number.to_ne_bytes());
     let unknown = |words: &str| Some(Bits::open(len, Unknown::Condition(words.to_owned())));
     match field {
@@ -58,14 +59,14 @@ pub(super) fn load(field: &Field, len: u8, packet: &Packet, carried: &Carried) -
         }])),
         Field::Protocol => Some(Bits::known([packet.protocol()])),
         Field::Mark => Some(carried.mark.clone()),
-        Field::InIndex => index(packet.input.as_ref(), "iif"),
-        Field::OutIndex => index(packet.output.as_ref(), "oif"),
-        Field::InName => Some(Bits::known(name(packet.input.as_ref()))),
-        Field::OutName => Some(Bits::known(name(packet.output.as_ref()))),
-        Field::InType => kind_number(packet.input.as_ref()?, "iiftype"),
-        Field::OutType => kind_number(packet.output.as_ref()?, "oiftype"),
-        Field::InKind => kind_name(packet.input.as_ref()?, "iifkind"),
-        Field::OutKind => kind_name(packet.output.as_ref()?, "oifkind"),
+        Field::InIndex => index(input, "iif"),
+        Field::OutIndex => index(output, "oif"),
+        Field::InName => Some(Bits::known(name(input))),
+        Field::OutName => Some(Bits::known(name(output))),
+        Field::InType => kind_number(input?, "iiftype"),
+        Field::OutType => kind_number(output?, "oiftype"),
+        Field::InKind => kind_name(input?, "iifkind"),
+        Field::OutKind => kind_name(output?, "oifkind"),
         // PACKET_HOST, on the way out too.
         Field::PacketType => Some(Bits::known([0])),
         Field::SocketOwner if packet.path == Path::Forwarded => None,
@@ -87,8 +88,8 @@ pub(super) fn load(field: &Field, len: u8, packet: &Packet, carried: &Carried) -
             match (presence, by_name) {
                 (true, _) => Some(Bits::known([u8::from(there)])),
                 (false, _) if !there => Some(Bits::known(vec![0; len])),
-                (false, true) => Some(Bits::known(name(packet.input.as_ref()))),
-                (false, false) => index(packet.input.as_ref(), "fib saddr . iif oif"),
+                (false, true) => Some(Bits::known(name(input))),
+                (false, false) => index(input, "fib saddr . iif oif"),
             }
         }
         Field::Other(words) => unknown(words),
@@ -175,8 +176,8 @@ fn address_type(packet: &Packet, source: bool) -> u32 {
     }
 }
 
-/// Whether a match of iptables holds.
-pub(super) fn holds(test: &Test, packet: &Packet, carried: &Carried) -> Truth {
+/// Whether a match of iptables holds at a hook.
+pub(super) fn holds(test: &Test, packet: &Packet, hook: Hook, carried: &Carried) -> Truth {
     let end_of = |end: &End| match end {
         End::Source => address(packet.source),
         End::Target => address(packet.target),
@@ -185,11 +186,8 @@ pub(super) fn holds(test: &Test, packet: &Packet, carried: &Carried) -> Truth {
         Test::Address { end, address, mask } => end_of(end).masked(mask, address),
         Test::AddressRange { end, low, high } => end_of(end).within(low, high),
         Test::Interface { end, name: wanted, mask } => {
-            let name = match end {
-                End::Source => name(packet.input.as_ref()),
-                End::Target => name(packet.output.as_ref()),
-            };
-            Bits::known(name).masked(mask, wanted)
+            let [input, output] = packet.interfaces(hook);
+            Bits::known(name(if *end == End::Source { input } else { output })).masked(mask, wanted)
         }
         // `-p all`
         Test::Protocol(0) => Truth::Yes,

@@ -17,7 +17,8 @@ pub struct Packet {
     pub content: Content,
     /// Which hooks it passes.
     pub path: Path,
-    /// Where it comes in; none for what this host sends.
+    /// Where it comes in; none for what this host sends. What it has encapsulated comes from the VXLAN device: the
+    /// postrouting hook sees that (since Linux 5.7).
     pub input: Option<Interface>,
     /// Where it goes out; none for what is for this host.
     pub output: Option<Interface>,
@@ -116,6 +117,17 @@ impl Packet {
     #[must_use]
     pub fn family(&self) -> Family {
         self.source.family()
+    }
+
+    /// The interfaces that rules of a hook see, in and out (`struct nf_hook_state`). Before routing the packet has no
+    /// output interface yet, and what this host sends has no input interface in the output hook.
+    pub(super) fn interfaces(&self, hook: Hook) -> [Option<&Interface>; 2] {
+        let (input, output) = (self.input.as_ref(), self.output.as_ref());
+        match hook {
+            Hook::Prerouting | Hook::Input => [input, None],
+            Hook::Output => [None, output],
+            Hook::Forward | Hook::Postrouting => [input, output],
+        }
     }
 
     /// The number of the protocol behind the IP header.

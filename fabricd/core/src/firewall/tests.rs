@@ -162,6 +162,46 @@ fn accept_ends_one_base_chain_and_a_drop_ends_the_packet() {
 }
 
 #[test]
+fn rules_see_the_interfaces_that_their_hook_has() {
+    let padded = |name: &str| {
+        let mut bytes = [0; 16];
+        bytes[..name.len()].copy_from_slice(name.as_bytes());
+        bytes
+    };
+    let by_nft = |field: Field, name| equals(field, &padded(name));
+    let by_iptables = |end, name| {
+        let test = Test::Interface { end, name: padded(name).to_vec(), mask: vec![0xff; 16] };
+        vec![Step::Test { test, inverted: false }]
+    };
+    let sent = node().sent(None);
+    let received = node().received(None);
+    for (packet, hook, [input, output]) in [
+        (&new_pod_packet(), Hook::Prerouting, ["cni0", ""]),
+        (&new_pod_packet(), Hook::Forward, ["cni0", "fabric.1"]),
+        (&new_pod_packet(), Hook::Postrouting, ["cni0", "fabric.1"]),
+        (&received, Hook::Prerouting, ["eth0", ""]),
+        (&received, Hook::Input, ["eth0", ""]),
+        (&sent, Hook::Output, ["", "eth0"]),
+        (&sent, Hook::Postrouting, ["fabric.1", "eth0"]),
+    ] {
+        for name in ["cni0", "fabric.1", "eth0", ""] {
+            let dropped = |condition: Vec<Step>| {
+                let rules = vec![rule([condition], drop())];
+                matches!(judge(&firewall([("base", chain(hook, false, rules))]), packet), Verdict::Dropped(_))
+            };
+            let found = [
+                dropped(by_nft(Field::InName, name)),
+                dropped(by_iptables(End::Source, name)),
+                dropped(by_nft(Field::OutName, name)),
+                dropped(by_iptables(End::Target, name)),
+            ];
+            let (of_input, of_output) = (name == input, name == output);
+            assert_eq!(found, [of_input, of_input, of_output, of_output], "{hook:?} {name:?} {packet:?}");
+        }
+    }
+}
+
+#[test]
 fn mark_that_an_earlier_chain_has_set_is_seen_by_a_later_one() {
     let mark = |number: u32| number.to_ne_bytes().to_vec();
     let set = vec![Step::Constant { data: mark(9), to: 0 }, Step::SetMark(0)];

@@ -140,7 +140,7 @@ impl Node {
             source: Subnet::host(self.local),
             target: peer.map_or_else(|| self.anywhere(), Subnet::host),
             path: Path::Sent,
-            input: None,
+            input: Some(self.tunnel),
             output: Some(self.underlay),
             reverse_path: None,
             ..self.received(None)
