@@ -126,6 +126,9 @@ struct Walk<'a> {
     may_have_passed: Option<Unknown>,
 }
 
+/// A base chain with its table and name.
+type BaseChain<'a> = (Base, &'a Table, &'a str, &'a Chain);
+
 /// How a chain ends.
 enum End {
     Accept,
@@ -146,25 +149,62 @@ struct At<'a> {
 const DEPTH: usize = 64;
 
 impl<'a> Walk<'a> {
-    fn through(firewall: &'a Firewall, packet: &'a Packet) -> Self {
+    fn new(packet: &'a Packet) -> Self {
         let carried = Carried { mark: Bits::known([0; 4]), tracking: Tracking::NotYet };
-        let mut walk = Self { packet, carried, dropped: vec![], doubts: vec![], may_have_passed: None };
+        Self { packet, carried, dropped: vec![], doubts: vec![], may_have_passed: None }
+    }
+
+    fn through(firewall: &'a Firewall, packet: &'a Packet) -> Self {
+        let mut walk = Self::new(packet);
         for hook in packet.path.hooks() {
-            let mut chains = vec![];
+            let mut chains: Vec<BaseChain<'a>> = vec![];
             for table in firewall.tables.iter().filter(|table| table.kind.sees(packet.family())) {
                 for (name, chain) in &table.chains {
-                    chains.extend(chain.base.filter(|base| base.hook == *hook).map(|base| (base, table, name, chain)));
+                    let base = chain.base.filter(|base| base.hook == *hook);
+                    chains.extend(base.map(|base| (base, table, name.as_str(), chain)));
                 }
             }
             chains.sort_by_key(|(base, ..)| base.priority);
-            for (base, table, name, chain) in chains {
-                walk.base_chain(table, name, chain, base);
+            for same in chains.chunk_by(|(one, ..), (other, ..)| one.priority == other.priority) {
+                walk.base_chains(same);
             }
         }
         walk
     }
 
-    fn base_chain(&mut self, table: &'a Table, name: &'a str, chain: &'a Chain, base: Base) {
+    /// Chains of one priority. The kernel calls last registered ones first, which can't be read off them: what one of
+    /// them changes of the packet, the others may see or not.
+    fn base_chains(&mut self, chains: &[BaseChain<'a>]) {
+        let [(base, ..), _, ..] = chains else {
+            return chains.iter().for_each(|chain| self.base_chain(chain));
+        };
+        self.comes_to(*base);
+        let start = self.carried.clone();
+        let ends: Vec<Carried> = chains
+            .iter()
+            .map(|chain| {
+                let mut alone = Walk { carried: start.clone(), ..Walk::new(self.packet) };
+                alone.base_chain(chain);
+                alone.carried
+            })
+            .collect();
+        let mut after = start.clone();
+        for (number, chain) in chains.iter().enumerate() {
+            let others = ends.iter().enumerate().filter(|(other, _)| *other != number);
+            let seen = others.fold(start.clone(), |seen, (_, end)| seen.or(&start, end));
+            self.carried = seen.clone();
+            self.base_chain(chain);
+            after = match (after == start, self.carried == seen) {
+                (_, true) => after,
+                (true, false) => self.carried.clone(),
+                (false, false) => after.or(&seen, &self.carried),
+            };
+        }
+        self.carried = after;
+    }
+
+    /// Connection tracking is behind the packet, or isn't.
+    fn comes_to(&mut self, base: Base) {
         let later = !matches!(base.hook, Hook::Prerouting | Hook::Output) || base.priority >= CONNTRACK;
         if later && self.carried.tracking == Tracking::NotYet {
             self.carried.tracking = match self.packet.connection {
@@ -172,6 +212,10 @@ impl<'a> Walk<'a> {
                 _ => Tracking::Tracked,
             };
         }
+    }
+
+    fn base_chain(&mut self, &(base, table, name, chain): &BaseChain<'a>) {
+        self.comes_to(base);
         self.may_have_passed = None;
         let place = At { table, base: (name, base), chain: name, depth: 0 };
         let end = match self.chain(place, chain, None) {

@@ -7,10 +7,21 @@ use super::{End, Field, Hook, Test};
 use crate::model::Family;
 
 /// What a packet carries along from chain to chain.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Carried {
     pub(super) mark: Bits,
     pub(super) tracking: Tracking,
+}
+
+impl Carried {
+    /// This, or what a chain that changes `start` to `end` makes of it: what that chain changes is open.
+    pub(super) fn or(self, start: &Self, end: &Self) -> Self {
+        let why = || Unknown::Condition("the order of chains of the same priority".to_owned());
+        Self {
+            mark: if start.mark == end.mark { self.mark } else { Bits::open(4, why()) },
+            tracking: if start.tracking == end.tracking { self.tracking } else { Tracking::Maybe(why()) },
+        }
+    }
 }
 
 /// `RTN_UNICAST`, `RTN_LOCAL`.
@@ -63,6 +74,8 @@ pub(super) fn load(field: &Field, len: u8, packet: &Packet, hook: Hook, carried:
         Field::OutIndex => index(output, "oif"),
         Field::InName => Some(Bits::known(name(input))),
         Field::OutName => Some(Bits::known(name(output))),
+        // Newer kernels have the type of `skb->dev`, which is that of the output by now.
+        Field::InType if matches!(hook, Hook::Output | Hook::Postrouting) => unknown("iiftype"),
         Field::InType => kind_number(input?, "iiftype"),
         Field::OutType => kind_number(output?, "oiftype"),
         Field::InKind => kind_name(input?, "iifkind"),

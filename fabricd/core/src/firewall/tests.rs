@@ -215,6 +215,40 @@ fn mark_that_an_earlier_chain_has_set_is_seen_by_a_later_one() {
 }
 
 #[test]
+fn mark_of_a_chain_of_the_same_priority_is_seen_or_not() {
+    let mark = |number: u32| number.to_ne_bytes().to_vec();
+    let marks =
+        || vec![Rule { steps: vec![Step::Constant { data: mark(3), to: 0 }, Step::SetMark(0)], ..Rule::default() }];
+    let of = |number, hook| chain(hook, false, vec![rule([equals(Field::Mark, &mark(number))], drop())]);
+    let judged = |other: Chain| {
+        let chains = [("one", chain(Hook::Forward, false, marks())), ("other", other)];
+        judge(&firewall(chains), &new_pod_packet())
+    };
+    for number in [0, 3] {
+        assert!(matches!(judged(of(number, Hook::Forward)), Verdict::Unknown(_)), "mark {number}");
+    }
+    assert!(matches!(judged(of(3, Hook::Postrouting)), Verdict::Dropped(_)), "a later hook sees it");
+    assert_eq!(judged(of(0, Hook::Postrouting)), Verdict::Passes);
+    assert_eq!(judged(chain(Hook::Forward, false, vec![])), Verdict::Passes);
+    let three = [
+        ("one", chain(Hook::Forward, false, marks())),
+        ("two", chain(Hook::Forward, false, vec![])),
+        ("behind", of(3, Hook::Postrouting)),
+    ];
+    assert!(matches!(judge(&firewall(three), &new_pod_packet()), Verdict::Dropped(_)), "the other leaves it as it is");
+}
+
+#[test]
+fn type_of_the_input_interface_is_open_on_the_way_out() {
+    let judged = |hook| {
+        let rules = vec![rule([equals(Field::InType, &1_u16.to_ne_bytes())], drop())];
+        judge(&firewall([("base", chain(hook, false, rules))]), &new_pod_packet())
+    };
+    assert!(matches!(judged(Hook::Forward), Verdict::Dropped(_)));
+    assert!(matches!(judged(Hook::Postrouting), Verdict::Unknown(_)));
+}
+
+#[test]
 fn condition_that_cannot_be_read_is_told_as_neither_fine_nor_failed() {
     let limit = || vec![Step::Opaque("limit".to_owned())];
     let of = |rules, drops| judge(&firewall([("base", chain(Hook::Forward, drops, rules))]), &new_pod_packet());
