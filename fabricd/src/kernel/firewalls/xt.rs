@@ -12,7 +12,7 @@ const TRANSLATED: u32 = 1 << 6 | 1 << 7;
 const UNTRACKED: u32 = 1 << 8;
 
 /// Targets behind which the next rule follows.
-const CONTINUING: [&str; 21] = [
+const CONTINUING: [&str; 20] = [
     "AUDIT",
     "CHECKSUM",
     "CLASSIFY",
@@ -20,7 +20,6 @@ const CONTINUING: [&str; 21] = [
     "DSCP",
     "ECN",
     "HL",
-    "HMARK",
     "IDLETIMER",
     "LED",
     "LOG",
@@ -168,6 +167,10 @@ pub(super) fn target(name: &str, revision: u32, info: &[u8]) -> Vec<Step> {
             (Some(xor), Some(clear)) => vec![Step::ChangeMark { clear, xor }],
             _ => elsewhere(),
         },
+        // A mark by a hash of the packet.
+        ("HMARK", _) => {
+            vec![Step::Load { field: Field::Other("HMARK".to_owned()), len: 4, to: 0 }, Step::SetMark(0)]
+        }
         ("NOTRACK", _) => vec![Step::Notrack],
         ("CT", _) if info.short(0).is_some_and(|flags| flags & 1 != 0) => vec![Step::Notrack],
         ("CT", _) => vec![],
@@ -224,5 +227,11 @@ mod tests {
             }
         }
         assert_eq!(target("MARK", 2, &[]), [Step::Decide(Decision::Elsewhere("MARK".to_owned()))]);
+    }
+
+    #[test]
+    fn hash_mark_makes_the_packets_mark_open() {
+        let open = Step::Load { field: Field::Other("HMARK".to_owned()), len: 4, to: 0 };
+        assert_eq!(target("HMARK", 1, &[]), [open, Step::SetMark(0)]);
     }
 }
