@@ -11,7 +11,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use fabric_core::firewall::packet::Content;
-use fabric_core::firewall::{Connection, Interface, Packet, Path, Verdict, judge};
+use fabric_core::firewall::{Connection, Interface, Packet, Path, Unknown, Verdict, judge};
 use fabric_core::model::{Family, Subnet};
 use fabric_tests::conformance::kernel::{look, v};
 use fabric_tests::netns::{in_netns_async, ip, run};
@@ -23,8 +23,9 @@ use nix::sched::{CloneFlags, unshare};
 const FROM: u16 = 40_001;
 const HOST: u16 = 8472;
 const FAR: u16 = 50_001;
-/// How long a packet that should arrive may take, and how long one is waited for that shouldn't.
-const ARRIVES: Duration = Duration::from_secs(5);
+/// How often a packet that should arrive is sent, how long each may take, and how long one is waited for that shouldn't.
+const TIMES: usize = 5;
+const ARRIVES: Duration = Duration::from_secs(2);
 const DROPPED: Duration = Duration::from_millis(15);
 
 /// A link to a namespace of its own: its addresses by family, with the gateway's.
@@ -123,7 +124,7 @@ impl World {
         let links = [A.link, B.link].map(|name| {
             let index = ip(&format!("-o link show {name}"));
             let index = index.split(':').next().and_then(|index| index.parse().ok());
-            Interface { name: v(name), index, kind: None }
+            Interface { name: v(name), index, kind: Some("veth") }
         });
         Self { a, b, host, kernel: Netlink::new(Options::default()).expect("netlink opens"), links, sent: 0 }
     }
@@ -136,44 +137,61 @@ impl World {
             Path::Forwarded => (&self.a[number], &self.b[number], (B.far(family), FAR)),
             Path::Sent => (&self.host[1][number], &self.b[number], (B.far(family), FAR)),
         };
-        self.sent += 1;
-        let content = self.sent.to_be_bytes();
-        // A local firewall may refuse at once.
-        let _ = from.send_to(&content, (v::<IpAddr>(at.0), at.1));
-        let end = Instant::now() + if expected { ARRIVES } else { DROPPED };
-        let mut buffer = [0; 8];
-        while Instant::now() < end {
-            match to.recv(&mut buffer) {
-                Ok(_) if buffer == content => return true,
-                Ok(_) => {}
-                Err(_) => std::thread::sleep(Duration::from_millis(1)),
+        let (times, patience) = if expected { (TIMES, ARRIVES) } else { (1, DROPPED) };
+        // A queue that is full loses a packet, a rule drops it each time.
+        (0..times).any(|_| {
+            self.sent += 1;
+            let content = self.sent.to_be_bytes();
+            // A local firewall may refuse at once.
+            let _ = from.send_to(&content, (v::<IpAddr>(at.0), at.1));
+            let end = Instant::now() + patience;
+            let mut buffer = [0; 8];
+            while Instant::now() < end {
+                match to.recv(&mut buffer) {
+                    Ok(_) if buffer == content => return true,
+                    Ok(_) => {}
+                    Err(_) => std::thread::sleep(Duration::from_millis(1)),
+                }
             }
-        }
-        false
+            false
+        })
     }
 
-    /// Compares what the kernel does with what is said of it; gives how many verdicts were open.
-    async fn compare(&mut self, rules: &str) -> usize {
+    /// Compares what the kernel does with what is said of it; gives how many verdicts were open, and those that differ.
+    async fn compare(&mut self, rules: &str) -> (usize, Vec<String>) {
         self.kernel.distrust();
         let firewall = look(&mut self.kernel).await.firewall.clone();
-        let mut open = 0;
+        let (mut open, mut wrong) = (0, vec![]);
         for family in Family::ALL {
             for path in PATHS {
                 let verdict = judge(&firewall, &packet(family, path, self.links));
-                let said = match verdict {
+                let said = match &verdict {
                     Verdict::Passes => true,
                     Verdict::Dropped(_) => false,
-                    Verdict::Unknown(_) => {
+                    Verdict::Unknown(doubts) => {
                         open += 1;
+                        let unforeseen = doubts.iter().find(|doubt| !may_be_open(&doubt.because));
+                        let told = unforeseen.map(|doubt| format!("{family} {path:?}, open by {doubt:?}\n{rules}"));
+                        wrong.extend(told);
                         continue;
                     }
                 };
                 let did = self.arrives(family, path, said);
-                assert_eq!(did, said, "{family} {path:?}: {verdict:?}\n{firewall:#?}\n{rules}");
+                if did != said {
+                    wrong.push(format!("{family} {path:?}, judged: {verdict:?}\n{rules}"));
+                }
             }
         }
-        open
+        (open, wrong)
     }
+}
+
+/// Whether it can't be read off rules: a limit, the type of the input interface on the way out, and by which chain of a
+/// priority a mark or tracking is changed first.
+fn may_be_open(because: &Unknown) -> bool {
+    let words = because.to_string();
+    let known = ["meta mark", "notrack", "iiftype"];
+    known.contains(&words.as_str()) || words.contains("limit") || words.contains("order of chains")
 }
 
 fn packet(family: Family, path: Path, [a, b]: [Interface; 2]) -> Packet {
@@ -412,7 +430,8 @@ fn iptables_ruleset(random: &mut fastrand::Rng, family: Family) -> String {
 /// Loads what a program reads from its input; false for rules that contradict themselves, which it refuses.
 fn load(program: &str, text: &str) -> bool {
     use std::io::Write as _;
-    let arguments: &[&str] = if program == "nft" { &["-f", "-"] } else { &[] };
+    // Others may hold the lock of iptables-legacy, which all namespaces share.
+    let arguments: &[&str] = if program == "nft" { &["-f", "-"] } else { &["--wait"] };
     let mut child = std::process::Command::new(program)
         .args(arguments)
         .stdin(std::process::Stdio::piped())
@@ -439,7 +458,7 @@ fn try_many(
             assert!(world.arrives(family, path, true), "{family} {path:?} without any rules");
         }
         let first = number("FIREWALL_SEED", 1);
-        let (mut open, mut tried, cases) = (0, 0, number("FIREWALL_CASES", cases));
+        let (mut open, mut wrong, mut tried, cases) = (0, vec![], 0, number("FIREWALL_CASES", cases));
         for seed in first..first + 20 * cases {
             if tried == cases {
                 break;
@@ -452,13 +471,40 @@ fn try_many(
             tried += 1;
             let text: Vec<&str> = rules.iter().map(|(_, text)| text.as_str()).collect();
             let text = format!("seed {seed}:\n{}", text.join("\n"));
-            let undecided = world.compare(&text).await;
-            assert!(undecided == 0 || text.contains("limit"), "all conditions can be read of\n{text}");
+            let (undecided, differ) = world.compare(&text).await;
             open += undecided;
+            wrong.extend(differ);
             flush();
         }
+        println!("{tried} cases from seed {first}: {open} verdicts were open, {} wrong", wrong.len());
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
         assert_eq!(tried, cases, "nearly all rules were refused");
-        println!("{open} verdicts were open");
+    });
+}
+
+#[test]
+fn interfaces_at_each_hook_are_those_that_the_kernel_shows() {
+    in_netns_async(|| async {
+        let mut world = World::new();
+        let hooks = ["prerouting", "input", "forward", "output", "postrouting"];
+        let conditions = ["iifname", "oifname"].map(|key| [A.link, B.link].map(|link| format!("{key} \"{link}\"")));
+        let mut conditions = conditions.concat();
+        conditions.extend(["iif 0", "oif 0", "iiftype ether", "oiftype ether"].map(str::to_owned));
+        let mut wrong = vec![];
+        for hook in hooks {
+            for condition in &conditions {
+                let chain = format!(
+                    "table inet t {{\n chain c {{\n  type filter hook {hook} priority 0\n  {condition} drop\n }}\n}}\n"
+                );
+                assert!(load("nft", &chain), "{chain}");
+                let (open, wrong_here) = world.compare(&chain).await;
+                wrong.extend(wrong_here);
+                let is_open = condition.starts_with("iiftype") && ["output", "postrouting"].contains(&hook);
+                assert_eq!(open > 0, is_open, "{chain}");
+                run("nft", "flush ruleset");
+            }
+        }
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     });
 }
 
