@@ -1,12 +1,13 @@
 //! The certificates by which the daemons of a lab ask each other: an authority for the lab, by `fabricd pki ca`, and one
 //! certificate for each node, by `fabricd pki node`. With them `fabricctl … --all` works on every node.
 
-use std::ffi::OsString;
+use std::ffi::OsStr;
 use std::path::Path;
-use std::thread;
+use std::process::Command;
 
-use anyhow::{Context as _, Result, anyhow};
-use fabricd::pki::Pki;
+use anyhow::{Context as _, Result, ensure};
+
+use super::binaries;
 
 /// Where a node has its own, below `/var/lib`.
 const FOLDER: &str = "fabric-api";
@@ -26,13 +27,15 @@ pub(super) fn environment() -> [(&'static str, String); 4] {
 pub(super) fn make(name: &str, node: &Path) -> Result<()> {
     let ca = node.parent().context("a node lies in its lab's folder")?.join("api-ca");
     let out = node.join("var-lib").join(FOLDER);
-    pki(["ca".into(), "--out".into(), ca.clone().into()])?;
-    pki(["node".into(), "--ca".into(), ca.into(), "--name".into(), name.into(), "--out".into(), out.into()])
+    let (ca, out) = (ca.as_os_str(), out.as_os_str());
+    pki(&["ca".as_ref(), "--out".as_ref(), ca])?;
+    pki(&["node".as_ref(), "--ca".as_ref(), ca, "--name".as_ref(), name.as_ref(), "--out".as_ref(), out])
 }
 
-fn pki<const N: usize>(args: [OsString; N]) -> Result<()> {
-    let line = ["fabricd", "pki"].map(OsString::from).into_iter().chain(args);
-    let pki = Pki::asked(line).context("the words for it")?;
-    // It brings a runtime of its own, which a test may have already.
-    thread::spawn(|| pki.run()).join().map_err(|_| anyhow!("fabricd pki has panicked"))?
+/// Of this build, whichever version of the daemon the nodes run. What it says is of no interest unless it fails.
+fn pki(args: &[&OsStr]) -> Result<()> {
+    let fabricd = binaries::lab()?.with_file_name("fabricd");
+    let told = Command::new(fabricd).arg("pki").args(args).output().context("fabricd pki")?;
+    ensure!(told.status.success(), "fabricd pki {args:?}: {}", String::from_utf8_lossy(&told.stderr));
+    Ok(())
 }

@@ -14,7 +14,7 @@ use super::matrix::Matrix;
 use super::node::Node;
 use super::outside::Outside;
 use super::packet::{Packet, VXLAN_PORT};
-use super::{Builder, Lab, Wiring, preflight};
+use super::{Builder, Lab, Wiring, preflight, wait_until};
 
 /// How wide the screen is that all of it fits on.
 const COLUMNS: usize = 100;
@@ -77,6 +77,9 @@ impl Up {
         }
         for _ in 0..self.nodes {
             add_node(lab, self.pods)?;
+        }
+        if !self.plain && self.nodes > 1 {
+            step("mesh: node-1 probes its peers", || probed(lab, self.nodes - 1))?;
         }
         if !self.plain && self.nodes > 0 {
             println!("\nWhat node-1 knows of its peers (fabricctl status):\n");
@@ -215,6 +218,16 @@ fn print_machine(machine: &Machine) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Waits until node-1 has probed all its peers, and each has answered.
+fn probed(lab: &Lab, peers: u16) -> Result<()> {
+    let node = lab.node("node-1")?;
+    wait_until("every peer answers node-1's probes", Duration::from_secs(60), || {
+        let told = node.exec(&["fabricctl", "status"])?.stdout;
+        ensure!(told.contains(&format!("{peers} of {peers} reachable")), "{told}");
+        Ok(())
+    })
 }
 
 /// Catches a ping between two nodes on the underlay and shows it.
