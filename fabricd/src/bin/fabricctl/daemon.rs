@@ -1,9 +1,11 @@
 //! The connection to the daemon of this node.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use fabric_proto::v1::fabric_client::FabricClient;
+use fabricd::errno;
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -22,11 +24,33 @@ pub async fn connect(socket: &Path) -> anyhow::Result<FabricClient<Channel>> {
     };
     // The name is for HTTP's sake; the connector goes to the socket.
     let channel = Endpoint::from_static("http://fabricd").connect_with_connector(service_fn(connect)).await;
-    let channel = channel.map_err(|error| anyhow::anyhow!("{}", anyhow::Error::from(error).root_cause()));
+    let channel = channel.map_err(|error| {
+        let error = anyhow::Error::from(error);
+        let cause = error.root_cause();
+        let cause = cause.downcast_ref::<io::Error>().map_or_else(|| cause.to_string(), errno::named);
+        anyhow::anyhow!("{cause}; without a daemon: fabricctl doctor")
+    });
     Ok(FabricClient::new(channel.with_context(told)?).max_decoding_message_size(LARGEST))
 }
 
 /// The daemon's own words, without gRPC's around them.
 pub fn told(status: &tonic::Status) -> anyhow::Error {
     anyhow::anyhow!("{}", status.message())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn daemon_that_is_not_there_is_told_by_name_and_with_what_works_without_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let (missing, deserted) = (folder.path().join("none.sock"), folder.path().join("deserted.sock"));
+        drop(std::os::unix::net::UnixListener::bind(&deserted).unwrap());
+        for (socket, cause) in [(missing, "(ENOENT)"), (deserted, "(ECONNREFUSED)")] {
+            let told = format!("{:#}", connect(&socket).await.expect_err("nobody listens"));
+            assert!(told.ends_with(&format!("{cause}; without a daemon: fabricctl doctor")), "{told}");
+            assert!(!told.contains("os error"), "{told}");
+        }
+    }
 }
