@@ -3,44 +3,36 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use anyhow::{Context as _, bail};
-use fabric_core::diff::diff;
 use fabric_core::handoff::Readiness;
 use fabric_core::holding::Instance;
-use fabric_core::rules::Ruleset;
-use fabric_core::rules::change::change;
-use fabric_core::state::KernelState;
 use futures::FutureExt as _;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::api::{Controls, Remote, Sources, Tls};
+use crate::config::log_level::LogLevel;
 use crate::config::{Config, StoreKind};
 use crate::diagnosis::{Inspector, Places, Probe};
-use crate::disk::{self, Disk, Uptime};
-use crate::events::Events;
-use crate::files::{Files, remove_if_there};
-use crate::ipam::NodePods;
-use crate::kernel::Kernel as _;
+use crate::files::Files;
+use crate::files::state_dir::{self, Disk, Uptime};
+use crate::host::addresses::NodePods;
+use crate::host::attachments;
+use crate::host::lock::{Holder, Lock};
 use crate::kernel::netlink::{self, Netlink};
-use crate::lease::{GivenBack, Hosts, Keeper, Leaver, Tenant};
-use crate::leftovers::Leftovers;
-use crate::lock::{self, Holder, Lock};
-use crate::log_level::LogLevel;
+use crate::lease::{Hosts, Keeper, Tenant};
 use crate::mesh::Mesh;
 use crate::reconcile::{Node, Reconciler};
+use crate::status::events;
+use crate::status::events::Events;
 use crate::store::LeaseStore;
 use crate::store::etcd::Etcd;
 use crate::store::kubernetes::Kubernetes;
-use crate::{api, events, health, mesh, ports};
-
-/// How long `--cleanup` waits for the store before it leaves the lease to end by itself.
-const GIVE_UP: Duration = Duration::from_secs(10);
+use crate::{api, http, mesh};
 
 /// Runs until SIGTERM or SIGINT. The data plane stays as it is: pods go on talking without a daemon.
 ///
@@ -66,11 +58,11 @@ pub async fn run(config: Config, log_level: LogLevel) -> anyhow::Result<()> {
 async fn serve(
     config: &Config,
     store: impl LeaseStore,
-    before: disk::State,
+    before: state_dir::State,
     log_level: LogLevel,
 ) -> anyhow::Result<()> {
     let health = match config.health_addr.0 {
-        Some(address) => Some(health::listen(address).await?),
+        Some(address) => Some(http::listen(address).await?),
         None => None,
     };
     let api = api::listen(&config.socket).with_context(|| format!("cannot listen on {}", config.socket.display()))?;
@@ -99,7 +91,7 @@ async fn serve(
     };
     let mut reconciler = Reconciler::new(node, store.clone(), open_kernel(config)?, files, before);
     if config.rules.check_pods {
-        reconciler.guard_ports(ports::follow(config.cni_state_dir.clone()));
+        reconciler.guard_ports(attachments::follow(config.cni_state_dir.clone()));
     }
     let controls = Controls { lease: keeper.commands(), network: reconciler.commands() };
     let events = Arc::new(Events::default());
@@ -130,7 +122,7 @@ async fn serve(
     });
     let seen = view.clone();
     tasks.spawn(async {
-        disk::follow(disk, seen).await;
+        state_dir::follow(disk, seen).await;
         "the reconcile loop has ended".to_owned()
     });
     let (told, seen) = (events.clone(), view.clone());
@@ -152,7 +144,7 @@ async fn serve(
     if let Some(listener) = health {
         let sources = sources.clone();
         tasks.spawn(async {
-            format!("the health endpoint has ended: {:?}", health::serve(listener, sources, metrics).await)
+            format!("the health endpoint has ended: {:?}", http::serve(listener, sources, metrics).await)
         });
     }
     if let Some((listener, tls)) = remote {
@@ -190,86 +182,21 @@ async fn api_for_others(config: &Config) -> anyhow::Result<Option<(TcpListener, 
     }
 }
 
-/// Removes all that fabricd made on this node, and gives its lease back.
-///
-/// # Errors
-/// When the kernel refuses to let something go, or a file can't be removed. What could be removed is.
-pub async fn cleanup(config: Config) -> anyhow::Result<()> {
-    let _lock = Lock::take(&holder(&config, true)).await?;
-    let mut kernel = open_kernel(&config)?;
-    let leftovers = Leftovers::of_node(&config);
-    // No pod may be added while the rest goes.
-    Files::new(&config.run_dir, &config.subnet_file).remove()?;
-    let disk = Disk::new(&config.state_dir, config.node());
-    let remembered = Uptime::now().ok().and_then(|now| disk.load(&now).lease);
-    disk.remove()?;
-
-    let observed = kernel.observe().await?;
-    let has = observed.host.links.iter().flat_map(|link| link.addresses.iter().map(|(ip, _)| *ip));
-    let leaver = Leaver {
-        node: config.node().clone(),
-        instance: instance()?,
-        addresses: has.chain(config.public_ips().values().copied()).collect(),
-        remembered,
-        ttl: config.lease_ttl,
-    };
-    // Forwarding and the like stay: others may need them by now.
-    let plan = diff(&KernelState::default(), &observed.ours);
-    let mut refused = vec![];
-    for stage in plan.stages() {
-        for (op, result) in stage.iter().zip(kernel.apply(stage).await) {
-            println!("{op}");
-            refused.extend(result.err());
-        }
-    }
-    // The filter last: while a device is there, not everybody may send to it.
-    let mut filter = change(&Ruleset::new(), &observed.rules);
-    filter.doors = observed.doors.iter().filter_map(|door| door.change(None)).collect();
-    if !filter.is_empty() {
-        print!("{filter}");
-        refused.extend(kernel.enforce(&filter).await.err());
-    }
-    println!("{} kernel entries removed", plan.ops().len() - refused.len());
-    print!("{}", leftovers.remove().await?);
-
-    let released = timeout(GIVE_UP, async {
-        match config.store {
-            StoreKind::Etcd => leaver.give_back(&Etcd::start(config.etcd.options()?)).await,
-            StoreKind::Kubernetes => leaver.give_back(&Kubernetes::start(config.kubernetes())).await,
-        }
-    });
-    match released.await {
-        Ok(Ok(GivenBack::Released(key))) => println!("lease of {key} given back"),
-        Ok(Ok(GivenBack::Nothing)) => println!("this node, {}, holds no lease", config.node()),
-        Ok(Ok(GivenBack::Anothers(key, there))) => println!(
-            "{key} is leased to {node} at {there}, not to this machine; if that one is gone: fabricctl lease release {node}",
-            node = config.node()
-        ),
-        Ok(Err(error)) => warn!(%error, "lease not given back, it ends by itself"),
-        Err(_) => warn!(store = ?config.store, "store not reached, the lease ends by itself"),
-    }
-    for file in [&config.socket, &lock::file(&config.run_dir)] {
-        remove_if_there(file)?;
-    }
-    match refused.into_iter().next() {
-        Some(first) => Err(first).context("not everything could be removed"),
-        None => Ok(()),
-    }
-}
-
-fn open_kernel(config: &Config) -> anyhow::Result<Netlink> {
+/// The connection to the kernel.
+pub(crate) fn open_kernel(config: &Config) -> anyhow::Result<Netlink> {
     let options =
         netlink::Options { can_reach: config.iface_can_reach.clone(), sysctl_root: config.sysctl_root.clone() };
     Netlink::new(options).context("cannot talk to the kernel over netlink; does fabricd have CAP_NET_ADMIN?")
 }
 
 /// What is said to another daemon that would start beside this one.
-fn holder(config: &Config, cleanup: bool) -> Holder {
+pub(crate) fn holder(config: &Config, cleanup: bool) -> Holder {
     let Config { run_dir, socket, .. } = config.clone();
     Holder { node: config.node().to_string(), run_dir, socket, cleanup }
 }
 
-fn instance() -> anyhow::Result<Instance> {
+/// Which machine this is, until it boots again.
+pub(crate) fn instance() -> anyhow::Result<Instance> {
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").context("cannot read this machine's boot id")?;
     let netns = fs::metadata("/proc/self/ns/net").context("cannot look at this network namespace")?.ino();
     Ok(Instance { boot: boot.trim().to_owned(), netns })

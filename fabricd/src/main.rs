@@ -2,10 +2,11 @@
 
 use std::process::ExitCode;
 
+use fabricd::commands::cleanup::cleanup;
+use fabricd::commands::install_cni::InstallCni;
+use fabricd::config::log_level::LogLevel;
 use fabricd::config::{Config, ConfigError};
 use fabricd::daemon;
-use fabricd::install_cni::InstallCni;
-use fabricd::log_level::LogLevel;
 use fabricd::pki::Pki;
 
 fn main() -> ExitCode {
@@ -35,9 +36,8 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error),
     };
-    let outcome = runtime.block_on(async {
-        if config.cleanup { daemon::cleanup(config).await } else { daemon::run(config, log_level).await }
-    });
+    let outcome = runtime
+        .block_on(async { if config.cleanup { cleanup(config).await } else { daemon::run(config, log_level).await } });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&format!("{error:#}")),

@@ -19,8 +19,8 @@ use fabric_core::rules::change::{Change as RuleChange, Found};
 use fabric_core::state::{
     Foreign, ForeignLink, KernelState, NEXTHOP_ID_BASE, Nexthop, NexthopId, ROUTE_PROTOCOL, Sysctl, Via, VxlanLink,
 };
+use fabricd::host::underlay::{DefaultRoute, Host, HostLink};
 use fabricd::kernel::{Kernel, KernelError, Observed, Touched};
-use fabricd::underlay::{DefaultRoute, Host, HostLink};
 use tokio::sync::Notify;
 
 /// `RTPROT_STATIC`: what an administrator's `ip route add … proto static` has.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use fabric_core::holding::Instance;
 use fabric_core::model::{NodeName, PerFamily};
 use fabric_core::network::NetworkConfig;
-use fabricd::ipam::{CniDirs, NodePods};
+use fabricd::host::addresses::{CniDirs, NodePods};
 use fabricd::kernel::links::HostLinks;
 use fabricd::lease::{Holding, Hosts, Keeper, Tenant, Wanted};
 use fabricd::store::etcd::{Etcd, Options};

@@ -11,15 +11,15 @@ use fabric_core::network::NetworkConfig;
 use fabric_core::plan::Vtep;
 use fabric_core::record::LeaseKey;
 use fabricd::api::{Controls, Remote, Sources};
+use fabricd::config::log_level::LogLevel;
 use fabricd::config::{Config, LogFormat};
 use fabricd::diagnosis::{Inspector, Places};
-use fabricd::events::Events;
 use fabricd::lease::{self, Holding, Own};
-use fabricd::log_level::LogLevel;
 use fabricd::mesh::Mesh;
 use fabricd::reconcile;
+use fabricd::status::events::Events;
+use fabricd::status::view::{View, VtepView};
 use fabricd::store::Connection;
-use fabricd::view::{View, VtepView};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 

@@ -13,10 +13,10 @@ use fabric_proto::v1::fabric_client::FabricClient;
 use fabric_tests::certificates::Certificates;
 use fabric_tests::served::{Served, view};
 use fabricd::api::{self, Remote, Tls};
-use fabricd::events::Kind;
 use fabricd::mesh::Mesh;
 use fabricd::pki::Pki;
-use fabricd::{health, reconcile};
+use fabricd::status::events::Kind;
+use fabricd::{http, reconcile};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tonic::Code;
@@ -33,7 +33,7 @@ async fn probes_tell_whether_the_loop_lives_and_pods_may_be_added() -> Result<()
     let api = Served::new(view(&[2])?, Mesh::default())?;
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
-    tokio::spawn(health::serve(listener, api.sources, Arc::default()));
+    tokio::spawn(http::serve(listener, api.sources, Arc::default()));
     let get_as = async |path: &str, accept: &str| -> Result<String> {
         let mut stream = TcpStream::connect(address).await?;
         stream.write_all(format!("GET {path} HTTP/1.0\r\nAccept: {accept}\r\n\r\n").as_bytes()).await?;

@@ -18,12 +18,12 @@ use fabric_tests::served::view;
 use fabricd::diagnosis::checks;
 use fabricd::diagnosis::finding::Finding;
 use fabricd::diagnosis::{Outcome, Places, Scene};
+use fabricd::host::underlay::{DefaultRoute, HostLink};
 use fabricd::kernel::Observed;
 use fabricd::kernel::fib::{Action, Fib, PolicyRule, Route};
 use fabricd::mesh::Mesh;
 use fabricd::reconcile::Looked;
-use fabricd::underlay::{DefaultRoute, HostLink};
-use fabricd::view::{PeerTrouble, View};
+use fabricd::status::view::{PeerTrouble, View};
 use tempfile::TempDir;
 
 /// A node that is well, to be broken.

@@ -17,12 +17,12 @@ use fabric_tests::certificates::Certificates;
 use fabric_tests::lab::wait_until;
 use fabric_tests::served::{Served, key, view};
 use fabricd::api::{self, Remote, Tls};
-use fabricd::events::Kind;
-use fabricd::health;
+use fabricd::http;
 use fabricd::mesh::probe::Answer;
 use fabricd::mesh::verdict::Seen;
 use fabricd::mesh::{Mesh, Ours, Path, Target};
-use fabricd::view::{PeerTrouble, View};
+use fabricd::status::events::Kind;
+use fabricd::status::view::{PeerTrouble, View};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
@@ -60,7 +60,7 @@ impl Open {
         let address: SocketAddr = listener.local_addr()?;
         let sources = daemon.sources.clone();
         let server = runtime.spawn(async move {
-            let _ = health::serve(listener, sources, Arc::default()).await;
+            let _ = http::serve(listener, sources, Arc::default()).await;
         });
         let mut browser = Browser::open(1280, 1600)?;
         browser.visit(&format!("http://{address}/"))?;

@@ -10,7 +10,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::convert;
-use crate::view::View;
+use crate::status::view::View;
 
 /// How many changes wait for a reader; a slower one gets later states, never an older one.
 const WAITING: usize = 256;

@@ -14,13 +14,13 @@ use crate::config::{StoreKind, StoreSettings};
 use crate::diagnosis::Outcome;
 use crate::diagnosis::explain::{Hop, Sender};
 use crate::diagnosis::finding::Finding;
-use crate::events::{Event, Kind, unix_millis};
-use crate::ipam::{self, Use};
+use crate::host::addresses::{self, Use};
 use crate::kernel::Count;
 use crate::mesh::{Cause, Mesh, Path};
 use crate::reconcile::{Looked, Written};
+use crate::status::events::{Event, Kind, unix_millis};
+use crate::status::view::{PeerTrouble, View};
 use crate::store::Connection;
-use crate::view::{PeerTrouble, View};
 
 /// How many leases that can't be read a status names.
 const UNREADABLE: usize = 5;
@@ -88,7 +88,7 @@ pub fn whole_status(view: &View, paths: &Mesh, addresses: &std::path::Path, now:
     add_mesh(&mut status.peers, paths, now);
     if let Some(own) = &view.holding.own {
         // IPAM state that can't be read tells nothing; doctor says so.
-        let uses = ipam::uses(addresses, &own.key).unwrap_or_default().into_iter();
+        let uses = addresses::uses(addresses, &own.key).unwrap_or_default().into_iter();
         let told = |Use { subnet, used, free }| v1::AddressUse { subnet: subnet.to_string(), used, free };
         status.addresses = uses.map(told).collect();
     }

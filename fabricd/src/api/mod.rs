@@ -42,7 +42,7 @@ use tonic_health::server::HealthReporter;
 pub use self::remote::Remote;
 pub use self::service::{Controls, Service, Sources};
 pub use self::tls::Tls;
-use crate::view::View;
+use crate::status::view::View;
 
 /// How many connections may wait to be accepted.
 const BACKLOG: u32 = 128;

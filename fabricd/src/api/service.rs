@@ -16,11 +16,11 @@ use super::convert;
 use super::questions::{self, Answers};
 use super::remote::Remote;
 use crate::config::StoreSettings;
+use crate::config::log_level::LogLevel;
 use crate::diagnosis::Inspector;
-use crate::events::Events;
-use crate::log_level::LogLevel;
 use crate::mesh::Mesh;
-use crate::view::View;
+use crate::status::events::Events;
+use crate::status::view::View;
 use crate::{lease, reconcile};
 
 /// How long an answer may take that waits for probes.

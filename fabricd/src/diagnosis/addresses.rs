@@ -8,7 +8,7 @@ use fabric_core::attachments::{IPAM_NETWORK, Owner, told_container};
 
 use super::Scene;
 use super::finding::Finding;
-use crate::ipam::{Addresses, Entry};
+use crate::host::addresses::{Addresses, Entry};
 
 pub(super) fn check(scene: &Scene) -> Finding {
     let addresses = match scene.addresses() {

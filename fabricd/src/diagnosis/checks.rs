@@ -14,8 +14,8 @@ use super::{Inspector, Scene, addresses, cni_config};
 use super::{host_checks as host, manager_checks as managers, overlay_checks as overlay, pod_checks as pods};
 use crate::kernel;
 use crate::mesh::{Cause, Mesh};
+use crate::status::view::PeerTrouble;
 use crate::store::Connection;
-use crate::view::PeerTrouble;
 
 /// A check: its name, what is checked, and how. It may read files and ask the kernel.
 pub type Check = (&'static str, &'static str, fn(&Scene) -> Finding);

@@ -33,14 +33,15 @@ use futures::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::config::Config;
-use crate::ipam::{self, Addresses, CniDirs};
+use crate::host;
+use crate::host::addresses::{Addresses, CniDirs};
 use crate::kernel;
 use crate::kernel::fib::Fib;
 use crate::kernel::links::HostLinks;
 use crate::mesh::Mesh;
 use crate::reconcile::{self, Looked};
+use crate::status::view::View;
 use crate::store::StoreError;
-use crate::view::View;
 
 /// How something was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,7 +149,7 @@ impl Scene {
     /// The bridges that this node's pods are attached to: `cni0`, unless their attachments say otherwise.
     #[must_use]
     pub fn pod_bridges(&self) -> BTreeSet<IfName> {
-        ipam::bridges_of(ipam::attachments(&self.places.attachments).unwrap_or_default().values())
+        host::addresses::bridges_of(host::addresses::attachments(&self.places.attachments).unwrap_or_default().values())
     }
 }
 

@@ -8,9 +8,9 @@ use fabric_core::rules::TableFamily;
 use super::Scene;
 use super::finding::{Culprit, Finding, all};
 use super::host_checks::read;
-use crate::ipam::Pod;
+use crate::host::addresses::Pod;
+use crate::host::underlay::HostLink;
 use crate::kernel::Observed;
-use crate::underlay::HostLink;
 
 /// The bridges of pods that are there.
 fn bridges<'a>(scene: &Scene, observed: &'a Observed) -> Vec<&'a HostLink> {

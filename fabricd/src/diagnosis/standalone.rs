@@ -20,18 +20,18 @@ use super::checks::{ALL, Check};
 use super::finding::{Culprit, Finding};
 use super::{Places, Scene, overlay_checks};
 use crate::config::{Config, StoreKind};
-use crate::firewall::Judge;
-use crate::ipam;
+use crate::host::addresses;
+use crate::host::firewall::Judge;
+use crate::host::lock;
+use crate::host::underlay;
 use crate::kernel::netlink::{Netlink, Options};
 use crate::kernel::{self, Kernel as _, Observed};
 use crate::lease::{Holding, Own};
-use crate::lock;
 use crate::mesh::Mesh;
 use crate::reconcile::Looked;
+use crate::status::view::{View, VtepView};
 use crate::store::LeaseStore as _;
 use crate::store::etcd::Etcd;
-use crate::underlay;
-use crate::view::{View, VtepView};
 
 /// Checks of the daemon's list that need no daemon.
 const ON_A_NODE: [&str; 21] = [
@@ -248,7 +248,7 @@ async fn scene(config: &Result<Config, String>, node: Option<NodeFile>) -> Resul
         Err(_) => Places::usual(),
     };
     view.vteps = vteps(&observed);
-    view.pod_bridges = ipam::bridges_of(ipam::attachments(&places.attachments).unwrap_or_default().values());
+    view.pod_bridges = addresses::bridges_of(addresses::attachments(&places.attachments).unwrap_or_default().values());
     if let Some(node) = node {
         view.mtu = node.mtu;
         view.network = network(&node, &observed);

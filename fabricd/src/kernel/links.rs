@@ -9,7 +9,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use super::mirror::{bridges, host_link};
 use super::socket::RequestSocket;
 use super::{KernelError, Observed, tables};
-use crate::underlay::HostLink;
+use crate::host::underlay::HostLink;
 
 /// The links of this host but for our own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

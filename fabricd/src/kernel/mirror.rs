@@ -22,7 +22,7 @@ use super::nft::Filter;
 use super::socket::RequestSocket;
 use super::tables::{self, Address, EntryRow, Fit, Link, Links};
 use super::{KernelError, Observed, bridge_nf, firewalls, routes, sysctl};
-use crate::underlay::HostLink;
+use crate::host::underlay::HostLink;
 
 /// What the kernel holds.
 #[derive(Default)]

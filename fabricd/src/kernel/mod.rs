@@ -50,8 +50,8 @@ use fabric_core::rules::change::{Change, Found};
 use fabric_core::rules::door::Door;
 use fabric_core::state::{Foreign, KernelState};
 
-use crate::errno;
-use crate::underlay::Host;
+use crate::host::errno;
+use crate::host::underlay::Host;
 
 /// What one look at the kernel found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -138,7 +138,7 @@ mod tests {
     use fabric_core::state::{KernelState, Nexthop, NexthopId, Sysctl, Via, VxlanLink};
 
     use super::*;
-    use crate::errno::named;
+    use crate::host::errno::named;
 
     /// A state with a row in each table.
     fn rows() -> KernelState {

@@ -20,7 +20,7 @@ use super::encode::IPV6_METRIC;
 use super::socket::RequestSocket;
 use super::tables::{Links, reading};
 use super::wire::{Frame, Request, attributes};
-use crate::underlay::DefaultRoute;
+use crate::host::underlay::DefaultRoute;
 
 /// The main table's routes of others.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

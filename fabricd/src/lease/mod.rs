@@ -21,7 +21,7 @@ use tokio::time::Instant;
 
 pub use self::give_back::{GivenBack, Leaver};
 pub use self::keeper::{Keeper, SETTLING};
-use crate::ipam::NodePods;
+use crate::host::addresses::NodePods;
 use crate::mesh::probe;
 
 /// What the reconcile loop wants the lease to say.

@@ -156,5 +156,5 @@ impl<S: LeaseStore> Keeper<S> {
 }
 
 fn unix_now() -> i64 {
-    crate::events::unix_millis(std::time::SystemTime::now()) / 1000
+    crate::status::events::unix_millis(std::time::SystemTime::now()) / 1000
 }

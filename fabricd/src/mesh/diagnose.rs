@@ -15,7 +15,7 @@ use super::probe::{Answer, Heard, Reply, Size, ask, complain};
 use super::tunnel::{Answered, Knocked};
 use super::verdict::{Evidence, LocalDrop, Seen};
 use super::{Mesh, ROUND, Target, routes, tunnel};
-use crate::firewall::Judged;
+use crate::host::firewall::Judged;
 use crate::kernel;
 
 /// How often what was lost is tried again.

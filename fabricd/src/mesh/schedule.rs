@@ -19,8 +19,8 @@ use super::path::Path;
 use super::transitions::{Transition, Transitions};
 use super::verdict::Cause;
 use super::{GAP, Key, Mesh, Ours, ROUND, Target, probe, round};
-use crate::events::Events;
-use crate::view::{PeerTrouble, View, VtepView};
+use crate::status::events::Events;
+use crate::status::view::{PeerTrouble, View, VtepView};
 
 /// How long a change of the leases waits for others, since all paths are looked at then.
 const LOOK: Duration = Duration::from_secs(1);

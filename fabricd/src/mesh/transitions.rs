@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::verdict::Cause;
-use crate::events::{Events, Kind};
+use crate::status::events::{Events, Kind};
 
 /// After a line, what follows is gathered for so long.
 const GATHER: Duration = Duration::from_secs(5);
@@ -107,7 +107,8 @@ mod tests {
     use super::*;
 
     fn told(events: &Events) -> Vec<String> {
-        let line = |event: crate::events::Event| format!("{} {}", event.subject, event.message).trim().to_owned();
+        let line =
+            |event: crate::status::events::Event| format!("{} {}", event.subject, event.message).trim().to_owned();
         events.read().0.into_iter().map(line).collect()
     }
 

@@ -31,9 +31,9 @@ use self::process::Process;
 use self::traffic::Traffic;
 use crate::kernel::{Drops, KernelError};
 use crate::mesh::Mesh;
-use crate::repairs::{FILTER, table};
+use crate::reconcile::repairs::{FILTER, table};
+use crate::status::view::{PeerTrouble, View};
 use crate::store::Connection;
-use crate::view::{PeerTrouble, View};
 
 /// All counters, and the registry that shows them.
 #[derive(Debug)]

@@ -10,7 +10,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::Word;
-use crate::view::View;
+use crate::status::view::View;
 
 /// The table of `/proc/net/dev`, of this process' network namespace: it needs no sysfs.
 const TABLE: &str = "/proc/self/net/dev";

@@ -24,8 +24,8 @@ use self::folder::Folder;
 use self::issue::{Place, Plan, authority};
 use self::node::NodeArgs;
 use self::secrets::Secrets;
-use crate::api_server;
 use crate::config::asked_for;
+use crate::kubernetes::client;
 
 /// The first word of the command line that asks for this instead of the daemon.
 pub const COMMAND: &str = "pki";
@@ -122,7 +122,7 @@ impl Pki {
             match (&place.out, &place.namespace) {
                 (Some(dir), _) => self.action.take(&Folder(dir.clone())).await,
                 (None, namespace) => {
-                    let client = api_server::client(place.kubeconfig.as_deref()).await?;
+                    let client = client::client(place.kubeconfig.as_deref()).await?;
                     let namespace = namespace.as_deref().context("--out or --namespace is needed")?;
                     let prefix = place.secret_prefix.as_deref().unwrap_or(prefix);
                     self.action.take(&Secrets::new(client, namespace, prefix)).await

@@ -15,8 +15,8 @@ use time::OffsetDateTime;
 use super::authority::{Authority, Subject, ends_soon};
 use super::folder::Folder;
 use super::issue::{Item, Place as _};
+use crate::commands::stay::until_terminated;
 use crate::files::replace;
-use crate::stay::until_terminated;
 
 /// How often `--stay` looks for the authority while there is none.
 const PERIOD: Duration = Duration::from_secs(1);

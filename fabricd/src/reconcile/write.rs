@@ -8,7 +8,7 @@ use tracing::{debug, warn};
 
 use super::Reconciler;
 use crate::kernel::{Kernel, Observed};
-use crate::planned::Cause;
+use crate::reconcile::planned::Cause;
 use crate::store::LeaseStore;
 
 /// How many steps the kernel is given at once: far more than what one costs, and little memory.
@@ -76,7 +76,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         }
         if change.doors.is_empty() {
             let repaired = self.repairs.filtered(change, &observed.rules, result.is_ok(), self.rules.unchanged());
-            self.metrics.repaired(crate::repairs::FILTER, repaired);
+            self.metrics.repaired(crate::reconcile::repairs::FILTER, repaired);
         }
         result.map_err(|error| {
             if self.retry.attempts() == 0 {

@@ -11,11 +11,11 @@ use fabric_core::model::{Family, Subnet};
 use fabric_core::network::{AddressSpace, BackendDocument, NetworkConfig, NetworkDocument};
 use fabric_proto::v1::MigrateNetworkRequest;
 use fabricd::config::StoreKind;
+use fabricd::host::underlay;
 use fabricd::kernel::Kernel as _;
 use fabricd::kernel::netlink::{Netlink, Options};
 use fabricd::store::StoreError;
 use fabricd::store::etcd::{Init, StoredConfig};
-use fabricd::underlay;
 use serde::Serialize;
 use serde_json::Value;
 

@@ -29,9 +29,9 @@ pub use self::outside::Place;
 use self::probes::Probes;
 use self::route::FromPod;
 use super::{Outcome, Scene};
-use crate::firewall::{self, Asked};
+use crate::host::firewall::{self, Asked};
 use crate::mesh::Cause;
-use crate::view::PeerTrouble;
+use crate::status::view::PeerTrouble;
 
 /// The layer of hops that are packets which were sent.
 pub const PACKET: &str = "packet";

@@ -7,7 +7,7 @@ use fabric_core::model::{Family, IfName};
 use super::route::{self, FromPod};
 use super::{Hop, foreign};
 use crate::diagnosis::{Scene, pod_checks};
-use crate::firewall::Asked;
+use crate::host::firewall::Asked;
 use crate::kernel::{self, Taken};
 
 /// What an address is that no lease has.

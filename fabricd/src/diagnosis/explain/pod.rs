@@ -7,7 +7,7 @@ use fabric_core::model::Family;
 use super::probes::Probes;
 use super::{Hop, list};
 use crate::diagnosis::{Scene, pod_checks};
-use crate::ipam::Addresses;
+use crate::host::addresses::Addresses;
 
 /// The hops of an address of this node's subnet.
 pub(super) fn hops(scene: &Scene, ip: IpAddr, probes: &Probes) -> Vec<Hop> {

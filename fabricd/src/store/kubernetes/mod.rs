@@ -34,7 +34,7 @@ use tokio::time::Instant;
 use self::node::Node;
 use self::write::Pace;
 use super::{Assigned, Claim, ConfigPlace, Connection, Grant, LeaseStore, Network, Resting, StoreError};
-use crate::api_server;
+use crate::kubernetes::client;
 
 /// What an assignment lasts, which nobody has to keep alive.
 const FOR_EVER: Duration = Duration::from_secs(365 * 86_400);
@@ -188,7 +188,7 @@ impl Shared {
         if let Some(client) = self.held_client().clone() {
             return Ok(client);
         }
-        let made = api_server::client(self.kubeconfig.as_deref()).await;
+        let made = client::client(self.kubeconfig.as_deref()).await;
         let made = made.map_err(|error| unreachable(&format!("{error:#}")))?;
         Ok(self.held_client().insert(made).clone())
     }

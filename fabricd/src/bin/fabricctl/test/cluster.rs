@@ -39,7 +39,7 @@ const REPORT: &str = "/dev/termination-log";
 /// The API server doesn't answer, or refuses; there is no node; it was interrupted. The namespace is deleted all the same.
 pub async fn run(kubeconfig: &Path, args: &TestArgs) -> anyhow::Result<Vec<Step>> {
     let outside = outside(kubeconfig, args.outside.as_deref())?;
-    let client = fabricd::api_server::client(Some(kubeconfig)).await?;
+    let client = fabricd::kubernetes::client::client(Some(kubeconfig)).await?;
     let all: Api<DynamicObject> = Api::all_with(client.clone(), &kind("Node", "nodes"));
     let listed = all.list(&ListParams::default()).await.context("cannot list the Nodes")?;
     let nodes = choose(&listed.items, &args.cluster.nodes)?;

@@ -357,5 +357,5 @@ fn files(dir: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 #[cfg(test)]
-#[path = "ipam_tests.rs"]
+#[path = "addresses_tests.rs"]
 mod tests;

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tracing::warn;
 
 use crate::backoff::Backoff;
-use crate::ipam;
+use crate::host::addresses;
 use crate::kernel::Observed;
 
 /// The pods that are attached, as far as the filter needs to know them.
@@ -37,7 +37,7 @@ impl Default for AttachedPods {
 impl AttachedPods {
     fn of(saved: &BTreeMap<Owner, SavedAttachment>) -> Self {
         let attached = saved.values().filter_map(|saved| saved.attached.as_ref());
-        Self { bridges: ipam::bridges_of(saved.values()), ports: attached.flat_map(pods).collect() }
+        Self { bridges: addresses::bridges_of(saved.values()), ports: attached.flat_map(pods).collect() }
     }
 
     /// The ports of their bridges.
@@ -89,7 +89,7 @@ fn publish_all(dir: &Path, sender: &watch::Sender<Arc<AttachedPods>>) -> io::Res
                 changes.add_watch(&network, written)?;
             }
         }
-        let pods = Arc::new(AttachedPods::of(&ipam::attachments(dir)?));
+        let pods = Arc::new(AttachedPods::of(&addresses::attachments(dir)?));
         sender.send_if_modified(|current| {
             let differs = *current != pods;
             *current = pods;

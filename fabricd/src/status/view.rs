@@ -11,11 +11,11 @@ use fabric_core::network::NetworkConfig;
 use fabric_core::plan::{Refusal, Vtep};
 use fabric_core::record::LeaseKey;
 
-use crate::firewall::Judged;
+use crate::host::attachments::AttachedPods;
+use crate::host::firewall::Judged;
 use crate::kernel::Dropped;
 use crate::lease::Holding;
-use crate::ports::AttachedPods;
-use crate::repairs::Repair;
+use crate::reconcile::repairs::Repair;
 use crate::store::Connection;
 
 /// What is known after one pass.

@@ -1,5 +1,7 @@
 //! The files that this node hands to others: `node.json` for `fabric-cni`, `subnet.env` for whoever expects flannel's.
 
+pub mod state_dir;
+
 use std::fs;
 use std::io::{self, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
@@ -8,7 +10,7 @@ use std::path::{Path, PathBuf};
 use fabric_core::handoff::{NODE_FILE, NODE_FILE_VERSION, NodeFile, NotReady, Readiness};
 use fabric_core::model::NodeName;
 
-use crate::errno;
+use crate::host::errno;
 
 /// Where the files lie.
 #[derive(Clone, Debug)]

@@ -20,10 +20,10 @@ use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 use fabric_core::handoff::{NODE_FILE, NodeFile, RUN_DIR, Readiness};
 use serde_json::{Value, json};
 
+use crate::commands::stay::until_terminated;
 use crate::config::asked_for;
 use crate::diagnosis::cni_config;
 use crate::files::{FileError, replace};
-use crate::stay::until_terminated;
 
 /// The first word of the command line that asks for this instead of the daemon.
 pub const COMMAND: &str = "install-cni";
@@ -32,7 +32,7 @@ pub const COMMAND: &str = "install-cni";
 const PLUGINS: [&str; 2] = ["fabric-cni", "fabric-bridge"];
 
 /// The conflist as it is shipped.
-const CONFLIST: &str = include_str!("../../deploy/cni/10-fabric.conflist");
+const CONFLIST: &str = include_str!("../../../deploy/cni/10-fabric.conflist");
 
 /// How often the node is asked whether it is ready.
 const PERIOD: Duration = Duration::from_millis(200);

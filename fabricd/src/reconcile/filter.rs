@@ -19,9 +19,9 @@ use fabric_core::rules::{Member, RuleInputs, RuleOptions, Ruleset, Table, TableF
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::host::attachments::AttachedPods;
 use crate::kernel::Observed;
 use crate::lease::Own;
-use crate::ports::AttachedPods;
 
 /// How long the address that a peer had before may go on sending: its packets are still under way, and its kernel may
 /// follow its lease a little later.

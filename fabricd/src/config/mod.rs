@@ -3,6 +3,10 @@
 //!
 //! The file has the flags' names with `_` for `-`, as in `etcd_endpoints = ["http://192.0.2.1:2379"]`.
 
+pub(crate) mod files;
+pub mod filter_args;
+pub mod log_level;
+
 use std::ffi::OsString;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -13,14 +17,14 @@ use clap::{ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Va
 use fabric_core::model::{Family, NodeName, PerFamily};
 use regex::Regex;
 
-use crate::install_cni::InstallCni;
-use crate::ipam::CniDirs;
+use self::files::{variables, with_file, with_variables};
+use self::filter_args::RuleArgs;
+use crate::commands::install_cni::InstallCni;
+use crate::host::addresses::CniDirs;
+use crate::host::underlay::Selector;
 use crate::pki::Pki;
-use crate::rule_args::RuleArgs;
-use crate::settings_files::{variables, with_file, with_variables};
 use crate::store::etcd::{Options, Tls, User, complete};
 use crate::store::kubernetes;
-use crate::underlay::Selector;
 
 /// Node daemon of the fabricd overlay network.
 #[derive(Clone, Debug, Parser)]
@@ -83,7 +87,7 @@ pub struct Config {
     pub run_dir: PathBuf,
 
     /// State directory, kept over reboots: lease, peers and network config
-    #[arg(long, env = "FABRICD_STATE_DIR", value_name = "DIR", default_value = crate::disk::STATE_DIR)]
+    #[arg(long, env = "FABRICD_STATE_DIR", value_name = "DIR", default_value = crate::files::state_dir::STATE_DIR)]
     pub state_dir: PathBuf,
 
     /// IPAM state of host-local: the pods' addresses
@@ -529,5 +533,4 @@ impl fmt::Display for Address {
 }
 
 #[cfg(test)]
-#[path = "config_tests.rs"]
 mod tests;

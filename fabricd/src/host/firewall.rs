@@ -13,7 +13,7 @@ use fabric_core::rules::door::{self, DoorChange};
 use fabric_core::rules::senders::has_notrack;
 
 use crate::kernel::Observed;
-use crate::view::{View, VtepView};
+use crate::status::view::{View, VtepView};
 
 /// What foreign chains make of packets of ours.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -19,7 +19,7 @@ use fabric_core::rules::{TABLE, TableFamily};
 use tokio::time::Instant;
 use tracing::warn;
 
-use crate::planned::Cause;
+use crate::reconcile::planned::Cause;
 
 /// How many are remembered for those who follow.
 const REMEMBERED: usize = 50;

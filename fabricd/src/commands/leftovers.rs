@@ -16,7 +16,7 @@ use fabric_core::handoff::{NODE_FILE, NodeFile};
 use fabric_core::model::{IfName, Subnet};
 
 use crate::config::Config;
-use crate::ipam::{self, Addresses, CniDirs};
+use crate::host::addresses::{self, Addresses, CniDirs};
 use crate::kernel::bridge::remove_unused;
 use crate::kernel::links::HostLinks;
 
@@ -61,7 +61,7 @@ impl Leftovers {
     /// The bridges that are surely the pods': an attachment names them, or they have the gateway's address of a subnet of
     /// this node's, be it one that host-local has last given an address of.
     fn bridges(&self, links: &HostLinks) -> io::Result<BTreeSet<IfName>> {
-        let saved = ipam::attachments(&self.dirs.attachments)?;
+        let saved = addresses::attachments(&self.dirs.attachments)?;
         let last = self.last_given();
         let is_gateway = |(ip, prefix): &(IpAddr, Subnet)| {
             let served = self.subnets.contains(prefix) || last.iter().any(|last| prefix.contains(*last));

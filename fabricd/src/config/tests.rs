@@ -90,7 +90,7 @@ fn help_shows_every_setting_with_its_variable() {
 /// What the package ships as an example: each setting, and none that there isn't.
 #[test]
 fn example_file_has_every_setting() {
-    let example = include_str!("../../deploy/systemd/fabricd.toml");
+    let example = include_str!("../../../deploy/systemd/fabricd.toml");
     let commented = |line: &str| line.starts_with('#') && !line.starts_with("# ") && line.len() > 1;
     let lines = example.lines().map(|line| if commented(line) { &line[1..] } else { line });
     let all = lines.collect::<Vec<_>>().join("\n");

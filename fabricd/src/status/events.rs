@@ -10,8 +10,8 @@ use fabric_core::leases::Lease;
 use tokio::sync::{broadcast, watch};
 use tokio_stream::wrappers::BroadcastStream;
 
+use crate::status::view::{PeerTrouble, View};
 use crate::store::Connection;
-use crate::view::{PeerTrouble, View};
 
 /// How many are remembered.
 const REMEMBERED: usize = 500;
@@ -197,7 +197,7 @@ fn name(lease: &Lease) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::repairs::Repair;
+    use crate::reconcile::repairs::Repair;
 
     #[test]
     fn transitions_are_told_once_and_the_last_are_remembered() {

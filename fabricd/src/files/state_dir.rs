@@ -37,7 +37,7 @@ use tracing::{error, warn};
 
 use crate::files::{FileError, replace};
 use crate::lease::{Holding, Mark, Own, Remembered};
-use crate::view::View;
+use crate::status::view::View;
 
 /// Default folder.
 pub const STATE_DIR: &str = "/var/lib/fabric";
@@ -381,5 +381,5 @@ async fn write(write: impl FnOnce() -> Result<(), FileError> + Send + 'static) {
 }
 
 #[cfg(test)]
-#[path = "disk_tests.rs"]
+#[path = "state_dir_tests.rs"]
 mod tests;

@@ -4,6 +4,11 @@
 //! [`View`]. It never acts on an event as such: an event, of the kernel or of the store, only wakes it. So what was
 //! missed, lost or done by hand is put right by the next pass, and a pass that finds nothing to do writes nothing.
 
+pub mod filter;
+pub mod pending;
+pub mod planned;
+pub mod repairs;
+pub mod retention;
 mod write;
 
 use std::collections::BTreeSet;
@@ -28,21 +33,21 @@ use tracing::{info, warn};
 use self::write::Held;
 pub use self::write::Written;
 use crate::backoff::Backoff;
-use crate::disk::State;
+use crate::files::state_dir::State;
 use crate::files::{Files, unknown};
-use crate::firewall::Judge;
-use crate::kept::Kept;
+use crate::host::attachments::AttachedPods;
+use crate::host::firewall::Judge;
+use crate::host::underlay::{self, Selector, Steady, Underlay, UnderlayError};
 use crate::kernel::{Kernel, Observed, Touched};
 use crate::lease::{Holding, Own, Wanted};
 use crate::metrics::Metrics;
-use crate::pending::Pending;
-use crate::planned::Planned;
-use crate::ports::AttachedPods;
-use crate::repairs::Repairs;
-use crate::rules::Rules;
+use crate::reconcile::filter::Rules;
+use crate::reconcile::pending::Pending;
+use crate::reconcile::planned::Planned;
+use crate::reconcile::repairs::Repairs;
+use crate::reconcile::retention::Kept;
+use crate::status::view::{PeerTrouble, View, VtepView};
 use crate::store::{Connection, LeaseStore, Network};
-use crate::underlay::{self, Selector, Steady, Underlay, UnderlayError};
-use crate::view::{PeerTrouble, View, VtepView};
 
 /// How often everything is looked at although nothing has happened.
 const AUDIT: Duration = Duration::from_secs(10);

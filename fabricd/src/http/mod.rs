@@ -1,5 +1,7 @@
 //! `/healthz` and `/readyz` over HTTP, for probes, `/metrics` beside them, and the page at `/`.
 
+pub mod page;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -15,10 +17,10 @@ use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use crate::api::Sources;
+use crate::kernel;
 use crate::mesh::Mesh;
 use crate::metrics::{Format, Metrics};
-use crate::view::View;
-use crate::{kernel, page};
+use crate::status::view::View;
 
 /// Answers on `listener` until the process ends.
 ///

@@ -1,0 +1,92 @@
+//! `fabricd --cleanup`: removes all that fabricd made on this node, and gives its lease back.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use fabric_core::diff::diff;
+use fabric_core::rules::Ruleset;
+use fabric_core::rules::change::change;
+use fabric_core::state::KernelState;
+use tokio::time::timeout;
+use tracing::warn;
+
+use super::leftovers::Leftovers;
+use crate::config::{Config, StoreKind};
+use crate::daemon::{holder, instance, open_kernel};
+use crate::files::state_dir::{Disk, Uptime};
+use crate::files::{Files, remove_if_there};
+use crate::host::lock::{self, Lock};
+use crate::kernel::Kernel as _;
+use crate::lease::{GivenBack, Leaver};
+use crate::store::etcd::Etcd;
+use crate::store::kubernetes::Kubernetes;
+
+/// How long `--cleanup` waits for the store before it leaves the lease to end by itself.
+const GIVE_UP: Duration = Duration::from_secs(10);
+
+/// Removes all that fabricd made on this node, and gives its lease back.
+///
+/// # Errors
+/// When the kernel refuses to let something go, or a file can't be removed. What could be removed is.
+pub async fn cleanup(config: Config) -> anyhow::Result<()> {
+    let _lock = Lock::take(&holder(&config, true)).await?;
+    let mut kernel = open_kernel(&config)?;
+    let leftovers = Leftovers::of_node(&config);
+    // No pod may be added while the rest goes.
+    Files::new(&config.run_dir, &config.subnet_file).remove()?;
+    let disk = Disk::new(&config.state_dir, config.node());
+    let remembered = Uptime::now().ok().and_then(|now| disk.load(&now).lease);
+    disk.remove()?;
+
+    let observed = kernel.observe().await?;
+    let has = observed.host.links.iter().flat_map(|link| link.addresses.iter().map(|(ip, _)| *ip));
+    let leaver = Leaver {
+        node: config.node().clone(),
+        instance: instance()?,
+        addresses: has.chain(config.public_ips().values().copied()).collect(),
+        remembered,
+        ttl: config.lease_ttl,
+    };
+    // Forwarding and the like stay: others may need them by now.
+    let plan = diff(&KernelState::default(), &observed.ours);
+    let mut refused = vec![];
+    for stage in plan.stages() {
+        for (op, result) in stage.iter().zip(kernel.apply(stage).await) {
+            println!("{op}");
+            refused.extend(result.err());
+        }
+    }
+    // The filter last: while a device is there, not everybody may send to it.
+    let mut filter = change(&Ruleset::new(), &observed.rules);
+    filter.doors = observed.doors.iter().filter_map(|door| door.change(None)).collect();
+    if !filter.is_empty() {
+        print!("{filter}");
+        refused.extend(kernel.enforce(&filter).await.err());
+    }
+    println!("{} kernel entries removed", plan.ops().len() - refused.len());
+    print!("{}", leftovers.remove().await?);
+
+    let released = timeout(GIVE_UP, async {
+        match config.store {
+            StoreKind::Etcd => leaver.give_back(&Etcd::start(config.etcd.options()?)).await,
+            StoreKind::Kubernetes => leaver.give_back(&Kubernetes::start(config.kubernetes())).await,
+        }
+    });
+    match released.await {
+        Ok(Ok(GivenBack::Released(key))) => println!("lease of {key} given back"),
+        Ok(Ok(GivenBack::Nothing)) => println!("this node, {}, holds no lease", config.node()),
+        Ok(Ok(GivenBack::Anothers(key, there))) => println!(
+            "{key} is leased to {node} at {there}, not to this machine; if that one is gone: fabricctl lease release {node}",
+            node = config.node()
+        ),
+        Ok(Err(error)) => warn!(%error, "lease not given back, it ends by itself"),
+        Err(_) => warn!(store = ?config.store, "store not reached, the lease ends by itself"),
+    }
+    for file in [&config.socket, &lock::file(&config.run_dir)] {
+        remove_if_there(file)?;
+    }
+    match refused.into_iter().next() {
+        Some(first) => Err(first).context("not everything could be removed"),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,4 @@
+//! What the daemon says of itself: the loop writes it, the API, probes, page and metrics read it.
+
+pub mod events;
+pub mod view;
