@@ -410,7 +410,7 @@ async fn watch_that_is_not_permitted_is_named() {
     assert!(reason.contains("refused to watch the leases") && reason.contains("permission denied"), "{reason}");
 }
 
-/// The role that docs/operations.md gives a node.
+/// The role that docs/reference.md gives a node.
 #[tokio::test]
 async fn role_of_a_node_is_enough_for_all_that_a_node_does_and_no_more() {
     let etcd = etcd().await;

@@ -91,7 +91,7 @@ fn package_is_installed_started_killed_upgraded_removed_and_purged() -> Result<(
         host.run(&format!("grep -q '#compdef {program}' /usr/share/zsh/vendor-completions/_{program}"))?;
         host.run(&format!("grep -q 'complete -c {program}' /usr/share/fish/vendor_completions.d/{program}.fish"))?;
     }
-    host.run("ls /usr/share/doc/fabricd/examples/fabricd.toml /usr/share/doc/fabricd/docs/operations.md")?;
+    host.run("ls /usr/share/doc/fabricd/examples/fabricd.toml /usr/share/doc/fabricd/docs/symptoms.md")?;
 
     // More often in ten seconds than systemd puts up with by itself.
     for time in 1..=6 {

@@ -78,7 +78,7 @@ pub async fn store(inspector: &Inspector, scene: &Scene) -> Finding {
             "a read took more than 5 s",
             "is etcd overloaded? etcdctl endpoint status; its disk must be fast",
         ),
-        Ok(Err(error)) => Finding::failed(format!("a read failed: {error}"), "see docs/operations.md for this message"),
+        Ok(Err(error)) => Finding::failed(format!("a read failed: {error}"), "see docs/symptoms.md for this message"),
         Ok(Ok(())) => read_took(begin.elapsed(), median_trip(&scene.mesh)),
     }
 }
@@ -114,7 +114,7 @@ fn ready(scene: &Scene) -> Finding {
     match &scene.view.readiness {
         Readiness::Ready => Finding::fine("ready"),
         Readiness::NotReady { reason, .. } => {
-            Finding::failed(reason, "see the reason; docs/operations.md has a line for each")
+            Finding::failed(reason, "see the reason; docs/symptoms.md has a line for each")
         }
     }
 }

@@ -188,7 +188,7 @@ fn log() -> Finding {
     last.reverse();
     match last.is_empty() {
         true => Finding::fine(text.lines().last().unwrap_or_default().trim()),
-        false => Finding::warning(last.join("\n"), "see these messages in docs/operations.md"),
+        false => Finding::warning(last.join("\n"), "see these messages in docs/symptoms.md"),
     }
 }
 
