@@ -20,7 +20,7 @@ use fabricd::diagnosis::finding::Finding;
 use fabricd::diagnosis::{Outcome, Places, Scene};
 use fabricd::host::underlay::{DefaultRoute, HostLink};
 use fabricd::kernel::Observed;
-use fabricd::kernel::fib::{Action, Fib, PolicyRule, Route};
+use fabricd::kernel::routing::fib::{Action, Fib, PolicyRule, Route};
 use fabricd::mesh::Mesh;
 use fabricd::reconcile::Looked;
 use fabricd::status::view::{PeerTrouble, View};

@@ -13,8 +13,8 @@ use fabric_core::state::{KernelState, Sysctl};
 use fabric_tests::conformance::kernel::{World, device, look, settle, v, wanted, woken};
 use fabric_tests::conformance::real_world::RealWorld;
 use fabric_tests::netns::{in_netns_async, ip, run};
-use fabricd::kernel::bridge::remove_unused;
 use fabricd::kernel::netlink::{Netlink, Options};
+use fabricd::kernel::routing::bridge::remove_unused;
 use fabricd::kernel::{Kernel, KernelError, Touched};
 use serde_json::Value;
 

@@ -17,8 +17,8 @@ use fabric_core::model::{IfName, Subnet};
 
 use crate::config::Config;
 use crate::host::addresses::{self, Addresses, CniDirs};
-use crate::kernel::bridge::remove_unused;
 use crate::kernel::links::HostLinks;
+use crate::kernel::routing::bridge::remove_unused;
 
 /// What may be left on this node.
 #[derive(Clone, Debug, PartialEq, Eq)]

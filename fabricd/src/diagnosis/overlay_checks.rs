@@ -5,7 +5,7 @@ use fabric_core::model::{Family, MacAddr, Subnet};
 use super::Scene;
 use super::finding::{Culprit, Finding};
 use super::host_checks::read;
-use crate::kernel::fib::Action;
+use crate::kernel::routing::fib::Action;
 
 /// Whose a VXLAN device is, by its name.
 const OVERLAYS: [(&str, &str, &str); 7] = [

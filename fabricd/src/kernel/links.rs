@@ -7,8 +7,9 @@ use fabric_core::model::{IfName, Subnet};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
 use super::mirror::{bridges, host_link};
+use super::routing::tables;
 use super::socket::RequestSocket;
-use super::{KernelError, Observed, tables};
+use super::{KernelError, Observed};
 use crate::host::underlay::HostLink;
 
 /// The links of this host but for our own.

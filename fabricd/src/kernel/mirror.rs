@@ -16,12 +16,14 @@ use fabric_core::model::{IfName, Subnet};
 use fabric_core::rules::change::{Change, share};
 use fabric_core::state::{Foreign, ForeignLink, NexthopId, Sysctl, Via};
 
+use super::firewalls::{self, bridge_nf};
 use super::monitor::{Event, Interest, Table};
 use super::netlink::Options;
 use super::nft::Filter;
+use super::routing::routes;
+use super::routing::tables::{self, Address, EntryRow, Fit, Link, Links};
 use super::socket::RequestSocket;
-use super::tables::{self, Address, EntryRow, Fit, Link, Links};
-use super::{KernelError, Observed, bridge_nf, firewalls, routes, sysctl};
+use super::{KernelError, Observed, sysctl};
 use crate::host::underlay::HostLink;
 
 /// What the kernel holds.

@@ -6,37 +6,31 @@
 //! ```text
 //!      apply(ops), enforce(rules)                observe()                       changed()
 //!                  │                                 │                               ▲
-//!   encode (nexthop) ▸ Request          mirror: what is known  ◄── events ──  monitor: a socket of its own
+//!   routing::encode ▸ Request           mirror: what is known  ◄── events ──  monitor: a socket of its own
 //!                  │                                 ▲                               ▲
-//!                  │                       tables, routes, sysctl, nft, firewalls      │
+//!                  │                       routing, nft, firewalls, sysctl             │
 //!                  ▼                                 │  (only what is stale)         │
 //!            socket: one send per 64 KiB, or one dump of a table                     │
 //!                  ▼                                 │                               │
 //!            ────────────────────────────────────  kernel  ──────────────────────────────────────
 //! ```
 
-pub mod bridge;
-mod bridge_nf;
-mod encode;
-pub mod fib;
 mod firewalls;
 pub mod links;
 mod mirror;
 mod monitor;
 pub mod netlink;
-mod nexthop;
 mod nft;
 mod refusal;
-mod routes;
+pub mod routing;
 mod socket;
 mod sysctl;
-mod tables;
 mod wire;
 
-pub use self::fib::fib;
 pub use self::nft::drops::{Drops, drops};
 pub use self::nft::service::is_service;
-pub use self::routes::{Taken, route_of_packet, route_to};
+pub use self::routing::fib::fib;
+pub use self::routing::{Taken, route_of_packet, route_to};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;

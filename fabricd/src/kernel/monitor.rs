@@ -22,9 +22,9 @@ use netlink_sys::{AsyncSocket, TokioSocket};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
-use super::nexthop::{self, NexthopRow, RTM_DELNEXTHOP, RTM_NEWNEXTHOP};
-use super::routes::{self, RouteRow};
-use super::tables::{self, Entry};
+use super::routing::nexthop::{self, NexthopRow, RTM_DELNEXTHOP, RTM_NEWNEXTHOP};
+use super::routing::routes::{self, RouteRow};
+use super::routing::tables::{self, Entry};
 use super::wire::{Frame, attributes, frames};
 use super::{Touched, socket};
 

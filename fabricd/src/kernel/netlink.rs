@@ -17,12 +17,13 @@ use fabric_core::state::{Sysctl, Via};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use tokio::task::JoinHandle;
 
-use super::encode::{Device, Unsendable, encode};
 use super::mirror::Mirror;
 use super::monitor::{Monitor, Table};
 use super::nft::{self, Filter};
+use super::routing::encode::{Device, Unsendable, encode};
+use super::routing::tables;
 use super::socket::{Refusal, RequestSocket};
-use super::{Kernel, KernelError, Observed, Touched, refusal, sysctl, tables};
+use super::{Kernel, KernelError, Observed, Touched, refusal, sysctl};
 
 /// A call that takes longer has a kernel that hangs: the largest plans take a second.
 const LIMIT: Duration = Duration::from_secs(30);

@@ -4,7 +4,7 @@
 use fabric_core::model::{Family, Subnet};
 
 use super::Target;
-use crate::kernel::fib::{Decision, Fib, Packet, Route};
+use crate::kernel::routing::fib::{Decision, Fib, Packet, Route};
 
 /// A route or policy rule that leads packets elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,7 +69,7 @@ fn culprit(decision: &Decision<'_>) -> Override {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::fib::{Action, PolicyRule};
+    use crate::kernel::routing::fib::{Action, PolicyRule};
     use crate::mesh::tests::target;
 
     const MAIN: u32 = 254;

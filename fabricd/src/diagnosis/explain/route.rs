@@ -6,7 +6,7 @@ use fabric_core::model::IfName;
 
 use super::Hop;
 use crate::diagnosis::Scene;
-use crate::kernel::fib::{Decision, Packet};
+use crate::kernel::routing::fib::{Decision, Packet};
 use crate::kernel::{self, Taken};
 
 /// A packet of a pod of this node, as the kernel gets it.
@@ -80,7 +80,7 @@ mod tests {
 
     use super::*;
     use crate::diagnosis::Outcome;
-    use crate::kernel::fib::{Action, PolicyRule, Route};
+    use crate::kernel::routing::fib::{Action, PolicyRule, Route};
 
     #[test]
     fn overriding_route_or_rule_is_named_with_the_command_that_takes_it_away() {

@@ -8,8 +8,10 @@
 //!
 //! Of nftables the base chains are listed, and of those on the hooks in question only the chains are read that are
 //! reached from them: never the nat tables, where kube-proxy has its thousands. They are read again when the kernel's
-//! generation of rules is another; of iptables-legacy, which tells nobody of changes, at each audit.
+//! generation of rules is another; of iptables-legacy, which tells nobody of changes, at each audit. [`bridge_nf`] tells
+//! whether those chains see what passes between ports of a bridge.
 
+pub(super) mod bridge_nf;
 mod expressions;
 mod legacy;
 mod nftables;

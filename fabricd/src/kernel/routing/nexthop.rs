@@ -7,10 +7,10 @@ use fabric_core::model::Family;
 use fabric_core::state::{NexthopId, ROUTE_PROTOCOL};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, parse_ip, parse_u32};
 
-use super::wire::{Frame, Request, attributes};
+use crate::kernel::wire::{Frame, Request, attributes};
 
-pub(super) const RTM_NEWNEXTHOP: u16 = 104;
-pub(super) const RTM_DELNEXTHOP: u16 = 105;
+pub(in crate::kernel) const RTM_NEWNEXTHOP: u16 = 104;
+pub(in crate::kernel) const RTM_DELNEXTHOP: u16 = 105;
 const RTM_GETNEXTHOP: u16 = 106;
 
 const HEADER: usize = 8;
@@ -22,15 +22,15 @@ const ONLINK: u32 = 4;
 
 /// A nexthop object as a dump shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct NexthopRow {
-    pub(super) id: NexthopId,
-    pub(super) protocol: u8,
-    pub(super) gateway: Option<IpAddr>,
-    pub(super) device: Option<u32>,
+pub(in crate::kernel) struct NexthopRow {
+    pub(in crate::kernel) id: NexthopId,
+    pub(in crate::kernel) protocol: u8,
+    pub(in crate::kernel) gateway: Option<IpAddr>,
+    pub(in crate::kernel) device: Option<u32>,
 }
 
 /// `ip nexthop add id ID via GATEWAY dev DEV onlink proto 250`, or `replace`.
-pub(super) fn set(id: NexthopId, gateway: IpAddr, device: u32, replace: bool) -> Request {
+pub(in crate::kernel) fn set(id: NexthopId, gateway: IpAddr, device: u32, replace: bool) -> Request {
     let family = match Family::of(gateway) {
         Family::V4 => libc::AF_INET,
         Family::V6 => libc::AF_INET6,
@@ -47,19 +47,19 @@ pub(super) fn set(id: NexthopId, gateway: IpAddr, device: u32, replace: bool) ->
 }
 
 /// `ip nexthop del id ID`.
-pub(super) fn delete(id: NexthopId) -> Request {
+pub(in crate::kernel) fn delete(id: NexthopId) -> Request {
     let mut body = vec![0; HEADER];
     attribute(&mut body, ID, &id.0.to_ne_bytes());
     Request::raw(RTM_DELNEXTHOP, 0, body)
 }
 
 /// `ip nexthop show`.
-pub(super) fn all() -> Request {
+pub(in crate::kernel) fn all() -> Request {
     Request::raw(RTM_GETNEXTHOP, 0, vec![0; HEADER])
 }
 
 /// A nexthop object out of a dump or an event.
-pub(super) fn decode(frame: &Frame<'_>) -> Option<NexthopRow> {
+pub(in crate::kernel) fn decode(frame: &Frame<'_>) -> Option<NexthopRow> {
     let body = frame.body.get(HEADER..)?;
     let number = |wanted| attributes(body).find(|(kind, _)| *kind == wanted).and_then(|(_, v)| parse_u32(v).ok());
     Some(NexthopRow {

@@ -8,7 +8,7 @@ use std::path::Path;
 use fabric_core::model::Family;
 
 /// The settings below `/proc/sys/net` that are not as kube-proxy needs them, each in words with the way out.
-pub(super) fn lacking(sysctl_root: &Path) -> Vec<(Family, String)> {
+pub(in crate::kernel) fn lacking(sysctl_root: &Path) -> Vec<(Family, String)> {
     let settings = [(Family::V4, "bridge-nf-call-iptables"), (Family::V6, "bridge-nf-call-ip6tables")];
     let said = |(family, name): (Family, &str)| {
         let value = fs::read_to_string(sysctl_root.join("bridge").join(name)).ok();

@@ -14,11 +14,11 @@ use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessa
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
-use super::KernelError;
 use super::routes::{device, ip, metric};
-use super::socket::RequestSocket;
 use super::tables::{self, Links, reading};
-use super::wire::{Frame, Request};
+use crate::kernel::KernelError;
+use crate::kernel::socket::RequestSocket;
+use crate::kernel::wire::{Frame, Request};
 
 /// Tables that every host has.
 const DEFAULT: u32 = 253;

@@ -15,36 +15,36 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use rtnetlink::RouteMessageBuilder;
 
-use super::KernelError;
 use super::encode::IPV6_METRIC;
-use super::socket::RequestSocket;
 use super::tables::{Links, reading};
-use super::wire::{Frame, Request, attributes};
 use crate::host::underlay::DefaultRoute;
+use crate::kernel::KernelError;
+use crate::kernel::socket::RequestSocket;
+use crate::kernel::wire::{Frame, Request, attributes};
 
 /// The main table's routes of others.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct HostRoutes {
+pub(in crate::kernel) struct HostRoutes {
     /// Those with the metric that ours have: two routes can't share destination and metric.
-    pub(super) beside_ours: BTreeMap<Subnet, String>,
+    pub(in crate::kernel) beside_ours: BTreeMap<Subnet, String>,
     /// Of those the ones that flannel, or somebody like it, made for a peer.
-    pub(super) plain: BTreeMap<Subnet, String>,
+    pub(in crate::kernel) plain: BTreeMap<Subnet, String>,
     /// Default routes.
-    pub(super) defaults: Vec<DefaultRoute>,
+    pub(in crate::kernel) defaults: Vec<DefaultRoute>,
     /// Indexes of the links that any of them leads out of.
-    pub(super) devices: Vec<u32>,
+    pub(in crate::kernel) devices: Vec<u32>,
 }
 
 /// What a route with our protocol is now: where it leads, `None` when it is gone.
 #[derive(Debug)]
-pub(super) struct RouteRow {
-    pub(super) dst: Subnet,
-    pub(super) way: Option<Way>,
+pub(in crate::kernel) struct RouteRow {
+    pub(in crate::kernel) dst: Subnet,
+    pub(in crate::kernel) way: Option<Way>,
 }
 
 /// Where a route leads, as the kernel says it. Only what fabricd itself would write has a shape of its own.
 #[derive(Debug)]
-pub(super) enum Way {
+pub(in crate::kernel) enum Way {
     Nexthop(NexthopId),
     Gateway {
         gateway: IpAddr,
@@ -56,7 +56,7 @@ pub(super) enum Way {
 }
 
 /// `ip route show table main proto 250`, of both families: ours, whatever device they lead out of.
-pub(super) fn ours(socket: &mut RequestSocket, links: &Links) -> Result<Vec<(Subnet, Via)>, KernelError> {
+pub(in crate::kernel) fn ours(socket: &mut RequestSocket, links: &Links) -> Result<Vec<(Subnet, Via)>, KernelError> {
     dump(socket, RouteProtocol::Other(ROUTE_PROTOCOL), |frame| our_row(frame, links))
 }
 
@@ -66,7 +66,10 @@ fn our_row(frame: &Frame<'_>, links: &Links) -> Option<(Subnet, Via)> {
 }
 
 /// `ip route show table main`, of both families: ours, and the others.
-pub(super) fn all(socket: &mut RequestSocket, links: &Links) -> Result<(Vec<(Subnet, Via)>, HostRoutes), KernelError> {
+pub(in crate::kernel) fn all(
+    socket: &mut RequestSocket,
+    links: &Links,
+) -> Result<(Vec<(Subnet, Via)>, HostRoutes), KernelError> {
     enum Row {
         Ours((Subnet, Via)),
         Other(Box<RouteMessage>),
@@ -116,7 +119,7 @@ fn of_others(routes: &[RouteMessage], links: &Links) -> HostRoutes {
 
 /// `ip route get IP`: the device and source address that the kernel would use; `None` when it sees no way, whatever it
 /// objects (unreachable, a blackhole, prohibited).
-pub(super) fn reach(socket: &mut RequestSocket, links: &Links, ip: IpAddr) -> Option<(IfName, IpAddr)> {
+pub(in crate::kernel) fn reach(socket: &mut RequestSocket, links: &Links, ip: IpAddr) -> Option<(IfName, IpAddr)> {
     let mut question = RouteMessageBuilder::<IpAddr>::new().destination_prefix(ip, Family::of(ip).bits()).ok()?.build();
     // Strict checking takes a lookup without any of the header fields that describe a route.
     question.header = RouteHeader {
@@ -209,7 +212,7 @@ pub fn route_of_packet(from: IpAddr, to: IpAddr, iif: IfName) -> Result<Taken, K
 }
 
 /// True for a route that has our mark: our protocol, the sixth byte of a `struct rtmsg`.
-pub(super) fn is_ours(frame: &Frame<'_>) -> bool {
+pub(in crate::kernel) fn is_ours(frame: &Frame<'_>) -> bool {
     frame.body.get(5) == Some(&ROUTE_PROTOCOL)
 }
 
@@ -218,7 +221,7 @@ pub(super) fn is_ours(frame: &Frame<'_>) -> bool {
 ///
 /// By hand, since there are thousands: a `struct rtmsg` of twelve bytes (family, lengths of destination and source, TOS,
 /// table, protocol, scope, type, flags) and attributes.
-pub(super) fn row(frame: &Frame<'_>, gone: bool) -> Option<RouteRow> {
+pub(in crate::kernel) fn row(frame: &Frame<'_>, gone: bool) -> Option<RouteRow> {
     const CLONED: u32 = 0x200;
     const ONLINK: u32 = 4;
     let (head, rest) = frame.body.split_at_checked(12)?;
@@ -274,12 +277,12 @@ fn is_plain(dst: Subnet, route: &RouteMessage, links: &Links) -> bool {
 }
 
 /// The destination of a route of others that would stand in the place of one of ours.
-pub(super) fn beside_ours(route: &RouteMessage) -> Option<Subnet> {
+pub(in crate::kernel) fn beside_ours(route: &RouteMessage) -> Option<Subnet> {
     (in_main_table(route) && metric(route) == our_metric(route)).then(|| destination(route)).flatten()
 }
 
 /// True for a default route of the main table.
-pub(super) fn is_default(route: &RouteMessage) -> bool {
+pub(in crate::kernel) fn is_default(route: &RouteMessage) -> bool {
     in_main_table(route) && route.header.destination_prefix_length == 0
 }
 
@@ -327,7 +330,7 @@ fn route_of(frame: &Frame<'_>) -> Option<RouteMessage> {
 
 impl Way {
     /// The same by the names of links.
-    pub(super) fn via(&self, dst: Subnet, links: &Links) -> Via {
+    pub(in crate::kernel) fn via(&self, dst: Subnet, links: &Links) -> Via {
         match self {
             Self::Nexthop(id) => Via::Nexthop(*id),
             Self::Gateway { gateway, index, onlink } => {
@@ -391,7 +394,7 @@ fn destination(route: &RouteMessage) -> Option<Subnet> {
     Subnet::holding(base.unwrap_or(any), route.header.destination_prefix_length).ok()
 }
 
-pub(super) fn metric(route: &RouteMessage) -> u32 {
+pub(in crate::kernel) fn metric(route: &RouteMessage) -> u32 {
     route
         .attributes
         .iter()
@@ -404,7 +407,7 @@ fn our_metric(route: &RouteMessage) -> u32 {
 }
 
 /// The link that a route leads out of; of several, the first.
-pub(super) fn device(route: &RouteMessage) -> Option<u32> {
+pub(in crate::kernel) fn device(route: &RouteMessage) -> Option<u32> {
     route.attributes.iter().find_map(|a| match a {
         RouteAttribute::Oif(index) => Some(*index),
         RouteAttribute::MultiPath(hops) => hops.first().map(|hop| hop.interface_index),
@@ -429,7 +432,7 @@ fn source(route: &RouteMessage) -> Option<IpAddr> {
     route.attributes.iter().find_map(|a| if let RouteAttribute::PrefSource(address) = a { ip(address) } else { None })
 }
 
-pub(super) fn ip(address: &RouteAddress) -> Option<IpAddr> {
+pub(in crate::kernel) fn ip(address: &RouteAddress) -> Option<IpAddr> {
     match address {
         RouteAddress::Inet(ip) => Some(IpAddr::V4(*ip)),
         RouteAddress::Inet6(ip) => Some(IpAddr::V6(*ip)),

@@ -6,7 +6,7 @@ use fabric_core::model::IfName;
 use futures::TryStreamExt as _;
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 
-use super::KernelError;
+use crate::kernel::KernelError;
 
 /// `ip link delete BRIDGE` for those of `names` that are bridges and have no port. Returns them.
 ///

@@ -19,23 +19,23 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
 use rtnetlink::{AddressMessageBuilder, LinkMessageBuilder, LinkUnspec, LinkVxlan, RouteMessageBuilder};
 
 use super::nexthop;
-use super::wire::Request;
+use crate::kernel::wire::Request;
 
 /// Metric that the kernel gives an IPv6 route that names none (`IP6_RT_PRIO_USER`). IPv4's is 0.
-pub(super) const IPV6_METRIC: u32 = 1024;
+pub(in crate::kernel) const IPV6_METRIC: u32 = 1024;
 
 /// A device that an op names, as the kernel has it at this moment.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Device {
-    pub(super) index: u32,
-    pub(super) ours: bool,
+pub(in crate::kernel) struct Device {
+    pub(in crate::kernel) index: u32,
+    pub(in crate::kernel) ours: bool,
 }
 
 const FAMILIES: Unsendable = Unsendable::Senseless("the gateway has another address family than the route");
 
 /// Why a step makes no message.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Unsendable {
+pub(in crate::kernel) enum Unsendable {
     /// The device isn't there.
     NoDevice,
     /// The step asks for what can't be.
@@ -46,7 +46,10 @@ pub(super) enum Unsendable {
 ///
 /// # Errors
 /// When the step names a device that isn't there, or makes no sense.
-pub(super) fn encode(op: &Op, device: impl Fn(&IfName) -> Option<Device>) -> Result<Vec<Request>, Unsendable> {
+pub(in crate::kernel) fn encode(
+    op: &Op,
+    device: impl Fn(&IfName) -> Option<Device>,
+) -> Result<Vec<Request>, Unsendable> {
     let index = |name: &IfName| device(name).map(|device| device.index).ok_or(Unsendable::NoDevice);
     // A link under our device's name that isn't one of ours is not touched: somebody put it there a moment ago.
     let our_link = |name: &IfName| device(name).filter(|device| device.ours).map(|device| device.index);

@@ -17,41 +17,41 @@ use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
 use rtnetlink::LinkUnspec;
 
-use super::KernelError;
 use super::nexthop::{self, NexthopRow};
-use super::socket::RequestSocket;
-use super::wire::{Frame, Request, attributes};
+use crate::kernel::KernelError;
+use crate::kernel::socket::RequestSocket;
+use crate::kernel::wire::{Frame, Request, attributes};
 
 /// A link.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Link {
-    pub(super) index: u32,
-    pub(super) name: IfName,
-    pub(super) mtu: u32,
-    pub(super) up: bool,
-    pub(super) loopback: bool,
+pub(in crate::kernel) struct Link {
+    pub(in crate::kernel) index: u32,
+    pub(in crate::kernel) name: IfName,
+    pub(in crate::kernel) mtu: u32,
+    pub(in crate::kernel) up: bool,
+    pub(in crate::kernel) loopback: bool,
     /// The bridge (or bond) that it is a port of.
-    pub(super) controller: Option<u32>,
-    pub(super) kind: String,
+    pub(in crate::kernel) controller: Option<u32>,
+    pub(in crate::kernel) kind: String,
     /// VNI, port and underlay family of a VXLAN device, whoever made it.
-    pub(super) vxlan: Option<(u32, u16, Family)>,
+    pub(in crate::kernel) vxlan: Option<(u32, u16, Family)>,
     /// All of it when it is ours.
-    pub(super) ours: Option<VxlanLink>,
+    pub(in crate::kernel) ours: Option<VxlanLink>,
 }
 
 /// An address on a link, link-local and host-local ones left out.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Address {
-    pub(super) index: u32,
-    pub(super) ip: IpAddr,
-    pub(super) prefix: Subnet,
+pub(in crate::kernel) struct Address {
+    pub(in crate::kernel) index: u32,
+    pub(in crate::kernel) ip: IpAddr,
+    pub(in crate::kernel) prefix: Subnet,
     /// Fit to be a source; `None` when it is not global or about to come.
-    pub(super) fit: Option<Fit>,
+    pub(in crate::kernel) fit: Option<Fit>,
 }
 
 /// How fit an address is to be a source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fit {
+pub(in crate::kernel) enum Fit {
     Lasting,
     /// Deprecated, or a temporary one of IPv6 (a privacy address, replaced within a day): about to go.
     Passing,
@@ -59,16 +59,16 @@ pub(super) enum Fit {
 
 /// Nexthop objects, ours and the ids of all others.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Nexthops {
-    pub(super) ours: Vec<(NexthopId, Nexthop)>,
-    pub(super) foreign: BTreeSet<NexthopId>,
+pub(in crate::kernel) struct Nexthops {
+    pub(in crate::kernel) ours: Vec<(NexthopId, Nexthop)>,
+    pub(in crate::kernel) foreign: BTreeSet<NexthopId>,
 }
 
 /// All links by index: what other tables refer to them by.
-pub(super) type Links = BTreeMap<u32, Link>;
+pub(in crate::kernel) type Links = BTreeMap<u32, Link>;
 
 /// `ip -details link show`.
-pub(super) fn links(socket: &mut RequestSocket) -> Result<Links, KernelError> {
+pub(in crate::kernel) fn links(socket: &mut RequestSocket) -> Result<Links, KernelError> {
     // Counters would be most of the answer.
     let mut all = LinkMessage::default();
     all.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
@@ -77,7 +77,7 @@ pub(super) fn links(socket: &mut RequestSocket) -> Result<Links, KernelError> {
 }
 
 /// `ip -details link show dev NAME`; `None` when there is no such link.
-pub(super) fn link_named(socket: &mut RequestSocket, name: &IfName) -> io::Result<Option<Link>> {
+pub(in crate::kernel) fn link_named(socket: &mut RequestSocket, name: &IfName) -> io::Result<Option<Link>> {
     let one = Request::new(&Rtnl::GetLink(LinkUnspec::new_with_name(name.as_str()).build()), 0);
     match socket.ask(&one, link_of) {
         Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
@@ -159,7 +159,7 @@ fn vxlan(data: &[InfoVxlan], link: &Link, mac: Option<MacAddr>) -> (u32, u16, Ip
 }
 
 /// `ip address show`, without what the kernel makes of itself: link-local and host-local addresses.
-pub(super) fn addresses(socket: &mut RequestSocket) -> Result<Vec<Address>, KernelError> {
+pub(in crate::kernel) fn addresses(socket: &mut RequestSocket) -> Result<Vec<Address>, KernelError> {
     let all = Request::new(&Rtnl::GetAddress(AddressMessage::default()), 0);
     let decode = |frame: &Frame<'_>| match frame.route_message()? {
         Rtnl::NewAddress(message) => address(&message),
@@ -198,15 +198,15 @@ fn address(message: &AddressMessage) -> Option<Address> {
 
 /// What an FDB entry or a neighbour is now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(in crate::kernel) struct Entry {
     /// Its device.
-    pub(super) index: u32,
-    pub(super) row: EntryRow,
+    pub(in crate::kernel) index: u32,
+    pub(in crate::kernel) row: EntryRow,
 }
 
 /// By the kernel's key, what ours would say there; `None` when there is no such entry, or none of our making.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum EntryRow {
+pub(in crate::kernel) enum EntryRow {
     Fdb(MacAddr, Option<IpAddr>),
     Neighbour(IpAddr, Option<MacAddr>),
 }
@@ -217,7 +217,7 @@ pub(super) enum EntryRow {
 ///
 /// By hand, since there are thousands: a `struct ndmsg` of twelve bytes (family, three of padding, index, state, flags,
 /// type) and attributes.
-pub(super) fn entry(frame: &Frame<'_>, gone: bool) -> Option<Entry> {
+pub(in crate::kernel) fn entry(frame: &Frame<'_>, gone: bool) -> Option<Entry> {
     const PERMANENT: u16 = 0x80;
     const OWN: u8 = 0x02;
     const EXTERN_LEARN: u8 = 0x10;
@@ -248,7 +248,7 @@ pub(super) fn entry(frame: &Frame<'_>, gone: bool) -> Option<Entry> {
 type Rows<K, V> = Vec<((IfName, K), V)>;
 
 /// `bridge fdb show dev DEV`: ours on our devices.
-pub(super) fn fdb(socket: &mut RequestSocket, ours: &[&Link]) -> Result<Rows<MacAddr, IpAddr>, KernelError> {
+pub(in crate::kernel) fn fdb(socket: &mut RequestSocket, ours: &[&Link]) -> Result<Rows<MacAddr, IpAddr>, KernelError> {
     let mut all = vec![];
     for device in ours {
         // The kernel filters the FDB by the index in the header ...
@@ -264,7 +264,10 @@ pub(super) fn fdb(socket: &mut RequestSocket, ours: &[&Link]) -> Result<Rows<Mac
 }
 
 /// `ip neighbour show nud permanent dev DEV`, of both families: ours on our devices.
-pub(super) fn neighbours(socket: &mut RequestSocket, ours: &[&Link]) -> Result<Rows<IpAddr, MacAddr>, KernelError> {
+pub(in crate::kernel) fn neighbours(
+    socket: &mut RequestSocket,
+    ours: &[&Link],
+) -> Result<Rows<IpAddr, MacAddr>, KernelError> {
     let mut all = vec![];
     for device in ours {
         // ... and neighbours by an attribute, in one dump for both families.
@@ -300,7 +303,7 @@ fn mac_of(bytes: &[u8]) -> Option<MacAddr> {
 /// `ip nexthop show`. Ours have our protocol, an id of our range and lead over a device of ours.
 ///
 /// `None` when the kernel knows no nexthop objects (before 5.3).
-pub(super) fn nexthops(socket: &mut RequestSocket, links: &Links) -> Result<Option<Nexthops>, KernelError> {
+pub(in crate::kernel) fn nexthops(socket: &mut RequestSocket, links: &Links) -> Result<Option<Nexthops>, KernelError> {
     let rows = match socket.dump(&nexthop::all(), nexthop::decode) {
         Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => return Ok(None),
         rows => rows.map_err(reading("nexthop objects"))?,
@@ -316,13 +319,13 @@ pub(super) fn nexthops(socket: &mut RequestSocket, links: &Links) -> Result<Opti
 }
 
 /// A nexthop object that is ours.
-pub(super) fn nexthop_of(row: &NexthopRow, links: &Links) -> Option<Nexthop> {
+pub(in crate::kernel) fn nexthop_of(row: &NexthopRow, links: &Links) -> Option<Nexthop> {
     let device = links.get(&row.device?).filter(|link| link.ours.is_some())?;
     (row.protocol == ROUTE_PROTOCOL && row.id.0 >= NEXTHOP_ID_BASE)
         .then_some(Nexthop { gateway: row.gateway?, dev: device.name })
 }
 
 /// Puts the table's name to an error.
-pub(super) fn reading(table: &'static str) -> impl Fn(io::Error) -> KernelError {
+pub(in crate::kernel) fn reading(table: &'static str) -> impl Fn(io::Error) -> KernelError {
     move |source| KernelError::Dump { table, source }
 }

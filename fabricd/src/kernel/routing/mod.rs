@@ -1,0 +1,13 @@
+//! rtnetlink(7): links, addresses, FDB, neighbours, nexthop objects, routes and the rules that choose between route tables.
+//!
+//! [`encode`] makes messages of steps; [`tables`] and [`routes`] read what is there and tell what of it is ours
+//! (docs/kernel-state.md); [`fib`] answers as the kernel would where a packet goes.
+
+pub mod bridge;
+pub(super) mod encode;
+pub mod fib;
+pub(super) mod nexthop;
+pub(super) mod routes;
+pub(super) mod tables;
+
+pub use self::routes::{Taken, route_of_packet, route_to};
