@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use anyhow::{Context as _, bail};
 use fabric_core::handoff::Readiness;
-use fabric_core::holding::Instance;
+use fabric_core::lease::Instance;
 use futures::FutureExt as _;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -24,7 +24,7 @@ use crate::host::addresses::NodePods;
 use crate::host::attachments;
 use crate::host::lock::{Holder, Lock};
 use crate::kernel::netlink::{self, Netlink};
-use crate::lease::{Hosts, Keeper, Tenant};
+use crate::lease::{Hosts, Keeper, LeaseOptions};
 use crate::mesh::Mesh;
 use crate::reconcile::{Node, Reconciler};
 use crate::status::events;
@@ -73,7 +73,7 @@ async fn serve(
         .masquerading(config.rules.ip_masq)
         .with_addresses_in(&config.cni_data_dir);
     let disk = Disk::new(&config.state_dir, config.node());
-    let tenant = Tenant {
+    let options = LeaseOptions {
         node: config.node().clone(),
         instance: instance()?,
         ttl: config.lease_ttl,
@@ -82,7 +82,7 @@ async fn serve(
         since: events::unix_millis(SystemTime::now()) / 1000,
         hosts: Hosts::of_underlay(),
     };
-    let keeper = Keeper::new(store.clone(), tenant, before.lease.clone());
+    let keeper = Keeper::new(store.clone(), options, before.lease.clone());
     let node = Node {
         name: config.node().clone(),
         selectors: config.selectors(),

@@ -2,7 +2,7 @@
 
 #![no_main]
 
-use fabric_core::alloc::{Taken, choose};
+use fabric_core::lease::alloc::{Taken, choose};
 use fabric_core::network::NetworkConfig;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {

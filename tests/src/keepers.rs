@@ -6,12 +6,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fabric_core::holding::Instance;
+use fabric_core::lease::Instance;
 use fabric_core::model::{NodeName, PerFamily};
 use fabric_core::network::NetworkConfig;
 use fabricd::host::addresses::{CniDirs, NodePods};
 use fabricd::kernel::links::HostLinks;
-use fabricd::lease::{Holding, Hosts, Keeper, Tenant, Wanted};
+use fabricd::lease::{Holding, Hosts, Keeper, LeaseOptions, Wanted};
 use fabricd::store::etcd::{Etcd, Options};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -45,7 +45,7 @@ impl Keepers {
     #[must_use]
     pub fn start(&self, n: u32) -> OneKeeper {
         let node: NodeName = format!("many-{n}").parse().expect("a name");
-        let tenant = Tenant {
+        let options = LeaseOptions {
             node: node.clone(),
             instance: Instance { boot: format!("boot-{n}"), netns: 1 },
             ttl: self.ttl,
@@ -54,7 +54,7 @@ impl Keepers {
             since: 0,
             hosts: no_hosts(),
         };
-        let keeper = Keeper::new(Arc::new(Etcd::start(self.etcd.clone())), tenant, None);
+        let keeper = Keeper::new(Arc::new(Etcd::start(self.etcd.clone())), options, None);
         let ip = Ipv4Addr::from_bits(Ipv4Addr::new(198, 18, 0, 0).to_bits() + n);
         let public_ips = PerFamily { v4: Some(ip.into()), v6: None };
         let (wanted, wants) = watch::channel(Some(Wanted { network: self.network, public_ips }));

@@ -22,7 +22,7 @@ use fabricd::host::underlay::{DefaultRoute, HostLink};
 use fabricd::kernel::Observed;
 use fabricd::kernel::routing::fib::{Action, Fib, PolicyRule, Route};
 use fabricd::mesh::Mesh;
-use fabricd::reconcile::Looked;
+use fabricd::reconcile::Snapshot;
 use fabricd::status::view::{PeerTrouble, View};
 use tempfile::TempDir;
 
@@ -116,7 +116,7 @@ impl Node {
             cni_conf: self.root.path().join("etc/cni/net.d"),
             kubernetes: false,
         };
-        let looked = Looked {
+        let snapshot = Snapshot {
             wanted: Some(Arc::new(wanted)),
             observed: Some(Arc::new(self.observed.clone())),
             filter: vec![],
@@ -124,7 +124,7 @@ impl Node {
             blocked: String::new(),
         };
         let (view, mesh, fib) = (Arc::new(self.view.clone()), Arc::new(Mesh::default()), Arc::new(self.fib.clone()));
-        let scene = Scene { view, looked, mesh, places, fib };
+        let scene = Scene { view, snapshot, mesh, places, fib };
         let (_, _, check) = checks::ALL.iter().find(|(name, ..)| *name == id).context("no such check")?;
         Ok(check(&scene))
     }

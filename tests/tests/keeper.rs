@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::handoff::NotReady;
-use fabric_core::holding::Instance;
+use fabric_core::lease::Instance;
 use fabric_core::model::PerFamily;
 use fabric_core::network::NetworkConfig;
 use fabric_tests::conformance::store::flannel_value;
 use fabric_tests::keepers::pods_in;
 use fabric_tests::memory_store::{MemoryCluster, MemoryStore};
-use fabricd::lease::{Holding, Hosts, Keeper, Own, Remembered, Tenant, Wanted};
+use fabricd::lease::{Holding, Hosts, Keeper, LeaseOptions, Own, Remembered, Wanted};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
@@ -50,7 +50,7 @@ impl Node {
     fn start_as(cluster: &MemoryCluster, name: &str, boot: u64, ip: &str, remembered: Option<Remembered>) -> Self {
         let store = Arc::new(cluster.node());
         let hosts = cluster.clone();
-        let tenant = Tenant {
+        let options = LeaseOptions {
             node: name.parse().expect("a name"),
             instance: Instance { boot: format!("boot-{boot}"), netns: 7 },
             ttl: TTL,
@@ -62,7 +62,7 @@ impl Node {
                 Box::pin(async move { answers })
             }),
         };
-        let keeper = Keeper::new(store.clone(), tenant, remembered);
+        let keeper = Keeper::new(store.clone(), options, remembered);
         let (holding, (wanted, wants)) = (keeper.holding(), watch::channel(Some(wanted(ip))));
         let mut task = JoinSet::new();
         task.spawn(keeper.run(wants));

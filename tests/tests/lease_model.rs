@@ -15,13 +15,13 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use fabric_core::holding::Instance;
+use fabric_core::lease::Instance;
 use fabric_core::model::{NodeName, PerFamily, stable_hash};
 use fabric_core::network::NetworkConfig;
 use fabric_tests::conformance::store::flannel_value;
 use fabric_tests::keepers::pods_in;
 use fabric_tests::memory_store::{MemoryCluster, MemoryStore, Snapshot};
-use fabricd::lease::{Command, Holding, Keeper, Own, Remembered, Tenant, Wanted};
+use fabricd::lease::{Command, Holding, Keeper, LeaseOptions, Own, Remembered, Wanted};
 use futures::task::AtomicWaker;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -149,7 +149,7 @@ impl Node {
         let store = Arc::new(cluster.node());
         let hosts = machine.hosts.clone();
         hosts.lock().expect("unpoisoned").insert(machine.ip());
-        let tenant = Tenant {
+        let options = LeaseOptions {
             node: machine.name.clone(),
             instance: Instance { boot: format!("boot-{}", machine.boot), netns: 7 },
             ttl: TTL,
@@ -161,7 +161,7 @@ impl Node {
                 Box::pin(async move { answers })
             }),
         };
-        let keeper = Keeper::new(store.clone(), tenant, remembered);
+        let keeper = Keeper::new(store.clone(), options, remembered);
         let (holding, commands, pause) = (keeper.holding(), keeper.commands(), Arc::new(Pause::default()));
         let network = NetworkConfig::decode(CONFIG.as_bytes()).expect("valid");
         let public_ips = PerFamily { v4: Some(machine.ip()), v6: None };

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use fabric_core::diff::{Change, Key, Op};
 use fabric_core::handoff::{NotReady, Readiness};
-use fabric_core::holding::Instance;
+use fabric_core::lease::Instance;
 use fabric_core::model::{IfName, PerFamily, Subnet};
 use fabric_core::rules::RuleOptions;
 use fabric_core::state::{Nexthop, NexthopId, Sysctl, Via};
@@ -17,7 +17,7 @@ use fabric_tests::memory_store::{MemoryCluster, MemoryStore};
 use fabricd::files::Files;
 use fabricd::files::state_dir::State;
 use fabricd::host::underlay::Selector;
-use fabricd::lease::{Keeper, Tenant};
+use fabricd::lease::{Keeper, LeaseOptions};
 use fabricd::reconcile::{Node, Reconciler};
 use fabricd::status::view::View;
 use tokio::sync::watch;
@@ -109,8 +109,9 @@ impl Host {
         let instance = Instance { boot: "boot".into(), netns: 7 };
         let day = Duration::from_secs(86_400);
         let pods = pods_in(&self.dir.path().join("networks"));
-        let tenant = Tenant { node: name.clone(), instance, ttl: day, grace: day, pods, since: 0, hosts: no_hosts() };
-        let keeper = Keeper::new(store.clone(), tenant, None);
+        let options =
+            LeaseOptions { node: name.clone(), instance, ttl: day, grace: day, pods, since: 0, hosts: no_hosts() };
+        let keeper = Keeper::new(store.clone(), options, None);
         let selectors = vec![Selector::Iface(self.iface.into())];
         let node = Node { name, selectors, public_ips: PerFamily::default(), rules: self.rules.clone() };
         let reconciler = Reconciler::new(node, store.clone(), self.kernel.clone(), self.files(), State::default());

@@ -3,13 +3,13 @@
 //! A record says which run of a node wrote it, and not whether that run still lives. So a newcomer that finds a record
 //! of another run in its name writes an [`Inquiry`] under the name; a daemon that lives and holds the record sees it in
 //! its watch and writes its answer into it. No answer within some seconds is no proof by itself: what follows from
-//! silence is decided in [`crate::holding`].
+//! silence is decided in [`crate::lease`].
 
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::holding::Instance;
+use crate::lease::Instance;
 
 /// The largest value that is looked at, in bytes; a real one has about 300.
 const MAX_VALUE: usize = 4 * 1024;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use crate::alloc::Taken;
+use crate::lease::alloc::Taken;
 use crate::model::{Family, NodeName, Subnet};
 use crate::record::{LeaseKey, Record, RecordError};
 

@@ -9,15 +9,14 @@
 //!                 facts ──────┘          observed state ───┘
 //! ```
 
-pub mod alloc;
 pub mod attachments;
 pub mod device;
 pub mod diff;
 pub mod firewall;
 pub mod follow;
 pub mod handoff;
-pub mod holding;
 pub mod inquiry;
+pub mod lease;
 pub mod leases;
 pub mod model;
 pub mod network;

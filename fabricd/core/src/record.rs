@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::holding::Instance;
+use crate::lease::Instance;
 use crate::model::{Family, MacAddr, NodeName, PerFamily, Subnet, Vni, stable_hash};
 
 /// The largest value that is looked at, in bytes. A real one has about 300; etcd allows 1.5 MiB.

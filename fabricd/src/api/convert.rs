@@ -17,7 +17,7 @@ use crate::diagnosis::finding::Finding;
 use crate::host::addresses::{self, Use};
 use crate::kernel::Count;
 use crate::mesh::{Cause, Mesh, Path};
-use crate::reconcile::{Looked, Written};
+use crate::reconcile::{Snapshot, Written};
 use crate::status::events::{Event, Kind, unix_millis};
 use crate::status::view::{PeerTrouble, View};
 use crate::store::Connection;
@@ -76,7 +76,7 @@ pub fn status_of(view: &View, now: Instant) -> v1::GetStatusResponse {
         warnings: view.warnings.iter().cloned().chain(unreadable).collect(),
         pending: view.pending.clone(),
         dropped: view.dropped.iter().filter(|(_, count)| count.packets > 0).map(dropped).collect(),
-        open_ports: view.open_ports.iter().map(ToString::to_string).collect(),
+        unguarded_ports: view.unguarded_ports.iter().map(ToString::to_string).collect(),
         addresses: vec![],
     }
 }
@@ -209,9 +209,9 @@ pub fn event(event: &Event) -> v1::Event {
 
 /// What the kernel holds and should hold; every entry too with `entries`.
 #[must_use]
-pub fn kernel_state(looked: &Looked, entries: bool) -> v1::GetKernelStateResponse {
-    let wanted = looked.wanted.as_ref().map(|desired| &desired.state);
-    let mut had = looked.observed.as_ref().map(|observed| observed.ours.clone());
+pub fn kernel_state(snapshot: &Snapshot, entries: bool) -> v1::GetKernelStateResponse {
+    let wanted = snapshot.wanted.as_ref().map(|desired| &desired.state);
+    let mut had = snapshot.observed.as_ref().map(|observed| observed.ours.clone());
     if let Some((wanted, had)) = wanted.zip(had.as_mut()) {
         // A setting that is not asked for is left as it is: no difference.
         had.sysctls.retain(|sysctl, _| wanted.sysctls.contains_key(sysctl));
@@ -219,13 +219,13 @@ pub fn kernel_state(looked: &Looked, entries: bool) -> v1::GetKernelStateRespons
     let had = had.as_ref();
     let steps = wanted.zip(had).map(|(wanted, had)| diff(wanted, had));
     let steps = steps.iter().flat_map(|plan| plan.ops()).map(ToString::to_string);
-    let conflicts = looked.wanted.iter().flat_map(|desired| &desired.conflicts);
+    let conflicts = snapshot.wanted.iter().flat_map(|desired| &desired.conflicts);
     v1::GetKernelStateResponse {
         wanted: wanted.map(|state| tables(state, entries)),
         had: had.map(|state| tables(state, entries)),
-        plan: looked.filter.iter().cloned().chain(steps).collect(),
-        last: looked.last.as_deref().map(written),
-        blocked: looked.blocked.clone(),
+        plan: snapshot.filter.iter().cloned().chain(steps).collect(),
+        last: snapshot.last.as_deref().map(written),
+        blocked: snapshot.blocked.clone(),
         conflicts: conflicts.map(ToString::to_string).collect(),
     }
 }

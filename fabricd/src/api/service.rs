@@ -159,7 +159,7 @@ impl Fabric for Service {
         request: Request<v1::GetKernelStateRequest>,
     ) -> Answer<v1::GetKernelStateResponse> {
         let (reply, answer) = oneshot::channel();
-        let look = reconcile::Command::Look { reply };
+        let look = reconcile::Command::Snapshot { reply };
         self.sources.controls.network.send(look).await.map_err(|_| ending())?;
         let looked = answer.await.map_err(|_| ending())?;
         Ok(Response::new(convert::kernel_state(&looked, request.into_inner().entries)))

@@ -138,7 +138,7 @@ fn lease(scene: &Scene) -> Finding {
 }
 
 fn kernel_state(scene: &Scene) -> Finding {
-    match (&scene.looked.wanted, &scene.looked.observed) {
+    match (&scene.snapshot.wanted, &scene.snapshot.observed) {
         (Some(wanted), Some(observed)) => {
             let left = fabric_core::diff::diff(&wanted.state, &observed.ours).ops().len();
             if left == 0 {
@@ -150,7 +150,7 @@ fn kernel_state(scene: &Scene) -> Finding {
                 )
             }
         }
-        _ => Finding::skipped(format!("nothing is planned: {}", scene.looked.blocked)),
+        _ => Finding::skipped(format!("nothing is planned: {}", scene.snapshot.blocked)),
     }
 }
 
@@ -238,7 +238,8 @@ fn foreign(scene: &Scene, flows: &[Flow], fine: &str) -> Finding {
 }
 
 fn filter_drops(scene: &Scene) -> Finding {
-    let there = scene.looked.observed.as_ref().is_some_and(|observed| observed.rules.contains_key(&TableFamily::Inet));
+    let there =
+        scene.snapshot.observed.as_ref().is_some_and(|observed| observed.rules.contains_key(&TableFamily::Inet));
     if !there {
         return Finding::skipped("there is no table inet fabric");
     }

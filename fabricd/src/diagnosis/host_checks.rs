@@ -26,7 +26,7 @@ pub(super) fn kernel_version(scene: &Scene) -> Finding {
     let Some(release) = read(scene, "proc/sys/kernel/osrelease") else { return Finding::skipped("unknown") };
     let mut numbers = release.split(['.', '-']).map(|part| part.parse::<u32>().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    let nexthops = scene.looked.observed.as_ref().is_none_or(|observed| observed.nexthop_objects);
+    let nexthops = scene.snapshot.observed.as_ref().is_none_or(|observed| observed.nexthop_objects);
     if version < (4, 18) {
         Finding::failed(release, "fabricd is not tested below 4.18: netlink can't be asked strictly")
     } else if !nexthops {

@@ -85,7 +85,7 @@ pub(super) fn networkd(scene: &Scene) -> Finding {
 /// The commands that keep it away, and put ports back that it took off the bridge.
 fn unmanage(scene: &Scene, names: &[String]) -> String {
     let bridges = scene.pod_bridges();
-    let observed = scene.looked.observed.as_ref();
+    let observed = scene.snapshot.observed.as_ref();
     let on_bridge = |name: &str| {
         let ports = observed.iter().flat_map(|seen| bridges.iter().filter_map(|bridge| seen.bridges.get(bridge)));
         ports.flatten().any(|port| port.as_str() == name)

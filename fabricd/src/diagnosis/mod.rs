@@ -39,7 +39,7 @@ use crate::kernel;
 use crate::kernel::links::HostLinks;
 use crate::kernel::routing::fib::Fib;
 use crate::mesh::Mesh;
-use crate::reconcile::{self, Looked};
+use crate::reconcile::{self, Snapshot};
 use crate::status::view::View;
 use crate::store::StoreError;
 
@@ -123,7 +123,7 @@ pub struct Scene {
     /// What the reconcile loop knows.
     pub view: Arc<View>,
     /// What it saw in the kernel and wants there.
-    pub looked: Looked,
+    pub snapshot: Snapshot,
     /// How the peers are reached.
     pub mesh: Arc<Mesh>,
     /// Files of the node.
@@ -138,7 +138,7 @@ impl Scene {
     /// # Errors
     /// In words, when they can't be read.
     pub fn addresses(&self) -> Result<Addresses, String> {
-        let observed = self.looked.observed.as_ref().ok_or("the kernel can't be read")?;
+        let observed = self.snapshot.observed.as_ref().ok_or("the kernel can't be read")?;
         let own = self.view.holding.own.as_ref().map(|own| own.key.subnets());
         let own: Vec<Subnet> = own.iter().flat_map(|subnets| subnets.values()).copied().collect();
         let dirs = CniDirs { addresses: self.places.addresses.clone(), attachments: self.places.attachments.clone() };
@@ -163,10 +163,10 @@ impl Inspector {
     /// The scene now. `None` when the daemon is ending.
     pub async fn look(&self, view: Arc<View>, network: &mpsc::Sender<reconcile::Command>) -> Option<Scene> {
         let (reply, answer) = oneshot::channel();
-        network.send(reconcile::Command::Look { reply }).await.ok()?;
-        let looked = answer.await.ok()?;
+        network.send(reconcile::Command::Snapshot { reply }).await.ok()?;
+        let snapshot = answer.await.ok()?;
         let fib = tokio::task::spawn_blocking(kernel::fib).await.ok().and_then(Result::ok).unwrap_or_default();
         let (mesh, places) = (Arc::clone(&self.mesh), self.places.clone());
-        Some(Scene { view, looked, mesh, places, fib: Arc::new(fib) })
+        Some(Scene { view, snapshot, mesh, places, fib: Arc::new(fib) })
     }
 }

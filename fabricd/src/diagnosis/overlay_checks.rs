@@ -20,7 +20,7 @@ const OVERLAYS: [(&str, &str, &str); 7] = [
 
 /// Other VXLAN devices. One that has our port while ours is missing is the cause of all else, so this comes first.
 pub(super) fn other_overlays(scene: &Scene) -> Finding {
-    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
+    let Some(observed) = &scene.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
     let ours = scene.view.network.map(|network| (network.vxlan.port, network.vxlan.vni.get()));
     let standing = ours.is_some_and(|(port, _)| observed.ours.links.values().any(|link| link.up && link.port == port));
     let culprits = observed.foreign.links.iter().filter_map(|(name, link)| {
@@ -51,7 +51,7 @@ pub(super) fn udp_port(scene: &Scene) -> Finding {
     let Some(port) = scene.view.network.map(|network| network.vxlan.port) else {
         return Finding::skipped("the network is not known yet");
     };
-    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
+    let Some(observed) = &scene.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
     if observed.ours.links.values().any(|link| link.up && link.port == port) {
         return Finding::fine(format!("the kernel listens at UDP port {port}"));
     }
@@ -83,7 +83,7 @@ pub(super) fn socket_at(scene: &Scene, port: u16) -> bool {
 }
 
 pub(super) fn underlay_mtu(scene: &Scene) -> Finding {
-    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
+    let Some(observed) = &scene.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
     let culprits = scene.view.vteps.iter().filter_map(|end| {
         let link = observed.host.links.iter().find(|link| link.name == end.underlay)?;
         let needs = end.vtep.mtu + Family::of(end.vtep.local).vxlan_overhead();
@@ -98,7 +98,7 @@ pub(super) fn underlay_mtu(scene: &Scene) -> Finding {
 }
 
 pub(super) fn mac(scene: &Scene) -> Finding {
-    let (Some(observed), Some(own)) = (&scene.looked.observed, &scene.view.holding.own) else {
+    let (Some(observed), Some(own)) = (&scene.snapshot.observed, &scene.view.holding.own) else {
         return Finding::skipped("there is no VTEP yet");
     };
     let mut seen = 0;

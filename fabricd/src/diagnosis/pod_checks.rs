@@ -19,7 +19,7 @@ fn bridges<'a>(scene: &Scene, observed: &'a Observed) -> Vec<&'a HostLink> {
 }
 
 pub(super) fn bridge(scene: &Scene) -> Finding {
-    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
+    let Some(observed) = &scene.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
     let there = bridges(scene, observed);
     if there.is_empty() {
         let names = scene.pod_bridges().iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
@@ -71,7 +71,7 @@ pub(super) fn ports(scene: &Scene) -> Finding {
 
 /// What is wrong with a pod's veth; `None` when nothing is, or when it has none.
 pub(super) fn port_trouble(scene: &Scene, pod: &Pod) -> Option<Culprit> {
-    let observed = scene.looked.observed.as_ref()?;
+    let observed = scene.snapshot.observed.as_ref()?;
     let (bridge, attached) = (pod.saved.bridge?, pod.saved.attached.as_ref()?);
     let there = |port: &IfName| observed.host.links.iter().find(|link| link.name == *port);
     let ports = attached.ports.iter().filter_map(|port| port.parse().ok());
@@ -115,7 +115,7 @@ fn up_again(scene: &Scene, pod: &Pod) -> String {
 }
 
 pub(super) fn bridge_mtu(scene: &Scene) -> Finding {
-    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
+    let Some(observed) = &scene.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
     let ports: BTreeSet<_> =
         scene.pod_bridges().iter().filter_map(|name| observed.bridges.get(name)).flatten().collect();
     let mtu = scene.view.mtu;
@@ -134,7 +134,7 @@ pub(super) fn bridge_mtu(scene: &Scene) -> Finding {
 
 /// Whether what pods send beyond the network gets an address that answers find back to.
 pub(super) fn egress(scene: &Scene) -> Finding {
-    let (Some(observed), Some(network)) = (&scene.looked.observed, scene.view.network) else {
+    let (Some(observed), Some(network)) = (&scene.snapshot.observed, scene.view.network) else {
         return Finding::skipped("the network is not known yet");
     };
     let spaces: Vec<String> = network.spaces.values().map(|space| space.network.to_string()).collect();
@@ -160,7 +160,7 @@ pub(super) fn egress(scene: &Scene) -> Finding {
 
 /// Whether our own filter masquerades.
 pub(super) fn masquerades(scene: &Scene) -> bool {
-    let table = scene.looked.observed.as_ref().and_then(|observed| observed.rules.get(&TableFamily::Inet));
+    let table = scene.snapshot.observed.as_ref().and_then(|observed| observed.rules.get(&TableFamily::Inet));
     table.is_some_and(|table| table.chains.contains_key("postrouting"))
 }
 

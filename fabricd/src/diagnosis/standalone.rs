@@ -28,7 +28,7 @@ use crate::kernel::netlink::{Netlink, Options};
 use crate::kernel::{self, Kernel as _, Observed};
 use crate::lease::{Holding, Own};
 use crate::mesh::Mesh;
-use crate::reconcile::Looked;
+use crate::reconcile::Snapshot;
 use crate::status::view::{View, VtepView};
 use crate::store::LeaseStore as _;
 use crate::store::etcd::Etcd;
@@ -260,7 +260,7 @@ async fn scene(config: &Result<Config, String>, node: Option<NodeFile>) -> Resul
         view.readiness = node.readiness;
         view.firewall = Judge::default().judge(&view, &observed);
     }
-    let looked = Looked {
+    let snapshot = Snapshot {
         wanted: None,
         observed: Some(observed),
         filter: vec![],
@@ -269,7 +269,7 @@ async fn scene(config: &Result<Config, String>, node: Option<NodeFile>) -> Resul
     };
     Ok(Scene {
         view: Arc::new(view),
-        looked,
+        snapshot,
         mesh: Arc::new(Mesh::default()),
         places,
         fib: Arc::new(fib.map_err(|error| error.to_string())?),
@@ -310,7 +310,7 @@ fn network(node: &NodeFile, observed: &Observed) -> Option<NetworkConfig> {
 
 /// What stands of ours in the kernel, which running pods go by.
 fn standing(scene: &Scene) -> Finding {
-    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
+    let Some(observed) = &scene.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
     let ours = &observed.ours;
     let names: Vec<String> = ours.links.keys().map(ToString::to_string).collect();
     let down = ours
@@ -356,7 +356,7 @@ async fn store(config: &Config) -> Finding {
 /// Whether the VXLAN port is free for fabricd: that of flannel on Linux, unless the network config says another.
 fn port(scene: &Scene) -> Finding {
     const USUAL: u16 = 8472;
-    let observed = scene.looked.observed.iter();
+    let observed = scene.snapshot.observed.iter();
     let others = observed.flat_map(|observed| &observed.foreign.links);
     let device = others.filter(|(_, link)| link.vxlan.is_some_and(|(_, port, _)| port == USUAL)).map(|(name, _)| name);
     let choose = "or choose another Port in the network config";
@@ -378,7 +378,7 @@ fn port(scene: &Scene) -> Finding {
 }
 
 fn interface(scene: &Scene, config: &Config) -> Finding {
-    let Some(observed) = &scene.looked.observed else { return Finding::skipped("the kernel can't be read") };
+    let Some(observed) = &scene.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
     match underlay::choose(&config.selectors(), &observed.host, Family::V4, &[]).map(|choice| choice.underlay) {
         Ok(chosen) => Finding::fine(format!("{}, {}, MTU {}", chosen.dev, chosen.local, chosen.mtu)),
         Err(error) => Finding::failed(error.to_string(), "name it: --iface NAME, or FABRICD_IFACE"),

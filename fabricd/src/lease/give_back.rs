@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fabric_core::holding::{Expect, Instance, Place, QUICK};
 use fabric_core::inquiry::{Inquiry, Party};
+use fabric_core::lease::{Expect, Instance, Place, QUICK};
 use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::NodeName;
 use fabric_core::record::LeaseKey;

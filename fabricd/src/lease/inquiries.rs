@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use fabric_core::holding::{Findings, Question};
 use fabric_core::inquiry::{Inquiry, Party};
+use fabric_core::lease::{Findings, Question};
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::NodeName;
 use tokio::time::Instant;

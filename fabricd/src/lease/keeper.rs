@@ -1,12 +1,12 @@
 //! The lease keeper: a task that gets this node's lease, keeps it alive, and says what it holds.
 //!
-//! What to do is decided by [`fabric_core::holding::next_step`]; here are the clock, the store and the retries.
+//! What to do is decided by [`fabric_core::lease::next_step`]; here are the clock, the store and the retries.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::handoff::NotReady;
-use fabric_core::holding::{
+use fabric_core::lease::{
     Assigned, Bid, Held, Instance, Loss, Obstacle, Previous, Resting, Situation, Step, next_step,
 };
 use fabric_core::leases::LeaseSet;
@@ -18,7 +18,7 @@ use tracing::{debug, error, info, warn};
 
 use super::inquiries::Inquiries;
 use super::rivals::Rival;
-use super::{Command, Holding, Mark, Own, Remembered, Tenant, Wanted};
+use super::{Command, Holding, LeaseOptions, Mark, Own, Remembered, Wanted};
 use crate::backoff::Backoff;
 use crate::store::{Claim, Connection, Grant, LeaseStore, Network, StoreError};
 
@@ -53,7 +53,7 @@ struct Seen {
 #[derive(Debug)]
 pub struct Keeper<S> {
     pub(super) store: Arc<S>,
-    pub(super) tenant: Tenant,
+    pub(super) options: LeaseOptions,
     /// The lease of before, or the one that is held.
     previous: Option<Previous>,
     mark: Option<Mark>,
@@ -88,7 +88,7 @@ pub struct Keeper<S> {
 
 impl<S: LeaseStore> Keeper<S> {
     /// A keeper that holds nothing yet. What is remembered is in use, but unconfirmed until the store has shown it.
-    pub fn new(store: Arc<S>, tenant: Tenant, remembered: Option<Remembered>) -> Self {
+    pub fn new(store: Arc<S>, options: LeaseOptions, remembered: Option<Remembered>) -> Self {
         let mut holding = Holding::default();
         // Of another boot under another name it isn't sure that it was this machine's.
         let in_use = remembered.as_ref().filter(|before| before.formerly.is_none() || before.this_boot);
@@ -120,11 +120,11 @@ impl<S: LeaseStore> Keeper<S> {
             resting: vec![],
             holding: watch::channel(holding).0,
             commands: mpsc::channel(8),
-            retry: Backoff::new(FIRST, AWAY).seeded(stable_hash(tenant.node.as_str().as_bytes())),
+            retry: Backoff::new(FIRST, AWAY).seeded(stable_hash(options.node.as_str().as_bytes())),
             unanswered: None,
             pause: None,
             store,
-            tenant,
+            options,
         }
     }
 
@@ -185,8 +185,8 @@ impl<S: LeaseStore> Keeper<S> {
         let pods = if self.grant.is_none() { self.pod_subnets() } else { vec![] };
         let now = Instant::now();
         let step = next_step(&Situation {
-            node: &self.tenant.node,
-            instance: &self.tenant.instance,
+            node: &self.options.node,
+            instance: &self.options.instance,
             network: &want.network,
             leases,
             public_ips: &want.public_ips,
@@ -196,7 +196,7 @@ impl<S: LeaseStore> Keeper<S> {
                 run_out: grant.expires <= now,
             }),
             previous: self.previous.as_ref(),
-            since: self.tenant.since,
+            since: self.options.since,
             overruled: self.overruled.as_ref(),
             findings: &findings,
             pods: &pods,
@@ -261,7 +261,7 @@ impl<S: LeaseStore> Keeper<S> {
             }
             Err(StoreError::Guarded { key }) => {
                 debug!(subnet = %key, "somebody else's guard, looking at all of them");
-                match self.store.resting(self.tenant.grace).await {
+                match self.store.resting(self.options.grace).await {
                     Ok(resting) => self.resting = resting,
                     Err(error) => self.hinder(&error.to_string()),
                 }
@@ -314,7 +314,7 @@ impl<S: LeaseStore> Keeper<S> {
     /// away from pods by mistake is worse than to wait for a person.
     fn pod_subnets(&self) -> Vec<Subnet> {
         let had: Vec<Subnet> = self.previous.iter().flat_map(|had| had.key.subnets().values().copied()).collect();
-        match self.tenant.pods.read(&had) {
+        match self.options.pods.read(&had) {
             Ok(addresses) => addresses.pod_ips().map(Subnet::host).chain(addresses.pod_subnets()).collect(),
             Err(error) => {
                 warn!(%error, "cannot tell which addresses pods have");
@@ -344,7 +344,7 @@ impl<S: LeaseStore> Keeper<S> {
                 "{key} is what the cluster assigns to this node; it takes another one when its Node is made anew with \
                  other podCIDRs"
             )),
-            Some(key) => match self.tenant.pods.in_subnets(&key) {
+            Some(key) => match self.options.pods.in_subnets(&key) {
                 (pods @ 1.., leaked) if !force => Err(format!(
                     "{pods} attached {} in {key} and would be cut off{}; \
                      move them away first, or insist with: fabricctl lease renumber --force",
@@ -401,7 +401,7 @@ impl<S: LeaseStore> Keeper<S> {
         let mark = self.mark.filter(|mark| mark.mod_revision == held.mod_revision);
         let kept = match mark {
             Some(Mark { mod_revision, lease_id, ttl }) => {
-                let (node, expires) = (self.tenant.node.clone(), Instant::now());
+                let (node, expires) = (self.options.node.clone(), Instant::now());
                 self.store.keep_alive(&Grant { node, key: held.key, mod_revision, lease_id, expires, ttl }).await
             }
             None => Err(StoreError::Expired { lease_id: 0 }),
@@ -469,7 +469,7 @@ impl<S: LeaseStore> Keeper<S> {
     }
 
     fn as_claim(&self, Bid { key, record, expect, evict, formerly }: Bid, seen: Seen) -> Claim {
-        let (node, ttl) = (self.tenant.node.clone(), self.tenant.ttl);
+        let (node, ttl) = (self.options.node.clone(), self.options.ttl);
         let (seen_revision, outdated) = (seen.revision, seen.outdated);
         // The lease of an attempt that nobody answered may be there; for another subnet it would keep both.
         let before = self.unanswered.as_ref().filter(|claim| claim.key == key);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::handoff::NotReady;
-use fabric_core::holding::Instance;
+use fabric_core::lease::Instance;
 use fabric_core::model::{NodeName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::record::{Endpoint, LeaseKey};
@@ -93,7 +93,7 @@ pub struct Remembered {
 
 /// Who the keeper works for.
 #[derive(Clone, Debug)]
-pub struct Tenant {
+pub struct LeaseOptions {
     /// The node.
     pub node: NodeName,
     /// This run of it.

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use fabric_core::handoff::NotReady;
-use fabric_core::holding::{Instance, Obstacle, Place, Question};
 use fabric_core::inquiry::{Inquiry, Party};
+use fabric_core::lease::{Instance, Obstacle, Place, Question};
 use fabric_core::model::NodeName;
 use tokio::time::{Instant, timeout};
 use tracing::{debug, error, info, warn};
@@ -54,7 +54,7 @@ impl<S: LeaseStore> Keeper<S> {
         asked?;
         let mut host_answers = false;
         for ip in &question.probe {
-            host_answers |= self.tenant.hosts.answers(*ip).await;
+            host_answers |= self.options.hosts.answers(*ip).await;
         }
         let left = self.store.time_left(&question.key).await.ok().flatten();
         let ends = left.map(|left| unix_now() + i64::try_from(left.as_secs()).unwrap_or(i64::MAX / 2));
@@ -64,14 +64,14 @@ impl<S: LeaseStore> Keeper<S> {
 
     /// Of all questions those about this node's name, and its own. After a power failure there are thousands.
     pub(super) fn concerning_us(&self, all: &Inquired) -> Vec<(NodeName, Inquiry)> {
-        let names: BTreeSet<&NodeName> = self.inquiries.names().chain([&self.tenant.node]).collect();
+        let names: BTreeSet<&NodeName> = self.inquiries.names().chain([&self.options.node]).collect();
         names.into_iter().filter_map(|name| Some((name.clone(), all.get(name)?.clone()))).collect()
     }
 
     /// Takes in what others of this name ask and answer: a daemon that holds its lease answers that it lives.
     pub(super) async fn attend(&mut self, want: &Wanted, inquired: &[(NodeName, Inquiry)]) {
         for (name, inquiry) in inquired {
-            if self.inquiries.hear(inquiry) || *name != self.tenant.node || inquiry.answer.is_some() {
+            if self.inquiries.hear(inquiry) || *name != self.options.node || inquiry.answer.is_some() {
                 continue;
             }
             let ours = self.party(want);
@@ -104,7 +104,7 @@ impl<S: LeaseStore> Keeper<S> {
             let told = format!(
                 "another machine is called {} too: it is at {there} (boot id {}), took this node's lease, and had to give \
                  it back; name it differently there with --node-name",
-                self.tenant.node, by.boot
+                self.options.node, by.boot
             );
             error!("{told}");
             self.say_rival(&told);
@@ -148,9 +148,9 @@ impl<S: LeaseStore> Keeper<S> {
 
     fn party(&self, want: &Wanted) -> Party {
         Party {
-            instance: self.tenant.instance.clone(),
+            instance: self.options.instance.clone(),
             addresses: want.public_ips.values().copied().collect(),
-            since: self.tenant.since,
+            since: self.options.since,
         }
     }
 }

@@ -101,7 +101,7 @@ impl Rules {
 
     /// Ports whose pods are not known.
     #[must_use]
-    pub fn open_ports(&self, observed: &Observed) -> BTreeSet<IfName> {
+    pub fn unguarded_ports(&self, observed: &Observed) -> BTreeSet<IfName> {
         let pods = self.pods.borrow();
         let open = pods.ports_of(observed).into_iter().filter(|port| !pods.ports.contains_key(port));
         open.filter(|_| self.options.check_pods).collect()

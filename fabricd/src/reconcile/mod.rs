@@ -86,7 +86,7 @@ pub struct Reconciler<S, K> {
     remembered: Option<NetworkConfig>,
     kept: Kept,
     commands: (mpsc::Sender<Command>, mpsc::Receiver<Command>),
-    lookers: Vec<oneshot::Sender<Looked>>,
+    waiting: Vec<oneshot::Sender<Snapshot>>,
     last: Option<Arc<Written>>,
     planned: Planned,
     metrics: Arc<Metrics>,
@@ -103,15 +103,15 @@ pub enum Command {
         reply: oneshot::Sender<Vec<String>>,
     },
     /// Tell what the next pass sees.
-    Look {
+    Snapshot {
         /// Where the answer goes.
-        reply: oneshot::Sender<Looked>,
+        reply: oneshot::Sender<Snapshot>,
     },
 }
 
 /// What a pass saw, for somebody who asked. Nothing of it is copied.
 #[derive(Clone, Debug)]
-pub struct Looked {
+pub struct Snapshot {
     /// What the kernel should hold; `None` as long as that isn't known.
     pub wanted: Option<Arc<Desired>>,
     /// What it holds; `None` when it can't be read.
@@ -158,7 +158,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             remembered: before.network,
             kept: Kept::new(before.leases),
             commands: mpsc::channel(8),
-            lookers: vec![],
+            waiting: vec![],
             last: None,
             planned: Planned::default(),
             metrics: Arc::default(),
@@ -220,7 +220,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 self.metrics.in_sync(since.elapsed());
             }
             view.repairs = self.repairs.last();
-            self.tell_lookers(&view).await;
+            self.answer_snapshots(&view).await;
             self.publish(view);
 
             let retry = again.map(|delay| Instant::now() + delay).into_iter().chain(self.kept.until()).min();
@@ -233,7 +233,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 () = self.rules.changed() => {}
                 Some(command) = self.commands.1.recv() => match command {
                     Command::Migrate { reply } => self.migrate(reply),
-                    Command::Look { reply } => self.lookers.push(reply),
+                    Command::Snapshot { reply } => self.waiting.push(reply),
                 },
                 () = sleep_until(retry.unwrap_or(audit)), if retry.is_some() => {}
                 () = sleep_until(audit) => {
@@ -406,8 +406,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     }
 
     /// Answers those who asked what this pass saw: after its writes, so that what is left to do is what failed.
-    async fn tell_lookers(&mut self, view: &View) {
-        if self.lookers.is_empty() {
+    async fn answer_snapshots(&mut self, view: &View) {
+        if self.waiting.is_empty() {
             return;
         }
         let blocked = match &view.readiness {
@@ -418,10 +418,10 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let observed = self.kernel.observe().await.ok();
         let left = observed.as_ref().map(|observed| self.rules.left(observed).to_string()).unwrap_or_default();
         let filter = left.lines().take(SHOWN).map(str::to_owned).collect();
-        let looked = Looked { wanted, observed, filter, last, blocked };
-        for reply in self.lookers.drain(..) {
+        let snapshot = Snapshot { wanted, observed, filter, last, blocked };
+        for reply in self.waiting.drain(..) {
             // Whoever asked may have gone.
-            let _ = reply.send(looked.clone());
+            let _ = reply.send(snapshot.clone());
         }
     }
 
@@ -458,7 +458,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             .collect();
 
         view.pod_bridges = self.rules.pod_bridges();
-        view.open_ports = self.rules.open_ports(observed);
+        view.unguarded_ports = self.rules.unguarded_ports(observed);
         view.dropped = observed.dropped.clone();
         // Before anything is there that decapsulates, those who may send to it are known.
         view.firewall = self.firewall.judge(view, observed);

@@ -48,7 +48,7 @@ pub struct View {
     /// The bridges that this node's pods are attached to.
     pub pod_bridges: BTreeSet<IfName>,
     /// Ports of the pods' bridge of which nobody has told whose they are: every address of this node may send there.
-    pub open_ports: BTreeSet<IfName>,
+    pub unguarded_ports: BTreeSet<IfName>,
     /// What the packet filter has dropped since its rules were written, by reason; not older than an audit.
     pub dropped: Dropped,
     /// What another program changed and was written again, the last of it.
@@ -99,7 +99,7 @@ impl View {
             troubles: BTreeMap::new(),
             warnings: vec![],
             pod_bridges: AttachedPods::default().bridges,
-            open_ports: BTreeSet::new(),
+            unguarded_ports: BTreeSet::new(),
             dropped: Dropped::new(),
             repairs: Arc::default(),
             firewall: Arc::default(),

@@ -12,8 +12,8 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use fabric_core::holding::{Assigned, Expect, Resting};
 use fabric_core::inquiry::Inquiry;
+pub use fabric_core::lease::{Assigned, Expect, Resting};
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::NodeName;
 use fabric_core::network::{ConfigError, NetworkConfig};

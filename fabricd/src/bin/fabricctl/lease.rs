@@ -384,7 +384,7 @@ mod tests {
             |(key, value): (&str, Vec<u8>)| Entry { key: key.into(), value, create_revision: 1, mod_revision: 1 };
         let mut leases = LeaseSet::snapshot(&LeaseSet::default(), entries.map(entry).into(), 9);
         leases.reserve("10.244.3.0-24", Some(b"node-3"), 9);
-        let rest = fabric_core::holding::Resting {
+        let rest = fabric_core::lease::Resting {
             subnet: "10.244.4.0/24".parse().unwrap(),
             node: "node-4".parse().ok(),
             mod_revision: 3,

@@ -151,8 +151,8 @@ fn describe(screen: &Screen, status: &GetStatusResponse) -> String {
     for Dropped { reason, packets, .. } in &status.dropped {
         line("Dropped", format!("{packets} packets: {reason}"));
     }
-    if !status.open_ports.is_empty() {
-        let ports = status.open_ports.join(", ");
+    if !status.unguarded_ports.is_empty() {
+        let ports = status.unguarded_ports.join(", ");
         line("Unknown", format!("pods on bridge ports {ports}: source addresses are filtered by subnet only"));
     }
     if !status.peers.is_empty() {
@@ -247,7 +247,7 @@ mod tests {
         status.warnings = vec!["look here".into()];
         status.pending = vec!["VNI: 1 → 2".into()];
         status.dropped = vec![Dropped { reason: "from no peer".into(), packets: 3, bytes: 300 }];
-        status.open_ports = vec!["veth1".into(), "veth2".into()];
+        status.unguarded_ports = vec!["veth1".into(), "veth2".into()];
         let want = "\
 Node      node-1
 State     ready

@@ -165,7 +165,7 @@ fn bridge_of(scene: &Scene, ip: IpAddr) -> IfName {
 
 /// What the chains of others make of a packet here.
 fn foreign(scene: &Scene, asked: Asked) -> Option<Hop> {
-    let observed = scene.looked.observed.as_ref()?;
+    let observed = scene.snapshot.observed.as_ref()?;
     let what = match asked {
         Asked::Between(source, target) => format!("{source} to {target}"),
         Asked::From(peer) => format!("VXLAN from {peer}"),
@@ -212,8 +212,8 @@ fn towards(scene: &Scene, from: FromPod, ip: IpAddr, lease: &Lease, probes: &Pro
             format!("{subnet} is {name}'s, at {}", list(endpoints.get(family).map(|e| e.public_ip.to_string()))),
         ),
     }];
-    let (Some(wanted), Some(observed)) = (&scene.looked.wanted, &scene.looked.observed) else {
-        hops.push(Hop::unknown("route", format!("nothing is planned: {}", scene.looked.blocked)));
+    let (Some(wanted), Some(observed)) = (&scene.snapshot.wanted, &scene.snapshot.observed) else {
+        hops.push(Hop::unknown("route", format!("nothing is planned: {}", scene.snapshot.blocked)));
         return hops;
     };
     hops.extend(entries(scene, from, &wanted.state, &observed.ours, subnet, ip));
@@ -320,7 +320,7 @@ fn underlay(scene: &Scene, lease: &Lease, family: Family) -> Hop {
 /// What meets a packet that comes from the source's node.
 fn arrival(scene: &Scene, question: &Question) -> Vec<Hop> {
     let family = Family::of(question.target);
-    let Some(observed) = &scene.looked.observed else {
+    let Some(observed) = &scene.snapshot.observed else {
         return vec![Hop::unknown("device", "the kernel can't be read")];
     };
     let Some(from) = &question.from else {

@@ -29,7 +29,7 @@ impl Place {
     /// Looks for the address on this host, among the leases, and in kube-proxy's rules.
     #[must_use]
     pub fn of(scene: &Scene, ip: IpAddr) -> Self {
-        let own = scene.looked.observed.iter().flat_map(|observed| &observed.host.links);
+        let own = scene.snapshot.observed.iter().flat_map(|observed| &observed.host.links);
         if let Some(link) = own.into_iter().find(|link| link.addresses.iter().any(|(own, _)| *own == ip)) {
             // With IPVS kube-proxy puts every Service's address on an interface of its own.
             return if link.name.as_str() == "kube-ipvs0" { Self::Service } else { Self::Ours(link.name) };

@@ -11,7 +11,7 @@ use crate::host::addresses::Addresses;
 
 /// The hops of an address of this node's subnet.
 pub(super) fn hops(scene: &Scene, ip: IpAddr, probes: &Probes) -> Vec<Hop> {
-    let Some(observed) = &scene.looked.observed else {
+    let Some(observed) = &scene.snapshot.observed else {
         return vec![Hop::unknown("bridge", "the kernel can't be read")];
     };
     let addresses = match scene.addresses() {
@@ -50,7 +50,7 @@ pub(super) fn hops(scene: &Scene, ip: IpAddr, probes: &Probes) -> Vec<Hop> {
 
 /// The device that has an address, if it is one of the node itself: a gateway's, or a VTEP's.
 fn of_the_node(scene: &Scene, ip: IpAddr) -> Option<String> {
-    let observed = scene.looked.observed.as_ref()?;
+    let observed = scene.snapshot.observed.as_ref()?;
     let link = observed.host.links.iter().find(|link| link.addresses.iter().any(|(own, _)| *own == ip));
     let vtep = || observed.ours.addresses.iter().find(|(_, address)| address.base() == ip).map(|(device, _)| device);
     link.map(|link| &link.name).or_else(vtep).map(ToString::to_string)

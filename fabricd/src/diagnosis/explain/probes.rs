@@ -26,7 +26,7 @@ impl Probes {
     pub(super) fn send(scene: &Scene, targets: &[IpAddr]) -> Self {
         let from = |to: IpAddr| {
             let own = scene.view.holding.own.as_ref()?.key.subnets().get(Family::of(to)).copied()?;
-            let links = &scene.looked.observed.as_ref()?.host.links;
+            let links = &scene.snapshot.observed.as_ref()?.host.links;
             let has = links.iter().any(|link| link.addresses.iter().any(|(ip, _)| *ip == own.gateway()));
             (has && own.gateway() != to && own.base() != to).then(|| own.gateway())
         };

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{Compare, CompareOp, TxnOp};
-use fabric_core::holding::Resting;
+use fabric_core::lease::Resting;
 use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::NodeName;
 use fabric_core::record::{LeaseKey, Record};

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use fabric_core::holding::Assigned;
+use fabric_core::lease::Assigned;
 use fabric_core::model::{Family, NodeName, PerFamily, Subnet};
 use fabric_core::record::{LeaseKey, Owner, Record};
 use serde_json::{Map, Value, json};

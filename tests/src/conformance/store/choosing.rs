@@ -4,8 +4,8 @@
 use std::future::Future;
 use std::time::Duration;
 
-use fabric_core::holding::Instance;
 use fabric_core::inquiry::{Inquiry, Party};
+use fabric_core::lease::Instance;
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::NodeName;
 use fabric_core::record::Record;

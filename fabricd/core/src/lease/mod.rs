@@ -14,6 +14,7 @@
 //! In quarantine no address is handed out and what runs goes on: the subnet that a node had is had back if that can be
 //! at all. A subnet whose lease has ended stays in its grace period before another node may have it, unless there is no other.
 
+pub mod alloc;
 mod assigned;
 mod homes;
 mod reason;
@@ -25,10 +26,10 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+use self::alloc::{Taken, choose};
 pub use self::assigned::Assigned;
 pub use self::reason::{Loss, Obstacle};
 pub use self::rival::{Findings, Life, Place, QUICK, Question, REMEMBERED, Rivals};
-use crate::alloc::{Taken, choose};
 use crate::leases::{Lease, LeaseSet};
 use crate::model::{Family, MacAddr, NodeName, PerFamily, Subnet, stable_hash};
 use crate::network::NetworkConfig;
