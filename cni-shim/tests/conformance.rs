@@ -112,8 +112,12 @@ fn conflists_that_are_shown_and_shipped_work() {
     let shown = blocks.flat_map(|block| serde_json::Deserializer::from_str(block).into_iter::<Value>());
     let mut conflists: Vec<Value> = shown.map(|value| conflist(value.expect("JSON"))).collect();
     assert!(conflists.len() >= 6, "the page shows {}", conflists.len());
-    let shipped = fs::read(root.join("deploy/cni/10-fabric.conflist")).expect("the conflist");
-    conflists.push(serde_json::from_slice(&shipped).expect("JSON"));
+    let examples =
+        fs::read_dir(root.join("examples/cni")).expect("the examples").map(|file| file.expect("a file").path());
+    for file in examples.chain([root.join("deploy/cni/10-fabric.conflist")]) {
+        let text = fs::read(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        conflists.push(serde_json::from_slice(&text).unwrap_or_else(|error| panic!("{}: {error}", file.display())));
+    }
 
     for conflist in conflists {
         on_a_host("bridge", move |host| {
@@ -168,6 +172,10 @@ fn call(host: &Host, verb: &str, conflist: &Value, plugin: &Value, result: &Valu
     if plugin["capabilities"]["portMappings"] == true {
         let port = json!([{ "hostPort": 8080, "containerPort": 80, "protocol": "tcp" }]);
         conf["runtimeConfig"] = json!({ "portMappings": port });
+    }
+    if plugin["capabilities"]["bandwidth"] == true {
+        let limits = json!({ "ingressRate": 10_000_000, "ingressBurst": 1_000_000 });
+        conf["runtimeConfig"] = json!({ "bandwidth": limits });
     }
     let answer = if plugin["type"] == "fabric-cni" {
         // The test's own folders.
