@@ -17,7 +17,7 @@ fn read(file: &str) -> Result<String> {
 }
 
 fn values() -> Result<Value> {
-    Ok(serde_yaml_ng::from_str(&read("values.yaml")?)?)
+    Ok(serde_saphyr::from_str(&read("values.yaml")?)?)
 }
 
 fn schema() -> Result<Value> {
@@ -183,7 +183,7 @@ fn what_users_of_other_charts_look_for_is_there_and_in_the_readme() -> Result<()
 
 #[test]
 fn chart_is_of_this_version() -> Result<()> {
-    let chart: Value = serde_yaml_ng::from_str(&read("Chart.yaml")?)?;
+    let chart: Value = serde_saphyr::from_str(&read("Chart.yaml")?)?;
     for key in ["version", "appVersion"] {
         assert_eq!(chart[key], env!("CARGO_PKG_VERSION"), "{key}");
     }

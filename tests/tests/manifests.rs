@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use serde::Deserialize as _;
 use serde_json::{Value, json};
 
 const FILES: [&str; 3] = ["fabricd-etcd.yaml", "fabricd-kubernetes.yaml", "fabricd-cleanup.yaml"];
@@ -33,9 +32,8 @@ fn overlays() -> Result<Vec<(String, Vec<Value>)>> {
         let folder = folder?.path();
         if folder.join("kustomization.yaml").is_file() {
             let rendered = output(Command::new("kubectl").arg("kustomize").arg(&folder))?;
-            let objects = serde_yaml_ng::Deserializer::from_str(&rendered).map(Value::deserialize);
             let name = folder.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            overlays.push((name, objects.collect::<Result<_, _>>()?));
+            overlays.push((name, serde_saphyr::from_multiple(&rendered)?));
         }
     }
     ensure!(overlays.len() > 5, "only {} overlays", overlays.len());

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use clap::{ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use fabric_core::model::{Family, NodeName, PerFamily};
+use jiff::SignedDuration;
 use regex::Regex;
 
 use self::files::{variables, with_file, with_variables};
@@ -496,22 +497,14 @@ pub fn asked_for(args: impl IntoIterator<Item = OsString>, command: Command) -> 
     whole.get_matches_from(args).remove_subcommand().map(|(_, matches)| matches)
 }
 
-/// Reads a time such as `90s`, `30m` or `24h`.
+/// Reads a time such as `90s`, `30m`, `24h` or `1h 30m`.
 ///
 /// # Errors
 /// When it is none, or no whole number of seconds from 5 s to a year (etcd's leases count in seconds).
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let wrong = || "expected a number and a unit, as in 90s, 30m or 24h; from 5s to 8760h".to_owned();
-    let unit = text.chars().last().and_then(|unit| match unit {
-        's' => Some(1),
-        'm' => Some(60),
-        'h' => Some(3600),
-        _ => None,
-    });
-    let unit: u64 = unit.ok_or_else(wrong)?;
-    let number: u64 = text[..text.len() - 1].parse().map_err(|_| wrong())?;
-    let seconds = number.checked_mul(unit).filter(|s| (5..=8760 * 3600).contains(s)).ok_or_else(wrong)?;
-    Ok(Duration::from_secs(seconds))
+    let time = text.parse::<SignedDuration>().ok().and_then(|time| Duration::try_from(time).ok());
+    time.filter(|time| time.subsec_nanos() == 0 && (5..=8760 * 3600).contains(&time.as_secs()))
+        .ok_or_else(|| "expected a number and a unit, as in 90s, 30m or 24h; from 5s to 8760h".to_owned())
 }
 
 fn parse_address(text: &str) -> Result<Address, String> {

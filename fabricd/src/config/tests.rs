@@ -58,6 +58,27 @@ fn mistakes_in_the_file_are_named() {
 }
 
 #[test]
+fn times_have_a_unit_and_are_whole_seconds_within_a_year() {
+    for (text, seconds) in [
+        ("5s", 5),
+        ("90s", 90),
+        ("+90s", 90),
+        ("030m", 1800),
+        ("24h", 86_400),
+        ("8760h", 31_536_000),
+        ("31536000s", 31_536_000),
+        ("1h30m", 5400),
+        ("1h 30m", 5400),
+    ] {
+        assert_eq!(parse_duration(text), Ok(Duration::from_secs(seconds)), "{text}");
+    }
+    for text in ["", "s", "90", "4s", "8761h", "-5m", "1500ms", "1.5", "1 month", "18446744073709551616s"] {
+        let told = parse_duration(text).expect_err(text);
+        assert_eq!(told, "expected a number and a unit, as in 90s, 30m or 24h; from 5s to 8760h", "{text}");
+    }
+}
+
+#[test]
 fn half_a_key_pair_is_refused() {
     for file in ["etcd_certfile = 'a.pem'", "etcd_keyfile = 'a.pem'", "etcd_username = 'root'"] {
         let error = load(&[], Some(file)).expect("each by itself is fine").etcd.options().expect_err(file).to_string();

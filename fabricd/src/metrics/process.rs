@@ -4,6 +4,7 @@
 use std::fmt;
 use std::fs;
 
+use nix::unistd::{SysconfVar, sysconf};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
@@ -63,7 +64,7 @@ impl Usage {
     fn now() -> Option<Self> {
         let read = |file: &str| fs::read_to_string(file).ok();
         let open_files = fs::read_dir("/proc/self/fd").ok()?.count();
-        let ticks = rustix::param::clock_ticks_per_second();
+        let ticks = sysconf(SysconfVar::CLK_TCK).ok()??;
         #[expect(clippy::cast_precision_loss, reason = "a hundred")]
         let ticks = ticks as f64;
         let usage = Self::parse(

@@ -38,7 +38,7 @@ impl Output {
             Self::Table => table(&Screen::stdout()),
             Self::Wide => table(&Screen { width: None, ..Screen::stdout() }),
             Self::Json => serde_json::to_string_pretty(value)? + "\n",
-            Self::Yaml => serde_yaml_ng::to_string(value)?,
+            Self::Yaml => serde_saphyr::to_string(value)?,
         })
     }
 
@@ -46,7 +46,7 @@ impl Output {
     pub fn show_next<T: Serialize>(self, value: &T, line: impl FnOnce(&Screen) -> String) -> anyhow::Result<String> {
         Ok(match self {
             Self::Json => serde_json::to_string(value)? + "\n",
-            Self::Yaml => format!("---\n{}", serde_yaml_ng::to_string(value)?),
+            Self::Yaml => format!("---\n{}", serde_saphyr::to_string(value)?),
             Self::Table | Self::Wide => self.show(value, line)?,
         })
     }
