@@ -130,7 +130,7 @@ async fn serve(
         events::follow(told, seen).await;
         "the reconcile loop has ended".to_owned()
     });
-    let mesh = Arc::new(Mesh::default());
+    let mesh = Arc::new(Mesh::counted_by(metrics.round_trips()));
     let (probed, told, seen) = (mesh.clone(), events.clone(), view.clone());
     tasks.spawn(async {
         mesh::run(probed, told, seen).await;

@@ -42,6 +42,7 @@ use std::time::Duration;
 use fabric_core::leases::Lease;
 use fabric_core::model::{Family, IfName, MacAddr, NodeName, Vni};
 use fabric_core::record::LeaseKey;
+use prometheus_client::metrics::histogram::Histogram;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout};
 
@@ -138,9 +139,17 @@ pub struct Mesh {
     asked: Notify,
     /// Rounds that have ended so far.
     rounds: watch::Sender<u64>,
+    /// Takes every round trip of a small probe, in seconds.
+    round_trips: Option<Histogram>,
 }
 
 impl Mesh {
+    /// One whose round trips are counted there, in seconds.
+    #[must_use]
+    pub fn counted_by(round_trips: Histogram) -> Self {
+        Self { round_trips: Some(round_trips), ..Self::default() }
+    }
+
     /// Looks at every path in turn, without copying any.
     pub fn each(&self, mut look: impl FnMut(&Path)) {
         self.lock().values().for_each(&mut look);

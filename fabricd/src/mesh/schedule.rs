@@ -104,6 +104,9 @@ fn end(mesh: &Mesh, key: Key, ended: Round) -> (Option<Reverse<(Instant, Key)>>,
     let Some(path) = paths.get_mut(&key) else { return (None, None) };
     // A round that was begun towards a former address says nothing of this one.
     if path.target.is_like(&ended.target) {
+        if let (Some(histogram), Some(round_trip)) = (&mesh.round_trips, ended.small.rtt()) {
+            histogram.observe(round_trip.as_secs_f64());
+        }
         path.round(ended);
     }
     let now = Instant::now();
@@ -229,5 +232,35 @@ impl Answering {
 impl Drop for Answering {
     fn drop(&mut self) {
         self.0.values().for_each(JoinHandle::abort);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::probe::Answer;
+    use crate::mesh::tests::target;
+    use crate::mesh::verdict::Seen;
+    use crate::metrics::Metrics;
+    use crate::status::view::View;
+
+    #[test]
+    fn a_round_trip_is_counted_once_and_a_lost_probe_never() {
+        let (metrics, target, now) = (Metrics::default(), target(), Instant::now());
+        let mesh = Mesh::counted_by(metrics.round_trips());
+        let key = (target.lease.key, Family::V4);
+        mesh.lock().insert(key, Path::new(target.clone(), now));
+        for small in [Answer::Daemon { rtt: Duration::from_millis(3), arrived: u64::MAX }, Answer::Nothing] {
+            let samples = vec![(1, small)];
+            end(
+                &mesh,
+                key,
+                Round { target: target.clone(), begun: now, small, full: small, seen: Seen::Both, samples },
+            );
+        }
+        let text = metrics.render(&View::new("node-1".parse().unwrap()), &mesh, &[], now);
+        for line in ["fabricd_mesh_rtt_seconds_count 1", "fabricd_mesh_rtt_seconds_sum 0.003"] {
+            assert!(text.lines().any(|shown| shown == line), "{line} is not in\n{text}");
+        }
     }
 }

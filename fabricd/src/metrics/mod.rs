@@ -207,6 +207,12 @@ impl Metrics {
         self.lag.observe(lag.as_secs_f64());
     }
 
+    /// Where the mesh counts its round trips, in seconds; a clone is the same histogram.
+    #[must_use]
+    pub fn round_trips(&self) -> Histogram {
+        self.paths.rtt.clone()
+    }
+
     /// All of it in OpenMetrics, which [`Format`] turns into another. `now` is what the lease's end is counted from.
     #[must_use]
     pub fn render(&self, view: &View, mesh: &Mesh, drops: &[Drops], now: Instant) -> String {
@@ -289,6 +295,7 @@ mod tests {
         metrics.repaired("route", 2);
         metrics.repaired("fdb", 0);
         metrics.in_sync(Duration::from_millis(3));
+        metrics.round_trips().observe(0.003);
         let (table, chain, why) = (TableFamily::Inet, "senders".to_owned(), "from no peer".to_owned());
         let drops = [Drops { table, chain, why, packets: 7 }];
         let text = metrics.render(&View::new("node-1".parse().unwrap()), &Mesh::default(), &drops, Instant::now());
@@ -303,7 +310,8 @@ mod tests {
             "fabricd_ready 0",
             r#"fabricd_filter_dropped_packets_total{table="inet",chain="senders",reason="from no peer"} 7"#,
             r#"fabricd_mesh_peers{cause="port_blocked"} 0"#,
-            r#"fabricd_mesh_rtt_seconds{percentile="50"} 0.0"#,
+            r#"fabricd_mesh_rtt_seconds_bucket{le="0.0016"} 0"#,
+            r#"fabricd_mesh_rtt_seconds_bucket{le="0.0032"} 1"#,
             r#"fabricd_mesh_loss_ratio{size="full"} 0.0"#,
         ] {
             assert!(text.lines().any(|shown| shown == line), "{line} is not in\n{text}");

@@ -6,6 +6,7 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
 use super::Word;
@@ -18,10 +19,10 @@ const EACH: usize = 100;
 type Number = Gauge<f64, AtomicU64>;
 
 /// Mesh and filter in numbers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Paths {
     peers: Family<ByCause, Gauge>,
-    rtt: Family<ByPercentile, Number>,
+    pub(super) rtt: Histogram,
     loss: Family<BySize, Number>,
     peer_rtt: Family<ByPeer, Number>,
     peer_loss: Family<ByPeerAndSize, Number>,
@@ -32,11 +33,6 @@ pub(super) struct Paths {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByCause {
     cause: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ByPercentile {
-    percentile: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -62,11 +58,25 @@ struct Filtered {
     reason: Word,
 }
 
+impl Default for Paths {
+    fn default() -> Self {
+        Self {
+            peers: Family::default(),
+            // From 50 microseconds, between two machines of a rack, to more than a probe's patience.
+            rtt: Histogram::new(exponential_buckets(0.000_05, 2.0, 16)),
+            loss: Family::default(),
+            peer_rtt: Family::default(),
+            peer_loss: Family::default(),
+            probes: Counter::default(),
+            dropped: Family::default(),
+        }
+    }
+}
+
 impl Paths {
     pub(super) fn register(&self, all: &mut Registry) {
         all.register("mesh_peers", "Paths to peers, by verdict", self.peers.clone());
-        let help =
-            "Round trips to the peers through the tunnel: the median, the slowest tenth, the slowest, in seconds";
+        let help = "Round trips of small probes to the peers and back, through the tunnel, in seconds";
         all.register_with_unit("mesh_rtt", help, Unit::Seconds, self.rtt.clone());
         let help = "Share of the last probes without an answer, over all peers";
         all.register_with_unit("mesh_loss", help, Unit::Other("ratio".into()), self.loss.clone());
@@ -89,13 +99,12 @@ impl Paths {
 
     fn show_mesh(&self, mesh: &Mesh) {
         let mut by_cause = Cause::ALL.map(|cause| (cause, 0));
-        let (mut trips, mut small, mut full, mut probes, mut count) = (vec![], 0.0, 0.0, 0, 0_u32);
+        let (mut small, mut full, mut probes, mut count) = (0.0, 0.0, 0, 0_u32);
         self.peer_rtt.clear();
         self.peer_loss.clear();
         let each = mesh.len() <= EACH;
         mesh.each(|path| {
             by_cause.iter_mut().filter(|(cause, _)| *cause == path.cause()).for_each(|(_, paths)| *paths += 1);
-            trips.extend(path.round_trip());
             (small, full) = (small + path.small.loss(), full + path.full.loss());
             (probes, count) = (probes + path.probes, count + 1);
             if each {
@@ -110,12 +119,6 @@ impl Paths {
         });
         for (cause, paths) in by_cause {
             self.peers.get_or_create(&ByCause { cause: cause.word() }).set(paths);
-        }
-        trips.sort();
-        for (percentile, tenths) in [("50", 5), ("90", 9), ("100", 10)] {
-            let place = (trips.len() * tenths / 10).min(trips.len().saturating_sub(1));
-            let trip = trips.get(place).map_or(0.0, std::time::Duration::as_secs_f64);
-            self.rtt.get_or_create(&ByPercentile { percentile }).set(trip);
         }
         for (size, sum) in [("small", small), ("full", full)] {
             self.loss.get_or_create(&BySize { size }).set(sum / f64::from(count.max(1)));
