@@ -258,6 +258,7 @@ fn del_waits_for_the_delegate_of_an_add_that_was_killed() {
     let held = OpenOptions::new().read(true).open(node.state_file()).expect("a file");
     held.lock().expect("locked");
     let orphan = thread::spawn(move || {
+        #[expect(clippy::disallowed_methods, reason = "how long an orphan holds the lock")]
         thread::sleep(Duration::from_millis(200));
         drop(held);
     });

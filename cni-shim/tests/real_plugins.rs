@@ -198,6 +198,7 @@ fn add_killed_at_any_moment_is_cleaned_up_by_del() {
         for step in 0..30 {
             run("ip netns add pod-1");
             let mut shim = host.start("ADD", "pod-1", &conf);
+            #[expect(clippy::disallowed_methods, reason = "the moment of the kill is what is tried")]
             thread::sleep(Duration::from_micros(1000 * step));
             shim.kill().expect("killed");
             shim.wait().expect("ended");

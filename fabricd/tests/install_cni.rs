@@ -35,6 +35,7 @@ fn conflist_comes_with_readiness_comes_back_when_lost_and_stays_at_the_end() {
     let conflist = dir.join("net.d/10-fabric.conflist");
     tell(dir, r#""not-ready", "code": "starting", "reason": "no lease yet""#);
     let stays = start(dir);
+    #[expect(clippy::disallowed_methods, reason = "that nothing happens takes time to see")]
     thread::sleep(Duration::from_millis(500));
     assert!(!conflist.exists(), "the node is not ready");
 

@@ -210,6 +210,7 @@ pub fn wait_until(what: &str, done: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !done() {
         assert!(Instant::now() < deadline, "not within ten seconds: {what}");
+        #[expect(clippy::disallowed_methods, reason = "between two looks")]
         thread::sleep(Duration::from_millis(10));
     }
 }

@@ -220,6 +220,7 @@ impl InstallCni {
             if Instant::now() >= deadline {
                 bail!("the conflist is not in place, since this node is not ready: {why}");
             }
+            #[expect(clippy::disallowed_methods, reason = "a command of its own, without async code")]
             thread::sleep(PERIOD);
         }
         Ok(())

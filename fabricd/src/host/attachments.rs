@@ -65,6 +65,7 @@ pub fn follow(dir: PathBuf) -> watch::Receiver<Arc<AttachedPods>> {
                 if retry.attempts() == 0 {
                     warn!(dir = %dir.display(), %error, "cannot follow which pod is behind a port, trying again");
                 }
+                #[expect(clippy::disallowed_methods, reason = "on a thread of its own")]
                 thread::sleep(retry.delay());
             }
         }

@@ -44,6 +44,7 @@ pub fn wait_until(what: &str, holds: impl Fn() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !holds() {
         assert!(Instant::now() < deadline, "{what} never came true");
+        #[expect(clippy::disallowed_methods, reason = "between two looks")]
         thread::sleep(Duration::from_millis(20));
     }
 }

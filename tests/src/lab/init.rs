@@ -69,6 +69,7 @@ impl Init {
             let mut word = String::new();
             io::stdin().read_to_string(&mut word).ok();
             if word != STAY {
+                #[expect(clippy::disallowed_methods, reason = "the whole namespace goes with its first process")]
                 std::process::exit(0);
             }
         });
