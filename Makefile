@@ -7,7 +7,7 @@ NAME ?= fabric
 PROFILE ?= release
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build lab lab-down test bench faults image deb e2e api-server helm lint
+.PHONY: help deps build lab lab-down test bench faults image deb e2e api-server helm lint audit
 
 help: ## List the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -65,6 +65,13 @@ bench: root deps ## Measure fabricd beside iproute2, a VXLAN made by hand and fl
 lint: deps ## Check format and lints
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+
+# What `audit` asks cargo-deny; advisories need the network, the others only the crates.
+CHECKS ?= licenses bans sources advisories
+audit: ## Check the dependencies: licences, duplicates, sources, known holes (deny.toml), unused ones
+	@tests/deps audit
+	cargo deny check $(CHECKS)
+	cargo machete
 
 .PHONY: root
 root:
