@@ -26,7 +26,7 @@
 //! | [`node_ipam`]  | one IPAM state for the node's subnet, whatever networks there are   |
 //! | [`bridge`]     | `fabric-bridge`: pods on a bridge, without any other process        |
 //! | [`host_local`] | who has which address, in the files of the plugin host-local        |
-//! | [`netlink`]    | a conversation with the kernel                                      |
+//! | [`netlink`]    | rtnetlink over the crate `fabric_netlink`, told as `ip` commands     |
 //! | [`version`]    | the spec's versions and the forms of a result                       |
 //! | [`error`]      | the spec's error object and its codes                               |
 //!

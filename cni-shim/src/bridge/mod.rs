@@ -27,7 +27,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use fabric_core::model::{IfName, MacAddr, stable_hash};
+use fabric_netlink::EventSocket;
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+use netlink_sys::protocols::NETLINK_ROUTE;
 use rustix::io::Errno;
 use serde_json::{Value, json};
 
@@ -44,8 +46,8 @@ use crate::version::{SpecVersion, convert};
 /// How long the bridge may take to forward what comes from a new port. It takes it half a millisecond.
 const PORT_PATIENCE: Duration = Duration::from_secs(5);
 
-/// `RTMGRP_LINK` of linux/rtnetlink.h.
-const LINK_EVENTS: u32 = 1;
+/// `RTNLGRP_LINK` of linux/rtnetlink.h.
+const LINK_GROUP: u32 = 1;
 
 /// Does what is asked, and returns what to print, if anything.
 ///
@@ -411,7 +413,7 @@ fn await_forwarding(host: &mut Netlink, port: &IfName) -> Result<(), CniError> {
     }
     let deadline = Instant::now() + PORT_PATIENCE;
     let lost = |e: io::Error| CniError::new(Code::Kernel, format!("cannot hear of changes of {port}: {e}"));
-    let mut events = Netlink::following(LINK_EVENTS).map_err(lost)?;
+    let mut events = EventSocket::open(NETLINK_ROUTE, &[LINK_GROUP]).map_err(lost)?;
     loop {
         if forwards()? {
             return Ok(());

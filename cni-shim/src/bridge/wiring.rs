@@ -50,7 +50,7 @@ pub struct Link {
 pub fn link(netlink: &mut Netlink, name: &IfName) -> Result<Option<Link>, Refused> {
     let mut message = named(name);
     message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
-    let shown = netlink.get(&Request::new(format!("ip link show {name}"), Rtnl::GetLink(message), 0))?;
+    let shown = netlink.get(&Request::new(format!("ip link show {name}"), &Rtnl::GetLink(message), 0))?;
     Ok(shown.and_then(decode_link))
 }
 
@@ -58,7 +58,7 @@ pub fn link(netlink: &mut Netlink, name: &IfName) -> Result<Option<Link>, Refuse
 pub fn links(netlink: &mut Netlink) -> Result<Vec<Link>, Refused> {
     let mut message = LinkMessage::default();
     message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
-    let shown = netlink.dump(&Request::new("ip link show", Rtnl::GetLink(message), 0))?;
+    let shown = netlink.dump(&Request::new("ip link show", &Rtnl::GetLink(message), 0))?;
     Ok(shown.into_iter().filter_map(decode_link).collect())
 }
 
@@ -112,7 +112,7 @@ pub fn add_bridge(name: &IfName, mac: MacAddr, mtu: u32) -> Request {
     message.attributes.extend(mtu);
     message.attributes.push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bridge)]));
     let command = format!("ip link add {name} address {mac}{words} up type bridge");
-    Request::new(command, Rtnl::NewLink(message), NLM_F_CREATE | NLM_F_EXCL)
+    Request::new(command, &Rtnl::NewLink(message), NLM_F_CREATE | NLM_F_EXCL)
 }
 
 /// `ip link set NAME up [promisc on]`.
@@ -125,7 +125,7 @@ pub fn raise(index: u32, name: &IfName, promiscuous: bool) -> Request {
         message.header.change_mask |= LinkFlags::Promisc;
     }
     let command = format!("ip link set {name} up{}", if promiscuous { " promisc on" } else { "" });
-    Request::new(command, Rtnl::SetLink(message), 0)
+    Request::new(command, &Rtnl::SetLink(message), 0)
 }
 
 /// The two ends of a pod's veth.
@@ -167,7 +167,7 @@ impl Veth {
             "ip link add {} address {}{words} master {} up type veth peer name {} address {}{words} netns ...",
             self.port, self.port_mac, bridge.name, self.ifname, self.mac,
         );
-        Request::new(command, Rtnl::NewLink(message), NLM_F_CREATE | NLM_F_EXCL)
+        Request::new(command, &Rtnl::NewLink(message), NLM_F_CREATE | NLM_F_EXCL)
     }
 
     /// `bridge link set dev PORT hairpin on`.
@@ -177,7 +177,7 @@ impl Veth {
             LinkInfo::PortKind(InfoPortKind::Bridge),
             LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(true)])),
         ]));
-        Request::new(format!("bridge link set dev {} hairpin on", self.port), Rtnl::NewLink(message), 0)
+        Request::new(format!("bridge link set dev {} hairpin on", self.port), &Rtnl::NewLink(message), 0)
     }
 
     /// `ip link set IFNAME address MAC`, in the pod, to the address that it has: what the pod's sysctls `arp_notify`
@@ -194,12 +194,12 @@ pub fn set_mac(index: u32, name: &str, mac: MacAddr) -> Request {
     let mut message = LinkMessage::default();
     message.header.index = index;
     message.attributes.push(LinkAttribute::Address(mac.octets().to_vec()));
-    Request::new(format!("ip link set {name} address {mac}"), Rtnl::SetLink(message), 0)
+    Request::new(format!("ip link set {name} address {mac}"), &Rtnl::SetLink(message), 0)
 }
 
 /// `ip link del NAME`; with one end of a veth goes the other.
 pub fn delete(name: &IfName) -> Request {
-    Request::new(format!("ip link del {name}"), Rtnl::DelLink(named(name)), 0)
+    Request::new(format!("ip link del {name}"), &Rtnl::DelLink(named(name)), 0)
 }
 
 /// `ip address show dev NAME scope global`.
@@ -216,7 +216,7 @@ pub fn all_addresses(netlink: &mut Netlink) -> Result<Vec<(u32, IpNetwork)>, Ref
 fn global_addresses(netlink: &mut Netlink, index: u32, command: &str) -> Result<Vec<(u32, IpNetwork)>, Refused> {
     let mut message = AddressMessage::default();
     message.header.index = index;
-    let shown = netlink.dump(&Request::new(command, Rtnl::GetAddress(message), 0))?;
+    let shown = netlink.dump(&Request::new(command, &Rtnl::GetAddress(message), 0))?;
     let address = |message: Rtnl| match message {
         Rtnl::NewAddress(message) if message.header.scope == AddressScope::Universe => {
             // IPv4's own address is `Local`; IPv6 has only `Address`.
@@ -242,13 +242,13 @@ fn global_addresses(netlink: &mut Netlink, index: u32, command: &str) -> Result<
 pub fn add_address(index: u32, name: &str, address: IpNetwork) -> Request {
     let (message, nodad) = address_message(index, address);
     let command = format!("ip address add {address} dev {name}{nodad}");
-    Request::new(command, Rtnl::NewAddress(message), NLM_F_CREATE | NLM_F_EXCL)
+    Request::new(command, &Rtnl::NewAddress(message), NLM_F_CREATE | NLM_F_EXCL)
 }
 
 /// `ip address del ADDRESS dev NAME`.
 pub fn delete_address(index: u32, name: &str, address: IpNetwork) -> Request {
     let (message, _) = address_message(index, address);
-    Request::new(format!("ip address del {address} dev {name}"), Rtnl::DelAddress(message), 0)
+    Request::new(format!("ip address del {address} dev {name}"), &Rtnl::DelAddress(message), 0)
 }
 
 fn address_message(index: u32, address: IpNetwork) -> (AddressMessage, &'static str) {
@@ -289,7 +289,7 @@ pub fn add_route(index: u32, name: &str, dst: IpNetwork, gateway: IpAddr) -> Req
     message.attributes.push(RouteAttribute::Gateway(gateway.into()));
     message.attributes.push(RouteAttribute::Oif(index));
     let command = format!("ip route add {dst} via {gateway} dev {name}");
-    Request::new(command, Rtnl::NewRoute(message), NLM_F_CREATE | NLM_F_EXCL)
+    Request::new(command, &Rtnl::NewRoute(message), NLM_F_CREATE | NLM_F_EXCL)
 }
 
 /// `ip route show dev NAME`, of both families: those with a gateway.
@@ -298,7 +298,7 @@ pub fn routes(netlink: &mut Netlink, index: u32) -> Result<Vec<Route>, Refused> 
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let mut message = RouteMessage::default();
         message.header.address_family = family;
-        let shown = netlink.dump(&Request::new("ip route show", Rtnl::GetRoute(message), 0))?;
+        let shown = netlink.dump(&Request::new("ip route show", &Rtnl::GetRoute(message), 0))?;
         all.extend(shown.into_iter().filter_map(|message| decode_route(message, index)));
     }
     Ok(all)

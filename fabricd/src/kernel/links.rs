@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use fabric_core::model::{IfName, Subnet};
+use fabric_netlink::RequestSocket;
 use netlink_sys::protocols::NETLINK_ROUTE;
 
 use super::mirror::{bridges, host_link};
 use super::routing::tables;
-use super::socket::RequestSocket;
 use super::{KernelError, Observed};
 use crate::host::underlay::HostLink;
 

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use fabric_core::model::{IfName, Subnet};
 use fabric_core::rules::change::{Change, share};
 use fabric_core::state::{Foreign, ForeignLink, NexthopId, Sysctl, Via};
+use fabric_netlink::RequestSocket;
 
 use super::firewalls::{self, bridge_nf};
 use super::monitor::{Event, Interest, Table};
@@ -22,7 +23,6 @@ use super::netlink::Options;
 use super::nft::Filter;
 use super::routing::routes;
 use super::routing::tables::{self, Address, EntryRow, Fit, Link, Links};
-use super::socket::RequestSocket;
 use super::{KernelError, Observed, sysctl};
 use crate::host::underlay::HostLink;
 

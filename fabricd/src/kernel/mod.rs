@@ -1,7 +1,7 @@
 //! The kernel's side: what it holds, and writing to it.
 //!
 //! [`Kernel`] is what the reconcile loop sees. [`netlink::Netlink`] is the real one; the test crate has a fake that
-//! behaves alike, and one conformance suite runs on both. Only this folder names netlink:
+//! behaves alike, and one conformance suite runs on both. Only this folder speaks netlink, by the crate `fabric_netlink`:
 //!
 //! ```text
 //!      apply(ops), enforce(rules)                observe()                       changed()
@@ -10,7 +10,7 @@
 //!                  │                                 ▲                               ▲
 //!                  │                       routing, nft, firewalls, sysctl             │
 //!                  ▼                                 │  (only what is stale)         │
-//!            socket: one send per 64 KiB, or one dump of a table                     │
+//!            RequestSocket: one send per 64 KiB, or one dump of a table              │
 //!                  ▼                                 │                               │
 //!            ────────────────────────────────────  kernel  ──────────────────────────────────────
 //! ```
@@ -23,9 +23,7 @@ pub mod netlink;
 mod nft;
 mod refusal;
 pub mod routing;
-mod socket;
 mod sysctl;
-mod wire;
 
 pub use self::nft::drops::{Drops, drops};
 pub use self::nft::service::is_service;

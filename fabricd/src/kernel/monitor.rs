@@ -13,6 +13,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 
+use fabric_netlink::{Frame, RECEIVE, attribute, frames, grow_receive_buffer, is_overrun, receive};
 use futures::FutureExt as _;
 use netlink_packet_core::parse_i32;
 use netlink_packet_route::address::{AddressHeader, AddressScope};
@@ -22,11 +23,11 @@ use netlink_sys::{AsyncSocket, TokioSocket};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
+use super::Touched;
 use super::routing::nexthop::{self, NexthopRow, RTM_DELNEXTHOP, RTM_NEWNEXTHOP};
+use super::routing::route_message;
 use super::routing::routes::{self, RouteRow};
 use super::routing::tables::{self, Entry};
-use super::wire::{Frame, attributes, frames};
-use super::{Touched, socket};
 
 /// Room for the events of a burst: some 20,000.
 const RECEIVE_BUFFER: usize = 8 << 20;
@@ -119,7 +120,7 @@ impl Monitor {
     pub(super) fn start() -> io::Result<(Arc<Self>, JoinHandle<()>)> {
         let mut socket = TokioSocket::new(NETLINK_ROUTE)?;
         socket.socket_mut().bind_auto()?;
-        socket::grow_receive_buffer(socket.socket_ref(), RECEIVE_BUFFER)?;
+        grow_receive_buffer(socket.socket_ref(), RECEIVE_BUFFER)?;
         for group in GROUPS {
             socket
                 .socket_ref()
@@ -140,7 +141,7 @@ impl Monitor {
             let mut buffer = std::mem::take(&mut heard.buffer);
             let end = loop {
                 buffer.clear();
-                buffer.reserve(socket::RECEIVE);
+                buffer.reserve(RECEIVE);
                 match self.socket.poll_recv(context, &mut buffer) {
                     Poll::Pending => break Poll::Pending,
                     Poll::Ready(received) => {
@@ -161,7 +162,7 @@ impl Monitor {
     fn drain(&self, heard: &mut Heard) {
         let mut buffer = std::mem::take(&mut heard.buffer);
         // Any other error ends the queue here; `listen` reports it.
-        while self.hear(heard, socket::receive(self.socket.socket_ref(), &mut buffer)).is_ok() {}
+        while self.hear(heard, receive(self.socket.socket_ref(), &mut buffer)).is_ok() {}
         heard.buffer = buffer;
     }
 
@@ -177,7 +178,7 @@ impl Monitor {
                     self.lose(heard);
                 }
             }
-            Err(error) if socket::is_overrun(&error) => self.lose(heard),
+            Err(error) if is_overrun(&error) => self.lose(heard),
             Err(error) => return Err(error),
         }
         if !heard.events.is_empty() {
@@ -285,7 +286,7 @@ impl Event {
             RTM_DELNETCONF => return None,
             _ => {}
         }
-        match frame.route_message() {
+        match route_message(frame) {
             // A bridge speaks of its ports in messages of its own family; the links are as they were.
             Some(Rtnl::NewLink(link) | Rtnl::DelLink(link)) => {
                 (link.header.interface_family == AddressFamily::Unspec).then_some(Self::Link(link.header.index))
@@ -320,8 +321,8 @@ impl Interest {
 /// Settings are announced for every new device; only the host's own matter. (`accept_ra` is announced to nobody.)
 fn netconf(frame: &Frame<'_>) -> Option<Event> {
     // A `struct netconfmsg` is one byte, padded to four.
-    let index = frame.body.get(4..).and_then(|body| attributes(body).find(|(kind, _)| *kind == NETCONF_INDEX));
-    match index.map(|(_, value)| parse_i32(value)) {
+    let index = frame.body.get(4..).and_then(|body| attribute(body, NETCONF_INDEX));
+    match index.map(parse_i32) {
         Some(Ok(NETCONF_ALL)) => Some(Event::Forwarding),
         _ => None,
     }

@@ -14,6 +14,7 @@ use fabric_core::diff::{Change, Op};
 use fabric_core::model::IfName;
 use fabric_core::rules::change::Change as RuleChange;
 use fabric_core::state::{Sysctl, Via};
+use fabric_netlink::{Refusal, RequestSocket};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use tokio::task::JoinHandle;
 
@@ -22,7 +23,6 @@ use super::monitor::{Monitor, Table};
 use super::nft::{self, Filter};
 use super::routing::encode::{Device, Unsendable, encode};
 use super::routing::tables;
-use super::socket::{Refusal, RequestSocket};
 use super::{Kernel, KernelError, Observed, Touched, refusal, sysctl};
 
 /// A call that takes longer has a kernel that hangs: the largest plans take a second.

@@ -21,10 +21,10 @@ use std::io;
 use std::sync::Arc;
 
 use fabric_core::firewall::{Firewall, Table};
+use fabric_netlink::RequestSocket;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::nft::generation;
-use super::socket::RequestSocket;
 
 /// The reader, and what it has read.
 #[derive(Default)]

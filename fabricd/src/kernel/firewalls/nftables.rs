@@ -5,11 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use fabric_core::firewall::{Base, Chain, Decision, Element, Firewall, Hook, Rule, Set, Step, Table, TableKind, Value};
+use fabric_netlink::{Frame, Request, RequestSocket};
 
 use super::expressions::{decision, steps};
-use crate::kernel::nft::{Attributes, GET_CHAIN, GET_RULE, Values, comment, lacks_nftables, message};
-use crate::kernel::socket::RequestSocket;
-use crate::kernel::wire::{Frame, Request};
+use crate::kernel::nft::{Attributes, GET_CHAIN, GET_RULE, Nfnetlink as _, Values, comment, lacks_nftables, message};
 
 const GET_SET: u16 = 10;
 const GET_ELEMENTS: u16 = 13;

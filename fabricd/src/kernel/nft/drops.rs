@@ -4,11 +4,10 @@ use std::collections::BTreeMap;
 use std::io;
 
 use fabric_core::rules::{TABLE, TableFamily, reason};
+use fabric_netlink::{Frame, Request, RequestSocket};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
-use super::super::socket::RequestSocket;
-use super::super::wire::{Frame, Request};
-use super::attributes::Attributes;
+use super::attributes::{Attributes, Nfnetlink as _};
 use super::read::{GET_RULE, RuleFound, rule};
 use super::{message, nfproto};
 

@@ -4,12 +4,12 @@ use std::net::IpAddr;
 
 use fabric_core::rules::change::{Change, ElementChange, RuleChange};
 use fabric_core::rules::{Chain, ChainKind, Element, KeyField, Part, Rule, Set, TABLE, TableFamily};
+use fabric_netlink::{Request, pad};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE};
 
-use super::attributes::{Attributes, pad};
+use super::attributes::{Attributes, Nfnetlink as _};
 use super::expr::{DATA_VALUE, LIST_ELEMENT, expressions, interface};
 use super::{door, message, nfproto};
-use crate::kernel::wire::Request;
 
 /// `NFT_MSG_*` (linux/netfilter/nf_tables.h).
 const NEW_TABLE: u16 = 0;

@@ -7,7 +7,7 @@
 use fabric_core::model::{Family, Subnet, to_bits};
 use fabric_core::rules::{Field, Match, Rule, Test, Verdict};
 
-use super::attributes::Attributes;
+use super::attributes::{Attributes, Nfnetlink as _};
 
 /// `NFTA_LIST_ELEM`.
 pub(super) const LIST_ELEMENT: u16 = 1;

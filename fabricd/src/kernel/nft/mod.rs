@@ -16,7 +16,7 @@ mod read;
 pub(super) mod service;
 pub(super) mod watch;
 
-pub(super) use self::attributes::Attributes;
+pub(super) use self::attributes::{Attributes, Nfnetlink};
 pub(super) use self::read::{GET_CHAIN, GET_RULE, Values, comment, generation, lacks_nftables};
 
 use std::io;
@@ -24,10 +24,10 @@ use std::io;
 use fabric_core::rules::change::{Change, Found};
 use fabric_core::rules::door::Door;
 use fabric_core::rules::{TABLE, TableFamily};
+use fabric_netlink::{Refusal, RequestSocket};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::Dropped;
-use super::socket::{Refusal, RequestSocket};
 
 /// The kernel's packet filter.
 pub(super) struct Filter {

@@ -6,13 +6,12 @@ use std::sync::Arc;
 use fabric_core::model::{Family, Subnet, from_bits};
 use fabric_core::rules::change::{Found, FoundSet, FoundTable, NO_HOOK};
 use fabric_core::rules::{ChainKind, Element, Hook, KeyField, Part, Place, Set, TABLE, TableFamily, reason};
+use fabric_netlink::{Frame, Request, RequestSocket, attribute, attributes};
 use netlink_packet_core::parse_u32_be;
 
-use super::attributes::Attributes;
+use super::attributes::{Attributes, Nfnetlink as _};
 use super::encode::{CONCATENATED, RANGES, TYPE_BITS, chain_kind, datatype, width};
 use super::{message, nfproto};
-use crate::kernel::socket::RequestSocket;
-use crate::kernel::wire::{Frame, Request, attributes};
 use crate::kernel::{Count, Dropped};
 
 /// `NFT_MSG_GET*`.
@@ -132,7 +131,7 @@ impl<'a> Values<'a> {
     }
 
     pub(in crate::kernel) fn bytes(&self, wanted: u16) -> Option<&'a [u8]> {
-        attributes(self.0).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
+        attribute(self.0, wanted)
     }
 
     pub(in crate::kernel) fn text(&self, wanted: u16) -> Option<&'a str> {

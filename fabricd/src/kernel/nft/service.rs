@@ -2,11 +2,10 @@
 
 use std::net::IpAddr;
 
+use fabric_netlink::{Request, RequestSocket};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
-use super::super::socket::RequestSocket;
-use super::super::wire::Request;
-use super::attributes::Attributes;
+use super::attributes::{Attributes, Nfnetlink as _};
 use super::message;
 use super::read::GET_RULE;
 

@@ -8,6 +8,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use fabric_netlink::{Frame, RECEIVE, frames, grow_receive_buffer, is_overrun};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{AsyncSocket, AsyncSocketExt as _, TokioSocket};
 use tokio::task::JoinHandle;
@@ -15,8 +16,6 @@ use tokio::time::{Instant, sleep_until};
 
 use super::read::{Values, concerns_us};
 use crate::kernel::monitor::{Monitor, Table};
-use crate::kernel::socket;
-use crate::kernel::wire::{Frame, frames};
 
 /// Room for the events of a large transaction of others.
 const RECEIVE_BUFFER: usize = 8 << 20;
@@ -33,10 +32,10 @@ const PAUSE: Duration = Duration::from_millis(500);
 pub(in crate::kernel) fn start(monitor: Arc<Monitor>, own_port: u32) -> io::Result<JoinHandle<()>> {
     let mut socket = TokioSocket::new(NETLINK_NETFILTER)?;
     socket.socket_mut().bind_auto()?;
-    socket::grow_receive_buffer(socket.socket_ref(), RECEIVE_BUFFER)?;
+    grow_receive_buffer(socket.socket_ref(), RECEIVE_BUFFER)?;
     socket.socket_ref().add_membership(GROUP)?;
     Ok(tokio::spawn(async move {
-        let mut buffer = Vec::with_capacity(socket::RECEIVE);
+        let mut buffer = Vec::with_capacity(RECEIVE);
         let mut told = Instant::now() - PAUSE;
         let mut to_tell = false;
         loop {
@@ -57,7 +56,7 @@ pub(in crate::kernel) fn start(monitor: Arc<Monitor>, own_port: u32) -> io::Resu
                     }
                     to_tell |= theirs().any(|frame| may_decide(&frame));
                 }
-                Err(error) if socket::is_overrun(&error) => {
+                Err(error) if is_overrun(&error) => {
                     monitor.distrust([Table::Rules]);
                     to_tell = true;
                 }

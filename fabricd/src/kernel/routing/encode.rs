@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use fabric_core::diff::{Change, Op};
 use fabric_core::model::{Family, IfName, MacAddr, Subnet};
 use fabric_core::state::{ROUTE_PROTOCOL, Via, VxlanLink};
+use fabric_netlink::Request;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::InfoKind;
@@ -19,7 +20,6 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
 use rtnetlink::{AddressMessageBuilder, LinkMessageBuilder, LinkUnspec, LinkVxlan, RouteMessageBuilder};
 
 use super::nexthop;
-use crate::kernel::wire::Request;
 
 /// Metric that the kernel gives an IPv6 route that names none (`IP6_RT_PRIO_USER`). IPv4's is 0.
 pub(in crate::kernel) const IPV6_METRIC: u32 = 1024;

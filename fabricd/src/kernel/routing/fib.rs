@@ -9,16 +9,16 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use fabric_core::model::{Family, Subnet};
 use fabric_core::state::ROUTE_PROTOCOL;
+use fabric_netlink::{Frame, Request, RequestSocket};
 use netlink_packet_route::route::{RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
+use super::route_message;
 use super::routes::{device, ip, metric};
 use super::tables::{self, Links, reading};
 use crate::kernel::KernelError;
-use crate::kernel::socket::RequestSocket;
-use crate::kernel::wire::{Frame, Request};
 
 /// Tables that every host has.
 const DEFAULT: u32 = 253;
@@ -263,14 +263,14 @@ pub fn fib() -> Result<Fib, KernelError> {
         let of_family = |frame: &Frame<'_>| frame.body.first().is_some_and(|first| i32::from(*first) == number);
         let mut all = RuleMessage::default();
         all.header.family = family;
-        let rules = socket.dump(&Request::new(&Rtnl::GetRule(all), 0), |frame| match frame.route_message()? {
+        let rules = socket.dump(&Request::new(&Rtnl::GetRule(all), 0), |frame| match route_message(frame)? {
             Rtnl::NewRule(rule) if of_family(frame) => Some(rule_of(&rule)),
             _ => None,
         });
         fib.rules.extend(nothing_if_missing(rules).map_err(reading("policy rules"))?);
         let mut all = RouteMessage::default();
         all.header.address_family = family;
-        let routes = socket.dump(&Request::new(&Rtnl::GetRoute(all), 0), |frame| match frame.route_message()? {
+        let routes = socket.dump(&Request::new(&Rtnl::GetRoute(all), 0), |frame| match route_message(frame)? {
             Rtnl::NewRoute(route) if of_family(frame) => route_of(&route, &links),
             _ => None,
         });

@@ -11,3 +11,13 @@ pub(super) mod routes;
 pub(super) mod tables;
 
 pub use self::routes::{Taken, route_of_packet, route_to};
+
+use fabric_netlink::Frame;
+use netlink_packet_route::RouteNetlinkMessage;
+
+/// A frame as a message of rtnetlink, if it is one that the codec understands. A message that it does not (a newer kernel, an
+/// odd driver) must not stop us from seeing the others.
+pub(super) fn route_message(frame: &Frame<'_>) -> Option<RouteNetlinkMessage> {
+    let message = frame.decode();
+    message.inspect_err(|error| tracing::debug!(kind = frame.kind, %error, "netlink message not understood")).ok()
+}

@@ -5,9 +5,8 @@ use std::net::IpAddr;
 
 use fabric_core::model::Family;
 use fabric_core::state::{NexthopId, ROUTE_PROTOCOL};
+use fabric_netlink::{Attributes, Frame, Request, attribute};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, parse_ip, parse_u32};
-
-use crate::kernel::wire::{Frame, Request, attributes};
 
 pub(in crate::kernel) const RTM_NEWNEXTHOP: u16 = 104;
 pub(in crate::kernel) const RTM_DELNEXTHOP: u16 = 105;
@@ -35,22 +34,21 @@ pub(in crate::kernel) fn set(id: NexthopId, gateway: IpAddr, device: u32, replac
         Family::V4 => libc::AF_INET,
         Family::V6 => libc::AF_INET6,
     };
-    let mut body = vec![u8::try_from(family).unwrap_or_default(), 0, ROUTE_PROTOCOL, 0];
-    body.extend(ONLINK.to_ne_bytes());
-    attribute(&mut body, ID, &id.0.to_ne_bytes());
-    match gateway {
-        IpAddr::V4(ip) => attribute(&mut body, GATEWAY, &ip.octets()),
-        IpAddr::V6(ip) => attribute(&mut body, GATEWAY, &ip.octets()),
-    }
-    attribute(&mut body, OIF, &device.to_ne_bytes());
+    let mut header = vec![u8::try_from(family).unwrap_or_default(), 0, ROUTE_PROTOCOL, 0];
+    header.extend(ONLINK.to_ne_bytes());
+    let body = Attributes::behind(header).bytes(ID, &id.0.to_ne_bytes());
+    let body = match gateway {
+        IpAddr::V4(ip) => body.bytes(GATEWAY, &ip.octets()),
+        IpAddr::V6(ip) => body.bytes(GATEWAY, &ip.octets()),
+    };
+    let body = body.bytes(OIF, &device.to_ne_bytes()).into_bytes();
     Request::raw(RTM_NEWNEXTHOP, NLM_F_CREATE | if replace { NLM_F_REPLACE } else { NLM_F_EXCL }, body)
 }
 
 /// `ip nexthop del id ID`.
 pub(in crate::kernel) fn delete(id: NexthopId) -> Request {
-    let mut body = vec![0; HEADER];
-    attribute(&mut body, ID, &id.0.to_ne_bytes());
-    Request::raw(RTM_DELNEXTHOP, 0, body)
+    let body = Attributes::behind([0; HEADER]).bytes(ID, &id.0.to_ne_bytes());
+    Request::raw(RTM_DELNEXTHOP, 0, body.into_bytes())
 }
 
 /// `ip nexthop show`.
@@ -61,27 +59,20 @@ pub(in crate::kernel) fn all() -> Request {
 /// A nexthop object out of a dump or an event.
 pub(in crate::kernel) fn decode(frame: &Frame<'_>) -> Option<NexthopRow> {
     let body = frame.body.get(HEADER..)?;
-    let number = |wanted| attributes(body).find(|(kind, _)| *kind == wanted).and_then(|(_, v)| parse_u32(v).ok());
+    let number = |wanted| attribute(body, wanted).and_then(|value| parse_u32(value).ok());
     Some(NexthopRow {
         id: NexthopId(number(ID)?),
         protocol: frame.body[2],
-        gateway: attributes(body).find(|(kind, _)| *kind == GATEWAY).and_then(|(_, v)| parse_ip(v).ok()),
+        gateway: attribute(body, GATEWAY).and_then(|value| parse_ip(value).ok()),
         device: number(OIF),
     })
 }
 
-/// Appends an attribute; all of these have a length that needs no padding.
-fn attribute(body: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    let length = u16::try_from(4 + value.len()).expect("an address or a number");
-    body.extend(length.to_ne_bytes());
-    body.extend(kind.to_ne_bytes());
-    body.extend(value);
-}
-
 #[cfg(test)]
 mod tests {
+    use fabric_netlink::frames;
+
     use super::*;
-    use crate::kernel::wire::frames;
 
     #[test]
     fn nexthop_survives_its_encoding_in_both_families() {

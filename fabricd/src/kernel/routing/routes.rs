@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::state::{Nexthop, NexthopId, ROUTE_PROTOCOL, Via};
+use fabric_netlink::{Frame, Request, RequestSocket, attributes};
 use netlink_packet_core::{parse_ip, parse_u32};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
@@ -16,11 +17,10 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use rtnetlink::RouteMessageBuilder;
 
 use super::encode::IPV6_METRIC;
+use super::route_message;
 use super::tables::{Links, reading};
 use crate::host::underlay::DefaultRoute;
 use crate::kernel::KernelError;
-use crate::kernel::socket::RequestSocket;
-use crate::kernel::wire::{Frame, Request, attributes};
 
 /// The main table's routes of others.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -322,7 +322,7 @@ fn dump<T>(
 }
 
 fn route_of(frame: &Frame<'_>) -> Option<RouteMessage> {
-    match frame.route_message()? {
+    match route_message(frame)? {
         Rtnl::NewRoute(route) => Some(route),
         _ => None,
     }

@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use fabric_core::device;
 use fabric_core::model::{Family, IfName, MacAddr, Subnet, Vni};
 use fabric_core::state::{NEXTHOP_ID_BASE, Nexthop, NexthopId, ROUTE_PROTOCOL, VxlanLink};
+use fabric_netlink::{Frame, Request, RequestSocket, attributes};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{
     InfoData, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
@@ -18,9 +19,8 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
 use rtnetlink::LinkUnspec;
 
 use super::nexthop::{self, NexthopRow};
+use super::route_message;
 use crate::kernel::KernelError;
-use crate::kernel::socket::RequestSocket;
-use crate::kernel::wire::{Frame, Request, attributes};
 
 /// A link.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,7 +86,7 @@ pub(in crate::kernel) fn link_named(socket: &mut RequestSocket, name: &IfName) -
 }
 
 fn link_of(frame: &Frame<'_>) -> Option<Link> {
-    match frame.route_message()? {
+    match route_message(frame)? {
         Rtnl::NewLink(message) => link(&message),
         _ => None,
     }
@@ -161,7 +161,7 @@ fn vxlan(data: &[InfoVxlan], link: &Link, mac: Option<MacAddr>) -> (u32, u16, Ip
 /// `ip address show`, without what the kernel makes of itself: link-local and host-local addresses.
 pub(in crate::kernel) fn addresses(socket: &mut RequestSocket) -> Result<Vec<Address>, KernelError> {
     let all = Request::new(&Rtnl::GetAddress(AddressMessage::default()), 0);
-    let decode = |frame: &Frame<'_>| match frame.route_message()? {
+    let decode = |frame: &Frame<'_>| match route_message(frame)? {
         Rtnl::NewAddress(message) => address(&message),
         _ => None,
     };

@@ -1,80 +1,78 @@
-//! The request socket: whole batches out, and each answer put to the message that it is about.
+//! Sockets: [`RequestSocket`] for what we ask and write, [`EventSocket`] for what the kernel tells by itself.
 //!
-//! The kernel works through a datagram of many messages inside `send`, so when `send` returns every answer lies in our
-//! receive queue. Only the last message of a datagram asks to be acknowledged; one that fails answers for itself, with
-//! its own sequence number, and the rest still run. So nothing here ever waits for an answer: an empty queue means
-//! that there is none. A full queue would lose answers (`ENOBUFS`, after 256 of them with the default buffer), hence
-//! the large one; if it happens all the same, every message without an answer counts as failed and the next look at
-//! the kernel tells what became of it.
+//! The kernel works through a datagram of many messages inside `send` (net/netlink/af_netlink.c, `netlink_rcv_skb`), so when
+//! `send` returns every answer lies in our receive queue. Only the last message of a datagram asks to be acknowledged; one
+//! that fails answers for itself, with its own sequence number, and the rest still run. So nothing here ever waits for an
+//! answer: an empty queue means that there is none. A full queue would lose answers (`ENOBUFS`, after 256 of them with the
+//! default buffer), hence a larger one for larger batches; if it happens all the same, every message without an answer counts
+//! as failed, and a look at the kernel tells what became of it.
 
 use std::io;
+use std::slice;
+use std::time::Duration;
 
-use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR, parse_i32};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR};
 use netlink_sys::{Socket, SocketAddr};
-use nix::sys::socket::{setsockopt, sockopt};
+use rustix::buffer::spare_capacity;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv, sockopt};
 
-use super::wire::{Frame, Request, attributes, frames};
+use crate::answer::{Refusal, errno, verdict};
+use crate::frame::{Frame, Request, frames};
 
 /// Bytes in one `send`: about 1,260 messages. The kernel takes up to 212,960.
 const SEND: usize = 64 << 10;
-/// More than any datagram that the kernel makes of a dump (32 KiB).
-pub(super) const RECEIVE: usize = 128 << 10;
+/// Bytes to receive a datagram in: more than any that the kernel makes of a dump (32 KiB).
+pub const RECEIVE: usize = 128 << 10;
+/// Bytes of the receive queue for the answers to a full datagram.
 const RECEIVE_BUFFER: usize = 4 << 20;
+/// That many answers have room in any receive queue.
+const FEW: usize = 32;
 /// How often a dump that the kernel calls torn (`NLM_F_DUMP_INTR`) is begun again.
-const DUMP_TRIES: usize = 5;
-
-/// `NLMSGERR_ATTR_MSG`: the kernel's words about a refusal.
-const ATTR_MSG: u16 = 1;
-/// `NLM_F_ACK_TLVS`: such attributes follow.
-const ACK_TLVS: u16 = 0x200;
-/// `NLM_F_CAPPED`: of our message the header alone is quoted.
-const CAPPED: u16 = 0x100;
-
-/// The kernel's no.
-#[derive(Debug)]
-pub(super) struct Refusal {
-    pub(super) error: io::Error,
-    pub(super) words: Option<String>,
-}
-
-impl From<io::Error> for Refusal {
-    fn from(error: io::Error) -> Self {
-        Self { error, words: None }
-    }
-}
+const DUMP_TRIES: usize = 10;
 
 /// A netlink socket for requests, in the network namespace of the thread that opened it.
-pub(super) struct RequestSocket {
+#[derive(Debug)]
+pub struct RequestSocket {
     socket: Socket,
     port: u32,
     sequence: u32,
     received: Vec<u8>,
+    /// Whether the receive queue has been made larger.
+    large: bool,
 }
 
 impl RequestSocket {
-    /// Opens a socket of one netlink protocol (`NETLINK_ROUTE`, `NETLINK_NETFILTER`).
-    pub(super) fn open(protocol: isize) -> io::Result<Self> {
+    /// Opens a socket of one netlink protocol (`NETLINK_ROUTE`, `NETLINK_NETFILTER`, `NETLINK_GENERIC`).
+    ///
+    /// # Errors
+    /// What the system says; `EPROTONOSUPPORT` when the kernel doesn't know the protocol.
+    pub fn open(protocol: isize) -> io::Result<Self> {
         let mut socket = Socket::new(protocol)?;
         let port = socket.bind_auto()?.port_number();
-        grow_receive_buffer(&socket, RECEIVE_BUFFER)?;
         // Comforts of newer kernels; without them answers are longer, wordless, and dumps unfiltered.
         let _ = socket.set_cap_ack(true);
         let _ = socket.set_ext_ack(true);
         let _ = socket.set_netlink_get_strict_chk(true);
-        Ok(Self { socket, port, sequence: 0, received: Vec::with_capacity(RECEIVE) })
+        Ok(Self { socket, port, sequence: 0, received: Vec::with_capacity(RECEIVE), large: false })
     }
 
     /// Its address: what the kernel tells others of our writes carries it.
-    pub(super) fn port(&self) -> u32 {
+    #[must_use]
+    pub fn port(&self) -> u32 {
         self.port
     }
 
     /// Sends writes that happen as one or not at all, one of which asks for an acknowledgement. They have to be in one
     /// datagram, however large.
-    pub(super) fn transact(&mut self, requests: &[Request]) -> Result<(), Refusal> {
-        let room: usize = requests.iter().map(Request::len).sum();
-        setsockopt(&self.socket, sockopt::SndBufForce, &(2 * room))
-            .or_else(|_| setsockopt(&self.socket, sockopt::SndBuf, &(2 * room)))
+    ///
+    /// # Errors
+    /// The first refusal; nothing was written then. `ENOBUFS` when no answer came.
+    pub fn transact(&mut self, requests: &[Request]) -> Result<(), Refusal> {
+        let room: usize = 2 * requests.iter().map(Request::size).sum::<usize>();
+        sockopt::set_socket_send_buffer_size_force(&self.socket, room)
+            .or_else(|_| sockopt::set_socket_send_buffer_size(&self.socket, room))
             .map_err(io::Error::from)?;
         self.send(requests, 0)?;
         let mut done = false;
@@ -88,13 +86,13 @@ impl RequestSocket {
                 }
                 Err(error) if is_overrun(&error) => return Err(error.into()),
                 Err(_) if done => return Ok(()),
-                Err(_) => return Err(io::Error::from_raw_os_error(libc::ENOBUFS).into()),
+                Err(_) => return Err(io::Error::from(Errno::NOBUFS).into()),
             }
         }
     }
 
-    /// Sends writes, one result for each.
-    pub(super) fn write(&mut self, requests: &[Request]) -> Vec<Result<(), Refusal>> {
+    /// Sends writes, one result for each. All are tried: a later one can't count on an earlier one.
+    pub fn write(&mut self, requests: &[Request]) -> Vec<Result<(), Refusal>> {
         let mut results = Vec::with_capacity(requests.len());
         while let rest @ [_, ..] = &requests[results.len()..] {
             results.append(&mut self.write_datagram(&rest[..fitting(rest)]));
@@ -125,7 +123,7 @@ impl RequestSocket {
             }
         }
         if !complete || lost.is_some() {
-            let lost = lost.unwrap_or_else(|| io::Error::from_raw_os_error(libc::ENOBUFS));
+            let lost = lost.unwrap_or_else(|| Errno::NOBUFS.into());
             for result in results.iter_mut().filter(|result| result.is_ok()) {
                 *result = Err(Refusal {
                     error: again(&lost),
@@ -136,14 +134,17 @@ impl RequestSocket {
         results
     }
 
-    /// Reads a table: every message that `decode` takes.
-    pub(super) fn dump<T>(
+    /// Reads a table: every message that `decode` takes. A dump that the table has changed under is begun again.
+    ///
+    /// # Errors
+    /// The kernel refused, or the table changed under every reading of it (`ErrorKind::Interrupted`).
+    pub fn dump<T>(
         &mut self,
         request: &Request,
         mut decode: impl FnMut(&Frame<'_>) -> Option<T>,
     ) -> io::Result<Vec<T>> {
         for _ in 0..DUMP_TRIES {
-            let sequence = self.send(std::slice::from_ref(request), NLM_F_DUMP)?;
+            let sequence = self.send(slice::from_ref(request), NLM_F_DUMP)?;
             let mut rows = vec![];
             let (mut done, mut torn) = (false, false);
             while !done {
@@ -165,28 +166,32 @@ impl RequestSocket {
         Err(io::Error::new(io::ErrorKind::Interrupted, "the table changed under every reading of it"))
     }
 
-    /// Asks for one thing.
-    pub(super) fn ask<T>(
+    /// Asks for one thing. `None` when the answer is none that `decode` takes.
+    ///
+    /// # Errors
+    /// The kernel refused: mostly there is no such thing.
+    pub fn ask<T>(
         &mut self,
         request: &Request,
         mut decode: impl FnMut(&Frame<'_>) -> Option<T>,
     ) -> io::Result<Option<T>> {
-        let sequence = self.send(std::slice::from_ref(request), 0)?;
-        for frame in frames(self.receive()?).filter(|frame| frame.sequence == sequence) {
-            match frame.kind {
-                NLMSG_ERROR => errno(frame.body)?,
-                _ => return Ok(decode(&frame)),
-            }
+        let sequence = self.send(slice::from_ref(request), 0)?;
+        match frames(self.receive()?).find(|frame| frame.sequence == sequence) {
+            Some(frame) if frame.kind == NLMSG_ERROR => errno(frame.body).map(|()| None),
+            answer => Ok(answer.and_then(|frame| decode(&frame))),
         }
-        Ok(None)
     }
 
     /// One datagram; its last message gets `last_flags`. Returns the first message's sequence number.
     fn send(&mut self, requests: &[Request], last_flags: u16) -> io::Result<u32> {
+        if requests.len() > FEW && !self.large {
+            grow_receive_buffer(&self.socket, RECEIVE_BUFFER)?;
+            self.large = true;
+        }
         // What an earlier request left behind (a dump broken off in the middle) would hold up this one.
         while self.receive().map_or_else(|error| is_overrun(&error), |_| true) {}
         let first = self.sequence.wrapping_add(1);
-        let mut datagram = Vec::with_capacity(requests.iter().map(Request::len).sum());
+        let mut datagram = Vec::with_capacity(requests.iter().map(Request::size).sum());
         for (position, request) in requests.iter().enumerate() {
             self.sequence = self.sequence.wrapping_add(1);
             let flags = if position + 1 == requests.len() { last_flags } else { 0 };
@@ -202,64 +207,82 @@ impl RequestSocket {
     }
 }
 
-/// The next datagram in a socket's queue; `WouldBlock` when there is none.
-pub(super) fn receive<'a>(socket: &Socket, buffer: &'a mut Vec<u8>) -> io::Result<&'a [u8]> {
-    loop {
-        buffer.clear();
-        buffer.reserve(RECEIVE);
-        match socket.recv(buffer, libc::MSG_DONTWAIT) {
-            Ok(_) => return Ok(buffer),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+/// A netlink socket that hears the events of multicast groups, in the network namespace of the thread that opened it.
+#[derive(Debug)]
+pub struct EventSocket {
+    socket: Socket,
+    received: Vec<u8>,
+}
+
+impl EventSocket {
+    /// Opens one of a netlink protocol for groups by their numbers (`RTNLGRP_LINK`, `NFNLGRP_NFTABLES`).
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn open(protocol: isize, groups: &[u32]) -> io::Result<Self> {
+        let mut socket = Socket::new(protocol)?;
+        socket.bind_auto()?;
+        groups.iter().try_for_each(|group| socket.add_membership(*group))?;
+        Ok(Self { socket, received: vec![] })
+    }
+
+    /// Waits for an event, so long. False when there was none. That events were lost is news as well.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn wait(&mut self, timeout: Duration) -> io::Result<bool> {
+        let timeout = Timespec::try_from(timeout).map_err(io::Error::other)?;
+        if poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&timeout))? == 0 {
+            return Ok(false);
+        }
+        match receive(&self.socket, &mut self.received) {
+            Err(error) if !is_overrun(&error) => Err(error),
+            _ => Ok(true),
         }
     }
 }
 
-/// Gives a socket room for what comes in, above the system's limit where we may.
-pub(super) fn grow_receive_buffer(socket: &Socket, bytes: usize) -> io::Result<()> {
-    setsockopt(socket, sockopt::RcvBufForce, &bytes).or_else(|_| setsockopt(socket, sockopt::RcvBuf, &bytes))?;
+/// The next datagram in a socket's queue.
+///
+/// # Errors
+/// `WouldBlock` when there is none; see [`is_overrun`] for another that is to be expected.
+pub fn receive<'a>(socket: &Socket, buffer: &'a mut Vec<u8>) -> io::Result<&'a [u8]> {
+    buffer.clear();
+    buffer.reserve(RECEIVE);
+    loop {
+        match recv(socket, spare_capacity(buffer), RecvFlags::DONTWAIT) {
+            Ok(_) => return Ok(buffer),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Gives a socket's queue room for so many bytes, above the system's limit where we may.
+///
+/// # Errors
+/// What the system says.
+pub fn grow_receive_buffer(socket: &Socket, bytes: usize) -> io::Result<()> {
+    sockopt::set_socket_recv_buffer_size_force(socket, bytes)
+        .or_else(|_| sockopt::set_socket_recv_buffer_size(socket, bytes))?;
     Ok(())
 }
 
 /// True when the queue was full and answers or events were thrown away; what is left in it can still be read.
-pub(super) fn is_overrun(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::ENOBUFS)
+#[must_use]
+pub fn is_overrun(error: &io::Error) -> bool {
+    Errno::from_io_error(error) == Some(Errno::NOBUFS)
 }
 
 /// How many of these go into one datagram; at least one.
 fn fitting(requests: &[Request]) -> usize {
     let mut room = SEND;
     let fits = requests.iter().take_while(|request| {
-        let left = room.checked_sub(request.len());
+        let left = room.checked_sub(request.size());
         room = left.unwrap_or(0);
         left.is_some()
     });
     fits.count().max(1)
-}
-
-/// What a frame says about the write that it answers.
-fn verdict(frame: &Frame<'_>) -> Option<Result<(), Refusal>> {
-    (frame.kind == NLMSG_ERROR)
-        .then(|| errno(frame.body).map_err(|error| Refusal { error, words: words(frame).map(str::to_owned) }))
-}
-
-/// The error number that opens the body of `NLMSG_ERROR` and `NLMSG_DONE`, negative; 0 is success.
-fn errno(body: &[u8]) -> io::Result<()> {
-    match body.get(..4).map(parse_i32) {
-        Some(Ok(code)) if code < 0 => Err(io::Error::from_raw_os_error(-code)),
-        _ => Ok(()),
-    }
-}
-
-/// The kernel's words: they follow the error number and the quoted message.
-fn words<'a>(frame: &Frame<'a>) -> Option<&'a str> {
-    if frame.flags & ACK_TLVS == 0 {
-        return None;
-    }
-    let quoted = frames(frame.body.get(4..)?).next().map_or(0, |quoted| quoted.body.len());
-    let skip = 4 + 16 + if frame.flags & CAPPED == 0 { quoted.next_multiple_of(4) } else { 0 };
-    let (_, text) = attributes(frame.body.get(skip..)?).find(|(kind, _)| *kind == ATTR_MSG)?;
-    std::str::from_utf8(text).ok().map(|text| text.trim_end_matches('\0'))
 }
 
 /// The same error once more: `io::Error` can't be cloned.
@@ -276,16 +299,5 @@ mod tests {
         let request = |bytes| Request::raw(1, 0, vec![0; bytes]);
         assert_eq!(fitting(&[request(SEND)]), 1);
         assert_eq!(fitting(&[request(SEND - 16 - 20), request(4), request(4)]), 2);
-    }
-
-    #[test]
-    fn the_kernels_words_are_found_behind_a_capped_message() {
-        let mut body = vec![0xea, 0xff, 0xff, 0xff];
-        body.extend([36, 0, 0, 0, 104, 0, 5, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
-        body.extend([9, 0, 1, 0]);
-        body.extend(b"none\0\0\0\0");
-        let frame = Frame { kind: NLMSG_ERROR, flags: CAPPED | ACK_TLVS, sequence: 1, port: 0, body: &body };
-        assert_eq!(words(&frame), Some("none"));
-        assert_eq!(errno(&body).map_err(|e| e.raw_os_error()), Err(Some(libc::EINVAL)));
     }
 }
