@@ -20,7 +20,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::error::{CniError, Code};
-use crate::request::{AttachmentId, Identifier, Verb};
+use crate::spec::{AttachmentId, Identifier, Verb};
 use crate::version::SpecVersion;
 
 /// The network configuration, as the runtime passes it on stdin: CNI spec section 1, plus our keys.

@@ -27,7 +27,8 @@ use crate::bridge::BridgeConf;
 use crate::conf::{self, Conf, PluginConf};
 use crate::error::{CniError, Code};
 use crate::exec::{Exec, ExecError, Exit, Invocation};
-use crate::request::{Action, Attachment, Call, Identifier, Verb};
+use crate::request::{Action, Attachment, Call};
+use crate::spec::{Identifier, Verb};
 use crate::state;
 use crate::version::{SpecVersion, convert};
 

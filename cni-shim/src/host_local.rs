@@ -23,7 +23,7 @@ use ipnetwork::IpNetwork;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
 
-use crate::request::{AttachmentId, Identifier};
+use crate::spec::{AttachmentId, Identifier};
 use crate::state;
 
 /// Where host-local keeps its IPAM state unless told otherwise.

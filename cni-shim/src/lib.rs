@@ -15,6 +15,7 @@
 //! |----------------|---------------------------------------------------------------------|
 //! | [`process`]    | the process around a plugin: reads, has it answered, prints         |
 //! | [`request`]    | environment and stdin become a checked value                        |
+//! | [`spec`]       | the spec's words that all share: verbs, names, attachments          |
 //! | [`conf`]       | the network configuration: the spec's keys and ours                 |
 //! | [`ready`]      | whether pods may be added to this node, and waiting for it          |
 //! | [`verbs`]      | ADD, DEL, CHECK, GC, STATUS, VERSION and what each leaves behind    |
@@ -43,6 +44,7 @@ pub mod node_ipam;
 pub mod process;
 pub mod ready;
 pub mod request;
+pub mod spec;
 pub mod state;
 pub mod sweep;
 pub mod verbs;

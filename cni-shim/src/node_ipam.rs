@@ -21,7 +21,7 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{CniError, Code};
 use crate::host_local::{DATA_DIR, IpamState};
-use crate::request::{AttachmentId, Identifier};
+use crate::spec::{AttachmentId, Identifier};
 use crate::state::{Attachments, list};
 
 /// The folders of host-local's files, and those of the attachments.

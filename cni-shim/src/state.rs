@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::{CniError, Code};
-use crate::request::{AttachmentId, Identifier};
+use crate::spec::{AttachmentId, Identifier};
 
 /// The largest state file that is read, in bytes: a network configuration and a little more.
 const MAX_STATE: u64 = 2 * 1024 * 1024;

@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 use crate::conf::{Conf, invalid};
 use crate::error::{CniError, Code};
 use crate::host_local::{DATA_DIR, Range};
-use crate::request::Identifier;
+use crate::spec::Identifier;
 use crate::version::SpecVersion;
 
 /// The network configuration.

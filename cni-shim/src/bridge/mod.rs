@@ -40,7 +40,8 @@ use crate::conf::Conf;
 use crate::error::{CniError, Code};
 use crate::host_local::{IpamState, Ungiven};
 use crate::netlink::{self, Netlink, Refused};
-use crate::request::{Action, Attachment, AttachmentId, Call, Identifier, Request};
+use crate::request::{Action, Attachment, Call, Request};
+use crate::spec::{AttachmentId, Identifier};
 use crate::version::{SpecVersion, convert};
 
 /// How long the bridge may take to forward what comes from a new port. It takes it half a millisecond.
