@@ -2,11 +2,9 @@
 //!
 //! Each request's name is the `ip` or `bridge` command that would do the same.
 
-use std::fs::{self, File};
-use std::io;
+use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr};
-use std::os::fd::{AsFd, AsRawFd};
-use std::path::Path;
+use std::os::fd::AsRawFd;
 
 use fabric_core::model::{IfName, MacAddr};
 use ipnetwork::IpNetwork;
@@ -18,7 +16,6 @@ use netlink_packet_route::link::{
 };
 use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::conf::Route;
 use crate::netlink::{Netlink, Refused, Request};
@@ -332,26 +329,4 @@ fn decode_route(message: Rtnl, index: u32) -> Option<Route> {
 
 fn family(ip: IpAddr) -> AddressFamily {
     if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
-}
-
-/// Does `task` in another network namespace, with this thread, and comes back. A socket that was opened there stays
-/// there.
-///
-/// # Errors
-/// A namespace can't be entered, or the error of `task`.
-pub fn inside<T>(netns: &File, task: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    let home = File::open("/proc/thread-self/ns/net")?;
-    move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))?;
-    let done = task();
-    move_into_link_name_space(home.as_fd(), Some(LinkNameSpaceType::Network))?;
-    done
-}
-
-/// Sets a switch of the kernel in the network namespace of this thread, below `/proc/sys/net`, unless it is set so.
-///
-/// # Errors
-/// What the system says.
-pub fn sysctl(name: &str, value: &str) -> io::Result<()> {
-    let path = Path::new("/proc/sys/net").join(name);
-    if fs::read_to_string(&path)?.trim() == value { Ok(()) } else { fs::write(path, value) }
 }
