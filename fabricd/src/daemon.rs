@@ -23,7 +23,8 @@ use crate::files::state_dir::{self, Disk, Uptime};
 use crate::host::addresses::NodePods;
 use crate::host::attachments;
 use crate::host::lock::{Holder, Lock};
-use crate::kernel::netlink::{self, Netlink};
+use crate::kernel::Options;
+use crate::kernel::netlink::Netlink;
 use crate::lease::{Hosts, Keeper, LeaseOptions};
 use crate::mesh::Mesh;
 use crate::reconcile::{Node, Reconciler};
@@ -184,8 +185,7 @@ async fn api_for_others(config: &Config) -> anyhow::Result<Option<(TcpListener, 
 
 /// The connection to the kernel.
 pub(crate) fn open_kernel(config: &Config) -> anyhow::Result<Netlink> {
-    let options =
-        netlink::Options { can_reach: config.iface_can_reach.clone(), sysctl_root: config.sysctl_root.clone() };
+    let options = Options { can_reach: config.iface_can_reach.clone(), sysctl_root: config.sysctl_root.clone() };
     Netlink::new(options).context("cannot talk to the kernel over netlink; does fabricd have CAP_NET_ADMIN?")
 }
 

@@ -15,8 +15,8 @@ use fabric_core::firewall::{Connection, Interface, Packet, Path, Unknown, Verdic
 use fabric_core::model::{Family, Subnet};
 use fabric_tests::conformance::kernel::{look, v};
 use fabric_tests::netns::{in_netns_async, ip, run};
-use fabricd::kernel::Kernel as _;
-use fabricd::kernel::netlink::{Netlink, Options};
+use fabricd::kernel::netlink::Netlink;
+use fabricd::kernel::{Kernel as _, Options};
 use nix::sched::{CloneFlags, unshare};
 
 /// UDP ports: of the sender, of the host, of the other side.

@@ -13,9 +13,9 @@ use fabric_core::state::{KernelState, Sysctl};
 use fabric_tests::conformance::kernel::{World, device, look, settle, v, wanted, woken};
 use fabric_tests::conformance::real_world::RealWorld;
 use fabric_tests::netns::{in_netns_async, ip, run};
-use fabricd::kernel::netlink::{Netlink, Options};
+use fabricd::kernel::netlink::Netlink;
 use fabricd::kernel::routing::bridge::remove_unused;
-use fabricd::kernel::{Kernel, KernelError, Touched};
+use fabricd::kernel::{Kernel, KernelError, Options, Touched};
 use serde_json::Value;
 
 /// The first row of a JSON answer of iproute2.

@@ -11,8 +11,8 @@ use fabric_core::rules::change::change;
 use fabric_core::rules::{Member, Pod, RuleInputs, RuleOptions, Ruleset, TableFamily, ruleset};
 use fabric_tests::conformance::kernel::{look, v, woken};
 use fabric_tests::netns::{in_netns_async, run};
-use fabricd::kernel::Kernel as _;
-use fabricd::kernel::netlink::{Netlink, Options};
+use fabricd::kernel::netlink::Netlink;
+use fabricd::kernel::{Kernel as _, Options};
 
 const CONFIG: &str = r#"{"EnableIPv6":true,"Network":"10.64.0.0/12","IPv6Network":"2001:db8::/48",
                          "Backend":{"Type":"vxlan","VNI":7}}"#;

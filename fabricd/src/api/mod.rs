@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `mod` | where it is served, and to whom |
 //! | [`service`] | the methods |
+//! | [`sources`] | what they answer from, and where they send what a person wants |
 //! | [`convert`] | the daemon's types in the API's words |
 //! | [`changes`] | what `Watch…` methods tell |
 //! | [`questions`] | methods whose answers take a while |
@@ -17,6 +18,7 @@ pub mod convert;
 pub mod questions;
 pub mod remote;
 pub mod service;
+pub mod sources;
 pub mod tls;
 
 use std::io;
@@ -40,7 +42,8 @@ use tonic::{Request, Status};
 use tonic_health::server::HealthReporter;
 
 pub use self::remote::Remote;
-pub use self::service::{Controls, Service, Sources};
+pub use self::service::Service;
+pub use self::sources::{Controls, Sources};
 pub use self::tls::Tls;
 use crate::status::view::View;
 

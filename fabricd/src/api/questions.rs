@@ -18,7 +18,7 @@ use tonic::Status;
 
 use super::convert;
 use super::remote::{NO_ACCESS, PATIENCE};
-use super::service::Sources;
+use super::sources::Sources;
 use crate::diagnosis::Scene;
 use crate::diagnosis::checks;
 use crate::diagnosis::explain::{PACKET, Question, explain, sender};

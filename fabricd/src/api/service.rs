@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use fabric_proto::v1;
 use fabric_proto::v1::fabric_server::Fabric;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status};
@@ -14,47 +14,12 @@ use tonic::{Request, Response, Status};
 use super::changes::{self, Changes};
 use super::convert;
 use super::questions::{self, Answers};
-use super::remote::Remote;
-use crate::config::StoreSettings;
-use crate::config::log_level::LogLevel;
-use crate::diagnosis::Inspector;
-use crate::mesh::Mesh;
-use crate::status::events::Events;
+use super::sources::{Controls, Sources};
 use crate::status::view::View;
 use crate::{lease, reconcile};
 
 /// How long an answer may take that waits for probes.
 const PROBED: Duration = Duration::from_secs(60);
-
-/// Where a person's commands go.
-#[derive(Clone, Debug)]
-pub struct Controls {
-    /// To the lease keeper.
-    pub lease: mpsc::Sender<lease::Command>,
-    /// To the reconcile loop.
-    pub network: mpsc::Sender<reconcile::Command>,
-}
-
-/// What the answers are made of.
-#[derive(Clone, Debug)]
-pub struct Sources {
-    /// What the reconcile loop knows.
-    pub view: watch::Receiver<Arc<View>>,
-    /// What happened.
-    pub events: Arc<Events>,
-    /// How the peers are reached.
-    pub mesh: Arc<Mesh>,
-    /// Who looks for what is wrong.
-    pub inspector: Arc<Inspector>,
-    /// The daemons of other nodes.
-    pub remote: Remote,
-    /// What is logged.
-    pub log_level: LogLevel,
-    /// Whom to tell what a person wants.
-    pub controls: Controls,
-    /// How the datastore is reached.
-    pub store: Arc<StoreSettings>,
-}
 
 /// The API, for one kind of asker.
 #[derive(Debug)]
@@ -62,15 +27,6 @@ pub struct Service {
     sources: Sources,
     /// Whether anything may be changed.
     may_change: bool,
-}
-
-impl Sources {
-    /// The state of this node now, with all that is known of it.
-    #[must_use]
-    pub fn status(&self) -> v1::GetStatusResponse {
-        let view = self.view.borrow().clone();
-        convert::whole_status(&view, &self.mesh, &self.inspector.places.addresses, Instant::now())
-    }
 }
 
 type Answer<T> = Result<Response<T>, Status>;

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use fabric_core::firewall::traffic::Flow;
+use fabric_core::firewall::packet::Flow;
 use fabric_core::handoff::{NotReady, Readiness};
 use fabric_core::rules::TableFamily;
 use tokio::time::{Instant, timeout};

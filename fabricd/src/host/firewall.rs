@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use fabric_core::firewall::packet::Content;
-use fabric_core::firewall::traffic::{Flow, Node, Obstacle};
+use fabric_core::firewall::packet::{Content, Flow};
+use fabric_core::firewall::traffic::{Node, Obstacle};
 use fabric_core::firewall::{Blocked, Connection, Firewall, Hook, Interface, Verdict, judge};
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::{Family, IfName, Subnet};

@@ -19,11 +19,10 @@ use fabric_netlink::RequestSocket;
 
 use super::firewalls::{self, bridge_nf};
 use super::monitor::{Event, Interest, Table};
-use super::netlink::Options;
 use super::nft::Filter;
 use super::routing::routes;
 use super::routing::tables::{self, Address, EntryRow, Fit, Link, Links};
-use super::{KernelError, Observed, sysctl};
+use super::{KernelError, Observed, Options, sysctl};
 use crate::host::underlay::HostLink;
 
 /// What the kernel holds.

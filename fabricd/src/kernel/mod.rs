@@ -21,12 +21,14 @@ mod mirror;
 mod monitor;
 pub mod netlink;
 mod nft;
+mod options;
 mod refusal;
 pub mod routing;
 mod sysctl;
 
 pub use self::nft::drops::{Drops, drops};
 pub use self::nft::service::is_service;
+pub use self::options::Options;
 pub use self::routing::fib::fib;
 pub use self::routing::{Taken, route_of_packet, route_to};
 

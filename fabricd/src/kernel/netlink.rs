@@ -5,8 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::IpAddr;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -23,25 +21,10 @@ use super::monitor::{Monitor, Table};
 use super::nft::{self, Filter};
 use super::routing::encode::{Device, Unsendable, encode};
 use super::routing::tables;
-use super::{Kernel, KernelError, Observed, Touched, refusal, sysctl};
+use super::{Kernel, KernelError, Observed, Options, Touched, refusal, sysctl};
 
 /// A call that takes longer has a kernel that hangs: the largest plans take a second.
 const LIMIT: Duration = Duration::from_secs(30);
-
-/// What [`Netlink`] has to know.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Addresses for which the kernel is asked how it would reach them (`--iface-can-reach`).
-    pub can_reach: Vec<IpAddr>,
-    /// Where the settings are: `/proc/sys/net`.
-    pub sysctl_root: PathBuf,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self { can_reach: vec![], sysctl_root: "/proc/sys/net".into() }
-    }
-}
 
 /// The kernel, over netlink.
 pub struct Netlink {

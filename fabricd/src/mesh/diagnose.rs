@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use fabric_core::firewall::traffic::{Flow, Obstacle};
+use fabric_core::firewall::packet::Flow;
+use fabric_core::firewall::traffic::Obstacle;
 use fabric_core::model::Family;
 use futures::future::join_all;
 use tokio::sync::Semaphore;

@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use fabric_core::model::IfName;
 use fabric_core::state::Nexthop;
-use fabricd::kernel::netlink::{Netlink, Options};
+use fabricd::kernel::Options;
+use fabricd::kernel::netlink::Netlink;
 
 use super::kernel::{Act, HOST, World};
 use crate::netns::{ip, run};

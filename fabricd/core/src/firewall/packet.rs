@@ -6,6 +6,19 @@ use super::evaluate::Unknown;
 use crate::model::{Family, IfName, Subnet, Vni};
 use crate::subnet::to_bits;
 
+/// A kind of packets of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Flow {
+    /// Encapsulated, from peers.
+    Received,
+    /// Encapsulated, to peers.
+    Sent,
+    /// Between a pod of this node and one of another.
+    Pods,
+    /// Between a pod of this node and the world beyond the network.
+    Outside,
+}
+
 /// A packet, as it meets the rules.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packet {

@@ -3,7 +3,7 @@
 //! Each list of commands is complete and can be pasted. After it the base chain that dropped lets the packets pass.
 
 use super::evaluate::Blocked;
-use super::traffic::Flow;
+use super::packet::Flow;
 use super::{Decision, Firewall, Hook, Step, Table, TableKind};
 use crate::model::{Family, Subnet};
 

@@ -3,7 +3,8 @@
 use std::net::IpAddr;
 
 use super::evaluate::{Unknown, Verdict, judge, state};
-use super::traffic::{Flow, Node, Obstacle};
+use super::packet::Flow;
+use super::traffic::{Node, Obstacle};
 use super::*;
 use crate::model::{IfName, Subnet, Vni};
 

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 
 use super::Firewall;
 use super::evaluate::{Blocked, Unknown, Verdict, judge, state_decides};
-use super::packet::{Connection, Content, Interface, Packet, Path};
+use super::packet::{Connection, Content, Flow, Interface, Packet, Path};
 use super::remedy::remedy;
 use crate::model::{Family, Subnet, Vni};
 use crate::subnet::from_bits;
@@ -44,19 +44,6 @@ pub struct Node {
     pub untracked: bool,
     /// Whether some peers are reached without encapsulation, over the underlay interface.
     pub direct: bool,
-}
-
-/// A kind of packets of ours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Flow {
-    /// Encapsulated, from peers.
-    Received,
-    /// Encapsulated, to peers.
-    Sent,
-    /// Between a pod of this node and one of another.
-    Pods,
-    /// Between a pod of this node and the world beyond the network.
-    Outside,
 }
 
 /// A chain of others that stands in the way.

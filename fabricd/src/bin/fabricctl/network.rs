@@ -12,8 +12,8 @@ use fabric_core::network::{AddressSpace, BackendDocument, NetworkConfig, Network
 use fabric_proto::v1::MigrateNetworkRequest;
 use fabricd::config::StoreKind;
 use fabricd::host::underlay;
-use fabricd::kernel::Kernel as _;
-use fabricd::kernel::netlink::{Netlink, Options};
+use fabricd::kernel::netlink::Netlink;
+use fabricd::kernel::{Kernel as _, Options};
 use fabricd::store::StoreError;
 use fabricd::store::etcd::{Init, StoredConfig};
 use serde::Serialize;

@@ -8,19 +8,10 @@ use fabric_core::firewall::{Base, Chain, Decision, Element, Firewall, Hook, Rule
 use fabric_netlink::{Frame, Request, RequestSocket};
 
 use super::expressions::{decision, steps};
-use crate::kernel::nft::{Attributes, GET_CHAIN, GET_RULE, Nfnetlink as _, Values, comment, lacks_nftables, message};
-
-const GET_SET: u16 = 10;
-const GET_ELEMENTS: u16 = 13;
-/// `NF_DROP` as a policy.
-const DROP: u32 = 0;
-/// `NFT_SET_INTERVAL`, `NFT_SET_EVAL`, `NFT_SET_CONCAT`.
-const INTERVAL: u32 = 0x04;
-const DYNAMIC: u32 = 0x20;
-const CONCATENATED: u32 = 0x80;
-/// `NFT_SET_ELEM_INTERVAL_END`, `NFT_SET_ELEM_CATCHALL`.
-const INTERVAL_END: u32 = 1;
-const CATCH_ALL: u32 = 2;
+use crate::kernel::nft::uapi::{
+    CATCH_ALL, CONCATENATED, DROP, DYNAMIC, GET_CHAIN, GET_ELEMENTS, GET_RULE, GET_SET, INTERVAL, INTERVAL_END, message,
+};
+use crate::kernel::nft::{Attributes, Nfnetlink as _, Values, comment, lacks_nftables};
 
 /// A table by its family number and name.
 type Key = (u8, String);

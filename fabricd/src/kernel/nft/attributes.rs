@@ -1,6 +1,9 @@
 //! The attributes of nftables (linux/netfilter/nfnetlink.h): behind a `struct nfgenmsg`, with numbers in network order.
 
+use fabric_core::rules::TABLE;
 pub(in crate::kernel) use fabric_netlink::Attributes;
+use fabric_netlink::{Frame, attribute, attributes};
+use netlink_packet_core::parse_u32_be;
 
 /// What nfnetlink adds to [`Attributes`].
 pub(in crate::kernel) trait Nfnetlink: Sized {
@@ -19,5 +22,46 @@ impl Nfnetlink for Attributes {
 
     fn number(self, kind: u16, value: u32) -> Self {
         self.bytes(kind, &value.to_be_bytes())
+    }
+}
+
+/// The attributes of a message.
+pub(in crate::kernel) struct Values<'a>(&'a [u8]);
+
+impl<'a> Values<'a> {
+    /// Those behind the `struct nfgenmsg`.
+    pub(in crate::kernel) fn of(frame: &Frame<'a>) -> Self {
+        Self(frame.body.get(4..).unwrap_or_default())
+    }
+
+    pub(in crate::kernel) fn bytes(&self, wanted: u16) -> Option<&'a [u8]> {
+        attribute(self.0, wanted)
+    }
+
+    pub(in crate::kernel) fn text(&self, wanted: u16) -> Option<&'a str> {
+        std::str::from_utf8(self.bytes(wanted)?).ok().map(|text| text.trim_end_matches('\0'))
+    }
+
+    pub(in crate::kernel) fn number(&self, wanted: u16) -> Option<u32> {
+        parse_u32_be(self.bytes(wanted)?).ok()
+    }
+
+    pub(in crate::kernel) fn nested(&self, wanted: u16) -> Option<Self> {
+        self.bytes(wanted).map(Self)
+    }
+
+    /// No attributes.
+    pub(in crate::kernel) fn none() -> Self {
+        Self(&[])
+    }
+
+    /// The attributes of each element of a list.
+    pub(in crate::kernel) fn list(&self) -> impl Iterator<Item = Self> + use<'a> {
+        attributes(self.0).map(|(_, element)| Self(element))
+    }
+
+    /// Whether it is about a table of ours: every kind of message has the table's name first.
+    pub(super) fn is_ours(&self) -> bool {
+        self.text(1) == Some(TABLE)
     }
 }

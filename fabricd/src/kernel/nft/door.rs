@@ -8,10 +8,9 @@ use fabric_core::rules::door::{CHAIN, Door, DoorChange, TABLE, is_ours};
 use fabric_netlink::{Frame, Request, RequestSocket};
 use netlink_packet_core::NLM_F_CREATE;
 
-use super::attributes::{Attributes, Nfnetlink as _};
-use super::encode::{DELETE_RULES, NEW_RULE, with_rule};
-use super::message;
-use super::read::{GET_CHAIN, GET_RULE, Values, comment};
+use super::attributes::{Attributes, Nfnetlink as _, Values};
+use super::rule::{comment, with_rule};
+use super::uapi::{DELETE_RULES, GET_CHAIN, GET_RULE, NEW_RULE, message};
 
 /// `nft -a list chain ip filter DOCKER-USER` and `ip6 …`: those that are there.
 pub(super) fn doors(socket: &mut RequestSocket) -> io::Result<Vec<Door>> {

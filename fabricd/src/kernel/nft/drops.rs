@@ -8,8 +8,8 @@ use fabric_netlink::{Frame, Request, RequestSocket};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::attributes::{Attributes, Nfnetlink as _};
-use super::read::{GET_RULE, RuleFound, rule};
-use super::{message, nfproto};
+use super::read::{RuleFound, rule};
+use super::uapi::{GET_RULE, message, nfproto};
 
 /// The count of all rules of a chain that throw packets away for one reason.
 #[derive(Clone, Debug, PartialEq, Eq)]

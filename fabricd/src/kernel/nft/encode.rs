@@ -3,39 +3,19 @@
 use std::net::IpAddr;
 
 use fabric_core::rules::change::{Change, ElementChange, RuleChange};
-use fabric_core::rules::{Chain, ChainKind, Element, KeyField, Part, Rule, Set, TABLE, TableFamily};
+use fabric_core::rules::{Chain, Element, KeyField, Part, Rule, Set, TABLE, TableFamily};
 use fabric_netlink::{Request, pad};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE};
 
 use super::attributes::{Attributes, Nfnetlink as _};
-use super::expr::{DATA_VALUE, LIST_ELEMENT, expressions, interface};
-use super::{door, message, nfproto};
-
-/// `NFT_MSG_*` (linux/netfilter/nf_tables.h).
-const NEW_TABLE: u16 = 0;
-const DELETE_TABLE: u16 = 2;
-const NEW_CHAIN: u16 = 3;
-const DELETE_CHAIN: u16 = 5;
-pub(super) const NEW_RULE: u16 = 6;
-pub(super) const DELETE_RULES: u16 = 8;
-const NEW_SET: u16 = 9;
-const DELETE_SET: u16 = 11;
-const NEW_ELEMENTS: u16 = 12;
-const DELETE_ELEMENTS: u16 = 14;
-
-/// `NFNL_MSG_BATCH_BEGIN`, `NFNL_MSG_BATCH_END`: what is between happens as one, or not at all.
-const BATCH_BEGIN: u16 = 16;
-const BATCH_END: u16 = 17;
-/// `NFNL_SUBSYS_NFTABLES`: whose batch it is.
-const SUBSYSTEM: u16 = 10;
-
-/// `NF_ACCEPT`.
-const ACCEPT: u32 = 1;
-/// `NFT_SET_INTERVAL`, `NFT_SET_CONCAT`.
-pub(super) const RANGES: u32 = 0x04;
-pub(super) const CONCATENATED: u32 = 0x80;
-/// Bits of one field in a key's type, which is for `nft` to print by.
-pub(super) const TYPE_BITS: u32 = 6;
+use super::door;
+use super::expr::{DATA_VALUE, LIST_ELEMENT, interface};
+use super::rule::with_rule;
+use super::uapi::{
+    ACCEPT, BATCH_BEGIN, BATCH_END, CONCATENATED, DELETE_CHAIN, DELETE_ELEMENTS, DELETE_RULES, DELETE_SET,
+    DELETE_TABLE, INTERVAL, NEW_CHAIN, NEW_ELEMENTS, NEW_RULE, NEW_SET, NEW_TABLE, SUBSYSTEM, TYPE_BITS, chain_kind,
+    datatype, message, nfproto, width,
+};
 
 /// Elements in one message: a list of attributes has to stay below 64 KiB, and each takes 116 bytes at most.
 const AT_ONCE: usize = 500;
@@ -110,14 +90,6 @@ fn make_chain(family: TableFamily, name: &str, chain: &Chain) -> Request {
     Request::raw(message(NEW_CHAIN), NLM_F_CREATE, body.into_bytes())
 }
 
-/// The kernel's word for a kind of chain.
-pub(super) fn chain_kind(kind: ChainKind) -> &'static str {
-    match kind {
-        ChainKind::Filter => "filter",
-        ChainKind::Nat => "nat",
-    }
-}
-
 /// `nft add set FAMILY fabric NAME { type …; flags interval; elements = { … } }`.
 fn make_set(family: TableFamily, name: &str, set: &Set, id: u32) -> Vec<Request> {
     let size = |field: &KeyField| u32::try_from(width(*field)).expect("16 bytes at most");
@@ -145,7 +117,7 @@ fn make_set(family: TableFamily, name: &str, set: &Set, id: u32) -> Vec<Request>
 /// The flags of a set, as the kernel gives them back.
 pub(super) fn flags(set: &Set) -> u32 {
     let concatenated = if set.key.len() > 1 { CONCATENATED } else { 0 };
-    if set.ranges { RANGES | concatenated } else { concatenated }
+    if set.ranges { INTERVAL | concatenated } else { concatenated }
 }
 
 /// `nft add element FAMILY fabric SET { … }` or `delete`, in as many messages as it takes.
@@ -199,35 +171,6 @@ fn make_rule(family: TableFamily, chain: &str, rule: &Rule) -> Request {
     Request::raw(message(NEW_RULE), NLM_F_CREATE | NLM_F_APPEND, with_rule(place, rule).into_bytes())
 }
 
-/// What a rule says, behind where it is.
-pub(super) fn with_rule(place: Attributes, rule: &Rule) -> Attributes {
-    let comment = [rule.comment().as_bytes(), &[0]].concat();
-    // A list of type, length and value of its own: NFTNL_UDATA_RULE_COMMENT is 0.
-    let length = u8::try_from(comment.len()).expect("a comment is a few words");
-    let userdata = [&[0, length], comment.as_slice()].concat();
-    // NFTA_RULE_EXPRESSIONS, NFTA_RULE_USERDATA
-    place.nested(4, |list| expressions(list, rule)).bytes(7, &userdata)
-}
-
 fn start(family: TableFamily) -> Attributes {
     Attributes::message(nfproto(family), 0)
-}
-
-/// Bytes of a field.
-pub(super) fn width(field: KeyField) -> usize {
-    match field {
-        KeyField::V4 => 4,
-        KeyField::V6 | KeyField::Interface => 16,
-        KeyField::Mac => 6,
-    }
-}
-
-/// What `nft` calls `TYPE_IPADDR`, `TYPE_IP6ADDR`, `TYPE_ETHERADDR` and `TYPE_IFNAME`; the kernel only keeps it.
-pub(super) fn datatype(field: KeyField) -> u32 {
-    match field {
-        KeyField::V4 => 7,
-        KeyField::V6 => 8,
-        KeyField::Mac => 9,
-        KeyField::Interface => 41,
-    }
 }

@@ -13,17 +13,20 @@ pub(super) mod drops;
 mod encode;
 mod expr;
 mod read;
+mod rule;
 pub(super) mod service;
+pub(super) mod uapi;
 pub(super) mod watch;
 
-pub(super) use self::attributes::{Attributes, Nfnetlink};
-pub(super) use self::read::{GET_CHAIN, GET_RULE, Values, comment, generation, lacks_nftables};
+pub(super) use self::attributes::{Attributes, Nfnetlink, Values};
+pub(super) use self::read::{generation, lacks_nftables};
+pub(super) use self::rule::comment;
 
 use std::io;
 
+use fabric_core::rules::TABLE;
 use fabric_core::rules::change::{Change, Found};
 use fabric_core::rules::door::Door;
-use fabric_core::rules::{TABLE, TableFamily};
 use fabric_netlink::{Refusal, RequestSocket};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
@@ -96,18 +99,5 @@ impl Filter {
             Some(socket) => encode::transactions(change).iter().try_for_each(|steps| socket.transact(steps)),
             None => Err(io::Error::from_raw_os_error(libc::EPROTONOSUPPORT).into()),
         }
-    }
-}
-
-/// `NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_*`.
-pub(super) const fn message(kind: u16) -> u16 {
-    10 << 8 | kind
-}
-
-/// `NFPROTO_INET`, `NFPROTO_BRIDGE`.
-const fn nfproto(family: TableFamily) -> u8 {
-    match family {
-        TableFamily::Inet => 1,
-        TableFamily::Bridge => 7,
     }
 }

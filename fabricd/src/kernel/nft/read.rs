@@ -6,21 +6,15 @@ use std::sync::Arc;
 use fabric_core::model::{Family, Subnet, from_bits};
 use fabric_core::rules::change::{Found, FoundSet, FoundTable, NO_HOOK};
 use fabric_core::rules::{ChainKind, Element, Hook, KeyField, Part, Place, Set, TABLE, TableFamily, reason};
-use fabric_netlink::{Frame, Request, RequestSocket, attribute, attributes};
-use netlink_packet_core::parse_u32_be;
+use fabric_netlink::{Frame, Request, RequestSocket};
 
-use super::attributes::{Attributes, Nfnetlink as _};
-use super::encode::{CONCATENATED, RANGES, TYPE_BITS, chain_kind, datatype, width};
-use super::{message, nfproto};
+use super::attributes::{Attributes, Nfnetlink as _, Values};
+use super::rule::comment;
+use super::uapi::{
+    CONCATENATED, GET_CHAIN, GET_ELEMENTS, GET_GENERATION, GET_RULE, GET_SET, GET_TABLE, INTERVAL, TYPE_BITS,
+    chain_kind, datatype, message, nfproto, width,
+};
 use crate::kernel::{Count, Dropped};
-
-/// `NFT_MSG_GET*`.
-const GET_TABLE: u16 = 1;
-pub(in crate::kernel) const GET_CHAIN: u16 = 4;
-pub(in crate::kernel) const GET_RULE: u16 = 7;
-const GET_SET: u16 = 10;
-const GET_ELEMENTS: u16 = 13;
-const GET_GENERATION: u16 = 16;
 
 /// In the place of what no chain and no set of ours has: it is going to be replaced.
 const FOREIGN: &str = "of somebody else";
@@ -121,47 +115,6 @@ fn elements(socket: &mut RequestSocket, listing: &Request, set: &Set) -> io::Res
     Ok(FoundSet { declaration, elements: Arc::new(listed.into_iter().flatten().collect()) })
 }
 
-/// The attributes of a message.
-pub(in crate::kernel) struct Values<'a>(&'a [u8]);
-
-impl<'a> Values<'a> {
-    /// Those behind the `struct nfgenmsg`.
-    pub(in crate::kernel) fn of(frame: &Frame<'a>) -> Self {
-        Self(frame.body.get(4..).unwrap_or_default())
-    }
-
-    pub(in crate::kernel) fn bytes(&self, wanted: u16) -> Option<&'a [u8]> {
-        attribute(self.0, wanted)
-    }
-
-    pub(in crate::kernel) fn text(&self, wanted: u16) -> Option<&'a str> {
-        std::str::from_utf8(self.bytes(wanted)?).ok().map(|text| text.trim_end_matches('\0'))
-    }
-
-    pub(in crate::kernel) fn number(&self, wanted: u16) -> Option<u32> {
-        parse_u32_be(self.bytes(wanted)?).ok()
-    }
-
-    pub(in crate::kernel) fn nested(&self, wanted: u16) -> Option<Self> {
-        self.bytes(wanted).map(Self)
-    }
-
-    /// No attributes.
-    pub(in crate::kernel) fn none() -> Self {
-        Self(&[])
-    }
-
-    /// The attributes of each element of a list.
-    pub(in crate::kernel) fn list(&self) -> impl Iterator<Item = Self> + use<'a> {
-        attributes(self.0).map(|(_, element)| Self(element))
-    }
-
-    /// Whether it is about a table of ours: every kind of message has the table's name first.
-    pub(super) fn is_ours(&self) -> bool {
-        self.text(1) == Some(TABLE)
-    }
-}
-
 /// Whether an event of nftables is about a table of ours.
 pub(super) fn concerns_us(frame: &Frame<'_>) -> bool {
     let family = frame.body.first().copied();
@@ -219,21 +172,9 @@ pub(super) fn rule(frame: &Frame<'_>) -> Option<RuleFound> {
     })
 }
 
-/// A rule's comment.
-pub(in crate::kernel) fn comment<'a>(values: &Values<'a>) -> Option<&'a str> {
-    // NFTA_RULE_USERDATA, of which type 0 is the comment: type, length, text and a zero.
-    match values.bytes(7) {
-        Some([0, length, text @ ..]) => {
-            std::str::from_utf8(text.get(..usize::from(*length))?).ok().map(|text| text.trim_end_matches('\0'))
-        }
-        _ => None,
-    }
-}
-
 /// The counter among a rule's expressions.
 fn counter(list: &Values<'_>) -> Option<Count> {
-    let mut expressions = attributes(list.0).map(|(_, expression)| Values(expression));
-    let data = expressions.find(|expression| expression.text(1) == Some("counter"))?.nested(2)?;
+    let data = list.list().find(|expression| expression.text(1) == Some("counter"))?.nested(2)?;
     // NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS
     let number = |kind| Some(u64::from_be_bytes(data.bytes(kind)?.try_into().ok()?));
     Some(Count { bytes: number(1)?, packets: number(2)? })
@@ -254,15 +195,15 @@ fn set(frame: &Frame<'_>) -> Option<(String, Option<Set>)> {
     let name = values.is_ours().then(|| values.text(2))??.to_owned();
     let (flags, kind) = (values.number(3).unwrap_or(0), values.number(4).unwrap_or(0));
     let key = KEYS.into_iter().find(|key| key.iter().fold(0, |kind, f| kind << TYPE_BITS | datatype(*f)) == kind);
-    let known = flags & !(RANGES | CONCATENATED) == 0;
-    let set = key.filter(|_| known).map(|key| Set { key, ranges: flags & RANGES != 0, elements: Arc::default() });
+    let known = flags & !(INTERVAL | CONCATENATED) == 0;
+    let set = key.filter(|_| known).map(|key| Set { key, ranges: flags & INTERVAL != 0, elements: Arc::default() });
     Some((name, set))
 }
 
 /// The elements of one message of a set's listing; `None` for one that we don't make.
 fn elements_of(frame: &Frame<'_>, set: &Set) -> Vec<Option<Element>> {
     let Some(list) = Values::of(frame).nested(3) else { return vec![] };
-    attributes(list.0).map(|(_, element)| element_of(&Values(element), set)).collect()
+    list.list().map(|element| element_of(&element, set)).collect()
 }
 
 fn element_of(element: &Values<'_>, set: &Set) -> Option<Element> {

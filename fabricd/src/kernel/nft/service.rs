@@ -6,11 +6,7 @@ use fabric_netlink::{Request, RequestSocket};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::attributes::{Attributes, Nfnetlink as _};
-use super::message;
-use super::read::GET_RULE;
-
-/// `NFT_MSG_GETSETELEM`.
-const GET_ELEMENTS: u16 = 13;
+use super::uapi::{GET_ELEMENTS, GET_RULE, message};
 
 /// True when kube-proxy's rules name the address: with iptables-nft the chain `KUBE-SERVICES` of `nat`, with nftables the
 /// map `service-ips`. Of iptables-legacy nothing is seen here.

@@ -14,15 +14,15 @@ use netlink_sys::{AsyncSocket, AsyncSocketExt as _, TokioSocket};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
-use super::read::{Values, concerns_us};
+use super::attributes::Values;
+use super::read::concerns_us;
+use super::uapi::{NEW_GENERATION, message};
 use crate::kernel::monitor::{Monitor, Table};
 
 /// Room for the events of a large transaction of others.
 const RECEIVE_BUFFER: usize = 8 << 20;
 /// `NFNLGRP_NFTABLES`.
 const GROUP: u32 = 7;
-/// `NFT_MSG_NEWGEN`: the end of a transaction, which names no table.
-const NEW_GENERATION: u16 = 10 << 8 | 15;
 /// What others write is told at once, and then no more often than this, so that a firewall that is being filled rule by
 /// rule doesn't keep the loop busy.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -71,5 +71,5 @@ pub(in crate::kernel) fn start(monitor: Arc<Monitor>, own_port: u32) -> io::Resu
 
 /// Whether an event is about a table of others that may decide on packets: that of iptables for translation never does.
 fn may_decide(frame: &Frame<'_>) -> bool {
-    frame.kind != NEW_GENERATION && !concerns_us(frame) && Values::of(frame).text(1) != Some("nat")
+    frame.kind != message(NEW_GENERATION) && !concerns_us(frame) && Values::of(frame).text(1) != Some("nat")
 }

@@ -1,0 +1,19 @@
+//! What has to be known before the kernel can be looked at.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+/// What [`Netlink`](super::netlink::Netlink) has to know.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Addresses for which the kernel is asked how it would reach them (`--iface-can-reach`).
+    pub can_reach: Vec<IpAddr>,
+    /// Where the settings are: `/proc/sys/net`.
+    pub sysctl_root: PathBuf,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { can_reach: vec![], sysctl_root: "/proc/sys/net".into() }
+    }
+}
