@@ -24,9 +24,9 @@ lab: root deps build ## Bring up a cluster of three nodes, show that it works, l
 lab-down: root ## Take it down again
 	@target/debug/lab --name $(NAME) down
 
-test: root deps build ## Run all tests
+test: root deps build ## Run all tests, several suites at once
 	@tests/deps test
-	cargo test --workspace --no-fail-fast
+	@tests/run
 
 image: ## Build the container image, without Docker, into target/image/fabricd.tar
 	@PROFILE=$(PROFILE) deploy/image/build
