@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
+use fabricd::diagnosis::Places;
 use serde_json::{Value, json};
 
 const FILES: [&str; 3] = ["fabricd-etcd.yaml", "fabricd-kubernetes.yaml", "fabricd-cleanup.yaml"];
@@ -65,6 +66,35 @@ fn pods_reach_the_outside_wherever_it_is_installed() -> Result<()> {
     Ok(())
 }
 
+/// Which containers of a pod see a volume: their names, where it is in them, and whether they only read it.
+fn mounts<'a>(pod: &'a Value, volume: &str) -> Vec<(&'a str, &'a str, bool)> {
+    let containers = ["initContainers", "containers"].into_iter().flat_map(|kind| pod[kind].as_array()).flatten();
+    let mounts = containers.flat_map(|container| {
+        let mounts = container["volumeMounts"].as_array().into_iter().flatten();
+        mounts.map(|mount| (container["name"].as_str().unwrap_or_default(), mount))
+    });
+    let of_volume = mounts.filter(|(_, mount)| mount["name"] == volume);
+    of_volume
+        .map(|(name, mount)| (name, mount["mountPath"].as_str().unwrap_or_default(), mount["readOnly"] == true))
+        .collect()
+}
+
+/// Otherwise `fabricctl doctor` could not see that another network's configuration comes first.
+#[test]
+fn daemons_read_the_runtimes_network_configurations_where_they_look_for_them() -> Result<()> {
+    let folder = Places::usual().cni_conf.display().to_string();
+    for (name, objects) in overlays()?.iter().filter(|(name, _)| name != "cleanup") {
+        let pod = &object(objects, "DaemonSet", "fabricd")?["spec"]["template"]["spec"];
+        let expected = [("fabricd", &*folder, true), ("conflist", "/host/etc/cni/net.d", false)];
+        assert_eq!(mounts(pod, "cni-conf"), expected, "{name}");
+        let volumes = pod["volumes"].as_array().into_iter().flatten();
+        let host: Vec<_> =
+            volumes.filter(|volume| volume["name"] == "cni-conf").map(|volume| &volume["hostPath"]["path"]).collect();
+        assert_eq!(host, [&*folder], "fixes name the host's files; {name}");
+    }
+    Ok(())
+}
+
 /// The daemon has a certificate to show, and none of the key by which certificates are made.
 #[test]
 fn daemons_can_ask_each_other_and_do_not_see_the_authoritys_key() -> Result<()> {
@@ -72,19 +102,8 @@ fn daemons_can_ask_each_other_and_do_not_see_the_authoritys_key() -> Result<()> 
         let settings = &object(objects, "ConfigMap", "fabricd")?["data"];
         ensure!(settings["FABRICD_API_ADDR"] == "[::]:9473", "{name}: {settings}");
         let pod = &object(objects, "DaemonSet", "fabricd")?["spec"]["template"]["spec"];
-        let all =
-            ["initContainers", "containers"].into_iter().flat_map(|kind| pod[kind].as_array().into_iter().flatten());
-        let mounts = |volume: &str| -> Vec<(&str, bool)> {
-            all.clone()
-                .flat_map(|container| {
-                    let mounts = container["volumeMounts"].as_array().into_iter().flatten();
-                    let mine = mounts.filter(|mount| mount["name"] == volume);
-                    mine.map(|mount| (container["name"].as_str().unwrap_or_default(), mount["readOnly"] == true))
-                })
-                .collect()
-        };
-        assert_eq!(mounts("api-ca"), [("certificate", true)], "{name}");
-        assert_eq!(mounts("api"), [("fabricd", true), ("certificate", false)], "{name}");
+        assert_eq!(mounts(pod, "api-ca"), [("certificate", "/ca", true)], "{name}");
+        assert_eq!(mounts(pod, "api"), [("fabricd", "/api", true), ("certificate", "/api", false)], "{name}");
         // The network needs none of it: a missing authority holds up no pod.
         let volumes = pod["volumes"].as_array().into_iter().flatten();
         let authority = volumes.filter(|volume| volume["name"] == "api-ca").map(|volume| &volume["secret"]);
