@@ -284,6 +284,7 @@ fn firewall_that_opens_the_port_for_new_connections_keeps_it_open() -> Result<()
     for (program, rules, undo) in STATEFUL {
         wait_until("encapsulated packets are untracked", SOON, || {
             ensure!(is_untracked()?, "they are tracked");
+            ensure!(node.status()?["tracked_for_rule"].as_str().is_none_or(str::is_empty), "status names a rule still");
             Ok(())
         })?;
         let stream = Stream::start(&field.peer, &field.target)?;
@@ -302,6 +303,12 @@ fn firewall_that_opens_the_port_for_new_connections_keeps_it_open() -> Result<()
         ensure!(found["evidence"].to_string().contains("they are tracked"), "{found}");
         let status = node.status()?;
         ensure!(!status["warnings"].to_string().contains("VXLAN packets that arrive"), "{status}");
+        // No harm, so no warning; but whoever sees the table of connections grow finds the rule that it is for.
+        let rule = status["tracked_for_rule"].as_str().unwrap_or_default();
+        let evidence = found["evidence"].as_str().unwrap_or_default();
+        ensure!(!rule.is_empty() && evidence.contains(rule), "{rule} isn't in {evidence}");
+        let shown = node.exec(&["fabricctl", "status"])?.stdout;
+        ensure!(shown.lines().any(|line| line.starts_with("Tracked ") && line.ends_with(rule)), "{shown}");
 
         // At the start too: nothing is lost while the daemon is made anew.
         restart_with(node, &["--ip-masq"])?;

@@ -78,6 +78,7 @@ pub fn status_of(view: &View, now: Instant) -> v1::GetStatusResponse {
         dropped: view.dropped.iter().filter(|(_, count)| count.packets > 0).map(dropped).collect(),
         unguarded_ports: view.unguarded_ports.iter().map(ToString::to_string).collect(),
         addresses: vec![],
+        tracked_for_rule: view.firewall.judges_state.as_ref().map(ToString::to_string).unwrap_or_default(),
     }
 }
 

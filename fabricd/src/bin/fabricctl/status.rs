@@ -151,6 +151,10 @@ fn describe(screen: &Screen, status: &GetStatusResponse) -> String {
     for Dropped { reason, packets, .. } in &status.dropped {
         line("Dropped", format!("{packets} packets: {reason}"));
     }
+    if !status.tracked_for_rule.is_empty() {
+        let rule = &status.tracked_for_rule;
+        line("Tracked", format!("encapsulated packets, since this rule judges connection states: {rule}"));
+    }
     if !status.unguarded_ports.is_empty() {
         let ports = status.unguarded_ports.join(", ");
         line("Unknown", format!("pods on bridge ports {ports}: source addresses are filtered by subnet only"));
@@ -248,6 +252,7 @@ mod tests {
         status.pending = vec!["VNI: 1 → 2".into()];
         status.dropped = vec![Dropped { reason: "from no peer".into(), packets: 3, bytes: 300 }];
         status.unguarded_ports = vec!["veth1".into(), "veth2".into()];
+        status.tracked_for_rule = "inet filter input: ct state new drop".into();
         let want = "\
 Node      node-1
 State     ready
@@ -261,6 +266,7 @@ Mesh      1 of 3 unreachable: node-4 peer_down
 Pending   VNI: 1 → 2
 Warning   look here
 Dropped   3 packets: from no peer
+Tracked   encapsulated packets, since this rule judges connection states: inet filter input: ct state new drop
 Unknown   pods on bridge ports veth1, veth2: source addresses are filtered by subnet only
 
 PEER       STATE       MESH       SINCE  SUBNET         UNDERLAY   VTEP
