@@ -206,5 +206,19 @@ fn pods_on_a_bridge_of_another_name_are_guarded_and_explained() -> Result<()> {
     }
     let report = node.exec(&["fabricctl", "doctor"])?.stdout;
     ensure!(!report.contains("there is no cni0") && !report.contains("FAILED bridge"), "{report}");
+    // A packet passes by the bridge of its own pod, however many bridges there are.
+    let beside = node.add_pod("beside")?.ip(Family::V4)?;
+    let theirs =
+        "table inet theirs {\nchain forward {\ntype filter hook forward priority 0\niifname \"br-pods\" drop\n}\n}\n";
+    node.command(&["nft", "-f", "-"])?.stdin(theirs).run()?;
+    for (from, passes) in [(ip, false), (beside, true)] {
+        wait_until("explain follows it by its bridge", SOON, || {
+            let explained = node.exec(&["fabricctl", "explain", &from.to_string(), &target])?.stdout;
+            let passed = format!("{from} to {target} passes the chains of others");
+            ensure!(explained.contains(&passed) == passes, "{explained}");
+            ensure!(explained.contains("dropped by inet theirs forward") != passes, "{explained}");
+            Ok(())
+        })?;
+    }
     pod.call(&node, "DEL").map(drop)
 }

@@ -138,8 +138,15 @@ pub fn nodes(view: &View, observed: &Observed) -> Vec<Node> {
 /// A packet that foreign chains on this node are asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Asked {
-    /// Between these two addresses, one of which is that of a pod of this node.
-    Between(IpAddr, IpAddr),
+    /// From a pod's address or to it.
+    Between {
+        /// Where it comes from.
+        source: IpAddr,
+        /// Where it goes to.
+        target: IpAddr,
+        /// The bridge of that one of them that is a pod of this node.
+        bridge: IfName,
+    },
     /// Encapsulated, from this peer.
     From(IpAddr),
     /// Encapsulated, to this peer.
@@ -150,12 +157,17 @@ pub enum Asked {
 /// node yet.
 #[must_use]
 pub fn ask(view: &View, observed: &Observed, asked: Asked) -> Option<(Verdict, Vec<String>)> {
-    let (Asked::Between(ip, _) | Asked::From(ip) | Asked::To(ip)) = asked;
-    let node = nodes(view, observed).into_iter().find(|node| node.family() == Family::of(ip))?;
+    let (ip, bridge) = match asked {
+        Asked::Between { source, bridge, .. } => (source, Some(bridge)),
+        // What the underlay carries meets the same chains whatever the pods' bridge is.
+        Asked::From(peer) | Asked::To(peer) => (peer, None),
+    };
+    let passes = |node: &Node| node.family() == Family::of(ip) && bridge.is_none_or(|name| node.bridge.name == name);
+    let node = nodes(view, observed).into_iter().find(passes)?;
     let (flow, packet) = match asked {
         Asked::From(peer) => (Flow::Received, node.received(Some(peer))),
         Asked::To(peer) => (Flow::Sent, node.sent(Some(peer))),
-        Asked::Between(source, target) => {
+        Asked::Between { source, target, .. } => {
             let (source, target) = (Subnet::host(source), Subnet::host(target));
             let flow =
                 if [source, target].iter().all(|ip| node.network.covers(*ip)) { Flow::Pods } else { Flow::Outside };

@@ -144,11 +144,12 @@ pub fn explain(scene: &Scene, question: &Question) -> Vec<Hop> {
         }
     } else {
         hops.extend(arrival(scene, question));
-        hops.extend(not_fine(foreign(scene, Asked::Between(*source, *target))));
+        let bridge = bridge_of(scene, *target);
+        hops.extend(not_fine(foreign(scene, Asked::Between { source: *source, target: *target, bridge })));
         hops.extend(pod::hops(scene, *target, &probes));
         // What is answered goes back.
         if let Some(lease) = from {
-            let from_pod = FromPod { ip: *target, bridge: bridge_of(scene, *target) };
+            let from_pod = FromPod { ip: *target, bridge };
             hops.extend(towards(scene, from_pod, *source, lease, &probes));
         }
     }
@@ -167,7 +168,7 @@ fn bridge_of(scene: &Scene, ip: IpAddr) -> IfName {
 fn foreign(scene: &Scene, asked: Asked) -> Option<Hop> {
     let observed = scene.snapshot.observed.as_ref()?;
     let what = match asked {
-        Asked::Between(source, target) => format!("{source} to {target}"),
+        Asked::Between { source, target, .. } => format!("{source} to {target}"),
         Asked::From(peer) => format!("VXLAN from {peer}"),
         Asked::To(peer) => format!("VXLAN to {peer}"),
     };
@@ -217,7 +218,7 @@ fn towards(scene: &Scene, from: FromPod, ip: IpAddr, lease: &Lease, probes: &Pro
         return hops;
     };
     hops.extend(entries(scene, from, &wanted.state, &observed.ours, subnet, ip));
-    hops.extend(foreign(scene, Asked::Between(from.ip, ip)));
+    hops.extend(foreign(scene, Asked::Between { source: from.ip, target: ip, bridge: from.bridge }));
     hops.extend(endpoints.get(family).and_then(|end| not_fine(foreign(scene, Asked::To(end.public_ip)))));
     hops.push(underlay(scene, lease, family));
     hops.extend(probes.hop(ip));

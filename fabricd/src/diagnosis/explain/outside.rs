@@ -72,7 +72,7 @@ pub(super) fn hops(scene: &Scene, pod: FromPod, to: IpAddr) -> Vec<Hop> {
     let (hop, taken) = route::hop(scene, pod, to, None);
     hops.push(hop);
     let Some(Taken::Out { device, .. }) = taken else { return hops };
-    hops.extend(foreign(scene, Asked::Between(pod.ip, to)));
+    hops.extend(foreign(scene, Asked::Between { source: pod.ip, target: to, bridge: pod.bridge }));
     hops.push(if pod_checks::masquerades(scene) {
         match kernel::route_to(to) {
             Ok(Some((_, source))) => Hop::fine("masquerade", format!("on: it leaves {device} with {source} as source")),
