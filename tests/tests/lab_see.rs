@@ -214,6 +214,12 @@ fn each_fix_of_doctor_clears_what_it_was_printed_for() -> Result<()> {
         ("overlap", "failed", format!("ip route add blackhole {hidden} proto bird")),
         ("foreign-vxlan", "warning", "ip link add vxlan99 type vxlan id 99 dstport 4789 local 127.0.0.1".to_owned()),
         ("cni-config", "failed", "echo '{}' > /etc/cni/net.d/05-cilium.conflist".to_owned()),
+        (
+            "udev",
+            "failed",
+            "printf '[Match]\\nDriver=vxlan\\n\\n[Link]\\nMACAddressPolicy=random\\n' > /etc/systemd/network/10-vxlan.link"
+                .to_owned(),
+        ),
     ] {
         wait_for_check(node, id, "ok")?;
         node.run(&["sh", "-c", &damage])?;

@@ -60,7 +60,7 @@ pub(super) fn networkd(scene: &Scene) -> Finding {
         })
         .collect();
     // What it will do when it is restarted, or when the next pod comes.
-    let files = network_files(root);
+    let files = systemd_files(root, ".network");
     let coming = COMING.map(|name| (name.to_owned(), "veth"));
     let next = ours.iter().filter(|(name, _)| !managed.values().flatten().any(|known| known == name));
     let next = next.chain(&coming).filter_map(|(name, kind)| {
@@ -108,12 +108,12 @@ fn unmanage(scene: &Scene, names: &[String]) -> String {
     lines.join("\n")
 }
 
-/// The `.network` files in the order in which networkd tries them.
-fn network_files(root: &Path) -> Vec<(PathBuf, String)> {
+/// The files with this ending in the order in which networkd and udev try them: the first that fits an interface decides.
+fn systemd_files(root: &Path, ending: &str) -> Vec<(PathBuf, String)> {
     let mut files: BTreeMap<String, PathBuf> = BTreeMap::new();
     for folder in FOLDERS {
         for entry in fs::read_dir(root.join(folder)).into_iter().flatten().flatten() {
-            if let Some(name) = entry.file_name().to_str().filter(|name| name.ends_with(".network")) {
+            if let Some(name) = entry.file_name().to_str().filter(|name| name.ends_with(ending)) {
                 files.entry(name.to_owned()).or_insert_with(|| entry.path());
             }
         }
@@ -261,20 +261,17 @@ pub(super) fn network_manager(scene: &Scene) -> Finding {
 /// made, as ours is.
 pub(super) fn udev(scene: &Scene) -> Finding {
     let root = &scene.places.root;
-    let files = ["etc/systemd/network", "run/systemd/network"].map(|dir| root.join(dir));
-    let forces = files.iter().flat_map(fs::read_dir).flatten().flatten().filter(|entry| {
-        let text = fs::read_to_string(entry.path()).unwrap_or_default();
-        let sets = text.contains("MACAddressPolicy=persistent") || text.contains("MACAddressPolicy=random");
-        sets && (text.contains("fabric") || text.contains("Driver=vxlan") || text.contains("Kind=vxlan"))
-    });
-    let culprits = forces.map(|entry| {
+    let names_ours = |text: &str| ["fabric", "Driver=vxlan", "Kind=vxlan"].iter().any(|word| text.contains(word));
+    let sets = |text: &str| ["persistent", "random"].iter().any(|by| text.contains(&format!("MACAddressPolicy={by}")));
+    let first = systemd_files(root, ".link").into_iter().find(|(_, text)| names_ours(text));
+    let culprits = first.filter(|(_, text)| sets(text)).map(|(file, _)| {
         Culprit::hurts(
-            format!("{} gives our devices other MAC addresses", shown(root, &entry.path())),
+            format!("{} gives our devices other MAC addresses", shown(root, &file)),
             "printf '[Match]\\nOriginalName=fabric* fab.* fab6.*\\n\\n[Link]\\nMACAddressPolicy=none\\n' > \
              /etc/systemd/network/00-fabric.link",
         )
     });
-    Finding::of(culprits.collect(), "no link file for our devices")
+    Finding::of(culprits.into_iter().collect(), "no link file gives our devices other MAC addresses")
 }
 
 #[cfg(test)]
