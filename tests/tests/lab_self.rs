@@ -105,6 +105,19 @@ fn the_page_of_a_node_is_reached_from_this_machine() -> Result<()> {
     Ok(())
 }
 
+/// Whoever knows the gateway, or an etcd, by a MAC address that is no more loses packets to it.
+#[test]
+fn nodes_that_go_leave_the_underlay_its_mac_address() -> Result<()> {
+    let lab = Lab::builder().nodes(3).plain().start()?;
+    let mac = || lab.underlay().machine.run(&["cat", "/sys/class/net/br0/address"]);
+    let before = mac()?;
+    for node in lab.nodes() {
+        node.power_off()?;
+        assert_eq!(mac()?, before, "without {}", node.name);
+    }
+    Ok(())
+}
+
 #[test]
 fn a_stream_between_two_pods_of_a_node_loses_nothing() -> Result<()> {
     let lab = Lab::builder().plain().start()?;
