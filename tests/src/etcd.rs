@@ -114,7 +114,7 @@ impl EtcdServer {
         let deadline = Instant::now() + START;
         while let Err(error) = self.try_ctl(&["endpoint", "health"]).await {
             if Instant::now() > deadline || self.process.as_ref().is_none_or(Process::has_ended) {
-                let log = std::fs::read_to_string(self.log()).unwrap_or_default();
+                let log = self.log();
                 let tail = log.lines().rev().take(5).collect::<Vec<_>>().join("\n");
                 bail!("etcd does not answer at {}: {error:#}\n{tail}\nis Debian's etcd-server installed?", self.client);
             }
@@ -129,7 +129,7 @@ impl EtcdServer {
     /// When there is no `etcd`.
     pub fn launch(&mut self) -> anyhow::Result<()> {
         self.kill();
-        let log = std::fs::File::options().create(true).append(true).open(self.log())?;
+        let log = std::fs::File::options().create(true).append(true).open(self.log_path())?;
         let mut command = Command::new("setpriv");
         command
             .args(["--pdeathsig", "KILL", "etcd", "--name", "test", "--data-dir"])
@@ -201,7 +201,13 @@ impl EtcdServer {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    fn log(&self) -> PathBuf {
+    /// What it has logged so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    fn log_path(&self) -> PathBuf {
         self.dir.path().join("etcd.log")
     }
 }

@@ -375,3 +375,34 @@ pub(super) fn lease_is_gone(error: &Error) -> bool {
         _ => false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::sleep;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn answer_that_is_late_has_twice_the_time_when_it_is_asked_for_again() {
+        let connector = Connector::new(Options::new(vec!["http://192.0.2.1:2379".into()]));
+        let takes = async |seconds| {
+            let answer = |_| async move {
+                sleep(Duration::from_secs(seconds)).await;
+                Ok(())
+            };
+            connector.send("read", answer).await.map_err(|error| error.to_string())
+        };
+        assert_eq!(connector.limit(), Duration::from_secs(3));
+        takes(5).await.expect("late at first, in time when it is asked for again");
+        assert_eq!(connector.limit(), Duration::from_secs(6), "it was late all the same");
+        takes(2).await.expect("in time");
+        assert_eq!(connector.limit(), Duration::from_secs(3));
+
+        let told = takes(60).await.expect_err("too late for both");
+        assert!(told.contains("did not answer within 6s"), "{told}");
+        for _ in 0..9 {
+            let _ = takes(60).await;
+        }
+        assert_eq!(connector.limit(), LONGEST_WAIT);
+    }
+}
