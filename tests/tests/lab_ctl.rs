@@ -211,13 +211,16 @@ fn every_command_prints_in_every_format() -> Result<()> {
             })?;
         }
     }
-    let list: Value = serde_json::from_str(&says(node, &["lease", "list", "-o", "json"])?)?;
-    let (leases, capacity) = (&list["leases"], &list["capacity"][0]);
-    let own =
-        leases.as_array().and_then(|all| all.iter().find(|lease| lease["node"] == "node-1")).context("its own")?;
-    ensure!(own["epoch"].is_u64() && own["addresses_used"].is_u64() && own["addresses_free"].is_u64(), "{own}");
-    ensure!(capacity["subnets"] == 255 && capacity["leased"] == 2, "{capacity}");
-    Ok(())
+    // The last command gave up its lease, and another one comes when it comes.
+    wait_until("both nodes have a lease", SOON, || {
+        let list: Value = serde_json::from_str(&says(node, &["lease", "list", "-o", "json"])?)?;
+        let (leases, capacity) = (&list["leases"], &list["capacity"][0]);
+        let own = leases.as_array().and_then(|all| all.iter().find(|lease| lease["node"] == "node-1"));
+        let own = own.with_context(|| format!("none of node-1 in {list:#}"))?;
+        ensure!(own["epoch"].is_u64() && own["addresses_used"].is_u64() && own["addresses_free"].is_u64(), "{own}");
+        ensure!(capacity["subnets"] == 255 && capacity["leased"] == 2, "{capacity}");
+        Ok(())
+    })
 }
 
 #[test]

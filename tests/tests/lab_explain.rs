@@ -7,7 +7,7 @@ use fabric_core::model::Family;
 use fabric_tests::lab::{Lab, Node, wait_until};
 use serde_json::Value;
 
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(40);
 
 fn bundle_has_no_secret(node: &Node) -> Result<()> {
     node.exec(&["fabricctl", "doctor", "--quiet", "--bundle", "/tmp/bundle.tar"])?;

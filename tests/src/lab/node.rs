@@ -154,9 +154,9 @@ impl Node {
     /// Waits until fabricd says that it is ready.
     ///
     /// # Errors
-    /// It isn't after 15 seconds: the error shows why, and its log.
+    /// It isn't after a minute: the error shows why, and its log.
     pub fn wait_ready(&self) -> Result<()> {
-        let ready = wait_until(&format!("fabricd is ready on {}", self.name), Duration::from_secs(15), || {
+        let ready = wait_until(&format!("fabricd is ready on {}", self.name), Duration::from_secs(60), || {
             if self.service(FABRICD).is_none() {
                 return Ok(false); // no use waiting
             }

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-/// How often a condition is tried.
-const POLL: Duration = Duration::from_millis(10);
+/// How soon a condition is tried again, at first and at last: most of them start a program, and what is waited for for long
+/// is waited for beside other tests.
+const AGAIN: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));
 
 /// Tries `condition` until it succeeds and returns what it found.
 ///
@@ -25,14 +26,14 @@ const POLL: Duration = Duration::from_millis(10);
 /// # Errors
 /// It still fails after `limit`: names what was waited for and the last failure.
 pub fn wait_until<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> Result<T>) -> Result<T> {
-    let end = Instant::now() + limit;
+    let (began, end) = (Instant::now(), Instant::now() + limit);
     loop {
         match condition() {
             Ok(found) => return Ok(found),
             Err(error) if Instant::now() >= end => {
                 return Err(error).with_context(|| format!("waited {limit:?} in vain: {what}"));
             }
-            Err(_) => thread::sleep(POLL),
+            Err(_) => thread::sleep((began.elapsed() / 20).clamp(AGAIN.0, AGAIN.1)),
         }
     }
 }
