@@ -12,7 +12,6 @@
 //! Store and kernel never see each other. docs/architecture.md tells the whole story.
 
 pub mod api;
-pub mod backoff;
 pub mod commands;
 pub mod config;
 pub mod daemon;
@@ -27,5 +26,6 @@ pub mod mesh;
 pub mod metrics;
 pub mod pki;
 pub mod reconcile;
+pub mod retry;
 pub mod status;
 pub mod store;

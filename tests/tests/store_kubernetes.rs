@@ -37,6 +37,32 @@ async fn joined(cluster: &Cluster, subnets: &str) -> (Kubernetes, Grant) {
     (store, grant)
 }
 
+/// What comes after another change of this Node has been seen, and the API server was asked something: time enough for a
+/// write that should not be.
+async fn settled(cluster: &Cluster, store: &Kubernetes) {
+    let next = fastrand::u8(..);
+    let overwrite = json!({format!("{PREFIX}/public-ip-overwrite"): format!("203.0.113.{next}")});
+    cluster.api.change(NODES, "node-1", &json!({"metadata": {"annotations": overwrite}}));
+    let mut assigned = store.assigned().expect("the cluster assigns");
+    let ip = format!("203.0.113.{next}").parse().ok();
+    shows(&mut assigned, "the change", |assigned| assigned.public_ips.v4 == ip).await;
+    store.probe().await.expect("it answers");
+}
+
+/// Changes what is no Node, so that the watch hears nothing of it but history moves on; sends a bookmark, and waits until
+/// the next watch goes on from there. Gives the revision.
+async fn bookmarked(cluster: &Cluster) -> i64 {
+    for n in 0..5 {
+        cluster.api.create("/api/v1/namespaces/default/secrets", json!({"metadata": {"name": n.to_string()}}));
+    }
+    let revision = cluster.api.revision();
+    cluster.api.bookmark();
+    timeout(PATIENCE, cluster.api.watched_from(NODES, revision))
+        .await
+        .expect("the watch goes on where the bookmark was");
+    revision
+}
+
 fn is_available(node: &Value) -> bool {
     let conditions = node["status"]["conditions"].as_array();
     conditions.into_iter().flatten().any(|c| c["type"] == "NetworkUnavailable" && c["status"] == "False")
@@ -84,7 +110,7 @@ async fn condition_and_taint_tell_when_the_network_works_and_tell_it_again_when_
     let taints = json!([{"key": "other", "effect": "NoSchedule"}, {"key": TAINT, "effect": "NoSchedule"}]);
     cluster.api.change(NODES, "node-1", &json!({"spec": {"taints": taints}}));
     store.announce(false);
-    sleep(Duration::from_millis(300)).await;
+    settled(&cluster, &store).await;
     assert_eq!(cluster.api.writes().len(), 1, "nothing is told of a node that is not ready");
 
     store.announce(true);
@@ -98,7 +124,7 @@ async fn condition_and_taint_tell_when_the_network_works_and_tell_it_again_when_
     let undone = json!({"spec": {"taints": taints}, "status": {"conditions": unavailable}});
     cluster.api.change(NODES, "node-1", &undone);
     node_shows(&cluster, "node-1", "both again", is_told).await;
-    sleep(Duration::from_millis(300)).await;
+    settled(&cluster, &store).await;
     assert_eq!(cluster.api.writes().len(), 5, "and then it is silent");
 }
 
@@ -190,17 +216,12 @@ async fn bookmarks_carry_a_watch_over_a_compaction() {
     let cluster = Cluster::start();
     let (store, _) = joined(&cluster, "10.244.1.0-24").await;
     leases(&store, "the lease", |set| set.len() == 1).await;
-    // Not a Node: the watch hears nothing of it, but history moves on.
-    for n in 0..5 {
-        cluster.api.create("/api/v1/namespaces/default/secrets", json!({"metadata": {"name": n.to_string()}}));
-    }
-    let (listed, revision) = (cluster.api.lists(), cluster.api.revision());
-    cluster.api.bookmark();
-    timeout(PATIENCE, cluster.api.watched_from(revision)).await.expect("the watch goes on where the bookmark was");
+    let listed = cluster.api.lists(NODES);
+    bookmarked(&cluster).await;
     cluster.api.compact();
     cluster.flannel_says(&key("10.244.7.0-24"), &flannel_value("192.0.2.7"));
     leases(&store, "the other lease", |set| set.len() == 2).await;
-    assert_eq!(cluster.api.lists(), listed, "nothing was listed anew");
+    assert_eq!(cluster.api.lists(NODES), listed, "nothing was listed anew");
 }
 
 #[tokio::test]
@@ -217,6 +238,19 @@ async fn store_that_was_set_back_is_recognised() {
     assert_eq!(*store.replaced().borrow(), 1);
 }
 
+/// The leases are older than the restored copy, but what was seen of the store is not.
+#[tokio::test]
+async fn store_that_was_set_back_behind_a_bookmark_is_recognised() {
+    let cluster = Cluster::start();
+    let (store, _) = joined(&cluster, "10.244.1.0-24").await;
+    leases(&store, "the lease", |set| set.len() == 1).await;
+    let revision = bookmarked(&cluster).await;
+    cluster.api.stop();
+    cluster.api.set_revision(revision - 2);
+    cluster.api.start_again().expect("the same port");
+    shows(&mut store.replaced(), "another store", |times| *times == 1).await;
+}
+
 #[tokio::test]
 async fn server_that_refuses_or_is_slow_is_asked_again() {
     let cluster = Cluster::start();
@@ -225,7 +259,8 @@ async fn server_that_refuses_or_is_slow_is_asked_again() {
     let told = |state: &Connection| matches!(state, Connection::Down(reason) if reason.contains("told to refuse"));
     shows(&mut store.connection(), "the refusal", told).await;
     cluster.api.set(Fault::Refuses(500));
-    sleep(Duration::from_millis(300)).await;
+    let cannot = |state: &Connection| matches!(state, Connection::Down(reason) if reason.contains("cannot reach"));
+    shows(&mut store.connection(), "the failure", cannot).await;
     cluster.api.set(Fault::Slow(Duration::from_millis(200)));
     joined(&cluster, "10.244.1.0-24").await;
     leases(&store, "the lease", |set| set.len() == 1).await;

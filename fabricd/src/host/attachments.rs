@@ -14,9 +14,9 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::sync::watch;
 use tracing::warn;
 
-use crate::backoff::Backoff;
 use crate::host::addresses;
 use crate::kernel::Observed;
+use crate::retry::Backoff;
 
 /// The pods that are attached, as far as the filter needs to know them.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,10 +1,11 @@
-//! The way to the Kubernetes API server: where it is, who we are, and a connection that notices when the other end is
-//! gone.
+//! The Kubernetes API server: where it is, who we are, a connection that notices when the other end is gone, and what
+//! its refusals mean.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::Context as _;
 use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
@@ -27,7 +28,7 @@ const CONNECT: Duration = Duration::from_secs(3);
 ///
 /// # Errors
 /// When kubeconfig or service account can't be read.
-pub async fn client(kubeconfig: Option<&Path>) -> Result<Client> {
+pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
     let config = match kubeconfig {
         Some(file) => {
             let read = Kubeconfig::read_from(file);
@@ -55,4 +56,85 @@ pub async fn client(kubeconfig: Option<&Path>) -> Result<Client> {
         .map_err(tower::BoxError::from)
         .service(HttpClient::builder(TokioExecutor::new()).build(tls));
     Ok(Client::new(service, config.default_namespace))
+}
+
+/// Why the API server did not do what was asked.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ApiError {
+    /// It doesn't answer, or can't do anything at the moment. Whether a write happened is not known.
+    #[error("cannot reach the API server of Kubernetes: {0}")]
+    Unreachable(String),
+    /// It answers, and refuses.
+    #[error("the API server of Kubernetes refused to {verb}: {reason}")]
+    Refused {
+        /// What was asked for, by the word that rights are granted by: `list`, `watch`, `patch`.
+        verb: &'static str,
+        /// What it said.
+        reason: String,
+    },
+}
+
+impl ApiError {
+    /// What an answer, or none, means.
+    #[must_use]
+    pub fn new(verb: &'static str, error: &kube::Error) -> Self {
+        match error {
+            kube::Error::Api(status) if status.code < 500 && status.code != 429 => {
+                Self::Refused { verb, reason: status.message.clone() }
+            }
+            kube::Error::Api(status) => Self::Unreachable(status.message.clone()),
+            error => Self::Unreachable(root_of(error)),
+        }
+    }
+
+    /// It takes requests, and says nothing for too long.
+    #[must_use]
+    pub fn silent() -> Self {
+        Self::Unreachable("it does not answer".to_owned())
+    }
+}
+
+/// What an error says at its root: `Connection refused (os error 111)` lies three causes deep.
+fn root_of(error: &dyn std::error::Error) -> String {
+    let mut root = error;
+    while let Some(deeper) = root.source() {
+        root = deeper;
+    }
+    root.to_string()
+}
+
+/// The API server, for all that read and write there over one connection.
+pub struct ApiServer {
+    kubeconfig: Option<PathBuf>,
+    client: Mutex<Option<Client>>,
+}
+
+impl ApiServer {
+    /// The one that a kubeconfig names, or else the one of the cluster that this pod is in.
+    #[must_use]
+    pub fn new(kubeconfig: Option<PathBuf>) -> Self {
+        Self { kubeconfig, client: Mutex::default() }
+    }
+
+    /// The client, made when it is first needed: a service account may come later than the daemon.
+    ///
+    /// # Errors
+    /// [`ApiError::Unreachable`] when kubeconfig or service account can't be read.
+    pub async fn client(&self) -> Result<Client, ApiError> {
+        if let Some(client) = self.held().clone() {
+            return Ok(client);
+        }
+        let made = client(self.kubeconfig.as_deref()).await;
+        let made = made.map_err(|error| ApiError::Unreachable(format!("{error:#}")))?;
+        Ok(self.held().insert(made).clone())
+    }
+
+    /// Reads anew how the API server is reached, before the next request. What is under way goes on.
+    pub fn reconnect(&self) {
+        *self.held() = None;
+    }
+
+    fn held(&self) -> MutexGuard<'_, Option<Client>> {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }

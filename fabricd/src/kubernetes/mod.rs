@@ -1,3 +1,5 @@
-//! The Kubernetes API, below all that is read from it.
+//! The Kubernetes API, below all that is read from it: the connection, and the [`reflector`] that keeps the objects of one
+//! kind.
 
 pub mod client;
+pub mod reflector;

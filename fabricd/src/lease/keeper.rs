@@ -19,7 +19,7 @@ use tracing::{debug, error, info, warn};
 use super::inquiries::Inquiries;
 use super::rivals::Rival;
 use super::{Command, Holding, LeaseOptions, Mark, Own, Remembered, Wanted};
-use crate::backoff::Backoff;
+use crate::retry::Backoff;
 use crate::store::{Claim, Connection, Grant, LeaseStore, Network, StoreError};
 
 /// How long nothing is looked at when only a change can help; changes wake the keeper at once.

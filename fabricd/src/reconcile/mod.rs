@@ -32,7 +32,6 @@ use tracing::{info, warn};
 
 use self::write::Held;
 pub use self::write::Written;
-use crate::backoff::Backoff;
 use crate::files::state_dir::State;
 use crate::files::{Files, unknown};
 use crate::host::attachments::AttachedPods;
@@ -46,6 +45,7 @@ use crate::reconcile::pending::Pending;
 use crate::reconcile::planned::Planned;
 use crate::reconcile::repairs::Repairs;
 use crate::reconcile::retention::Kept;
+use crate::retry::Backoff;
 use crate::status::view::{PeerTrouble, View, VtepView};
 use crate::store::{Connection, LeaseStore, Network};
 

@@ -5,7 +5,6 @@
 
 pub mod etcd;
 pub mod kubernetes;
-mod outage;
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -251,4 +250,13 @@ pub trait LeaseStore: Send + Sync + 'static {
     /// # Errors
     /// [`StoreError::Unreachable`] or `Refused`.
     fn probe(&self) -> impl Future<Output = Result<(), StoreError>> + Send;
+}
+
+/// Tells the receivers of a value, if it is another one.
+fn publish<T: PartialEq>(channel: &watch::Sender<T>, value: T) {
+    channel.send_if_modified(|published| {
+        let changed = *published != value;
+        *published = value;
+        changed
+    });
 }

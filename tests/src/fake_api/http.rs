@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use axum::Router;
@@ -15,6 +14,7 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::objects::{Objects, Refusal};
+use super::selector::Selector;
 use super::{Fault, State};
 
 pub(super) fn router(state: Arc<State>) -> Router {
@@ -24,7 +24,7 @@ pub(super) fn router(state: Arc<State>) -> Router {
 async fn answer(Extract(state): Extract<Arc<State>>, method: Method, uri: Uri, body: Bytes) -> Response {
     let fault = *state.fault.borrow();
     match fault {
-        Fault::None => {}
+        Fault::None | Fault::BreaksWatches(_) => {}
         Fault::Refuses(code) => return refuse((code, "Fault", "told to refuse".into())),
         Fault::Slow(delay) => sleep(delay).await,
         Fault::Hangs => std::future::pending().await,
@@ -35,7 +35,7 @@ async fn answer(Extract(state): Extract<Arc<State>>, method: Method, uri: Uri, b
             (Some("true" | "1"), (collection, None, _)) => watch(state, collection, &query),
             (_, (collection, None, _)) => {
                 if number(&query, "limit") != Some(1) {
-                    state.lists.fetch_add(1, Ordering::Relaxed);
+                    *state.lists().entry(collection.clone()).or_default() += 1;
                 }
                 list(&state.objects(), &collection, &query)
             }
@@ -56,20 +56,24 @@ async fn answer(Extract(state): Extract<Arc<State>>, method: Method, uri: Uri, b
     one(answer)
 }
 
-/// The collection, the object in it, and whether its status is meant. Paths are `/api/v1/nodes/…` and
-/// `/api/v1/namespaces/NS/secrets/…`.
+/// The collection, the object in it, and whether its status is meant. Paths are `/api/v1/nodes/…`,
+/// `/api/v1/namespaces/NS/secrets/…`, and with a group `/apis/discovery.k8s.io/v1/…`.
 fn path(path: &str) -> (String, Option<String>, bool) {
     let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
+    let version = if parts.first() == Some(&"apis") { 3 } else { 2 };
     // A namespace is an object itself, and holds collections.
-    let length = if parts.get(2) == Some(&"namespaces") && parts.len() > 4 { 5 } else { 3 };
+    let is_inside = parts.get(version) == Some(&"namespaces") && parts.len() > version + 2;
+    let length = if is_inside { version + 3 } else { version + 1 };
     let (collection, rest) = parts.split_at(length.min(parts.len()));
     (format!("/{}", collection.join("/")), rest.first().map(ToString::to_string), rest.get(1) == Some(&"status"))
 }
 
-/// The query; of what is escaped there, nothing is asked for here but a name.
 fn query(uri: &Uri) -> BTreeMap<String, String> {
-    let pairs = uri.query().unwrap_or_default().split('&').filter_map(|pair| pair.split_once('='));
-    pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
+    form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()).into_owned().collect()
+}
+
+fn selector(query: &BTreeMap<String, String>) -> Selector {
+    Selector::new(query.get("labelSelector"), query.get("fieldSelector"))
 }
 
 fn number(query: &BTreeMap<String, String>, key: &str) -> Option<i64> {
@@ -79,7 +83,7 @@ fn number(query: &BTreeMap<String, String>, key: &str) -> Option<i64> {
 fn list(objects: &Objects, collection: &str, query: &BTreeMap<String, String>) -> Response {
     let limit = number(query, "limit").and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX);
     let after = query.get("continue").map(String::as_str).unwrap_or_default();
-    let (items, more) = objects.page(collection, after, limit);
+    let (items, more) = objects.page(collection, &selector(query), after, limit);
     let metadata = json!({"resourceVersion": objects.revision().to_string(), "continue": more.unwrap_or_default()});
     json_of(StatusCode::OK, &json!({"kind": "List", "apiVersion": "v1", "metadata": metadata, "items": items}))
 }
@@ -89,14 +93,14 @@ fn watch(state: Arc<State>, collection: String, query: &BTreeMap<String, String>
     let seconds = number(query, "timeoutSeconds").and_then(|seconds| u64::try_from(seconds).ok()).unwrap_or(300);
     let bookmarks = query.get("allowWatchBookmarks").is_some_and(|wanted| wanted == "true");
     let end = Instant::now() + Duration::from_secs(seconds);
-    state.watches.send_modify(|begun| begun.push(from));
-    Body::from_stream(events(state, collection, from, bookmarks, end)).into_response()
+    state.watches.send_modify(|begun| begun.push((collection.clone(), from)));
+    Body::from_stream(events(state, (collection, selector(query)), from, bookmarks, end)).into_response()
 }
 
 /// The events of a watch, each a line, until its time is over or its history is forgotten.
 fn events(
     state: Arc<State>,
-    collection: String,
+    of: (String, Selector),
     from: i64,
     wants_bookmarks: bool,
     end: Instant,
@@ -105,7 +109,7 @@ fn events(
     bookmarks.mark_unchanged();
     let begin = Some((state, news, bookmarks, from));
     futures::stream::unfold(begin, move |watching| {
-        let collection = collection.clone();
+        let (collection, selector) = of.clone();
         async move {
             let (state, mut news, mut bookmarks, mut from) = watching?;
             loop {
@@ -118,12 +122,20 @@ fn events(
                     Err(refusal) => return Some((line(&json!({"type": "ERROR", "object": status(&refusal)})), None)),
                     Ok(changes) if !changes.is_empty() => {
                         from = changes.last().map_or(from, |change| change.revision);
-                        let lines: Vec<u8> = changes.iter().flat_map(|change| wire(&change.event)).collect();
-                        return Some((Ok(Bytes::from(lines)), Some((state, news, bookmarks, from))));
+                        let events = changes.iter().filter_map(|change| change.event(&selector));
+                        let mut lines: Vec<u8> = events.flat_map(|event| wire(&event)).collect();
+                        let Fault::BreaksWatches(code) = *state.fault.borrow() else {
+                            return Some((Ok(Bytes::from(lines)), Some((state, news, bookmarks, from))));
+                        };
+                        let refusal = status(&(code, "Fault", "told to break".into()));
+                        lines.extend(wire(&json!({"type": "ERROR", "object": refusal})));
+                        return Some((Ok(Bytes::from(lines)), None));
                     }
                     Ok(_) => {}
                 }
                 tokio::select! {
+                    // Else a bookmark could name the revision of before the last change.
+                    biased;
                     changed = news.changed() => changed.ok()?,
                     changed = bookmarks.changed(), if wants_bookmarks => {
                         changed.ok()?;

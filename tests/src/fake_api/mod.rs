@@ -1,15 +1,16 @@
-//! [`FakeApi`]: as much of an API server of Kubernetes as a lease store needs, over real HTTP, with faults.
+//! [`FakeApi`]: as much of an API server of Kubernetes as those who list, watch and patch need, over real HTTP, with faults.
 //!
-//! It lists by pages, watches from a revision with bookmarks and 410, creates, deletes, and patches objects and their
-//! status, with conflicts of uid and resource version. It answers as a kube-apiserver 1.20 was seen to answer. It knows
+//! It lists by pages, watches from a revision with bookmarks and 410, in one namespace or all, by labels and fields;
+//! creates, deletes, and patches objects and their status, with conflicts of uid and resource version. It answers as a kube-apiserver 1.20 was seen to answer. It knows
 //! no users and no schema: what is refused for those reasons is only seen with a real one.
 
 mod http;
 mod objects;
+mod selector;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 
 use self::objects::Objects;
+use self::selector::Selector;
 use crate::kubernetes::Nodes;
 
 /// The path of the Nodes.
@@ -36,6 +38,8 @@ pub enum Fault {
     Slow(Duration),
     /// It takes requests and says nothing.
     Hangs,
+    /// It ends each watch with an error of this code, right after the next event.
+    BreaksWatches(u16),
 }
 
 /// An API server. What it holds outlives [`FakeApi::stop`].
@@ -59,10 +63,11 @@ struct State {
     fault: watch::Sender<Fault>,
     /// All requests that would change something: verb, path and body.
     writes: Mutex<Vec<(String, String, Value)>>,
-    /// How many pages of lists were asked for, those of one object not counted: by such the revision is asked for.
-    lists: AtomicU64,
-    /// The revisions that watches began at.
-    watches: watch::Sender<Vec<i64>>,
+    /// How many pages of each collection's lists were asked for, those of one object not counted: by such the revision is
+    /// asked for.
+    lists: Mutex<BTreeMap<String, u64>>,
+    /// The collections that were watched, and the revisions that each watch began at.
+    watches: watch::Sender<Vec<(String, i64)>>,
 }
 
 impl FakeApi {
@@ -77,7 +82,7 @@ impl FakeApi {
             bookmarks: watch::Sender::new(0),
             fault: watch::Sender::new(Fault::None),
             writes: Mutex::default(),
-            lists: AtomicU64::new(0),
+            lists: Mutex::default(),
             watches: watch::Sender::default(),
         });
         let (running, address) = Running::start(&state, address)?;
@@ -137,7 +142,7 @@ impl FakeApi {
     /// All objects of a collection.
     #[must_use]
     pub fn all(&self, collection: &str) -> Vec<Value> {
-        self.state.objects().page(collection, "", usize::MAX).0
+        self.state.objects().page(collection, &Selector::default(), "", usize::MAX).0
     }
 
     /// The revision of the last change.
@@ -163,16 +168,17 @@ impl FakeApi {
         self.state.bookmarks.send_modify(|times| *times += 1);
     }
 
-    /// Waits until a watch has begun at this revision.
-    pub async fn watched_from(&self, revision: i64) {
+    /// Waits until a watch of a collection has begun at this revision.
+    pub async fn watched_from(&self, collection: &str, revision: i64) {
+        let is_it = |(watched, from): &(String, i64)| watched == collection && *from == revision;
         // The sender lives as long as this does.
-        let _ = self.state.watches.subscribe().wait_for(|begun| begun.contains(&revision)).await;
+        let _ = self.state.watches.subscribe().wait_for(|begun| begun.iter().any(is_it)).await;
     }
 
-    /// How many pages of lists it has been asked for, those of one object not counted.
+    /// How many pages of a collection's lists it has been asked for, those of one object not counted.
     #[must_use]
-    pub fn lists(&self) -> u64 {
-        self.state.lists.load(Ordering::Relaxed)
+    pub fn lists(&self, collection: &str) -> u64 {
+        self.state.lists().get(collection).copied().unwrap_or_default()
     }
 
     /// Sets what is wrong with it from now on.
@@ -233,6 +239,10 @@ impl State {
 
     fn writes(&self) -> MutexGuard<'_, Vec<(String, String, Value)>> {
         self.writes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lists(&self) -> MutexGuard<'_, BTreeMap<String, u64>> {
+        self.lists.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn tell(&self) {

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
+use super::selector::Selector;
+
 /// The path of the namespaces: what is in one goes with it.
 const NAMESPACES: &str = "/api/v1/namespaces";
 
@@ -15,8 +17,25 @@ pub(super) type Refusal = (u16, &'static str, String);
 pub(super) struct Change {
     pub(super) collection: String,
     pub(super) revision: i64,
-    /// The event as it goes over the wire.
-    pub(super) event: Value,
+    before: Option<Value>,
+    /// As it is now, or was last.
+    object: Value,
+    is_deleted: bool,
+}
+
+impl Change {
+    /// The event as it goes over the wire to those who select: an object comes and goes with its labels and fields.
+    pub(super) fn event(&self, selector: &Selector) -> Option<Value> {
+        let was = self.before.as_ref().is_some_and(|before| selector.selects(before));
+        let is = !self.is_deleted && selector.selects(&self.object);
+        let event = match (was, is) {
+            (false, false) => return None,
+            (false, true) => "ADDED",
+            (true, true) => "MODIFIED",
+            (true, false) => "DELETED",
+        };
+        Some(json!({"type": event, "object": self.object}))
+    }
 }
 
 /// All objects, and the history of their changes.
@@ -51,12 +70,20 @@ impl Objects {
         object.cloned().ok_or_else(|| (404, "NotFound", format!("{collection}/{name} not found")))
     }
 
-    /// A page of a list, from after a name, with whether there is more.
-    pub(super) fn page(&self, collection: &str, after: &str, limit: usize) -> (Vec<Value>, Option<String>) {
-        let objects = self.collections.get(collection).into_iter().flatten();
-        let mut rest = objects.filter(|(name, _)| name.as_str() > after).peekable();
-        let page: Vec<(&String, &Value)> = rest.by_ref().take(limit).collect();
-        let more = rest.peek().and_then(|_| page.last().map(|(name, _)| (*name).clone()));
+    /// A page of a list, from after an object, with where it ends if there is more.
+    pub(super) fn page(
+        &self,
+        collection: &str,
+        selector: &Selector,
+        after: &str,
+        limit: usize,
+    ) -> (Vec<Value>, Option<String>) {
+        let listed = self.collections.iter().filter(|(held, _)| is_in(held, collection));
+        let all = listed
+            .flat_map(|(held, objects)| objects.iter().map(move |(name, object)| (format!("{held}/{name}"), object)));
+        let mut rest = all.filter(|(place, object)| place.as_str() > after && selector.selects(object)).peekable();
+        let page: Vec<(String, &Value)> = rest.by_ref().take(limit).collect();
+        let more = rest.peek().and_then(|_| page.last().map(|(place, _)| place.clone()));
         (page.into_iter().map(|(_, object)| object.clone()).collect(), more)
     }
 
@@ -65,7 +92,7 @@ impl Objects {
         if revision < self.compacted {
             return Err((410, "Expired", format!("too old resource version: {revision} ({})", self.compacted)));
         }
-        let is_new = |change: &&Change| change.collection == collection && change.revision > revision;
+        let is_new = |change: &&Change| is_in(&change.collection, collection) && change.revision > revision;
         Ok(self.history.iter().filter(is_new).cloned().collect())
     }
 
@@ -76,17 +103,18 @@ impl Objects {
         }
         object["metadata"]["uid"] = json!(format!("{name}-{}", self.revision + 1));
         object["metadata"]["creationTimestamp"] = json!("2026-01-01T00:00:00Z");
-        Ok(self.put(collection, &name, object, "ADDED"))
+        Ok(self.put(collection, &name, object, None))
     }
 
     pub(super) fn delete(&mut self, collection: &str, name: &str) -> Result<Value, Refusal> {
-        let mut object = self.get(collection, name)?;
+        let before = self.get(collection, name)?;
+        let mut object = before.clone();
         self.collections.entry(collection.to_owned()).or_default().remove(name);
         if collection == NAMESPACES {
             let inside = format!("{NAMESPACES}/{name}/");
             self.collections.retain(|collection, _| !collection.starts_with(&inside));
         }
-        self.note(collection, &mut object, "DELETED");
+        self.note(collection, Some(before), &mut object, true);
         Ok(object)
     }
 
@@ -114,21 +142,29 @@ impl Objects {
             return Err((422, "Invalid", format!("{name}: node updates may not change podCIDR")));
         }
         // What changes nothing is no new revision.
-        if after == before { Ok(before) } else { Ok(self.put(collection, name, after, "MODIFIED")) }
+        if after == before { Ok(before) } else { Ok(self.put(collection, name, after, Some(before))) }
     }
 
-    fn put(&mut self, collection: &str, name: &str, mut object: Value, event: &str) -> Value {
-        self.note(collection, &mut object, event);
+    fn put(&mut self, collection: &str, name: &str, mut object: Value, before: Option<Value>) -> Value {
+        self.note(collection, before, &mut object, false);
         self.collections.entry(collection.to_owned()).or_default().insert(name.to_owned(), object.clone());
         object
     }
 
-    fn note(&mut self, collection: &str, object: &mut Value, event: &str) {
+    fn note(&mut self, collection: &str, before: Option<Value>, object: &mut Value, is_deleted: bool) {
         self.revision += 1;
         object["metadata"]["resourceVersion"] = json!(self.revision.to_string());
-        let event = json!({"type": event, "object": object});
-        self.history.push(Change { collection: collection.to_owned(), revision: self.revision, event });
+        let (collection, object) = (collection.to_owned(), object.clone());
+        self.history.push(Change { collection, revision: self.revision, before, object, is_deleted });
     }
+}
+
+/// Whether what a collection holds is in another one: itself, or that of all namespaces.
+fn is_in(held: &str, collection: &str) -> bool {
+    held == collection
+        || held.split_once("/namespaces/").is_some_and(|(group, rest)| {
+            rest.split_once('/').is_some_and(|(_, kind)| collection == format!("{group}/{kind}"))
+        })
 }
 
 /// A merge patch (RFC 7386), with what a strategic one does to conditions: they are merged by their type.

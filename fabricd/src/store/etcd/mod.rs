@@ -1,14 +1,14 @@
 //! The lease store in etcd, in the layout of flannel's etcd v3 registry.
 //!
 //! ```text
-//!                 ┌──────────── watch: list, then follow ──────────► network(), leases(), connection()
+//!                 ┌──────────── watch: list, then watch ───────────► network(), leases(), connection()
 //! etcd ◄── connect┤
 //!  one endpoint   └──────────── txn: claim, rewrite, keep alive, release ◄── the lease's keeper
 //!  at a time            │
 //!                       └── identity: is it still the same store? ──► replaced()
 //! ```
 //!
-//! One task follows the store and publishes what it sees; calls go out on the task that makes them, over the same
+//! One task watches the store and publishes what it sees; calls go out on the task that makes them, over the same
 //! connection. Nothing here fails because etcd is away: the task retries for ever, a call says `Unreachable`.
 
 mod connect;
@@ -42,8 +42,8 @@ use super::{Claim, ConfigPlace, Connection, Grant, Inquired, LeaseStore, Network
 /// The lease store in etcd. Dropping it ends its task.
 pub struct Etcd {
     store: Arc<Store>,
-    /// Holds the one task that follows the store.
-    _following: JoinSet<()>,
+    /// Holds the one task that watches the store.
+    _watching: JoinSet<()>,
 }
 
 /// What the task and the calls share.
@@ -83,7 +83,7 @@ pub enum Init {
 }
 
 impl Etcd {
-    /// Starts to follow the store, and returns at once. Whether it can be reached is told by
+    /// Starts to watch the store, and returns at once. Whether it can be reached is told by
     /// [`LeaseStore::connection`]. Must be called within a tokio runtime.
     #[must_use]
     pub fn start(options: Options) -> Self {
@@ -104,9 +104,9 @@ impl Etcd {
             inquiries: Sender::new(Inquired::default()),
             listed_of: AtomicU64::new(0),
         });
-        let mut following = JoinSet::new();
-        following.spawn(watch::follow_for_ever(store.clone()));
-        Self { store, _following: following }
+        let mut watching = JoinSet::new();
+        watching.spawn(watch::watch_for_ever(store.clone()));
+        Self { store, _watching: watching }
     }
 
     /// Reads the network config, linearizably.

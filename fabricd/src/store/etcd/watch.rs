@@ -1,10 +1,10 @@
-//! Follows the store: a list, then every change after it, and again from the start when that breaks.
+//! Watches the store: a list, then every change after it, and again from the start when that breaks.
 //!
 //! ```text
 //! list config and leases at revision R ──► publish ──► watch from R+1 ──► fold each batch in, publish ─┐
 //!   ▲                                        │                               ▲                         │
 //!   │                                        └── most leases gone? look      └─────────────────────────┘
-//!   │                                            again before believing it
+//!   │                                            again before publishing it
 //!   └── stream broken, history compacted, store replaced, config changed, most leases gone at once
 //! ```
 //!
@@ -25,16 +25,15 @@ use fabric_core::model::Subnet;
 use fabric_core::network::NetworkConfig;
 use fabric_core::record::LeaseKey;
 use futures::FutureExt as _;
-use tokio::sync::watch::Sender;
-use tokio::time::{Instant, sleep, timeout};
-use tracing::warn;
+use tokio::sync::watch::Receiver;
+use tokio::time::{Instant, timeout};
 
 use super::Store;
 use super::connect::reason;
 use super::identity::{Replaced, Seen};
 use super::keys::Place;
-use crate::store::outage::Outage;
-use crate::store::{Connection, Network, StoreError};
+use crate::retry::{self, Look, Outage};
+use crate::store::{Connection, Network, StoreError, publish};
 
 /// The largest response that is taken, in bytes: 50,000 leases are about 15 MB.
 pub(super) const MAX_RESPONSE: usize = 256 << 20;
@@ -42,19 +41,10 @@ pub(super) const MAX_RESPONSE: usize = 256 << 20;
 /// A watch that says nothing for so long is asked whether it is still there.
 const QUIET: Duration = Duration::from_secs(20);
 
-/// How long the disappearance of most leases waits for a second look.
-const SECOND_LOOK: Duration = Duration::from_millis(1500);
-
 /// What is done here, in errors.
 const WATCH: &str = "watch the leases";
 
-/// Why following came to an end, to begin anew.
-enum Interrupted {
-    /// The store could not be asked.
-    Failed(StoreError),
-    /// The watch ended or can't be trusted.
-    Relist(String),
-}
+type Interrupted = retry::Interrupted<StoreError>;
 
 impl From<StoreError> for Interrupted {
     fn from(error: StoreError) -> Self {
@@ -73,29 +63,22 @@ struct Listing {
     seen: Seen,
 }
 
-/// Follows the store until the task is dropped.
-pub(super) async fn follow_for_ever(store: Arc<Store>) {
-    let mut outage = Outage::default();
+/// Watches the store until the task is dropped.
+pub(super) async fn watch_for_ever(store: Arc<Store>) {
+    let mut outage = Outage::new("leases");
     loop {
         let began = Instant::now();
-        let Err(interrupted) = follow(&store, &mut outage).await;
-        outage.lasted(began.elapsed());
-        match interrupted {
-            Interrupted::Failed(error) => {
-                outage.failed(&error);
-                publish(&store.connection, Connection::Down(error.to_string()));
-            }
-            Interrupted::Relist(reason) => outage.relisting(&reason),
+        let Err(interrupted) = list_and_watch(&store, &mut outage).await;
+        if let Interrupted::Failed(error) = &interrupted {
+            publish(&store.connection, Connection::Down(error.to_string()));
         }
-        sleep(outage.delay()).await;
+        outage.wait(began, &interrupted).await;
     }
 }
 
-async fn follow(store: &Store, outage: &mut Outage) -> Result<Infallible, Interrupted> {
+async fn list_and_watch(store: &Store, outage: &mut Outage) -> Result<Infallible, Interrupted> {
     let mut replaced = store.connector.identity.replaced();
-    let listing = list(store).await?;
-    replaced.mark_unchanged();
-    let (mut set, seen) = believe(store, listing).await?;
+    let (mut set, seen) = list_and_publish(store, &mut replaced).await?;
     let mut stream = watch(store, set.revision() + 1).await?;
     loop {
         let response = tokio::select! {
@@ -159,27 +142,16 @@ fn entry(key: String, kv: &KeyValue) -> Entry {
     Entry { key, value: kv.value().to_vec(), create_revision, mod_revision }
 }
 
-/// Publishes a listing; one in which most of the known leases are missing only when a second look shows the same.
-/// An operator's slip, a half-restored backup and a store that is being rebuilt look like that for a moment, and each
-/// lease that goes takes a node's routes along.
-async fn believe(store: &Store, listing: Listing) -> Result<(LeaseSet, Seen), StoreError> {
+/// Lists and publishes; most leases being gone is published only when a second look shows the same.
+async fn list_and_publish(store: &Store, replaced: &mut Receiver<u64>) -> Result<(LeaseSet, Seen), StoreError> {
     let before = store.leases.borrow().clone().or_else(|| store.remembered.clone()).unwrap_or_default();
-    let read = |listing: Listing| {
-        publish_network(store, listing.config.as_deref());
-        let mut set = LeaseSet::snapshot(&before, listing.entries, listing.revision);
-        for (key, node) in &listing.reservations {
-            set.reserve(key, Some(node), listing.revision);
-        }
-        (set, listing.seen)
+    let first = look(store, &before, replaced).await?;
+    let (mut set, seen) = if first.loses_most {
+        first.hold_back().await;
+        look(store, &before, replaced).await?.believe()
+    } else {
+        first.found
     };
-    let (mut set, mut seen) = read(listing);
-    if set.lacks_most_of(&before) {
-        warn!(known = before.len(), left = set.len(), "most leases are gone; held back until a second look");
-        sleep(SECOND_LOOK).await;
-        (set, seen) = read(list(store).await?);
-        let gone = set.lacks_most_of(&before);
-        warn!(known = before.len(), left = set.len(), gone, "second look at the leases taken; published");
-    }
     if !set.departed().is_empty() {
         let guards = store.guards_without_record().await?;
         set.forget_departed(|subnet| guards.iter().any(|(guarded, _)| *guarded == subnet));
@@ -187,6 +159,23 @@ async fn believe(store: &Store, listing: Listing) -> Result<(LeaseSet, Seen), St
     publish(&store.leases, Some(Arc::new(set.clone())));
     store.listed_of.store(seen.generation, Ordering::Release);
     Ok((set, seen))
+}
+
+/// Lists config and leases, and publishes the config. What was replaced before the list is not news after it.
+async fn look(
+    store: &Store,
+    before: &LeaseSet,
+    replaced: &mut Receiver<u64>,
+) -> Result<Look<(LeaseSet, Seen)>, StoreError> {
+    let listing = list(store).await?;
+    replaced.mark_unchanged();
+    publish_network(store, listing.config.as_deref());
+    let mut set = LeaseSet::snapshot(before, listing.entries, listing.revision);
+    for (key, node) in &listing.reservations {
+        set.reserve(key, Some(node), listing.revision);
+    }
+    let (left, loses_most) = (set.len(), set.lacks_most_of(before));
+    Ok(Look { kind: "leases", found: (set, listing.seen), left, loses_most })
 }
 
 /// Watches everything under the prefix from `revision` on.
@@ -300,13 +289,4 @@ fn publish_network(store: &Store, config: Option<&[u8]>) {
         Some(Err(error)) => Network::Invalid(error),
     };
     publish(&store.network, network);
-}
-
-/// Tells the receivers, if there is something to tell.
-fn publish<T: PartialEq>(channel: &Sender<T>, value: T) {
-    channel.send_if_modified(|published| {
-        let changed = *published != value;
-        *published = value;
-        changed
-    });
 }

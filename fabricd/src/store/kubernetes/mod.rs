@@ -1,7 +1,7 @@
 //! The lease store in the API server of Kubernetes, in the form of flannel's kube subnet manager.
 //!
 //! ```text
-//!                            ┌── follow: list, then watch ──► leases(), assigned(), connection(), own Node
+//!                            ┌── reflector: list, watch ───► leases(), assigned(), connection(), own Node
 //! Nodes ◄── API server ◄─────┤
 //!                            └── write: annotations ◄── claim, rewrite, release
 //!                                       condition, taint ◄── announce()
@@ -14,27 +14,28 @@
 
 mod annotations;
 mod config_file;
-mod follow;
+mod fold;
 mod node;
 mod nodes;
 mod write;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::NodeName;
 use fabric_core::record::{LeaseKey, Record};
-use kube::Client;
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use self::fold::LeaseFold;
 use self::node::Node;
-use self::write::Pace;
-use super::{Assigned, Claim, ConfigPlace, Connection, Grant, LeaseStore, Network, Resting, StoreError};
-use crate::kubernetes::client;
+use self::write::{PATCH, Pace};
+use super::{Assigned, Claim, ConfigPlace, Connection, Grant, LeaseStore, Network, Resting, StoreError, publish};
+use crate::kubernetes::client::{ApiError, ApiServer};
+use crate::kubernetes::reflector::{Object as _, Reflector};
 
 /// What an assignment lasts, which nobody has to keep alive.
 const FOR_EVER: Duration = Duration::from_secs(365 * 86_400);
@@ -62,9 +63,8 @@ pub struct Kubernetes {
 /// What the tasks and the calls share.
 struct Shared {
     node: NodeName,
-    kubeconfig: Option<PathBuf>,
     startup_taint: Option<String>,
-    client: Mutex<Option<Client>>,
+    api: Arc<ApiServer>,
     network: Sender<Network>,
     leases: Sender<Option<Arc<LeaseSet>>>,
     connection: Sender<Connection>,
@@ -78,16 +78,15 @@ struct Shared {
 }
 
 impl Kubernetes {
-    /// Starts to follow the API server, and returns at once. Whether it can be reached is told by
+    /// Starts to watch the API server, and returns at once. Whether it can be reached is told by
     /// [`LeaseStore::connection`]. Must be called within a tokio runtime.
     #[must_use]
     pub fn start(options: Options) -> Self {
         let Options { node, kubeconfig, config, startup_taint } = options;
         let shared = Arc::new(Shared {
             node,
-            kubeconfig,
             startup_taint,
-            client: Mutex::default(),
+            api: Arc::new(ApiServer::new(kubeconfig)),
             network: Sender::new(Network::Unknown),
             leases: Sender::new(None),
             connection: Sender::new(Connection::Unknown),
@@ -98,8 +97,8 @@ impl Kubernetes {
             pace: tokio::sync::Mutex::default(),
         });
         let mut tasks = JoinSet::new();
-        tasks.spawn(config_file::follow_for_ever(shared.clone(), config.clone()));
-        tasks.spawn(follow::follow_for_ever(shared.clone()));
+        tasks.spawn(config_file::watch_for_ever(shared.clone(), config.clone()));
+        tasks.spawn(Reflector::new(shared.api.clone(), LeaseFold::new(shared.clone())).run());
         let announcer = shared.clone();
         tasks.spawn(async move { announcer.keep_announcing().await });
         Self { shared, config, _tasks: tasks }
@@ -177,29 +176,15 @@ impl LeaseStore for Kubernetes {
     }
 
     async fn probe(&self) -> Result<(), StoreError> {
-        let version = self.shared.client().await?.apiserver_version().await;
+        let version = self.shared.api.client().await?.apiserver_version().await;
         version.map(drop).map_err(|error| unreachable(&error.to_string()))
     }
 }
 
 impl Shared {
-    /// The client, made when it is first needed: a service account may come later than the daemon.
-    async fn client(&self) -> Result<Client, StoreError> {
-        if let Some(client) = self.held_client().clone() {
-            return Ok(client);
-        }
-        let made = client::client(self.kubeconfig.as_deref()).await;
-        let made = made.map_err(|error| unreachable(&format!("{error:#}")))?;
-        Ok(self.held_client().insert(made).clone())
-    }
-
-    /// Reads anew how the API server is reached, before the next request.
-    fn reconnect(&self) {
-        *self.held_client() = None;
-    }
-
-    fn held_client(&self) -> std::sync::MutexGuard<'_, Option<Client>> {
-        self.client.lock().unwrap_or_else(PoisonError::into_inner)
+    /// True for this node's Node.
+    fn is_own(&self, node: &Node) -> bool {
+        node.name() == self.node.as_str()
     }
 
     /// This node's Node, as it was seen last.
@@ -209,7 +194,7 @@ impl Shared {
 
     /// Takes in a Node as the watch or the answer to a write shows it. They overtake each other.
     fn observe(&self, node: Node) {
-        if node.name() != self.node.as_str() {
+        if !self.is_own(&node) {
             return;
         }
         let is_older =
@@ -219,52 +204,10 @@ impl Shared {
         }
     }
 
-    /// Takes in all Nodes of a list.
-    fn observe_all(&self, nodes: Vec<Node>) {
-        self.own_is(nodes.into_iter().find(|node| node.name() == self.node.as_str()));
-    }
-
-    /// Takes in that a Node was deleted.
-    fn gone(&self, node: &Node) {
-        if node.name() == self.node.as_str() {
-            self.own_is(None);
-        }
-    }
-
     fn own_is(&self, node: Option<Node>) {
-        tell(&self.assigned, node.as_ref().map(annotations::assigned).unwrap_or_default());
-        tell(&self.own, node.map(Arc::new));
+        publish(&self.assigned, node.as_ref().map(annotations::assigned).unwrap_or_default());
+        publish(&self.own, node.map(Arc::new));
     }
-
-    fn network_is(&self, network: Network) {
-        tell(&self.network, network);
-    }
-
-    fn connection_is(&self, connection: Connection) {
-        tell(&self.connection, connection);
-    }
-
-    fn leases_are(&self, set: &LeaseSet) {
-        tell(&self.leases, Some(Arc::new(set.clone())));
-    }
-
-    /// Whether most of the leases that are published are missing in a set.
-    fn would_lose_most(&self, set: &LeaseSet) -> bool {
-        self.leases.borrow().as_ref().is_some_and(|published| set.lacks_most_of(published))
-    }
-
-    fn was_replaced(&self) {
-        self.replaced.send_modify(|times| *times += 1);
-    }
-}
-
-/// Tells the receivers, if there is something to tell.
-fn tell<T: PartialEq>(channel: &Sender<T>, value: T) {
-    channel.send_if_modified(|known| {
-        let changed = *known != value;
-        *known = value;
-        changed
-    });
 }
 
 fn assigned_here(operation: &'static str) -> StoreError {
@@ -275,21 +218,20 @@ fn unreachable(reason: &str) -> StoreError {
     StoreError::Unreachable { endpoints: "the API server of Kubernetes".to_owned(), reason: reason.to_owned() }
 }
 
-fn store_error(operation: &'static str, error: &kube::Error) -> StoreError {
-    match error {
-        kube::Error::Api(status) if status.code < 500 && status.code != 429 => {
-            StoreError::Refused { operation, reason: status.message.clone() }
+impl From<ApiError> for StoreError {
+    fn from(error: ApiError) -> Self {
+        match error {
+            ApiError::Unreachable(reason) => unreachable(&reason),
+            ApiError::Refused { verb, reason } => Self::Refused { operation: operation(verb), reason },
         }
-        kube::Error::Api(status) => unreachable(&status.message),
-        error => unreachable(&root_of(error)),
     }
 }
 
-/// What an error says at its root: `Connection refused (os error 111)` lies three causes deep.
-fn root_of(error: &dyn std::error::Error) -> String {
-    let mut root = error;
-    while let Some(deeper) = root.source() {
-        root = deeper;
+/// What a verb is about here: nothing but Nodes.
+fn operation(verb: &str) -> &'static str {
+    match verb {
+        PATCH => "write on this node's Node",
+        "watch" => "watch the Nodes",
+        _ => "list the Nodes",
     }
-    root.to_string()
 }

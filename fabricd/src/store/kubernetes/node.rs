@@ -1,19 +1,20 @@
-//! The part of a Node of Kubernetes that matters here. The rest, such as the list of its images, is large, changes often,
-//! and is not kept.
+//! The part of a Node of Kubernetes that matters here. The rest, such as the list of its images or who changed what, is
+//! large, changes often, and is passed over.
 
-use std::borrow::Cow;
+use std::collections::BTreeMap;
 
 use fabric_core::model::{Family, PerFamily, Subnet};
-use kube::Resource;
-use kube::api::ObjectMeta;
-use serde::{Deserialize, Serialize};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use serde::Deserialize;
 use serde_json::Value;
 
+use crate::kubernetes::reflector::{Object, revision};
+
 /// A Node.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 pub struct Node {
-    /// Name, annotations, uid, resource version.
-    pub metadata: ObjectMeta,
+    /// What all objects have.
+    pub metadata: Metadata,
     /// What it is to be.
     #[serde(default)]
     pub spec: Spec,
@@ -22,33 +23,49 @@ pub struct Node {
     pub status: Status,
 }
 
+/// What all objects have.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Metadata {
+    /// Its name.
+    pub name: Option<String>,
+    /// Another one for each object that has had the name.
+    pub uid: Option<String>,
+    /// The revision of its last change, of whatever part.
+    pub resource_version: Option<String>,
+    /// When it was created.
+    pub creation_timestamp: Option<Time>,
+    /// What programs say about it.
+    pub annotations: Option<BTreeMap<String, String>>,
+}
+
 /// What a Node is to be.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 pub struct Spec {
     /// Its subnet, from before there could be two.
-    #[serde(rename = "podCIDR", default, skip_serializing_if = "Option::is_none")]
+    #[serde(rename = "podCIDR", default)]
     pub pod_cidr: Option<String>,
     /// Its subnets, one for each family.
-    #[serde(rename = "podCIDRs", default, skip_serializing_if = "Option::is_none")]
+    #[serde(rename = "podCIDRs", default)]
     pub pod_cidrs: Option<Vec<String>>,
     /// What keeps pods away.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub taints: Option<Vec<Value>>,
 }
 
 /// What a Node is.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 pub struct Status {
     /// One for each type.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub conditions: Option<Vec<Condition>>,
     /// What its kubelet says of its machine.
-    #[serde(rename = "nodeInfo", default, skip_serializing_if = "Option::is_none")]
+    #[serde(rename = "nodeInfo", default)]
     pub node_info: Option<NodeInfo>,
 }
 
 /// The machine that a Node's kubelet runs on.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct NodeInfo {
     /// `/proc/sys/kernel/random/boot_id`.
     #[serde(rename = "bootID", default)]
@@ -56,7 +73,7 @@ pub struct NodeInfo {
 }
 
 /// One thing that is so of a Node, or is not.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct Condition {
     /// What.
     #[serde(rename = "type")]
@@ -70,13 +87,6 @@ impl Node {
     #[must_use]
     pub fn name(&self) -> &str {
         self.metadata.name.as_deref().unwrap_or_default()
-    }
-
-    /// The revision of its last change, of whatever part. Kubernetes calls it opaque, but it has always been etcd's
-    /// revision, and is promised to be a number that grows from 1.35 on (KEP-5504).
-    #[must_use]
-    pub fn revision(&self) -> i64 {
-        revision(self.metadata.resource_version.as_deref())
     }
 
     /// When it was created, in seconds since 1970.
@@ -109,36 +119,10 @@ impl Node {
     }
 }
 
-/// A resource version as a number.
-pub(super) fn revision(version: Option<&str>) -> i64 {
-    version.and_then(|version| version.parse().ok()).unwrap_or_default()
-}
+impl Object for Node {
+    const PATH: &'static str = "/api/v1/nodes";
 
-impl Resource for Node {
-    type DynamicType = ();
-    type Scope = kube::core::ClusterResourceScope;
-
-    fn kind((): &()) -> Cow<'_, str> {
-        "Node".into()
-    }
-
-    fn group((): &()) -> Cow<'_, str> {
-        "".into()
-    }
-
-    fn version((): &()) -> Cow<'_, str> {
-        "v1".into()
-    }
-
-    fn plural((): &()) -> Cow<'_, str> {
-        "nodes".into()
-    }
-
-    fn meta(&self) -> &ObjectMeta {
-        &self.metadata
-    }
-
-    fn meta_mut(&mut self) -> &mut ObjectMeta {
-        &mut self.metadata
+    fn revision(&self) -> i64 {
+        revision(self.metadata.resource_version.as_deref())
     }
 }

@@ -12,6 +12,7 @@ use tracing::warn;
 
 use super::annotations::{self, Published};
 use super::node::Node;
+use crate::kubernetes::reflector::Object as _;
 
 /// What is known of one Node.
 #[derive(Clone, Debug, PartialEq, Eq)]

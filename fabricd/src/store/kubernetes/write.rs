@@ -7,18 +7,27 @@ use std::time::Duration;
 use fabric_core::record::LeaseKey;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
-use kube::api::{Api, Patch, PatchParams};
+use kube::api::{Patch, PatchParams};
+use kube::core::Request;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
+use super::Shared;
 use super::node::Node;
-use super::{Shared, store_error, unreachable};
+use crate::kubernetes::client::ApiError;
+use crate::kubernetes::reflector::Object as _;
+use crate::retry::Backoff;
 use crate::store::StoreError;
-use crate::store::outage::Outage;
 
 /// How long one write may take.
 const WRITE_TIME: Duration = Duration::from_secs(10);
+
+/// In errors.
+pub(super) const PATCH: &str = "patch";
+
+/// The delay after the first attempt that failed, and the longest one.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
 /// In the list of who changed what.
 const MANAGER: &str = "fabricd";
@@ -28,10 +37,20 @@ const MANAGER: &str = "fabricd";
 const CONDITION: &str = "NetworkUnavailable";
 
 /// Writes that come soon after each other are spaced out: somebody undoes them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Pace {
     last: Option<Instant>,
     in_a_row: u32,
+    backoff: Backoff,
+    /// From the last write to the next.
+    rest: Duration,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        let backoff = Backoff::new(Duration::from_millis(200), Self::LONGEST);
+        Self { last: None, in_a_row: 0, backoff, rest: Duration::ZERO }
+    }
 }
 
 impl Pace {
@@ -42,18 +61,21 @@ impl Pace {
 
     /// How long to wait before the next write.
     fn delay(&self) -> Duration {
-        match self.in_a_row {
-            ..=Self::AT_ONCE => Duration::ZERO,
-            _ if self.last.is_none_or(|last| last.elapsed() > Self::SOON) => Duration::ZERO,
-            n => Duration::from_millis(100 << n.saturating_sub(Self::AT_ONCE).min(9)).min(Self::LONGEST),
-        }
+        let is_soon = self.last.is_some_and(|last| last.elapsed() <= Self::SOON);
+        if is_soon { self.rest } else { Duration::ZERO }
     }
 
     /// Notes that something was written.
     fn wrote(&mut self) {
-        let is_soon = self.last.is_some_and(|last| last.elapsed() < Self::SOON + Self::LONGEST);
-        self.in_a_row = if is_soon { self.in_a_row + 1 } else { 0 };
+        if self.last.is_some_and(|last| last.elapsed() < Self::SOON + Self::LONGEST) {
+            self.in_a_row += 1;
+        } else {
+            *self = Self::default();
+        }
         self.last = Some(Instant::now());
+        if self.in_a_row > Self::AT_ONCE {
+            self.rest = self.backoff.delay();
+        }
         if self.in_a_row == 2 * Self::AT_ONCE {
             warn!("somebody undoes what is written on this Node; it is written again, but ever more slowly");
         }
@@ -98,19 +120,20 @@ pub(super) fn readiness(node: &Node, startup_taint: Option<&str>) -> Option<Chan
 
 /// Sends a change; gives the Node as it is then.
 async fn send(shared: &Shared, change: Change) -> Result<Node, SendError> {
-    let nodes: Api<Node> = Api::all(shared.client().await?);
+    let client = shared.api.client().await?;
+    let (nodes, name) = (Request::new(Node::PATH), shared.node.as_str());
     let params = PatchParams { field_manager: Some(MANAGER.into()), ..PatchParams::default() };
-    let name = shared.node.as_str();
-    let sent = match change {
-        Change::Status(patch) => timeout(WRITE_TIME, nodes.patch_status(name, &params, &Patch::Strategic(patch))).await,
-        Change::Taints(patch) => timeout(WRITE_TIME, nodes.patch(name, &params, &Patch::Merge(patch))).await,
+    let request = match change {
+        Change::Status(patch) => nodes.patch_subresource("status", name, &params, &Patch::Strategic(patch)),
+        Change::Taints(patch) => nodes.patch(name, &params, &Patch::Merge(patch)),
     };
-    match sent {
+    let answer = async { client.request(request.map_err(kube::Error::BuildRequest)?).await };
+    match timeout(WRITE_TIME, answer).await {
         Ok(Ok(node)) => Ok(node),
         // It was deleted, is another one, or has changed.
         Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409 | 422) => Err(SendError::Outdated),
-        Ok(Err(error)) => Err(store_error("write on this node's Node", &error).into()),
-        Err(_) => Err(unreachable("it does not answer").into()),
+        Ok(Err(error)) => Err(ApiError::new(PATCH, &error).into()),
+        Err(_) => Err(ApiError::silent().into()),
     }
 }
 
@@ -122,9 +145,9 @@ enum SendError {
     Store(StoreError),
 }
 
-impl From<StoreError> for SendError {
-    fn from(error: StoreError) -> Self {
-        Self::Store(error)
+impl From<ApiError> for SendError {
+    fn from(error: ApiError) -> Self {
+        Self::Store(error.into())
     }
 }
 
@@ -155,7 +178,7 @@ impl Shared {
     /// Says that this node's network works, while it does, and says it again when somebody takes it back.
     pub(super) async fn keep_announcing(&self) {
         let (mut ready, mut own) = (self.ready.subscribe(), self.own.subscribe());
-        let (mut pace, mut outage, mut told) = (Pace::default(), Outage::default(), false);
+        let (mut pace, mut retry, mut told) = (Pace::default(), Backoff::new(RETRY.0, RETRY.1), false);
         loop {
             // Both are looked at in any case: what is not would be news for ever.
             let is_ready = *ready.borrow_and_update();
@@ -166,7 +189,8 @@ impl Shared {
                     Ok(node) => {
                         info!("the cluster is told that this node's network works");
                         pace.wrote();
-                        (outage, told) = (Outage::default(), false);
+                        retry.reset();
+                        told = false;
                         self.observe(node);
                     }
                     // The watch brings what is there by now.
@@ -175,7 +199,7 @@ impl Shared {
                         if !std::mem::replace(&mut told, true) {
                             warn!(%error, "cannot tell the cluster that this node's network works, trying again");
                         }
-                        sleep(outage.delay()).await;
+                        sleep(retry.delay()).await;
                         continue;
                     }
                 }
