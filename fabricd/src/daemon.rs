@@ -92,7 +92,7 @@ async fn serve(
     };
     let mut reconciler = Reconciler::new(node, store.clone(), open_kernel(config)?, files, before);
     if config.rules.check_pods {
-        reconciler.guard_ports(attachments::follow(config.cni_state_dir.clone()));
+        reconciler.guard_ports(attachments::watch_attachments(config.cni_state_dir.clone()));
     }
     let controls = Controls { lease: keeper.commands(), network: reconciler.commands() };
     let events = Arc::new(Events::default());
@@ -123,12 +123,12 @@ async fn serve(
     });
     let seen = view.clone();
     tasks.spawn(async {
-        state_dir::follow(disk, seen).await;
+        state_dir::watch_view(disk, seen).await;
         "the reconcile loop has ended".to_owned()
     });
     let (told, seen) = (events.clone(), view.clone());
     tasks.spawn(async {
-        events::follow(told, seen).await;
+        events::watch_view(told, seen).await;
         "the reconcile loop has ended".to_owned()
     });
     let mesh = Arc::new(Mesh::counted_by(metrics.round_trips()));

@@ -21,7 +21,7 @@ pub type Changes<E> = ReceiverStream<Result<E, Status>>;
 /// The peers.
 pub fn peers(view: watch::Receiver<Arc<View>>) -> Changes<PeerEvent> {
     let list = |view: &View| view.peers().map(|lease| (lease.key, convert::peer(view, lease))).collect();
-    follow(view, list, |kind, peer| PeerEvent { r#type: kind.into(), peer: Some(peer) })
+    watch_view(view, list, |kind, peer| PeerEvent { r#type: kind.into(), peer: Some(peer) })
 }
 
 /// The leases.
@@ -30,10 +30,10 @@ pub fn leases(view: watch::Receiver<Arc<View>>) -> Changes<LeaseEvent> {
         let leases = view.leases.iter().flat_map(|leases| leases.iter());
         leases.map(|lease| (lease.key, convert::lease_record(view, lease))).collect()
     };
-    follow(view, list, |kind, lease| LeaseEvent { r#type: kind.into(), lease: Some(lease) })
+    watch_view(view, list, |kind, lease| LeaseEvent { r#type: kind.into(), lease: Some(lease) })
 }
 
-fn follow<T, E>(
+fn watch_view<T, E>(
     mut view: watch::Receiver<Arc<View>>,
     list: impl Fn(&View) -> BTreeMap<LeaseKey, T> + Send + 'static,
     event: impl Fn(ChangeType, T) -> E + Send + 'static,

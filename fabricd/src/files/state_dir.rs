@@ -341,7 +341,7 @@ fn decode<T: DeserializeOwned>(file: &[u8]) -> Result<T, Unusable> {
 
 /// Keeps the disk up to date with what the loop sees, until the loop is gone. What comes from the disk itself is not
 /// written again.
-pub async fn follow(disk: Disk, mut view: watch::Receiver<Arc<View>>) {
+pub async fn watch_view(disk: Disk, mut view: watch::Receiver<Arc<View>>) {
     let mut lease: Option<(NetworkConfig, Holding)> = None;
     let mut peers: Option<Arc<LeaseSet>> = None;
     let mut peers_due = Instant::now();

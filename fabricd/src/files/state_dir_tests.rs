@@ -102,7 +102,7 @@ async fn members_of_a_newer_version_are_passed_over() {
 }
 
 #[tokio::test]
-async fn disk_follows_what_the_loop_sees_and_not_what_came_from_it() {
+async fn disk_has_what_the_loop_sees_and_not_what_came_from_it() {
     let dir = tempfile::tempdir().unwrap();
     let disk = Disk::new(dir.path(), &node());
     let seen = |from_disk| View {
@@ -114,7 +114,7 @@ async fn disk_follows_what_the_loop_sees_and_not_what_came_from_it() {
         ..View::new(node())
     };
     let (sender, receiver) = watch::channel(Arc::new(seen(true)));
-    let following = tokio::spawn(follow(disk.clone(), receiver));
+    let watching = tokio::spawn(watch_view(disk.clone(), receiver));
     tokio::task::yield_now().await;
     assert_eq!(disk.load(&Uptime::now().unwrap()), State::default());
     sender.send_replace(Arc::new(seen(false)));
@@ -126,7 +126,7 @@ async fn disk_follows_what_the_loop_sees_and_not_what_came_from_it() {
     tokio::time::timeout(Duration::from_secs(20), written).await.unwrap();
     assert!(disk.load(&Uptime::now().unwrap()).lease.is_some());
     drop(sender);
-    following.await.unwrap();
+    watching.await.unwrap();
     disk.remove().unwrap();
     disk.remove().unwrap();
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);

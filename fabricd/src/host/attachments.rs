@@ -50,10 +50,10 @@ impl AttachedPods {
 /// How long at most until a folder that can't be watched is read again.
 const RETRY: Duration = Duration::from_secs(10);
 
-/// Follows the attachments below `dir`, a folder for each network. What can't be read is no pod: its port stays open
+/// Watches the attachments below `dir`, a folder for each network. What can't be read is no pod: its port stays open
 /// for every address of this node.
 #[must_use]
-pub fn follow(dir: PathBuf) -> watch::Receiver<Arc<AttachedPods>> {
+pub fn watch_attachments(dir: PathBuf) -> watch::Receiver<Arc<AttachedPods>> {
     let (sender, receiver) = watch::channel(Arc::default());
     // It waits in the kernel, so it has a thread of its own; that ends with the process.
     thread::spawn(move || {
@@ -63,7 +63,7 @@ pub fn follow(dir: PathBuf) -> watch::Receiver<Arc<AttachedPods>> {
             if let Err(error) = publish_all(&dir, &sender) {
                 retry.lasted(began.elapsed());
                 if retry.attempts() == 0 {
-                    warn!(dir = %dir.display(), %error, "cannot follow which pod is behind a port, trying again");
+                    warn!(dir = %dir.display(), %error, "cannot watch which pod is behind a port, trying again");
                 }
                 #[expect(clippy::disallowed_methods, reason = "on a thread of its own")]
                 thread::sleep(retry.delay());
@@ -129,7 +129,7 @@ mod tests {
     #[tokio::test]
     async fn pods_that_come_and_go_are_heard_of() {
         let dir = tempfile::tempdir().expect("a folder");
-        let mut ports = follow(dir.path().join("fabric"));
+        let mut ports = watch_attachments(dir.path().join("fabric"));
         let network = dir.path().join("fabric/pods");
         fs::create_dir_all(&network).expect("a folder");
         let file = network.join("c1@eth0.json");
@@ -141,10 +141,10 @@ mod tests {
         )
         .expect("written");
         fs::write(&file, FIRST_LINE.to_owned() + POD).expect("written");
-        let known = ports.wait_for(|pods| !pods.ports.is_empty()).await.expect("followed").clone();
+        let known = ports.wait_for(|pods| !pods.ports.is_empty()).await.expect("watched").clone();
         let pod = &known.ports[&"veth7".parse().expect("valid")];
         assert_eq!((known.ports.len(), pod.mac.to_string(), pod.ips.len()), (1, "02:42:c0:00:02:07".to_owned(), 2));
         fs::remove_file(file).expect("removed");
-        ports.wait_for(|pods| pods.ports.is_empty()).await.expect("followed");
+        ports.wait_for(|pods| pods.ports.is_empty()).await.expect("watched");
     }
 }

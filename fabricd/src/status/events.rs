@@ -98,7 +98,7 @@ pub fn unix_millis(at: SystemTime) -> i64 {
 }
 
 /// Tells what changes in what the loop publishes, until it ends.
-pub async fn follow(events: Arc<Events>, mut view: watch::Receiver<Arc<View>>) {
+pub async fn watch_view(events: Arc<Events>, mut view: watch::Receiver<Arc<View>>) {
     let mut was = view.borrow_and_update().clone();
     while view.changed().await.is_ok() {
         let now = view.borrow_and_update().clone();

@@ -26,7 +26,7 @@ pub(super) struct Keys {
 
 /// What a key stands for.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum KeyKind {
     /// The network config.
     Config,
     /// A lease; the key's last part.
@@ -121,22 +121,22 @@ impl Keys {
     }
 
     /// What `key` stands for. A key that is not text is a lease that can't be read.
-    pub(super) fn place(&self, key: &[u8]) -> Place {
+    pub(super) fn kind(&self, key: &[u8]) -> KeyKind {
         match key.strip_prefix(self.all().as_bytes()) {
-            Some(b"config") => Place::Config,
+            Some(b"config") => KeyKind::Config,
             Some(rest) => {
                 let last = |part: &[u8]| String::from_utf8_lossy(part).into_owned();
                 if let Some(lease) = rest.strip_prefix(b"subnets/") {
-                    Place::Lease(last(lease))
+                    KeyKind::Lease(last(lease))
                 } else if let Some(reserved) = rest.strip_prefix(b"fabric/reservations/") {
-                    Place::Reservation(last(reserved))
+                    KeyKind::Reservation(last(reserved))
                 } else if let Some(name) = rest.strip_prefix(b"fabric/guard/asked/") {
-                    Place::Inquiry(last(name))
+                    KeyKind::Inquiry(last(name))
                 } else {
-                    Place::Other
+                    KeyKind::Other
                 }
             }
-            None => Place::Other,
+            None => KeyKind::Other,
         }
     }
 }
@@ -162,22 +162,22 @@ mod tests {
         assert_eq!(keys.guarded(keys.outdated().as_bytes()), None);
         let asked = keys.inquiry(&"node-3".parse().expect("a name"));
         assert_eq!(keys.guarded(asked.as_bytes()), None);
-        assert_eq!(keys.place(asked.as_bytes()), Place::Inquiry("node-3".into()));
+        assert_eq!(keys.kind(asked.as_bytes()), KeyKind::Inquiry("node-3".into()));
     }
 
     #[test]
     fn keys_beside_the_leases_are_told_apart() {
         let keys = Keys::new("/p");
-        for (key, place) in [
-            ("/p/config", Place::Config),
-            ("/p/subnets/10.244.3.0-24", Place::Lease("10.244.3.0-24".into())),
-            ("/p/config/x", Place::Other),
-            ("/p/subnets", Place::Other),
-            ("/p/fabric/guard/4/10.244.3.0-24", Place::Other),
-            ("/p/fabric/reservations/10.244.3.0-24", Place::Reservation("10.244.3.0-24".into())),
-            ("/pq/config", Place::Other),
+        for (key, kind) in [
+            ("/p/config", KeyKind::Config),
+            ("/p/subnets/10.244.3.0-24", KeyKind::Lease("10.244.3.0-24".into())),
+            ("/p/config/x", KeyKind::Other),
+            ("/p/subnets", KeyKind::Other),
+            ("/p/fabric/guard/4/10.244.3.0-24", KeyKind::Other),
+            ("/p/fabric/reservations/10.244.3.0-24", KeyKind::Reservation("10.244.3.0-24".into())),
+            ("/pq/config", KeyKind::Other),
         ] {
-            assert_eq!(keys.place(key.as_bytes()), place, "{key}");
+            assert_eq!(keys.kind(key.as_bytes()), kind, "{key}");
         }
     }
 }

@@ -17,7 +17,7 @@ mod identity;
 mod inquiries;
 mod keys;
 mod operator;
-mod places;
+mod reservations;
 mod txn;
 mod watch;
 

@@ -30,7 +30,7 @@ impl Etcd {
     pub async fn overview(&self) -> Result<Overview, StoreError> {
         let leases = self.listed().await?;
         let guards = self.store.guards_without_record().await?;
-        Ok(Overview { leases, resting: guards.into_iter().map(super::places::resting).collect() })
+        Ok(Overview { leases, resting: guards.into_iter().map(super::reservations::resting).collect() })
     }
 
     /// How long a lease lasts unless it is kept alive; `None` for a record that hangs on none, and stays for ever.

@@ -23,7 +23,7 @@
 //! which spoils the claims that have not seen it.
 //!
 //! A guard stays when its record is gone: expired, deleted by hand, or written over by a flannel node that went away. The
-//! node that it names may take the subnet again; others only after the grace (see `places.rs`).
+//! node that it names may take the subnet again; others only after the grace (see `reservations.rs`).
 //!
 //! A transaction that timed out may have been carried out. It is sent again as it is; then its comparison fails, and
 //! what it reads back tells: a record on our etcd lease can only be ours.

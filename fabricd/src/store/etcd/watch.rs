@@ -31,7 +31,7 @@ use tokio::time::{Instant, timeout};
 use super::Store;
 use super::connect::reason;
 use super::identity::{Replaced, Seen};
-use super::keys::Place;
+use super::keys::KeyKind;
 use crate::retry::{self, Look, Outage};
 use crate::store::{Connection, Network, StoreError, publish};
 
@@ -119,18 +119,18 @@ async fn list(store: &Store) -> Result<Listing, StoreError> {
         _ => Vec::new(),
     });
     let config = ranges.next().unwrap_or_default().into_iter().next().map(|kv| kv.value().to_vec());
-    let lease = |kv: &KeyValue| match store.keys.place(kv.key()) {
-        Place::Lease(key) => Some(entry(key, kv)),
+    let lease = |kv: &KeyValue| match store.keys.kind(kv.key()) {
+        KeyKind::Lease(key) => Some(entry(key, kv)),
         _ => None,
     };
     let entries = ranges.next().unwrap_or_default().iter().filter_map(lease).collect();
-    let reservation = |kv: KeyValue| match store.keys.place(kv.key()) {
-        Place::Reservation(key) => Some((key, kv.into_key_value().1)),
+    let reservation = |kv: KeyValue| match store.keys.kind(kv.key()) {
+        KeyKind::Reservation(key) => Some((key, kv.into_key_value().1)),
         _ => None,
     };
     let reservations = ranges.next().unwrap_or_default().into_iter().filter_map(reservation).collect();
     for asked in ranges.next().unwrap_or_default() {
-        if let Place::Inquiry(name) = store.keys.place(asked.key()) {
+        if let KeyKind::Inquiry(name) = store.keys.kind(asked.key()) {
             store.asked(&name, Some(asked.value()));
         }
     }
@@ -238,28 +238,28 @@ fn take_in(store: &Store, set: &mut LeaseSet, seen: Seen, response: &WatchRespon
     for event in response.events() {
         let Some(kv) = event.kv() else { continue };
         let deleted = event.event_type() == EventType::Delete;
-        let change = match store.keys.place(kv.key()) {
-            Place::Config => {
+        let change = match store.keys.kind(kv.key()) {
+            KeyKind::Config => {
                 publish_network(store, (!deleted).then(|| kv.value()));
                 // A claim has to be decided on a set that is younger than the config.
                 return Err(Interrupted::Relist("the network config changed".into()));
             }
-            Place::Lease(key) if deleted => {
+            KeyKind::Lease(key) if deleted => {
                 let subnets = LeaseKey::decode(&key).map(|key| *key.subnets()).unwrap_or_default();
                 let given_back = subnets.values().any(|s| deleted_guards.contains(&(kv.mod_revision(), *s)));
                 Event::Delete { key, given_back }
             }
-            Place::Lease(key) => Event::Put(entry(key, kv)),
-            Place::Reservation(key) => {
+            KeyKind::Lease(key) => Event::Put(entry(key, kv)),
+            KeyKind::Reservation(key) => {
                 set.reserve(&key, (!deleted).then(|| kv.value()), kv.mod_revision());
                 changes += 1;
                 continue;
             }
-            Place::Inquiry(name) => {
+            KeyKind::Inquiry(name) => {
                 store.asked(&name, (!deleted).then(|| kv.value()));
                 continue;
             }
-            Place::Other => continue,
+            KeyKind::Other => continue,
         };
         // Not the header's revision: while a watch catches up, that is ahead of the events.
         set.apply(change, kv.mod_revision());

@@ -12,7 +12,7 @@ use fabric_core::model::Subnet;
 use fabric_core::record::{LeaseKey, Record};
 
 use super::Store;
-use super::keys::Place;
+use super::keys::KeyKind;
 use crate::store::{Resting, StoreError};
 
 /// How many operations a transaction of etcd's may have, unless it was told otherwise (`--max-txn-ops`).
@@ -50,8 +50,8 @@ impl Store {
         let (guards, leases) = (ranges.next().unwrap_or_default(), ranges.next().unwrap_or_default());
         let leased: BTreeSet<Subnet> = leases
             .iter()
-            .filter_map(|kv| match self.keys.place(kv.key()) {
-                Place::Lease(key) => LeaseKey::decode(&key).ok(),
+            .filter_map(|kv| match self.keys.kind(kv.key()) {
+                KeyKind::Lease(key) => LeaseKey::decode(&key).ok(),
                 _ => None,
             })
             .flat_map(|key| key.subnets().values().copied().collect::<Vec<_>>())
