@@ -12,12 +12,13 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use fabric_core::device;
-use fabric_core::diff::{Change, Op};
+use fabric_core::diff::nft::{self, Transaction};
+use fabric_core::diff::{Change, Op, routing};
 use fabric_core::firewall::Firewall;
 use fabric_core::model::{Family, IfName, MacAddr, Subnet};
-use fabric_core::rules::change::{Change as RuleChange, Found};
+use fabric_core::state::nft::FoundRuleset;
 use fabric_core::state::{
-    Foreign, ForeignLink, KernelState, NEXTHOP_ID_BASE, Nexthop, NexthopId, ROUTE_PROTOCOL, Sysctl, Via, VxlanLink,
+    Foreign, ForeignLink, NEXTHOP_ID_BASE, Nexthop, NexthopId, ROUTE_PROTOCOL, Routing, Sysctl, Via, VxlanLink,
 };
 use fabricd::host::underlay::{DefaultRoute, Host, HostLink};
 use fabricd::kernel::{Kernel, KernelError, Observed, Touched};
@@ -65,7 +66,7 @@ pub struct Tables {
     /// Firewall chains of others.
     pub firewall: Arc<Firewall>,
     /// Our tables of nftables.
-    pub rules: Found,
+    pub filter: FoundRuleset,
     /// Whether nexthop objects are unknown (a kernel before 5.3).
     pub without_nexthop_objects: bool,
     last_index: u32,
@@ -193,8 +194,20 @@ impl Tables {
         }
     }
 
-    /// One write, as the kernel takes it. Deleting what is gone is fine.
-    fn write(&mut self, op: &Op) -> Result<(), i32> {
+    /// A transaction of the packet filter: all of it or nothing.
+    fn write_filter(&mut self, ops: &[&nft::Op]) -> Result<(), i32> {
+        let mut after = self.filter.clone();
+        for op in ops {
+            check_filter(&after, op)?;
+            op.apply_to(&mut after);
+        }
+        self.filter = after;
+        Ok(())
+    }
+
+    /// One write of routing, as the kernel takes it. Deleting what is gone is fine.
+    fn write(&mut self, op: &routing::Op) -> Result<(), i32> {
+        use routing::Op;
         match op {
             Op::Link(name, Change::Create(link)) => self.add_vxlan(*name, *link)?,
             Op::Link(name, Change::Replace { now, .. }) => {
@@ -211,7 +224,7 @@ impl Tables {
                 let link = self.links.get_mut(name).expect("just seen");
                 (link.up, link.mtu, link.vxlan) = (now.up, now.mtu, Some(*now));
             }
-            Op::Link(name, Change::Delete(_)) => {
+            Op::Link(name, Change::Delete(_)) | Op::Outgrown(name, _) => {
                 if self.our_link(name).is_some() {
                     self.delete_link(name);
                 }
@@ -279,7 +292,7 @@ impl Tables {
         let ours = |dev: &IfName| self.our_link(dev).is_some();
         let others = || self.links.iter().filter(|(name, _)| !ours(name));
         Observed {
-            ours: KernelState {
+            ours: Routing {
                 links: self.links.keys().filter_map(|dev| Some((*dev, *self.our_link(dev)?))).collect(),
                 addresses: self
                     .addresses
@@ -346,13 +359,34 @@ impl Tables {
             },
             nexthop_objects: !self.without_nexthop_objects,
             firewall: Arc::clone(&self.firewall),
-            rules: self.rules.clone(),
+            filter: self.filter.clone(),
             dropped: BTreeMap::new(),
-            doors: vec![],
+            docker_user: vec![],
             hazards: vec![],
             bridges: BTreeMap::new(),
             tracked: false,
         }
+    }
+}
+
+/// Whether the kernel takes this step of the packet filter.
+fn check_filter(filter: &FoundRuleset, op: &nft::Op) -> Result<(), i32> {
+    let there = |good: bool| good.then_some(()).ok_or(libc::ENOENT);
+    match op {
+        nft::Op::ResetTable(_) | nft::Op::DeleteTable(_) | nft::Op::Set(..) => Ok(()),
+        nft::Op::Elements(change) => {
+            let set = filter.get(&change.table).and_then(|table| table.sets.get(change.set)).ok_or(libc::ENOENT)?;
+            there(change.removed.iter().all(|element| set.elements.contains(element)))
+        }
+        nft::Op::Chains(family, change) => {
+            let table = filter.get(family).cloned().unwrap_or_default();
+            there(
+                change.old_chains.iter().all(|chain| table.chains.contains_key(chain))
+                    && change.old_sets.iter().all(|set| table.sets.contains_key(set))
+                    && change.looks_into.iter().all(|set| table.sets.contains_key(*set)),
+            )
+        }
+        nft::Op::DockerUser(_) => Err(libc::ENOENT),
     }
 }
 
@@ -375,16 +409,12 @@ impl fmt::Display for Write {
 }
 
 type Matches = Box<dyn FnMut(&Op) -> bool + Send>;
-type MatchesFilter = Box<dyn FnMut(&RuleChange) -> bool + Send>;
 
 #[derive(Default)]
 struct State {
-    rule_changes: Vec<RuleChange>,
     tables: Tables,
     writes: Vec<Write>,
     faults: Vec<(Matches, i32)>,
-    filter_faults: Vec<(MatchesFilter, i32)>,
-    filter_refused: usize,
     unreadable: Option<i32>,
     observed: Arc<Observed>,
     stale: bool,
@@ -426,27 +456,10 @@ impl FakeKernel {
         std::mem::take(&mut self.state().writes)
     }
 
-    /// Every change of our tables of nftables since the last call, in order.
-    #[must_use]
-    pub fn rule_changes(&self) -> Vec<RuleChange> {
-        std::mem::take(&mut self.state().rule_changes)
-    }
-
-    /// From now on writes for which `matches` says so fail with `errno`. It is asked once for each write, so that it
-    /// can count: `move |_| { n += 1; n == 3 }`.
+    /// From now on writes for which `matches` says so fail with `errno`, those of the packet filter with all of their
+    /// transaction. It is asked once for each write, so that it can count: `move |_| { n += 1; n == 3 }`.
     pub fn fail(&self, errno: i32, matches: impl FnMut(&Op) -> bool + Send + 'static) {
         self.state().faults.push((Box::new(matches), errno));
-    }
-
-    /// From now on changes of our tables of nftables for which `matches` says so fail with `errno`.
-    pub fn fail_filter(&self, errno: i32, matches: impl FnMut(&RuleChange) -> bool + Send + 'static) {
-        self.state().filter_faults.push((Box::new(matches), errno));
-    }
-
-    /// How many changes of our tables of nftables were refused since the last call.
-    #[must_use]
-    pub fn filter_refused(&self) -> usize {
-        std::mem::take(&mut self.state().filter_refused)
     }
 
     /// From now on nothing can be read (`Some`), or all can be again (`None`).
@@ -458,7 +471,6 @@ impl FakeKernel {
     pub fn heal(&self) {
         let mut state = self.state();
         state.faults.clear();
-        state.filter_faults.clear();
         state.unreadable = None;
     }
 
@@ -502,35 +514,38 @@ impl Kernel for FakeKernel {
 
     async fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>> {
         let mut state = self.state();
-        let mut results = vec![];
-        for op in ops {
-            // Each fault is asked, so that each counts every write.
-            let State { faults, tables, .. } = &mut *state;
-            let faults: Vec<i32> = faults.iter_mut().filter_map(|(hits, errno)| hits(op).then_some(*errno)).collect();
-            let result = faults.first().map_or_else(|| tables.write(op), |errno| Err(*errno));
-            if result.is_ok() {
-                self.announce(&mut state);
+        // Each fault is asked, so that each counts every write.
+        let mut refused_by_fault = |op: &Op| {
+            let faults = state.faults.iter_mut().filter_map(|(hits, errno)| hits(op).then_some(*errno));
+            faults.collect::<Vec<i32>>().first().map_or(Ok(()), |errno| Err(*errno))
+        };
+        let mut results: Vec<Result<(), i32>> = ops.iter().map(&mut refused_by_fault).collect();
+        let mut transactions: BTreeMap<Transaction, Vec<(usize, &nft::Op)>> = BTreeMap::new();
+        for (at, op) in ops.iter().enumerate() {
+            match op {
+                Op::Routing(op) => {
+                    results[at] = results[at].and_then(|()| state.tables.write(op));
+                    if results[at].is_ok() {
+                        self.announce(&mut state);
+                    }
+                }
+                Op::Filter(op) => transactions.entry(op.transaction()).or_default().push((at, op)),
             }
-            state.writes.push(Write { op: op.clone(), result });
-            results.push(result.map_err(|errno| KernelError::of_op(op, io::Error::from_raw_os_error(errno), None)));
         }
-        results
-    }
-
-    async fn enforce(&mut self, change: &RuleChange) -> Result<(), KernelError> {
-        let mut state = self.state();
-        let faults = state.filter_faults.iter_mut();
-        let faults: Vec<i32> = faults.filter_map(|(hits, errno)| hits(change).then_some(*errno)).collect();
-        if let Some(errno) = faults.first() {
-            state.filter_refused += 1;
-            return Err(KernelError::of_filter(change, io::Error::from_raw_os_error(*errno), None, None));
+        for steps in transactions.values() {
+            let fault = steps.iter().find_map(|(at, _)| results[*at].err());
+            let steps_alone: Vec<&nft::Op> = steps.iter().map(|(_, op)| *op).collect();
+            let result = fault.map_or_else(|| state.tables.write_filter(&steps_alone), Err);
+            steps.iter().for_each(|(at, _)| results[*at] = result);
         }
-        change.apply_to(&mut state.tables.rules);
-        state.rule_changes.push(change.clone());
-        // As with the real one, our own writes wake nobody.
-        let rules = state.tables.rules.clone();
-        Arc::make_mut(&mut state.observed).rules = rules;
-        Ok(())
+        // As with the real one, our own writes of the packet filter wake nobody.
+        if !transactions.is_empty() {
+            let filter = state.tables.filter.clone();
+            Arc::make_mut(&mut state.observed).filter = filter;
+        }
+        state.writes.extend(ops.iter().zip(&results).map(|(op, result)| Write { op: op.clone(), result: *result }));
+        let refusal = |(op, errno)| KernelError::of_op(op, io::Error::from_raw_os_error(errno), None);
+        ops.iter().zip(results).map(|(op, result)| result.map_err(|errno| refusal((op, errno)))).collect()
     }
 
     async fn changed(&mut self) -> Touched {
@@ -559,7 +574,7 @@ mod tests {
     use super::*;
 
     fn forward(value: u32) -> Op {
-        Op::Sysctl(Sysctl::Ipv4Forward, value)
+        routing::Op::Sysctl(Sysctl::Ipv4Forward, value).into()
     }
 
     #[tokio::test]

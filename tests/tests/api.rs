@@ -132,14 +132,9 @@ async fn events_are_told(api: &Served, client: &mut FabricClient<Channel>) -> Re
 async fn kernel_state_is_asked_of_the_loop(api: &mut Served, client: &mut FabricClient<Channel>) -> Result<()> {
     let answer = async {
         let Some(reconcile::Command::Snapshot { reply }) = api.network.recv().await else { panic!("not asked") };
-        let looked = reconcile::Snapshot {
-            wanted: None,
-            observed: None,
-            filter: vec![],
-            last: None,
-            blocked: "no lease".into(),
-        };
-        reply.send(looked).expect("somebody waits");
+        let snapshot =
+            reconcile::Snapshot { wanted: None, observed: None, left: None, last: None, blocked: "no lease".into() };
+        reply.send(snapshot).expect("somebody waits");
     };
     let request = v1::GetKernelStateRequest { entries: true };
     let (state, ()) = tokio::join!(client.get_kernel_state(request), answer);

@@ -6,13 +6,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
+use fabric_core::diff::diff;
 use fabric_core::handoff::{NotReady, Readiness};
 use fabric_core::leases::{Entry, LeaseSet};
 use fabric_core::model::{Family, Vni};
 use fabric_core::plan::Desired;
-use fabric_core::rules::TableFamily;
-use fabric_core::rules::change::FoundTable;
-use fabric_core::state::{ForeignLink, KernelState, VxlanLink};
+use fabric_core::state::nft::FoundTable;
+use fabric_core::state::nft::TableFamily;
+use fabric_core::state::{ForeignLink, Routing, VxlanLink};
 use fabric_tests::certificates::Certificates;
 use fabric_tests::served::view;
 use fabricd::diagnosis::checks;
@@ -30,7 +31,7 @@ use tempfile::TempDir;
 struct Node {
     root: TempDir,
     view: View,
-    wanted: KernelState,
+    wanted: Routing,
     observed: Observed,
     fib: Fib,
     certificates: Vec<PathBuf>,
@@ -50,7 +51,7 @@ impl Node {
             learning: false,
             up: true,
         };
-        let wanted = KernelState { links: [(end.device, link)].into(), ..KernelState::default() };
+        let wanted = Routing { links: [(end.device, link)].into(), ..Routing::default() };
         let bridge = ("127.1.1.1".parse()?, "127.1.1.0/24".parse()?);
         let host_link = |name: &str, mtu, addresses| -> Result<HostLink> {
             Ok(HostLink { index: 7, name: name.parse()?, mtu, up: true, loopback: false, addresses, passing: vec![] })
@@ -62,7 +63,7 @@ impl Node {
             host_link("veth1", 1450, vec![])?,
         ];
         observed.bridges = [("cni0".parse()?, ["veth1".parse()?].into())].into();
-        observed.rules.insert(
+        observed.filter.insert(
             TableFamily::Inet,
             FoundTable { chains: [("postrouting".to_owned(), vec![])].into(), ..FoundTable::default() },
         );
@@ -119,7 +120,7 @@ impl Node {
         let snapshot = Snapshot {
             wanted: Some(Arc::new(wanted)),
             observed: Some(Arc::new(self.observed.clone())),
-            filter: vec![],
+            left: Some(Arc::new(diff(&self.wanted, &self.observed.ours))),
             last: None,
             blocked: String::new(),
         };
@@ -202,7 +203,7 @@ const BROKEN: &[(&str, Breakage, Outcome, &str)] = &[
     (
         "kernel-state",
         |n| {
-            n.observed.ours = KernelState::default();
+            n.observed.ours = Routing::default();
             Ok(())
         },
         Outcome::Failed,
@@ -211,7 +212,7 @@ const BROKEN: &[(&str, Breakage, Outcome, &str)] = &[
     (
         "udp-port",
         |n| {
-            n.observed.ours = KernelState::default();
+            n.observed.ours = Routing::default();
             n.has("proc/net/udp", "  sl  local_address\n 8541: 00000000:2118 00000000:0000 07\n")
         },
         Outcome::Failed,
@@ -358,7 +359,7 @@ const BROKEN: &[(&str, Breakage, Outcome, &str)] = &[
     (
         "egress",
         |n| {
-            n.observed.rules.clear();
+            n.observed.filter.clear();
             n.observed.host.default_routes =
                 vec![DefaultRoute { family: Family::V4, dev: "eth0".parse()?, metric: 0, source: None, gateway: None }];
             Ok(())
@@ -487,7 +488,7 @@ fn every_check_is_fine_until_it_is_broken_and_says_then_what_to_do() -> Result<(
 #[test]
 fn device_of_another_overlay_on_our_port_is_the_cause_and_what_follows_is_not_told_as_one() -> Result<()> {
     let mut node = Node::well()?;
-    node.observed.ours = KernelState::default();
+    node.observed.ours = Routing::default();
     let cilium = ForeignLink { kind: "vxlan".into(), vxlan: Some((0, 8472, Family::V4)) };
     let idle = ForeignLink { kind: "vxlan".into(), vxlan: Some((7, 4789, Family::V4)) };
     node.observed.foreign.links.insert("a.7".parse()?, idle);
@@ -526,7 +527,7 @@ fn of_several_routes_into_the_network_those_that_hide_a_subnet_come_first() -> R
 #[test]
 fn without_a_device_or_a_table_nothing_is_said_of_them() -> Result<()> {
     let mut node = Node::well()?;
-    node.observed.rules.clear();
+    node.observed.filter.clear();
     assert_eq!(node.check("filter-drops")?.outcome, Outcome::Skipped);
     assert_eq!(node.check("egress")?.outcome, Outcome::Skipped, "there is no way out at all");
     Ok(())

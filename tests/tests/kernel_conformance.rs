@@ -64,6 +64,7 @@ impl World for FakeWorld {
             Act::DeleteNeighbour(dev, address) => {
                 tables.neighbours.remove(&(dev, address));
             }
+            Act::FlushRuleset => tables.filter.clear(),
         });
     }
 
@@ -74,32 +75,34 @@ impl World for FakeWorld {
 
 /// Each case as two tests, each on a world of its own for each family.
 macro_rules! on_both_kernels {
-    ($($case:ident)*) => {
+    ($suite:ident: $($case:ident)*) => {
+        mod $suite {
         mod fake {
-            use super::*;
+            use super::super::*;
             $(#[tokio::test]
             async fn $case() {
                 for family in Family::ALL {
-                    fabric_tests::conformance::kernel::$case(&mut FakeWorld::new(), family).await;
+                    fabric_tests::conformance::$suite::$case(&mut FakeWorld::new(), family).await;
                 }
             })*
         }
         mod netlink {
-            use super::*;
+            use super::super::*;
             $(#[test]
             fn $case() {
                 for family in Family::ALL {
                     in_netns_async(|| async move {
                         let mut world = RealWorld::default();
-                        fabric_tests::conformance::kernel::$case(&mut world, family).await;
+                        fabric_tests::conformance::$suite::$case(&mut world, family).await;
                     });
                 }
             })*
         }
+        }
     };
 }
 
-on_both_kernels! {
+on_both_kernels! { kernel:
     what_is_wanted_is_made_and_seen
     every_entry_changes_in_place
     route_changes_between_direct_and_encapsulated
@@ -123,4 +126,13 @@ on_both_kernels! {
     batch_in_which_all_fail_reports_all
     silence_wakes_nobody
     audit_reads_everything_again
+}
+
+on_both_kernels! { filter:
+    tables_are_made_seen_and_go_again
+    peer_that_comes_or_goes_changes_elements_alone
+    transaction_is_refused_as_a_whole_and_for_one_reason
+    chains_are_refused_without_their_sets
+    steps_of_both_sections_are_answered_in_their_order
+    flushed_ruleset_is_noticed_and_made_anew
 }

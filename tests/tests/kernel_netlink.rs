@@ -5,11 +5,12 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fabric_core::diff::{Change, Op};
+use fabric_core::diff::Change;
+use fabric_core::diff::routing::Op;
 use fabric_core::firewall::Interface;
 use fabric_core::firewall::traffic::{Node, Obstacle};
 use fabric_core::model::{Family, IfName, Vni};
-use fabric_core::state::{KernelState, Sysctl};
+use fabric_core::state::{Routing, Sysctl};
 use fabric_tests::conformance::kernel::{World, device, look, settle, v, wanted, woken};
 use fabric_tests::conformance::real_world::RealWorld;
 use fabric_tests::netns::{in_netns_async, ip, run};
@@ -85,7 +86,7 @@ fn link_local_addresses_of_the_kernel_are_neither_ours_nor_touched() {
             settle(world.kernel(), &want).await;
             assert!(ip(&format!("address show dev {}", device(family))).contains("inet6 fe80::"));
             assert_eq!(settle(world.kernel(), &want).await, "");
-            settle(world.kernel(), &KernelState::default()).await;
+            settle(world.kernel(), &Routing::default()).await;
         }
     });
 }
@@ -150,7 +151,7 @@ fn setting_that_cannot_be_written_says_which_file_and_the_way_out() {
     in_netns_async(|| async {
         let mut world = RealWorld::new(Options { sysctl_root: "/proc/sys/net/nowhere".into(), ..Options::default() });
         let op = Op::Sysctl(Sysctl::Ipv4Forward, 1);
-        let error = world.kernel().apply(&[op]).await.remove(0).expect_err("no such file");
+        let error = world.kernel().apply(&[op.into()]).await.remove(0).expect_err("no such file");
         assert_eq!(
             error.to_string(),
             "sysctl -w net/ipv4/ip_forward=1: No such file or directory (ENOENT): \
@@ -166,7 +167,7 @@ fn refusal_carries_the_kernels_own_words() {
         ip("link add flannel.1 type vxlan id 1 dstport 8472 local 192.0.2.1");
         let dev = device(Family::V4);
         let create = Op::Link(dev, Change::Create(wanted(Family::V4, 1).links[&dev]));
-        let error = world.kernel().apply(&[create]).await.remove(0).expect_err("the VNI is taken");
+        let error = world.kernel().apply(&[create.into()]).await.remove(0).expect_err("the VNI is taken");
         let KernelError::Refused { op, detail, .. } = &error else { panic!("{error}") };
         assert!(op.starts_with("ip link add fabric.1 "), "{op}");
         assert!(

@@ -5,11 +5,12 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use fabric_core::diff::diff;
 use fabric_core::model::{PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
-use fabric_core::rules::change::change;
-use fabric_core::rules::{Member, Pod, RuleInputs, RuleOptions, Ruleset, TableFamily, ruleset};
-use fabric_tests::conformance::kernel::{look, v, woken};
+use fabric_core::plan::filter::{FilterInputs, FilterOptions, Member, Pod, ruleset};
+use fabric_core::state::nft::{Ruleset, TableFamily};
+use fabric_tests::conformance::kernel::{look, settle, v, woken};
 use fabric_tests::netns::{in_netns_async, run};
 use fabricd::kernel::netlink::Netlink;
 use fabricd::kernel::{Kernel as _, Options};
@@ -25,14 +26,14 @@ fn rules(peers: u32) -> Ruleset {
     let mut members: BTreeSet<Member> = (2..2 + peers).map(|peer| member(peer, peer)).collect();
     members.insert(Member { underlay: v("2001:db8:ff::2"), subnet: v("2001:db8:0:2::/64") });
     let own: PerFamily<Subnet> = PerFamily { v4: Some(v("10.64.1.0/24")), v6: Some(v("2001:db8:0:1::/64")) };
-    let options = RuleOptions {
+    let options = FilterOptions {
         masquerade: true,
         no_masquerade_to: vec![v("203.0.113.0/25")],
         no_masquerade_to_nodes: true,
         senders: vec![v("198.51.100.7/32")],
-        ..RuleOptions::default()
+        ..FilterOptions::default()
     };
-    ruleset(&RuleInputs {
+    ruleset(&FilterInputs {
         network: &NetworkConfig::decode(CONFIG.as_bytes()).expect("valid"),
         own: &own,
         members: &members,
@@ -48,15 +49,6 @@ fn rules(peers: u32) -> Ruleset {
 
 fn kernel() -> Netlink {
     Netlink::new(Options::default()).expect("netlink opens")
-}
-
-/// Brings the tables to what is wanted; gives what was written.
-async fn settle(kernel: &mut Netlink, want: &Ruleset) -> String {
-    let change = change(want, &look(kernel).await.rules);
-    if !change.is_empty() {
-        kernel.enforce(&change).await.unwrap_or_else(|error| panic!("{error}"));
-    }
-    change.to_string()
 }
 
 /// What `nft` shows, handles included: they change when anything is made anew.
@@ -114,7 +106,7 @@ fn nft_shows_what_was_written_and_it_is_found_again() {
         }
         let mut restarted = kernel();
         for (family, table) in &want {
-            assert_eq!(look(&mut restarted).await.rules[family], table.found());
+            assert_eq!(look(&mut restarted).await.filter[family], table.found());
         }
         assert_eq!(settle(&mut restarted, &want).await, "");
         assert_eq!(shown(), listed);
@@ -127,7 +119,7 @@ fn peer_that_comes_or_goes_changes_elements_alone() {
         let mut kernel = kernel();
         settle(&mut kernel, &rules(2)).await;
         let before = shown();
-        assert_eq!(settle(&mut kernel, &rules(3)).await.lines().count(), 2);
+        assert_eq!(settle(&mut kernel, &rules(3)).await.lines().count(), 1);
         assert!(shown().contains("198.18.0.4 . 10.64.4.0"));
         assert_eq!(settle(&mut kernel, &rules(3)).await, "", "what was written is known");
         settle(&mut kernel, &rules(2)).await;
@@ -183,7 +175,7 @@ fn tables_of_others_stay_as_they_are_and_those_that_only_translate_wake_nobody()
         let listed = others();
         run("nft", "delete table inet fabric");
         // What was written to others' tables before is told in between.
-        while look(&mut kernel).await.rules.contains_key(&TableFamily::Inet) {
+        while look(&mut kernel).await.filter.contains_key(&TableFamily::Inet) {
             woken(&mut kernel).await;
         }
         settle(&mut kernel, &rules(5)).await;
@@ -197,11 +189,11 @@ fn five_thousand_peers_are_one_transaction_and_one_more_costs_little() {
     in_netns_async(|| async {
         let mut kernel = kernel();
         settle(&mut kernel, &rules(5_000)).await;
-        let more = change(&rules(5_001), &look(&mut kernel).await.rules);
+        let more = diff(&rules(5_001), &look(&mut kernel).await.filter);
         let lines: Vec<_> = more.to_string().lines().map(str::to_owned).collect();
         assert!(lines.len() <= 4 && lines.iter().all(|line| line.starts_with("+ nft add element")), "{lines:?}");
-        kernel.enforce(&more).await.expect("written");
-        let found = &look(&mut kernel_anew()).await.rules[&TableFamily::Inet];
+        assert!(kernel.apply(more.ops()).await.iter().all(Result::is_ok));
+        let found = &look(&mut kernel_anew()).await.filter[&TableFamily::Inet];
         let (usual, odd) = (found.sets["members4"].elements.len(), found.sets["odd4"].elements.len());
         assert_eq!((usual + odd, odd), (10_002, 19), "addresses that end in 0");
     });

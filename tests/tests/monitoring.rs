@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
-use fabric_core::diff::{Change, Op};
-use fabric_core::rules::TableFamily;
+use fabric_core::diff::{Change, Op, routing};
+use fabric_core::state::nft::TableFamily;
 use fabric_tests::served;
 use fabricd::kernel::{Drops, KernelError};
 use fabricd::mesh::Mesh;
@@ -27,7 +27,7 @@ fn shown() -> Result<String> {
     let (table, chain, why) = (TableFamily::Inet, "senders".to_owned(), "from no peer".to_owned());
     let drops = [Drops { table, chain, why, packets: 1 }];
     let metrics = Metrics::default();
-    let op = Op::Address("fabric.1".parse()?, Change::Create("10.244.1.0/32".parse()?));
+    let op: Op = routing::Op::Address("fabric.1".parse()?, Change::Create("10.244.1.0/32".parse()?)).into();
     let source = io::Error::from_raw_os_error(libc::EPERM);
     metrics.wrote(&op, &Err(KernelError::of_op(&op, source, None)));
     Ok(metrics.render(&view, &Mesh::default(), &drops, Instant::now()))

@@ -5,11 +5,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fabric_core::diff::{Change, Key, Op};
+use fabric_core::diff::{Change, Key, Op, routing};
 use fabric_core::handoff::{NotReady, Readiness};
 use fabric_core::lease::Instance;
 use fabric_core::model::{IfName, PerFamily, Subnet};
-use fabric_core::rules::RuleOptions;
+use fabric_core::plan::filter::FilterOptions;
 use fabric_core::state::{Nexthop, NexthopId, Sysctl, Via};
 use fabric_tests::fake_kernel::{FakeKernel, STATIC, Tables, Write};
 use fabric_tests::keepers::{no_hosts, pods_in};
@@ -75,7 +75,7 @@ struct Host {
     kernel: FakeKernel,
     dir: tempfile::TempDir,
     iface: &'static str,
-    rules: RuleOptions,
+    rules: FilterOptions,
 }
 
 impl Host {
@@ -95,7 +95,7 @@ impl Host {
             kernel,
             dir: tempfile::tempdir().expect("temporary folder"),
             iface: "eth0",
-            rules: RuleOptions::default(),
+            rules: FilterOptions::default(),
         }
     }
 
@@ -177,7 +177,10 @@ async fn every_write_may_fail_with_every_errno_and_the_node_converges_then_falls
     host.start().ready().await;
     let steps: Vec<Op> = host.kernel.writes().into_iter().map(|write| write.op).collect();
     let done = host.kernel.tables();
-    assert!(steps.len() >= 13, "{steps:?}");
+    let of_filter = steps.iter().filter(|op| is_filter(op)).count();
+    assert!(steps.len() - of_filter >= 13 && of_filter >= 8, "{steps:?}");
+    // Sets, chains, and only then what takes packets.
+    assert!(steps.is_sorted_by_key(Op::stage), "{steps:?}");
 
     for errno in ERRNOS {
         for victim in &steps {
@@ -201,6 +204,7 @@ async fn every_write_may_fail_with_every_errno_and_the_node_converges_then_falls
             host.kernel.heal();
             daemon.ready().await;
             assert_eq!(host.kernel.tables().observed().ours, done.observed().ours, "after {victim}: {errno}");
+            assert_eq!(host.kernel.tables().filter, done.filter, "after {victim}: {errno}");
             stays_silent(&host.kernel).await;
         }
     }
@@ -215,28 +219,29 @@ async fn every_filter_write_may_fail_with_every_errno_and_no_new_device_comes_up
     assert_eq!(ours(&done), 2);
     for errno in ERRNOS {
         let host = Host::new(DUAL, &[DUAL_PEER]);
-        host.kernel.fail_filter(errno, |_| true);
+        host.kernel.fail(errno, is_filter);
         let mut daemon = host.start();
         let reason = daemon.refusing("left out while the packet filter can't be written").await;
         assert!(reason.contains("--check-senders=false") && !reason.contains("os error"), "{reason}");
         assert!(reason.len() < 800, "{reason}");
         sleep(Duration::from_secs(20)).await;
-        assert!(host.kernel.filter_refused() > 1, "{errno} never came");
+        let refused = host.kernel.writes().iter().filter(|write| write.result == Err(errno)).count();
+        assert!(refused > 1, "{errno} never came");
         let tables = host.kernel.tables();
-        assert_eq!((ours(&tables), tables.routes.len(), tables.rules.len()), (0, 0, 0), "{errno}");
+        assert_eq!((ours(&tables), tables.routes.len(), tables.filter.len()), (0, 0, 0), "{errno}");
         let view = daemon.view.borrow().clone();
         assert_eq!(view.troubles.len(), 1, "the peer is not programmed");
 
         host.kernel.heal();
         daemon.ready().await;
         assert_eq!(host.kernel.tables().observed().ours, done.observed().ours, "after {errno}");
-        assert_eq!(host.kernel.tables().rules, done.rules, "after {errno}");
+        assert_eq!(host.kernel.tables().filter, done.filter, "after {errno}");
         stays_silent(&host.kernel).await;
 
         // What stands goes on, whatever becomes of its filter.
         let standing = host.kernel.tables();
-        host.kernel.fail_filter(errno, |_| true);
-        host.kernel.edit(|tables| tables.rules.clear());
+        host.kernel.fail(errno, is_filter);
+        host.kernel.edit(|tables| tables.filter.clear());
         let reason = daemon.refusing("nft add set").await;
         assert!(!reason.contains("left out"), "{reason}");
         sleep(Duration::from_secs(20)).await;
@@ -261,7 +266,7 @@ async fn a_filter_that_judges_senders_is_enough_for_a_new_device() {
     let mut daemon = host.start();
     daemon.ready().await;
     // Another peer can't be let in, and the device is gone: it comes back for those that are members.
-    host.kernel.fail_filter(libc::ENOMEM, |_| true);
+    host.kernel.fail(libc::ENOMEM, is_filter);
     let another = V4_PEER.1.replace("192.0.2.2", "192.0.2.3").replace("02:42:c0:00:02:02", "02:42:c0:00:02:03");
     host.cluster.put("subnets/10.244.3.0-24", another.as_bytes());
     daemon.refusing("nft add element").await;
@@ -274,7 +279,7 @@ async fn a_filter_that_judges_senders_is_enough_for_a_new_device() {
 async fn without_checking_senders_a_device_waits_for_no_filter() {
     let mut host = Host::new(V4, &[V4_PEER]);
     host.rules.check_senders = false;
-    host.kernel.fail_filter(libc::EOPNOTSUPP, |_| true);
+    host.kernel.fail(libc::EOPNOTSUPP, is_filter);
     let mut daemon = host.start();
     let reason = daemon.refusing("modprobe -a nf_tables").await;
     assert!(!reason.contains("left out"), "{reason}");
@@ -323,7 +328,7 @@ async fn what_another_program_changes_is_a_repair_and_what_a_lease_changes_is_no
             |t| t.delete_link(&dev("fabric.1")),
             "link fabric.1 was deleted by another program, restored; with it 1 address",
         ),
-        (|t| t.rules.clear(), "of the packet filter was deleted by another program, restored"),
+        (|t| t.filter.clear(), "of the packet filter was deleted by another program, restored"),
     ];
     for (damage, words) in damages {
         // Events about one table keep their distance.
@@ -362,11 +367,18 @@ fn no_step_stands_on_a_failed_one(writes: &[Write], failed: &Key) {
     }
 }
 
-/// The entries of the family that the victim is not of: they must not suffer.
+fn is_filter(op: &Op) -> bool {
+    matches!(op, Op::Filter(_))
+}
+
+/// The entries of the family that the victim is not of: they must not suffer. Without its filter no device comes up.
 fn bystanders(tables: &Tables, victim: &Op) -> Vec<(Subnet, Via)> {
+    if is_filter(victim) {
+        return vec![];
+    }
     let v6 = victim.to_string().contains("fabric6.")
         || victim.to_string().contains("fd00:")
-        || matches!(victim, Op::Sysctl(Sysctl::Ipv6Forward, _));
+        || matches!(victim, Op::Routing(routing::Op::Sysctl(Sysctl::Ipv6Forward, _)));
     let routes = tables.routes.iter().map(|(dst, (_, via))| (*dst, via.clone()));
     routes.filter(|(dst, _)| dst.base().is_ipv6() != v6).collect()
 }
@@ -491,7 +503,7 @@ async fn a_change_of_mind_of_the_store_reaches_the_kernel() {
     assert_eq!(macs, ["02:42:c0:00:02:99"]);
     let changes = host.kernel.writes();
     let last = changes.last().expect("written");
-    assert!(matches!(last.op, Op::Fdb(_, _, Change::Delete(_))), "{last}");
+    assert!(matches!(last.op, Op::Routing(routing::Op::Fdb(_, _, Change::Delete(_)))), "{last}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -7,7 +7,7 @@
 use crate::leases::Lease;
 use crate::plan::{Desired, Inputs, NexthopIds, peer_entries, usable};
 use crate::record::Backend;
-use crate::state::{KernelState, Via};
+use crate::state::{Routing, Via};
 use crate::subnet::Subnet;
 
 /// More changes than these are planned anew.
@@ -61,7 +61,7 @@ fn peers<'a>(leases: &'a [&'a Lease]) -> impl Iterator<Item = &'a Lease> {
 }
 
 /// Whether a route leads to a part of `subnet` already. Subnets nest or lie apart, so only the nearest ones can.
-fn overlaps(state: &KernelState, subnet: Subnet) -> bool {
+fn overlaps(state: &Routing, subnet: Subnet) -> bool {
     let before = state.routes.range(..=subnet).next_back();
     let after = state.routes.range(subnet..).next();
     [before, after].into_iter().flatten().any(|(other, _)| other.overlaps(subnet))

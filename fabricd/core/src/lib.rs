@@ -5,7 +5,7 @@
 //! should hold and the steps that lead there:
 //!
 //! ```text
-//! records ──> LeaseSet ──> desired() ──> KernelState ──> diff() ──> Plan
+//! records ──> LeaseSet ──> desired() ──> State ──> diff() ──> Plan
 //!                 facts ──────┘          observed state ───┘
 //! ```
 
@@ -22,6 +22,5 @@ pub mod model;
 pub mod network;
 pub mod plan;
 pub mod record;
-pub mod rules;
 pub mod state;
 pub mod subnet;

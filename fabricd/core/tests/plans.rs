@@ -10,7 +10,7 @@ use fabric_core::model::{Family, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Refusal, Vtep, desired};
 use fabric_core::record::LeaseKey;
-use fabric_core::state::{Foreign, ForeignLink, KernelState, NEXTHOP_ID_BASE, NexthopId, Via};
+use fabric_core::state::{Foreign, ForeignLink, NEXTHOP_ID_BASE, NexthopId, Routing, Via};
 
 /// node-1, with 10.244.1.0/24 and fd00:10:244:1::/64 on 192.0.2.1 and 2001:db8::1.
 struct Node {
@@ -49,12 +49,12 @@ impl Node {
         Self { network, own: LeaseKey::new(own).expect("a family"), vteps, facts, foreign: Foreign::default() }
     }
 
-    fn desired(&self, leases: &LeaseSet, have: &KernelState) -> Desired {
+    fn desired(&self, leases: &LeaseSet, have: &Routing) -> Desired {
         let Self { network, own, vteps, facts, foreign } = self;
         desired(&Inputs { network, own, vteps, leases, facts, have, foreign })
     }
 
-    fn plan(&self, leases: &LeaseSet, have: &KernelState) -> String {
+    fn plan(&self, leases: &LeaseSet, have: &Routing) -> String {
         diff(&self.desired(leases, have).state, have).to_string()
     }
 }
@@ -110,7 +110,7 @@ fn a_new_node_builds_its_device_and_one_peer_from_the_bottom_up() {
         + ip neighbour replace 10.244.2.0 lladdr 02:42:c0:00:02:02 dev fabric.1 nud permanent
         + ip nexthop add id 4194304000 via 10.244.2.0 dev fabric.1 onlink proto 250
         + ip route add 10.244.2.0/24 nhid 4194304000 proto 250";
-    assert_eq!(node.plan(&leases(&[node_2()]), &KernelState::default()), steps(want));
+    assert_eq!(node.plan(&leases(&[node_2()]), &Routing::default()), steps(want));
 }
 
 #[test]
@@ -125,14 +125,14 @@ fn ipv6_needs_no_nexthop_object() {
         + bridge fdb replace 02:42:c0:00:06:02 dev fabric6.1 dst 2001:db8::2 self permanent
         + ip neighbour replace fd00:10:244:2:: lladdr 02:42:c0:00:06:02 dev fabric6.1 nud permanent
         + ip route add fd00:10:244:2::/64 via fd00:10:244:2:: dev fabric6.1 onlink proto 250";
-    assert_eq!(node.plan(&peers, &KernelState::default()), steps(want));
+    assert_eq!(node.plan(&peers, &Routing::default()), steps(want));
 }
 
 #[test]
 fn kernel_without_nexthop_objects_gets_plain_onlink_routes() {
     let mut node = Node::new(V4);
     node.facts.nexthop_objects = false;
-    let plan = node.plan(&leases(&[node_2()]), &KernelState::default());
+    let plan = node.plan(&leases(&[node_2()]), &Routing::default());
     assert!(plan.ends_with("+ ip route add 10.244.2.0/24 via 10.244.2.0 dev fabric.1 onlink proto 250\n"), "{plan}");
     assert!(!plan.contains("nexthop"), "{plan}");
 }
@@ -141,21 +141,21 @@ fn kernel_without_nexthop_objects_gets_plain_onlink_routes() {
 fn device_too_narrow_for_ipv6_has_no_setting_of_it() {
     let mut node = Node::new(V4);
     node.vteps.v4.as_mut().unwrap().mtu = 1279;
-    assert!(!node.plan(&leases(&[node_2()]), &KernelState::default()).contains("accept_ra"));
+    assert!(!node.plan(&leases(&[node_2()]), &Routing::default()).contains("accept_ra"));
 }
 
 #[test]
 fn kernel_without_ipv6_has_no_setting_of_it() {
     let mut node = Node::new(V4);
     node.facts.ipv6 = false;
-    assert!(!node.plan(&leases(&[node_2()]), &KernelState::default()).contains("accept_ra"));
+    assert!(!node.plan(&leases(&[node_2()]), &Routing::default()).contains("accept_ra"));
 }
 
 #[test]
 fn peer_on_the_same_link_is_routed_directly_when_the_config_says_so() {
     let node = Node::new(DIRECT);
     let far = ("10.244.3.0-24", v4_peer("198.51.100.3", "02:42:c0:00:02:03"));
-    let plan = node.plan(&leases(&[node_2(), far]), &KernelState::default());
+    let plan = node.plan(&leases(&[node_2(), far]), &Routing::default());
     assert!(plan.contains("+ ip route add 10.244.2.0/24 via 192.0.2.2 dev eth0 proto 250\n"), "{plan}");
     assert!(plan.contains("+ ip route add 10.244.3.0/24 nhid 4194304000 proto 250\n"), "{plan}");
 }
@@ -163,7 +163,7 @@ fn peer_on_the_same_link_is_routed_directly_when_the_config_says_so() {
 #[test]
 fn changed_vtep_mac_replaces_the_neighbour_before_the_old_fdb_entry_goes() {
     let node = Node::new(V4);
-    let have = node.desired(&leases(&[node_2()]), &KernelState::default()).state;
+    let have = node.desired(&leases(&[node_2()]), &Routing::default()).state;
     let reborn = leases(&[("10.244.2.0-24", v4_peer("192.0.2.2", "02:42:c0:00:02:99"))]);
     let want = "
         + bridge fdb replace 02:42:c0:00:02:99 dev fabric.1 dst 192.0.2.2 self permanent
@@ -175,7 +175,7 @@ fn changed_vtep_mac_replaces_the_neighbour_before_the_old_fdb_entry_goes() {
 #[test]
 fn changed_underlay_address_of_a_peer_is_one_step() {
     let node = Node::new(V4);
-    let have = node.desired(&leases(&[node_2()]), &KernelState::default()).state;
+    let have = node.desired(&leases(&[node_2()]), &Routing::default()).state;
     let moved = leases(&[("10.244.2.0-24", v4_peer("192.0.2.22", "02:42:c0:00:02:02"))]);
     let want = "~ bridge fdb replace 02:42:c0:00:02:02 dev fabric.1 dst 192.0.2.22 self permanent";
     assert_eq!(node.plan(&moved, &have), steps(want));
@@ -184,7 +184,7 @@ fn changed_underlay_address_of_a_peer_is_one_step() {
 #[test]
 fn leases_that_ended_while_the_daemon_was_down_are_swept_from_the_top_down() {
     let node = Node::new(V4);
-    let have = node.desired(&leases(&[node_2()]), &KernelState::default()).state;
+    let have = node.desired(&leases(&[node_2()]), &Routing::default()).state;
     let want = "
         - ip route del 10.244.2.0/24 nhid 4194304000 proto 250
         - ip nexthop del id 4194304000
@@ -196,7 +196,7 @@ fn leases_that_ended_while_the_daemon_was_down_are_swept_from_the_top_down() {
 #[test]
 fn own_address_change_is_made_in_place() {
     let mut node = Node::new(V4);
-    let have = node.desired(&leases(&[node_2()]), &KernelState::default()).state;
+    let have = node.desired(&leases(&[node_2()]), &Routing::default()).state;
     node.vteps.v4.as_mut().unwrap().local = "192.0.2.100".parse().unwrap();
     node.vteps.v4.as_mut().unwrap().mtu = 8950;
     let want = "~ ip link set fabric.1 mtu 8950 type vxlan local 192.0.2.100 nolearning";
@@ -206,7 +206,7 @@ fn own_address_change_is_made_in_place() {
 #[test]
 fn device_with_another_port_is_built_beside_the_old_one_which_goes_last() {
     let mut node = Node::new(V4);
-    let have = node.desired(&leases(&[node_2()]), &KernelState::default()).state;
+    let have = node.desired(&leases(&[node_2()]), &Routing::default()).state;
     node.network.vxlan.port = 4789;
     let want = "
         + ip link add fab.1 address 02:42:c0:00:02:01 mtu 1450 up type vxlan id 1 dstport 4789 local 192.0.2.1 nolearning
@@ -231,9 +231,8 @@ fn device_with_another_port_is_built_beside_the_old_one_which_goes_last() {
 fn device_that_can_not_stand_beside_its_successor_is_made_anew_with_all_that_hangs_on_it() {
     let mut node = Node::new(V4);
     node.network.vxlan.gbp = true;
-    let mut have = node.desired(&leases(&[node_2()]), &KernelState::default()).state;
-    let fresh =
-        node.plan(&leases(&[node_2()]), &KernelState { sysctls: have.sysctls.clone(), ..KernelState::default() });
+    let mut have = node.desired(&leases(&[node_2()]), &Routing::default()).state;
+    let fresh = node.plan(&leases(&[node_2()]), &Routing { sysctls: have.sysctls.clone(), ..Routing::default() });
     have.links.values_mut().for_each(|link| link.gbp = false);
     // The new device has settings of its own, so they are written again too.
     let plan = node.plan(&leases(&[node_2()]), &have);
@@ -249,7 +248,7 @@ fn restart_with_nothing_changed_plans_nothing_and_keeps_nexthop_ids() {
     let mut node = Node::new(V4);
     // Somebody else's id pushed ours up when it was made; that they are gone now moves nothing.
     node.foreign.nexthop_ids.insert(NexthopId(NEXTHOP_ID_BASE));
-    let have = node.desired(&leases(&[node_2()]), &KernelState::default()).state;
+    let have = node.desired(&leases(&[node_2()]), &Routing::default()).state;
     assert!(have.nexthops.contains_key(&NexthopId(NEXTHOP_ID_BASE + 1)));
     node.foreign.nexthop_ids.clear();
     assert_eq!(node.plan(&leases(&[node_2()]), &have), "");
@@ -272,8 +271,8 @@ fn hostile_leases_are_refused_each_by_itself() {
         ("10.244.9.0-24", v4_peer("192.0.2.66", mac).replace(r#""VNI":1"#, r#""VNI":2"#)),
         ("10.244.10.0-24", r#"{"PublicIP":"192.0.2.66","BackendType":"host-gw"}"#.into()),
     ];
-    let desired = node.desired(&leases(&hostile), &KernelState::default());
-    assert_eq!(desired.state, node.desired(&leases(&[node_2()]), &KernelState::default()).state);
+    let desired = node.desired(&leases(&hostile), &Routing::default());
+    assert_eq!(desired.state, node.desired(&leases(&[node_2()]), &Routing::default()).state);
     assert_eq!(desired.peers, 1);
     // Our own key is ours whatever it says there; that somebody wrote it is the lease keeper's business.
     let refused: Vec<String> = desired.refused.iter().map(|(key, why)| format!("{key}: {why}")).collect();
@@ -298,23 +297,23 @@ fn objects_of_others_in_our_way_are_named_and_left_alone() {
     let mut node = Node::new(V4);
     let other = |kind: &str, vxlan| ForeignLink { kind: kind.into(), vxlan };
     node.foreign.routes.insert(subnet("10.244.2.0/24"), "10.244.2.0/24 via 192.0.2.9 dev eth0 proto static".into());
-    let desired = node.desired(&leases(&[node_2()]), &KernelState::default());
+    let desired = node.desired(&leases(&[node_2()]), &Routing::default());
     assert!(matches!(desired.conflicts[..], [Conflict::Route { .. }]));
     assert!(desired.state.routes.is_empty() && desired.state.fdb.is_empty());
 
     node.foreign.links.insert("fabric.1".parse().unwrap(), other("vxlan", Some((2, 8472, Family::V4))));
-    let name = &node.desired(&leases(&[node_2()]), &KernelState::default()).conflicts[0];
+    let name = &node.desired(&leases(&[node_2()]), &Routing::default()).conflicts[0];
     assert!(
         name.to_string().starts_with("the interface fabric.1 exists and is not ours (vxlan with VNI 2, UDP port 8472)")
     );
 
     node.foreign.links = [("flannel.1".parse().unwrap(), other("vxlan", Some((1, 8472, Family::V4))))].into();
-    let vni = &node.desired(&leases(&[node_2()]), &KernelState::default()).conflicts[0];
+    let vni = &node.desired(&leases(&[node_2()]), &Routing::default()).conflicts[0];
     assert!(vni.to_string().starts_with("the interface flannel.1 already uses VNI 1 on UDP port 8472"));
     // The other family's underlay is another device space.
     node.foreign.links = [("other".parse().unwrap(), other("vxlan", Some((1, 8472, Family::V6))))].into();
     node.foreign.routes.clear();
-    assert_eq!(node.desired(&leases(&[node_2()]), &KernelState::default()).conflicts, []);
+    assert_eq!(node.desired(&leases(&[node_2()]), &Routing::default()).conflicts, []);
 }
 
 #[test]
@@ -323,7 +322,7 @@ fn refusal_of_one_lease_frees_what_it_would_have_taken() {
     let node = Node::new(V4);
     let old = ("10.244.2.0-24", v4_peer("192.0.2.66", "02:42:c0:00:02:66").replace(r#""VNI":1"#, r#""VNI":9"#));
     let young = ("10.244.2.0-25", v4_peer("192.0.2.2", "02:42:c0:00:02:02"));
-    let desired = node.desired(&leases(&[old, young]), &KernelState::default());
+    let desired = node.desired(&leases(&[old, young]), &Routing::default());
     assert_eq!(desired.peers, 1);
     assert!(matches!(desired.refused.values().collect::<Vec<_>>()[..], [Refusal::Vni(..)]));
 }
@@ -384,7 +383,7 @@ fn whatever_the_ids(desired: &Desired) -> Desired {
 /// Applies batches of changes, and compares what is followed with what is planned anew. Gives how often it was followed.
 fn follow_and_compare(config: &str, batches: &[Vec<Step>]) -> usize {
     let node = Node::new(config);
-    let (mut set, mut known) = (LeaseSet::default(), node.desired(&LeaseSet::default(), &KernelState::default()));
+    let (mut set, mut known) = (LeaseSet::default(), node.desired(&LeaseSet::default(), &Routing::default()));
     let (mut revision, mut followed) = (0, 0);
     for batch in batches {
         let before = set.clone();

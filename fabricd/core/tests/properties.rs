@@ -4,13 +4,14 @@
 
 use std::net::IpAddr;
 
-use fabric_core::diff::{Change, Gate, Key, Op, diff, without};
+use fabric_core::diff::routing::{self, without};
+use fabric_core::diff::{Change, Gate, Key, Op, diff};
 use fabric_core::handoff::NodeFile;
 use fabric_core::inquiry::Inquiry;
 use fabric_core::model::{Family, IfName, MacAddr, PerFamily, Subnet, Vni};
 use fabric_core::network::NetworkConfig;
 use fabric_core::record::{Backend, Endpoint, LeaseKey, Owner, Record};
-use fabric_core::state::{KernelState, Nexthop, NexthopId, Sysctl, Via, VxlanLink};
+use fabric_core::state::{Nexthop, NexthopId, Routing, Sysctl, Via, VxlanLink};
 use proptest::collection::{btree_map, btree_set};
 use proptest::prelude::*;
 
@@ -70,7 +71,7 @@ fn sysctl() -> impl Strategy<Value = Sysctl> {
 }
 
 /// Any state that a kernel can be in: nothing hangs on a device that isn't there.
-fn state() -> impl Strategy<Value = KernelState> {
+fn state() -> impl Strategy<Value = Routing> {
     (
         btree_map(dev(), link(), 0..3),
         btree_set((dev(), subnet()), 0..4),
@@ -81,40 +82,43 @@ fn state() -> impl Strategy<Value = KernelState> {
         btree_map(sysctl(), 0..2_u32, 0..4),
     )
         .prop_map(|(links, addresses, fdb, neighbours, nexthops, routes, sysctls)| {
-            let state = KernelState { links, addresses, fdb, neighbours, nexthops, routes, sysctls };
+            let state = Routing { links, addresses, fdb, neighbours, nexthops, routes, sysctls };
             without(&state, |dev| !state.links.contains_key(dev))
         })
 }
 
 /// What one step does. A device takes all that hangs on it along; a nexthop its routes.
-fn take(state: &mut KernelState, op: &Op) {
+fn take(state: &mut Routing, op: &Op) {
     fn set<K: Ord, V: Clone>(map: &mut std::collections::BTreeMap<K, V>, key: K, change: &Change<V>) {
         match change.wanted() {
             Some(value) => drop(map.insert(key, value.clone())),
             None => drop(map.remove(&key)),
         }
     }
+    let Op::Routing(op) = op else { panic!("{op} is no step of this section") };
     match op {
-        Op::Link(name, Change::Delete(_)) => *state = without(state, |dev| dev == name),
-        Op::Link(name, change) => {
+        routing::Op::Link(name, Change::Delete(_)) | routing::Op::Outgrown(name, _) => {
+            *state = without(state, |dev| dev == name);
+        }
+        routing::Op::Link(name, change) => {
             // A device whose address changes forgets its neighbours (net/core/neighbour.c, neigh_changeaddr).
             if change.found().map(|link| link.mac) != change.wanted().map(|link| link.mac) {
                 state.neighbours.retain(|(dev, _), _| dev != name);
             }
             set(&mut state.links, *name, change);
         }
-        Op::Sysctl(sysctl, value) => drop(state.sysctls.insert(*sysctl, *value)),
-        Op::Address(dev, Change::Delete(address)) => drop(state.addresses.remove(&(*dev, *address))),
-        Op::Address(dev, change) => drop(state.addresses.insert((*dev, *change.wanted().unwrap()))),
-        Op::Fdb(dev, mac, change) => set(&mut state.fdb, (*dev, *mac), change),
-        Op::Neighbour(dev, ip, change) => set(&mut state.neighbours, (*dev, *ip), change),
-        Op::Nexthop(id, change) => {
+        routing::Op::Sysctl(sysctl, value) => drop(state.sysctls.insert(*sysctl, *value)),
+        routing::Op::Address(dev, Change::Delete(address)) => drop(state.addresses.remove(&(*dev, *address))),
+        routing::Op::Address(dev, change) => drop(state.addresses.insert((*dev, *change.wanted().unwrap()))),
+        routing::Op::Fdb(dev, mac, change) => set(&mut state.fdb, (*dev, *mac), change),
+        routing::Op::Neighbour(dev, ip, change) => set(&mut state.neighbours, (*dev, *ip), change),
+        routing::Op::Nexthop(id, change) => {
             set(&mut state.nexthops, *id, change);
             if change.wanted().is_none() {
                 state.routes.retain(|_, via| *via != Via::Nexthop(*id));
             }
         }
-        Op::Route(dst, change) => set(&mut state.routes, *dst, change),
+        routing::Op::Route(dst, change) => set(&mut state.routes, *dst, change),
     }
 }
 
@@ -153,7 +157,7 @@ proptest! {
             if *op == victim {
                 gate.failed(op);
                 failed.push(op.key());
-            } else if gate.admits(op) {
+            } else if gate.admits(op).is_ok() {
                 prop_assert!(!op.needs().iter().any(|key| failed.contains(key)), "{op} after {victim}");
             } else {
                 failed.push(op.key());

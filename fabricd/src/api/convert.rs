@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use fabric_core::diff::diff;
 use fabric_core::handoff::Readiness;
 use fabric_core::leases::Lease;
-use fabric_core::state::KernelState;
+use fabric_core::state::Routing;
 use fabric_proto::v1;
 use tokio::time::Instant;
 
@@ -17,7 +17,7 @@ use crate::diagnosis::finding::Finding;
 use crate::host::addresses::{self, Use};
 use crate::kernel::Count;
 use crate::mesh::{Cause, Mesh, Path};
-use crate::reconcile::{Snapshot, Written};
+use crate::reconcile::{Snapshot, Written, lines};
 use crate::status::events::{Event, Kind, unix_millis};
 use crate::status::view::{PeerTrouble, View};
 use crate::store::Connection;
@@ -218,13 +218,11 @@ pub fn kernel_state(snapshot: &Snapshot, entries: bool) -> v1::GetKernelStateRes
         had.sysctls.retain(|sysctl, _| wanted.sysctls.contains_key(sysctl));
     }
     let had = had.as_ref();
-    let steps = wanted.zip(had).map(|(wanted, had)| diff(wanted, had));
-    let steps = steps.iter().flat_map(|plan| plan.ops()).map(ToString::to_string);
     let conflicts = snapshot.wanted.iter().flat_map(|desired| &desired.conflicts);
     v1::GetKernelStateResponse {
         wanted: wanted.map(|state| tables(state, entries)),
         had: had.map(|state| tables(state, entries)),
-        plan: snapshot.filter.iter().cloned().chain(steps).collect(),
+        plan: snapshot.left.iter().flat_map(|plan| lines(plan)).collect(),
         last: snapshot.last.as_deref().map(written),
         blocked: snapshot.blocked.clone(),
         conflicts: conflicts.map(ToString::to_string).collect(),
@@ -236,13 +234,13 @@ fn written(plan: &Written) -> v1::WrittenPlan {
         unix_millis: unix_millis(plan.at),
         steps: number(plan.steps),
         failed: number(plan.failed),
-        lines: plan.filter.iter().cloned().chain(plan.first.iter().map(ToString::to_string)).collect(),
+        lines: plan.lines.clone(),
     }
 }
 
-fn tables(state: &KernelState, entries: bool) -> v1::KernelTables {
+fn tables(state: &Routing, entries: bool) -> v1::KernelTables {
     let lines = || {
-        let all = diff(state, &KernelState::default());
+        let all = diff(state, &Routing::default());
         // All of them are made, so the sign says nothing.
         all.ops().iter().map(|op| op.to_string().trim_start_matches(['+', '~', ' ']).to_owned()).collect()
     };

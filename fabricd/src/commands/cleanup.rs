@@ -4,9 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use fabric_core::diff::diff;
-use fabric_core::rules::Ruleset;
-use fabric_core::rules::change::change;
-use fabric_core::state::KernelState;
+use fabric_core::state::{Routing, State};
 use tokio::time::timeout;
 use tracing::warn;
 
@@ -47,21 +45,15 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
         remembered,
         ttl: config.lease_ttl,
     };
-    // Forwarding and the like stay: others may need them by now.
-    let plan = diff(&KernelState::default(), &observed.ours);
+    // Forwarding and the like stay: others may need them by now. The filter goes last: while a device is there, not
+    // everybody may send to it.
+    let plan = diff(State::default(), observed.found(&Routing::new()));
     let mut refused = vec![];
     for stage in plan.stages() {
         for (op, result) in stage.iter().zip(kernel.apply(stage).await) {
             println!("{op}");
             refused.extend(result.err());
         }
-    }
-    // The filter last: while a device is there, not everybody may send to it.
-    let mut filter = change(&Ruleset::new(), &observed.rules);
-    filter.doors = observed.doors.iter().filter_map(|door| door.change(None)).collect();
-    if !filter.is_empty() {
-        print!("{filter}");
-        refused.extend(kernel.enforce(&filter).await.err());
     }
     println!("{} kernel entries removed", plan.ops().len() - refused.len());
     print!("{}", leftovers.remove().await?);

@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use clap::Args;
 use fabric_core::model::Subnet;
-use fabric_core::rules::RuleOptions;
+use fabric_core::plan::filter::FilterOptions;
 
 /// What the packet filter is to do.
 #[derive(Clone, Debug, Args)]
@@ -75,9 +75,9 @@ fn parse_net(text: &str) -> Result<Subnet, String> {
 impl RuleArgs {
     /// These settings as the planner takes them.
     #[must_use]
-    pub fn options(&self) -> RuleOptions {
+    pub fn options(&self) -> FilterOptions {
         let nets = self.no_masquerade_to.iter();
-        RuleOptions {
+        FilterOptions {
             masquerade: self.ip_masq,
             no_masquerade_to: nets
                 .filter_map(|e| if let Exception::Net(net) = e { Some(*net) } else { None })

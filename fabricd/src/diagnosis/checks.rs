@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use fabric_core::firewall::packet::Flow;
 use fabric_core::handoff::{NotReady, Readiness};
-use fabric_core::rules::TableFamily;
+use fabric_core::state::nft::TableFamily;
 use tokio::time::{Instant, timeout};
 
 use super::finding::{Culprit, Finding, all};
@@ -138,9 +138,9 @@ fn lease(scene: &Scene) -> Finding {
 }
 
 fn kernel_state(scene: &Scene) -> Finding {
-    match (&scene.snapshot.wanted, &scene.snapshot.observed) {
-        (Some(wanted), Some(observed)) => {
-            let left = fabric_core::diff::diff(&wanted.state, &observed.ours).ops().len();
+    match (&scene.snapshot.wanted, &scene.snapshot.left) {
+        (Some(wanted), Some(left)) => {
+            let left = left.ops().len();
             if left == 0 {
                 Finding::fine(format!("{} entries", wanted.state.len()))
             } else {
@@ -239,7 +239,7 @@ fn foreign(scene: &Scene, flows: &[Flow], fine: &str) -> Finding {
 
 fn filter_drops(scene: &Scene) -> Finding {
     let there =
-        scene.snapshot.observed.as_ref().is_some_and(|observed| observed.rules.contains_key(&TableFamily::Inet));
+        scene.snapshot.observed.as_ref().is_some_and(|observed| observed.filter.contains_key(&TableFamily::Inet));
     if !there {
         return Finding::skipped("there is no table inet fabric");
     }

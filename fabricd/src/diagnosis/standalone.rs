@@ -263,7 +263,7 @@ async fn scene(config: &Result<Config, String>, node: Option<NodeFile>) -> Resul
     let snapshot = Snapshot {
         wanted: None,
         observed: Some(observed),
-        filter: vec![],
+        left: None,
         last: None,
         blocked: "the daemon doesn't answer".into(),
     };

@@ -9,7 +9,7 @@ use std::{fs, io, thread};
 use fabric_core::attachments::{Owner, SavedAttachment};
 use fabric_core::handoff::Attached;
 use fabric_core::model::IfName;
-use fabric_core::rules::Pod;
+use fabric_core::plan::filter::Pod;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::sync::watch;
 use tracing::warn;

@@ -3,14 +3,15 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use fabric_core::diff::{Op, Plan, nft};
 use fabric_core::firewall::packet::{Content, Flow};
 use fabric_core::firewall::traffic::{Node, Obstacle};
 use fabric_core::firewall::{Blocked, Connection, Firewall, Hook, Interface, Verdict, judge};
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::{Family, IfName, Subnet};
-use fabric_core::rules::TableFamily;
-use fabric_core::rules::door::{self, DoorChange};
-use fabric_core::rules::senders::has_notrack;
+use fabric_core::plan::filter::senders::has_notrack;
+use fabric_core::state::docker_user;
+use fabric_core::state::nft::TableFamily;
 
 use crate::kernel::Observed;
 use crate::status::view::{View, VtepView};
@@ -94,13 +95,16 @@ impl Judged {
         self.obstacles.iter().filter(|obstacle| flows.contains(&obstacle.flow))
     }
 
-    /// What an operator has to know, each with the commands; without what rules of ours are about to let through.
+    /// What an operator has to know, each with the commands; without what rules of ours in `plan` are about to let through.
     #[must_use]
-    pub fn warnings_beside(&self, doors: &[DoorChange]) -> Vec<String> {
+    pub fn warnings_beside(&self, plan: &Plan) -> Vec<String> {
         let is_opened = |obstacle: &Obstacle| {
-            let is_docker = obstacle.by.table == door::TABLE && obstacle.by.hook == Hook::Forward;
-            let opened = |door: &DoorChange| door.family == obstacle.family && !door.added.is_empty();
-            is_docker && !obstacle.by.kind.is_legacy() && doors.iter().any(opened)
+            let is_docker = obstacle.by.table == docker_user::TABLE && obstacle.by.hook == Hook::Forward;
+            let opened = |op: &Op| match op {
+                Op::Filter(nft::Op::DockerUser(change)) => change.family == obstacle.family && !change.added.is_empty(),
+                _ => false,
+            };
+            is_docker && !obstacle.by.kind.is_legacy() && plan.ops().iter().any(opened)
         };
         let sure = self.obstacles.iter().filter(|obstacle| obstacle.is_sure() && !is_opened(obstacle));
         sure.map(|obstacle| format!("{obstacle}; let them pass with: {}", obstacle.remedy.join("; "))).collect()
@@ -111,7 +115,7 @@ impl Judged {
 #[must_use]
 pub fn nodes(view: &View, observed: &Observed) -> Vec<Node> {
     let (Some(network), Some(own)) = (&view.network, &view.holding.own) else { return vec![] };
-    let untracked = observed.rules.get(&TableFamily::Inet).is_some_and(has_notrack);
+    let untracked = observed.filter.get(&TableFamily::Inet).is_some_and(has_notrack);
     let interface = |name: IfName, kind| {
         let link = observed.host.links.iter().find(|link| link.name == name);
         Interface { name, index: link.map(|link| link.index), kind }

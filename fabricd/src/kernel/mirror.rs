@@ -12,8 +12,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use fabric_core::diff::nft;
 use fabric_core::model::{IfName, Subnet};
-use fabric_core::rules::change::{Change, share};
+use fabric_core::state::nft::share;
 use fabric_core::state::{Foreign, ForeignLink, NexthopId, Sysctl, Via};
 use fabric_netlink::RequestSocket;
 
@@ -39,7 +40,7 @@ pub(super) struct Mirror {
     /// Nexthop objects whose routes the kernel has removed in silence.
     gone: BTreeSet<NexthopId>,
     /// What was written to our tables of nftables since the last look.
-    enforced: Vec<Change>,
+    written: Vec<nft::Op>,
     /// Reads the chains of others.
     firewalls: firewalls::Reader,
 }
@@ -57,8 +58,8 @@ impl Mirror {
         options: &Options,
     ) -> Result<Arc<Observed>, KernelError> {
         self.stale.extend(stale);
-        for change in std::mem::take(&mut self.enforced) {
-            change.apply_to(&mut Arc::make_mut(&mut self.observed).rules);
+        for op in std::mem::take(&mut self.written) {
+            op.apply_to(&mut Arc::make_mut(&mut self.observed).filter);
         }
         for event in events {
             self.hear(event);
@@ -73,8 +74,8 @@ impl Mirror {
 
     /// Takes note of what we wrote ourselves to our tables of nftables: it needn't be read again. The next look takes it
     /// over, since whoever looks at the last one still holds it, and to change it now would be to copy all of it.
-    pub(super) fn enforced(&mut self, change: Change) {
-        self.enforced.push(change);
+    pub(super) fn wrote(&mut self, ops: impl Iterator<Item = nft::Op>) {
+        self.written.extend(ops);
     }
 
     /// What to listen to from now on.
@@ -251,15 +252,15 @@ impl Mirror {
                 Ok(found) => observed.firewall = found,
                 Err(error) => tracing::warn!(%error, "cannot read the firewall chains of others"),
             }
-            observed.doors = filter.doors().map_err(tables::reading("nftables"))?;
+            observed.docker_user = filter.docker_user().map_err(tables::reading("nftables"))?;
             observed.hazards = if filter.has_kube_proxy() { bridge_nf::lacking(&options.sysctl_root) } else { vec![] };
         }
         if stale.contains(&Table::Rules) {
             let (rules, dropped) = filter.read().map_err(tables::reading("nftables"))?;
             observed.dropped = dropped;
             if let Some(mut rules) = rules {
-                share(&mut rules, &observed.rules);
-                observed.rules = rules;
+                share(&mut rules, &observed.filter);
+                observed.filter = rules;
             }
         }
         Ok(())

@@ -4,9 +4,9 @@
 //! behaves alike, and one conformance suite runs on both. Only this folder speaks netlink, by the crate `fabric_netlink`:
 //!
 //! ```text
-//!      apply(ops), enforce(rules)                observe()                       changed()
+//!             apply(ops)                         observe()                       changed()
 //!                  │                                 │                               ▲
-//!   routing::encode ▸ Request           mirror: what is known  ◄── events ──  monitor: a socket of its own
+//!   {routing, nft}::encode ▸ Request    mirror: what is known  ◄── events ──  monitor: a socket of its own
 //!                  │                                 ▲                               ▲
 //!                  │                       routing, nft, firewalls, sysctl             │
 //!                  ▼                                 │  (only what is stale)         │
@@ -40,9 +40,9 @@ use std::sync::Arc;
 use fabric_core::diff::Op;
 use fabric_core::firewall::Firewall;
 use fabric_core::model::{Family, IfName};
-use fabric_core::rules::change::{Change, Found};
-use fabric_core::rules::door::Door;
-use fabric_core::state::{Foreign, KernelState};
+use fabric_core::state::docker_user::DockerUser;
+use fabric_core::state::nft::FoundRuleset;
+use fabric_core::state::{Foreign, Found, Routing};
 
 use crate::host::errno;
 use crate::host::underlay::Host;
@@ -51,7 +51,7 @@ use crate::host::underlay::Host;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observed {
     /// What is ours, by the marks of docs/kernel-state.md.
-    pub ours: KernelState,
+    pub ours: Routing,
     /// What is not ours, as far as plans must step around it.
     pub foreign: Foreign,
     /// The host's links, addresses and default routes: what the underlay is chosen from.
@@ -61,17 +61,27 @@ pub struct Observed {
     /// Chains of others that packets of ours meet, as [`fabric_core::firewall::judge`] takes them.
     pub firewall: Arc<Firewall>,
     /// Our tables of nftables.
-    pub rules: Found,
+    pub filter: FoundRuleset,
     /// What they have dropped, when they were last read.
     pub dropped: Dropped,
-    /// Chains of others that are there for rules of ours.
-    pub doors: Vec<Door>,
+    /// The chains that Docker has for rules of others.
+    pub docker_user: Vec<DockerUser>,
     /// Settings of the host that don't suit what runs on it, in words with the way out.
     pub hazards: Vec<(Family, String)>,
     /// The ports of every bridge.
     pub bridges: BTreeMap<IfName, BTreeSet<IfName>>,
     /// Whether connections are tracked here, or have been.
     pub tracked: bool,
+}
+
+impl Observed {
+    /// What is ours, by section. Routes as flannel makes them count as ours where `want` has one, so that they are replaced
+    /// in place.
+    #[must_use]
+    pub fn found<'a>(&'a self, want: &Routing) -> Found<'a> {
+        let routing = self.foreign.lend(&self.ours, want);
+        Found { routing, filter: &self.filter, docker_user: &self.docker_user }
+    }
 }
 
 /// What the packet filter has dropped since its rules were written, by the rules' reasons.
@@ -150,14 +160,9 @@ pub trait Kernel: Send {
     ///
     /// What is already as wanted is no error: deleting what is gone, adding an address, an FDB entry or a neighbour
     /// that is there. Creating a device, a nexthop object or a route where there is one is an error (`EEXIST`): it may
-    /// be somebody else's.
+    /// be somebody else's. Steps of one [`Transaction`](fabric_core::diff::nft::Transaction) of the packet filter are taken
+    /// all or not at all, and refused for one reason.
     fn apply(&mut self, ops: &[Op]) -> impl Future<Output = Vec<Result<(), KernelError>>> + Send;
-
-    /// Writes a change of our tables of nftables, all of it or nothing.
-    ///
-    /// # Errors
-    /// When the kernel refuses; nothing has changed then.
-    fn enforce(&mut self, change: &Change) -> impl Future<Output = Result<(), KernelError>> + Send;
 
     /// Waits until something that [`Kernel::observe`] shows may have changed since the last observe began, be it by
     /// [`Kernel::apply`]; that observe failed wakes nobody. Cancel-safe.

@@ -8,9 +8,10 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use fabric_core::diff::{Change, Op};
+use fabric_core::diff::nft::Transaction;
+use fabric_core::diff::routing::Op as RoutingOp;
+use fabric_core::diff::{Change, Op, nft as filter};
 use fabric_core::model::IfName;
-use fabric_core::rules::change::Change as RuleChange;
 use fabric_core::state::{Sysctl, Via};
 use fabric_netlink::{Refusal, RequestSocket};
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -94,11 +95,6 @@ impl Kernel for Netlink {
         }
     }
 
-    async fn enforce(&mut self, change: &RuleChange) -> Result<(), KernelError> {
-        let change = change.clone();
-        self.work(move |worker| worker.enforce(change)).await?
-    }
-
     async fn changed(&mut self) -> Touched {
         self.monitor.changed().await
     }
@@ -125,7 +121,25 @@ impl Worker {
         Ok(observed)
     }
 
+    /// Each section has a writer of its own.
     fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>> {
+        let (mut routing, mut filter) = (vec![], vec![]);
+        for op in ops {
+            match op {
+                Op::Routing(op) => routing.push(op),
+                Op::Filter(op) => filter.push(op),
+            }
+        }
+        let (mut routing, mut filter) =
+            (self.write_routing(&routing).into_iter(), self.write_filter(&filter).into_iter());
+        let result = |op: &Op| match op {
+            Op::Routing(_) => routing.next(),
+            Op::Filter(_) => filter.next(),
+        };
+        ops.iter().map(result).map(|result| result.expect("a writer answers every step")).collect()
+    }
+
+    fn write_routing(&mut self, ops: &[&RoutingOp]) -> Vec<Result<(), KernelError>> {
         let mut devices = BTreeMap::new();
         let mut results = Vec::with_capacity(ops.len());
         let mut requests = vec![];
@@ -133,7 +147,7 @@ impl Worker {
         let mut owners = vec![];
         for (position, op) in ops.iter().enumerate() {
             let refusal = match op {
-                Op::Sysctl(setting, value) => self.set(setting, *value).err(),
+                RoutingOp::Sysctl(setting, value) => self.set(setting, *value).err(),
                 _ => match self.look_up(op, &mut devices) {
                     Err(error) => Some(error.into()),
                     Ok(()) => match encode(op, |name| devices.get(name).copied().flatten()) {
@@ -152,39 +166,52 @@ impl Worker {
         for (answer, position) in answers.into_iter().zip(owners) {
             // Of several refusals the first tells why.
             if let (Err(refusal), true) = (answer, results[position].is_ok())
-                && !is_as_wanted(&ops[position], &refusal)
+                && !is_as_wanted(ops[position], &refusal)
             {
-                results[position] = Err(self.refused(&ops[position], refusal));
+                results[position] = Err(self.refused(ops[position], refusal));
             }
         }
         results
     }
 
-    /// What was written is known without reading it again.
-    fn enforce(&mut self, change: RuleChange) -> Result<(), KernelError> {
-        let written = self.filter.write(&change);
-        if let Err(refusal) = written {
-            self.monitor.distrust([Table::Rules]);
-            let owner = if refusal.error.raw_os_error() == Some(libc::EPERM) { self.filter.owner() } else { None };
-            return Err(KernelError::of_filter(&change, refusal.error, refusal.words, owner));
+    /// A transaction is taken or refused as a whole. What was written is known without reading it again.
+    fn write_filter(&mut self, ops: &[&filter::Op]) -> Vec<Result<(), KernelError>> {
+        let mut transactions: BTreeMap<Transaction, Vec<usize>> = BTreeMap::new();
+        for (position, op) in ops.iter().enumerate() {
+            transactions.entry(op.transaction()).or_default().push(position);
         }
-        if !change.doors.is_empty() {
-            // The handles of rules are the kernel's to give.
-            self.monitor.distrust([Table::Firewalls]);
+        let mut results: Vec<_> = ops.iter().map(|_| Ok(())).collect();
+        for (transaction, positions) in transactions {
+            let steps: Vec<&filter::Op> = positions.iter().map(|position| ops[*position]).collect();
+            match self.filter.write(&steps) {
+                // The handles of rules are the kernel's to give.
+                Ok(()) if matches!(transaction, Transaction::DockerUser(_)) => {
+                    self.monitor.distrust([Table::Firewalls]);
+                }
+                Ok(()) => self.mirror.wrote(steps.into_iter().cloned()),
+                Err(Refusal { error, words }) => {
+                    self.monitor.distrust([Table::Rules]);
+                    let owner = if error.raw_os_error() == Some(libc::EPERM) { self.filter.owner() } else { None };
+                    for position in positions {
+                        let same = copy_of(&error);
+                        results[position] =
+                            Err(KernelError::of_filter(ops[position], same, words.clone(), owner.clone()));
+                    }
+                }
+            }
         }
-        self.mirror.enforced(change);
-        Ok(())
+        results
     }
 
     /// The error of an op: what was done, what the kernel said, and the way out.
-    fn refused(&self, op: &Op, refusal: Refusal) -> KernelError {
+    fn refused(&self, op: &RoutingOp, refusal: Refusal) -> KernelError {
         let Refusal { error, mut words } = refusal;
-        if let (Some(libc::EADDRINUSE), Op::Link(_, Change::Create(link) | Change::Replace { now: link, .. })) =
+        if let (Some(libc::EADDRINUSE), RoutingOp::Link(_, Change::Create(link) | Change::Replace { now: link, .. })) =
             (error.raw_os_error(), op)
         {
             words = Some(refusal::port_holder(link.port, &self.mirror.on_port(link.port)));
         }
-        KernelError::of_op(op, error, words)
+        KernelError::of_routing(op, error, words)
     }
 
     fn set(&mut self, setting: &Sysctl, value: u32) -> Result<(), Refusal> {
@@ -194,7 +221,7 @@ impl Worker {
     }
 
     /// Asks for the device that `op` names: anew in each batch, since the one before may have made it.
-    fn look_up(&mut self, op: &Op, devices: &mut BTreeMap<IfName, Option<Device>>) -> io::Result<()> {
+    fn look_up(&mut self, op: &RoutingOp, devices: &mut BTreeMap<IfName, Option<Device>>) -> io::Result<()> {
         if let Some(name) = device_of(op)
             && !devices.contains_key(name)
         {
@@ -207,28 +234,39 @@ impl Worker {
 }
 
 /// The device whose index an op's message needs.
-fn device_of(op: &Op) -> Option<&IfName> {
+fn device_of(op: &RoutingOp) -> Option<&IfName> {
     match op {
-        Op::Sysctl(..) | Op::Link(_, Change::Create(_)) => None,
-        Op::Link(dev, _) | Op::Address(dev, _) | Op::Fdb(dev, _, _) | Op::Neighbour(dev, _, _) => Some(dev),
-        Op::Nexthop(_, Change::Create(to) | Change::Replace { now: to, .. }) => Some(&to.dev),
-        Op::Nexthop(_, Change::Delete(_)) => None,
-        Op::Route(_, Change::Create(via) | Change::Replace { now: via, .. } | Change::Delete(via)) => match via {
-            Via::Gateway(to) | Via::Direct(to) => Some(&to.dev),
-            Via::Nexthop(_) | Via::Other(_) => None,
-        },
+        RoutingOp::Sysctl(..) | RoutingOp::Link(_, Change::Create(_)) => None,
+        RoutingOp::Link(dev, _)
+        | RoutingOp::Outgrown(dev, _)
+        | RoutingOp::Address(dev, _)
+        | RoutingOp::Fdb(dev, _, _)
+        | RoutingOp::Neighbour(dev, _, _) => Some(dev),
+        RoutingOp::Nexthop(_, Change::Create(to) | Change::Replace { now: to, .. }) => Some(&to.dev),
+        RoutingOp::Nexthop(_, Change::Delete(_)) => None,
+        RoutingOp::Route(_, Change::Create(via) | Change::Replace { now: via, .. } | Change::Delete(via)) => {
+            match via {
+                Via::Gateway(to) | Via::Direct(to) => Some(&to.dev),
+                Via::Nexthop(_) | Via::Other(_) => None,
+            }
+        }
     }
 }
 
 /// True when the kernel refuses because there is nothing left to do.
-fn is_as_wanted(op: &Op, refusal: &Refusal) -> bool {
+fn is_as_wanted(op: &RoutingOp, refusal: &Refusal) -> bool {
     match refusal.error.raw_os_error() {
         Some(libc::ENOENT | libc::ESRCH | libc::ENODEV | libc::EADDRNOTAVAIL) => op.is_delete(),
-        Some(libc::EEXIST) => matches!(op, Op::Address(..)),
+        Some(libc::EEXIST) => matches!(op, RoutingOp::Address(..)),
         // The nexthop object of the route is gone, and took the route along.
-        Some(libc::EINVAL) => matches!(op, Op::Route(_, Change::Delete(Via::Nexthop(_)))),
+        Some(libc::EINVAL) => matches!(op, RoutingOp::Route(_, Change::Delete(Via::Nexthop(_)))),
         _ => false,
     }
+}
+
+/// The same error for each step of a transaction.
+fn copy_of(error: &io::Error) -> io::Error {
+    error.raw_os_error().map_or_else(|| io::Error::new(error.kind(), error.to_string()), io::Error::from_raw_os_error)
 }
 
 fn unsendable(why: &Unsendable) -> Refusal {

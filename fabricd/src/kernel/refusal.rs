@@ -4,8 +4,7 @@
 use std::fmt::Write as _;
 use std::io;
 
-use fabric_core::diff::{Change, Op};
-use fabric_core::rules::change::Change as RuleChange;
+use fabric_core::diff::{Change, Op, nft, routing};
 
 use super::KernelError;
 
@@ -19,15 +18,29 @@ impl KernelError {
     /// A step that was refused. `words` are the kernel's own, or what else is known.
     #[must_use]
     pub fn of_op(op: &Op, source: io::Error, words: Option<String>) -> Self {
-        let advice = advice_for(op, &source, words.is_some());
-        let op = op.to_string().trim_start_matches(['+', '~', '-', ' ']).to_owned();
-        Self::Refused { op, detail: joined(words, advice), source }
+        match op {
+            Op::Routing(op) => Self::of_routing(op, source, words),
+            Op::Filter(op) => Self::of_filter(op, source, words, None),
+        }
     }
 
-    /// A change of the packet filter that was refused. It is told by its first step: all of it can be thousands of lines.
-    /// `owner` says who owns the table, if it is another program.
+    /// A step in a sentence: its first line.
     #[must_use]
-    pub fn of_filter(change: &RuleChange, source: io::Error, words: Option<String>, owner: Option<String>) -> Self {
+    pub fn step(op: &Op) -> String {
+        without_sign(op)
+    }
+
+    /// A step of routing that was refused.
+    #[must_use]
+    pub fn of_routing(op: &routing::Op, source: io::Error, words: Option<String>) -> Self {
+        let advice = advice_for(op, &source, words.is_some());
+        Self::Refused { op: without_sign(op), detail: joined(words, advice), source }
+    }
+
+    /// A step of the packet filter that was refused, be it for another of its transaction. `owner` says who owns the table,
+    /// if it is another program.
+    #[must_use]
+    pub fn of_filter(op: &nft::Op, source: io::Error, words: Option<String>, owner: Option<String>) -> Self {
         let advice = match source.raw_os_error() {
             Some(libc::EPERM | libc::EACCES) if owner.is_some() => None,
             Some(libc::ENOENT | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT | libc::EAFNOSUPPORT) => {
@@ -40,11 +53,16 @@ impl KernelError {
         };
         let words = joined(words, owner);
         Self::Refused {
-            op: change.summary(),
+            op: without_sign(op),
             detail: joined(Some(words).filter(|words| !words.is_empty()), advice),
             source,
         }
     }
+}
+
+fn without_sign(op: &impl std::fmt::Display) -> String {
+    let lines = op.to_string();
+    lines.lines().next().unwrap_or_default().trim_start_matches(['+', '~', '-', ' ']).to_owned()
 }
 
 fn joined(words: Option<String>, advice: Option<String>) -> String {
@@ -52,23 +70,23 @@ fn joined(words: Option<String>, advice: Option<String>) -> String {
 }
 
 /// The way out of a step's refusal; `None` where the words have it.
-fn advice_for(op: &Op, source: &io::Error, has_words: bool) -> Option<String> {
+fn advice_for(op: &routing::Op, source: &io::Error, has_words: bool) -> Option<String> {
     let errno = source.raw_os_error().unwrap_or_default();
     let specific = match (op, errno) {
         // The setting's file was written, and that says why.
-        (Op::Sysctl(..), libc::EPERM | libc::EACCES | libc::EROFS | libc::ENOENT) if has_words => return None,
-        (Op::Link(_, Change::Create(_)), libc::EOPNOTSUPP | libc::EPROTONOSUPPORT) => {
+        (routing::Op::Sysctl(..), libc::EPERM | libc::EACCES | libc::EROFS | libc::ENOENT) if has_words => return None,
+        (routing::Op::Link(_, Change::Create(_)), libc::EOPNOTSUPP | libc::EPROTONOSUPPORT) => {
             "does the kernel have the vxlan module? Load it with: modprobe vxlan"
         }
-        (Op::Link(_, Change::Create(_)), libc::EAFNOSUPPORT) => "is IPv6 turned off on this host?",
-        (Op::Link(_, Change::Create(_)), libc::EEXIST) => {
+        (routing::Op::Link(_, Change::Create(_)), libc::EAFNOSUPPORT) => "is IPv6 turned off on this host?",
+        (routing::Op::Link(_, Change::Create(_)), libc::EEXIST) => {
             "an interface with this name, or with this VNI and port, is there: see ip -d link show type vxlan"
         }
         // Who has the port is told by `port_holder`.
-        (Op::Link(..), libc::EADDRINUSE) if has_words => return None,
-        (Op::Route(..), libc::EEXIST) => "a route of somebody else leads there: see ip route",
-        (Op::Nexthop(..), libc::EEXIST) => "somebody else took the id meanwhile: the next pass takes another",
-        (Op::Neighbour(..), libc::ENOMEM | libc::ENOBUFS) => {
+        (routing::Op::Link(..), libc::EADDRINUSE) if has_words => return None,
+        (routing::Op::Route(..), libc::EEXIST) => "a route of somebody else leads there: see ip route",
+        (routing::Op::Nexthop(..), libc::EEXIST) => "somebody else took the id meanwhile: the next pass takes another",
+        (routing::Op::Neighbour(..), libc::ENOMEM | libc::ENOBUFS) => {
             "the kernel has no room for more neighbours; see: sysctl -a | grep gc_thresh; free -m"
         }
         _ => general(source),
@@ -132,16 +150,16 @@ mod tests {
     use std::sync::Arc;
 
     use fabric_core::diff::diff;
+    use fabric_core::diff::nft::{ChainsChange, ElementChange};
     use fabric_core::model::{IfName, Subnet};
-    use fabric_core::rules::change::ElementChange;
-    use fabric_core::rules::{Element, KeyField, Part, Set, TableFamily};
-    use fabric_core::state::{KernelState, Nexthop, NexthopId, Sysctl, Via, VxlanLink};
+    use fabric_core::state::nft::{Element, KeyField, Part, Set, TableFamily};
+    use fabric_core::state::{Nexthop, NexthopId, Routing, Sysctl, Via, VxlanLink};
 
     use super::*;
     use crate::host::errno::named;
 
     /// A state with a row in each table.
-    fn rows() -> KernelState {
+    fn rows() -> Routing {
         let (dev, subnet): (IfName, Subnet) = ("fabric.1".parse().unwrap(), "10.244.2.0/24".parse().unwrap());
         let (mac, ip) = ("02:42:c0:00:02:02".parse().unwrap(), "192.0.2.2".parse().unwrap());
         let link = VxlanLink {
@@ -154,7 +172,7 @@ mod tests {
             learning: false,
             up: true,
         };
-        KernelState {
+        Routing {
             links: [(dev, link)].into(),
             addresses: [(dev, subnet)].into(),
             fdb: [((dev, mac), ip)].into(),
@@ -165,28 +183,32 @@ mod tests {
         }
     }
 
-    fn elements(count: u32) -> RuleChange {
+    fn elements(count: u32) -> nft::Op {
         let element = |n: u32| Element::from([Part::Net(Subnet::host(std::net::Ipv4Addr::from_bits(n).into()))]);
         let added = (1..=count).map(element).collect();
         let shape = Set { key: &[KeyField::V4], ranges: false, elements: Arc::default() };
         let then = Arc::new(BTreeSet::new());
-        let change = ElementChange { table: TableFamily::Inet, set: "members4", shape, removed: vec![], added, then };
-        RuleChange { elements: vec![change], ..RuleChange::default() }
+        nft::Op::Elements(ElementChange {
+            table: TableFamily::Inet,
+            set: "members4",
+            shape,
+            removed: vec![],
+            added,
+            then,
+        })
     }
 
     #[test]
     fn every_errno_of_every_write_has_words_beside_its_number() {
-        let ops: Vec<Op> = [diff(&rows(), &KernelState::default()), diff(&KernelState::default(), &rows())]
-            .iter()
-            .flat_map(|plan| plan.ops().to_vec())
-            .collect();
+        let plans = [diff(&rows(), &Routing::default()), diff(&Routing::default(), &rows())];
+        let mut ops: Vec<Op> = plans.iter().flat_map(|plan| plan.ops().to_vec()).collect();
         assert_eq!(ops.len(), 14);
+        ops.extend([elements(3).into(), nft::Op::Chains(TableFamily::Inet, ChainsChange::default()).into()]);
         for errno in 1..=133 {
             let source = || io::Error::from_raw_os_error(errno);
-            let filter = KernelError::of_filter(&elements(3), source(), None, None);
             let dump = KernelError::Dump { table: "links", source: source() };
             let ops = ops.iter().map(|op| KernelError::of_op(op, source(), None));
-            for told in ops.chain([filter, dump]).map(|error| error.to_string()) {
+            for told in ops.chain([dump]).map(|error| error.to_string()) {
                 assert!(!told.contains("os error"), "{told}");
                 let (_, advice) = told.split_once(&format!("{}: ", named(&source()))).expect(&told);
                 assert!(advice.split_whitespace().count() > 3, "{told}");
@@ -195,15 +217,15 @@ mod tests {
     }
 
     #[test]
-    fn refused_filter_change_is_told_by_its_first_step() {
+    fn refused_filter_change_is_told_in_a_line() {
         let refused = |errno, owner: Option<&str>| {
             let source = io::Error::from_raw_os_error(errno);
             KernelError::of_filter(&elements(2000), source, None, owner.map(str::to_owned)).to_string()
         };
         assert_eq!(
             refused(libc::ENOMEM, None),
-            "nft add element inet fabric members4 { 0.0.0.1 } (and 1999 more steps): Cannot allocate memory (ENOMEM): the \
-             kernel has no memory for it; see: free -m; dmesg | tail"
+            "nft add element inet fabric members4 { 0.0.0.1, 0.0.0.2, 0.0.0.3, 0.0.0.4, 0.0.0.5, 0.0.0.6, 0.0.0.7, 0.0.0.8 } \
+             (and 1992 more): Cannot allocate memory (ENOMEM): the kernel has no memory for it; see: free -m; dmesg | tail"
         );
         let owned = refused(libc::EPERM, Some("the table inet fabric is owned by another program"));
         assert!(owned.ends_with("(EPERM): the table inet fabric is owned by another program"), "{owned}");

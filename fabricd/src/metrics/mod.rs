@@ -11,9 +11,8 @@ mod traffic;
 use std::fmt;
 use std::time::Duration;
 
-use fabric_core::diff::{Change, Op};
+use fabric_core::diff::{Op, TableName};
 use fabric_core::handoff::{NotReady, Readiness};
-use fabric_core::rules::change::Change as RuleChange;
 use nix::errno::Errno;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
@@ -31,7 +30,6 @@ use self::process::Process;
 use self::traffic::Traffic;
 use crate::kernel::{Drops, KernelError};
 use crate::mesh::Mesh;
-use crate::reconcile::repairs::{FILTER, table};
 use crate::status::view::{PeerTrouble, View};
 use crate::store::Connection;
 
@@ -174,21 +172,10 @@ impl Metrics {
 
     /// The kernel was asked for something.
     pub fn wrote(&self, op: &Op, result: &Result<(), KernelError>) {
-        self.operations.get_or_create(&operation(op)).inc();
-        self.refused(result);
-    }
-
-    /// The kernel was asked for a change of the packet filter, which it takes or refuses as a whole.
-    pub fn wrote_filter(&self, change: &RuleChange, result: &Result<(), KernelError>) {
-        for (verb, count) in ["create", "replace", "delete"].into_iter().zip(change.counts()) {
-            if count > 0 {
-                self.operations.get_or_create(&Operation { table: FILTER, verb }).inc_by(count);
-            }
+        for (verb, count) in op.counts().into_iter().filter(|(_, count)| *count > 0) {
+            let operation = Operation { table: op.table().as_str(), verb: verb.as_str() };
+            self.operations.get_or_create(&operation).inc_by(count as u64);
         }
-        self.refused(result);
-    }
-
-    fn refused(&self, result: &Result<(), KernelError>) {
         if let Err(error) = result {
             let errno = error.errno().map_or_else(|| "none".into(), |errno| format!("{:?}", Errno::from_raw(errno)));
             self.errors.get_or_create(&Failure { errno: Word(errno) }).inc();
@@ -196,9 +183,9 @@ impl Metrics {
     }
 
     /// So many entries of a table were restored after another program had changed them.
-    pub fn repaired(&self, table: &'static str, count: u64) {
+    pub fn repaired(&self, table: TableName, count: u64) {
         if count > 0 {
-            self.repairs.get_or_create(&Repairs { table }).inc_by(count);
+            self.repairs.get_or_create(&Repairs { table: table.as_str() }).inc_by(count);
         }
     }
 
@@ -255,45 +242,26 @@ impl Metrics {
     }
 }
 
-fn operation(op: &Op) -> Operation {
-    let verb = match op {
-        Op::Link(_, change) => verb(change),
-        Op::Sysctl(..) => "replace",
-        Op::Address(_, change) => verb(change),
-        Op::Fdb(_, _, change) => verb(change),
-        Op::Neighbour(_, _, change) => verb(change),
-        Op::Nexthop(_, change) => verb(change),
-        Op::Route(_, change) => verb(change),
-    };
-    Operation { table: table(op), verb }
-}
-
-fn verb<T>(change: &Change<T>) -> &'static str {
-    match change {
-        Change::Create(_) => "create",
-        Change::Replace { .. } => "replace",
-        Change::Delete(_) => "delete",
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fabric_core::rules::TableFamily;
+    use fabric_core::diff::{Change, nft, routing};
+    use fabric_core::state::nft::TableFamily;
     use std::io;
 
     #[test]
     fn writes_and_refusals_are_counted_by_what_they_were() {
         let metrics = Metrics::default();
-        let op = Op::Address("fabric.1".parse().unwrap(), Change::Create("10.244.1.0/32".parse().unwrap()));
+        let address = Change::Create("10.244.1.0/32".parse().unwrap());
+        let op: Op = routing::Op::Address("fabric.1".parse().unwrap(), address).into();
         let source = io::Error::from_raw_os_error(libc::EPERM);
         metrics.wrote(&op, &Err(KernelError::of_op(&op, source, None)));
         metrics.wrote(&op, &Ok(()));
-        let change = RuleChange { removed: [TableFamily::Inet].into(), ..RuleChange::default() };
+        let table = nft::Op::DeleteTable(TableFamily::Inet).into();
         let busy = io::Error::from_raw_os_error(libc::EBUSY);
-        metrics.wrote_filter(&change, &Err(KernelError::of_filter(&change, busy, None, None)));
-        metrics.repaired("route", 2);
-        metrics.repaired("fdb", 0);
+        metrics.wrote(&table, &Err(KernelError::of_op(&table, busy, None)));
+        metrics.repaired(TableName::Route, 2);
+        metrics.repaired(TableName::Fdb, 0);
         metrics.in_sync(Duration::from_millis(3));
         metrics.round_trips().observe(0.003);
         let (table, chain, why) = (TableFamily::Inet, "senders".to_owned(), "from no peer".to_owned());

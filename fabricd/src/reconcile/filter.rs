@@ -1,5 +1,5 @@
 //! [`Rules`]: what the reconcile loop knows of the packet filter. What it should hold is decided by
-//! [`fabric_core::rules::ruleset`]; here is the clock, for peers that change their address, and what the CNI plugin tells
+//! [`fabric_core::plan::filter::ruleset`]; here is the clock, for peers that change their address, and what the CNI plugin tells
 //! of the pods.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,11 +11,12 @@ use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::Refusal;
+use fabric_core::plan::filter::docker_user::rules as docker_user_rules;
+use fabric_core::plan::filter::senders::{follow, has_notrack};
+use fabric_core::plan::filter::{FilterInputs, FilterOptions, Member, ruleset};
 use fabric_core::record::LeaseKey;
-use fabric_core::rules::change::{Change, Found, FoundTable, change};
-use fabric_core::rules::door::{self, Door, DoorChange};
-use fabric_core::rules::senders::{follow, has_notrack};
-use fabric_core::rules::{Member, RuleInputs, RuleOptions, Ruleset, Table, TableFamily, ruleset};
+use fabric_core::state::docker_user::{self, DockerUser, DockerUserRules};
+use fabric_core::state::nft::{Ruleset, TableFamily};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -30,7 +31,7 @@ const GRACE: Duration = Duration::from_secs(30);
 /// The packet filter of one node, as it should be.
 #[derive(Debug)]
 pub struct Rules {
-    options: RuleOptions,
+    options: FilterOptions,
     members: BTreeSet<Member>,
     /// Members that have moved, and until when they count.
     moved: BTreeMap<Member, Instant>,
@@ -62,7 +63,7 @@ struct Given {
 impl Rules {
     /// A filter with these options.
     #[must_use]
-    pub fn new(options: RuleOptions) -> Self {
+    pub fn new(options: FilterOptions) -> Self {
         let (_, pods) = watch::channel(Arc::default());
         Self { options, members: BTreeSet::new(), moved: BTreeMap::new(), pods, known: None, unchanged: false }
     }
@@ -79,18 +80,15 @@ impl Rules {
         }
     }
 
-    /// What is to be written to chains of others: where one of them drops what is forwarded, its door is opened.
+    /// What should be in Docker's chain for rules of others: where Docker drops what is forwarded, the network is let
+    /// through.
     #[must_use]
-    pub fn doors(&self, network: &NetworkConfig, observed: &Observed) -> Vec<DoorChange> {
-        let opened = |door: &Door| {
-            let dropped = drops_by_policy(&observed.firewall, door);
-            network
-                .spaces
-                .get(door.family)
-                .map(|space| space.network)
-                .filter(|_| self.options.docker_user_rules && dropped)
+    pub fn docker_user(&self, network: &NetworkConfig, observed: &Observed) -> DockerUserRules {
+        let wanted = |chain: &DockerUser| {
+            let space = network.spaces.get(chain.family).filter(|_| drops_by_policy(&observed.firewall, chain))?;
+            Some((chain.family, docker_user_rules(chain.family, space.network).into()))
         };
-        observed.doors.iter().filter_map(|door| door.change(opened(door))).collect()
+        observed.docker_user.iter().filter(|_| self.options.docker_user_rules).filter_map(wanted).collect()
     }
 
     /// The bridges that pods are attached to.
@@ -128,7 +126,7 @@ impl Rules {
             ports: pods.ports_of(observed),
             pod_subnets: pod_subnets(&pods, network, own, observed),
             pods,
-            tracked: observed.tracked || observed.rules.get(&TableFamily::Inet).is_some_and(has_notrack),
+            tracked: observed.tracked || observed.filter.get(&TableFamily::Inet).is_some_and(has_notrack),
             states_decide,
             moved: self.moved.keys().copied().collect(),
         };
@@ -146,8 +144,8 @@ impl Rules {
         let ruleset = known.unwrap_or_else(|| {
             let members = self.with_moved(given.members(), now);
             let notrack = self.options.notrack && !states_decide;
-            let options = RuleOptions { notrack, ..self.options.clone() };
-            let mut wanted = ruleset(&RuleInputs {
+            let options = FilterOptions { notrack, ..self.options.clone() };
+            let mut wanted = ruleset(&FilterInputs {
                 network,
                 own: own.key.subnets(),
                 members: &members,
@@ -159,7 +157,7 @@ impl Rules {
                 options: &options,
             });
             for (family, table) in &mut wanted {
-                observed.rules.get(family).into_iter().for_each(|there| table.share(there));
+                observed.filter.get(family).into_iter().for_each(|there| table.share(there));
             }
             wanted
         });
@@ -174,21 +172,10 @@ impl Rules {
         self.unchanged
     }
 
-    /// The steps that are left to what was last wanted.
+    /// What was last wanted.
     #[must_use]
-    pub fn left(&self, observed: &Observed) -> Change {
-        self.known.as_ref().map(|(_, ruleset)| change(ruleset, &observed.rules)).unwrap_or_default()
-    }
-
-    /// Whether it is judged who may send to our device, or needn't be: the chains that do so are there as they should be.
-    #[must_use]
-    pub fn judges_senders(&self, found: &Found) -> bool {
-        let wanted = self.known.as_ref().and_then(|(_, ruleset)| ruleset.get(&TableFamily::Inet));
-        let there = found.get(&TableFamily::Inet).filter(|table| !table.disabled);
-        let same = |wanted: &Table, there: &FoundTable| {
-            wanted.chains.iter().all(|(name, chain)| there.chains.get(*name) == Some(&chain.lines()))
-        };
-        !self.options.check_senders || wanted.zip(there).is_some_and(|(wanted, there)| same(wanted, there))
+    pub fn last(&self) -> Option<&Ruleset> {
+        self.known.as_ref().map(|(_, ruleset)| ruleset)
     }
 
     /// Takes over what has changed of the leases since, for the price of the change.
@@ -241,13 +228,13 @@ fn pod_subnets(pods: &AttachedPods, network: &NetworkConfig, own: &Own, observed
     there.filter(of_the_network).chain(own.key.subnets().values().copied()).collect()
 }
 
-/// Whether the chain that a door leads past drops what no rule accepts: Docker's own.
-fn drops_by_policy(firewall: &Firewall, door: &Door) -> bool {
-    let kind = match door.family {
+/// Whether the chain that calls `chain`, Docker's own, drops what no rule accepts.
+fn drops_by_policy(firewall: &Firewall, chain: &DockerUser) -> bool {
+    let kind = match chain.family {
         Family::V4 => TableKind::Ip,
         Family::V6 => TableKind::Ip6,
     };
-    let tables = firewall.tables.iter().filter(|table| table.kind == kind && table.name == door::TABLE);
+    let tables = firewall.tables.iter().filter(|table| table.kind == kind && table.name == docker_user::TABLE);
     tables
         .filter_map(|table| table.chains.get("FORWARD"))
         .any(|chain| chain.base.is_some_and(|base| base.hook == Hook::Forward && base.drops))
@@ -319,7 +306,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_a_lease_changes_is_followed_and_after_the_grace_found_anew() {
-        let mut rules = Rules::new(RuleOptions::default());
+        let mut rules = Rules::new(FilterOptions::default());
         let node = |underlay: &str| [format!("{underlay} . 10.244.7.0"), format!("{underlay} . {underlay}")];
         assert_eq!(senders(&mut rules, &[("192.0.2.7", "10.244.7.0/24")]), node("192.0.2.7"));
         let both = [node("192.0.2.7"), node("192.0.2.8")].concat();
@@ -334,7 +321,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn peer_that_moves_is_a_member_under_both_addresses_for_a_while() {
-        let mut rules = Rules::new(RuleOptions::default());
+        let mut rules = Rules::new(FilterOptions::default());
         let (before, after) = (member("192.0.2.7"), member("192.0.2.8"));
         assert_eq!(rules.with_moved([before].into(), Instant::now()), [before].into());
         assert_eq!(rules.with_moved([after].into(), Instant::now()), [before, after].into());

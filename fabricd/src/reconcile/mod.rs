@@ -17,21 +17,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::device;
-use fabric_core::diff::{Op, diff};
+use fabric_core::diff::{Op, Plan, TableName, diff, nft};
 use fabric_core::handoff::{NODE_FILE_VERSION, NodeFile, NodeSubnet, NotReady, Readiness};
 use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::{Family, NodeName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
+use fabric_core::plan::filter::FilterOptions;
 use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep};
-use fabric_core::rules::RuleOptions;
-use fabric_core::rules::change::{Change, change};
-use fabric_core::state::Sysctl;
+use fabric_core::state::{State as KernelState, Sysctl};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
 
-use self::write::Held;
 pub use self::write::Written;
+pub(crate) use self::write::lines;
 use crate::files::state_dir::State;
 use crate::files::{Files, unknown};
 use crate::host::attachments::AttachedPods;
@@ -43,7 +42,7 @@ use crate::metrics::Metrics;
 use crate::reconcile::filter::Rules;
 use crate::reconcile::pending::Pending;
 use crate::reconcile::planned::Planned;
-use crate::reconcile::repairs::Repairs;
+use crate::reconcile::repairs::{Causes, Repairs};
 use crate::reconcile::retention::Kept;
 use crate::retry::Backoff;
 use crate::status::view::{PeerTrouble, View, VtepView};
@@ -53,8 +52,6 @@ use crate::store::{Connection, LeaseStore, Network};
 const AUDIT: Duration = Duration::from_secs(10);
 /// The longest delay after the first pass that failed; each next one is twice as long, up to an audit.
 const RETRY: Duration = Duration::from_millis(500);
-/// How many steps of the packet filter are shown to those who ask.
-const SHOWN: usize = 500;
 
 /// The settings of this node that the loop needs.
 #[derive(Clone, Debug)]
@@ -66,7 +63,7 @@ pub struct Node {
     /// Addresses to publish instead of the interface's.
     pub public_ips: PerFamily<IpAddr>,
     /// What the packet filter is to do.
-    pub rules: RuleOptions,
+    pub rules: FilterOptions,
 }
 
 /// The loop of one node.
@@ -116,8 +113,8 @@ pub struct Snapshot {
     pub wanted: Option<Arc<Desired>>,
     /// What it holds; `None` when it can't be read.
     pub observed: Option<Arc<Observed>>,
-    /// What the packet filter lacks, as lines of `nft`: the first 500.
-    pub filter: Vec<String>,
+    /// The steps that are left; `None` as long as it isn't known what the kernel should hold, or what it holds.
+    pub left: Option<Arc<Plan>>,
     /// What was written last.
     pub last: Option<Arc<Written>>,
     /// Why the node isn't ready. Empty when it is.
@@ -416,16 +413,20 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         };
         let (wanted, last) = (self.planned.last(), self.last.clone());
         let observed = self.kernel.observe().await.ok();
-        let left = observed.as_ref().map(|observed| self.rules.left(observed).to_string()).unwrap_or_default();
-        let filter = left.lines().take(SHOWN).map(str::to_owned).collect();
-        let snapshot = Snapshot { wanted, observed, filter, last, blocked };
+        let left = wanted.as_ref().zip(observed.as_ref()).and_then(|(wanted, observed)| {
+            let routing = &wanted.state;
+            let docker_user = &self.rules.docker_user(view.network.as_ref()?, observed);
+            let state = KernelState { routing, filter: self.rules.last()?, docker_user };
+            Some(Arc::new(diff(state, observed.found(routing))))
+        });
+        let snapshot = Snapshot { wanted, observed, left, last, blocked };
         for reply in self.waiting.drain(..) {
             // Whoever asked may have gone.
             let _ = reply.send(snapshot.clone());
         }
     }
 
-    /// Writes what the kernel lacks. True when nothing failed.
+    /// Plans what the kernel should hold, and writes what it lacks. True when nothing failed.
     async fn converge(
         &mut self,
         view: &mut View,
@@ -460,28 +461,21 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         view.pod_bridges = self.rules.pod_bridges();
         view.unguarded_ports = self.rules.unguarded_ports(observed);
         view.dropped = observed.dropped.clone();
-        // Before anything is there that decapsulates, those who may send to it are known.
         view.firewall = self.firewall.judge(view, observed);
-        let doors = self.rules.doors(network, observed);
-        view.warnings.extend(view.firewall.warnings_beside(&doors));
         let states_decide = view.firewall.judges_state.is_some();
-        let wanted = self.rules.wanted(network, own, observed, leases, refused, states_decide);
-        let mut filter = change(wanted, &observed.rules);
+        let docker_user = &self.rules.docker_user(network, observed);
+        let filter = self.rules.wanted(network, own, observed, leases, refused, states_decide);
+        let mut plan = diff(KernelState { routing: state, filter, docker_user }, observed.found(state));
         if view.from_disk {
-            filter = filter.without_removals();
+            plan = plan.without_deletes();
         }
-        let plan = diff(state, &foreign.lend(have, state));
+        view.warnings.extend(view.firewall.warnings_beside(&plan));
         view.troubles = refused.iter().map(|(key, refusal)| (*key, PeerTrouble::Refused(refusal.clone()))).collect();
         let conflicts = conflicts.clone();
-        let cause = self.planned.cause().clone();
-        let filtered = self.enforce(&filter, observed).await;
+        let causes = Causes { routing: self.planned.cause().clone(), filter_unchanged: self.rules.unchanged() };
+        let mut failures = self.execute(&plan, &causes).await;
         // What others have against a rule of ours is no reason not to be ready: the status shows their chain.
-        let doors = Change { doors, ..Change::default() };
-        let _ = self.enforce(&doors, observed).await;
-        let unguarded = filtered.as_ref().err().filter(|_| !self.rules.judges_senders(&observed.rules));
-        let held = Held { deletes: view.from_disk, devices: unguarded.map(String::as_str) };
-        let failures = self.execute(&plan, held, &cause).await;
-        self.remember(&filter, filtered.is_ok(), &plan, failures.len());
+        failures.retain(|(op, _)| !matches!(op, Op::Filter(nft::Op::DockerUser(_))));
         let pending = Pending::new(&failures, &conflicts);
         if !pending.is_empty() {
             let waits = |peer: &Arc<Lease>| Some((peer.key, PeerTrouble::Pending(pending.reason(peer)?.into())));
@@ -493,14 +487,16 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         if let Some(conflict) = conflicts.iter().find(|c| !matches!(c, Conflict::Route { .. })) {
             return Err(failed(conflict));
         }
-        // A peer's trouble is that peer's alone; without our own device nobody is reached.
-        let fatal = failures.iter().find(|(op, _)| matches!(op, Op::Link(..) | Op::Address(..) | Op::Sysctl(..)));
-        if failures.is_empty() && filtered.is_ok() && !view.from_disk {
+        if failures.is_empty() && !view.from_disk {
             self.repairs.in_sync();
         }
-        match fatal {
+        // A peer's trouble is that peer's alone; without our own device nobody is reached, without the filter anybody
+        // may be.
+        let own_device = [TableName::Link, TableName::Address, TableName::Sysctl];
+        let first_of = |tables: &[TableName]| failures.iter().find(|(op, _)| tables.contains(&op.table()));
+        match first_of(&own_device).or_else(|| first_of(&[TableName::Filter])) {
             Some((_, why)) => Err(failed(why)),
-            None => filtered.map_err(failed).map(|()| failures.is_empty()),
+            None => Ok(failures.is_empty()),
         }
     }
 

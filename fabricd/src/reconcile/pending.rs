@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use fabric_core::diff::{Key, Op};
+use fabric_core::diff::{Key, Op, routing};
 use fabric_core::leases::Lease;
 use fabric_core::model::{MacAddr, Subnet};
 use fabric_core::plan::Conflict;
@@ -26,7 +26,7 @@ impl Pending {
             match (op, op.key()) {
                 (_, Key::Route(subnet)) => drop(pending.subnets.insert(subnet, why.clone())),
                 (_, Key::Neighbour(_, ip)) => drop(pending.overlay.insert(ip, why.clone())),
-                (Op::Nexthop(_, change), _) => {
+                (Op::Routing(routing::Op::Nexthop(_, change)), _) => {
                     pending.overlay.extend(change.wanted().map(|nexthop| (nexthop.gateway, why.clone())));
                 }
                 (_, Key::Fdb(_, mac)) => drop(pending.macs.insert(mac, why.clone())),

@@ -11,11 +11,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fabric_core::diff::{Change, Key, Op};
+use fabric_core::diff::{Key, Op, TableName, Verb, nft, routing};
 use fabric_core::leases::Lease;
 use fabric_core::model::{MacAddr, Subnet};
-use fabric_core::rules::change::{Change as RuleChange, Found};
-use fabric_core::rules::{TABLE, TableFamily};
+use fabric_core::state::nft::TABLE;
 use tokio::time::Instant;
 use tracing::warn;
 
@@ -27,8 +26,15 @@ const REMEMBERED: usize = 50;
 const EVENT: Duration = Duration::from_secs(10);
 /// The least time between two lines of the log.
 const LINE: Duration = Duration::from_secs(60);
-/// The packet filter, among the tables.
-pub const FILTER: &str = "filter";
+
+/// What has changed in what is desired, by section.
+#[derive(Clone, Debug, Default)]
+pub struct Causes {
+    /// For what leads packets to peers.
+    pub routing: Cause,
+    /// True when of the packet filter the same was desired before.
+    pub filter_unchanged: bool,
+}
 
 /// Something that was restored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,10 +52,9 @@ pub struct Repairs {
     settled: bool,
     /// What failed in the last pass: it is tried again, not restored.
     failed: BTreeSet<Key>,
-    filter_failed: bool,
     last: Arc<VecDeque<Repair>>,
     number: u64,
-    events: BTreeMap<&'static str, Throttle>,
+    events: BTreeMap<TableName, Throttle>,
     lines: Throttle,
 }
 
@@ -60,10 +65,16 @@ impl Repairs {
         Arc::clone(&self.last)
     }
 
-    /// Whether what is written for this reason may be a repair at all.
+    /// Whether this write may be a repair at all.
     #[must_use]
-    pub fn looks_at(&self, cause: &Cause) -> bool {
-        self.settled && !matches!(cause, Cause::Anew)
+    pub fn looks_at(&self, op: &Op, causes: &Causes) -> bool {
+        self.settled
+            && match op {
+                Op::Routing(_) => !matches!(causes.routing, Cause::Anew),
+                // It comes and goes with what Docker does.
+                Op::Filter(nft::Op::DockerUser(_)) => false,
+                Op::Filter(_) => causes.filter_unchanged,
+            }
     }
 
     /// Takes note of a pass's writes: `done` are the steps that were taken, `failed` those that were not. Gives how many
@@ -72,38 +83,27 @@ impl Repairs {
         &mut self,
         done: impl Iterator<Item = &'a Op>,
         failed: impl Iterator<Item = &'a Op>,
-        cause: &Cause,
-    ) -> BTreeMap<&'static str, u64> {
+        causes: &Causes,
+    ) -> BTreeMap<TableName, u64> {
         let failed: BTreeSet<Key> = failed.map(Op::key).collect();
         let tried = std::mem::replace(&mut self.failed, failed);
-        let ordinary = Ordinary::of(cause);
-        let (mut first, mut counts) = (None, BTreeMap::new());
-        if self.looks_at(cause) {
-            for op in done.filter(|op| !tried.contains(&op.key()) && !ordinary.covers(op)) {
-                first.get_or_insert(op);
-                *counts.entry(table(op)).or_default() += 1;
+        let ordinary = Ordinary::of(&causes.routing);
+        let (mut first, mut filter, mut counts) = (None, vec![], BTreeMap::new());
+        for op in done.filter(|op| self.looks_at(op, causes) && !tried.contains(&op.key())) {
+            match op {
+                Op::Routing(op) if ordinary.covers(op) => continue,
+                Op::Routing(op) => drop(first.get_or_insert(op)),
+                Op::Filter(op) => filter.push(op),
             }
+            *counts.entry(op.table()).or_default() += op.counts().iter().map(|(_, count)| *count as u64).sum::<u64>();
         }
         if let Some(first) = first {
-            self.tell(table(first), &message(first, &counts));
+            self.tell(first.table(), &message(first, &counts));
+        }
+        if !filter.is_empty() {
+            self.tell(TableName::Filter, &filter_message(&filter));
         }
         counts
-    }
-
-    /// Takes note that the packet filter was written, or couldn't be. `unchanged` says that the same was desired before.
-    /// Gives how many steps were repairs.
-    pub fn filtered(&mut self, change: &RuleChange, was: &Found, written: bool, unchanged: bool) -> u64 {
-        let tried = std::mem::replace(&mut self.filter_failed, !written);
-        if !self.settled || !written || !unchanged || tried {
-            return 0;
-        }
-        let family = change.families().next().unwrap_or(TableFamily::Inet);
-        let what = if was.contains_key(&family) { "changed" } else { "deleted" };
-        self.tell(
-            FILTER,
-            &format!("table {family} {TABLE} of the packet filter was {what} by another program, restored"),
-        );
-        change.steps()
     }
 
     /// The kernel holds what is desired.
@@ -111,7 +111,7 @@ impl Repairs {
         self.settled = true;
     }
 
-    fn tell(&mut self, table: &'static str, message: &str) {
+    fn tell(&mut self, table: TableName, message: &str) {
         if let Some(held) = self.lines.pass(LINE) {
             warn!(what = message, not_logged_since = held, "restored what another program changed");
         }
@@ -172,7 +172,7 @@ impl Ordinary {
         }
     }
 
-    fn covers(&self, op: &Op) -> bool {
+    fn covers(&self, op: &routing::Op) -> bool {
         let (subnets, overlay, macs) = match self {
             Self::Nothing => return false,
             Self::Everything => return true,
@@ -182,7 +182,7 @@ impl Ordinary {
             (_, Key::Route(subnet)) => subnets.contains(&subnet),
             (_, Key::Neighbour(_, ip)) => overlay.contains(&ip),
             (_, Key::Fdb(_, mac)) => macs.contains(&mac),
-            (Op::Nexthop(_, change), _) => [change.wanted(), change.found()]
+            (routing::Op::Nexthop(_, change), _) => [change.wanted(), change.found()]
                 .into_iter()
                 .flatten()
                 .any(|nexthop| overlay.contains(&nexthop.gateway)),
@@ -191,79 +191,59 @@ impl Ordinary {
     }
 }
 
-/// The table that a step writes, as metrics and events call it.
-#[must_use]
-pub fn table(op: &Op) -> &'static str {
-    match op {
-        Op::Link(..) => "link",
-        Op::Sysctl(..) => "sysctl",
-        Op::Address(..) => "address",
-        Op::Fdb(..) => "fdb",
-        Op::Neighbour(..) => "neighbour",
-        Op::Nexthop(..) => "nexthop",
-        Op::Route(..) => "route",
-    }
-}
-
 /// What was done to the first, and how many others there are: `route 10.244.14.0/24 was deleted by another program,
 /// restored; with it 2 more routes`.
-fn message(first: &Op, counts: &BTreeMap<&'static str, u64>) -> String {
-    let object = match (first, first.key()) {
-        (_, Key::Link(name)) => format!("link {name}"),
-        (_, Key::Sysctl(setting)) => format!("setting net/{}", setting.path()),
-        (_, Key::Address(dev, address)) => format!("address {address} of {dev}"),
-        (_, Key::Fdb(dev, mac)) => format!("FDB entry {mac} of {dev}"),
-        (_, Key::Neighbour(dev, ip)) => format!("neighbour {ip} of {dev}"),
-        (_, Key::Nexthop(id)) => format!("nexthop object {id}"),
-        (_, Key::Route(dst)) => format!("route {dst}"),
+fn message(first: &routing::Op, counts: &BTreeMap<TableName, u64>) -> String {
+    use routing::Op;
+    let object = match first {
+        Op::Link(name, _) | Op::Outgrown(name, _) => format!("link {name}"),
+        Op::Sysctl(setting, _) => format!("setting net/{}", setting.path()),
+        Op::Address(dev, change) => match change.wanted().or(change.found()) {
+            Some(address) => format!("address {address} of {dev}"),
+            None => format!("address of {dev}"),
+        },
+        Op::Fdb(dev, mac, _) => format!("FDB entry {mac} of {dev}"),
+        Op::Neighbour(dev, ip, _) => format!("neighbour {ip} of {dev}"),
+        Op::Nexthop(id, _) => format!("nexthop object {id}"),
+        Op::Route(dst, _) => format!("route {dst}"),
     };
-    let done = match deed(first) {
-        Deed::Deleted => "deleted by another program, restored",
-        Deed::Changed => "changed by another program, restored",
-        Deed::Added => "added by another program, removed",
+    // What has to be made another program has deleted.
+    let done = match first.verb() {
+        Verb::Create => "deleted by another program, restored",
+        Verb::Replace => "changed by another program, restored",
+        Verb::Delete => "added by another program, removed",
     };
     let mut text = format!("{object} was {done}");
-    let others = counts.iter().map(|(name, count)| (*name, count - u64::from(*name == table(first))));
-    for (position, (name, count)) in others.filter(|(_, count)| *count > 0).enumerate() {
-        let _ = write!(text, "{}{count} {}", if position == 0 { "; with it " } else { ", " }, counted(name, count));
+    let others = counts.iter().filter(|(table, _)| **table != TableName::Filter);
+    let others = others.map(|(table, count)| (*table, count - u64::from(*table == first.table())));
+    for (position, (table, count)) in others.filter(|(_, count)| *count > 0).enumerate() {
+        let _ = write!(text, "{}{count} {}", if position == 0 { "; with it " } else { ", " }, counted(table, count));
     }
     text
 }
 
-enum Deed {
-    Deleted,
-    Changed,
-    Added,
+/// The packet filter is told as a whole: its tables go and come as such.
+fn filter_message(ops: &[&nft::Op]) -> String {
+    let family = ops.iter().find_map(|op| op.family());
+    let table = family.map_or_else(
+        || "the packet filter".to_owned(),
+        |family| format!("table {family} {TABLE} of the packet filter"),
+    );
+    let was_empty = |op: &&nft::Op| matches!(op, nft::Op::Chains(of, change) if Some(*of) == family && change.old_chains.is_empty());
+    let what = if ops.iter().any(was_empty) { "deleted" } else { "changed" };
+    format!("{table} was {what} by another program, restored")
 }
 
-fn deed(op: &Op) -> Deed {
-    fn of<T>(change: &Change<T>) -> Deed {
-        match change {
-            Change::Create(_) => Deed::Deleted,
-            Change::Replace { .. } => Deed::Changed,
-            Change::Delete(_) => Deed::Added,
-        }
-    }
-    match op {
-        Op::Sysctl(..) => Deed::Changed,
-        Op::Link(_, change) => of(change),
-        Op::Address(_, change) => of(change),
-        Op::Fdb(_, _, change) => of(change),
-        Op::Neighbour(_, _, change) => of(change),
-        Op::Nexthop(_, change) => of(change),
-        Op::Route(_, change) => of(change),
-    }
-}
-
-fn counted(table: &str, count: u64) -> &'static str {
+fn counted(table: TableName, count: u64) -> &'static str {
     let (one, more) = match table {
-        "link" => ("link", "links"),
-        "sysctl" => ("setting", "settings"),
-        "address" => ("address", "addresses"),
-        "fdb" => ("FDB entry", "FDB entries"),
-        "neighbour" => ("neighbour", "neighbours"),
-        "nexthop" => ("nexthop object", "nexthop objects"),
-        _ => ("route", "routes"),
+        TableName::Link => ("link", "links"),
+        TableName::Sysctl => ("setting", "settings"),
+        TableName::Address => ("address", "addresses"),
+        TableName::Fdb => ("FDB entry", "FDB entries"),
+        TableName::Neighbour => ("neighbour", "neighbours"),
+        TableName::Nexthop => ("nexthop object", "nexthop objects"),
+        TableName::Route => ("route", "routes"),
+        TableName::Filter => ("step of the packet filter", "steps of the packet filter"),
     };
     if count == 1 { one } else { more }
 }
@@ -271,17 +251,21 @@ fn counted(table: &str, count: u64) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fabric_core::diff::Change;
+    use fabric_core::diff::nft::ChainsChange;
     use fabric_core::leases::{Entry, LeaseSet};
+    use fabric_core::state::nft::TableFamily;
     use fabric_core::state::{Sysctl, Via};
     use tokio::time::advance;
 
     fn route(third: u8) -> Op {
-        Op::Route(format!("10.244.{third}.0/24").parse().unwrap(), Change::Create(Via::Other("via nowhere".into())))
+        let via = Change::Create(Via::Other("via nowhere".into()));
+        routing::Op::Route(format!("10.244.{third}.0/24").parse().unwrap(), via).into()
     }
 
     fn neighbour(third: u8) -> Op {
         let (dev, ip) = ("fabric.1".parse().unwrap(), format!("10.244.{third}.0").parse().unwrap());
-        Op::Neighbour(dev, ip, Change::Create("02:42:c0:00:02:02".parse().unwrap()))
+        routing::Op::Neighbour(dev, ip, Change::Create("02:42:c0:00:02:02".parse().unwrap())).into()
     }
 
     fn lease(third: u8) -> Vec<Arc<Lease>> {
@@ -290,6 +274,10 @@ mod tests {
         let entry =
             Entry { key: format!("10.244.{third}.0-24"), value: value.into(), create_revision: 1, mod_revision: 1 };
         LeaseSet::snapshot(&LeaseSet::default(), vec![entry], 1).iter().cloned().collect()
+    }
+
+    fn causes(routing: Cause) -> Causes {
+        Causes { routing, filter_unchanged: false }
     }
 
     fn settled() -> Repairs {
@@ -303,7 +291,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn only_what_was_in_sync_and_is_still_desired_is_repaired() {
         let wrote = |repairs: &mut Repairs, op: &Op, cause: &Cause| {
-            !repairs.wrote([op].into_iter(), [].into_iter(), cause).is_empty()
+            !repairs.wrote([op].into_iter(), [].into_iter(), &causes(cause.clone())).is_empty()
         };
         let mut start = Repairs::default();
         assert!(!wrote(&mut start, &route(2), &Cause::Unchanged), "a start's first writes");
@@ -315,12 +303,13 @@ mod tests {
             (Cause::Leases(lease(2)), neighbour(2), false),
             (Cause::Leases(lease(3)), route(2), true),
             (Cause::Leases(lease(3)), neighbour(2), true),
-            (Cause::Leases(lease(2)), Op::Sysctl(Sysctl::Ipv4Forward, 1), true),
+            (Cause::Leases(lease(2)), routing::Op::Sysctl(Sysctl::Ipv4Forward, 1).into(), true),
         ] {
             assert_eq!(wrote(&mut settled(), &op, &cause), repaired, "{op} with {cause:?}");
         }
         let mut repairs = settled();
-        assert_eq!(repairs.wrote([].into_iter(), [&route(2)].into_iter(), &Cause::Leases(lease(2))), BTreeMap::new());
+        let failing = repairs.wrote([].into_iter(), [&route(2)].into_iter(), &causes(Cause::Leases(lease(2))));
+        assert_eq!(failing, BTreeMap::new());
         assert!(!wrote(&mut repairs, &route(2), &Cause::Unchanged), "tried again");
         assert!(wrote(&mut repairs, &route(2), &Cause::Unchanged), "it had worked");
     }
@@ -329,16 +318,16 @@ mod tests {
     async fn first_object_is_named_with_the_number_of_others_and_not_too_often() {
         let mut repairs = settled();
         let ops = [route(2), route(3), neighbour(2), neighbour(3)];
-        let counts = repairs.wrote(ops.iter(), [].into_iter(), &Cause::Unchanged);
-        assert_eq!(counts, [("route", 2), ("neighbour", 2)].into());
+        let counts = repairs.wrote(ops.iter(), [].into_iter(), &causes(Cause::Unchanged));
+        assert_eq!(counts, [(TableName::Route, 2), (TableName::Neighbour, 2)].into());
         let first = "route 10.244.2.0/24 was deleted by another program, restored; with it 2 neighbours, 1 route";
         assert_eq!(told(&repairs), [first]);
         for _ in 0..3 {
-            repairs.wrote([&route(3)].into_iter(), [].into_iter(), &Cause::Unchanged);
+            repairs.wrote([&route(3)].into_iter(), [].into_iter(), &causes(Cause::Unchanged));
         }
         assert_eq!(told(&repairs), [first]);
         advance(EVENT).await;
-        repairs.wrote([&route(3)].into_iter(), [].into_iter(), &Cause::Unchanged);
+        repairs.wrote([&route(3)].into_iter(), [].into_iter(), &causes(Cause::Unchanged));
         let again =
             "route 10.244.3.0/24 was deleted by another program, restored (3 repairs more since the last event)";
         assert_eq!(told(&repairs), [first, again]);
@@ -346,18 +335,27 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn packet_filter_is_repaired_too() {
-        let change = RuleChange { rules: [(TableFamily::Inet, Default::default())].into(), ..RuleChange::default() };
-        let there = Found::from([(TableFamily::Inet, Default::default())]);
+        let chains = |there: &[&str]| -> Op {
+            let old_chains = there.iter().map(|name| (*name).to_owned()).collect();
+            nft::Op::Chains(TableFamily::Inet, ChainsChange { old_chains, ..ChainsChange::default() }).into()
+        };
+        let (changed, deleted) = (chains(&["input"]), chains(&[]));
         let mut repairs = settled();
-        assert_eq!(repairs.filtered(&change, &there, true, false), 0, "a lease came");
-        assert_eq!(repairs.filtered(&change, &there, false, true), 0, "not written");
-        assert_eq!(repairs.filtered(&change, &there, true, true), 0, "tried again");
-        assert_eq!(repairs.filtered(&change, &there, true, true), 1);
+        let mut wrote = |done: &[&Op], failed: &[&Op], filter_unchanged| {
+            let causes = Causes { routing: Cause::Anew, filter_unchanged };
+            let counts = repairs.wrote(done.iter().copied(), failed.iter().copied(), &causes);
+            (counts.get(&TableName::Filter).copied().unwrap_or_default(), repairs.last())
+        };
+        assert_eq!(wrote(&[&changed], &[], false).0, 0, "a lease came");
+        assert_eq!(wrote(&[], &[&changed], true).0, 0, "not written");
+        assert_eq!(wrote(&[&changed], &[], true).0, 0, "tried again");
+        assert_eq!(wrote(&[&changed], &[], true).0, 1);
         advance(EVENT).await;
-        assert_eq!(repairs.filtered(&change, &Found::new(), true, true), 1);
+        let (count, last) = wrote(&[&deleted], &[], true);
+        assert_eq!(count, 1);
         let table = "table inet fabric of the packet filter was";
         assert_eq!(
-            told(&repairs),
+            last.iter().map(|repair| repair.message.clone()).collect::<Vec<_>>(),
             [
                 format!("{table} changed by another program, restored"),
                 format!("{table} deleted by another program, restored")

@@ -7,9 +7,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use fabric_core::diff::{Change, Gate, Key, Op, diff};
+use fabric_core::diff::routing::Op;
+use fabric_core::diff::{self, Change, Gate, Key, diff};
 use fabric_core::model::{Family, IfName, MacAddr, Subnet};
-use fabric_core::state::{KernelState, NEXTHOP_ID_BASE, Nexthop, NexthopId, Sysctl, Via, VxlanLink};
+use fabric_core::state::{NEXTHOP_ID_BASE, Nexthop, NexthopId, Routing, State, Sysctl, Via, VxlanLink};
 use fabricd::kernel::{Kernel, KernelError, Observed, Touched};
 
 /// The host's addresses on `eth0`.
@@ -48,6 +49,8 @@ pub enum Act {
     DeleteFdb(IfName, MacAddr, std::net::IpAddr),
     /// `ip neighbour del IP dev DEV`.
     DeleteNeighbour(IfName, std::net::IpAddr),
+    /// `nft flush ruleset`.
+    FlushRuleset,
 }
 
 /// A kernel under test, and what else happens on its host.
@@ -114,9 +117,9 @@ pub fn underlay(family: Family, n: u32) -> std::net::IpAddr {
 
 /// What a node with `peers` peers wants of one family; the last peer is reached directly.
 #[must_use]
-pub fn wanted(family: Family, peers: u32) -> KernelState {
+pub fn wanted(family: Family, peers: u32) -> Routing {
     let dev = device(family);
-    let mut state = KernelState::default();
+    let mut state = Routing::default();
     state.links.insert(
         dev,
         VxlanLink {
@@ -163,7 +166,7 @@ pub async fn look(kernel: &mut impl Kernel) -> Arc<Observed> {
 }
 
 /// What is ours now, of the settings only those wanted at all.
-async fn ours(kernel: &mut impl Kernel, want: &KernelState) -> KernelState {
+async fn ours(kernel: &mut impl Kernel, want: &Routing) -> Routing {
     let mut ours = look(kernel).await.ours.clone();
     ours.sysctls.retain(|setting, _| want.sysctls.contains_key(setting));
     ours
@@ -173,11 +176,12 @@ async fn ours(kernel: &mut impl Kernel, want: &KernelState) -> KernelState {
 ///
 /// # Panics
 /// When a step fails.
-pub async fn settle(kernel: &mut impl Kernel, want: &KernelState) -> String {
-    let plan = diff(want, &look(kernel).await.ours);
+pub async fn settle(kernel: &mut impl Kernel, want: impl Into<State<'_>>) -> String {
+    let (want, observed) = (want.into(), look(kernel).await);
+    let plan = diff(want, observed.found(want.routing));
     let mut gate = Gate::default();
     for stage in plan.stages() {
-        assert!(stage.iter().all(|op| gate.admits(op)));
+        assert!(stage.iter().all(|op| gate.admits(op).is_ok()));
         for (op, result) in stage.iter().zip(kernel.apply(stage).await) {
             result.unwrap_or_else(|error| panic!("{op}: {error}"));
         }
@@ -186,7 +190,7 @@ pub async fn settle(kernel: &mut impl Kernel, want: &KernelState) -> String {
 }
 
 /// Applies the plan and checks that the kernel holds what is wanted then, with nothing left to do.
-async fn settles(kernel: &mut impl Kernel, want: &KernelState) -> String {
+async fn settles(kernel: &mut impl Kernel, want: &Routing) -> String {
     let steps = settle(kernel, want).await;
     assert_eq!(ours(kernel, want).await, *want);
     assert_eq!(settle(kernel, want).await, "", "a second pass writes nothing");
@@ -201,8 +205,14 @@ pub async fn woken(kernel: &mut impl Kernel) -> Touched {
     tokio::time::timeout(PATIENCE, kernel.changed()).await.expect("changed() wakes")
 }
 
+/// Steps of routing, given to the kernel at once.
+async fn apply(kernel: &mut impl Kernel, ops: &[Op]) -> Vec<Result<(), KernelError>> {
+    let ops: Vec<diff::Op> = ops.iter().cloned().map(diff::Op::from).collect();
+    kernel.apply(&ops).await
+}
+
 /// The errno of each refused step, by position.
-fn refusals(results: &[Result<(), KernelError>]) -> Vec<(usize, i32)> {
+pub(super) fn refusals(results: &[Result<(), KernelError>]) -> Vec<(usize, i32)> {
     let errno = |error: &KernelError| error.errno().expect("a refusal has an errno");
     results.iter().enumerate().filter_map(|(at, result)| Some((at, errno(result.as_ref().err()?)))).collect()
 }
@@ -268,7 +278,7 @@ pub async fn what_is_not_wanted_goes(world: &mut impl World, family: Family) {
     let kernel = world.kernel();
     settles(kernel, &wanted(family, 5)).await;
     settles(kernel, &wanted(family, 2)).await;
-    settles(kernel, &KernelState::default()).await;
+    settles(kernel, &Routing::default()).await;
 }
 
 /// What is gone already is no error to delete, and an address that is there none to make.
@@ -284,7 +294,7 @@ pub async fn repeated_steps_are_no_error(world: &mut impl World, family: Family)
         .chain(want.fdb.iter().map(|((dev, mac), dst)| Op::Fdb(*dev, *mac, Change::Create(*dst))))
         .chain(want.neighbours.iter().map(|((d, ip), mac)| Op::Neighbour(*d, *ip, Change::Create(*mac))))
         .collect();
-    assert_eq!(refusals(&kernel.apply(&again).await), []);
+    assert_eq!(refusals(&apply(kernel, &again).await), []);
     let link = want.links[&dev];
     let mut deletions: Vec<Op> =
         want.routes.iter().map(|(dst, via)| Op::Route(*dst, Change::Delete(via.clone()))).collect();
@@ -293,11 +303,11 @@ pub async fn repeated_steps_are_no_error(world: &mut impl World, family: Family)
     deletions.extend(want.fdb.iter().map(|((d, mac), dst)| Op::Fdb(*d, *mac, Change::Delete(*dst))));
     deletions.extend(want.addresses.iter().map(|(d, address)| Op::Address(*d, Change::Delete(*address))));
     for _ in 0..2 {
-        assert_eq!(refusals(&kernel.apply(&deletions).await), []);
+        assert_eq!(refusals(&apply(kernel, &deletions).await), []);
     }
     deletions.push(Op::Link(dev, Change::Delete(link)));
     for _ in 0..2 {
-        assert_eq!(refusals(&kernel.apply(&deletions).await), []);
+        assert_eq!(refusals(&apply(kernel, &deletions).await), []);
     }
     settles(kernel, &want).await;
 }
@@ -311,7 +321,7 @@ pub async fn device_nexthop_or_route_that_is_there_is_not_made_again(world: &mut
     let mut ops = vec![Op::Link(dev, Change::Create(want.links[&dev]))];
     ops.extend(want.nexthops.iter().map(|(id, to)| Op::Nexthop(*id, Change::Create(*to))));
     ops.extend(want.routes.iter().map(|(dst, via)| Op::Route(*dst, Change::Create(via.clone()))));
-    let refused = refusals(&kernel.apply(&ops).await);
+    let refused = refusals(&apply(kernel, &ops).await);
     assert_eq!(refused, (0..ops.len()).map(|at| (at, libc::EEXIST)).collect::<Vec<_>>());
 }
 
@@ -395,7 +405,7 @@ pub async fn route_of_ours_in_a_strange_shape_is_put_right(world: &mut impl Worl
     let steps = settles(world.kernel(), &want).await;
     assert!(steps.starts_with("~ ip route replace"), "{steps}");
     world.act(&Act::SpoilRoute(subnet(family, 1)));
-    settles(world.kernel(), &KernelState::default()).await;
+    settles(world.kernel(), &Routing::default()).await;
 }
 
 /// What others made is seen as theirs and is still there after all of ours is gone.
@@ -428,7 +438,7 @@ pub async fn what_others_made_stays_theirs(world: &mut impl World, family: Famil
     let left = look(world.kernel()).await.foreign.clone();
     assert_eq!(left, foreign);
     assert_eq!(world.fdb_entries(&elsewhere), 1);
-    settles(world.kernel(), &KernelState::default()).await;
+    settles(world.kernel(), &Routing::default()).await;
     assert_eq!(world.fdb_entries(&elsewhere), 1);
 }
 
@@ -462,7 +472,7 @@ pub async fn plain_route_of_others_is_replaced_in_place(world: &mut impl World, 
     woken(world.kernel()).await;
     let observed = look(world.kernel()).await;
     assert!(observed.foreign.plain.contains_key(&dst) && observed.foreign.plain.contains_key(&stays));
-    let plan = diff(&want, &observed.foreign.lend(&observed.ours, &want));
+    let plan = diff(&want, observed.found(&want));
     assert_eq!(plan.ops().len(), 1, "{plan}");
     assert_eq!(refusals(&world.kernel().apply(plan.ops()).await), []);
     assert_eq!(ours(world.kernel(), &want).await, want);
@@ -490,7 +500,7 @@ pub async fn vxlan_of_others_with_our_vni_stays(world: &mut impl World, family: 
     assert_eq!(observed.foreign.links[&taken].vxlan, Some((1, 8472, Family::V4)));
     let dev = device(family);
     let create = Op::Link(dev, Change::Create(want.links[&dev]));
-    assert_eq!(refusals(&world.kernel().apply(&[create]).await), [(0, libc::EEXIST)]);
+    assert_eq!(refusals(&apply(world.kernel(), &[create]).await), [(0, libc::EEXIST)]);
 }
 
 /// Steps on a device that isn't there, on a nexthop object that isn't there, or without a way to the gateway.
@@ -508,13 +518,13 @@ pub async fn step_without_its_base_is_refused_alone(world: &mut impl World, fami
         Op::Route(subnet(family, 8), Change::Create(Via::Nexthop(nexthop_id(77)))),
         Op::Fdb(nowhere, mac(9), Change::Delete(underlay(family, 9))),
     ];
-    let refused = refusals(&kernel.apply(&ops).await);
+    let refused = refusals(&apply(kernel, &ops).await);
     assert_eq!(refused, [(0, libc::ENODEV), (2, libc::ENODEV), (3, libc::ENODEV), (4, libc::EINVAL)]);
     let off_link =
         Nexthop { gateway: v(if family == Family::V4 { "198.51.100.1" } else { "2001:db8:99::1" }), dev: v("eth0") };
     let direct = Op::Route(subnet(family, 8), Change::Create(Via::Direct(off_link)));
     let unreachable = if family == Family::V4 { libc::ENETUNREACH } else { libc::EHOSTUNREACH };
-    assert_eq!(refusals(&kernel.apply(&[direct]).await), [(0, unreachable)]);
+    assert_eq!(refusals(&apply(kernel, &[direct]).await), [(0, unreachable)]);
 }
 
 /// Of a large batch exactly the steps that fail are reported.
@@ -527,7 +537,7 @@ pub async fn batch_of_600_reports_exactly_the_three_that_fail(world: &mut impl W
     for at in [2, 299, 599] {
         ops[at] = Op::Route(subnet(family, 9), Change::Create(Via::Nexthop(nexthop_id(77))));
     }
-    assert_eq!(refusals(&kernel.apply(&ops).await), [(2, libc::EINVAL), (299, libc::EINVAL), (599, libc::EINVAL)]);
+    assert_eq!(refusals(&apply(kernel, &ops).await), [(2, libc::EINVAL), (299, libc::EINVAL), (599, libc::EINVAL)]);
     assert_eq!(look(kernel).await.ours.neighbours.len(), 597);
 }
 
@@ -536,7 +546,7 @@ pub async fn batch_in_which_all_fail_reports_all(world: &mut impl World, family:
     let kernel = world.kernel();
     let ops: Vec<Op> =
         (0..3000).map(|n| Op::Route(subnet(family, n % 1000), Change::Create(Via::Nexthop(nexthop_id(77))))).collect();
-    assert_eq!(refusals(&kernel.apply(&ops).await).len(), 3000);
+    assert_eq!(refusals(&apply(kernel, &ops).await).len(), 3000);
 }
 
 /// A look at a kernel that nothing happened to shows the same once more, and nobody is woken.

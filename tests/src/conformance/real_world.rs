@@ -62,6 +62,7 @@ impl World for RealWorld {
             Act::SpoilRoute(dst) => ip(&format!("route replace blackhole {dst} proto 250")),
             Act::AddFdb(dev, mac, dst) => run("bridge", &format!("fdb add {mac} dev {dev} dst {dst} self permanent")),
             Act::DeleteFdb(dev, mac, dst) => run("bridge", &format!("fdb del {mac} dev {dev} dst {dst} self")),
+            Act::FlushRuleset => run("nft", "flush ruleset"),
             Act::DeleteNeighbour(dev, address) => ip(&format!("neighbour del {address} dev {dev}")),
         };
     }

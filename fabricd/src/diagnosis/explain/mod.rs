@@ -21,9 +21,9 @@ use fabric_core::attachments::DEFAULT_BRIDGE;
 use fabric_core::firewall::Verdict;
 use fabric_core::leases::Lease;
 use fabric_core::model::{Family, IfName, Subnet};
-use fabric_core::rules::TableFamily;
-use fabric_core::rules::senders;
-use fabric_core::state::{KernelState, Via, VxlanLink};
+use fabric_core::plan::filter::senders;
+use fabric_core::state::nft::TableFamily;
+use fabric_core::state::{Routing, Via, VxlanLink};
 
 pub use self::outside::Place;
 use self::probes::Probes;
@@ -226,23 +226,15 @@ fn towards(scene: &Scene, from: FromPod, ip: IpAddr, lease: &Lease, probes: &Pro
 }
 
 /// Route, nexthop, neighbour and FDB entry: what is there beside what should be.
-fn entries(
-    scene: &Scene,
-    from: FromPod,
-    wanted: &KernelState,
-    had: &KernelState,
-    subnet: Subnet,
-    ip: IpAddr,
-) -> Vec<Hop> {
+fn entries(scene: &Scene, from: FromPod, wanted: &Routing, had: &Routing, subnet: Subnet, ip: IpAddr) -> Vec<Hop> {
     let routed = |device| route::hop(scene, from, ip, Some(device)).0;
     let mut hops = vec![];
     let via = wanted.routes.get(&subnet);
     hops.push(compare("route", had.routes.get(&subnet).map(via_line), via.map(via_line), &subnet.to_string()));
     let nexthop = match via {
         Some(Via::Nexthop(id)) => {
-            let line = |state: &KernelState| {
-                state.nexthops.get(id).map(|n| format!("id {id} via {} dev {}", n.gateway, n.dev))
-            };
+            let line =
+                |state: &Routing| state.nexthops.get(id).map(|n| format!("id {id} via {} dev {}", n.gateway, n.dev));
             hops.push(compare("nexthop", line(had), line(wanted), &format!("id {id}")));
             wanted.nexthops.get(id).copied()
         }
@@ -257,15 +249,13 @@ fn entries(
     hops.push(routed(nexthop.dev));
     let key = (nexthop.dev, nexthop.gateway);
     let mac = wanted.neighbours.get(&key).copied();
-    let line =
-        |state: &KernelState| state.neighbours.get(&key).map(|mac| format!("{} lladdr {mac} dev {}", key.1, key.0));
+    let line = |state: &Routing| state.neighbours.get(&key).map(|mac| format!("{} lladdr {mac} dev {}", key.1, key.0));
     hops.push(compare("neighbour", line(had), line(wanted), &nexthop.gateway.to_string()));
     if let Some(mac) = mac {
-        let line =
-            |state: &KernelState| state.fdb.get(&(key.0, mac)).map(|dst| format!("{mac} dev {} dst {dst}", key.0));
+        let line = |state: &Routing| state.fdb.get(&(key.0, mac)).map(|dst| format!("{mac} dev {} dst {dst}", key.0));
         hops.push(compare("fdb", line(had), line(wanted), &mac.to_string()));
     }
-    let link = |tables: &KernelState| {
+    let link = |tables: &Routing| {
         let state = |link: &VxlanLink| if link.up { "up" } else { "down" };
         let line = |link: &VxlanLink| format!("{} {} {}, MTU {}", key.0, link.mac, state(link), link.mtu);
         tables.links.get(&key.0).map(line)
@@ -333,7 +323,7 @@ fn arrival(scene: &Scene, question: &Question) -> Vec<Hop> {
     };
     let subnet = from.key.subnets().get(family).copied();
     let public_ip = from.record.endpoints().get(family).map(|endpoint| endpoint.public_ip);
-    let table = observed.rules.get(&TableFamily::Inet);
+    let table = observed.filter.get(&TableFamily::Inet);
     let mut hops: Vec<Hop> =
         public_ip.and_then(|peer| not_fine(foreign(scene, Asked::From(peer)))).into_iter().collect();
     hops.push(match (table, subnet, public_ip) {

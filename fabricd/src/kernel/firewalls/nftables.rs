@@ -52,8 +52,8 @@ fn base_chain(frame: &Frame<'_>) -> Option<Found> {
     let (table, name) = (values.text(1)?, values.text(3)?);
     // NFTA_CHAIN_POLICY, NFTA_CHAIN_TYPE
     let (policy, kind) = (values.number(5), values.text(7)?);
-    let is_ours =
-        table == fabric_core::rules::TABLE && matches!(i32::from(family), libc::NFPROTO_INET | libc::NFPROTO_BRIDGE);
+    let is_ours = table == fabric_core::state::nft::TABLE
+        && matches!(i32::from(family), libc::NFPROTO_INET | libc::NFPROTO_BRIDGE);
     if is_ours || kind == "nat" {
         return None;
     }

@@ -1,6 +1,6 @@
 //! The attributes of nftables (linux/netfilter/nfnetlink.h): behind a `struct nfgenmsg`, with numbers in network order.
 
-use fabric_core::rules::TABLE;
+use fabric_core::state::nft::TABLE;
 pub(in crate::kernel) use fabric_netlink::Attributes;
 use fabric_netlink::{Frame, attribute, attributes};
 use netlink_packet_core::parse_u32_be;

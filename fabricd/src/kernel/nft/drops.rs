@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use fabric_core::rules::{TABLE, TableFamily, reason};
+use fabric_core::state::nft::{TABLE, TableFamily, reason};
 use fabric_netlink::{Frame, Request, RequestSocket};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 

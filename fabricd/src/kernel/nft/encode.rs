@@ -1,14 +1,14 @@
-//! From a [`Change`] to the messages of its transactions. Each function gives the command of `nft` that would do the same.
+//! From steps to the messages of a transaction. Each function gives the command of `nft` that would do the same.
 
 use std::net::IpAddr;
 
-use fabric_core::rules::change::{Change, ElementChange, RuleChange};
-use fabric_core::rules::{Chain, Element, KeyField, Part, Rule, Set, TABLE, TableFamily};
+use fabric_core::diff::nft::{ChainsChange, ElementChange, Op};
+use fabric_core::state::nft::{Chain, Element, KeyField, Part, Rule, Set, TABLE, TableFamily};
 use fabric_netlink::{Request, pad};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE};
 
 use super::attributes::{Attributes, Nfnetlink as _};
-use super::door;
+use super::docker_user;
 use super::expr::{DATA_VALUE, LIST_ELEMENT, interface};
 use super::rule::with_rule;
 use super::uapi::{
@@ -20,24 +20,12 @@ use super::uapi::{
 /// Elements in one message: a list of attributes has to stay below 64 KiB, and each takes 116 bytes at most.
 const AT_ONCE: usize = 500;
 
-/// The messages of a change, transaction by transaction: sets, and then the rules that look into them.
-pub(super) fn transactions(change: &Change) -> Vec<Vec<Request>> {
-    let mut sets: Vec<Request> = change.removed.iter().copied().flat_map(remove_table).collect();
-    for ((family, name, set), id) in change.sets.iter().zip(1..) {
-        sets.push(make_table(*family));
-        sets.extend(make_set(*family, name, set, id));
-    }
-    for ElementChange { table, set, shape, removed, added, .. } in &change.elements {
-        sets.extend(elements(*table, set, shape, removed, DELETE_ELEMENTS));
-        sets.extend(elements(*table, set, shape, added, NEW_ELEMENTS));
-    }
-    let rules = change.rules.iter().flat_map(|(family, change)| replace_rules(*family, change)).collect();
-    let doors = change.doors.iter().map(door::messages);
-    [sets, rules].into_iter().chain(doors).filter(|steps| !steps.is_empty()).map(transaction).collect()
-}
-
-/// Begin, what is to be done, end.
-fn transaction(mut steps: Vec<Request>) -> Vec<Request> {
+/// The messages of a transaction, in the order in which the kernel has to take them.
+pub(super) fn transaction(ops: &[&Op]) -> Vec<Request> {
+    let is_reset = |op: &&Op| matches!(op, Op::ResetTable(_) | Op::DeleteTable(_));
+    let (resets, others): (Vec<&Op>, Vec<&Op>) = ops.iter().copied().partition(is_reset);
+    let mut id = 0;
+    let mut steps: Vec<Request> = resets.into_iter().chain(others).flat_map(|op| messages(op, &mut id)).collect();
     if let Some(last) = steps.last_mut() {
         last.add_flags(NLM_F_ACK);
     }
@@ -45,6 +33,26 @@ fn transaction(mut steps: Vec<Request>) -> Vec<Request> {
     steps.insert(0, bracket(BATCH_BEGIN));
     steps.push(bracket(BATCH_END));
     steps
+}
+
+/// The messages of one step; `id` is that of the last set that the transaction makes.
+fn messages(op: &Op, id: &mut u32) -> Vec<Request> {
+    match op {
+        Op::ResetTable(family) | Op::DeleteTable(family) => remove_table(*family).into(),
+        Op::Set(family, name, set) => {
+            *id += 1;
+            let mut steps = vec![make_table(*family)];
+            steps.extend(make_set(*family, name, set, *id));
+            steps
+        }
+        Op::Elements(ElementChange { table, set, shape, removed, added, .. }) => {
+            let mut steps = elements(*table, set, shape, removed, DELETE_ELEMENTS);
+            steps.extend(elements(*table, set, shape, added, NEW_ELEMENTS));
+            steps
+        }
+        Op::Chains(family, change) => replace_rules(*family, change, id),
+        Op::DockerUser(change) => docker_user::messages(change),
+    }
 }
 
 /// `nft add table FAMILY fabric; nft delete table FAMILY fabric`: gone, whether it was there or not.
@@ -60,7 +68,7 @@ fn make_table(family: TableFamily) -> Request {
 
 /// `nft flush table FAMILY fabric`, all chains deleted, and those that are wanted made. Rules come last: they name
 /// chains and sets.
-fn replace_rules(family: TableFamily, change: &RuleChange) -> Vec<Request> {
+fn replace_rules(family: TableFamily, change: &ChainsChange, id: &mut u32) -> Vec<Request> {
     let named = |kind, name: u16, value: &str| {
         Request::raw(message(kind), 0, start(family).text(1, TABLE).text(name, value).into_bytes())
     };
@@ -70,7 +78,10 @@ fn replace_rules(family: TableFamily, change: &RuleChange) -> Vec<Request> {
     // NFTA_CHAIN_NAME, NFTA_SET_NAME
     steps.extend(change.old_chains.iter().map(|chain| named(DELETE_CHAIN, 3, chain)));
     steps.extend(change.old_sets.iter().map(|set| named(DELETE_SET, 2, set)));
-    steps.extend(change.sets.iter().zip(1..).flat_map(|((name, set), id)| make_set(family, name, set, id)));
+    for (name, set) in &change.sets {
+        *id += 1;
+        steps.extend(make_set(family, name, set, *id));
+    }
     steps.extend(change.chains.iter().map(|(name, chain)| make_chain(family, name, chain)));
     for (name, chain) in &change.chains {
         steps.extend(chain.rules.iter().map(|rule| make_rule(family, name, rule)));

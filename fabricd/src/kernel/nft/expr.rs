@@ -5,7 +5,7 @@
 //! packet that is too short, a fragment without a UDP header) ends the rule: it doesn't apply.
 
 use fabric_core::model::{Family, Subnet, to_bits};
-use fabric_core::rules::{Field, Match, Rule, Test, Verdict};
+use fabric_core::state::nft::{Field, Match, Rule, Test, Verdict};
 
 use super::attributes::{Attributes, Nfnetlink as _};
 

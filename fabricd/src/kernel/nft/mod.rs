@@ -1,14 +1,14 @@
 //! nftables over netlink: our tables written in transactions, read back, and watched.
 //!
 //! ```text
-//!   Change ── encode (expr) ──► one datagram: begin, …, end ──► kernel ──► events ── watch ──► read again
-//!   Found  ◄── read ◄── dumps of our tables alone ◄───────────────┘
+//!   Ops ── encode (expr) ──► one datagram: begin, …, end ──► kernel ──► events ── watch ──► read again
+//!   FoundRuleset ◄── read ◄── dumps of our tables alone ◄──────────┘
 //! ```
 //!
 //! What we wrote ourselves is known without reading it again; the events of our own transactions are passed over.
 
 mod attributes;
-mod door;
+mod docker_user;
 pub(super) mod drops;
 mod encode;
 mod expr;
@@ -24,9 +24,9 @@ pub(super) use self::rule::comment;
 
 use std::io;
 
-use fabric_core::rules::TABLE;
-use fabric_core::rules::change::{Change, Found};
-use fabric_core::rules::door::Door;
+use fabric_core::diff::nft::Op;
+use fabric_core::state::docker_user::DockerUser;
+use fabric_core::state::nft::{FoundRuleset, TABLE};
 use fabric_netlink::{Refusal, RequestSocket};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
@@ -59,7 +59,7 @@ impl Filter {
 
     /// What is there of our tables, `None` when nobody has written a rule since they were last read, and what they have
     /// dropped.
-    pub(super) fn read(&mut self) -> io::Result<(Option<Found>, Dropped)> {
+    pub(super) fn read(&mut self) -> io::Result<(Option<FoundRuleset>, Dropped)> {
         let Some(socket) = &mut self.socket else { return Ok(Default::default()) };
         let now = generation(socket)?;
         if now.is_some() && now == self.read_at {
@@ -71,14 +71,14 @@ impl Filter {
         Ok((Some(found), dropped))
     }
 
-    /// Chains of others that are there for rules of ours.
-    pub(super) fn doors(&mut self) -> io::Result<Vec<Door>> {
-        self.socket.as_mut().map_or_else(|| Ok(vec![]), door::doors)
+    /// The chains that Docker has for rules of others.
+    pub(super) fn docker_user(&mut self) -> io::Result<Vec<DockerUser>> {
+        self.socket.as_mut().map_or_else(|| Ok(vec![]), docker_user::chains)
     }
 
     /// Whether kube-proxy's rules are here.
     pub(super) fn has_kube_proxy(&mut self) -> bool {
-        self.socket.as_mut().is_some_and(door::has_kube_proxy)
+        self.socket.as_mut().is_some_and(docker_user::has_kube_proxy)
     }
 
     /// Who else owns one of our tables (`flags owner`), in words with the way out.
@@ -93,10 +93,10 @@ impl Filter {
         })
     }
 
-    /// Writes a change: its sets and then its rules, each all or nothing.
-    pub(super) fn write(&mut self, change: &Change) -> Result<(), Refusal> {
+    /// Writes steps as one transaction: all or nothing.
+    pub(super) fn write(&mut self, ops: &[&Op]) -> Result<(), Refusal> {
         match &mut self.socket {
-            Some(socket) => encode::transactions(change).iter().try_for_each(|steps| socket.transact(steps)),
+            Some(socket) => socket.transact(&encode::transaction(ops)),
             None => Err(io::Error::from_raw_os_error(libc::EPROTONOSUPPORT).into()),
         }
     }

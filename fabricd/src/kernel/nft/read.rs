@@ -1,11 +1,11 @@
-//! What is there of our tables, as far as it has to be known: see [`fabric_core::rules::change`].
+//! What is there of our tables, as far as it has to be known: see [`fabric_core::state::nft`].
 
 use std::io;
 use std::sync::Arc;
 
 use fabric_core::model::{Family, Subnet, from_bits};
-use fabric_core::rules::change::{Found, FoundSet, FoundTable, NO_HOOK};
-use fabric_core::rules::{ChainKind, Element, Hook, KeyField, Part, Place, Set, TABLE, TableFamily, reason};
+use fabric_core::state::nft::{ChainKind, Element, Hook, KeyField, Part, Place, Set, TABLE, TableFamily, reason};
+use fabric_core::state::nft::{FoundRuleset, FoundSet, FoundTable, NO_HOOK};
 use fabric_netlink::{Frame, Request, RequestSocket};
 
 use super::attributes::{Attributes, Nfnetlink as _, Values};
@@ -40,8 +40,8 @@ pub(super) fn dropped(socket: &mut RequestSocket) -> io::Result<Dropped> {
 }
 
 /// `nft list table inet fabric`, `nft list table bridge fabric`.
-pub(super) fn tables(socket: &mut RequestSocket) -> io::Result<(Found, Dropped)> {
-    let (mut found, mut dropped) = (Found::new(), Dropped::new());
+pub(super) fn tables(socket: &mut RequestSocket) -> io::Result<(FoundRuleset, Dropped)> {
+    let (mut found, mut dropped) = (FoundRuleset::new(), Dropped::new());
     for family in [TableFamily::Inet, TableFamily::Bridge] {
         if let Some(table) = table(socket, family, &mut dropped)? {
             found.insert(family, table);

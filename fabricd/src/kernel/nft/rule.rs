@@ -1,6 +1,6 @@
 //! A rule in a message: its expressions, and its comment, by which ours are known.
 
-use fabric_core::rules::Rule;
+use fabric_core::state::nft::Rule;
 
 use super::attributes::{Attributes, Values};
 use super::expr::expressions;

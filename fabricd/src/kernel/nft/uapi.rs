@@ -1,6 +1,6 @@
 //! Numbers of nf_tables (linux/netfilter/nf_tables.h, linux/netfilter/nfnetlink.h): kinds of messages, flags, widths.
 
-use fabric_core::rules::{ChainKind, KeyField, TableFamily};
+use fabric_core::state::nft::{ChainKind, KeyField, TableFamily};
 
 /// `NFNL_SUBSYS_NFTABLES`: whose message it is, and whose batch.
 pub(super) const SUBSYSTEM: u16 = 10;

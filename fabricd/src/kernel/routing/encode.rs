@@ -5,7 +5,8 @@
 
 use std::net::IpAddr;
 
-use fabric_core::diff::{Change, Op};
+use fabric_core::diff::Change;
+use fabric_core::diff::routing::Op;
 use fabric_core::model::{Family, IfName, MacAddr, Subnet};
 use fabric_core::state::{ROUTE_PROTOCOL, Via, VxlanLink};
 use fabric_netlink::Request;
@@ -59,7 +60,9 @@ pub(in crate::kernel) fn encode(
         Op::Link(name, Change::Replace { was, now }) => {
             our_link(name).map(|index| change_link(index, was, now)).ok_or(Unsendable::NoDevice)
         }
-        Op::Link(name, Change::Delete(_)) => Ok(our_link(name).map(delete_link).into_iter().collect()),
+        Op::Link(name, Change::Delete(_)) | Op::Outgrown(name, _) => {
+            Ok(our_link(name).map(delete_link).into_iter().collect())
+        }
         Op::Address(dev, Change::Create(address) | Change::Replace { now: address, .. }) => {
             index(dev).map(|index| vec![set_address(index, *address)])
         }

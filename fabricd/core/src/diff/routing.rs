@@ -1,8 +1,7 @@
-//! [`diff`]: the steps from what the kernel has to what it should have.
+//! The steps to links, addresses, FDB, neighbours, nexthop objects, routes and settings.
 //!
-//! The order keeps packets flowing: what a peer needs is made from the bottom up (link, address, FDB,
-//! neighbour, nexthop, route), what is no longer wanted goes from the top down, after that. A step names what
-//! it builds on, so that when one fails only those above it wait: see [`Gate`].
+//! What a peer needs is made from the bottom up (link, address, FDB, neighbour, nexthop, route), what is no longer wanted
+//! goes from the top down, after that.
 
 use std::borrow::Cow;
 use std::cmp::Ordering;
@@ -10,58 +9,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 
+use super::{Change, Key, Stage, TableName, Verb};
 use crate::model::{Family, IfName, MacAddr, Subnet};
-use crate::state::{KernelState, Nexthop, NexthopId, ROUTE_PROTOCOL, Sysctl, Via, VxlanLink};
+use crate::state::{Nexthop, NexthopId, ROUTE_PROTOCOL, Routing, Sysctl, Via, VxlanLink};
 
-/// What happens to one entry of a table.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change<T> {
-    /// It is missing.
-    Create(T),
-    /// It is there with another value. Only what was just seen as ours is replaced.
-    Replace {
-        /// The value it has.
-        was: T,
-        /// The value it should have.
-        now: T,
-    },
-    /// It should not be there.
-    Delete(T),
-}
-
-impl<T> Change<T> {
-    /// The value that should be there afterwards.
-    #[must_use]
-    pub fn wanted(&self) -> Option<&T> {
-        match self {
-            Self::Create(now) | Self::Replace { now, .. } => Some(now),
-            Self::Delete(_) => None,
-        }
-    }
-
-    /// The value that was there before.
-    #[must_use]
-    pub fn found(&self) -> Option<&T> {
-        match self {
-            Self::Create(_) => None,
-            Self::Replace { was, .. } | Self::Delete(was) => Some(was),
-        }
-    }
-
-    fn sign(&self) -> char {
-        match self {
-            Self::Create(_) => '+',
-            Self::Replace { .. } => '~',
-            Self::Delete(_) => '-',
-        }
-    }
-}
-
-/// One write to the kernel. Applying it twice does no more than once.
+/// One write to one of these tables. Applying it twice does no more than once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
     /// A VXLAN device. `Replace` changes it in place.
     Link(IfName, Change<VxlanLink>),
+    /// A VXLAN device that can't become what is wanted under its name: it goes, so that the other can be made.
+    Outgrown(IfName, VxlanLink),
     /// A kernel setting; never deleted.
     Sysctl(Sysctl, u32),
     /// An address on our device.
@@ -76,31 +34,12 @@ pub enum Op {
     Route(Subnet, Change<Via>),
 }
 
-/// What names an entry, over all tables.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Key {
-    /// A device.
-    Link(IfName),
-    /// A setting.
-    Sysctl(Sysctl),
-    /// An address.
-    Address(IfName, Subnet),
-    /// An FDB entry.
-    Fdb(IfName, MacAddr),
-    /// A neighbour.
-    Neighbour(IfName, IpAddr),
-    /// A nexthop object.
-    Nexthop(NexthopId),
-    /// A route.
-    Route(Subnet),
-}
-
 impl Op {
     /// The entry that this step writes.
     #[must_use]
     pub fn key(&self) -> Key {
         match self {
-            Self::Link(name, _) => Key::Link(*name),
+            Self::Link(name, _) | Self::Outgrown(name, _) => Key::Link(*name),
             Self::Sysctl(sysctl, _) => Key::Sysctl(*sysctl),
             Self::Address(dev, Change::Create(a) | Change::Delete(a) | Change::Replace { now: a, .. }) => {
                 Key::Address(*dev, *a)
@@ -112,17 +51,38 @@ impl Op {
         }
     }
 
-    /// True for the last kind of step: something goes.
+    /// What is done to it.
+    #[must_use]
+    pub fn verb(&self) -> Verb {
+        match self {
+            Self::Link(_, c) => c.verb(),
+            Self::Outgrown(..) => Verb::Delete,
+            Self::Sysctl(..) => Verb::Replace,
+            Self::Address(_, c) => c.verb(),
+            Self::Fdb(_, _, c) => c.verb(),
+            Self::Neighbour(_, _, c) => c.verb(),
+            Self::Nexthop(_, c) => c.verb(),
+            Self::Route(_, c) => c.verb(),
+        }
+    }
+
+    /// True when something goes.
     #[must_use]
     pub fn is_delete(&self) -> bool {
+        self.verb() == Verb::Delete
+    }
+
+    /// Its table.
+    #[must_use]
+    pub fn table(&self) -> TableName {
         match self {
-            Self::Link(_, c) => c.wanted().is_none(),
-            Self::Sysctl(..) => false,
-            Self::Address(_, c) => c.wanted().is_none(),
-            Self::Fdb(_, _, c) => c.wanted().is_none(),
-            Self::Neighbour(_, _, c) => c.wanted().is_none(),
-            Self::Nexthop(_, c) => c.wanted().is_none(),
-            Self::Route(_, c) => c.wanted().is_none(),
+            Self::Link(..) | Self::Outgrown(..) => TableName::Link,
+            Self::Sysctl(..) => TableName::Sysctl,
+            Self::Address(..) => TableName::Address,
+            Self::Fdb(..) => TableName::Fdb,
+            Self::Neighbour(..) => TableName::Neighbour,
+            Self::Nexthop(..) => TableName::Nexthop,
+            Self::Route(..) => TableName::Route,
         }
     }
 
@@ -130,6 +90,11 @@ impl Op {
     #[must_use]
     pub fn needs(&self) -> Vec<Key> {
         match self {
+            // A device takes packets from anybody: one that begins to, or goes for one that would, waits for the chain that
+            // judges who may send. One that stands is never touched for it.
+            Self::Link(_, Change::Create(link)) if link.up => vec![Key::SendersChain],
+            Self::Link(_, Change::Replace { was, now }) if !was.up && now.up => vec![Key::SendersChain],
+            Self::Outgrown(..) => vec![Key::SendersChain],
             Self::Link(..) => vec![],
             Self::Sysctl(sysctl, _) => sysctl.device().map(Key::Link).into_iter().collect(),
             Self::Address(dev, c) if c.wanted().is_some() => vec![Key::Link(*dev)],
@@ -154,19 +119,21 @@ impl Op {
         }
     }
 
-    /// Steps of one rank may go to the kernel together; ranks go in order.
-    fn rank(&self) -> u8 {
-        let height = match self {
-            Self::Link(..) => 0,
-            Self::Sysctl(..) => 1,
-            Self::Address(..) => 2,
-            Self::Fdb(..) => 3,
-            Self::Neighbour(..) => 4,
-            Self::Nexthop(..) => 5,
-            Self::Route(..) => 6,
-        };
-        // What nothing wants any more goes last: until then packets may still pass it.
-        if self.is_delete() { 20 - height } else { height }
+    /// When it is taken.
+    #[must_use]
+    pub fn stage(&self) -> Stage {
+        let is_delete = self.is_delete();
+        let at = |made, goes| if is_delete { goes } else { made };
+        match self {
+            Self::Link(..) => at(Stage::Link, Stage::LinkGoes),
+            Self::Outgrown(..) => Stage::Outgrown,
+            Self::Sysctl(..) => Stage::Sysctl,
+            Self::Address(..) => at(Stage::Address, Stage::AddressGoes),
+            Self::Fdb(..) => at(Stage::Fdb, Stage::FdbGoes),
+            Self::Neighbour(..) => at(Stage::Neighbour, Stage::NeighbourGoes),
+            Self::Nexthop(..) => at(Stage::Nexthop, Stage::NexthopGoes),
+            Self::Route(..) => at(Stage::Route, Stage::RouteGoes),
+        }
     }
 }
 
@@ -182,42 +149,8 @@ fn below_route(via: &Via) -> Vec<Key> {
     }
 }
 
-/// Steps in the order in which they are to be taken.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Plan {
-    ops: Vec<Op>,
-    first: usize,
-}
-
-impl Plan {
-    /// All steps.
-    #[must_use]
-    pub fn ops(&self) -> &[Op] {
-        &self.ops
-    }
-
-    /// True when nothing is to be done.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.ops.is_empty()
-    }
-
-    /// The steps in groups: those of one group don't depend on each other.
-    pub fn stages(&self) -> impl Iterator<Item = &[Op]> {
-        let (first, rest) = self.ops.split_at(self.first);
-        std::iter::once(first).filter(|ops| !ops.is_empty()).chain(rest.chunk_by(|a, b| a.rank() == b.rank()))
-    }
-}
-
-impl fmt::Display for Plan {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.ops.iter().try_for_each(|op| writeln!(f, "{op}"))
-    }
-}
-
-/// The steps from `have` to `want`. Over the union of both: what nobody wants any more goes too.
-#[must_use]
-pub fn diff(want: &KernelState, have: &KernelState) -> Plan {
+/// The steps from `have` to `want`, in no order.
+pub(super) fn diff(want: &Routing, have: &Routing) -> impl Iterator<Item = Op> {
     // A device that can't become what is wanted goes first, and the kernel takes all that hangs on it along.
     let outgrown: BTreeSet<&IfName> = have
         .links
@@ -225,7 +158,7 @@ pub fn diff(want: &KernelState, have: &KernelState) -> Plan {
         .filter(|(name, link)| want.links.get(*name).is_some_and(|want| !link.can_become(want)))
         .map(|(name, _)| name)
         .collect();
-    let first: Vec<Op> = outgrown.iter().map(|name| Op::Link(*(*name), Change::Delete(have.links[*name]))).collect();
+    let mut ops: Vec<Op> = outgrown.iter().map(|name| Op::Outgrown(**name, have.links[*name])).collect();
     // A new MAC address costs a device its permanent neighbours (`neigh_changeaddr`).
     let renamed: BTreeSet<&IfName> = have
         .links
@@ -241,10 +174,9 @@ pub fn diff(want: &KernelState, have: &KernelState) -> Plan {
         Cow::Owned(left)
     };
 
-    let addresses = |state: &KernelState| -> BTreeMap<(IfName, Subnet), Subnet> {
+    let addresses = |state: &Routing| -> BTreeMap<(IfName, Subnet), Subnet> {
         state.addresses.iter().map(|(dev, a)| ((*dev, *a), *a)).collect()
     };
-    let mut ops = Vec::new();
     ops.extend(changes(&want.links, &have.links).map(|(name, c)| Op::Link(name, c)));
     ops.extend(want.sysctls.iter().filter(|(k, v)| have.sysctls.get(k) != Some(v)).map(|(k, v)| Op::Sysctl(*k, *v)));
     ops.extend(changes(&addresses(want), &addresses(&have)).map(|((dev, _), c)| Op::Address(dev, c)));
@@ -252,15 +184,12 @@ pub fn diff(want: &KernelState, have: &KernelState) -> Plan {
     ops.extend(changes(&want.neighbours, &have.neighbours).map(|((dev, ip), c)| Op::Neighbour(dev, ip, c)));
     ops.extend(changes(&want.nexthops, &have.nexthops).map(|(id, c)| Op::Nexthop(id, c)));
     ops.extend(changes(&want.routes, &have.routes).map(|(dst, c)| Op::Route(dst, c)));
-    ops.sort_by_key(Op::rank);
-    let mut plan = Plan { first: first.len(), ops: first };
-    plan.ops.append(&mut ops);
-    plan
+    ops.into_iter()
 }
 
 /// `state` after the kernel removed the devices for which `gone` says so: all that hangs on them goes along.
 #[must_use]
-pub fn without(state: &KernelState, gone: impl Fn(&IfName) -> bool) -> KernelState {
+pub fn without(state: &Routing, gone: impl Fn(&IfName) -> bool) -> Routing {
     let mut left = state.clone();
     left.links.retain(|name, _| !gone(name));
     left.addresses.retain(|(dev, _)| !gone(dev));
@@ -305,36 +234,12 @@ fn changes<K: Ord + Copy, V: PartialEq + Clone>(
     })
 }
 
-/// Decides which steps still make sense after some have failed.
-#[derive(Debug, Default)]
-pub struct Gate {
-    broken: BTreeSet<Key>,
-    held: BTreeSet<Key>,
-}
-
-impl Gate {
-    /// Whether `op` should be taken; an op that is turned away counts as failed.
-    pub fn admits(&mut self, op: &Op) -> bool {
-        let blocked = (!self.broken.is_empty() && op.needs().iter().any(|key| self.broken.contains(key)))
-            || (!self.held.is_empty() && op.is_delete() && self.held.contains(&op.key()));
-        if blocked {
-            self.failed(op);
-        }
-        !blocked
-    }
-
-    /// Takes note that `op` failed.
-    pub fn failed(&mut self, op: &Op) {
-        self.broken.insert(op.key());
-        self.held.extend(op.holds());
-    }
-}
-
 impl fmt::Display for Op {
     /// The step as a line of iproute2, behind `+` (made), `~` (changed) or `-` (removed).
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Link(name, change) => link_line(f, name, change),
+            Self::Outgrown(name, _) => write!(f, "- ip link del {name}"),
             Self::Sysctl(sysctl, value) => write!(f, "~ sysctl -w net/{}={value}", sysctl.path()),
             Self::Address(dev, change) => {
                 let (verb, address) = match change {
@@ -342,15 +247,17 @@ impl fmt::Display for Op {
                     Change::Delete(was) => ("del", was),
                 };
                 let nodad = if address.family() == Family::V6 && verb == "add" { " nodad" } else { "" };
-                write!(f, "{} ip address {verb} {address} dev {dev}{nodad}", change.sign())
+                write!(f, "{} ip address {verb} {address} dev {dev}{nodad}", change.verb().sign())
             }
             Self::Fdb(dev, mac, change) => match change.wanted() {
-                Some(dst) => write!(f, "{} bridge fdb replace {mac} dev {dev} dst {dst} self permanent", change.sign()),
+                Some(dst) => {
+                    write!(f, "{} bridge fdb replace {mac} dev {dev} dst {dst} self permanent", change.verb().sign())
+                }
                 None => write!(f, "- bridge fdb del {mac} dev {dev} self"),
             },
             Self::Neighbour(dev, ip, change) => match change.wanted() {
                 Some(mac) => {
-                    write!(f, "{} ip neighbour replace {ip} lladdr {mac} dev {dev} nud permanent", change.sign())
+                    write!(f, "{} ip neighbour replace {ip} lladdr {mac} dev {dev} nud permanent", change.verb().sign())
                 }
                 None => write!(f, "- ip neighbour del {ip} dev {dev}"),
             },
@@ -365,7 +272,7 @@ impl fmt::Display for Op {
                     Change::Replace { now, .. } => ("replace", now),
                     Change::Delete(via) => ("del", via),
                 };
-                write!(f, "{} ip route {verb} {dst} ", change.sign())?;
+                write!(f, "{} ip route {verb} {dst} ", change.verb().sign())?;
                 match via {
                     Via::Nexthop(id) => write!(f, "nhid {id} proto {ROUTE_PROTOCOL}"),
                     Via::Gateway(nexthop) => Onlink(nexthop).fmt(f),

@@ -15,12 +15,12 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::change::FoundTable;
 use super::{
-    ChainKind, Element, Field, KeyField, Match, Member, Part, Place, Rule, RuleInputs, Ruleset, Table, Test, Verdict,
-    ether_type,
+    ChainKind, Element, Field, FilterInputs, KeyField, Match, Member, Part, Place, Rule, Ruleset, Table, TableFamily,
+    Test, Verdict, ether_type,
 };
 use crate::model::{Family, PerFamily, Subnet};
+use crate::state::nft::FoundTable;
 
 /// Before connections are tracked: `NF_IP_PRI_RAW`.
 pub(super) const RAW: i32 = -300;
@@ -28,7 +28,7 @@ pub(super) const RAW: i32 = -300;
 pub(super) const FILTER: i32 = 0;
 
 /// The chain that judges what comes from other nodes.
-const SENDERS: &str = "senders";
+pub const SENDERS: &str = "senders";
 
 /// The chain of what this host sends: it is there for [`add_notrack`] alone.
 const OUTPUT: &str = "output";
@@ -76,14 +76,14 @@ pub(super) fn of_a_peer(underlay: Field, family: Family) -> [Match; 2] {
 }
 
 /// The sets of who may send.
-pub(super) fn add_members(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>, family: Family) {
+pub(super) fn add_members(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>, family: Family) {
     let (length, sets) = (usual_length(inputs.own, family), sets(family));
     // The node's own address too: so it answers a pod whose address was not translated on the way.
     let places = of_family(inputs.members, family).flat_map(|member| {
         [member.subnet, Subnet::host(member.underlay)].map(|inside| place(member.underlay, inside, length))
     });
     let (usual, odd): (Vec<_>, Vec<_>) = places.partition(|(name, _)| *name == sets.members);
-    let table = ruleset.entry(super::TableFamily::Inet).or_default();
+    let table = ruleset.entry(TableFamily::Inet).or_default();
     table.set(sets.members, sets.key, usual.into_iter().map(|(_, element)| element));
     table.ranges(sets.odd, sets.key, odd.into_iter().map(|(_, element)| element));
 }
@@ -119,7 +119,7 @@ pub fn follow(
     come: &[Member],
     remains: impl Fn(IpAddr) -> bool,
 ) {
-    let Some(table) = ruleset.get_mut(&super::TableFamily::Inet) else { return };
+    let Some(table) = ruleset.get_mut(&TableFamily::Inet) else { return };
     for (members, comes) in [(gone, false), (come, true)] {
         for Member { underlay, subnet } in members.iter().filter(|m| Family::of(m.underlay) == m.subnet.family()) {
             let length = usual_length(own, subnet.family());
@@ -141,7 +141,7 @@ pub fn follow(
 }
 
 /// Packets to our port with our VNI.
-fn ours(inputs: &RuleInputs<'_>) -> Vec<Match> {
+fn ours(inputs: &FilterInputs<'_>) -> Vec<Match> {
     let vxlan = &inputs.network.vxlan;
     let mut matches = Match::udp_to(vxlan.port).to_vec();
     matches.push(Match::is(Field::Vni, vxlan.vni.get()));
@@ -151,19 +151,19 @@ fn ours(inputs: &RuleInputs<'_>) -> Vec<Match> {
 /// No connections are remembered for encapsulated packets, coming or going: each would cost a look-up, and a table
 /// that is full would drop them. Those of other VNIs keep theirs, which their address translation may need. Where the
 /// kernel tracks nothing the rule would only cost.
-pub(super) fn add_notrack(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
-    let table = ruleset.entry(super::TableFamily::Inet).or_default();
+pub(super) fn add_notrack(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>) {
+    let table = ruleset.entry(TableFamily::Inet).or_default();
     let rule = Rule::new(ours(inputs), Verdict::Notrack, "vxlan has no connections");
     table.at("prerouting", ChainKind::Filter, Place::Prerouting, RAW).push(rule.clone());
     table.at(OUTPUT, ChainKind::Filter, Place::Output, RAW).push(rule);
 }
 
 /// The sets, and the rules that look into them.
-pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
+pub(super) fn add(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>) {
     for family in inputs.own.families() {
         add_members(ruleset, inputs, family);
     }
-    let table = ruleset.entry(super::TableFamily::Inet).or_default();
+    let table = ruleset.entry(TableFamily::Inet).or_default();
     for family in inputs.own.families() {
         admit(table, inputs, family);
     }
@@ -176,7 +176,7 @@ pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
 }
 
 /// The common case: one rule, and in it one look-up, for a packet of a peer's pod.
-fn admit(table: &mut Table, inputs: &RuleInputs<'_>, family: Family) {
+fn admit(table: &mut Table, inputs: &FilterInputs<'_>, family: Family) {
     let input = table.at("input", ChainKind::Filter, Place::Input, FILTER);
     if family == Family::V6 {
         let mut fragment = vec![Match::family(family), Match::is(Field::Fragment, 1)];
@@ -190,7 +190,7 @@ fn admit(table: &mut Table, inputs: &RuleInputs<'_>, family: Family) {
     input.push(Rule::new(matches, Verdict::Accept, "a peer, from its own subnet"));
 }
 
-fn encapsulated(inputs: &RuleInputs<'_>, family: Family) -> Vec<Match> {
+fn encapsulated(inputs: &FilterInputs<'_>, family: Family) -> Vec<Match> {
     [vec![Match::family(family)], ours(inputs)].concat()
 }
 
@@ -204,7 +204,7 @@ fn is_base(ip: IpAddr, length: u8) -> bool {
 }
 
 /// What is not from a peer's pod.
-fn judge(rules: &mut Vec<Rule>, inputs: &RuleInputs<'_>, family: Family) {
+fn judge(rules: &mut Vec<Rule>, inputs: &FilterInputs<'_>, family: Family) {
     let Sets { members, odd, .. } = sets(family);
     let (source, inside) = (Field::Source(family), Field::InnerSource(family));
     let outer = Match::family(family);

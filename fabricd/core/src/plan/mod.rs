@@ -5,6 +5,8 @@
 //! the peer's VTEP; and the FDB entry, which turns that MAC into the underlay address that the packet is
 //! sent to. So a peer costs four entries (three in IPv6), and all of them are made here from its lease.
 
+pub mod filter;
+
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
@@ -13,7 +15,7 @@ use crate::leases::{Lease, LeaseSet};
 use crate::model::{Family, IfName, MacAddr, PerFamily, Subnet, Vni};
 use crate::network::NetworkConfig;
 use crate::record::{Backend, Endpoint, LeaseKey};
-use crate::state::{Foreign, KernelState, NEXTHOP_ID_BASE, Nexthop, NexthopId, Sysctl, Via, VxlanLink};
+use crate::state::{Foreign, NEXTHOP_ID_BASE, Nexthop, NexthopId, Routing, Sysctl, Via, VxlanLink};
 
 /// This node's end of the tunnels in one family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,7 +53,7 @@ pub struct Inputs<'a> {
     /// The host.
     pub facts: &'a Facts,
     /// What the kernel has of ours: a nexthop keeps its id.
-    pub have: &'a KernelState,
+    pub have: &'a Routing,
     /// What the kernel has of others.
     pub foreign: &'a Foreign,
 }
@@ -60,7 +62,7 @@ pub struct Inputs<'a> {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Desired {
     /// Every entry.
-    pub state: KernelState,
+    pub state: Routing,
     /// Our devices, in the families in which nothing stands in their way.
     pub devices: PerFamily<IfName>,
     /// Peers that are programmed.
@@ -214,7 +216,7 @@ fn own_link(network: &NetworkConfig, vtep: Vtep) -> VxlanLink {
 /// RFC 8200 section 5. A device with less has no IPv6, and none of its settings.
 const IPV6_MIN_MTU: u32 = 1280;
 
-fn own_entries(state: &mut KernelState, ipv6: bool, family: Family, own: Subnet, dev: &IfName) {
+fn own_entries(state: &mut Routing, ipv6: bool, family: Family, own: Subnet, dev: &IfName) {
     state.addresses.insert((*dev, Subnet::host(own.base())));
     if ipv6 {
         state.sysctls.insert(Sysctl::AcceptRa(*dev), 0);

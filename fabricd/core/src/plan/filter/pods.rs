@@ -9,7 +9,7 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use super::{
-    ChainKind, Element, Field, KeyField, Match, Part, Place, Pod, Rule, RuleInputs, Ruleset, TableFamily, Test,
+    ChainKind, Element, Field, FilterInputs, KeyField, Match, Part, Place, Pod, Rule, Ruleset, TableFamily, Test,
     Verdict, ether_type, senders,
 };
 use crate::model::{Family, IfName, Subnet};
@@ -29,12 +29,12 @@ const ROUTERS: &str = "a pod is no router";
 const SPOOFED: &str = "a pod's source is not in this node's subnet";
 const FORGED: &str = "a pod claims an address that is not its own";
 
-pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
+pub(super) fn add(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>) {
     on_the_host(ruleset, inputs);
     on_the_bridge(ruleset, inputs);
 }
 
-fn on_the_host(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
+fn on_the_host(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>) {
     let table = ruleset.entry(TableFamily::Inet).or_default();
     let pods = table.called("pods");
     // Masqueraded, it would come from a node that the other nodes trust. After every translation of the destination.
@@ -66,7 +66,7 @@ fn on_the_host(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
     }
 }
 
-fn on_the_bridge(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
+fn on_the_bridge(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>) {
     let table = ruleset.entry(TableFamily::Bridge).or_default();
     let port = |port: &IfName| Element::from([Part::Interface(*port)]);
     table.set("ports", &[KeyField::Interface], inputs.ports.iter().map(port));
@@ -105,7 +105,7 @@ fn on_the_bridge(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
 }
 
 /// Of such a frame a known pod may claim its own addresses in `source`, any other every address of this node.
-fn judge(rules: &mut Vec<Rule>, inputs: &RuleInputs<'_>, frame: &[Match], source: Field, family: Family) {
+fn judge(rules: &mut Vec<Rule>, inputs: &FilterInputs<'_>, frame: &[Match], source: Field, family: Family) {
     let and = |matches: &[Match]| [frame, matches].concat();
     rules.push(Rule::new(and(&[its_own(source, family)]), Verdict::Return, "its own address"));
     for net in of_nobody(source) {

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use super::{
+use super::nft::{
     ChainKind, Element, Field, Hook, KeyField, Match, Part, Place, Rule, Set, Table, TableFamily, Test, UDP, Verdict,
 };
 use crate::model::Family;

@@ -1,7 +1,5 @@
-//! [`KernelState`]: what fabricd keeps in the kernel, one ordered map per kernel table, each keyed as the
-//! kernel keys that table. It describes what should be and what is alike; [`crate::diff`] compares the two.
-//!
-//! docs/kernel-state.md says for every table how an entry is recognised as ours.
+//! [`Routing`]: what leads packets from pods to peers. One ordered map per kernel table, each keyed as the kernel keys that
+//! table.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -116,9 +114,9 @@ impl Sysctl {
     }
 }
 
-/// All that fabricd keeps in the kernel.
+/// Links, addresses, neighbours, FDB, nexthop objects, routes and settings.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct KernelState {
+pub struct Routing {
     /// VXLAN devices by name.
     pub links: BTreeMap<IfName, VxlanLink>,
     /// Addresses on our devices, kernel-made link-local ones left out.
@@ -135,7 +133,21 @@ pub struct KernelState {
     pub sysctls: BTreeMap<Sysctl, u32>,
 }
 
-impl KernelState {
+impl Routing {
+    /// Empty tables.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            links: BTreeMap::new(),
+            addresses: BTreeSet::new(),
+            fdb: BTreeMap::new(),
+            neighbours: BTreeMap::new(),
+            nexthops: BTreeMap::new(),
+            routes: BTreeMap::new(),
+            sysctls: BTreeMap::new(),
+        }
+    }
+
     /// How many entries there are, over all tables.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -184,7 +196,7 @@ pub struct Foreign {
 impl Foreign {
     /// `have`, and of [`Foreign::plain`] those that stand where `want` has a route: so they are replaced in place.
     #[must_use]
-    pub fn lend<'a>(&self, have: &'a KernelState, want: &KernelState) -> Cow<'a, KernelState> {
+    pub fn lend<'a>(&self, have: &'a Routing, want: &Routing) -> Cow<'a, Routing> {
         let mut lent = Cow::Borrowed(have);
         for (dst, words) in self.plain.iter().filter(|(dst, _)| want.routes.contains_key(*dst)) {
             lent.to_mut().routes.insert(*dst, Via::Other(words.clone()));

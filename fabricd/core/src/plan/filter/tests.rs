@@ -2,11 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::change::{Found, FoundSet, FoundTable, change};
 use super::senders::{follow, has_notrack, may_send};
-use super::{Member, Pod, RuleInputs, RuleOptions, Ruleset, TableFamily, ruleset};
+use super::{FilterInputs, FilterOptions, Member, Pod, ruleset};
+use crate::diff::{Op, Plan, Verb, diff};
 use crate::model::{IfName, PerFamily, Subnet};
 use crate::network::NetworkConfig;
+use crate::state::nft::{FoundRuleset, FoundSet, FoundTable, Ruleset, TableFamily};
 
 struct Node {
     bridges: BTreeSet<IfName>,
@@ -16,7 +17,7 @@ struct Node {
     ports: BTreeSet<IfName>,
     pods: BTreeMap<IfName, Pod>,
     tracked: bool,
-    options: RuleOptions,
+    options: FilterOptions,
 }
 
 fn v<T: std::str::FromStr>(text: &str) -> T {
@@ -44,7 +45,12 @@ impl Node {
             ports: BTreeSet::new(),
             pods: BTreeMap::new(),
             tracked: false,
-            options: RuleOptions { check_senders: false, notrack: false, check_pods: false, ..RuleOptions::default() },
+            options: FilterOptions {
+                check_senders: false,
+                notrack: false,
+                check_pods: false,
+                ..FilterOptions::default()
+            },
         }
     }
 
@@ -54,7 +60,7 @@ impl Node {
     }
 
     fn rules(&self) -> Ruleset {
-        ruleset(&RuleInputs {
+        ruleset(&FilterInputs {
             network: &self.network,
             own: &self.own,
             members: &self.members,
@@ -265,35 +271,69 @@ fn nothing_wanted_is_no_table() {
 
 fn everything() -> Node {
     let mut node = Node::dual().with_peer("192.0.2.2", "10.64.2.0/24");
-    node.options = RuleOptions { masquerade: true, no_masquerade_to_nodes: true, ..RuleOptions::default() };
+    node.options = FilterOptions { masquerade: true, no_masquerade_to_nodes: true, ..FilterOptions::default() };
     node
 }
 
-fn found(rules: &Ruleset) -> Found {
-    let mut found = Found::new();
-    change(rules, &Found::new()).apply_to(&mut found);
+fn found(rules: &Ruleset) -> FoundRuleset {
+    let mut found = FoundRuleset::new();
+    write(&diff(rules, &FoundRuleset::new()), &mut found);
     found
+}
+
+fn write(plan: &Plan, found: &mut FoundRuleset) {
+    for op in plan.ops() {
+        let Op::Filter(op) = op else { panic!("{op} is none of the filter's") };
+        op.apply_to(found);
+    }
 }
 
 #[test]
 fn what_is_as_wanted_is_left_alone() {
     let rules = everything().rules();
-    assert!(change(&rules, &found(&rules)).is_empty());
+    assert!(diff(&rules, &found(&rules)).is_empty());
 }
 
 #[test]
 fn peer_that_comes_or_goes_costs_its_own_elements_alone() {
     let (before, after) = (everything().rules(), everything().with_peer("192.0.2.3", "10.64.3.0/24").rules());
     let mut kernel = found(&before);
-    let join = change(&after, &kernel);
+    let join = diff(&after, &kernel);
     assert_eq!(
         join.to_string(),
-        "+ nft add element inet fabric members4 { 192.0.2.3 . 10.64.3.0 }\n\
-         + nft add element inet fabric members4 { 192.0.2.3 . 192.0.2.3 }\n"
+        "+ nft add element inet fabric members4 { 192.0.2.3 . 10.64.3.0, 192.0.2.3 . 192.0.2.3 }\n"
     );
-    join.apply_to(&mut kernel);
+    write(&join, &mut kernel);
     assert_eq!(kernel, found(&after));
-    assert_eq!(change(&before, &kernel).to_string(), join.to_string().replace("+ nft add", "- nft delete"));
+    assert_eq!(diff(&before, &kernel).to_string(), join.to_string().replace("+ nft add", "- nft delete"));
+}
+
+#[test]
+fn many_elements_are_one_step_that_counts_them_and_shows_the_first() {
+    let mut after = everything();
+    for n in 3..23 {
+        after = after.with_peer(&format!("192.0.2.{n}"), &format!("10.64.{n}.0/24"));
+    }
+    let join = diff(&after.rules(), &found(&everything().rules()));
+    let [step] = join.ops() else { panic!("{join}") };
+    assert_eq!(step.counts(), [(Verb::Create, 40), (Verb::Replace, 0), (Verb::Delete, 0)]);
+    let line = step.to_string();
+    assert!(line.ends_with(". 10.64.6.0, 192.0.2.6 . 192.0.2.6 } (and 32 more)"), "{line}");
+}
+
+#[test]
+fn while_leases_are_only_remembered_no_element_goes() {
+    let (one, other) =
+        (everything().with_peer("192.0.2.3", "10.64.3.0/24"), everything().with_peer("192.0.2.4", "10.64.4.0/24"));
+    let mut kernel = found(&one.rules());
+    let plan = diff(&other.rules(), &kernel).without_deletes();
+    assert_eq!(
+        plan.to_string(),
+        "+ nft add element inet fabric members4 { 192.0.2.4 . 10.64.4.0, 192.0.2.4 . 192.0.2.4 }\n"
+    );
+    write(&plan, &mut kernel);
+    assert_eq!(kernel, found(&one.with_peer("192.0.2.4", "10.64.4.0/24").rules()));
+    assert!(diff(&everything().rules(), &kernel).without_deletes().is_empty());
 }
 
 #[test]
@@ -336,7 +376,7 @@ fn whatever_others_do_to_a_table_is_put_right_around_the_sets_that_serve() {
         (
             "a disabled table",
             |table| table.disabled = true,
-            "- nft delete table inet fabric\n\
+            "~ nft delete table inet fabric\n\
              + nft add set inet fabric members4 { type ipv4_addr . ipv4_addr; }\n\
              + nft add set inet fabric members6 { type ipv6_addr . ipv6_addr; }\n\
              + nft add set inet fabric odd4 { type ipv4_addr . ipv4_addr; flags interval; }\n\
@@ -347,9 +387,9 @@ fn whatever_others_do_to_a_table_is_put_right_around_the_sets_that_serve() {
     for (what, spoil, repaired_by) in spoiled {
         let mut kernel = found(&rules);
         spoil(kernel.get_mut(&TableFamily::Inet).expect("there"));
-        let repair = change(&rules, &kernel);
+        let repair = diff(&rules, &kernel);
         assert_eq!(repair.to_string(), repaired_by, "{what}");
-        repair.apply_to(&mut kernel);
+        write(&repair, &mut kernel);
         assert_eq!(kernel, found(&rules), "{what}");
     }
 }
@@ -357,10 +397,10 @@ fn whatever_others_do_to_a_table_is_put_right_around_the_sets_that_serve() {
 #[test]
 fn table_that_is_not_wanted_any_more_goes() {
     let mut kernel = found(&everything().rules());
-    let cleanup = change(&Ruleset::new(), &kernel);
+    let cleanup = diff(&Ruleset::new(), &kernel);
     assert_eq!(cleanup.to_string(), "- nft delete table inet fabric\n- nft delete table bridge fabric\n");
-    cleanup.apply_to(&mut kernel);
-    assert_eq!(kernel, Found::new());
+    write(&cleanup, &mut kernel);
+    assert_eq!(kernel, FoundRuleset::new());
 }
 
 #[test]

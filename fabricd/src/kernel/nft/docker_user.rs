@@ -1,10 +1,11 @@
-//! Chains of others: the one that is there for rules of ours, read and written (see [`fabric_core::rules::door`]), and those
-//! that show who else is at work here.
+//! Chains of others: the one that is there for rules of ours, read and written (see
+//! [`fabric_core::state::docker_user`]), and those that show who else is at work here.
 
 use std::io;
 
+use fabric_core::diff::docker_user::DockerUserChange;
 use fabric_core::model::Family;
-use fabric_core::rules::door::{CHAIN, Door, DoorChange, TABLE, is_ours};
+use fabric_core::state::docker_user::{CHAIN, DockerUser, TABLE, is_ours};
 use fabric_netlink::{Frame, Request, RequestSocket};
 use netlink_packet_core::NLM_F_CREATE;
 
@@ -13,15 +14,15 @@ use super::rule::{comment, with_rule};
 use super::uapi::{DELETE_RULES, GET_CHAIN, GET_RULE, NEW_RULE, message};
 
 /// `nft -a list chain ip filter DOCKER-USER` and `ip6 …`: those that are there.
-pub(super) fn doors(socket: &mut RequestSocket) -> io::Result<Vec<Door>> {
-    let mut doors = vec![];
+pub(super) fn chains(socket: &mut RequestSocket) -> io::Result<Vec<DockerUser>> {
+    let mut chains = vec![];
     for family in Family::ALL {
         if has_chain(socket, family, TABLE, CHAIN) {
             let rules = socket.dump(&Request::raw(message(GET_RULE), 0, place(family).into_bytes()), rule)?;
-            doors.push(Door { family, rules });
+            chains.push(DockerUser { family, rules });
         }
     }
-    Ok(doors)
+    Ok(chains)
 }
 
 /// Whether kube-proxy is here, by a chain that it makes with iptables-nft, or with nftables.
@@ -38,8 +39,8 @@ fn has_chain(socket: &mut RequestSocket, family: Family, table: &str, chain: &st
 }
 
 /// `nft delete rule ip filter DOCKER-USER handle …; nft insert rule ip filter DOCKER-USER …`.
-pub(super) fn messages(change: &DoorChange) -> Vec<Request> {
-    let DoorChange { family, removed, added } = change;
+pub(super) fn messages(change: &DockerUserChange) -> Vec<Request> {
+    let DockerUserChange { family, removed, added } = change;
     // NFTA_RULE_HANDLE
     let remove = |handle: &u64| {
         Request::raw(message(DELETE_RULES), 0, place(*family).bytes(3, &handle.to_be_bytes()).into_bytes())

@@ -6,7 +6,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use super::{ChainKind, Field, Match, Place, Rule, RuleInputs, Ruleset, TableFamily, Test, Verdict, senders};
+use super::{ChainKind, Field, FilterInputs, Match, Place, Rule, Ruleset, TableFamily, Test, Verdict, senders};
 use crate::model::{Family, Subnet};
 
 /// One before `NF_IP_PRI_NAT_SRC`, where kube-proxy, Docker and iptables have their chains.
@@ -15,7 +15,7 @@ const BEFORE_SRCNAT: i32 = 99;
 /// The mark of a packet that kube-proxy is going to masquerade itself.
 const KUBE_MARK: u32 = 0x4000;
 
-pub(super) fn add(ruleset: &mut Ruleset, inputs: &RuleInputs<'_>) {
+pub(super) fn add(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>) {
     let mut rules =
         vec![Rule::new([Match::new(Field::Mark, Test::Bits(KUBE_MARK))], Verdict::Return, "others translate it")];
     for (family, own) in inputs.own.iter() {
