@@ -562,7 +562,7 @@ impl Kernel for FakeKernel {
         }
     }
 
-    fn distrust(&mut self) {
+    fn audit(&mut self) {
         let mut state = self.state();
         state.stale = true;
         self.woken.notify_one();

@@ -125,7 +125,7 @@ on_both_kernels! { kernel:
     batch_of_600_reports_exactly_the_three_that_fail
     batch_in_which_all_fail_reports_all
     silence_wakes_nobody
-    audit_reads_everything_again
+    audits_find_what_is_known
 }
 
 on_both_kernels! { filter:

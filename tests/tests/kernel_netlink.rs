@@ -1,6 +1,7 @@
 //! What only the real kernel can show, with `ip -j`, `nft` and `iptables` as independent witnesses.
 
 use std::net::IpAddr;
+use std::os::fd::{FromRawFd as _, IntoRawFd as _};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,13 +11,13 @@ use fabric_core::diff::routing::Op;
 use fabric_core::firewall::Interface;
 use fabric_core::firewall::traffic::{Node, Obstacle};
 use fabric_core::model::{Family, IfName, Vni};
-use fabric_core::state::{Routing, Sysctl};
+use fabric_core::state::{NexthopId, Routing, Sysctl, Via};
 use fabric_tests::conformance::kernel::{World, device, look, settle, v, wanted, woken};
 use fabric_tests::conformance::real_world::RealWorld;
 use fabric_tests::netns::{in_netns_async, ip, run};
 use fabricd::kernel::netlink::Netlink;
 use fabricd::kernel::routing::bridge::remove_unused;
-use fabricd::kernel::{Kernel, KernelError, Options, Touched};
+use fabricd::kernel::{AUDITS, Kernel, KernelError, Observed, Options, Touched};
 use serde_json::Value;
 
 /// The first row of a JSON answer of iproute2.
@@ -198,6 +199,124 @@ fn lost_notifications_make_everything_be_read_again() {
     });
 }
 
+/// From now on the kernel's notifications go to nobody in this namespace. (Nobody but the monitor asks for any.)
+#[expect(unsafe_code, reason = "the monitor's socket is nobody's to hand out")]
+fn deafen() {
+    let sockets = std::fs::read_to_string("/proc/thread-self/net/netlink").expect("the namespace's sockets");
+    let inodes: Vec<String> = sockets
+        .lines()
+        .filter_map(|line| {
+            let [_, "0", _, groups, .., inode] = line.split_whitespace().collect::<Vec<_>>()[..] else { return None };
+            (u32::from_str_radix(groups, 16) != Ok(0)).then(|| format!("socket:[{inode}]"))
+        })
+        .collect();
+    assert_eq!(inodes.len(), 1, "the monitor's:\n{sockets}");
+    let mut found = 0;
+    for file in std::fs::read_dir("/proc/self/fd").expect("our files").flatten() {
+        if std::fs::read_link(file.path()).is_ok_and(|target| inodes.contains(&target.display().to_string())) {
+            let number = file.file_name().to_str().and_then(|name| name.parse().ok()).expect("a number");
+            // SAFETY: the monitor, which outlives this, has it open; it is given back without being closed.
+            let socket = unsafe { netlink_sys::Socket::from_raw_fd(number) };
+            (1..=32).for_each(|group| socket.drop_membership(group).expect("the socket's own to leave"));
+            assert_eq!(socket.into_raw_fd(), number);
+            found += 1;
+        }
+    }
+    assert_eq!(found, 1);
+}
+
+#[test]
+fn what_was_never_announced_shows_within_six_audits_and_what_is_small_at_the_first() {
+    in_netns_async(|| async {
+        let mut world = RealWorld::default();
+        settle(world.kernel(), &wanted(Family::V4, 2)).await;
+        let before = look(world.kernel()).await.ours.clone();
+        deafen();
+        ip("link set fabric.1 mtu 1300");
+        ip("address add 192.0.2.99/24 dev eth0");
+        run("bridge", "fdb del 02:42:00:00:00:01 dev fabric.1 dst 192.0.2.3 self");
+        ip("neighbour del 10.64.1.0 dev fabric.1");
+        ip("nexthop add id 4194304099 via 10.64.1.0 dev fabric.1 onlink proto 250");
+        ip("route del 10.64.1.0/24");
+        ip("route add 10.64.9.0/24 dev lo");
+        assert_eq!(look(world.kernel()).await.ours, before, "nobody has told");
+
+        world.kernel().audit();
+        let first = look(world.kernel()).await;
+        assert_eq!(first.ours.links[&v::<IfName>("fabric.1")].mtu, 1300);
+        let eth0 = first.host.links.iter().find(|link| link.name == v::<IfName>("eth0")).expect("seen");
+        assert!(eth0.addresses.iter().any(|(ip, _)| *ip == v::<IpAddr>("192.0.2.99")));
+        let missed = |seen: &Observed| {
+            let (ours, was) = (&seen.ours, &before);
+            [
+                ours.fdb.len() == was.fdb.len(),
+                ours.neighbours.len() == was.neighbours.len(),
+                ours.nexthops.len() == was.nexthops.len(),
+                ours.routes.len() == was.routes.len(),
+                !seen.foreign.routes.contains_key(&v("10.64.9.0/24")),
+            ]
+        };
+        let late = missed(&first).into_iter().filter(|missed| *missed).count();
+        assert!(late >= 3, "no audit reads all the tables of thousands");
+        for _ in 1..AUDITS {
+            world.kernel().audit();
+            look(world.kernel()).await;
+        }
+        assert_eq!(missed(&*look(world.kernel()).await), [false; 5]);
+    });
+}
+
+#[test]
+fn refused_write_has_its_tables_read_anew_and_wakes_nobody() {
+    in_netns_async(|| async {
+        let mut world = RealWorld::new(Options { sysctl_root: "/proc/sys/net/nowhere".into(), ..Options::default() });
+        let mut want = wanted(Family::V4, 2);
+        want.sysctls.clear();
+        settle(world.kernel(), &want).await;
+        look(world.kernel()).await;
+        deafen();
+        ip("nexthop del id 4194304001");
+        let route = Op::Route(v("10.64.7.0/24"), Change::Create(Via::Nexthop(NexthopId(0xFA00_0001))));
+        for op in [route, Op::Sysctl(Sysctl::Ipv4Forward, 1)] {
+            let refused = world.kernel().apply(&[op.clone().into()]).await;
+            assert!(refused[0].is_err(), "{op}");
+            let woken = tokio::time::timeout(Duration::ZERO, world.kernel().changed()).await;
+            assert!(woken.is_err(), "the next try comes in its own time: {op}");
+        }
+        let seen = look(world.kernel()).await;
+        assert!(!seen.ours.nexthops.contains_key(&NexthopId(0xFA00_0001)), "why it was refused is known");
+        assert!(!seen.ours.routes.contains_key(&v("10.64.1.0/24")), "and what went with it");
+    });
+}
+
+/// What the kernel announces, and what nobody would know of but for an audit: docs/kernel-state.md.
+#[test]
+fn kernel_announces_every_change_of_the_tables_of_thousands() {
+    in_netns_async(|| async {
+        let mut world = RealWorld::default();
+        let want = wanted(Family::V4, 2);
+        for deed in [
+            "bridge fdb flush dev fabric.1",
+            "bridge fdb replace 02:42:00:00:00:01 dev fabric.1 dst 192.0.2.9 self permanent",
+            "ip link set fabric.1 down",
+            "ip link set fabric.1 arp off",
+            "ip link set fabric.1 type vxlan learning",
+            "ip link set fabric.1 address 02:00:00:00:00:98",
+            "ip neighbour flush dev fabric.1 nud permanent",
+            "ip nexthop flush proto 250",
+            "ip route del 10.64.1.0/24",
+            "ip address flush dev fabric.1",
+        ] {
+            settle(world.kernel(), &want).await;
+            look(world.kernel()).await;
+            let (program, arguments) = deed.split_once(' ').expect("a command");
+            run(program, arguments);
+            woken(world.kernel()).await;
+            assert_ne!(settle(world.kernel(), &want).await, "", "{deed}");
+        }
+    });
+}
+
 #[test]
 fn host_is_seen_with_its_addresses_default_routes_and_ways() {
     in_netns_async(|| async {
@@ -264,7 +383,7 @@ fn node(family: Family) -> Node {
 
 /// What stands in the way of packets of ours, in both families.
 async fn obstacles(kernel: &mut impl Kernel) -> Vec<Obstacle> {
-    kernel.distrust();
+    kernel.audit();
     let firewall = look(kernel).await.firewall.clone();
     Family::ALL.iter().flat_map(|family| node(*family).obstacles(&firewall, &[])).collect()
 }
@@ -351,7 +470,7 @@ fn chains_of_bridges_and_devices_are_named_and_not_judged() {
         let mut world = RealWorld::default();
         run("nft", "add table bridge guard");
         run("nft", "add chain bridge guard through { type filter hook forward priority 0 ; policy drop ; }");
-        world.kernel().distrust();
+        world.kernel().audit();
         let unread = look(world.kernel()).await.firewall.unread.clone();
         assert_eq!(unread, ["bridge guard through".to_owned()].into());
     });
@@ -364,7 +483,7 @@ fn firewalld_is_told_in_its_own_words_and_is_open_after_its_own_commands() {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/firewalld");
         let cluster = Node { network: v("10.244.0.0/16"), own: v("10.244.3.0/24"), ..node(Family::V4) };
         run("nft", &format!("-f {folder}/closed.nft"));
-        world.kernel().distrust();
+        world.kernel().audit();
         let firewall = look(world.kernel()).await.firewall.clone();
         let found = cluster.obstacles(&firewall, &[]);
         let told: Vec<String> = found.iter().map(ToString::to_string).collect();
@@ -384,7 +503,7 @@ fn firewalld_is_told_in_its_own_words_and_is_open_after_its_own_commands() {
 
         run("nft", "flush ruleset");
         run("nft", &format!("-f {folder}/open.nft"));
-        world.kernel().distrust();
+        world.kernel().audit();
         let firewall = look(world.kernel()).await.firewall.clone();
         assert_eq!(cluster.obstacles(&firewall, &[]), []);
     });

@@ -78,6 +78,11 @@ impl Mirror {
         self.written.extend(ops);
     }
 
+    /// Has the next look read these anew. Nobody is woken for it.
+    pub(super) fn distrust(&mut self, tables: &[Table]) {
+        self.stale.extend(tables);
+    }
+
     /// What to listen to from now on.
     pub(super) fn interest(&self, options: &Options) -> Interest {
         let ours = self.links.values().filter(|link| link.ours.is_some()).map(|link| link.index).collect();
@@ -252,8 +257,9 @@ impl Mirror {
                 Ok(found) => observed.firewall = found,
                 Err(error) => tracing::warn!(%error, "cannot read the firewall chains of others"),
             }
-            observed.docker_user = filter.docker_user().map_err(tables::reading("nftables"))?;
-            observed.hazards = if filter.has_kube_proxy() { bridge_nf::lacking(&options.sysctl_root) } else { vec![] };
+            let others = filter.others().map_err(tables::reading("nftables"))?;
+            observed.docker_user.clone_from(&others.docker_user);
+            observed.hazards = if others.kube_proxy { bridge_nf::lacking(&options.sysctl_root) } else { vec![] };
         }
         if stale.contains(&Table::Rules) {
             let (rules, dropped) = filter.read().map_err(tables::reading("nftables"))?;

@@ -15,6 +15,7 @@
 //!            ────────────────────────────────────  kernel  ──────────────────────────────────────
 //! ```
 
+mod audit;
 mod firewalls;
 pub mod links;
 mod mirror;
@@ -148,6 +149,9 @@ impl KernelError {
     }
 }
 
+/// So many audits read every table anew.
+pub const AUDITS: usize = audit::TURNS.len();
+
 /// A kernel that fabricd can look at and write to.
 pub trait Kernel: Send {
     /// What the kernel holds now. Cheap when nothing was touched since the last look.
@@ -168,7 +172,8 @@ pub trait Kernel: Send {
     /// [`Kernel::apply`]; that observe failed wakes nobody. Cancel-safe.
     fn changed(&mut self) -> impl Future<Output = Touched> + Send;
 
-    /// Makes the next observe read everything anew: for the audit, since not all changes are announced (a chain of
-    /// iptables-legacy, `accept_ra`).
-    fn distrust(&mut self);
+    /// Makes the next observe look at what the kernel announces to nobody (a chain of iptables-legacy, `accept_ra`) and
+    /// read every table anew that is small. The tables of thousands, whose every change is announced, are read in turns:
+    /// each once in [`AUDITS`] calls.
+    fn audit(&mut self);
 }

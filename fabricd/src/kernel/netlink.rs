@@ -17,6 +17,7 @@ use fabric_netlink::{Refusal, RequestSocket};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use tokio::task::JoinHandle;
 
+use super::audit::Turns;
 use super::mirror::Mirror;
 use super::monitor::{Monitor, Table};
 use super::nft::{self, Filter};
@@ -32,6 +33,7 @@ pub struct Netlink {
     worker: Arc<Mutex<Worker>>,
     monitor: Arc<Monitor>,
     listeners: Vec<JoinHandle<()>>,
+    turns: Turns,
 }
 
 impl Netlink {
@@ -56,7 +58,7 @@ impl Netlink {
             options,
             mirror: Mirror::default(),
         };
-        Ok(Self { worker: Arc::new(Mutex::new(worker)), monitor, listeners })
+        Ok(Self { worker: Arc::new(Mutex::new(worker)), monitor, listeners, turns: Turns::default() })
     }
 
     /// Runs `job` on a blocking thread. When it is cancelled or takes too long, the job is still finished, and the next
@@ -99,8 +101,8 @@ impl Kernel for Netlink {
         self.monitor.changed().await
     }
 
-    fn distrust(&mut self) {
-        self.monitor.distrust(Table::ALL);
+    fn audit(&mut self) {
+        self.monitor.distrust(self.turns.next());
     }
 }
 
@@ -171,6 +173,10 @@ impl Worker {
                 results[position] = Err(self.refused(ops[position], refusal));
             }
         }
+        // What is known may be why: the next look, which is that before the next try, reads it anew.
+        for (op, _) in ops.iter().zip(&results).filter(|(_, result)| result.is_err()) {
+            self.mirror.distrust(met_by(op));
+        }
         results
     }
 
@@ -190,7 +196,7 @@ impl Worker {
                 }
                 Ok(()) => self.mirror.wrote(steps.into_iter().cloned()),
                 Err(Refusal { error, words }) => {
-                    self.monitor.distrust([Table::Rules]);
+                    self.mirror.distrust(&[Table::Rules]);
                     let owner = if error.raw_os_error() == Some(libc::EPERM) { self.filter.owner() } else { None };
                     for position in positions {
                         let same = copy_of(&error);
@@ -215,9 +221,11 @@ impl Worker {
     }
 
     fn set(&mut self, setting: &Sysctl, value: u32) -> Result<(), Refusal> {
-        self.monitor.distrust([Table::Sysctls]);
         sysctl::write(&self.options.sysctl_root, setting, value)
-            .map_err(|(error, words)| Refusal { error, words: Some(words) })
+            .map_err(|(error, words)| Refusal { error, words: Some(words) })?;
+        // The kernel announces few of them.
+        self.monitor.distrust([Table::Sysctls]);
+        Ok(())
     }
 
     /// Asks for the device that `op` names: anew in each batch, since the one before may have made it.
@@ -250,6 +258,19 @@ fn device_of(op: &RoutingOp) -> Option<&IfName> {
                 Via::Nexthop(_) | Via::Other(_) => None,
             }
         }
+    }
+}
+
+/// The tables that decide whether the kernel takes an op.
+fn met_by(op: &RoutingOp) -> &'static [Table] {
+    match op {
+        RoutingOp::Sysctl(..) => &[Table::Sysctls],
+        RoutingOp::Link(..) | RoutingOp::Outgrown(..) => &[Table::Links],
+        RoutingOp::Address(..) => &[Table::Links, Table::Addresses],
+        RoutingOp::Fdb(..) => &[Table::Links, Table::Fdb],
+        RoutingOp::Neighbour(..) => &[Table::Links, Table::Neighbours],
+        RoutingOp::Nexthop(..) => &[Table::Links, Table::Nexthops],
+        RoutingOp::Route(..) => &[Table::Links, Table::Nexthops, Table::Routes, Table::HostRoutes],
     }
 }
 

@@ -123,7 +123,7 @@ impl Metrics {
         let build = Info::new([("version", env!("CARGO_PKG_VERSION")), ("arch", std::env::consts::ARCH)]);
         all.register("build", "Version and architecture of this daemon; always 1", build);
         all.register("passes", "Passes of the reconcile loop", self.passes.clone());
-        all.register("audits", "Periodic full resyncs of the kernel state", self.audits.clone());
+        all.register("audits", "Looks at the kernel although nothing has happened", self.audits.clone());
         let help = "Full resyncs because notifications of the kernel were lost";
         all.register("kernel_resyncs", help, self.resyncs.clone());
         all.register("kernel_operations", "Writes to the kernel, by table and kind", self.operations.clone());
@@ -160,7 +160,7 @@ impl Metrics {
         self.passes.inc();
     }
 
-    /// The loop distrusts what it knows, as it does from time to time.
+    /// The loop looks at the kernel although nothing has happened.
     pub fn audited(&self) {
         self.audits.inc();
     }

@@ -48,7 +48,7 @@ use crate::retry::Backoff;
 use crate::status::view::{PeerTrouble, View, VtepView};
 use crate::store::{Connection, LeaseStore, Network};
 
-/// How often everything is looked at although nothing has happened.
+/// How often the kernel is looked at although nothing has happened: [`Kernel::audit`].
 const AUDIT: Duration = Duration::from_secs(10);
 /// The longest delay after the first pass that failed; each next one is twice as long, up to an audit.
 const RETRY: Duration = Duration::from_millis(500);
@@ -234,7 +234,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 },
                 () = sleep_until(retry.unwrap_or(audit)), if retry.is_some() => {}
                 () = sleep_until(audit) => {
-                    self.kernel.distrust();
+                    self.kernel.audit();
                     self.metrics.audited();
                     audit = Instant::now() + AUDIT;
                 }

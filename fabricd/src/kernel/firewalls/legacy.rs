@@ -7,6 +7,9 @@
 //!
 //! Asking for a table makes the kernel load its module, so the question is only put when `/proc/net/ip_tables_names`
 //! shows that somebody uses the table already.
+//!
+//! Nobody is told of changes, so the blocks are read by every audit. One that is as before, but for its counters, is not
+//! parsed again.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -67,24 +70,59 @@ const INFO: usize = BYTES + 4;
 const ENTRIES: usize = 40;
 /// Behind a match's or a target's size, name and revision is what it has to say.
 const HEADER: usize = 32;
+/// `struct xt_counters`, with which an entry's head ends.
+const COUNTERS: usize = 16;
 /// `XT_RETURN`: verdicts below zero are `-NF_… - 1`.
 const RETURN: i32 = -5;
 /// A table that somebody changes between the two questions is asked for again.
 const TRIES: usize = 5;
 
-/// The tables that are in use.
-pub(super) fn read() -> io::Result<Vec<Table>> {
-    let mut tables = vec![];
-    for protocol in &PROTOCOLS {
-        let names = fs::read_to_string(protocol.in_use).unwrap_or_default();
-        for (name, priority) in TABLES.iter().filter(|(name, _)| names.lines().any(|used| used == *name)) {
-            tables.extend(read_table(protocol, name, *priority)?);
-        }
-    }
-    Ok(tables)
+/// The tables that are in use, as they were last read.
+#[derive(Default)]
+pub(super) struct Legacy {
+    blocks: Vec<Block>,
+    pub(super) tables: Vec<Table>,
 }
 
-fn read_table(protocol: &Protocol, name: &str, priority: i32) -> io::Result<Option<Table>> {
+impl Legacy {
+    /// Reads them. True when any of them is another than before.
+    pub(super) fn read(&mut self) -> io::Result<bool> {
+        let mut blocks = vec![];
+        for (place, protocol) in PROTOCOLS.iter().enumerate() {
+            let names = fs::read_to_string(protocol.in_use).unwrap_or_default();
+            for (name, priority) in TABLES.iter().filter(|(name, _)| names.lines().any(|used| used == *name)) {
+                let read = read_table(protocol, name)?;
+                blocks.extend(read.map(|(info, entries)| Block { place, name, priority: *priority, info, entries }));
+            }
+        }
+        let differ = blocks != self.blocks;
+        if differ {
+            self.tables = blocks.iter().map(Block::parse).collect();
+            self.blocks = blocks;
+        }
+        Ok(differ)
+    }
+}
+
+/// A table as the kernel gives it, with its counters at zero.
+#[derive(PartialEq, Eq)]
+struct Block {
+    /// Which of [`PROTOCOLS`].
+    place: usize,
+    name: &'static str,
+    priority: i32,
+    info: Vec<u8>,
+    entries: Vec<u8>,
+}
+
+impl Block {
+    fn parse(&self) -> Table {
+        parse(&PROTOCOLS[self.place], self.name, self.priority, &self.info, &self.entries)
+    }
+}
+
+/// `struct ipt_getinfo` of a table, and its entries.
+fn read_table(protocol: &Protocol, name: &str) -> io::Result<Option<(Vec<u8>, Vec<u8>)>> {
     // Any socket of the family takes these options; a raw one, which iptables itself uses, would need CAP_NET_RAW.
     let socket = socket(protocol.sockets, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     for _ in 0..TRIES {
@@ -98,10 +136,23 @@ fn read_table(protocol: &Protocol, name: &str, priority: i32) -> io::Result<Opti
         match ask(&socket, protocol.level, GET_ENTRIES, &mut block) {
             Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
             Err(error) => return Err(error),
-            Ok(()) => return Ok(Some(parse(protocol, name, priority, &info, &block[ENTRIES..]))),
+            Ok(()) => {
+                let mut entries = block.split_off(ENTRIES);
+                clear_counters(protocol, &mut entries);
+                return Ok(Some((info, entries)));
+            }
         }
     }
     Err(io::Error::new(io::ErrorKind::Interrupted, "the table changed under every reading of it"))
+}
+
+/// Every packet raises them: `struct xt_counters`, two numbers of eight bytes, the last of an entry's head.
+fn clear_counters(protocol: &Protocol, entries: &mut [u8]) {
+    let mut offset = 0;
+    while let Some(next) = Entry::at(protocol, entries, offset).map(|entry| entry.next()) {
+        entries[offset + protocol.entry - COUNTERS..offset + protocol.entry].fill(0);
+        offset = next;
+    }
 }
 
 /// `getsockopt` with a question in the buffer that the answer overwrites.
@@ -130,7 +181,7 @@ impl<'a> Entry<'a> {
     fn at(protocol: &Protocol, block: &'a [u8], offset: usize) -> Option<Self> {
         let rest = block.get(offset..)?;
         // `target_offset` and `next_offset` are before the counters, which are the last of the entry.
-        let offsets = protocol.entry - 16 - if protocol.address == 4 { 8 } else { 12 };
+        let offsets = protocol.entry - COUNTERS - if protocol.address == 4 { 8 } else { 12 };
         let info = Info(rest);
         let (target, next) = (usize::from(info.short(offsets)?), usize::from(info.short(offsets + 2)?));
         let bytes = rest.get(..next).filter(|_| target >= protocol.entry && next >= target + HEADER)?;
@@ -281,4 +332,31 @@ fn header(protocol: &Protocol, bytes: &[u8]) -> Option<Vec<Step>> {
         steps.push(Step::Opaque("--tos".to_owned()));
     }
     Some(steps)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A rule of `iptables-legacy -S`, as `struct ipt_entry` and a standard target, that has counted so many packets.
+    fn entry(verdict: i32, packets: u64) -> Vec<u8> {
+        let mut entry = vec![0; 112 + 40];
+        entry[88..90].copy_from_slice(&112_u16.to_ne_bytes());
+        entry[90..92].copy_from_slice(&152_u16.to_ne_bytes());
+        entry[96..104].copy_from_slice(&packets.to_ne_bytes());
+        entry[112 + HEADER..112 + HEADER + 4].copy_from_slice(&verdict.to_ne_bytes());
+        entry
+    }
+
+    #[test]
+    fn packets_that_were_counted_are_no_change_and_another_verdict_is() {
+        let block = |entries: [Vec<u8>; 2]| {
+            let mut entries = entries.concat();
+            clear_counters(&PROTOCOLS[0], &mut entries);
+            entries
+        };
+        let before = block([entry(-1, 0), entry(-2, 7)]);
+        assert!(before == block([entry(-1, 400), entry(-2, 8)]));
+        assert!(before != block([entry(-1, 0), entry(-1, 7)]));
+    }
 }

@@ -8,8 +8,8 @@
 //!
 //! Of nftables the base chains are listed, and of those on the hooks in question only the chains are read that are
 //! reached from them: never the nat tables, where kube-proxy has its thousands. They are read again when the kernel's
-//! generation of rules is another; of iptables-legacy, which tells nobody of changes, at each audit. [`bridge_nf`] tells
-//! whether those chains see what passes between ports of a bridge.
+//! generation of rules is another. Of iptables-legacy, which tells nobody of changes, the bytes are read at each audit,
+//! and parsed when they are others. [`bridge_nf`] tells whether those chains see what passes between ports of a bridge.
 
 pub(super) mod bridge_nf;
 mod expressions;
@@ -20,10 +20,11 @@ mod xt;
 use std::io;
 use std::sync::Arc;
 
-use fabric_core::firewall::{Firewall, Table};
+use fabric_core::firewall::Firewall;
 use fabric_netlink::RequestSocket;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
+use self::legacy::Legacy;
 use super::nft::generation;
 
 /// The reader, and what it has read.
@@ -33,18 +34,17 @@ pub(super) struct Reader {
     /// At which generation of the kernel's rules the tables of nftables were read.
     read_at: Option<u32>,
     nftables: Firewall,
-    legacy: Vec<Table>,
+    legacy: Legacy,
     whole: Arc<Firewall>,
 }
 
 impl Reader {
     /// What there is now, in this thread's network namespace.
     pub(super) fn read(&mut self) -> io::Result<Arc<Firewall>> {
-        let (anew, legacy) = (self.read_nftables()?, legacy::read()?);
-        if anew || legacy != self.legacy {
-            self.legacy = legacy;
+        let (nftables, legacy) = (self.read_nftables()?, self.legacy.read()?);
+        if nftables || legacy {
             let mut whole = self.nftables.clone();
-            whole.tables.extend(self.legacy.iter().cloned());
+            whole.tables.extend(self.legacy.tables.iter().cloned());
             if *self.whole != whole {
                 self.whole = Arc::new(whole);
             }

@@ -38,18 +38,28 @@ pub(super) struct Filter {
     socket: Option<RequestSocket>,
     /// At which generation of the kernel's rules ours were last read.
     read_at: Option<u32>,
+    others: Others,
+}
+
+/// Chains of others that matter beside what they drop.
+#[derive(Default)]
+pub(super) struct Others {
+    /// At which generation of the kernel's rules they were last read.
+    read_at: Option<u32>,
+    /// Chains that are there for rules of ours.
+    pub(super) docker_user: Vec<DockerUser>,
+    /// Whether kube-proxy's rules are here.
+    pub(super) kube_proxy: bool,
 }
 
 impl Filter {
     /// Opens the one of this thread's network namespace.
     pub(super) fn open() -> io::Result<Self> {
-        match RequestSocket::open(NETLINK_NETFILTER) {
-            Ok(socket) => Ok(Self { socket: Some(socket), read_at: None }),
-            Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => {
-                Ok(Self { socket: None, read_at: None })
-            }
-            Err(error) => Err(error),
-        }
+        let socket = match RequestSocket::open(NETLINK_NETFILTER) {
+            Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => None,
+            socket => Some(socket?),
+        };
+        Ok(Self { socket, read_at: None, others: Others::default() })
     }
 
     /// The netlink port that our transactions come from.
@@ -71,14 +81,18 @@ impl Filter {
         Ok((Some(found), dropped))
     }
 
-    /// The chains that Docker has for rules of others.
-    pub(super) fn docker_user(&mut self) -> io::Result<Vec<DockerUser>> {
-        self.socket.as_mut().map_or_else(|| Ok(vec![]), docker_user::chains)
-    }
-
-    /// Whether kube-proxy's rules are here.
-    pub(super) fn has_kube_proxy(&mut self) -> bool {
-        self.socket.as_mut().is_some_and(docker_user::has_kube_proxy)
+    /// What is there of others, read again when anybody has written a rule since.
+    pub(super) fn others(&mut self) -> io::Result<&Others> {
+        let Some(socket) = &mut self.socket else { return Ok(&self.others) };
+        let now = generation(socket)?;
+        if now.is_none() || now != self.others.read_at {
+            self.others = Others {
+                docker_user: docker_user::chains(socket)?,
+                kube_proxy: docker_user::has_kube_proxy(socket),
+                read_at: now,
+            };
+        }
+        Ok(&self.others)
     }
 
     /// Who else owns one of our tables (`flags owner`), in words with the way out.
