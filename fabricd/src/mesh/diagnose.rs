@@ -1,5 +1,6 @@
 //! What a peer is asked in one round, and the evidence when it doesn't answer.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -12,10 +13,11 @@ use futures::future::join_all;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep};
 
+use super::batch::{self, Question};
 use super::probe::{Answer, Heard, Reply, Size, ask, complain};
 use super::tunnel::{Answered, Knocked};
 use super::verdict::{Evidence, LocalDrop, Seen};
-use super::{Mesh, ROUND, Target, routes, tunnel};
+use super::{Key, Mesh, ROUND, Target, routes, tunnel};
 use crate::host::firewall::Judged;
 use crate::kernel;
 
@@ -88,6 +90,14 @@ impl Prober<'_> {
         answer
     }
 
+    /// Takes over what was asked in a batch: a small probe and one of full size.
+    fn asked(&self, answers: [Answer; 2]) -> (Answer, Answer) {
+        let numbered = answers.map(|answer| (self.number(), answer));
+        self.samples.lock().unwrap_or_else(PoisonError::into_inner).extend(numbered);
+        let [small, full] = answers;
+        (small, full)
+    }
+
     async fn again(&self, mut answer: Answer, size: Size) -> Answer {
         for _ in 0..AGAIN {
             if answer.rtt().is_some() {
@@ -99,20 +109,84 @@ impl Prober<'_> {
     }
 }
 
-/// One round. `first` is the number of its first probe, `failing` the time since when the peer doesn't answer.
-pub async fn examine(
-    to: &Target,
-    first: u32,
-    failing: Option<Instant>,
-    context: &Context,
-    mesh: &Mesh,
-    firewall: &Judged,
-) -> Round {
+/// A peer whose turn it is.
+#[derive(Clone, Debug)]
+pub struct Turn {
+    /// Who is asked.
+    pub target: Target,
+    /// The number of its first probe.
+    pub first: u32,
+    /// Since when it doesn't answer.
+    pub failing: Option<Instant>,
+}
+
+/// What the first two probes of a round brought back.
+#[derive(Clone, Copy, Debug)]
+pub struct First {
+    /// When the round began.
+    pub begun: Instant,
+    /// The small one.
+    pub small: Answer,
+    /// The one of full size.
+    pub full: Answer,
+}
+
+/// Sends the first probes of peers that have answered so far, and waits for what comes back: one for each, in their order.
+pub async fn ask_first(turns: &[(Key, Turn)]) -> Vec<First> {
     let begun = Instant::now();
-    let prober = Prober { to, next: AtomicU32::new(first), samples: Mutex::default() };
+    let mut families: BTreeMap<IpAddr, Vec<usize>> = BTreeMap::new();
+    for (place, (_, turn)) in turns.iter().enumerate() {
+        families.entry(turn.target.ours.overlay).or_default().push(place);
+    }
+    let mut firsts = vec![First { begun, small: Answer::Nothing, full: Answer::Nothing }; turns.len()];
+    let asked = families.into_iter().map(async |(from, places)| {
+        let of = |size: fn(&Target) -> Size, later| {
+            let question = |place: &usize| {
+                let Turn { target, first, .. } = &turns[*place].1;
+                Question { to: target.overlay, size: size(target), number: first.wrapping_add(later) }
+            };
+            places.iter().map(question).collect::<Vec<_>>()
+        };
+        // From two ports, so that one path of several in the underlay is not taken for the peer.
+        let (small, full) = (of(|_| Size::Small, 0), of(|target| Size::Packet(target.ours.mtu), 1));
+        let answers = tokio::join!(batch::ask(from, &small), batch::ask(from, &full));
+        (places, answers)
+    });
+    for (places, (small, full)) in join_all(asked).await {
+        for (place, (small, full)) in places.into_iter().zip(small.into_iter().zip(full)) {
+            firsts[place] = First { begun, small, full };
+        }
+    }
+    firsts
+}
+
+/// The whole round of a peer that has answered both; `None` if there is more to be asked.
+#[must_use]
+pub fn is_well(turn: &Turn, first: First) -> Option<Round> {
+    let First { begun, small, full } = first;
+    (small.rtt().is_some() && full.rtt().is_some()).then(|| Round {
+        target: turn.target.clone(),
+        begun,
+        small,
+        full,
+        seen: if matches!(small, Answer::Kernel(_)) { Seen::KernelBoth } else { Seen::Both },
+        samples: vec![(turn.first, small), (turn.first.wrapping_add(1), full)],
+    })
+}
+
+/// One round, or the rest of it once its first probes are answered or lost.
+pub async fn examine(turn: &Turn, first: Option<First>, context: &Context, mesh: &Mesh, firewall: &Judged) -> Round {
+    let to = &turn.target;
+    let prober = Prober { to, next: AtomicU32::new(turn.first), samples: Mutex::default() };
     let full = Size::Packet(to.ours.mtu);
-    let asks = async { tokio::join!(prober.ask(Size::Small), prober.ask(full)) };
-    let (knocked, (small, large, small_after)) = if failing.is_some() {
+    let begun = first.map_or_else(Instant::now, |first| first.begun);
+    let asks = async {
+        match first {
+            Some(First { small, full, .. }) => prober.asked([small, full]),
+            None => tokio::join!(prober.ask(Size::Small), prober.ask(full)),
+        }
+    };
+    let (knocked, (small, large, small_after)) = if turn.failing.is_some() {
         // It will be needed.
         let asked = async {
             let (small, large) = asks.await;
@@ -125,11 +199,11 @@ pub async fn examine(
         let (knocked, small_after) = tokio::join!(knock, prober.again(small, Size::Small));
         (knocked, (small, large, small_after))
     };
-    let times = Times { failing: failing.unwrap_or(begun), begun };
+    let times = Times { failing: turn.failing.unwrap_or(begun), begun };
     let around = Around { context, mesh, firewall };
     let seen = look(&prober, (small, large, small_after), knocked, times, &around).await;
     let mut samples = prober.samples.into_inner().unwrap_or_else(PoisonError::into_inner);
-    samples.sort_by_key(|(number, _)| number.wrapping_sub(first));
+    samples.sort_by_key(|(number, _)| number.wrapping_sub(turn.first));
     Round { target: to.clone(), begun, small, full: large, seen, samples }
 }
 

@@ -7,6 +7,7 @@
 //! | file | what it is |
 //! |---|---|
 //! | [`schedule`] | who is probed when: at most five peers a second, however many there are |
+//! | [`batch`] | the first probes of several peers at once |
 //! | [`probe`] | one probe, and the answers to those of others |
 //! | [`diagnose`] | one round: probes, and the evidence when a peer doesn't answer |
 //! | [`routes`] | what this node's routes and policy rules say of the peer |
@@ -20,6 +21,7 @@
 //!
 //! Nothing here writes to the kernel or waits for the reconcile loop, and nothing needs a capability.
 
+pub mod batch;
 pub mod confirm;
 pub mod diagnose;
 pub mod frame;
@@ -56,8 +58,10 @@ pub const PORT: u16 = 9474;
 pub const PATIENCE: Duration = Duration::from_secs(1);
 /// The shortest time from one probe of a peer to the next.
 pub const ROUND: Duration = Duration::from_secs(5);
-/// The shortest time between the probes of two peers: what bounds the cost in a large cluster.
+/// The shortest time between the probes of two peers, on average: what bounds the cost in a large cluster.
 pub const GAP: Duration = Duration::from_millis(200);
+/// So many peers are probed at once, when several are due. Each waking costs more than what it is for.
+pub const BATCH: usize = 5;
 
 /// A peer in one address family.
 pub type Key = (LeaseKey, Family);
@@ -219,7 +223,12 @@ impl FromIterator<(Key, Path)> for Mesh {
 /// How long it takes to probe so many peers.
 #[must_use]
 pub fn round(peers: usize) -> Duration {
-    ROUND.max(GAP.saturating_mul(u32::try_from(peers).unwrap_or(u32::MAX)))
+    ROUND.max(pause(peers))
+}
+
+/// How long nobody else is probed after so many peers were.
+fn pause(peers: usize) -> Duration {
+    GAP.saturating_mul(u32::try_from(peers).unwrap_or(u32::MAX))
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! One probe, and the answers to those of others.
 //!
 //! A probe is a UDP packet from a socket of its own, connected to the peer: so an answer comes by it alone, and so does
-//! the word of the peer's kernel that nobody listens there (`ECONNREFUSED`).
+//! the word of the peer's kernel that nobody listens there (`ECONNREFUSED`). The first two of a round go out with those of
+//! other peers: [`batch`](super::batch).
 //!
 //! ```text
 //! 0      4         5      6       7 8            16             20   24                    32
@@ -27,8 +28,8 @@ use super::{PATIENCE, PORT};
 
 const MAGIC: &[u8; 4] = b"FABM";
 const VERSION: u8 = 1;
-const QUESTION: u8 = 0;
-const ANSWER: u8 = 1;
+pub(super) const QUESTION: u8 = 0;
+pub(super) const ANSWER: u8 = 1;
 /// The sender's packet filter throws packets of other nodes away.
 const DROPPING: u8 = 1;
 /// Bytes of the smallest probe.
@@ -43,6 +44,17 @@ pub enum Size {
     Unsummed,
     /// So many bytes, IP header included.
     Packet(u32),
+}
+
+impl Size {
+    /// Bytes behind the header of UDP, in the family of `ip`.
+    pub(super) fn payload(self, ip: IpAddr) -> usize {
+        let bytes = match self {
+            Self::Small | Self::Unsummed => SMALL,
+            Self::Packet(bytes) => usize::try_from(bytes).unwrap_or(usize::MAX).saturating_sub(headers(ip)).max(SMALL),
+        };
+        bytes.min(usize::from(u16::MAX))
+    }
 }
 
 /// What came back.
@@ -96,13 +108,9 @@ async fn send(from: IpAddr, to: IpAddr, size: Size, number: u32) -> io::Result<A
     }
     socket.connect(SocketAddr::new(to, PORT)).await?;
     let token = fastrand::u64(..);
-    let bytes = match size {
-        Size::Small | Size::Unsummed => SMALL,
-        Size::Packet(bytes) => usize::try_from(bytes).unwrap_or(usize::MAX).saturating_sub(headers(from)).max(SMALL),
-    };
     let question = Packet { kind: QUESTION, flags: 0, token, number, arrived: 0 };
     let begin = Instant::now();
-    socket.send(&question.bytes(bytes.min(usize::from(u16::MAX)))).await?;
+    socket.send(&question.bytes(size.payload(from))).await?;
     let mut buffer = [0; 64];
     let answer = timeout(PATIENCE, async {
         loop {
@@ -125,7 +133,7 @@ async fn send(from: IpAddr, to: IpAddr, size: Size, number: u32) -> io::Result<A
 }
 
 /// Whether an error of sending is that a chain on the output hook drops: so netfilter tells it.
-fn is_own_firewall(error: &io::Error) -> bool {
+pub(super) fn is_own_firewall(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EPERM)
 }
 
@@ -184,12 +192,18 @@ pub(super) async fn reply(socket: &UdpSocket) -> Reply {
 
 /// A socket at `from`, connected to `to`, that is told who refuses its packets (`IP_RECVERR`).
 pub(super) fn connected(from: IpAddr, to: SocketAddr) -> io::Result<std::net::UdpSocket> {
+    let socket = tells_errors(from)?;
+    socket.connect(to)?;
+    Ok(socket)
+}
+
+/// A socket at `from` that is told what ICMP says of its packets.
+pub(super) fn tells_errors(from: IpAddr) -> io::Result<std::net::UdpSocket> {
     let socket = open(SocketAddr::new(from, 0))?;
     match from {
         IpAddr::V4(_) => setsockopt(&socket, sockopt::Ipv4RecvErr, &true)?,
         IpAddr::V6(_) => setsockopt(&socket, sockopt::Ipv6RecvErr, &true)?,
     }
-    socket.connect(to)?;
     Ok(socket)
 }
 
@@ -316,7 +330,7 @@ pub async fn answer(at: IpAddr, heard: &Heard) -> io::Result<()> {
         // UDP_NO_CHECK6_RX: in IPv6 a packet without a checksum is refused otherwise.
         set(&socket, (libc::SOL_UDP, 102, 1))?;
     }
-    let mut buffer = vec![0; usize::from(u16::MAX)];
+    let (mut buffer, mut packet) = (vec![0; usize::from(u16::MAX)], vec![]);
     loop {
         // An error here is about an earlier answer.
         let Ok((length, from)) = socket.recv_from(&mut buffer).await else { continue };
@@ -325,7 +339,8 @@ pub async fn answer(at: IpAddr, heard: &Heard) -> io::Result<()> {
         };
         if let Some(answer) = heard.hear(from.ip(), &question) {
             // As large as the question, never larger. What can't be sent is lost, as the asker will see.
-            let _ = socket.send_to(&answer.bytes(length), from).await;
+            answer.put(length, &mut packet);
+            let _ = socket.send_to(&packet, from).await;
         }
     }
 }
@@ -345,27 +360,35 @@ pub(super) fn question(number: u32) -> Vec<u8> {
     Packet { kind: QUESTION, flags: 0, token: fastrand::u64(..), number, arrived: 0 }.bytes(SMALL)
 }
 
+/// What a probe or its answer says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Packet {
-    kind: u8,
-    flags: u8,
-    token: u64,
-    number: u32,
-    arrived: u64,
+pub(super) struct Packet {
+    pub(super) kind: u8,
+    pub(super) flags: u8,
+    pub(super) token: u64,
+    pub(super) number: u32,
+    pub(super) arrived: u64,
 }
 
 impl Packet {
     fn bytes(&self, length: usize) -> Vec<u8> {
-        let mut packet = vec![0; length.max(SMALL)];
+        let mut packet = vec![];
+        self.put(length, &mut packet);
+        packet
+    }
+
+    /// Makes `packet` this one, so long: one buffer serves many.
+    pub(super) fn put(&self, length: usize, packet: &mut Vec<u8>) {
+        packet.clear();
+        packet.resize(length.max(SMALL), 0);
         packet[..4].copy_from_slice(MAGIC);
         packet[4..7].copy_from_slice(&[VERSION, self.kind, self.flags]);
         packet[8..16].copy_from_slice(&self.token.to_be_bytes());
         packet[16..20].copy_from_slice(&self.number.to_be_bytes());
         packet[24..32].copy_from_slice(&self.arrived.to_be_bytes());
-        packet
     }
 
-    fn parse(bytes: &[u8]) -> Option<Self> {
+    pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
         let head: &[u8; SMALL] = bytes.first_chunk()?;
         let [b'F', b'A', b'B', b'M', VERSION, kind, flags, ..] = *head else { return None };
         let token = u64::from_be_bytes(*head[8..].first_chunk()?);

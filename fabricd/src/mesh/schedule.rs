@@ -1,6 +1,6 @@
-//! Who is probed when: those that are due first, one each [`GAP`]. A peer that is fine is due again after a whole
-//! [`round`]; one that isn't, sooner; one whose verdict the next round may tell, at once. So the cost is bounded however
-//! many peers there are, or are in trouble.
+//! Who is probed when: those that are due first, up to [`BATCH`] at once, and then for as many times [`GAP`](super::GAP) nobody. A peer that
+//! is fine is due again after a whole [`round`], on a full second, where it meets others; one that isn't, sooner; one whose
+//! verdict the next round may tell, at once. So the cost is bounded however many peers there are, or are in trouble.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
@@ -14,26 +14,34 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::diagnose::{Context, Round, examine};
+use super::diagnose::{Context, First, Round, Turn, ask_first, examine, is_well};
 use super::path::Path;
 use super::transitions::{Transition, Transitions};
 use super::verdict::Cause;
-use super::{GAP, Key, Mesh, Ours, ROUND, Target, probe, round};
+use super::{BATCH, Key, Mesh, Ours, ROUND, Target, pause, probe, round};
 use crate::status::events::Events;
 use crate::status::view::{PeerTrouble, View, VtepView};
 
 /// How long a change of the leases waits for others, since all paths are looked at then.
 const LOOK: Duration = Duration::from_secs(1);
+/// Peers that are fine are due on multiples of this since the start, …
+const GRID: Duration = Duration::from_secs(1);
+/// … or on the one before, if that is only so little past: timers are late.
+const LATE: Duration = Duration::from_millis(50);
 /// What one round has shown is confirmed by another after this time.
 const SOON: Duration = Duration::from_secs(1);
+
+/// A path's turn: the earliest comes first.
+type Due = Reverse<(Instant, Key)>;
 
 /// Probes the peers until the reconcile loop ends.
 pub async fn run(mesh: Arc<Mesh>, events: Arc<Events>, mut view: watch::Receiver<Arc<View>>) {
     let context = Arc::new(Context::default());
     let mut answering = Answering::default();
-    let mut due: BinaryHeap<Reverse<(Instant, Key)>> = BinaryHeap::new();
-    let mut under_way = JoinSet::new();
-    let (mut next_start, mut next_look) = (Instant::now(), Some(Instant::now()));
+    let mut due: BinaryHeap<Due> = BinaryHeap::new();
+    let mut under_way: JoinSet<Ended> = JoinSet::new();
+    let started = Instant::now();
+    let (mut next_start, mut next_look) = (started, Some(started));
     let mut seen: Option<Arc<View>> = None;
     let mut transitions = Transitions::default();
     loop {
@@ -57,22 +65,39 @@ pub async fn run(mesh: Arc<Mesh>, events: Arc<Events>, mut view: watch::Receiver
                 }
             }
             () = sleep_until(start.unwrap_or(next_start)), if start.is_some() => {
-                if let Some(Reverse((at, key))) = due.pop()
-                    && let Some((target, number, failing)) = begin(&mesh, &key, at)
-                {
-                    next_start = Instant::now() + GAP;
-                    let (context, mesh) = (Arc::clone(&context), Arc::clone(&mesh));
-                    let firewall = Arc::clone(&view.borrow().firewall);
+                let now = Instant::now();
+                let (failing, well): (Vec<_>, Vec<_>) =
+                    begin(&mesh, &mut due, now).into_iter().partition(|(_, turn)| turn.failing.is_some());
+                next_start = now + pause(failing.len() + well.len());
+                for (key, turn) in failing {
+                    under_way.spawn(look_into(key, turn, None, &context, &mesh, &view));
+                }
+                if !well.is_empty() {
                     under_way.spawn(async move {
-                        (key, examine(&target, number, failing, &context, &mesh, &firewall).await)
+                        let firsts = ask_first(&well).await;
+                        Ended::Asked(well.into_iter().zip(firsts).collect())
                     });
                 }
             }
-            Some(Ok((key, round))) = under_way.join_next() => {
-                let (next, transition) = end(&mesh, key, round);
-                due.extend(next);
-                if let Some(transition) = transition {
-                    transitions.add(transition, &events, Instant::now());
+            Some(Ok(ended)) = under_way.join_next() => {
+                let mut rounds = vec![];
+                match ended {
+                    Ended::Examined(key, round) => rounds.push((key, *round)),
+                    Ended::Asked(asked) => {
+                        for ((key, turn), first) in asked {
+                            match is_well(&turn, first) {
+                                Some(round) => rounds.push((key, round)),
+                                None => drop(under_way.spawn(look_into(key, turn, Some(first), &context, &mesh, &view))),
+                            }
+                        }
+                    }
+                }
+                let now = Instant::now();
+                for (next, transition) in end(&mesh, rounds, now, started) {
+                    due.push(next);
+                    if let Some(transition) = transition {
+                        transitions.add(transition, &events, now);
+                    }
                 }
             }
             () = mesh.asked.notified() => due.extend(asked(&mesh)),
@@ -83,44 +108,85 @@ pub async fn run(mesh: Arc<Mesh>, events: Arc<Events>, mut view: watch::Receiver
     }
 }
 
-/// What is to be probed now, unless it is probed already, or gone; the number of its first probe, and since when it fails.
-fn begin(mesh: &Mesh, key: &Key, at: Instant) -> Option<(Target, u32, Option<Instant>)> {
+/// What a task has found out.
+enum Ended {
+    /// What the first probes of a batch brought back.
+    Asked(Vec<((Key, Turn), First)>),
+    /// A whole round.
+    Examined(Key, Box<Round>),
+}
+
+/// A round of a peer that doesn't answer, or that has lost one of its first probes.
+fn look_into(
+    key: Key,
+    turn: Turn,
+    first: Option<First>,
+    context: &Arc<Context>,
+    mesh: &Arc<Mesh>,
+    view: &watch::Receiver<Arc<View>>,
+) -> impl Future<Output = Ended> + use<> {
+    let (context, mesh, firewall) = (Arc::clone(context), Arc::clone(mesh), Arc::clone(&view.borrow().firewall));
+    async move { Ended::Examined(key, Box::new(examine(&turn, first, &context, &mesh, &firewall).await)) }
+}
+
+/// Those that are due, but no more than a batch. One that is probed already, or gone, is none.
+fn begin(mesh: &Mesh, due: &mut BinaryHeap<Due>, now: Instant) -> Vec<(Key, Turn)> {
     let mut paths = mesh.lock();
-    let path = paths.get_mut(key).filter(|path| path.due == Some(at))?;
-    path.due = None;
-    Some((path.target.clone(), path.next, path.failing()))
+    let mut turns = Vec::with_capacity(BATCH);
+    while turns.len() < BATCH
+        && let Some(Reverse((at, key))) = due.peek().copied()
+        && at <= now
+    {
+        due.pop();
+        if let Some(path) = paths.get_mut(&key).filter(|path| path.due == Some(at)) {
+            path.due = None;
+            turns.push((key, Turn { target: path.target.clone(), first: path.next, failing: path.failing() }));
+        }
+    }
+    turns
+}
+
+/// The next full second since the start, unless one has only just passed.
+fn on_the_grid(started: Instant, at: Instant) -> Instant {
+    let since = at.saturating_duration_since(started).saturating_sub(LATE);
+    let past = Duration::from_nanos(since.subsec_nanos().into());
+    if past.is_zero() { started + since } else { started + (since - past) + GRID }
 }
 
 /// Those that somebody wants to be probed now, and others that are due.
-fn asked(mesh: &Mesh) -> Vec<Reverse<(Instant, Key)>> {
+fn asked(mesh: &Mesh) -> Vec<Due> {
     let now = Instant::now();
     mesh.lock().iter().filter_map(|(key, path)| Some(Reverse((path.due.filter(|due| *due <= now)?, *key)))).collect()
 }
 
-/// Takes a round over; gives when the next is due, and whether there is something to tell.
-fn end(mesh: &Mesh, key: Key, ended: Round) -> (Option<Reverse<(Instant, Key)>>, Option<Transition>) {
+/// Takes rounds over; gives for each when the next is due, and whether there is something to tell.
+fn end(mesh: &Mesh, rounds: Vec<(Key, Round)>, now: Instant, started: Instant) -> Vec<(Due, Option<Transition>)> {
+    let ended = u64::try_from(rounds.len()).unwrap_or(0);
     let mut paths = mesh.lock();
     let all = round(paths.len());
-    let Some(path) = paths.get_mut(&key) else { return (None, None) };
-    // A round that was begun towards a former address says nothing of this one.
-    if path.target.is_like(&ended.target) {
-        if let (Some(histogram), Some(round_trip)) = (&mesh.round_trips, ended.small.rtt()) {
-            histogram.observe(round_trip.as_secs_f64());
+    let taken_over = rounds.into_iter().filter_map(|(key, ended)| {
+        let path = paths.get_mut(&key)?;
+        let begun = ended.begun;
+        // A round that was begun towards a former address says nothing of this one.
+        if path.target.is_like(&ended.target) {
+            if let (Some(histogram), Some(round_trip)) = (&mesh.round_trips, ended.small.rtt()) {
+                histogram.observe(round_trip.as_secs_f64());
+            }
+            path.round(ended);
         }
-        path.round(ended);
-    }
-    let now = Instant::now();
-    let at = match std::mem::take(&mut path.again) {
-        true => now,
-        false if path.is_open() => now + SOON,
-        false if path.cause().hurts() => now + ROUND,
-        false => now + all,
-    };
-    path.due = Some(at);
-    let transition = transition(path);
+        let at = match std::mem::take(&mut path.again) {
+            true => now,
+            false if path.is_open() => now + SOON,
+            false if path.cause().hurts() => now + ROUND,
+            false => on_the_grid(started, (begun + all).max(now)),
+        };
+        path.due = Some(at);
+        Some((Reverse((at, key)), transition(path)))
+    });
+    let next = taken_over.collect();
     drop(paths);
-    mesh.rounds.send_modify(|rounds| *rounds += 1);
-    (Some(Reverse((at, key))), transition)
+    mesh.rounds.send_modify(|rounds| *rounds += ended);
+    next
 }
 
 fn transition(path: &mut Path) -> Option<Transition> {
@@ -181,7 +247,7 @@ fn ours(view: &View) -> PerFamily<Arc<Ours>> {
 }
 
 /// Takes the paths over; gives when those that are new are due, spread over a round.
-fn take_over(mesh: &Mesh, targets: Vec<(Key, Target)>) -> Vec<Reverse<(Instant, Key)>> {
+fn take_over(mesh: &Mesh, targets: Vec<(Key, Target)>) -> Vec<Due> {
     let (now, mut fresh) = (Instant::now(), vec![]);
     let mut paths = mesh.lock();
     let mut before = std::mem::take(&mut *paths);
@@ -191,7 +257,7 @@ fn take_over(mesh: &Mesh, targets: Vec<(Key, Target)>) -> Vec<Reverse<(Instant, 
             (key, path)
         }
         None => {
-            let at = now + GAP.saturating_mul(u32::try_from(fresh.len()).unwrap_or(u32::MAX));
+            let at = now + pause(fresh.len() - fresh.len() % BATCH);
             fresh.push(Reverse((at, key)));
             (key, Path::new(target, at))
         }
@@ -237,6 +303,8 @@ impl Drop for Answering {
 
 #[cfg(test)]
 mod tests {
+    use fabric_core::record::LeaseKey;
+
     use super::*;
     use crate::mesh::probe::Answer;
     use crate::mesh::tests::target;
@@ -252,15 +320,45 @@ mod tests {
         mesh.lock().insert(key, Path::new(target.clone(), now));
         for small in [Answer::Daemon { rtt: Duration::from_millis(3), arrived: u64::MAX }, Answer::Nothing] {
             let samples = vec![(1, small)];
-            end(
-                &mesh,
-                key,
-                Round { target: target.clone(), begun: now, small, full: small, seen: Seen::Both, samples },
-            );
+            let round = Round { target: target.clone(), begun: now, small, full: small, seen: Seen::Both, samples };
+            end(&mesh, vec![(key, round)], now, now);
         }
         let text = metrics.render(&View::new("node-1".parse().unwrap()), &mesh, &[], now);
         for line in ["fabricd_mesh_rtt_seconds_count 1", "fabricd_mesh_rtt_seconds_sum 0.003"] {
             assert!(text.lines().any(|shown| shown == line), "{line} is not in\n{text}");
+        }
+    }
+
+    /// A mesh of paths that are due then, in seconds after now, and their turns.
+    fn mesh(due: &[u64], now: Instant) -> (Mesh, BinaryHeap<Due>) {
+        let path = |(n, seconds): (usize, &u64)| {
+            let mut target = target();
+            let lease =
+                Lease { key: LeaseKey::decode(&format!("10.244.{}.0-24", n + 2)).unwrap(), ..(*target.lease).clone() };
+            target.lease = Arc::new(lease);
+            let at = now + Duration::from_secs(*seconds);
+            ((target.lease.key, Family::V4), Path::new(target, at))
+        };
+        let mesh: Mesh = due.iter().enumerate().map(path).collect();
+        let turns = mesh.lock().iter().map(|(key, path)| Reverse((path.due.unwrap(), *key))).collect();
+        (mesh, turns)
+    }
+
+    #[test]
+    fn five_of_those_that_are_due_are_probed_at_once_and_none_twice() {
+        let now = Instant::now();
+        let (mesh, mut due) = mesh(&[0, 0, 0, 0, 0, 0, 0, 3], now);
+        due.push(due.peek().copied().unwrap());
+        assert_eq!([begin(&mesh, &mut due, now).len(), begin(&mesh, &mut due, now).len()], [5, 2]);
+        assert!(begin(&mesh, &mut due, now).is_empty());
+        assert_eq!(due.len(), 1, "the last is not due yet");
+    }
+
+    #[test]
+    fn peers_that_are_fine_meet_on_full_seconds() {
+        let (started, ms) = (Instant::now(), Duration::from_millis);
+        for (at, on) in [(0, 0), (5_000, 5_000), (5_003, 5_000), (5_051, 6_000), (5_900, 6_000), (6_049, 6_000)] {
+            assert_eq!(on_the_grid(started, started + ms(at)).duration_since(started), ms(on), "{at} ms");
         }
     }
 }
