@@ -1,15 +1,14 @@
-//! What changes cost beside thousands of peers: one lease, many at once, the device deleted, a restart with nothing
-//! changed, and rest.
+//! What changes cost beside thousands of peers: one lease, many at once, the device deleted, and a restart with nothing
+//! changed.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 
+use super::crowded::{Crowded, LIMIT};
 use super::report::{ms, quantile, sorted};
 use super::{Report, usage};
-use crate::lab::{Lab, Node, Peer, Witness, crowd};
-
-const LIMIT: Duration = Duration::from_secs(30);
+use crate::lab::{Node, Peer};
 
 /// How it is measured.
 #[derive(Clone, Copy, Debug)]
@@ -22,8 +21,6 @@ pub struct Options {
     pub burst: u32,
     /// Rounds of everything but the single leases.
     pub rounds: usize,
-    /// How long rest is watched.
-    pub rest: Duration,
 }
 
 /// Measures.
@@ -31,16 +28,8 @@ pub struct Options {
 /// # Errors
 /// The lab breaks.
 pub fn run(report: &mut Report, options: Options) -> Result<()> {
-    let Options { peers, singles, burst, rounds, rest } = options;
-    let mut lab = Lab::builder().name("bench-changes").nodes(0).network(crowd::NETWORK).start()?;
-    let mut crowd = lab.crowd()?;
-    crowd.join(1..peers + 1)?;
-    let node = lab.boot_node()?;
-    let witness = Witness::of(&node)?;
-    node.start_fabricd()?;
-    node.wait_ready()?;
-    witness.wait_for_routes(peers as usize, false, LIMIT)?;
-    let process = node.service("fabricd").context("fabricd has ended")?;
+    let Options { peers, singles, burst, rounds } = options;
+    let Crowded { lab, mut crowd, vteps: _vteps, node, witness, process } = Crowded::start("bench-changes", peers)?;
 
     let section = format!("one lease added, {peers} peers");
     let cpu = usage::cpu(&process)?;
@@ -92,27 +81,10 @@ pub fn run(report: &mut Report, options: Options) -> Result<()> {
     report.figure(&section, "deleted to all programmed again", "ms", back);
 
     let devices = [index_of(&node, "fabric.1")?];
-    // Every peer answers the mesh's probes now: what is measured is not the search for what is wrong with them.
-    let vteps = lab.crowd_answers()?;
-    let section = format!("rest, {peers} peers");
-    witness.forget();
-    let (cpu, began) = (usage::cpu(&process)?, Instant::now());
-    // Nothing to wait for: rest is a length of time.
-    std::thread::sleep(rest);
-    let used = ms(usage::cpu(&process)? - cpu) / began.elapsed().as_secs_f64() / 10.0;
-    report.number(&section, "CPU, of one core", "%", used);
+    let section = format!("after all that, {peers} peers");
     let (resident, peak) = usage::resident(&process)?;
     report.number(&section, "resident", "MiB", resident);
     report.number(&section, "resident, at its most since the start", "MiB", peak);
-    report.number(
-        &section,
-        "probes of the mesh that were answered, a second",
-        "",
-        f64::from(u32::try_from(vteps.answered())?) / began.elapsed().as_secs_f64(),
-    );
-    drop(vteps);
-    let changes = witness.about_fabric(&devices);
-    report.number(&section, "changes to the kernel's tables", "", changes.len() as f64);
 
     let section = format!("restart with nothing changed, {peers} peers");
     let (mut ready, mut cpu, mut changes) = (vec![], vec![], 0);

@@ -3,20 +3,23 @@
 //! | module | question |
 //! |---|---|
 //! | [`cold_start`] | how long from process start to N peers programmed, beside iproute2 and flanneld |
-//! | [`changes`] | how long one lease or a thousand take, what a restart costs, what rest costs |
+//! | [`changes`] | how long one lease or a thousand take, what a restart costs |
+//! | [`rest`] | what rest costs |
 //! | [`datapath`] | what pods get of the network, beside a VXLAN made by hand and the bare underlay |
 //! | [`filter`] | what the packet filter takes of that |
 //! | [`cni`] | how long a pod's ADD and DEL take, beside `bridge` and `host-local` |
 //!
-//! [`report`] prints and keeps the figures, [`usage`] reads what a process used, [`traffic`] makes traffic. Nothing here fails because a figure is
-//! bad: a benchmark measures, it doesn't test.
+//! [`report`] prints and keeps the figures, [`usage`] reads what a process used, [`traffic`] makes traffic, [`crowded`] a
+//! node beside thousands of peers. Nothing here fails because a figure is bad: a benchmark measures, it doesn't test.
 
 pub mod changes;
 pub mod cni;
 pub mod cold_start;
+pub mod crowded;
 pub mod datapath;
 pub mod filter;
 pub mod report;
+pub mod rest;
 pub mod traffic;
 pub mod usage;
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
-use fabric_tests::bench::{Report, changes, cni, cold_start, datapath, filter};
+use fabric_tests::bench::{Report, changes, cni, cold_start, datapath, filter, rest};
 use fabric_tests::lab::binaries;
 
 /// Measure fabricd beside iproute2, a VXLAN made by hand, and flanneld
@@ -48,6 +48,7 @@ struct Cli {
 enum Part {
     ColdStart,
     Changes,
+    Rest,
     Datapath,
     Filter,
     Cni,
@@ -73,9 +74,11 @@ fn run(cli: &Cli) -> Result<()> {
         cold_start::run(&mut report, &cli.peers, cli.rounds, cli.flanneld.as_deref())?;
     }
     if wanted(Part::Changes) {
-        let rest = Duration::from_secs(cli.rest);
-        let options = changes::Options { peers: cli.crowd, singles: 300, burst: 1000, rounds: cli.rounds, rest };
+        let options = changes::Options { peers: cli.crowd, singles: 300, burst: 1000, rounds: cli.rounds };
         changes::run(&mut report, options)?;
+    }
+    if wanted(Part::Rest) {
+        rest::run(&mut report, cli.crowd, Duration::from_secs(cli.rest))?;
     }
     let slice = Duration::from_millis(cli.slice);
     let traffic = datapath::Options { rounds: cli.turns, slice, crowd: cli.crowd };
