@@ -385,7 +385,7 @@ fn node(family: Family) -> Node {
 async fn obstacles(kernel: &mut impl Kernel) -> Vec<Obstacle> {
     kernel.audit();
     let firewall = look(kernel).await.firewall.clone();
-    Family::ALL.iter().flat_map(|family| node(*family).obstacles(&firewall, &[])).collect()
+    Family::ALL.iter().flat_map(|family| node(*family).obstacles(&firewall, Vec::new)).collect()
 }
 
 /// Loads rules of others, and runs what is printed for each chain that they drop by, until none is left.
@@ -485,7 +485,7 @@ fn firewalld_is_told_in_its_own_words_and_is_open_after_its_own_commands() {
         run("nft", &format!("-f {folder}/closed.nft"));
         world.kernel().audit();
         let firewall = look(world.kernel()).await.firewall.clone();
-        let found = cluster.obstacles(&firewall, &[]);
+        let found = cluster.obstacles(&firewall, Vec::new);
         let told: Vec<String> = found.iter().map(ToString::to_string).collect();
         assert_eq!(told.len(), 2, "{told:#?}");
         assert!(told[0].starts_with("inet firewalld filter_IN_public rule") && told[0].contains("reject"), "{told:#?}");
@@ -505,7 +505,7 @@ fn firewalld_is_told_in_its_own_words_and_is_open_after_its_own_commands() {
         run("nft", &format!("-f {folder}/open.nft"));
         world.kernel().audit();
         let firewall = look(world.kernel()).await.firewall.clone();
-        assert_eq!(cluster.obstacles(&firewall, &[]), []);
+        assert_eq!(cluster.obstacles(&firewall, Vec::new), []);
     });
 }
 

@@ -1,5 +1,6 @@
 //! What the firewalls of others do to this node's packets: [`fabric_core::firewall`], asked about what the loop knows.
 
+use std::cell::Cell;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -39,26 +40,31 @@ struct Given {
     firewall: Arc<Firewall>,
     nodes: Vec<Node>,
     leases: Option<Arc<LeaseSet>>,
+    /// Some rule looks at the peers' addresses: only then the leases decide.
+    by_peer: bool,
 }
 
 impl Given {
-    fn decides_as(&self, other: &Self) -> bool {
-        let same_leases = match (&self.leases, &other.leases) {
+    /// Whether what was found for this is what would be found for `now`.
+    fn decides_as(&self, now: &Self) -> bool {
+        let same_leases = match (&self.leases, &now.leases) {
             (Some(one), Some(other)) => Arc::ptr_eq(one, other),
             (None, None) => true,
             _ => false,
         };
-        Arc::ptr_eq(&self.firewall, &other.firewall) && self.nodes == other.nodes && same_leases
+        let same = Arc::ptr_eq(&self.firewall, &now.firewall) && self.nodes == now.nodes;
+        same && (same_leases || !self.by_peer)
     }
 }
 
 impl Judge {
     /// What the chains that were just seen make of packets of ours.
     pub fn judge(&mut self, view: &View, observed: &Observed) -> Arc<Judged> {
-        let given = Given {
+        let mut given = Given {
             firewall: Arc::clone(&observed.firewall),
             nodes: nodes(view, observed),
             leases: view.leases.clone(),
+            by_peer: false,
         };
         if let Some((before, judged)) = &self.known
             && before.decides_as(&given)
@@ -66,12 +72,16 @@ impl Judge {
             return Arc::clone(judged);
         }
         let judges_state = given.nodes.iter().find_map(|node| node.needs_tracking(&given.firewall));
+        let by_peer = Cell::new(false);
         let obstacles = |node: &Node| {
-            let endpoints = view.peers().filter_map(|peer| peer.record.endpoints().get(node.family()).copied());
-            let peers: Vec<IpAddr> = endpoints.map(|endpoint| endpoint.public_ip).collect();
+            let peers = || {
+                by_peer.set(true);
+                let endpoints = view.peers().filter_map(|peer| peer.record.endpoints().get(node.family()).copied());
+                endpoints.map(|endpoint| endpoint.public_ip).collect()
+            };
             // Where states decide, the rules that keep packets untracked are taken back in this very pass.
             let node = Node { untracked: node.untracked && judges_state.is_none(), ..node.clone() };
-            node.obstacles(&given.firewall, &peers)
+            node.obstacles(&given.firewall, peers)
         };
         let mut all: Vec<Obstacle> = vec![];
         for obstacle in given.nodes.iter().flat_map(obstacles) {
@@ -82,6 +92,7 @@ impl Judge {
         }
         let mut obstacles = all;
         obstacles.sort_by_key(|obstacle| !obstacle.is_sure());
+        given.by_peer = by_peer.get();
         let unread = given.firewall.unread.iter().cloned().collect();
         let judged = Arc::new(Judged { obstacles, judges_state, unread });
         self.known = Some((given, Arc::clone(&judged)));

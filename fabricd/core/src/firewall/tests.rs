@@ -104,7 +104,7 @@ fn reject_at_the_end_of_a_chain_whose_policy_is_accept_is_found_with_chain_and_r
     ];
     let mut firewall = firewall([("filter_FORWARD", chain(Hook::Forward, false, rules))]);
     firewall.tables[0].name = "firewalld".to_owned();
-    let obstacles = node().obstacles(&firewall, &[]);
+    let obstacles = node().obstacles(&firewall, Vec::new);
     assert_eq!(
         said(&obstacles),
         ["inet firewalld filter_FORWARD rule 3 (handle 7): reject with icmpx admin-prohibited drops IPv4 packets \
@@ -119,7 +119,7 @@ fn reject_at_the_end_of_a_chain_whose_policy_is_accept_is_found_with_chain_and_r
 #[test]
 fn policy_drop_is_cleared_by_the_rules_of_its_remedy() {
     let closed = firewall([("through", chain(Hook::Forward, true, vec![]))]);
-    let obstacles = node().obstacles(&closed, &[]);
+    let obstacles = node().obstacles(&closed, Vec::new);
     assert_eq!(
         obstacles[0].remedy,
         [
@@ -129,7 +129,7 @@ fn policy_drop_is_cleared_by_the_rules_of_its_remedy() {
     );
     let accepts = [from_net("10.244.0.0/16"), to_net("10.244.0.0/16")].map(|net| rule([net], Decision::Accept));
     let open = firewall([("through", chain(Hook::Forward, true, accepts.to_vec()))]);
-    assert_eq!(node().obstacles(&open, &[]), []);
+    assert_eq!(node().obstacles(&open, Vec::new), []);
 }
 
 #[test]
@@ -271,7 +271,7 @@ fn condition_that_cannot_be_read_is_told_as_neither_fine_nor_failed() {
 fn rule_for_one_pod_is_told_as_depending_on_the_address_and_judged_for_that_pod() {
     let rules = vec![rule([to_net("10.244.60.2/32")], drop())];
     let firewall = firewall([("base", chain(Hook::Forward, false, rules))]);
-    let obstacles = node().obstacles(&firewall, &[]);
+    let obstacles = node().obstacles(&firewall, Vec::new);
     assert_eq!(obstacles.len(), 1, "{obstacles:?}");
     assert_eq!((obstacles[0].because.clone(), obstacles[0].flow), (Some(Unknown::Address), Flow::Pods));
     assert!(matches!(judge(&firewall, &new_pod_packet()), Verdict::Dropped(_)));
@@ -283,11 +283,11 @@ fn port_that_is_open_for_some_peers_is_told_with_those_that_are_left_out() {
     let firewall = firewall([("input", chain(Hook::Input, true, rules))]);
     let peers: Vec<IpAddr> = vec![v("192.0.2.12"), v("192.0.2.13"), v("192.0.2.14")];
     assert_eq!(
-        said(&node().obstacles(&firewall, &peers)),
+        said(&node().obstacles(&firewall, || peers.to_vec())),
         ["inet fw input policy drop drops IPv4 VXLAN packets that arrive at UDP port 8472, those of 192.0.2.13 and 1 \
           more peers"]
     );
-    assert_eq!(node().obstacles(&firewall, &peers[..1]), []);
+    assert_eq!(node().obstacles(&firewall, || peers[..1].to_vec()), []);
 }
 
 #[test]
@@ -302,10 +302,10 @@ fn firewall_that_asks_for_new_connections_needs_them_tracked() {
     };
     let untracked = Node { untracked: true, ..node() };
     let strict = opened(state::NEW);
-    assert_eq!(node().obstacles(&strict, &[]), [], "tracked, it is a new connection");
-    assert_eq!(untracked.obstacles(&strict, &[]).len(), 1, "untracked, it is none");
+    assert_eq!(node().obstacles(&strict, Vec::new), [], "tracked, it is a new connection");
+    assert_eq!(untracked.obstacles(&strict, Vec::new).len(), 1, "untracked, it is none");
     assert!(node().needs_tracking(&strict).is_some());
-    assert_eq!(untracked.obstacles(&opened(state::NEW | state::UNTRACKED), &[]), []);
+    assert_eq!(untracked.obstacles(&opened(state::NEW | state::UNTRACKED), Vec::new), []);
 }
 
 #[test]
@@ -321,7 +321,7 @@ fn kube_proxys_chains_are_no_reason_to_track() {
         ("KUBE-FORWARD", invalid),
     ]);
     assert_eq!(node().needs_tracking(&firewall), None);
-    assert_eq!(node().obstacles(&firewall, &[]), []);
+    assert_eq!(node().obstacles(&firewall, Vec::new), []);
 }
 
 #[test]
@@ -370,7 +370,7 @@ fn remedies_are_in_the_words_of_the_firewalls_owner() {
             ..Firewall::default()
         }
     };
-    let remedy = |firewall: &Firewall| node().obstacles(firewall, &[])[0].remedy.clone();
+    let remedy = |firewall: &Firewall| node().obstacles(firewall, Vec::new)[0].remedy.clone();
     assert_eq!(remedy(&table(TableKind::Ip, "filter", "INPUT", &["ufw-user-input"])), ["ufw allow 8472/udp"]);
     assert_eq!(
         remedy(&table(TableKind::Iptables, "filter", "FORWARD", &["ufw-user-forward"])),

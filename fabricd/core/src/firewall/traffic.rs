@@ -181,9 +181,10 @@ impl Node {
         packets
     }
 
-    /// What of others stands in the way of packets of ours; what is sure comes first.
+    /// What of others stands in the way of packets of ours; what is sure comes first. The peers are asked for only where a
+    /// rule looks at their addresses.
     #[must_use]
-    pub fn obstacles(&self, firewall: &Firewall, peers: &[IpAddr]) -> Vec<Obstacle> {
+    pub fn obstacles(&self, firewall: &Firewall, peers: impl Fn() -> Vec<IpAddr>) -> Vec<Obstacle> {
         let mut found = Found::new();
         for (flow, packet) in self.packets() {
             match judge(firewall, &packet) {
@@ -200,8 +201,8 @@ impl Node {
                 Verdict::Unknown(doubts) => {
                     let by_peer = flow != Flow::Pods && doubts.iter().any(|doubt| doubt.because == Unknown::Address);
                     if by_peer {
-                        for peer in peers {
-                            self.of_peer(firewall, flow, *peer, &mut found);
+                        for peer in peers() {
+                            self.of_peer(firewall, flow, peer, &mut found);
                         }
                     } else {
                         for doubt in doubts {
