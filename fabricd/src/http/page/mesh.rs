@@ -19,6 +19,8 @@ use crate::mesh::Cause;
 
 /// How long what the others have said is taken for true.
 const FRESH: Duration = Duration::from_secs(10);
+/// How long a node may take to answer: nobody waits for it, since the page shows each answer as it comes.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// In larger clusters the others are not asked: together they would say a word for each pair of nodes.
 const MOST_NODES: usize = 500;
 
@@ -48,7 +50,7 @@ pub struct Others(Mutex<Said>);
 struct Said {
     asking: bool,
     at: Option<Instant>,
-    nodes: Vec<Heard>,
+    nodes: BTreeMap<String, Heard>,
 }
 
 /// What one node has said: a letter for each peer, or why nothing.
@@ -67,18 +69,25 @@ impl Others {
             tokio::spawn(Arc::clone(self).ask(sources.clone()));
         }
         let ours = heard(ours);
-        table(&said.nodes.iter().filter(|other| other.node != ours.node).chain([&ours]).collect::<Vec<_>>())
+        table(&said.nodes.values().filter(|other| other.node != ours.node).chain([&ours]).collect::<Vec<_>>())
     }
 
     async fn ask(self: Arc<Self>, sources: Sources) {
         let question = Some(Question::Mesh(v1::GetMeshRequest {}));
-        let request = v1::AskNodesRequest { question, ..v1::AskNodesRequest::default() };
+        let timeout_ms = u32::try_from(PATIENCE.as_millis()).unwrap_or(u32::MAX);
+        let request = v1::AskNodesRequest { question, timeout_ms, ..v1::AskNodesRequest::default() };
+        let mut answered = BTreeSet::new();
         // It is refused where nodes don't ask each other.
-        let nodes = match questions::ask_nodes(sources, request) {
-            Ok(answers) => answers.filter_map(Result::ok).map(heard).collect().await,
-            Err(_) => vec![],
-        };
-        *self.lock() = Said { asking: false, at: Some(Instant::now()), nodes };
+        if let Ok(mut answers) = questions::ask_nodes(sources, request) {
+            while let Some(answer) = answers.next().await {
+                let Ok(answer) = answer.map(heard) else { continue };
+                answered.insert(answer.node.clone());
+                self.lock().nodes.insert(answer.node.clone(), answer);
+            }
+        }
+        let mut said = self.lock();
+        said.nodes.retain(|node, _| answered.contains(node));
+        (said.asking, said.at) = (false, Some(Instant::now()));
     }
 
     fn lock(&self) -> MutexGuard<'_, Said> {
