@@ -217,13 +217,21 @@ impl Machine {
     /// The child of the first process that has this number inside the machine.
     fn adopted(&self, inner_pid: &str) -> Result<Process> {
         let init = self.pid()?;
-        let children = fs::read_to_string(format!("/proc/{init}/task/{init}/children"))?;
         let is_it = |pid: &&str| {
             let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
             let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap_or_default();
             numbers.split_whitespace().last() == Some(inner_pid)
         };
-        let pid = children.split_whitespace().find(is_it).context("no such process")?;
+        let pid = loop {
+            // Asked for first: the list leaves out children while others end (proc(5)).
+            let lives = Path::new(&format!("/proc/{init}/root/proc/{inner_pid}")).exists();
+            let children = fs::read_to_string(format!("/proc/{init}/task/{init}/children"))?;
+            if let Some(pid) = children.split_whitespace().find(is_it) {
+                break pid.to_owned();
+            }
+            ensure!(lives, "no such process");
+            std::thread::yield_now();
+        };
         Process::with_pid(pid.parse()?)
     }
 
