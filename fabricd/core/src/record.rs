@@ -137,9 +137,17 @@ pub struct Owner {
     /// The run that the record was taken over from, where that was another one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub taken_from: Option<Instance>,
+    /// True when it was taken back from a run that had taken it unasked: that one must not take it back in turn.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub taken_back: bool,
     /// Members of a newer version.
     #[serde(flatten)]
     pub unknown: Map<String, Value>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 impl Owner {
@@ -301,6 +309,7 @@ impl Record {
             netns: 0,
             epoch: 0,
             taken_from: None,
+            taken_back: false,
             unknown: Map::new(),
         };
         Self { backend: Backend::Reserved(address), owner: Some(owner), unknown: Map::new() }

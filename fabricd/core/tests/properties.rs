@@ -188,6 +188,7 @@ fn endpoint_record(v4: u8, v6: u8, epoch: u64, node: &str) -> (LeaseKey, Record)
         netns: 7,
         epoch,
         taken_from: None,
+        taken_back: false,
         unknown: serde_json::Map::default(),
     };
     let record = Record { backend: Backend::Vxlan(endpoints), owner: Some(owner), unknown: serde_json::Map::default() };

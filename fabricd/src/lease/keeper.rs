@@ -145,6 +145,11 @@ impl<S: LeaseStore> Keeper<S> {
         let mut assigned = self.store.assigned();
         let mut inquired = self.store.inquiries();
         loop {
+            // It rises before the first set of the new store comes.
+            if replaced.has_changed().unwrap_or_default() {
+                replaced.mark_unchanged();
+                self.begin_anew();
+            }
             self.pause = self.pause.filter(|end| *end > Instant::now());
             let want = wanted.borrow_and_update().clone();
             let set = leases.borrow_and_update().clone();
@@ -219,8 +224,8 @@ impl<S: LeaseStore> Keeper<S> {
                 return self.look_again_at(&obstacle);
             }
             Step::Lost(loss) => {
-                if let Loss::Twin { by, there, .. } = &loss {
-                    self.was_taken_over(by, there);
+                if let Loss::Twin { by, there, back, .. } = &loss {
+                    self.was_taken_over(by, there, *back);
                 }
                 self.lose(&loss.to_string());
                 return now;
@@ -331,6 +336,8 @@ impl<S: LeaseStore> Keeper<S> {
     fn begin_anew(&mut self) {
         self.replaced = Some(Instant::now());
         self.remembered_revision = None;
+        // Who took what from whom is told by records that are gone.
+        self.overruled = None;
         self.resting.clear();
         if self.grant.is_some() {
             self.lose("the store was replaced by another one or an older copy of itself");

@@ -95,10 +95,10 @@ impl<S: LeaseStore> Keeper<S> {
         }
     }
 
-    /// Notes that another machine of this name took the lease. The one that held it takes it back, unless it had itself
-    /// taken it from that one.
-    pub(super) fn was_taken_over(&mut self, by: &Instance, there: &str) {
-        let held_before_us = self.taken_from.as_ref() == Some(by);
+    /// Notes that another machine of this name took the lease, or took it `back`. The one that held it takes it back,
+    /// unless it had itself taken it from that one: by its own record, or as that one says. Or they would go on for ever.
+    pub(super) fn was_taken_over(&mut self, by: &Instance, there: &str, back: bool) {
+        let held_before_us = back || self.taken_from.as_ref() == Some(by);
         self.overruled = Some(by.clone()).filter(|_| !held_before_us);
         if self.overruled.is_some() {
             let told = format!(

@@ -198,7 +198,10 @@ fn keep(now: &Situation<'_>, held: Held) -> Step {
         // The set shows the time before our write.
         _ if now.leases.revision() < held.mod_revision => Step::Keep,
         Some(lease) => match writer(now, lease).filter(|writer| writer != now.instance) {
-            Some(by) => Step::Lost(Loss::Twin { key: held.key, node: now.node.clone(), there: addresses(lease), by }),
+            Some(by) => {
+                let back = lease.record.owner.as_ref().is_some_and(|owner| owner.taken_back);
+                Step::Lost(Loss::Twin { key: held.key, node: now.node.clone(), there: addresses(lease), by, back })
+            }
             None => Step::Lost(Loss::Taken(held.key, lease.holder())),
         },
         None => Step::Lost(Loss::Gone(held.key)),
@@ -438,10 +441,13 @@ fn bid(now: &Situation<'_>, key: LeaseKey, expect: Expect, before: Option<&Lease
     let owner = before.and_then(|record| record.owner.as_ref());
     let remembered = now.previous.map_or(0, |previous| previous.epoch);
     let writer = owner.filter(|_| before.is_some_and(|record| !record.is_placeholder())).map(Owner::instance);
-    // Who takes back what was taken from it has taken it from nobody.
-    let taken_from = match writer {
-        Some(writer) if writer == *now.instance => owner.and_then(|owner| owner.taken_from.clone()),
-        writer => writer.filter(|writer| now.overruled != Some(writer)),
+    // Who takes back what was taken from it has taken it from nobody, and says so.
+    let (taken_from, taken_back) = match writer {
+        Some(writer) if writer == *now.instance => {
+            owner.map_or((None, false), |owner| (owner.taken_from.clone(), owner.taken_back))
+        }
+        Some(writer) if now.overruled == Some(&writer) => (None, true),
+        writer => (writer, false),
     };
     let formerly = owner.map(|owner| owner.node.clone()).or_else(|| now.previous?.formerly.clone());
     let owner = Owner {
@@ -451,6 +457,7 @@ fn bid(now: &Situation<'_>, key: LeaseKey, expect: Expect, before: Option<&Lease
         netns: now.instance.netns,
         epoch: owner.map_or(0, |owner| owner.epoch).max(remembered) + 1,
         taken_from,
+        taken_back,
         unknown: owner.map(|owner| owner.unknown.clone()).unwrap_or_default(),
     };
     let unknown = before.map(|record| record.unknown.clone()).unwrap_or_default();

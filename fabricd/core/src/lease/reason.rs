@@ -32,6 +32,8 @@ pub enum Loss {
         there: String,
         /// Which run it is.
         by: Instance,
+        /// Whether it says that it has taken back what this run had taken.
+        back: bool,
     },
     /// Nobody has said so yet, but by the local clock it is over.
     #[error("the lease of {0} has run out, and the store can't be reached to keep it alive")]

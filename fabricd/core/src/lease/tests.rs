@@ -416,7 +416,12 @@ fn node_whose_lease_was_taken_takes_it_back_and_says_whom_it_took_one_from() {
     assert_eq!((by, there.as_str()), (run("thief"), "192.0.2.9"));
     let node = Node { held: None, overruled: Some(run("thief")), ..node };
     let bid = node.bid(&usurped);
-    assert_eq!((bid.expect, bid.record.owner.expect("named").taken_from), (Expect::Revision(6), None));
+    let owner = bid.record.owner.clone().expect("named");
+    assert_eq!((bid.expect, owner.taken_from, owner.taken_back), (Expect::Revision(6), None, true));
+    // So the thief, which may have found the key absent, knows that it must not take it back in turn.
+    let thief = Node { instance: run("thief"), ..Node::with_a_lease() };
+    let told = set(&[(NINE, bid.record.encode(), 7)], 7);
+    assert!(matches!(thief.step(&told), Step::Lost(Loss::Twin { back: true, .. })), "{:?}", thief.step(&told));
     // The other one, in its turn, would have said whom it took it from.
     let thief = Node { instance: run("thief"), findings: silent_for(QUICK), ..Node::new() };
     let bid = thief.bid(&set(&[(NINE, fabric("node-1", "192.0.2.1"), 5)], 5));

@@ -100,6 +100,7 @@ pub(super) fn read(node: &Node) -> Option<Published> {
         netns: 0,
         epoch: 0,
         taken_from: None,
+        taken_back: false,
         unknown: Map::new(),
     };
     record.insert("Fabric".into(), json!(owner));

@@ -107,6 +107,7 @@ pub fn claim(number: u8, subnets: &str, seen: &LeaseSet) -> Claim {
         netns: 4_026_531_840,
         epoch: 1,
         taken_from: None,
+        taken_back: false,
         unknown: serde_json::Map::new(),
     };
     let node = owner.node.clone();
