@@ -46,12 +46,17 @@ pub fn await_ready_node(path: &Path, patience: Duration) -> Result<NodeFile, Str
     let deadline = Instant::now() + patience;
     // Without a watch (too many of them) the first word stands, as it does when the time is up.
     let Ok(events) = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK) else { return ready };
+    let nearest = || path.ancestors().skip(1).find(|folder| folder.is_dir());
     loop {
         // Watched before it is read, so that no change falls between. While the folder doesn't exist its parent tells.
-        let folder = path.ancestors().skip(1).find(|folder| folder.is_dir());
+        let folder = nearest();
         let changes = WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::CLOSE_WRITE;
         if folder.is_none_or(|folder| inotify::add_watch(&events, folder, changes).is_err()) {
             return ready_node(path);
+        }
+        // Of a folder that was made before its parent was watched, the parent says nothing more.
+        if nearest() != folder {
+            continue;
         }
         let ready = ready_node(path);
         let left = deadline.saturating_duration_since(Instant::now());
