@@ -33,14 +33,28 @@ pub async fn connect(socket: &Path) -> anyhow::Result<FabricClient<Channel>> {
     Ok(FabricClient::new(channel.with_context(told)?).max_decoding_message_size(LARGEST))
 }
 
-/// The daemon's own words, without gRPC's around them.
+/// The daemon's own words, without gRPC's around them; of one that has ended meanwhile, what works without it.
 pub fn told(status: &tonic::Status) -> anyhow::Error {
-    anyhow::anyhow!("{}", status.message())
+    let mut causes = std::iter::successors(std::error::Error::source(status), |cause| cause.source());
+    match causes.find_map(|cause| cause.downcast_ref::<io::Error>()) {
+        Some(cause) => {
+            anyhow::anyhow!("the daemon is gone: {}; without a daemon: fabricctl doctor", errno::named(cause))
+        }
+        None => anyhow::anyhow!("{}", status.message()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn daemon_that_ends_before_it_is_asked_is_told_likewise() {
+        let refused = tonic::Status::from_error(Box::new(io::Error::from_raw_os_error(111)));
+        let words = told(&refused).to_string();
+        assert!(words.ends_with("(ECONNREFUSED); without a daemon: fabricctl doctor"), "{words}");
+        assert_eq!(told(&tonic::Status::not_found("there is no node x")).to_string(), "there is no node x");
+    }
 
     #[tokio::test]
     async fn daemon_that_is_not_there_is_told_by_name_and_with_what_works_without_it() {
