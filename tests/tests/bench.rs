@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use fabric_tests::bench::{Report, changes, cni, cold_start, datapath, filter, rest};
+use fabric_tests::bench::{Report, change, changes, cni, cold_start, datapath, filter, rest};
 use fabric_tests::lab::binaries;
 
 #[test]
@@ -11,6 +11,17 @@ fn cold_starts_are_measured() -> Result<()> {
     let mut report = Report::default();
     cold_start::run(&mut report, &[20], 1, None)?;
     value(&report, "fabricd / iproute2, programming").map(drop)
+}
+
+#[test]
+fn one_change_is_measured_beside_another_build() -> Result<()> {
+    let mut report = Report::default();
+    let fabricd = binaries::folder()?.join("fabricd");
+    change::run(&mut report, change::Options { peers: 20, changes: 3, rounds: 1, before: Some(&fabricd) })?;
+    for name in ["put, CPU: this build / the one before", "this build: lease delete to programmed, own part, p99"] {
+        value(&report, name)?;
+    }
+    Ok(())
 }
 
 #[test]

@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result};
 use super::crowded::{Crowded, LIMIT};
 use super::report::{ms, quantile, sorted};
 use super::{Report, usage};
+use crate::lab::crowd::Watch;
 use crate::lab::{Node, Peer};
 
 /// How it is measured.
@@ -36,7 +37,7 @@ pub fn run(report: &mut Report, options: Options) -> Result<()> {
     let mut programmed = vec![];
     witness.forget();
     let new = (peers + 1..=peers + singles).map(Peer::new);
-    let told = crowd.put_watched(new, |peer| {
+    let told = crowd.watched(Watch::Put, new, |peer| {
         programmed.push(witness.wait_for("its route", LIMIT, |event| event.subnet() == Some(peer.subnet()))?);
         witness.forget();
         Ok(())

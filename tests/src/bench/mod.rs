@@ -3,6 +3,7 @@
 //! | module | question |
 //! |---|---|
 //! | [`cold_start`] | how long from process start to N peers programmed, beside iproute2 and flanneld |
+//! | [`change`] | how long one lease takes that comes or goes, and its CPU, beside another build |
 //! | [`changes`] | how long one lease or a thousand take, what a restart costs |
 //! | [`rest`] | what rest costs |
 //! | [`datapath`] | what pods get of the network, beside a VXLAN made by hand and the bare underlay |
@@ -12,6 +13,7 @@
 //! [`report`] prints and keeps the figures, [`usage`] reads what a process used, [`traffic`] makes traffic, [`crowded`] a
 //! node beside thousands of peers. Nothing here fails because a figure is bad: a benchmark measures, it doesn't test.
 
+pub mod change;
 pub mod changes;
 pub mod cni;
 pub mod cold_start;

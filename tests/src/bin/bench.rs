@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
-use fabric_tests::bench::{Report, changes, cni, cold_start, datapath, filter, rest};
+use fabric_tests::bench::{Report, change, changes, cni, cold_start, datapath, filter, rest};
 use fabric_tests::lab::binaries;
 
 /// Measure fabricd beside iproute2, a VXLAN made by hand, and flanneld
@@ -39,6 +39,9 @@ struct Cli {
     /// A flanneld to be measured in the same run
     #[arg(long, env = "FLANNELD")]
     flanneld: Option<PathBuf>,
+    /// A fabricd of another build, beside which single changes are measured
+    #[arg(long, env = "BEFORE")]
+    before: Option<PathBuf>,
     /// Where the figures go, as JSON
     #[arg(long, default_value = "target/bench.json")]
     json: PathBuf,
@@ -47,6 +50,7 @@ struct Cli {
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Part {
     ColdStart,
+    Change,
     Changes,
     Rest,
     Datapath,
@@ -72,6 +76,10 @@ fn run(cli: &Cli) -> Result<()> {
     let wanted = |part| cli.parts.is_empty() || cli.parts.contains(&part);
     if wanted(Part::ColdStart) {
         cold_start::run(&mut report, &cli.peers, cli.rounds, cli.flanneld.as_deref())?;
+    }
+    if wanted(Part::Change) {
+        let before = cli.before.as_deref();
+        change::run(&mut report, change::Options { peers: cli.crowd, changes: 200, rounds: cli.rounds, before })?;
     }
     if wanted(Part::Changes) {
         let options = changes::Options { peers: cli.crowd, singles: 300, burst: 1000, rounds: cli.rounds };

@@ -132,13 +132,14 @@ impl Crowd {
         })
     }
 
-    /// Puts peers one at a time, and says for each when the put was sent and when a bare watch told of it: the time
-    /// that etcd itself takes. `seen` is called after each, with the peer.
+    /// Puts peers one at a time, or deletes them, and says for each when that was sent and when a bare watch told of it: the
+    /// time that etcd itself takes. `seen` is called after each, with the peer.
     ///
     /// # Errors
     /// etcd refuses, or `seen` fails.
-    pub fn put_watched(
+    pub fn watched(
         &mut self,
+        what: Watch,
         peers: impl IntoIterator<Item = Peer>,
         mut seen: impl FnMut(Peer) -> Result<()>,
     ) -> Result<Vec<Watched>> {
@@ -149,12 +150,16 @@ impl Crowd {
             let mut times = vec![];
             for peer in peers {
                 let sent = Instant::now();
+                let operation = match what {
+                    Watch::Put => TxnOp::put(peer.key(), peer.value(), None),
+                    Watch::Delete => TxnOp::delete(peer.key(), None),
+                };
                 let mut other = client.clone();
-                let (put, event) = tokio::join!(other.put(peer.key(), peer.value(), None), async {
+                let (written, event) = tokio::join!(other.txn(Txn::new().and_then([operation])), async {
                     let event = told.message().await;
                     (event, Instant::now())
                 });
-                put?;
+                written?;
                 event.0?.context("the watch has ended")?;
                 times.push(Watched { sent, told: event.1 - sent });
                 seen(peer)?;
@@ -169,10 +174,19 @@ impl Crowd {
     }
 }
 
-/// How long a put took to be told of.
+/// What happens to a lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watch {
+    /// It comes, or changes.
+    Put,
+    /// It goes.
+    Delete,
+}
+
+/// How long a change took to be told of.
 #[derive(Clone, Copy, Debug)]
 pub struct Watched {
-    /// When the put was sent.
+    /// When it was sent.
     pub sent: Instant,
     /// Until a bare watch told of it.
     pub told: Duration,
