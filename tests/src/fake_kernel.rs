@@ -11,9 +11,10 @@ use std::io;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use fabric_core::derived::Dirty;
 use fabric_core::device;
 use fabric_core::diff::nft::{self, Transaction};
-use fabric_core::diff::{Change, Op, routing};
+use fabric_core::diff::{Change, Key, Op, diff, routing};
 use fabric_core::firewall::Firewall;
 use fabric_core::model::{Family, IfName, MacAddr, Subnet};
 use fabric_core::state::nft::FoundRuleset;
@@ -417,6 +418,7 @@ struct State {
     faults: Vec<(Matches, i32)>,
     unreadable: Option<i32>,
     observed: Arc<Observed>,
+    touched: Dirty<Key>,
     stale: bool,
     overrun: bool,
     muted: bool,
@@ -507,9 +509,16 @@ impl Kernel for FakeKernel {
         }
         state.overrun = false;
         if std::mem::take(&mut state.stale) {
-            state.observed = Arc::new(state.tables.observed());
+            let now = state.tables.observed();
+            let touched = touched(&state.observed.ours, &now.ours);
+            state.touched.extend(touched);
+            state.observed = Arc::new(now);
         }
         Ok(Arc::clone(&state.observed))
+    }
+
+    fn touched(&mut self) -> Dirty<Key> {
+        std::mem::take(&mut self.state().touched)
     }
 
     async fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>> {
@@ -566,6 +575,15 @@ impl Kernel for FakeKernel {
         let mut state = self.state();
         state.stale = true;
         self.woken.notify_one();
+    }
+}
+
+/// The entries that differ, as the real one hears of them.
+fn touched(was: &Routing, now: &Routing) -> Dirty<Key> {
+    let own = |state: &Routing| (state.links.clone(), state.addresses.clone(), state.sysctls.clone());
+    match own(was) == own(now) {
+        true => Dirty::Keys(diff(now, was).ops().iter().map(Op::key).collect()),
+        false => Dirty::Everything,
     }
 }
 

@@ -1,10 +1,10 @@
 //! [`LeaseSet`]: all leases of the cluster, the fold of a snapshot and the events after it.
 
-use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use crate::cow_map::CowMap;
 use crate::lease::alloc::Taken;
 use crate::model::{Family, NodeName, Subnet};
 use crate::record::{LeaseKey, Record, RecordError};
@@ -38,6 +38,18 @@ impl Lease {
     }
 }
 
+impl Lease {
+    /// Whether a departed lease doesn't count beside this one: it has the subnet, the node or the address.
+    fn takes_place_of(&self, departed: &Self) -> bool {
+        let addresses = |lease: &Self| lease.record.endpoints().map(|_, endpoint| endpoint.public_ip);
+        let (ours, its) = (addresses(self), addresses(departed));
+        let mut subnets = departed.key.subnets().values();
+        subnets.any(|subnet| self.key.subnets().values().any(|own| own.overlaps(*subnet)))
+            || departed.record.node().is_some_and(|node| self.record.node() == Some(node))
+            || its.values().any(|ip| ours.values().any(|own| own == ip))
+    }
+}
+
 /// A key-value pair under `<prefix>/subnets/`, as the store sent it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -68,7 +80,7 @@ pub enum Event {
 /// Every lease at one revision of the store. Cheap to clone: the leases are shared.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LeaseSet {
-    leases: BTreeMap<LeaseKey, Arc<Lease>>,
+    leases: CowMap<LeaseKey, Arc<Lease>>,
     unreadable: BTreeMap<String, RecordError>,
     reservations: BTreeMap<LeaseKey, NodeName>,
     departed: BTreeMap<LeaseKey, Arc<Lease>>,
@@ -84,7 +96,7 @@ impl LeaseSet {
             set.put(entry, before);
         }
         // A map that grew key by key is half empty inside; one that is made at once is not.
-        set.leases = set.leases.into_iter().collect();
+        set.leases = set.leases.iter().map(|(key, lease)| (*key, Arc::clone(lease))).collect();
         let missing: Vec<_> = before.iter().filter(|lease| set.get(&lease.key).is_none()).cloned().collect();
         missing.into_iter().for_each(|lease| set.depart(lease));
         set
@@ -157,8 +169,45 @@ impl LeaseSet {
                 && addresses(lease).iter().all(|ip| !used.contains(ip))
         };
         let mut set = self.clone();
-        set.leases.extend(before.into_iter().filter(is_missing).map(|lease| (lease.key, lease.clone())));
+        for lease in before.into_iter().filter(is_missing) {
+            set.leases.insert(lease.key, Arc::clone(lease));
+        }
         set
+    }
+
+    /// [`LeaseSet::keeping`] of its own departed leases, made of what that was for the set of before, `merged`: for the price
+    /// of what has changed since.
+    #[must_use]
+    pub fn keeping_departed(&self, before: &Self, merged: &Self) -> Self {
+        let changes: Vec<_> = self.changes(before).collect();
+        let came: Vec<&Arc<Lease>> = changes.iter().filter_map(|(_, is)| *is).collect();
+        let kept: Vec<&Arc<Lease>> = merged.changes(before).filter_map(|(_, is)| is).collect();
+        let mut leases = merged.leases.clone();
+        let stays = |kept: &&Arc<Lease>| {
+            let is_departed = self.departed.get(&kept.key).is_some_and(|departed| Arc::ptr_eq(departed, kept));
+            is_departed && !came.iter().any(|lease| lease.takes_place_of(kept))
+        };
+        let (stay, go): (Vec<_>, Vec<_>) = kept.into_iter().partition(stays);
+        for lease in go {
+            leases.remove(&lease.key);
+        }
+        for (was, is) in &changes {
+            match (was, is) {
+                (_, Some(lease)) => drop(leases.insert(lease.key, Arc::clone(lease))),
+                (Some(lease), None) => drop(leases.remove(&lease.key)),
+                (None, None) => {}
+            }
+        }
+        // What has gone leaves room for those that had none; others depart just now.
+        let has_gone = changes.iter().any(|(was, _)| was.is_some());
+        let is_new =
+            |lease: &Arc<Lease>| !before.departed.get(&lease.key).is_some_and(|known| Arc::ptr_eq(known, lease));
+        let others = self.departed.values().filter(|lease| has_gone || is_new(lease));
+        let others = others.filter(|lease| !stay.iter().any(|kept| kept.key == lease.key));
+        for lease in others.filter(|lease| !self.iter().any(|other| other.takes_place_of(lease))) {
+            leases.insert(lease.key, Arc::clone(lease));
+        }
+        Self { leases, ..self.clone() }
     }
 
     /// True when more than half of the leases that were known are not there any more; of a few, any number may go.
@@ -196,35 +245,13 @@ impl LeaseSet {
         self.leases.values()
     }
 
-    /// What has changed since `before`: each lease as it was, as it is, or both. One walk along both sets; what they
-    /// share is not looked into.
+    /// What has changed since `before`: each lease as it was, as it is, or both. What both sets share is not looked into.
     pub fn changes<'a>(
         &'a self,
         before: &'a Self,
     ) -> impl Iterator<Item = (Option<&'a Arc<Lease>>, Option<&'a Arc<Lease>>)> {
-        let (mut was, mut is) = (before.iter().peekable(), self.iter().peekable());
-        std::iter::from_fn(move || {
-            loop {
-                let order = match (was.peek(), is.peek()) {
-                    // Most are the same: a comparison of keys less for each of thousands.
-                    (Some(was), Some(is)) if Arc::ptr_eq(was, is) => Ordering::Equal,
-                    (Some(was), Some(is)) => was.key.cmp(&is.key),
-                    (Some(_), None) => Ordering::Less,
-                    (None, Some(_)) => Ordering::Greater,
-                    (None, None) => return None,
-                };
-                match order {
-                    Ordering::Less => return Some((was.next(), None)),
-                    Ordering::Greater => return Some((None, is.next())),
-                    Ordering::Equal => {
-                        let (was, is) = (was.next()?, is.next()?);
-                        if !Arc::ptr_eq(was, is) {
-                            return Some((Some(was), Some(is)));
-                        }
-                    }
-                }
-            }
-        })
+        let lease = |entry: Option<(&'a LeaseKey, &'a Arc<Lease>)>| entry.map(|(_, lease)| lease);
+        self.leases.changes(&before.leases, Arc::ptr_eq).map(move |(was, is)| (lease(was), lease(is)))
     }
 
     /// One lease.
@@ -277,6 +304,9 @@ impl LeaseSet {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
 
     fn entry(key: &str, value: &str, revision: i64) -> Entry {
@@ -333,6 +363,33 @@ mod tests {
         assert!(after.lacks_most_of(&before));
         let kept: Vec<String> = after.keeping(before.iter()).iter().map(|lease| lease.key.encode()).collect();
         assert_eq!(kept, ["10.244.1.0-24", "10.244.2.128-25", "10.244.4.0-24", "10.244.7.0-24"]);
+    }
+
+    proptest! {
+        /// Leases that come, change, end by themselves and are given back, of nodes that move and of such as have no name.
+        #[test]
+        fn departed_leases_that_are_kept_change_by_change_are_those_kept_at_once(
+            steps in vec(vec((0..8_u8, 0..6_u8, 1..6_u8, 0..4_u8), 1..6), 1..20),
+        ) {
+            let (mut set, mut revision) = (LeaseSet::default(), 0);
+            let (mut before, mut merged) = (set.clone(), set.clone());
+            for batch in steps {
+                for (subnet, node, ip, what) in batch {
+                    revision += 1;
+                    let key = if subnet < 6 { format!("10.244.{subnet}.0-24") } else { format!("10.244.{}.0-23", (subnet - 6) * 2) };
+                    let name = format!(r#"}},"Fabric":{{"v":1,"node":"node-{node}","boot":"b","netns":1,"epoch":1}}}}"#);
+                    let value = vxlan(&format!("192.0.2.{ip}"));
+                    let value = if node == 0 { value } else { value.replace("}}", &name) };
+                    match what {
+                        0 | 1 => set.apply(Event::Put(entry(&key, &value, revision)), revision),
+                        _ => set.apply(Event::Delete { key, given_back: what == 2 }, revision),
+                    }
+                }
+                merged = set.keeping_departed(&before, &merged);
+                before = set.clone();
+                prop_assert_eq!(&merged, &set.keeping(set.departed().values()));
+            }
+        }
     }
 
     #[test]

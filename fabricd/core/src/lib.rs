@@ -10,10 +10,11 @@
 //! ```
 
 pub mod attachments;
+pub mod cow_map;
+pub mod derived;
 pub mod device;
 pub mod diff;
 pub mod firewall;
-pub mod follow;
 pub mod handoff;
 pub mod inquiry;
 pub mod lease;

@@ -4,8 +4,9 @@
 
 use std::net::IpAddr;
 
+use fabric_core::derived::Dirty;
 use fabric_core::diff::routing::{self, without};
-use fabric_core::diff::{Change, Gate, Key, Op, diff};
+use fabric_core::diff::{Change, Gate, Key, Op, diff, diff_of};
 use fabric_core::handoff::NodeFile;
 use fabric_core::inquiry::Inquiry;
 use fabric_core::model::{Family, IfName, MacAddr, PerFamily, Subnet, Vni};
@@ -135,6 +136,13 @@ proptest! {
         // Settings are never taken back: those nobody asks for stay as they were.
         now.sysctls.retain(|sysctl, _| want.sysctls.contains_key(sysctl));
         prop_assert_eq!(now, want);
+    }
+
+    #[test]
+    fn entries_that_differ_are_all_that_has_to_be_compared(want in state(), have in state()) {
+        let plan = diff(&want, &have);
+        let dirty = Dirty::Keys(plan.ops().iter().map(Op::key).collect());
+        prop_assert_eq!(diff_of(&want, &have, &dirty), plan);
     }
 
     #[test]

@@ -12,10 +12,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use fabric_core::diff::nft;
-use fabric_core::model::{IfName, Subnet};
+use fabric_core::derived::Dirty;
+use fabric_core::diff::{Key, nft};
+use fabric_core::model::{IfName, MacAddr, Subnet};
 use fabric_core::state::nft::share;
-use fabric_core::state::{Foreign, ForeignLink, NexthopId, Sysctl, Via};
+use fabric_core::state::{Foreign, ForeignLink, NexthopId, Routing, Sysctl, Via};
 use fabric_netlink::RequestSocket;
 
 use super::firewalls::{self, bridge_nf};
@@ -37,8 +38,12 @@ pub(super) struct Mirror {
     carriers: Vec<u32>,
     /// Tables to be read anew.
     stale: BTreeSet<Table>,
+    /// What may have changed of ours since that was asked last.
+    touched: Dirty<Key>,
     /// Nexthop objects whose routes the kernel has removed in silence.
     gone: BTreeSet<NexthopId>,
+    /// FDB entries that we deleted ourselves since the last look.
+    deleted: BTreeSet<(IfName, MacAddr)>,
     /// What was written to our tables of nftables since the last look.
     written: Vec<nft::Op>,
     /// Reads the chains of others.
@@ -64,12 +69,19 @@ impl Mirror {
         for event in events {
             self.hear(event);
         }
+        // Each of them has been heard of by now, unless the device went at the same time.
+        self.deleted.clear();
         self.drop_routes_of_gone_nexthops();
         if !self.stale.is_empty() {
             self.read(socket, filter, options)?;
             self.stale.clear();
         }
         Ok(Arc::clone(&self.observed))
+    }
+
+    /// What may have changed of ours since this was asked last.
+    pub(super) fn touched(&mut self) -> Dirty<Key> {
+        std::mem::take(&mut self.touched)
     }
 
     /// Takes note of what we wrote ourselves to our tables of nftables: it needn't be read again. The next look takes it
@@ -81,6 +93,11 @@ impl Mirror {
     /// Has the next look read these anew. Nobody is woken for it.
     pub(super) fn distrust(&mut self, tables: &[Table]) {
         self.stale.extend(tables);
+    }
+
+    /// Takes note that we deleted an FDB entry ourselves: that it goes doesn't mean that its device does.
+    pub(super) fn deleted(&mut self, dev: IfName, mac: MacAddr) {
+        self.deleted.insert((dev, mac));
     }
 
     /// What to listen to from now on.
@@ -114,12 +131,18 @@ impl Mirror {
             Event::Entry(entry) => {
                 let Some(link) = self.links.get(&entry.index).filter(|link| link.ours.is_some()) else { return };
                 let ours = &mut Arc::make_mut(&mut self.observed).ours;
+                self.touched.add(match entry.row {
+                    EntryRow::Fdb(mac, _) => Key::Fdb(link.name, mac),
+                    EntryRow::Neighbour(ip, _) => Key::Neighbour(link.name, ip),
+                });
                 match entry.row {
                     EntryRow::Fdb(mac, Some(dst)) => drop(ours.fdb.insert((link.name, mac), dst)),
                     EntryRow::Fdb(mac, None) => {
                         ours.fdb.remove(&(link.name, mac));
                         // It may go with its device, whose own end is told last; until then all writes wait for that.
-                        self.stale.extend([Links]);
+                        if !self.deleted.remove(&(link.name, mac)) {
+                            self.stale.extend([Links]);
+                        }
                     }
                     EntryRow::Neighbour(ip, Some(mac)) => drop(ours.neighbours.insert((link.name, ip), mac)),
                     EntryRow::Neighbour(ip, None) => drop(ours.neighbours.remove(&(link.name, ip))),
@@ -133,6 +156,7 @@ impl Mirror {
                 if routes.contains_key(&row.dst) || plain.contains_key(&row.dst) {
                     self.stale.extend([HostRoutes]);
                 }
+                self.touched.add(Key::Route(row.dst));
                 match row.way {
                     Some(way) => drop(observed.ours.routes.insert(row.dst, way.via(row.dst, &self.links))),
                     None => drop(observed.ours.routes.remove(&row.dst)),
@@ -144,6 +168,7 @@ impl Mirror {
             }
             Event::HostRoute(_) | Event::AnyRoute => self.stale.extend([HostRoutes]),
             Event::Nexthop(row) => {
+                self.touched.add(Key::Nexthop(row.id));
                 let observed = Arc::make_mut(&mut self.observed);
                 match tables::nexthop_of(&row, &self.links) {
                     Some(nexthop) => {
@@ -157,6 +182,7 @@ impl Mirror {
                 }
             }
             Event::NexthopGone(row) => {
+                self.touched.add(Key::Nexthop(row.id));
                 let observed = Arc::make_mut(&mut self.observed);
                 if observed.ours.nexthops.remove(&row.id).is_none() {
                     observed.foreign.nexthop_ids.remove(&row.id);
@@ -173,8 +199,14 @@ impl Mirror {
     fn drop_routes_of_gone_nexthops(&mut self) {
         let gone = std::mem::take(&mut self.gone);
         let lost = |via: &Via| matches!(via, Via::Nexthop(id) if gone.contains(id));
-        if !gone.is_empty() && self.observed.ours.routes.values().any(lost) {
-            Arc::make_mut(&mut self.observed).ours.routes.retain(|_, via| !lost(via));
+        if gone.is_empty() {
+            return;
+        }
+        let routes = self.observed.ours.routes.iter();
+        let lost: Vec<Subnet> = routes.filter(|(_, via)| lost(via)).map(|(dst, _)| *dst).collect();
+        for dst in lost {
+            self.touched.add(Key::Route(dst));
+            Arc::make_mut(&mut self.observed).ours.routes.remove(&dst);
         }
     }
 
@@ -188,7 +220,7 @@ impl Mirror {
 
     /// Reads what is stale.
     fn read(&mut self, socket: &mut RequestSocket, filter: &mut Filter, options: &Options) -> Result<(), KernelError> {
-        let Self { observed, stale, firewalls, .. } = self;
+        let Self { observed, stale, firewalls, touched, .. } = self;
         if stale.contains(&Table::Links) {
             let links = tables::links(socket)?;
             // Whatever was said about a device before it was known to be ours has been passed over.
@@ -198,29 +230,30 @@ impl Mirror {
             self.links = links;
         }
         let observed = Arc::make_mut(observed);
+        let before = own_part(&observed.ours);
         let ours: Vec<&Link> = self.links.values().filter(|link| link.ours.is_some()).collect();
         if stale.contains(&Table::Addresses) {
             self.addresses = tables::addresses(socket)?;
         }
         if stale.contains(&Table::Fdb) {
-            take_over(&mut observed.ours.fdb, tables::fdb(socket, &ours)?);
+            take_over(touched, &mut observed.ours.fdb, tables::fdb(socket, &ours)?);
         }
         if stale.contains(&Table::Neighbours) {
-            take_over(&mut observed.ours.neighbours, tables::neighbours(socket, &ours)?);
+            take_over(touched, &mut observed.ours.neighbours, tables::neighbours(socket, &ours)?);
         }
         if stale.contains(&Table::Nexthops) {
             let found = tables::nexthops(socket, &self.links)?;
             observed.nexthop_objects = found.is_some();
             let found = found.unwrap_or_default();
-            take_over(&mut observed.ours.nexthops, found.ours);
+            take_over(touched, &mut observed.ours.nexthops, found.ours);
             observed.foreign.nexthop_ids = found.foreign;
         }
         if stale.contains(&Table::Routes) && !stale.contains(&Table::HostRoutes) {
-            take_over(&mut observed.ours.routes, routes::ours(socket, &self.links)?);
+            take_over(touched, &mut observed.ours.routes, routes::ours(socket, &self.links)?);
         }
         if stale.contains(&Table::HostRoutes) {
             let (ours, found) = routes::all(socket, &self.links)?;
-            take_over(&mut observed.ours.routes, ours);
+            take_over(touched, &mut observed.ours.routes, ours);
             (observed.foreign.routes, observed.foreign.plain) = (found.beside_ours, found.plain);
             observed.host.default_routes = found.defaults;
             self.carriers = found.devices;
@@ -269,14 +302,25 @@ impl Mirror {
                 observed.filter = rules;
             }
         }
+        // With a device may have come and gone what hangs on it.
+        if own_part(&observed.ours) != before {
+            *touched = Dirty::Everything;
+        }
         Ok(())
     }
 }
 
+/// What a node has for itself, without peers: a few entries.
+fn own_part(ours: &Routing) -> Routing {
+    let Routing { links, addresses, sysctls, .. } = ours;
+    Routing { links: links.clone(), addresses: addresses.clone(), sysctls: sysctls.clone(), ..Routing::default() }
+}
+
 /// Puts what was read in the place of what is known, unless it says the same: then nothing of thousands is made anew.
-fn take_over<K: Ord, V: PartialEq>(known: &mut BTreeMap<K, V>, read: Vec<(K, V)>) {
+fn take_over<K: Ord, V: PartialEq>(touched: &mut Dirty<Key>, known: &mut BTreeMap<K, V>, read: Vec<(K, V)>) {
     if known.len() != read.len() || read.iter().any(|(key, value)| known.get(key) != Some(value)) {
         *known = read.into_iter().collect();
+        *touched = Dirty::Everything;
     }
 }
 

@@ -38,7 +38,8 @@ use std::future::Future;
 use std::io;
 use std::sync::Arc;
 
-use fabric_core::diff::Op;
+use fabric_core::derived::Dirty;
+use fabric_core::diff::{Key, Op};
 use fabric_core::firewall::Firewall;
 use fabric_core::model::{Family, IfName};
 use fabric_core::state::docker_user::DockerUser;
@@ -159,6 +160,9 @@ pub trait Kernel: Send {
     /// # Errors
     /// When a table can't be read; nothing is known then.
     fn observe(&mut self) -> impl Future<Output = Result<Arc<Observed>, KernelError>> + Send;
+
+    /// What of [`Observed::ours`] may differ in what was observed last from what was observed when this was asked last.
+    fn touched(&mut self) -> Dirty<Key>;
 
     /// Takes steps that don't depend on each other: one result for each, in their order.
     ///

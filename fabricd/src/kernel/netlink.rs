@@ -8,9 +8,10 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use fabric_core::derived::Dirty;
 use fabric_core::diff::nft::Transaction;
 use fabric_core::diff::routing::Op as RoutingOp;
-use fabric_core::diff::{Change, Op, nft as filter};
+use fabric_core::diff::{Change, Key, Op, nft as filter};
 use fabric_core::model::IfName;
 use fabric_core::state::{Sysctl, Via};
 use fabric_netlink::{Refusal, RequestSocket};
@@ -32,6 +33,7 @@ const LIMIT: Duration = Duration::from_secs(30);
 pub struct Netlink {
     worker: Arc<Mutex<Worker>>,
     monitor: Arc<Monitor>,
+    touched: Dirty<Key>,
     listeners: Vec<JoinHandle<()>>,
     turns: Turns,
 }
@@ -58,7 +60,8 @@ impl Netlink {
             options,
             mirror: Mirror::default(),
         };
-        Ok(Self { worker: Arc::new(Mutex::new(worker)), monitor, listeners, turns: Turns::default() })
+        let (touched, turns) = (Dirty::Everything, Turns::default());
+        Ok(Self { worker: Arc::new(Mutex::new(worker)), monitor, touched, listeners, turns })
     }
 
     /// Runs `job` on a blocking thread. When it is cancelled or takes too long, the job is still finished, and the next
@@ -85,7 +88,16 @@ impl Drop for Netlink {
 
 impl Kernel for Netlink {
     async fn observe(&mut self) -> Result<Arc<Observed>, KernelError> {
-        self.work(Worker::observe).await?
+        // Of an answer that never comes it is not known what it would have told.
+        let known = std::mem::replace(&mut self.touched, Dirty::Everything);
+        let (observed, touched) = self.work(Worker::observe).await??;
+        self.touched = known;
+        self.touched.extend(touched);
+        Ok(observed)
+    }
+
+    fn touched(&mut self) -> Dirty<Key> {
+        std::mem::take(&mut self.touched)
     }
 
     async fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>> {
@@ -116,11 +128,11 @@ struct Worker {
 }
 
 impl Worker {
-    fn observe(&mut self) -> Result<Arc<Observed>, KernelError> {
+    fn observe(&mut self) -> Result<(Arc<Observed>, Dirty<Key>), KernelError> {
         let heard = self.monitor.take();
         let observed = self.mirror.look(heard, &mut self.socket, &mut self.filter, &self.options)?;
         self.monitor.mind(self.mirror.interest(&self.options));
-        Ok(observed)
+        Ok((observed, self.mirror.touched()))
     }
 
     /// Each section has a writer of its own.
@@ -171,6 +183,11 @@ impl Worker {
                 && !is_as_wanted(ops[position], &refusal)
             {
                 results[position] = Err(self.refused(ops[position], refusal));
+            }
+        }
+        for (op, result) in ops.iter().zip(&results) {
+            if let (RoutingOp::Fdb(dev, mac, Change::Delete(_)), Ok(())) = (op, result) {
+                self.mirror.deleted(*dev, *mac);
             }
         }
         // What is known may be why: the next look, which is that before the next try, reads it anew.

@@ -146,9 +146,7 @@ pub(super) fn port_holder(port: u16, interfaces: &[(String, String)]) -> String 
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-    use std::sync::Arc;
-
+    use fabric_core::cow_map::CowSet;
     use fabric_core::diff::diff;
     use fabric_core::diff::nft::{ChainsChange, ElementChange};
     use fabric_core::model::{IfName, Subnet};
@@ -186,8 +184,8 @@ mod tests {
     fn elements(count: u32) -> nft::Op {
         let element = |n: u32| Element::from([Part::Net(Subnet::host(std::net::Ipv4Addr::from_bits(n).into()))]);
         let added = (1..=count).map(element).collect();
-        let shape = Set { key: &[KeyField::V4], ranges: false, elements: Arc::default() };
-        let then = Arc::new(BTreeSet::new());
+        let shape = Set { key: &[KeyField::V4], ranges: false, elements: CowSet::default() };
+        let then = CowSet::default();
         nft::Op::Elements(ElementChange {
             table: TableFamily::Inet,
             set: "members4",

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use fabric_core::derived::Turned;
 use fabric_core::firewall::{Firewall, Hook, TableKind};
 use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::{Family, IfName, Subnet};
@@ -49,8 +50,6 @@ pub struct Rules {
 struct Given {
     network: NetworkConfig,
     own: LeaseKey,
-    leases: Arc<LeaseSet>,
-    refused: BTreeSet<LeaseKey>,
     ports: BTreeSet<IfName>,
     pods: Arc<AttachedPods>,
     pod_subnets: BTreeSet<Subnet>,
@@ -105,7 +104,9 @@ impl Rules {
         open.filter(|_| self.options.check_pods).collect()
     }
 
-    /// What the filter should hold now, given the leases and which of them are refused.
+    /// What the filter should hold now, given the leases and which of them are refused. `turned` are those that have come
+    /// into force or gone since this was asked last, if that is known.
+    #[expect(clippy::too_many_arguments, reason = "each decides")]
     pub fn wanted(
         &mut self,
         network: &NetworkConfig,
@@ -113,6 +114,7 @@ impl Rules {
         observed: &Observed,
         leases: &Arc<LeaseSet>,
         refused: &BTreeMap<LeaseKey, Refusal>,
+        turned: Option<&Turned<Lease>>,
         states_decide: bool,
     ) -> &Ruleset {
         let now = Instant::now();
@@ -121,8 +123,6 @@ impl Rules {
         let mut given = Given {
             network: *network,
             own: own.key,
-            leases: Arc::clone(leases),
-            refused: refused.keys().copied().collect(),
             ports: pods.ports_of(observed),
             pod_subnets: pod_subnets(&pods, network, own, observed),
             pods,
@@ -132,17 +132,20 @@ impl Rules {
         };
         self.unchanged = false;
         let mut had = None;
-        let known = self.known.take().and_then(|(before, mut ruleset)| {
-            if !before.decides_as(&given) {
-                had = Some(ruleset);
-                return None;
+        let known = self.known.take().and_then(|(before, mut ruleset)| match turned {
+            Some(turned) if before.decides_as(&given) => {
+                self.unchanged = turned.is_empty();
+                self.turn(&given, turned, &mut ruleset, now);
+                Some(ruleset)
             }
-            self.unchanged = given.leases.changes(&before.leases).next().is_none();
-            self.follow(&before, &given, &mut ruleset, now);
-            Some(ruleset)
+            _ => {
+                had = Some(ruleset);
+                None
+            }
         });
         let ruleset = known.unwrap_or_else(|| {
-            let members = self.with_moved(given.members(), now);
+            let accepted = leases.iter().filter(|lease| lease.key != own.key && !refused.contains_key(&lease.key));
+            let members = self.with_moved(accepted.flat_map(|lease| members_of(lease)).collect(), now);
             let notrack = self.options.notrack && !states_decide;
             let options = FilterOptions { notrack, ..self.options.clone() };
             let mut wanted = ruleset(&FilterInputs {
@@ -178,11 +181,10 @@ impl Rules {
         self.known.as_ref().map(|(_, ruleset)| ruleset)
     }
 
-    /// Takes over what has changed of the leases since, for the price of the change.
-    fn follow(&mut self, before: &Given, given: &Given, ruleset: &mut Ruleset, now: Instant) {
-        let (went, came): (Vec<_>, Vec<_>) = given.leases.changes(&before.leases).unzip();
-        let mut gone: Vec<Member> = went.into_iter().flatten().flat_map(|lease| given.members_of(lease)).collect();
-        let come: Vec<Member> = came.into_iter().flatten().flat_map(|lease| given.members_of(lease)).collect();
+    /// Takes over which leases have come into force or gone, for the price of these.
+    fn turn(&mut self, given: &Given, turned: &Turned<Lease>, ruleset: &mut Ruleset, now: Instant) {
+        let mut gone: Vec<Member> = turned.went.iter().flat_map(|lease| members_of(lease)).collect();
+        let come: Vec<Member> = turned.came.iter().flat_map(|lease| members_of(lease)).collect();
         for member in &gone {
             self.members.remove(member);
         }
@@ -241,32 +243,25 @@ fn drops_by_policy(firewall: &Firewall, chain: &DockerUser) -> bool {
 }
 
 impl Given {
-    /// Whether all but the leases is the same.
+    /// Whether it is the same, but for the leases.
     fn decides_as(&self, other: &Self) -> bool {
         let rest = |given: &Self| (given.network, given.own);
         rest(self) == rest(other)
-            && self.refused == other.refused
             && self.ports == other.ports
             && self.pods == other.pods
             && self.pod_subnets == other.pod_subnets
             && (self.tracked, self.states_decide) == (other.tracked, other.states_decide)
             && self.moved == other.moved
     }
+}
 
-    /// All peers that are accepted.
-    fn members(&self) -> BTreeSet<Member> {
-        self.leases.iter().flat_map(|lease| self.members_of(lease)).collect()
-    }
-
-    /// What a lease makes members, if it is that of a peer and accepted.
-    fn members_of<'a>(&self, lease: &'a Lease) -> impl Iterator<Item = Member> + use<'a> {
-        let accepted = lease.key != self.own && !self.refused.contains(&lease.key);
-        let endpoints = lease.record.endpoints();
-        let member = move |(family, subnet): (Family, &Subnet)| {
-            Some(Member { underlay: endpoints.get(family)?.public_ip, subnet: *subnet })
-        };
-        lease.key.subnets().iter().filter(move |_| accepted).filter_map(member)
-    }
+/// What the lease of a peer makes members.
+fn members_of(lease: &Lease) -> impl Iterator<Item = Member> + use<'_> {
+    let endpoints = lease.record.endpoints();
+    let member = move |(family, subnet): (Family, &Subnet)| {
+        Some(Member { underlay: endpoints.get(family)?.public_ip, subnet: *subnet })
+    };
+    lease.key.subnets().iter().filter_map(member)
 }
 
 #[cfg(test)]
@@ -295,28 +290,35 @@ mod tests {
         Arc::new(LeaseSet::snapshot(&LeaseSet::default(), peers.iter().map(entry).collect(), 1))
     }
 
-    fn senders(rules: &mut Rules, peers: &[(&str, &str)]) -> Vec<String> {
+    /// Who may send when these are the peers, after those of `before`.
+    fn senders(rules: &mut Rules, before: &mut Arc<LeaseSet>, peers: &[(&str, &str)]) -> Vec<String> {
         let network =
             NetworkConfig::decode(br#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).expect("valid");
         let key = LeaseKey::decode("10.244.1.0-24").expect("valid");
         let own = Own { key, endpoints: PerFamily::default(), epoch: 1 };
-        let ruleset = rules.wanted(&network, &own, &Observed::default(), &leases(peers), &BTreeMap::new(), false);
-        ruleset[&TableFamily::Inet].sets["members4"].elements.iter().map(ToString::to_string).collect()
+        let now = leases(peers);
+        let (went, came): (Vec<_>, Vec<_>) = now.changes(before).unzip();
+        let [went, came] = [went, came].map(|some| some.into_iter().flatten().cloned().collect());
+        let (turned, observed) = (Turned { went, came }, Observed::default());
+        let ruleset = rules.wanted(&network, &own, &observed, &now, &BTreeMap::new(), Some(&turned), false);
+        let senders = ruleset[&TableFamily::Inet].sets["members4"].elements.keys().map(ToString::to_string).collect();
+        *before = now;
+        senders
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_a_lease_changes_is_followed_and_after_the_grace_found_anew() {
-        let mut rules = Rules::new(FilterOptions::default());
+    async fn lease_that_changes_is_taken_over_and_after_the_grace_all_is_found_anew() {
+        let (mut rules, mut known) = (Rules::new(FilterOptions::default()), Arc::default());
+        let mut senders = |peers: &[(&str, &str)]| senders(&mut rules, &mut known, peers);
         let node = |underlay: &str| [format!("{underlay} . 10.244.7.0"), format!("{underlay} . {underlay}")];
-        assert_eq!(senders(&mut rules, &[("192.0.2.7", "10.244.7.0/24")]), node("192.0.2.7"));
+        assert_eq!(senders(&[("192.0.2.7", "10.244.7.0/24")]), node("192.0.2.7"));
         let both = [node("192.0.2.7"), node("192.0.2.8")].concat();
-        assert_eq!(senders(&mut rules, &[("192.0.2.8", "10.244.7.0/24")]), both, "it has moved");
-        let back = [node("192.0.2.7"), node("192.0.2.8")].concat();
-        assert_eq!(senders(&mut rules, &[("192.0.2.7", "10.244.7.0/24")]), back, "and back");
+        assert_eq!(senders(&[("192.0.2.8", "10.244.7.0/24")]), both, "it has moved");
+        assert_eq!(senders(&[("192.0.2.7", "10.244.7.0/24")]), both, "and back");
         tokio::time::advance(GRACE).await;
-        assert_eq!(senders(&mut rules, &[("192.0.2.7", "10.244.7.0/24")]), node("192.0.2.7"));
-        assert_eq!(senders(&mut rules, &[("192.0.2.9", "10.244.7.0/24")]).len(), 4);
-        assert_eq!(senders(&mut rules, &[]), [""; 0], "gone is gone at once, with what has moved");
+        assert_eq!(senders(&[("192.0.2.7", "10.244.7.0/24")]), node("192.0.2.7"));
+        assert_eq!(senders(&[("192.0.2.9", "10.244.7.0/24")]).len(), 4);
+        assert_eq!(senders(&[]), [""; 0], "gone is gone at once, with what has moved");
     }
 
     #[tokio::test(start_paused = true)]

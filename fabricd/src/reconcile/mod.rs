@@ -6,7 +6,6 @@
 
 pub mod filter;
 pub mod pending;
-pub mod planned;
 pub mod repairs;
 pub mod retention;
 mod write;
@@ -16,14 +15,15 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use fabric_core::derived::Dirty;
 use fabric_core::device;
-use fabric_core::diff::{Op, Plan, TableName, diff, nft};
+use fabric_core::diff::{Key, Op, Plan, TableName, diff, diff_of, nft};
 use fabric_core::handoff::{NODE_FILE_VERSION, NodeFile, NodeSubnet, NotReady, Readiness};
 use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::{Family, NodeName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::filter::FilterOptions;
-use fabric_core::plan::{Conflict, Desired, Facts, Inputs, Vtep};
+use fabric_core::plan::{Conflict, Desired, Facts, Inputs, PeerPlan, Vtep};
 use fabric_core::state::{State as KernelState, Sysctl};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
@@ -41,7 +41,6 @@ use crate::lease::{Holding, Own, Wanted};
 use crate::metrics::Metrics;
 use crate::reconcile::filter::Rules;
 use crate::reconcile::pending::Pending;
-use crate::reconcile::planned::Planned;
 use crate::reconcile::repairs::{Causes, Repairs};
 use crate::reconcile::retention::Kept;
 use crate::retry::Backoff;
@@ -85,7 +84,10 @@ pub struct Reconciler<S, K> {
     commands: (mpsc::Sender<Command>, mpsc::Receiver<Command>),
     waiting: Vec<oneshot::Sender<Snapshot>>,
     last: Option<Arc<Written>>,
-    planned: Planned,
+    /// What is desired, and what it was made of.
+    plan: Option<PeerPlan>,
+    /// The entries that may differ between what is desired and what the kernel has: only these are compared.
+    dirty: Dirty<Key>,
     metrics: Arc<Metrics>,
     repairs: Repairs,
     retry: Backoff,
@@ -157,7 +159,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             commands: mpsc::channel(8),
             waiting: vec![],
             last: None,
-            planned: Planned::default(),
+            plan: None,
+            dirty: Dirty::Everything,
             metrics: Arc::default(),
             repairs: Repairs::default(),
             retry: Backoff::new(RETRY, AUDIT),
@@ -235,6 +238,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 () = sleep_until(retry.unwrap_or(audit)), if retry.is_some() => {}
                 () = sleep_until(audit) => {
                     self.kernel.audit();
+                    self.dirty = Dirty::Everything;
                     self.metrics.audited();
                     audit = Instant::now() + AUDIT;
                 }
@@ -292,6 +296,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     ) -> Result<(Arc<Observed>, NetworkConfig, Own, PerFamily<Underlay>), Blocked> {
         // Always looked at, since only what changes after a look wakes the loop.
         let observed = self.kernel.observe().await.map_err(failed)?;
+        self.dirty.extend(self.kernel.touched());
         // Not only once the store has answered: a mistake in the settings shows at once.
         underlay::judge(&self.node.selectors, &observed.host).map_err(failed)?;
         let network = self.network_in_force(view, network)?;
@@ -344,9 +349,11 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         network: &NetworkConfig,
         holding: &Holding,
     ) -> Result<PerFamily<Underlay>, UnderlayError> {
-        let record = view.leases.as_ref().and_then(|leases| leases.of_node(&self.node.name));
-        let recorded = record.map(|lease| lease.record.endpoints()).unwrap_or_default();
-        let held = holding.own.as_ref().map_or(recorded, |own| own.endpoints);
+        let recorded = || {
+            let record = view.leases.as_ref().and_then(|leases| leases.of_node(&self.node.name));
+            record.map(|lease| lease.record.endpoints()).unwrap_or_default()
+        };
+        let held = holding.own.as_ref().map_or_else(recorded, |own| own.endpoints);
         network.spaces.try_map(|family, _| {
             // An address that the operator publishes instead is somebody else's.
             let published = held.get(family).filter(|_| self.node.public_ips.get(family).is_none());
@@ -411,7 +418,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             Readiness::Ready => String::new(),
             Readiness::NotReady { reason, .. } => reason.clone(),
         };
-        let (wanted, last) = (self.planned.last(), self.last.clone());
+        let (wanted, last) = (self.plan.as_ref().map(|plan| Arc::clone(plan.desired())), self.last.clone());
         let observed = self.kernel.observe().await.ok();
         let left = wanted.as_ref().zip(observed.as_ref()).and_then(|(wanted, observed)| {
             let routing = &wanted.state;
@@ -445,7 +452,17 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         };
         let (have, foreign) = (&observed.ours, &observed.foreign);
         let inputs = Inputs { network, own: &own.key, vteps: &vteps, leases, facts: &facts, have, foreign };
-        let Desired { state, devices, refused, conflicts, .. } = self.planned.desired(&inputs, leases);
+        let (plan, changed) = match self.plan.take() {
+            Some(mut plan) => {
+                let changed = plan.update(&inputs, leases, &self.dirty);
+                (plan, changed)
+            }
+            None => (PeerPlan::new(&inputs), Dirty::Everything),
+        };
+        self.dirty.extend(changed.clone());
+        let desired = Arc::clone(plan.desired());
+        let Desired { state, devices, refused, conflicts, .. } = &*desired;
+        let turned = self.plan.insert(plan).turned();
         view.vteps = vteps
             .iter()
             .filter_map(|(family, vtep)| {
@@ -464,19 +481,27 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         view.firewall = self.firewall.judge(view, observed);
         let states_decide = view.firewall.judges_state.is_some();
         let docker_user = &self.rules.docker_user(network, observed);
-        let filter = self.rules.wanted(network, own, observed, leases, refused, states_decide);
-        let mut plan = diff(KernelState { routing: state, filter, docker_user }, observed.found(state));
+        let filter = self.rules.wanted(network, own, observed, leases, refused, turned, states_decide);
+        let wanted = KernelState { routing: state, filter, docker_user };
+        // Routes that stand where ours should be are looked for among all.
+        let dirty = if foreign.plain.is_empty() { &self.dirty } else { &Dirty::Everything };
+        let mut plan = diff_of(wanted, observed.found(state), dirty);
+        debug_assert_eq!(plan, diff(wanted, observed.found(state)), "only {dirty:?} may differ");
+        // Whatever becomes of these steps, the next pass looks at it.
+        self.dirty = match view.from_disk {
+            true => Dirty::Everything,
+            false => Dirty::Keys(plan.ops().iter().map(Op::key).collect()),
+        };
         if view.from_disk {
             plan = plan.without_deletes();
         }
         view.warnings.extend(view.firewall.warnings_beside(&plan));
         view.troubles = refused.iter().map(|(key, refusal)| (*key, PeerTrouble::Refused(refusal.clone()))).collect();
-        let conflicts = conflicts.clone();
-        let causes = Causes { routing: self.planned.cause().clone(), filter_unchanged: self.rules.unchanged() };
+        let causes = Causes { routing: changed, filter_unchanged: self.rules.unchanged() };
         let mut failures = self.execute(&plan, &causes).await;
         // What others have against a rule of ours is no reason not to be ready: the status shows their chain.
         failures.retain(|(op, _)| !matches!(op, Op::Filter(nft::Op::DockerUser(_))));
-        let pending = Pending::new(&failures, &conflicts);
+        let pending = Pending::new(&failures, conflicts);
         if !pending.is_empty() {
             let waits = |peer: &Arc<Lease>| Some((peer.key, PeerTrouble::Pending(pending.reason(peer)?.into())));
             let waiting: Vec<_> = view.peers().filter_map(waits).collect();

@@ -7,18 +7,14 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Write as _;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use fabric_core::derived::Dirty;
 use fabric_core::diff::{Key, Op, TableName, Verb, nft, routing};
-use fabric_core::leases::Lease;
-use fabric_core::model::{MacAddr, Subnet};
 use fabric_core::state::nft::TABLE;
 use tokio::time::Instant;
 use tracing::warn;
-
-use crate::reconcile::planned::Cause;
 
 /// How many are remembered for those who follow.
 const REMEMBERED: usize = 50;
@@ -30,8 +26,8 @@ const LINE: Duration = Duration::from_secs(60);
 /// What has changed in what is desired, by section.
 #[derive(Clone, Debug, Default)]
 pub struct Causes {
-    /// For what leads packets to peers.
-    pub routing: Cause,
+    /// The entries of the routing section of which something else is desired than before.
+    pub routing: Dirty<Key>,
     /// True when of the packet filter the same was desired before.
     pub filter_unchanged: bool,
 }
@@ -70,7 +66,7 @@ impl Repairs {
     pub fn looks_at(&self, op: &Op, causes: &Causes) -> bool {
         self.settled
             && match op {
-                Op::Routing(_) => !matches!(causes.routing, Cause::Anew),
+                Op::Routing(_) => causes.routing != Dirty::Everything,
                 // It comes and goes with what Docker does.
                 Op::Filter(nft::Op::DockerUser(_)) => false,
                 Op::Filter(_) => causes.filter_unchanged,
@@ -87,11 +83,10 @@ impl Repairs {
     ) -> BTreeMap<TableName, u64> {
         let failed: BTreeSet<Key> = failed.map(Op::key).collect();
         let tried = std::mem::replace(&mut self.failed, failed);
-        let ordinary = Ordinary::of(&causes.routing);
         let (mut first, mut filter, mut counts) = (None, vec![], BTreeMap::new());
         for op in done.filter(|op| self.looks_at(op, causes) && !tried.contains(&op.key())) {
             match op {
-                Op::Routing(op) if ordinary.covers(op) => continue,
+                Op::Routing(op) if causes.routing.covers(&op.key()) => continue,
                 Op::Routing(op) => drop(first.get_or_insert(op)),
                 Op::Filter(op) => filter.push(op),
             }
@@ -143,51 +138,6 @@ impl Throttle {
         }
         self.closed_until = Some(now + every);
         Some(std::mem::take(&mut self.held))
-    }
-}
-
-/// The entries that change with what is desired.
-enum Ordinary {
-    Nothing,
-    Everything,
-    Of { subnets: BTreeSet<Subnet>, overlay: BTreeSet<IpAddr>, macs: BTreeSet<MacAddr> },
-}
-
-impl Ordinary {
-    fn of(cause: &Cause) -> Self {
-        let leases = match cause {
-            Cause::Unchanged => return Self::Nothing,
-            Cause::Anew => return Self::Everything,
-            Cause::Leases(leases) => leases,
-        };
-        let subnets: BTreeSet<Subnet> =
-            leases.iter().flat_map(|lease| lease.key.subnets().values().copied().collect::<Vec<_>>()).collect();
-        let macs = |lease: &Arc<Lease>| {
-            lease.record.endpoints().values().map(|endpoint| endpoint.vtep_mac).collect::<Vec<_>>()
-        };
-        Self::Of {
-            overlay: subnets.iter().map(|subnet| subnet.base()).collect(),
-            macs: leases.iter().flat_map(macs).collect(),
-            subnets,
-        }
-    }
-
-    fn covers(&self, op: &routing::Op) -> bool {
-        let (subnets, overlay, macs) = match self {
-            Self::Nothing => return false,
-            Self::Everything => return true,
-            Self::Of { subnets, overlay, macs } => (subnets, overlay, macs),
-        };
-        match (op, op.key()) {
-            (_, Key::Route(subnet)) => subnets.contains(&subnet),
-            (_, Key::Neighbour(_, ip)) => overlay.contains(&ip),
-            (_, Key::Fdb(_, mac)) => macs.contains(&mac),
-            (routing::Op::Nexthop(_, change), _) => [change.wanted(), change.found()]
-                .into_iter()
-                .flatten()
-                .any(|nexthop| overlay.contains(&nexthop.gateway)),
-            _ => false,
-        }
     }
 }
 
@@ -253,7 +203,6 @@ mod tests {
     use super::*;
     use fabric_core::diff::Change;
     use fabric_core::diff::nft::ChainsChange;
-    use fabric_core::leases::{Entry, LeaseSet};
     use fabric_core::state::nft::TableFamily;
     use fabric_core::state::{Sysctl, Via};
     use tokio::time::advance;
@@ -268,16 +217,12 @@ mod tests {
         routing::Op::Neighbour(dev, ip, Change::Create("02:42:c0:00:02:02".parse().unwrap())).into()
     }
 
-    fn lease(third: u8) -> Vec<Arc<Lease>> {
-        let value =
-            r#"{"PublicIP":"192.0.2.2","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:42:c0:00:02:02"}}"#;
-        let entry =
-            Entry { key: format!("10.244.{third}.0-24"), value: value.into(), create_revision: 1, mod_revision: 1 };
-        LeaseSet::snapshot(&LeaseSet::default(), vec![entry], 1).iter().cloned().collect()
+    fn changed(ops: &[Op]) -> Dirty<Key> {
+        Dirty::Keys(ops.iter().map(Op::key).collect())
     }
 
-    fn causes(routing: Cause) -> Causes {
-        Causes { routing, filter_unchanged: false }
+    fn causes(changed: &Dirty<Key>) -> Causes {
+        Causes { routing: changed.clone(), filter_unchanged: false }
     }
 
     fn settled() -> Repairs {
@@ -290,44 +235,46 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn only_what_was_in_sync_and_is_still_desired_is_repaired() {
-        let wrote = |repairs: &mut Repairs, op: &Op, cause: &Cause| {
-            !repairs.wrote([op].into_iter(), [].into_iter(), &causes(cause.clone())).is_empty()
+        let wrote = |repairs: &mut Repairs, op: &Op, changed: &Dirty<Key>| {
+            !repairs.wrote([op].into_iter(), [].into_iter(), &causes(changed)).is_empty()
         };
+        let nothing = Dirty::default();
         let mut start = Repairs::default();
-        assert!(!wrote(&mut start, &route(2), &Cause::Unchanged), "a start's first writes");
+        assert!(!wrote(&mut start, &route(2), &nothing), "a start's first writes");
         start.in_sync();
-        assert!(wrote(&mut start, &route(2), &Cause::Unchanged));
-        for (cause, op, repaired) in [
-            (Cause::Anew, route(2), false),
-            (Cause::Leases(lease(2)), route(2), false),
-            (Cause::Leases(lease(2)), neighbour(2), false),
-            (Cause::Leases(lease(3)), route(2), true),
-            (Cause::Leases(lease(3)), neighbour(2), true),
-            (Cause::Leases(lease(2)), routing::Op::Sysctl(Sysctl::Ipv4Forward, 1).into(), true),
+        assert!(wrote(&mut start, &route(2), &nothing));
+        let of_a_lease = changed(&[route(2), neighbour(2)]);
+        for (changed, op, repaired) in [
+            (&Dirty::Everything, route(2), false),
+            (&of_a_lease, route(2), false),
+            (&of_a_lease, neighbour(2), false),
+            (&of_a_lease, route(3), true),
+            (&of_a_lease, neighbour(3), true),
+            (&of_a_lease, routing::Op::Sysctl(Sysctl::Ipv4Forward, 1).into(), true),
         ] {
-            assert_eq!(wrote(&mut settled(), &op, &cause), repaired, "{op} with {cause:?}");
+            assert_eq!(wrote(&mut settled(), &op, changed), repaired, "{op} with {changed:?}");
         }
         let mut repairs = settled();
-        let failing = repairs.wrote([].into_iter(), [&route(2)].into_iter(), &causes(Cause::Leases(lease(2))));
+        let failing = repairs.wrote([].into_iter(), [&route(2)].into_iter(), &causes(&of_a_lease));
         assert_eq!(failing, BTreeMap::new());
-        assert!(!wrote(&mut repairs, &route(2), &Cause::Unchanged), "tried again");
-        assert!(wrote(&mut repairs, &route(2), &Cause::Unchanged), "it had worked");
+        assert!(!wrote(&mut repairs, &route(2), &nothing), "tried again");
+        assert!(wrote(&mut repairs, &route(2), &nothing), "it had worked");
     }
 
     #[tokio::test(start_paused = true)]
     async fn first_object_is_named_with_the_number_of_others_and_not_too_often() {
         let mut repairs = settled();
         let ops = [route(2), route(3), neighbour(2), neighbour(3)];
-        let counts = repairs.wrote(ops.iter(), [].into_iter(), &causes(Cause::Unchanged));
+        let counts = repairs.wrote(ops.iter(), [].into_iter(), &causes(&Dirty::default()));
         assert_eq!(counts, [(TableName::Route, 2), (TableName::Neighbour, 2)].into());
         let first = "route 10.244.2.0/24 was deleted by another program, restored; with it 2 neighbours, 1 route";
         assert_eq!(told(&repairs), [first]);
         for _ in 0..3 {
-            repairs.wrote([&route(3)].into_iter(), [].into_iter(), &causes(Cause::Unchanged));
+            repairs.wrote([&route(3)].into_iter(), [].into_iter(), &causes(&Dirty::default()));
         }
         assert_eq!(told(&repairs), [first]);
         advance(EVENT).await;
-        repairs.wrote([&route(3)].into_iter(), [].into_iter(), &causes(Cause::Unchanged));
+        repairs.wrote([&route(3)].into_iter(), [].into_iter(), &causes(&Dirty::default()));
         let again =
             "route 10.244.3.0/24 was deleted by another program, restored (3 repairs more since the last event)";
         assert_eq!(told(&repairs), [first, again]);
@@ -342,7 +289,7 @@ mod tests {
         let (changed, deleted) = (chains(&["input"]), chains(&[]));
         let mut repairs = settled();
         let mut wrote = |done: &[&Op], failed: &[&Op], filter_unchanged| {
-            let causes = Causes { routing: Cause::Anew, filter_unchanged };
+            let causes = Causes { routing: Dirty::Everything, filter_unchanged };
             let counts = repairs.wrote(done.iter().copied(), failed.iter().copied(), &causes);
             (counts.get(&TableName::Filter).copied().unwrap_or_default(), repairs.last())
         };

@@ -20,13 +20,15 @@ pub struct Kept {
     until: Option<Instant>,
     /// What was last given out.
     last: Option<Arc<LeaseSet>>,
+    /// What was last made of which set, and whether `before` counted.
+    merged: Option<(Arc<LeaseSet>, Arc<LeaseSet>, bool)>,
 }
 
 impl Kept {
     /// What was remembered counts until the store shows its leases.
     #[must_use]
     pub fn new(remembered: Option<Arc<LeaseSet>>) -> Self {
-        Self { before: remembered, until: None, last: None }
+        Self { before: remembered, until: None, last: None, merged: None }
     }
 
     /// Keeps the peers that are known now for a while.
@@ -37,6 +39,7 @@ impl Kept {
                 "the store was emptied or set back; the peers stay until they have claimed their subnets again"
             );
             (self.before, self.until) = (Some(last.clone()), Some(Instant::now() + SETTLING));
+            self.merged = None;
         }
     }
 
@@ -66,12 +69,26 @@ impl Kept {
             }
             self.before = None;
         }
-        // A node that was cut off from the store for longer than its lease lasts may well be reachable itself.
-        let kept = self.before.iter().flat_map(|before| before.iter());
-        let mut kept = kept.chain(set.departed().values()).peekable();
-        let merged = if kept.peek().is_some() { Arc::new(set.keeping(kept)) } else { set.clone() };
+        let merged = self.with_kept(&set);
+        self.merged = Some((set, merged.clone(), self.before.is_some()));
         self.last = Some(merged.clone());
         (Some(merged), false)
+    }
+
+    /// The set, and what of before and of its own departed leases still counts: a node that was cut off from the store for
+    /// longer than its lease lasts may well be reachable itself.
+    fn with_kept(&self, set: &Arc<LeaseSet>) -> Arc<LeaseSet> {
+        match (&self.before, &self.merged) {
+            (before, Some((of, merged, with_before))) if Arc::ptr_eq(of, set) && *with_before == before.is_some() => {
+                merged.clone()
+            }
+            (None, _) if set.departed().is_empty() => set.clone(),
+            (None, Some((of, merged, false))) => Arc::new(set.keeping_departed(of, merged)),
+            (before, _) => {
+                let before = before.iter().flat_map(|before| before.iter());
+                Arc::new(set.keeping(before.chain(set.departed().values())))
+            }
+        }
     }
 }
 

@@ -1,9 +1,9 @@
 //! What every [`Kernel`] must do with the packet filter, as cases that run on both kernels, like those of
 //! [`kernel`](super::kernel).
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::collections::BTreeMap;
 
+use fabric_core::cow_map::CowSet;
 use fabric_core::diff::nft::{self, ElementChange};
 use fabric_core::diff::{Op, Stage, diff, routing};
 use fabric_core::model::{Family, PerFamily, Subnet};
@@ -53,8 +53,8 @@ async fn settles(kernel: &mut impl Kernel, want: &Ruleset) -> String {
 /// An element in a set that isn't there.
 fn element_of_no_set() -> Op {
     let element = Element::from([Part::Net(v("192.0.2.7/32"))]);
-    let shape = Set { key: &[KeyField::V4], ranges: false, elements: Arc::default() };
-    let then = Arc::new(BTreeSet::from([element]));
+    let shape = Set { key: &[KeyField::V4], ranges: false, elements: CowSet::default() };
+    let then = CowSet::from_iter([element]);
     let (table, set) = (TableFamily::Inet, "nowhere");
     nft::Op::Elements(ElementChange { table, set, shape, removed: vec![], added: vec![element], then }).into()
 }

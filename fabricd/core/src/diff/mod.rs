@@ -13,6 +13,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
 
+use crate::derived::Dirty;
 use crate::model::{Family, IfName, MacAddr, Subnet};
 use crate::state::nft::TableFamily;
 use crate::state::{Found, NexthopId, State, Sysctl};
@@ -371,11 +372,23 @@ impl fmt::Display for Plan {
 /// The steps from `have` to `want`. Over the union of both: what nobody wants any more goes too.
 #[must_use]
 pub fn diff<'a>(want: impl Into<State<'a>>, have: impl Into<Found<'a>>) -> Plan {
+    diff_of(want, have, &Dirty::Everything)
+}
+
+/// The same, where of the routing section only these entries can differ. The other sections are compared whole: they find
+/// what differs in what they don't share.
+#[must_use]
+pub fn diff_of<'a>(want: impl Into<State<'a>>, have: impl Into<Found<'a>>, dirty: &Dirty<Key>) -> Plan {
     // All sections by name: one more has to be compared too.
     let State { routing, filter, docker_user } = want.into();
     let have: Found<'a> = have.into();
     let Found { routing: found_routing, filter: found_filter, docker_user: found_docker_user } = &have;
-    let mut ops: Vec<Op> = routing::diff(routing, found_routing).map(Op::Routing).collect();
+    let few = match dirty {
+        Dirty::Everything => None,
+        Dirty::Keys(keys) => routing::diff_of(routing, found_routing, keys),
+    };
+    let of_routing = few.unwrap_or_else(|| routing::diff(routing, found_routing).collect());
+    let mut ops: Vec<Op> = of_routing.into_iter().map(Op::Routing).collect();
     ops.extend(nft::diff(filter, found_filter).into_iter().map(Op::Filter));
     ops.extend(docker_user::diff(docker_user, found_docker_user).map(|change| nft::Op::DockerUser(change).into()));
     Plan::new(ops)

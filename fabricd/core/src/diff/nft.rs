@@ -10,10 +10,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::sync::Arc;
 
 use super::docker_user::DockerUserChange;
 use super::{Key, Stage, Verb};
+use crate::cow_map::CowSet;
 use crate::model::Family;
 use crate::plan::filter::senders::SENDERS;
 use crate::state::nft::{Chain, Element, FoundRuleset, FoundTable, Ruleset, Set, TABLE, TableFamily, found_chains};
@@ -52,7 +52,7 @@ pub struct ElementChange {
     /// Elements that come.
     pub added: Vec<Element>,
     /// All that are there then.
-    pub then: Arc<BTreeSet<Element>>,
+    pub then: CowSet<Element>,
 }
 
 /// All chains of one table, in the place of those that are there.
@@ -187,8 +187,8 @@ impl Op {
     pub(super) fn without_deletes(self) -> Option<Self> {
         match self {
             Self::Elements(mut change) => {
-                if !change.removed.is_empty() {
-                    Arc::make_mut(&mut change.then).extend(change.removed.drain(..));
+                for element in change.removed.drain(..) {
+                    change.then.insert(element, ());
                 }
                 (!change.added.is_empty()).then_some(Self::Elements(change))
             }
@@ -205,7 +205,7 @@ impl Op {
             }
             Self::Elements(ElementChange { table, set, then, .. }) => {
                 if let Some(set) = found.get_mut(table).and_then(|table| table.sets.get_mut(*set)) {
-                    set.elements = Arc::clone(then);
+                    set.elements = then.clone();
                 }
             }
             Self::Chains(family, change) => {
@@ -238,7 +238,7 @@ pub(super) fn diff(want: &Ruleset, have: &FoundRuleset) -> Vec<Op> {
                 None => ops.push(Op::Set(*family, name, set.clone())),
                 Some(there) if there.declaration == set.declaration() => {
                     // The set that was written is the set that was wanted.
-                    if !Arc::ptr_eq(&there.elements, &set.elements) {
+                    if !there.elements.is_same(&set.elements) {
                         ops.extend(ElementChange::of(*family, name, set, &there.elements).map(Op::Elements));
                     }
                 }
@@ -265,11 +265,14 @@ pub(super) fn diff(want: &Ruleset, have: &FoundRuleset) -> Vec<Op> {
 
 impl ElementChange {
     /// The steps from the elements that are there to those of `set`, if there are any.
-    fn of(table: TableFamily, name: &'static str, set: &Set, there: &BTreeSet<Element>) -> Option<Self> {
-        let added: Vec<Element> = set.elements.difference(there).copied().collect();
-        let removed: Vec<Element> = there.difference(&set.elements).copied().collect();
-        let shape = Set { elements: Arc::default(), ..*set };
-        let change = Self { table, set: name, shape, removed, added, then: Arc::clone(&set.elements) };
+    fn of(table: TableFamily, name: &'static str, set: &Set, there: &CowSet<Element>) -> Option<Self> {
+        let (mut removed, mut added) = (vec![], vec![]);
+        for (was, is) in set.elements.changes(there, |(), ()| true) {
+            removed.extend(was.map(|(element, ())| *element));
+            added.extend(is.map(|(element, ())| *element));
+        }
+        let shape = Set { elements: CowSet::default(), ..*set };
+        let change = Self { table, set: name, shape, removed, added, then: set.elements.clone() };
         (!change.added.is_empty() || !change.removed.is_empty()).then_some(change)
     }
 }

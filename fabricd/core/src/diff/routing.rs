@@ -187,6 +187,36 @@ pub(super) fn diff(want: &Routing, have: &Routing) -> impl Iterator<Item = Op> {
     ops.into_iter()
 }
 
+/// The same, where only these entries can differ; `None` when that has to be found among all.
+pub(super) fn diff_of(want: &Routing, have: &Routing, keys: &BTreeSet<Key>) -> Option<Vec<Op>> {
+    let mut ops = Vec::with_capacity(keys.len());
+    for key in keys {
+        let op = match *key {
+            // With a device goes what hangs on it.
+            Key::Link(_) | Key::Sysctl(_) | Key::Address(..) => return None,
+            Key::Fdb(dev, mac) => change(&want.fdb, &have.fdb, &(dev, mac)).map(|c| Op::Fdb(dev, mac, c)),
+            Key::Neighbour(dev, ip) => {
+                change(&want.neighbours, &have.neighbours, &(dev, ip)).map(|c| Op::Neighbour(dev, ip, c))
+            }
+            Key::Nexthop(id) => change(&want.nexthops, &have.nexthops, &id).map(|c| Op::Nexthop(id, c)),
+            Key::Route(dst) => change(&want.routes, &have.routes, &dst).map(|c| Op::Route(dst, c)),
+            Key::Table(_) | Key::Set(..) | Key::Chains(_) | Key::SendersChain | Key::DockerUser(_) => None,
+        };
+        ops.extend(op);
+    }
+    Some(ops)
+}
+
+/// What is missing, other or too much of one entry.
+fn change<K: Ord, V: PartialEq + Clone>(want: &BTreeMap<K, V>, have: &BTreeMap<K, V>, key: &K) -> Option<Change<V>> {
+    match (want.get(key), have.get(key)) {
+        (Some(now), None) => Some(Change::Create(now.clone())),
+        (None, Some(was)) => Some(Change::Delete(was.clone())),
+        (Some(now), Some(was)) if now != was => Some(Change::Replace { was: was.clone(), now: now.clone() }),
+        _ => None,
+    }
+}
+
 /// `state` after the kernel removed the devices for which `gone` says so: all that hangs on them goes along.
 #[must_use]
 pub fn without(state: &Routing, gone: impl Fn(&IfName) -> bool) -> Routing {

@@ -5,9 +5,9 @@
 //! back in the form in which it got them. So of a chain that is there only lines of text are known: its hook, and each
 //! rule's comment, which ends with a number that tells the rule from all others. Elements of sets the kernel does give back.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::collections::BTreeMap;
 
+use crate::cow_map::CowSet;
 use crate::model::{Family, IfName, MacAddr, Subnet, stable_hash};
 
 /// What every table of ours is called, and none of anybody else's.
@@ -184,7 +184,7 @@ pub struct Set {
     pub ranges: bool,
     /// The elements. What is there shares them with what is wanted once it is written, so that thousands are neither kept
     /// nor compared twice.
-    pub elements: Arc<BTreeSet<Element>>,
+    pub elements: CowSet<Element>,
 }
 
 /// One field of a set's key.
@@ -235,7 +235,7 @@ pub struct FoundSet {
     /// Its declaration as `nft` writes it; other words for one that we don't make.
     pub declaration: String,
     /// Its elements.
-    pub elements: Arc<BTreeSet<Element>>,
+    pub elements: CowSet<Element>,
 }
 
 impl Rule {
@@ -276,7 +276,7 @@ pub fn share(read: &mut FoundRuleset, known: &FoundRuleset) {
         for (name, set) in &mut table.sets {
             let before = known.get(family).and_then(|table| table.sets.get(name));
             if let Some(before) = before.filter(|before| before.elements == set.elements) {
-                set.elements = Arc::clone(&before.elements);
+                set.elements = before.elements.clone();
             }
         }
     }
@@ -287,7 +287,7 @@ impl Table {
     pub fn share(&mut self, found: &FoundTable) {
         for (name, set) in &mut self.sets {
             if let Some(there) = found.sets.get(*name).filter(|there| there.elements == set.elements) {
-                set.elements = Arc::clone(&there.elements);
+                set.elements = there.elements.clone();
             }
         }
     }

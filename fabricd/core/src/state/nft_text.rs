@@ -37,7 +37,7 @@ impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (name, set) in &self.sets {
             write!(f, "set {name} {{ {}", set.declaration())?;
-            let elements: Vec<String> = set.elements.iter().map(ToString::to_string).collect();
+            let elements: Vec<String> = set.elements.keys().map(ToString::to_string).collect();
             if !elements.is_empty() {
                 write!(f, " elements = {{ {} }}", elements.join(", "))?;
             }

@@ -120,7 +120,7 @@ fn make_set(family: TableFamily, name: &str, set: &Set, id: u32) -> Vec<Request>
     if let [KeyField::Interface] = set.key {
         body = body.bytes(13, &[&[0, 4][..], &1_u32.to_ne_bytes()].concat());
     }
-    let mut steps = elements(family, name, set, set.elements.iter(), NEW_ELEMENTS);
+    let mut steps = elements(family, name, set, set.elements.keys(), NEW_ELEMENTS);
     steps.insert(0, Request::raw(message(NEW_SET), NLM_F_CREATE, body.number(10, id).into_bytes()));
     steps
 }

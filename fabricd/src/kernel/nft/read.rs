@@ -1,8 +1,8 @@
 //! What is there of our tables, as far as it has to be known: see [`fabric_core::state::nft`].
 
 use std::io;
-use std::sync::Arc;
 
+use fabric_core::cow_map::CowSet;
 use fabric_core::model::{Family, Subnet, from_bits};
 use fabric_core::state::nft::{ChainKind, Element, Hook, KeyField, Part, Place, Set, TABLE, TableFamily, reason};
 use fabric_core::state::nft::{FoundRuleset, FoundSet, FoundTable, NO_HOOK};
@@ -112,7 +112,7 @@ fn elements(socket: &mut RequestSocket, listing: &Request, set: &Set) -> io::Res
     let listed: Vec<_> = socket.dump(listing, |frame| Some(elements_of(frame, set)))?.into_iter().flatten().collect();
     let foreign = listed.contains(&None);
     let declaration = if foreign { format!("with an element {FOREIGN}") } else { set.declaration() };
-    Ok(FoundSet { declaration, elements: Arc::new(listed.into_iter().flatten().collect()) })
+    Ok(FoundSet { declaration, elements: listed.into_iter().flatten().collect() })
 }
 
 /// Whether an event of nftables is about a table of ours.
@@ -196,7 +196,7 @@ fn set(frame: &Frame<'_>) -> Option<(String, Option<Set>)> {
     let (flags, kind) = (values.number(3).unwrap_or(0), values.number(4).unwrap_or(0));
     let key = KEYS.into_iter().find(|key| key.iter().fold(0, |kind, f| kind << TYPE_BITS | datatype(*f)) == kind);
     let known = flags & !(INTERVAL | CONCATENATED) == 0;
-    let set = key.filter(|_| known).map(|key| Set { key, ranges: flags & INTERVAL != 0, elements: Arc::default() });
+    let set = key.filter(|_| known).map(|key| Set { key, ranges: flags & INTERVAL != 0, elements: CowSet::default() });
     Some((name, set))
 }
 

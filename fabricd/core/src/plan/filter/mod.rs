@@ -16,7 +16,6 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
-use std::sync::Arc;
 
 use crate::model::{Family, IfName, MacAddr, PerFamily, Subnet};
 use crate::network::NetworkConfig;
@@ -196,11 +195,11 @@ impl Table {
 
     /// A set of this name, with these elements. Looking into it costs the same however many there are.
     fn set(&mut self, name: &'static str, key: &'static [KeyField], elements: impl IntoIterator<Item = Element>) {
-        self.sets.insert(name, Set { key, ranges: false, elements: Arc::new(elements.into_iter().collect()) });
+        self.sets.insert(name, Set { key, ranges: false, elements: elements.into_iter().collect() });
     }
 
     /// The same for prefixes, of a few only: the kernel goes through all of them for each packet, and for each change.
     fn ranges(&mut self, name: &'static str, key: &'static [KeyField], elements: impl IntoIterator<Item = Element>) {
-        self.sets.insert(name, Set { key, ranges: true, elements: Arc::new(elements.into_iter().collect()) });
+        self.sets.insert(name, Set { key, ranges: true, elements: elements.into_iter().collect() });
     }
 }

@@ -13,7 +13,6 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use super::{
     ChainKind, Element, Field, FilterInputs, KeyField, Match, Member, Part, Place, Rule, Ruleset, Table, TableFamily,
@@ -129,11 +128,9 @@ pub fn follow(
             }
             for (name, element) in places {
                 let Some(set) = table.sets.get_mut(name) else { continue };
-                let elements = Arc::make_mut(&mut set.elements);
-                if comes {
-                    elements.insert(element)
-                } else {
-                    elements.remove(&element)
+                match comes {
+                    true => set.elements.insert(element, ()),
+                    false => set.elements.remove(&element),
                 };
             }
         }
