@@ -190,6 +190,38 @@ fn fabric_bridge_alone_serves_every_verb_in_every_version() {
 }
 
 #[test]
+fn fabric_bridge_by_the_name_of_loopback_answers_and_raises_lo_as_loopback_does() {
+    on_a_host("fabric-bridge", |host| {
+        let ours = host.path("loopback");
+        std::os::unix::fs::symlink(OURS, &ours).expect("a link");
+        for version in ["0.3.1", "1.0.0"] {
+            let mut answers = vec![];
+            for plugin in [&Path::new(PLUGINS).join("loopback"), &ours] {
+                run("ip netns add pod-1");
+                let mut conf = json!({"cniVersion": version, "name": "cni-loopback", "type": "loopback"});
+                let ask = |verb: &str, conf: &Value| host.call(plugin, verb, "pod-1", "lo", conf);
+                let result = ask("ADD", &conf).expect("ADD succeeds");
+                let shown = run("ip -n pod-1 -o address show dev lo");
+                assert!(shown.contains("127.0.0.1/8") && shown.contains("::1/128"), "{shown}");
+                conf["prevResult"] = result.clone();
+                if version >= "0.4.0" {
+                    ask("CHECK", &conf).expect("CHECK succeeds");
+                    run("ip -n pod-1 link set lo down");
+                    ask("CHECK", &conf).expect_err("lo is down");
+                }
+                ask("DEL", &conf).expect("DEL succeeds");
+                run("ip netns del pod-1");
+                ask("DEL", &conf).expect("the namespace is gone");
+                let addresses: Vec<_> =
+                    result["ips"].as_array().into_iter().flatten().map(|ip| ip["address"].clone()).collect();
+                answers.push((result["cniVersion"].clone(), result["interfaces"].clone(), addresses));
+            }
+            assert_eq!(answers[0], answers[1], "{version}");
+        }
+    });
+}
+
+#[test]
 fn wishes_for_a_pod_are_met_or_refused() {
     on_a_host_with_each_delegate(|host| {
         host.ready(Some(("10.244.0.0/16", "10.244.3.0/24")), None);

@@ -20,11 +20,13 @@
 //! | `wiring` | messages about links, addresses and routes, and what the kernel shows of them |
 //! | `netns` | network namespaces and their settings |
 //! | `errors` | what the runtime is told when something fails |
+//! | `loopback` | the plugin of that name, for nodes that have none |
 //!
 //! The plugin is also built into `fabric-cni`, which calls it as a function: see [`crate::delegate`].
 
 mod conf;
 mod errors;
+pub mod loopback;
 mod netns;
 mod verbs;
 pub(crate) mod wiring;

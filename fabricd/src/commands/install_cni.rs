@@ -3,7 +3,8 @@
 //! The binaries come first and the conflist last, and only when this node is ready: its arrival is what makes a kubelet
 //! call the node ready, and pods would fail before. Everything arrives by rename, so a runtime never starts half a
 //! binary nor reads half a conflist, and a pod that is being added meanwhile isn't disturbed. Away it goes the other way
-//! round.
+//! round. A node without the plugin `loopback` gets that name for `fabric-bridge`, which does it: containerd adds no pod
+//! without.
 //!
 //! In Kubernetes the two steps are two containers, since an init container that waited for the daemon would wait for
 //! ever: `--only plugins` before the daemon, `--only conflist --stay` beside it.
@@ -11,6 +12,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -30,6 +32,9 @@ pub const COMMAND: &str = "install-cni";
 
 /// What is installed.
 const PLUGINS: [&str; 2] = ["fabric-cni", "fabric-bridge"];
+
+/// What containerd adds no pod without. Where the node hasn't got it, a link to the plugin that does its work by this name.
+const LOOPBACK: &str = "loopback";
 
 /// The conflist as it is shipped.
 const CONFLIST: &str = include_str!("../../../deploy/cni/10-fabric.conflist");
@@ -149,6 +154,12 @@ impl InstallCni {
             replace(&self.bin_dir.join(plugin), &content, 0o755)?;
             println!("{}", self.bin_dir.join(plugin).display());
         }
+        let loopback = self.bin_dir.join(LOOPBACK);
+        match symlink(PLUGINS[1], &loopback) {
+            Ok(()) => println!("{}", loopback.display()),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(source) => return Err(FileError { file: loopback, source }.into()),
+        }
         Ok(())
     }
 
@@ -179,7 +190,9 @@ impl InstallCni {
     fn uninstall(&self) -> Result<()> {
         self.refuse_foreign_conflist()?;
         let plugins = PLUGINS.map(|plugin| self.bin_dir.join(plugin));
-        for file in [self.conflist_path()].iter().chain(&plugins) {
+        let loopback = self.bin_dir.join(LOOPBACK);
+        let is_ours = fs::read_link(&loopback).is_ok_and(|target| target == Path::new(PLUGINS[1]));
+        for file in [self.conflist_path()].iter().chain(is_ours.then_some(&loopback)).chain(&plugins) {
             match fs::remove_file(file) {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
                 Err(source) => return Err(FileError { file: file.clone(), source }.into()),
@@ -334,6 +347,24 @@ mod tests {
     }
 
     #[test]
+    fn loopback_is_a_link_to_our_plugin_where_there_is_none_and_another_ones_stays() {
+        let (dir, install) = machine(true, &[]);
+        let loopback = dir.path().join("bin/loopback");
+        let uninstall = InstallCni { uninstall: true, ..install.clone() };
+        for _ in 0..2 {
+            install.run().expect("installed");
+        }
+        assert_eq!(content(&dir, "bin/loopback").as_deref(), Some("fabric-bridge"));
+        uninstall.run().expect("taken away");
+        assert!(!loopback.is_symlink(), "ours is gone");
+
+        fs::write(&loopback, "the node's").expect("a file");
+        install.run().expect("installed");
+        uninstall.run().expect("taken away");
+        assert_eq!(content(&dir, "bin/loopback").as_deref(), Some("the node's"));
+    }
+
+    #[test]
     fn a_plugin_that_runs_is_replaced_by_another_file_not_written_over() {
         let (dir, install) = machine(true, &[]);
         install.run().expect("installed");
@@ -348,7 +379,7 @@ mod tests {
         assert_eq!(old_plugin, "fabric-cni");
         assert_eq!(serde_json::from_str::<Value>(&old_conflist).expect("a whole one")["cniVersion"], "1.0.0");
         let left = fs::read_dir(dir.path().join("bin")).expect("a folder").count();
-        assert_eq!(left, 3, "nothing half-written is left beside portmap and the two plugins");
+        assert_eq!(left, 4, "nothing half-written is left beside portmap, the two plugins and loopback");
     }
 
     #[test]
