@@ -139,7 +139,7 @@ async fn kernel_state_is_asked_of_the_loop(api: &mut Served, client: &mut Fabric
     let request = v1::GetKernelStateRequest { entries: true };
     let (state, ()) = tokio::join!(client.get_kernel_state(request), answer);
     let state = state?.into_inner();
-    assert_eq!((state.wanted, state.blocked.as_str()), (None, "no lease"));
+    assert_eq!((state.desired, state.blocked.as_str()), (None, "no lease"));
     Ok(())
 }
 

@@ -36,12 +36,12 @@ fn fabricctl_shows_peers_leases_events_and_what_the_kernel_holds() -> Result<()>
     let kernel = ctl(node, &["plan", "--entries"])?;
     assert_eq!(kernel["plan"], Value::Array(vec![]));
     let entries = |side: &str| kernel[side]["entries"].as_array().cloned().unwrap_or_default();
-    let entries: Vec<String> = entries("had").iter().filter_map(Value::as_str).map(str::to_owned).collect();
+    let entries: Vec<String> = entries("actual").iter().filter_map(Value::as_str).map(str::to_owned).collect();
     let routes = node.run(&["ip", "-4", "route", "show", "proto", "250"])?;
     for route in routes.lines().filter_map(|line| line.split(' ').next()) {
         assert!(entries.iter().any(|entry| entry.contains(&format!("route add {route} "))), "{route} in {entries:#?}");
     }
-    assert_eq!(kernel["had"]["routes"], routes.lines().count());
+    assert_eq!(kernel["actual"]["routes"], routes.lines().count());
 
     assert_eq!(node.run(&["fabricctl", "log-level", "debug"])?, "debug\n");
     node.run(&["ip", "nexthop", "flush", "proto", "250"])?;

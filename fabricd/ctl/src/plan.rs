@@ -14,7 +14,7 @@ use crate::{Answer, NOT_ALL_WELL, daemon};
 /// Shows it; exit code 4 when there are steps left.
 pub async fn show(socket: &Path, output: Output, entries: bool) -> anyhow::Result<Answer> {
     let state = daemon::connect(socket).await?.get_kernel_state(GetKernelStateRequest { entries }).await?.into_inner();
-    let well = state.plan.is_empty() && state.conflicts.is_empty() && state.wanted.is_some();
+    let well = state.plan.is_empty() && state.conflicts.is_empty() && state.desired.is_some();
     Ok(Answer::well_if(well, output.show(&state, |screen| describe(screen, &state, SystemTime::now()))?, NOT_ALL_WELL))
 }
 
@@ -31,9 +31,9 @@ fn describe(screen: &Screen, state: &GetKernelStateResponse, now: SystemTime) ->
         cells
     };
     let header = ["", "LINKS", "ADDRESSES", "FDB", "NEIGHBOURS", "NEXTHOPS", "ROUTES", "SYSCTLS"];
-    let mut text = render(screen, header, &[row("desired", &state.wanted), row("actual", &state.had)]);
+    let mut text = render(screen, header, &[row("desired", &state.desired), row("actual", &state.actual)]);
     text.push('\n');
-    match (&state.wanted, state.plan.is_empty()) {
+    match (&state.desired, state.plan.is_empty()) {
         (None, _) => {
             let _ = writeln!(text, "{}: {}", screen.paint("Nothing is planned", Tone::Bad), state.blocked);
         }
@@ -61,7 +61,7 @@ fn describe(screen: &Screen, state: &GetKernelStateResponse, now: SystemTime) ->
             let _ = writeln!(text, "  … and {more} more");
         }
     }
-    for (name, tables) in [("Desired", &state.wanted), ("Actual", &state.had)] {
+    for (name, tables) in [("Desired", &state.desired), ("Actual", &state.actual)] {
         if let Some(tables) = tables.as_ref().filter(|tables| !tables.entries.is_empty()) {
             let _ = writeln!(text, "\n{name} entries:");
             tables.entries.iter().for_each(|entry| text += &format!("  {entry}\n"));
@@ -78,8 +78,8 @@ mod tests {
     fn plan_reads_as_a_page() {
         let tables = |routes| KernelTables { links: 1, addresses: 1, fdb: 2, routes, ..KernelTables::default() };
         let state = GetKernelStateResponse {
-            wanted: Some(tables(2)),
-            had: Some(tables(1)),
+            desired: Some(tables(2)),
+            actual: Some(tables(1)),
             plan: vec!["+ ip route add 10.244.2.0/24 nhid 4194304000 proto 250".into()],
             ..GetKernelStateResponse::default()
         };

@@ -220,8 +220,8 @@ pub fn kernel_state(snapshot: &Snapshot, entries: bool) -> v1::GetKernelStateRes
     let had = had.as_ref();
     let conflicts = snapshot.wanted.iter().flat_map(|desired| &desired.conflicts);
     v1::GetKernelStateResponse {
-        wanted: wanted.map(|state| tables(state, entries)),
-        had: had.map(|state| tables(state, entries)),
+        desired: wanted.map(|state| tables(state, entries)),
+        actual: had.map(|state| tables(state, entries)),
         plan: snapshot.left.iter().flat_map(|plan| lines(plan)).collect(),
         last: snapshot.last.as_deref().map(written),
         blocked: snapshot.blocked.clone(),
