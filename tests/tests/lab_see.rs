@@ -384,3 +384,79 @@ fn networkd_that_takes_the_pods_veths_off_the_bridge_is_named_with_its_file() ->
         a.run(&["ping", "-c1", "-W1", &to]).map(drop)
     })
 }
+
+/// A pattern of NetworkManager: `*` and `?` stand for others, nothing else does.
+fn network_managers_glob(pattern: &str, name: &str) -> bool {
+    match (pattern.chars().next(), name.chars().next()) {
+        (None, None) => true,
+        (Some('*'), None) => network_managers_glob(&pattern[1..], name),
+        (Some('*'), Some(_)) => {
+            network_managers_glob(&pattern[1..], name) || network_managers_glob(pattern, &name[1..])
+        }
+        (Some(wanted), Some(c)) => (wanted == '?' || wanted == c) && network_managers_glob(&pattern[1..], &name[1..]),
+        _ => false,
+    }
+}
+
+/// What NetworkManager makes of its files when it is reloaded, by NetworkManager.conf(5): in a later file `=` replaces what
+/// an earlier one says, `+=` adds to it. Gives the interfaces that it manages. (The program is nothing to install for a
+/// test: its package starts it, and it takes over the interfaces of the machine.)
+fn reload_network_manager(node: &Node) -> Result<Vec<String>> {
+    let files = "cat /etc/NetworkManager/NetworkManager.conf $(ls /etc/NetworkManager/conf.d/*.conf 2>/dev/null)";
+    let mut unmanaged: Vec<String> = vec![];
+    for line in node.run(&["sh", "-c", files])?.lines() {
+        let specs = |list: &str| list.split(';').map(str::to_owned).collect::<Vec<_>>();
+        if let Some(list) = line.strip_prefix("unmanaged-devices=") {
+            unmanaged = specs(list);
+        } else if let Some(list) = line.strip_prefix("unmanaged-devices+=") {
+            unmanaged.extend(specs(list));
+        }
+    }
+    let links: Value = serde_json::from_str(&node.run(&["ip", "-j", "link"])?)?;
+    let mut managed = vec![];
+    for link in links.as_array().into_iter().flatten() {
+        let name = link["ifname"].as_str().context("a name")?;
+        let fits = |spec: &String| {
+            let pattern = spec.strip_prefix("interface-name:");
+            pattern.is_some_and(|pattern| network_managers_glob(pattern, name))
+        };
+        let keeps_off = unmanaged.iter().any(fits);
+        let state = if keeps_off { "[device]\nnm-owned=false\n" } else { "[device]\nmanaged=true\nnm-owned=false\n" };
+        node.command(&["tee", &format!("/run/NetworkManager/devices/{}", link["ifindex"])])?.stdin(state).run()?;
+        if !keeps_off {
+            managed.push(name.to_owned());
+        }
+    }
+    Ok(managed)
+}
+
+#[test]
+fn network_manager_lets_go_of_our_devices_and_takes_no_other_by_the_printed_fix() -> Result<()> {
+    let lab = Lab::builder().start()?;
+    let node = lab.node("node-1")?;
+    let pod = node.add_pod("a")?;
+    wait_for_check(node, "networkmanager", "skipped")?;
+    node.run(&["mkdir", "-p", "/run/NetworkManager/devices", "/etc/NetworkManager"])?;
+    // As of a person who configures the underlay interface by other means, and has a veth and a bridge beside.
+    let own = "[keyfile]\nunmanaged-devices=interface-name:eth0\n";
+    node.command(&["tee", "/etc/NetworkManager/NetworkManager.conf"])?.stdin(own).run()?;
+    node.run(&["ip", "link", "add", "veth0", "type", "veth", "peer", "name", "veth-web"])?;
+    node.run(&["ip", "link", "add", "br0", "type", "bridge"])?;
+    let others = ["lo", "veth-web", "veth0", "br0"];
+
+    let ours = ["fabric.1", "cni0", &veth(&pod)?];
+    let managed = reload_network_manager(node)?;
+    assert!(ours.iter().all(|name| managed.iter().any(|known| known == name)), "{managed:?}");
+    let found = check(node, "networkmanager")?;
+    for name in ours {
+        anyhow::ensure!(found["result"] == "failed" && found["evidence"].as_str().unwrap_or_default().contains(name));
+    }
+    assert!(found["fix"].as_str().unwrap_or_default().ends_with("\nsystemctl reload NetworkManager"), "{found:#}");
+
+    run_fix(node, "networkmanager")?;
+    assert_eq!(reload_network_manager(node)?, others, "and eth0 is left to whoever keeps NetworkManager off it");
+    wait_for_check(node, "networkmanager", "ok")?;
+    let coming = node.add_pod("b")?;
+    assert!(!reload_network_manager(node)?.contains(&veth(&coming)?), "the next pods' are none of its either");
+    Ok(())
+}

@@ -221,5 +221,10 @@ fn network_files_name_our_devices_and_nobody_elses() -> Result<()> {
     for name in ["veth0", "veth-web", "veth1234abc"] {
         ensure!(!matches(&networkd, name)?, "{name}");
     }
+    // NetworkManager has no sets: those with 8 or 11 characters after veth are all its patterns can say.
+    ensure!(!manager.contains('['), "{manager}");
+    for name in ["veth0", "veth1234abc"] {
+        ensure!(!matches(&manager, name)?, "{name}");
+    }
     Ok(())
 }

@@ -15,6 +15,9 @@ const FOLDERS: [&str; 4] =
 
 /// What the next pods' veths are called: by the plugin `bridge`, and by fabric-bridge.
 const COMING: [&str; 2] = ["veth01234567", "veth0123456789a"];
+/// Patterns of the VXLAN devices' names, and of those veths'. NetworkManager knows `*` and `?` only (NetworkManager.conf(5)).
+const DEVICES: [&str; 4] = ["fabric.*", "fab.*", "fabric6.*", "fab6.*"];
+const VETHS: [&str; 2] = ["veth????????", "veth???????????"];
 
 /// What a packet of a pod passes on this host, by name, with the interface's kind.
 fn interfaces(scene: &Scene) -> Vec<(String, &'static str)> {
@@ -26,6 +29,18 @@ fn interfaces(scene: &Scene) -> Vec<(String, &'static str)> {
     all.extend(attached.flat_map(|attached| attached.ports).map(|port| (port, "veth")));
     all.sort();
     all.dedup();
+    all
+}
+
+/// Patterns that match what a packet of a pod passes, now and when more pods come, and nothing else of the host.
+fn patterns(scene: &Scene) -> Vec<String> {
+    let mut all: Vec<String> = DEVICES.iter().chain(&VETHS).map(ToString::to_string).collect();
+    all.extend(scene.pod_bridges().iter().map(ToString::to_string));
+    for (name, _) in interfaces(scene) {
+        if !all.iter().any(|pattern| glob(pattern, &name)) {
+            all.push(name);
+        }
+    }
     all
 }
 
@@ -90,11 +105,11 @@ fn unmanage(scene: &Scene, names: &[String]) -> String {
         let ports = observed.iter().flat_map(|seen| bridges.iter().filter_map(|bridge| seen.bridges.get(bridge)));
         ports.flatten().any(|port| port.as_str() == name)
     };
-    let names_of_bridges = bridges.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
     let mut lines = vec![
+        "mkdir -p /etc/systemd/network".to_owned(),
         format!(
-            "printf '[Match]\\nName=fabric* fab.* fab6.* {names_of_bridges} veth*\\n\\n[Link]\\nUnmanaged=yes\\n' > \
-             /etc/systemd/network/00-fabric.network"
+            "printf '[Match]\\nName={}\\n\\n[Link]\\nUnmanaged=yes\\n' > /etc/systemd/network/00-fabric.network",
+            patterns(scene).join(" ")
         ),
         "networkctl reload".to_owned(),
     ];
@@ -248,11 +263,12 @@ pub(super) fn network_manager(scene: &Scene) -> Finding {
     }
     Finding::failed(
         format!("it manages {}", all(managed)),
+        // `=` would end what the host's own files keep from it, such as the underlay interface.
         format!(
-            "printf '[keyfile]\\nunmanaged-devices=interface-name:fabric*;interface-name:fab.*;interface-name:fab6.*;\
-             {}interface-name:veth*\\n' > /etc/NetworkManager/conf.d/fabric.conf\n\
+            "mkdir -p /etc/NetworkManager/conf.d\n\
+             printf '[keyfile]\\nunmanaged-devices+={}\\n' > /etc/NetworkManager/conf.d/fabric.conf\n\
              systemctl reload NetworkManager",
-            scene.pod_bridges().iter().map(|name| format!("interface-name:{name};")).collect::<String>()
+            patterns(scene).iter().map(|name| format!("interface-name:{name}")).collect::<Vec<_>>().join(";")
         ),
     )
 }
