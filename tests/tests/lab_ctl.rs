@@ -319,6 +319,29 @@ fn connectivity_is_tested_by_a_pod_that_leaves_nothing() -> Result<()> {
     ensure!(step["detail"].as_str().is_some_and(|told| told.contains("administratively prohibited")), "{step}");
     ensure!(traces(node)? == before, "{before}\n{}", traces(node)?);
 
+    // A config of another network that the runtime takes first: what its pods reach says nothing of this one.
+    let theirs = r#"{"cniVersion": "1.0.0", "name": "theirs", "plugins": [{"type": "bridge", "bridge": "theirs0",
+        "isGateway": true, "ipam": {"type": "host-local", "subnet": "192.0.2.0/24", "dataDir": "/run/theirs"}}]}"#;
+    node.command(&["tee", "/etc/cni/net.d/05-theirs.conflist"])?.stdin(theirs).run()?;
+    let (code, steps) = connectivity(node, &["--outside", "off"])?;
+    let step = result(&steps, "attach")?;
+    ensure!(code == Some(4) && step["result"] == "failed", "{step}");
+    let told = step["detail"].as_str().unwrap_or_default();
+    ensure!(told.starts_with("192.0.2.2 by /etc/cni/net.d/05-theirs.conflist is not of this node's"), "{told}");
+    node.run(&["rm", "/etc/cni/net.d/05-theirs.conflist"])?;
+    node.run(&["ip", "link", "del", "theirs0"])?;
+
+    // A plugin that is missing is told once, though what ADD left is DEL's to remove.
+    node.run(&["mv", "/opt/cni/bin/fabric-cni", "/run/fabric-cni"])?;
+    let (_, steps) = connectivity(node, &["--outside", "off"])?;
+    let told = result(&steps, "attach")?["detail"].as_str().unwrap_or_default().to_owned();
+    ensure!(
+        told.starts_with("the CNI plugin fabric-cni is not in ") && told.matches("fabric-cni").count() == 1,
+        "{told}"
+    );
+    node.run(&["mv", "/run/fabric-cni", "/opt/cni/bin/fabric-cni"])?;
+    ensure!(traces(node)? == before, "{before}\n{}", traces(node)?);
+
     // One that was killed leaves its pod to the next, and without a daemon what can be tested is.
     node.run(&["ip", "netns", "add", "fabric-test-999999"])?;
     node.kill_fabricd()?;

@@ -77,7 +77,10 @@ impl Network {
         }
         let folders: Vec<String> = self.bin_dirs.iter().map(|dir| dir.display().to_string()).collect();
         let program = self.bin_dirs.iter().map(|dir| dir.join(kind)).find(|file| file.is_file());
-        let program = program.with_context(|| format!("the CNI plugin {kind} is not in {}", folders.join(" or ")))?;
+        let program = program.with_context(|| {
+            let place = folders.join(" or ");
+            format!("the CNI plugin {kind} is not in {place}; put it there, or name its folder with --cni-bin-dir")
+        })?;
         let mut child = Command::new(program)
             .env_clear()
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
@@ -121,7 +124,9 @@ impl Pod {
                     // As a runtime does: whatever a failed ADD left is a DEL's to remove.
                     return Err(match pod.remove() {
                         Ok(()) => error,
-                        Err(more) => error.context(format!("and {more:#}")),
+                        // It fails for the same reason where a plugin is missing.
+                        Err(more) if more.to_string() == error.to_string() => error,
+                        Err(more) => anyhow!("{error:#}; what it left can't be removed: {more:#}"),
                     });
                 }
             }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use fabric_core::subnet::Subnet;
 use fabric_proto::v1::{GetStatusRequest, GetStatusResponse, PeerState};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::spawn_blocking;
@@ -85,8 +86,8 @@ impl Test {
         };
         let addresses = pod.addresses();
         let ips: Vec<String> = addresses.iter().map(|(ip, _)| ip.to_string()).collect();
-        let mut steps =
-            vec![Step::new("attach", "", Ok(format!("{} by {}", ips.join(" "), self.network.file.display())))];
+        let attached = format!("{} by {}", ips.join(" "), self.network.file.display());
+        let mut steps = vec![Step::new("attach", "", self.in_the_fabric(&addresses).map(|()| attached))];
         for (ip, gateway) in &addresses {
             match gateway {
                 Some(gateway) => self.ping(&pod, &mut steps, "gateway", *gateway),
@@ -105,6 +106,23 @@ impl Test {
             pod.remove().map(|()| "nothing is left".into()).map_err(|error| format!("{error:#}")),
         ));
         self.with_node(steps)
+    }
+
+    /// Whether the pod's addresses are of this node's subnets, as far as those are known. Else the runtime's config is another
+    /// network's, and all that follows says nothing of this one.
+    fn in_the_fabric(&self, addresses: &[(IpAddr, Option<IpAddr>)]) -> Result<(), String> {
+        let lease = self.status.as_ref().and_then(|status| status.lease.as_ref());
+        let subnets: Vec<Subnet> =
+            lease.iter().flat_map(|lease| &lease.subnets).flat_map(|text| text.parse()).collect();
+        let known = |ip: IpAddr| subnets.is_empty() || subnets.iter().any(|subnet| subnet.contains(ip));
+        let Some((stray, _)) = addresses.iter().find(|(ip, _)| !known(*ip)) else { return Ok(()) };
+        let subnets: Vec<String> = subnets.iter().map(ToString::to_string).collect();
+        Err(format!(
+            "{stray} by {} is not of this node's {}: the config that the runtime takes first is another network's; see \
+             the check cni-config of fabricctl doctor",
+            self.network.file.display(),
+            subnets.join(" ")
+        ))
     }
 
     fn with_node(&self, mut steps: Vec<Step>) -> Vec<Step> {
