@@ -379,6 +379,12 @@ const BROKEN: &[(&str, Breakage, Outcome, &str)] = &[
     ),
     ("cni-config", |n| n.lacks("etc/cni/net.d/10-fabric.conflist"), Outcome::Warning, "names fabric-cni"),
     (
+        "cni-config",
+        |n| n.has("opt/cni/bin/bridge", "").and_then(|()| n.has("usr/lib/cni/bridge", "")),
+        Outcome::Warning,
+        "the plugin fabric-cni is not in /opt/cni/bin or /usr/lib/cni",
+    ),
+    (
         "bridge-mtu",
         |n| {
             n.observed.host.links[2].mtu = 1500;
@@ -530,6 +536,15 @@ fn without_a_device_or_a_table_nothing_is_said_of_them() -> Result<()> {
     node.observed.filter.clear();
     assert_eq!(node.check("filter-drops")?.outcome, Outcome::Skipped);
     assert_eq!(node.check("egress")?.outcome, Outcome::Skipped, "there is no way out at all");
+    Ok(())
+}
+
+#[test]
+fn disk_is_judged_before_the_first_pod_has_made_the_plugins_folder() -> Result<()> {
+    let node = Node::well()?;
+    fs::remove_dir_all(node.root.path().join("var"))?;
+    let found = node.check("disk")?;
+    assert!(found.outcome == Outcome::Fine && found.evidence.contains(" MiB at "), "{found:?}");
     Ok(())
 }
 

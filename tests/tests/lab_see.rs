@@ -107,6 +107,11 @@ fn doctor_finds_what_was_broken_and_nothing_before() -> Result<()> {
         wait_for_check(node, id, "ok")?;
     }
 
+    // Who may not ask the daemon is told so, and not that it hangs.
+    let nobody = node.exec(&["setpriv", "--reuid=65534", "--clear-groups", "fabricctl", "doctor"])?;
+    assert!(nobody.status.code() == Some(1) && nobody.stdout.is_empty(), "{nobody:?}");
+    assert!(nobody.stderr.contains("cannot ask the daemon") && nobody.stderr.contains("use sudo"), "{nobody:?}");
+
     node.command(&["nft", "-f", "-"])?
         .stdin("table ip filter {\nchain FORWARD {\ntype filter hook forward priority 0; policy drop;\n}\n}\n")
         .run()?;

@@ -3,16 +3,31 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use fabric_proto::v1::fabric_client::FabricClient;
 use fabricd::host::errno;
 use hyper_util::rt::TokioIo;
+use nix::errno::Errno;
+use nix::unistd::{AccessFlags, access};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tower::service_fn;
 
 /// The largest answer that is read, in bytes: all kernel entries of 5,000 peers are 4 million.
 const LARGEST: usize = 64 << 20;
+
+/// Refuses whom the daemon's socket isn't for: silence would tell nothing of the daemon then.
+///
+/// # Errors
+/// It is there, and this user may not write to it.
+pub fn permitted(socket: &Path) -> anyhow::Result<()> {
+    match access(socket, AccessFlags::W_OK) {
+        Err(Errno::EACCES) => {
+            bail!("cannot ask the daemon at {}: its socket is for root (EACCES); use sudo", socket.display())
+        }
+        _ => Ok(()),
+    }
+}
 
 /// Connects to the daemon's socket.
 pub async fn connect(socket: &Path) -> anyhow::Result<FabricClient<Channel>> {

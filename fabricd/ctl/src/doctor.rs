@@ -39,6 +39,9 @@ pub struct DoctorArgs {
 /// Prints each check when it is made; exit code 4 when one has failed.
 pub async fn show(socket: &Path, output: Output, args: &DoctorArgs) -> anyhow::Result<Answer> {
     let mut report = Report { output, quiet: args.quiet, checks: vec![] };
+    if !args.preflight {
+        daemon::permitted(socket)?;
+    }
     let asked = if args.preflight { Err("it was not asked".to_owned()) } else { ask(socket, &mut report).await };
     match (&asked, args.preflight) {
         (Ok(()), _) => {}
@@ -52,7 +55,8 @@ pub async fn show(socket: &Path, output: Output, args: &DoctorArgs) -> anyhow::R
     let (failed, warned) = (count(CheckResult::Failed), count(CheckResult::Warning));
     let mut text = String::new();
     if matches!(output, Output::Table | Output::Wide) {
-        let _ = writeln!(text, "\n{} checks, {failed} failed, {warned} warnings", report.checks.len());
+        let plural = if warned == 1 { "" } else { "s" };
+        let _ = writeln!(text, "\n{} checks, {failed} failed, {warned} warning{plural}", report.checks.len());
         if asked.is_err() && !args.preflight {
             let _ = writeln!(text, "The daemon doesn't answer: these are the checks that need none.");
         }

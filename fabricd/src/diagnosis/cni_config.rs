@@ -9,6 +9,8 @@ use super::finding::{Culprit, Finding};
 
 /// The plugin by which our configuration is known.
 const OURS: &str = "fabric-cni";
+/// Where runtimes look for plugins, below the root: containerd and CRI-O, Debian, Red Hat.
+const PLUGINS: [&str; 3] = ["opt/cni/bin", "usr/lib/cni", "usr/libexec/cni"];
 
 /// The network configurations of a folder, in the order in which a runtime tries them.
 ///
@@ -59,7 +61,20 @@ pub(super) fn check(scene: &Scene) -> Finding {
             move_away(file),
         )
     });
-    Finding::of(culprits.collect(), ours.display().to_string())
+    Finding::of(culprits.chain(missing_plugin(&scene.places.root)).collect(), ours.display().to_string())
+}
+
+/// That the plugin is in none of the usual folders. A runtime may have another one, and the daemon's container sees none.
+fn missing_plugin(root: &Path) -> Option<Culprit> {
+    let visible: Vec<&str> = PLUGINS.into_iter().filter(|folder| root.join(folder).is_dir()).collect();
+    let missing = !visible.is_empty() && !visible.iter().any(|folder| root.join(folder).join(OURS).exists());
+    missing.then(|| {
+        let folders: Vec<String> = visible.iter().map(|folder| format!("/{folder}")).collect();
+        Culprit::may_hurt(
+            format!("the plugin {OURS} is not in {}: a runtime that looks there attaches no pod", folders.join(" or ")),
+            "fabricd install-cni --only plugins",
+        )
+    })
 }
 
 fn name(path: &Path) -> String {

@@ -73,7 +73,7 @@ pub(super) fn rp_filter(scene: &Scene) -> Finding {
         Some(dev) => {
             Finding::fine(format!("{dev} filters strictly, which is right as long as answers take the same path"))
         }
-        None => Finding::fine("not strictly"),
+        None => Finding::fine("not strict"),
     }
 }
 
@@ -181,7 +181,10 @@ pub(super) fn certificates(scene: &Scene) -> Finding {
 }
 
 pub(super) fn disk(scene: &Scene) -> Finding {
-    let dir = &scene.places.addresses;
+    // It comes with the first pod.
+    let Some(dir) = scene.places.addresses.ancestors().find(|dir| dir.exists()) else {
+        return Finding::skipped(format!("{} is not visible here", scene.places.addresses.display()));
+    };
     match nix::sys::statvfs::statvfs(dir) {
         Err(error) => Finding::skipped(format!("{}: {error}", dir.display())),
         Ok(fs) => {
