@@ -56,7 +56,11 @@ fn fabricctl_shows_peers_leases_events_and_what_the_kernel_holds() -> Result<()>
     node.stop_fabricd()?;
     assert_eq!(node.exec(&["fabricctl", "status"])?.status.code(), Some(1));
     lab.etcd().stop()?;
-    node.start_fabricd_with(&["--log-format", "json"], &[])?;
+    node.start_fabricd_with(&["--log-format", "json"], &[("FABRICD_API_CAFILE", "/run/no-ca.crt")])?;
+    wait_until("the file is named that the API lacks", SOON, || {
+        anyhow::ensure!(node.log("fabricd").contains("cannot read /run/no-ca.crt"));
+        Ok(())
+    })?;
     wait_until("a daemon without a store is not ready", SOON, || {
         anyhow::ensure!(node.exec(&["fabricctl", "status"])?.status.code() == Some(3));
         Ok(())

@@ -100,9 +100,10 @@ pub(super) fn accept(listener: TcpListener, tls: Tls) -> ReceiverStream<io::Resu
     let (to, from) = mpsc::channel(8);
     tokio::spawn(async move {
         let turns = Arc::new(Semaphore::new(AT_ONCE));
-        let mut usable = tls.acceptor().is_ok();
-        if !usable {
-            info!(certificate = %tls.certificate.display(), "waiting for the certificate of the API for other nodes");
+        let first = tls.acceptor();
+        let mut usable = first.is_ok();
+        if let Err(error) = first {
+            info!(reason = format!("{error:#}"), "waiting for the certificates of the API for other nodes");
         }
         loop {
             let Ok(turn) = turns.clone().acquire_owned().await else { return };

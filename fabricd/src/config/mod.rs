@@ -168,7 +168,8 @@ pub struct EtcdArgs {
         long = "etcd-prefix",
         env = "FABRICD_ETCD_PREFIX",
         value_name = "PATH",
-        default_value = "/coreos.com/network"
+        default_value = "/coreos.com/network",
+        value_parser = etcd_prefix
     )]
     pub prefix: String,
 
@@ -505,6 +506,14 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let time = text.parse::<SignedDuration>().ok().and_then(|time| Duration::try_from(time).ok());
     time.filter(|time| time.subsec_nanos() == 0 && (5..=8760 * 3600).contains(&time.as_secs()))
         .ok_or_else(|| "expected a number and a unit, as in 90s, 30m or 24h; from 5s to 8760h".to_owned())
+}
+
+/// Without one, fabricd would take all that is in etcd for its own.
+fn etcd_prefix(text: &str) -> Result<String, String> {
+    match text.trim_matches('/') {
+        "" => Err("expected a path, as in /coreos.com/network".into()),
+        _ => Ok(text.to_owned()),
+    }
 }
 
 fn parse_address(text: &str) -> Result<Address, String> {

@@ -100,6 +100,14 @@ fn endpoints_get_etcds_port_and_the_scheme_that_fits_the_certificates() {
 }
 
 #[test]
+fn all_of_etcd_is_no_prefix() {
+    for prefix in ["", "/"] {
+        let refused = load(&["--etcd-prefix", prefix], None).expect_err("no prefix").to_string();
+        assert!(refused.contains("--etcd-prefix <PATH>': expected a path, as in /coreos.com/network"), "{refused}");
+    }
+}
+
+#[test]
 fn help_shows_every_setting_with_its_variable() {
     let help = Config::command().render_long_help().to_string();
     for arg in Config::command().get_arguments().filter(|arg| arg.get_id() != "cleanup" && !arg.is_hide_set()) {

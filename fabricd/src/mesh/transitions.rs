@@ -95,7 +95,7 @@ fn lines(transitions: &[Transition]) -> Vec<Line> {
 
 fn line(transition: &Transition) -> Line {
     let message = match transition.now {
-        Cause::Fine if transition.before == Cause::NoDaemon => "its fabricd answers".into(),
+        Cause::Fine if transition.before == Cause::NoDaemon => "answers fabricd's probes".into(),
         Cause::Fine => "reached again".into(),
         cause => format!("{}: {}", cause.word(), transition.evidence),
     };
