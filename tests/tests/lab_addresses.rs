@@ -173,6 +173,9 @@ fn cleanup_leaves_the_files_of_running_pods_alone_however_often_it_is_run() -> R
     ensure!(left == [false, false], "{left:?}");
     let told = node.run(&["fabricd", "--cleanup"])?;
     ensure!(told.contains("0 kernel entries removed"), "{told}");
+    // As in the pod of the cleanup manifest: told of no datastore, it neither waits for one nor warns.
+    let told = node.run(&["sh", "-c", "env -i PATH=\"$PATH\" fabricd --cleanup --config /dev/null 2>&1"])?;
+    ensure!(told.contains("no datastore is named") && !told.contains("WARN"), "{told}");
     Ok(())
 }
 

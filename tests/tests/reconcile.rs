@@ -9,6 +9,7 @@ use fabric_core::diff::{Change, Key, Op, routing};
 use fabric_core::handoff::{NotReady, Readiness};
 use fabric_core::lease::Instance;
 use fabric_core::model::{IfName, PerFamily, Subnet};
+use fabric_core::network::NetworkConfig;
 use fabric_core::plan::filter::FilterOptions;
 use fabric_core::state::{Nexthop, NexthopId, Sysctl, Via};
 use fabric_tests::fake_kernel::{FakeKernel, STATIC, Tables, Write};
@@ -104,7 +105,12 @@ impl Host {
     }
 
     fn start(&self) -> Daemon {
-        let store = Arc::new(self.cluster.node());
+        self.start_with(self.cluster.node(), State::default())
+    }
+
+    /// With what the daemon before it has left on disk.
+    fn start_with(&self, store: MemoryStore, before: State) -> Daemon {
+        let store = Arc::new(store);
         let name: fabric_core::model::NodeName = "node-1".parse().expect("valid");
         let instance = Instance { boot: "boot".into(), netns: 7 };
         let day = Duration::from_secs(86_400);
@@ -114,7 +120,7 @@ impl Host {
         let keeper = Keeper::new(store.clone(), options, None);
         let selectors = vec![Selector::Iface(self.iface.into())];
         let node = Node { name, selectors, public_ips: PerFamily::default(), rules: self.rules.clone() };
-        let reconciler = Reconciler::new(node, store.clone(), self.kernel.clone(), self.files(), State::default());
+        let reconciler = Reconciler::new(node, store.clone(), self.kernel.clone(), self.files(), before);
         let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
         let mut tasks = JoinSet::new();
         tasks.spawn(keeper.run(wanted));
@@ -427,6 +433,18 @@ async fn restart_with_nothing_changed_writes_nothing() {
     host.start().ready().await;
     stays_silent(&host.kernel).await;
     assert!(host.kernel.writes().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_restart_calls_for_no_attention_while_the_store_is_first_read() {
+    let host = Host::new(V4, &[V4_PEER]);
+    let network = NetworkConfig::decode(V4.as_bytes()).expect("valid");
+    let before = State { network: Some(network), ..State::default() };
+    let mut daemon = host.start_with(host.cluster.unanswered_node(), before);
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(daemon.view.borrow().warnings, Vec::<String>::new());
+    daemon.store.set_reachable(true);
+    daemon.ready().await;
 }
 
 #[tokio::test(start_paused = true)]

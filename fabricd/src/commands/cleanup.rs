@@ -1,15 +1,17 @@
 //! `fabricd --cleanup`: removes all that fabricd made on this node, and gives its lease back.
 
+use std::io::ErrorKind;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use fabric_core::diff::diff;
 use fabric_core::state::{Routing, State};
+use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tracing::warn;
 
 use super::leftovers::Leftovers;
-use crate::config::{Config, StoreKind};
+use crate::config::{Config, DEFAULT_ENDPOINT, StoreKind};
 use crate::daemon::{holder, instance, open_kernel};
 use crate::files::state_dir::{Disk, Uptime};
 use crate::files::{Files, remove_if_there};
@@ -58,6 +60,33 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
     println!("{} kernel entries removed", plan.ops().len() - refused.len());
     print!("{}", leftovers.remove().await?);
 
+    if is_without_store(&config).await {
+        println!("no datastore is named: a lease, if there is one, ends by itself");
+    } else {
+        give_lease_back(&config, leaver).await;
+    }
+    for file in [&config.socket, &lock::file(&config.run_dir)] {
+        remove_if_there(file)?;
+    }
+    match refused.into_iter().next() {
+        Some(first) => Err(first).context("not everything could be removed"),
+        None => Ok(()),
+    }
+}
+
+/// Nobody has named a datastore, and where etcd is by default there is none for fabricd: nobody listens, or this is a pod, where
+/// it would be the cluster's own.
+async fn is_without_store(config: &Config) -> bool {
+    if config.store != StoreKind::Etcd || config.etcd.endpoints != [DEFAULT_ENDPOINT] {
+        return false;
+    }
+    let address = DEFAULT_ENDPOINT.trim_start_matches("http://");
+    let refuses = |error: std::io::Error| error.kind() == ErrorKind::ConnectionRefused;
+    std::env::var_os("KUBERNETES_SERVICE_HOST").is_some() || TcpStream::connect(address).await.is_err_and(refuses)
+}
+
+/// Waits for the store for a while, and then leaves the lease to end by itself.
+async fn give_lease_back(config: &Config, leaver: Leaver) {
     let released = timeout(GIVE_UP, async {
         match config.store {
             StoreKind::Etcd => leaver.give_back(&Etcd::start(config.etcd.options()?)).await,
@@ -73,12 +102,5 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
         ),
         Ok(Err(error)) => warn!(%error, "lease not given back, it ends by itself"),
         Err(_) => warn!(store = ?config.store, "store not reached, the lease ends by itself"),
-    }
-    for file in [&config.socket, &lock::file(&config.run_dir)] {
-        remove_if_there(file)?;
-    }
-    match refused.into_iter().next() {
-        Some(first) => Err(first).context("not everything could be removed"),
-        None => Ok(()),
     }
 }

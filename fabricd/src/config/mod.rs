@@ -158,7 +158,7 @@ pub struct EtcdArgs {
         env = "FABRICD_ETCD_ENDPOINTS",
         value_name = "URL,…",
         value_delimiter = ',',
-        default_value = "http://127.0.0.1:2379"
+        default_value = DEFAULT_ENDPOINT
     )]
     pub endpoints: Vec<String>,
 
@@ -277,6 +277,9 @@ pub enum StoreKind {
 
 /// Default path of the gRPC socket.
 pub const DEFAULT_SOCKET: &str = "/run/fabric/fabricd.sock";
+
+/// Where etcd is unless its members are named.
+pub const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:2379";
 
 /// The settings file that is read unless another one is named.
 pub const DEFAULT_FILE: &str = "/etc/fabric/fabricd.toml";

@@ -388,7 +388,11 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             }
             (Network::Unknown, _) => match &view.connection {
                 Connection::Down(reason) => format!("waiting for the network config: {reason}"),
-                Connection::Unknown | Connection::Up => format!("waiting for the network config at {key}"),
+                // The first listing is under way: what is remembered does meanwhile, and nothing needs attention.
+                Connection::Unknown | Connection::Up => match self.applied.or(self.remembered) {
+                    Some(applied) => return Ok(applied),
+                    None => format!("waiting for the network config at {key}"),
+                },
             },
             (Network::Missing, _) => format!("there is no network config at {key}; {}", place.make),
             (Network::Invalid(error), _) => format!("the network config at {key} can't be used: {error}"),

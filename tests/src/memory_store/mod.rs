@@ -107,6 +107,19 @@ impl MemoryCluster {
     /// One more node's handle. It sees the store as soon as the runtime gets to it.
     #[must_use]
     pub fn node(&self) -> MemoryStore {
+        let store = self.unanswered_node();
+        let (cluster, connecting) = (self.clone(), Arc::downgrade(&store.node));
+        tokio::spawn(async move {
+            if let Some(node) = connecting.upgrade() {
+                cluster.lock().list(&node);
+            }
+        });
+        store
+    }
+
+    /// One that the store hasn't answered yet, until [`MemoryStore::set_reachable`].
+    #[must_use]
+    pub fn unanswered_node(&self) -> MemoryStore {
         let mut state = self.lock();
         let node = Arc::new(Node {
             network: Sender::new(Network::Unknown),
@@ -119,12 +132,6 @@ impl MemoryCluster {
         });
         state.nodes.push(Arc::downgrade(&node));
         drop(state);
-        let (cluster, connecting) = (self.clone(), Arc::downgrade(&node));
-        tokio::spawn(async move {
-            if let Some(node) = connecting.upgrade() {
-                cluster.lock().list(&node);
-            }
-        });
         MemoryStore { cluster: self.clone(), node }
     }
 
