@@ -54,6 +54,20 @@ fn every_overlay_can_be_rendered() -> Result<()> {
     Ok(())
 }
 
+/// What k3s and RKE2 give pods by default.
+#[test]
+fn overlay_and_chart_values_for_k3s_have_its_pod_network() -> Result<()> {
+    let overlays = overlays()?;
+    let (_, objects) = overlays.iter().find(|(name, _)| name == "k3s").context("no overlay k3s")?;
+    let document = object(objects, "ConfigMap", "fabric-network")?["data"]["net-conf.json"].as_str();
+    let network: Value = serde_json::from_str(document.context("a document")?)?;
+    assert_eq!(network["Network"], "10.42.0.0/16");
+    let values = std::fs::read_to_string(deploy().join("helm/fabricd/values-k3s.yaml"))?;
+    let values: Value = serde_saphyr::from_str(&values)?;
+    assert_eq!(values, json!({"store": "kubernetes", "network": {"ipv4": "10.42.0.0/16"}}));
+    Ok(())
+}
+
 /// As flannel's manifest has it; where there is no Kubernetes, the package.
 #[test]
 fn pods_reach_the_outside_wherever_it_is_installed() -> Result<()> {
