@@ -34,13 +34,13 @@ image: ## Build the container image, without Docker, into target/image/fabricd.t
 deb: ## Build a Debian package into target/debian
 	@deploy/deb/build
 
-e2e: root ## Run the manifests on a real Kubernetes, built on first use (35 minutes, 50 the first time)
+e2e: root ## Run the manifests on a real Kubernetes of today, or VERSION=1.20, built on first use
 	@tests/deps e2e
 	tests/e2e/kubernetes
 	PROFILE=$(PROFILE) deploy/image/build
 	tests/e2e/run $(SCENARIO)
 
-api-server: deps ## Try the lease store in Kubernetes on a real kube-apiserver, built on first use (5 minutes)
+api-server: deps ## Try the lease store in Kubernetes on real kube-apiservers, today's and 1.20's, built on first use
 	@tests/deps api-server
 	tests/e2e/api-server
 

@@ -4,21 +4,35 @@
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 
-KUBERNETES_VERSION=1.20.2
+# Which Kubernetes: the one that programs/go.mod pins, or the oldest that is supported, VERSION=1.20.
+modern=$(sed -n 's|^\tk8s.io/kubernetes v||p' "$here/programs/go.mod")
+oldest=1.20.2
+case ${VERSION:-$modern} in
+"$modern" | "${modern%.*}") KUBERNETES_VERSION=$modern ;;
+"$oldest" | "${oldest%.*}") KUBERNETES_VERSION=$oldest ;;
+*)
+    echo "VERSION=$VERSION: there are ${modern%.*} and ${oldest%.*}" >&2
+    exit 2
+    ;;
+esac
+is_oldest() { [ "$KUBERNETES_VERSION" = "$oldest" ]; }
 CACHE=${FABRIC_E2E_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/fabricd/kubernetes}/$KUBERNETES_VERSION
+export PATH=$CACHE:$PATH                    # its containerd, etcd and kubectl before this machine's
 STATE=${FABRIC_E2E_STATE:-$root/target/e2e} # all state of the running cluster
 PREFIX=${PREFIX:-fe2e}                      # of network namespaces
 CGROUP=${CGROUP:-fabric-e2e}                # parent of the nodes' cgroups
 STARTUP_TAINT=${STARTUP_TAINT:-}            # key of a taint that kubelets register their nodes with
+BARE_NODE=${BARE_NODE:-}                    # the node that has no CNI plugin, if any
 
 DUAL=${DUAL:-0} # 1: IPv4 and IPv6
 UNDERLAY=10.250.0 UNDERLAY6=fd00:250: # .1 is the control plane, .11 node n1, .12 node n2 …
 PODS=10.244.0.0/16 PODS6=fd00:244::/48
 SERVICES=10.96.0.0/16 SERVICES6=fd00:96::/112
-API_SERVICE=10.96.0.1
+API_SERVICE=10.96.0.1 DNS_SERVICE=10.96.0.10
+PROXY_MODE=${PROXY_MODE:-iptables} # of kube-proxy: iptables or nftables
 feature_gates=
 if [ "$DUAL" = 1 ]; then
-    feature_gates=--feature-gates=IPv6DualStack=true # still alpha in this version
+    ! is_oldest || feature_gates=--feature-gates=IPv6DualStack=true # still alpha there
     PODS+=,$PODS6
     SERVICES+=,$SERVICES6
 fi

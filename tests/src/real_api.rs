@@ -23,7 +23,7 @@ const START: Duration = Duration::from_secs(120);
 /// Who shows this may do everything.
 const TOKEN: &str = "test";
 
-/// A kube-apiserver 1.20 with IPv4 and IPv6, and nothing else of Kubernetes.
+/// A kube-apiserver with IPv4 and IPv6, and nothing else of Kubernetes.
 pub struct RealApi {
     url: String,
     // Ends before its etcd and its folder do.
@@ -58,7 +58,7 @@ impl RealApi {
             .arg("--service-account-signing-key-file")
             .arg(file("key"))
             .args(["--service-cluster-ip-range", "10.96.0.0/16,fd00:96::/112"])
-            .args(["--feature-gates", "IPv6DualStack=true"])
+            .args(dual_stack(minor_version(program)?))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
@@ -93,6 +93,20 @@ impl RealApi {
         ensure!(code.starts_with('2'), "{verb} {path}: {code} {answer}");
         Ok(serde_json::from_str(answer).unwrap_or_default())
     }
+}
+
+/// What a kube-apiserver 1.`minor` has to be told for two families: a feature gate, which later ones don't know any more.
+fn dual_stack(minor: u32) -> &'static [&'static str] {
+    if minor < 23 { &["--feature-gates", "IPv6DualStack=true"] } else { &[] }
+}
+
+/// The 20 of `Kubernetes v1.20.2`, which the program says of itself.
+fn minor_version(program: &Path) -> Result<u32> {
+    let output = Command::new(program).arg("--version").output();
+    let output = output.with_context(|| format!("cannot run {}", program.display()))?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let minor = said.trim().strip_prefix("Kubernetes v1.").and_then(|rest| rest.split('.').next()?.parse().ok());
+    minor.with_context(|| format!("{} --version says {:?}", program.display(), said.trim()))
 }
 
 impl Nodes for RealApi {
