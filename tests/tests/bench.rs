@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use fabric_tests::bench::{Report, change, changes, cni, cold_start, datapath, filter, rest};
+use fabric_tests::bench::{Report, change, changes, cni, cold_start, datapath, filter, firewalls, rest};
 use fabric_tests::lab::binaries;
 
 #[test]
@@ -52,6 +52,17 @@ fn the_datapath_and_its_filter_are_measured() -> Result<()> {
     for name in ["TCP, four streams: fabric / hand-made VXLAN", "round trips: on / off"] {
         ensure!(value(&report, name)? > 0.0, "{name}: {}", value(&report, name)?);
     }
+    Ok(())
+}
+
+#[test]
+fn the_firewalls_of_others_are_measured() -> Result<()> {
+    let mut report = Report::default();
+    firewalls::run(&mut report, firewalls::Options { chains: 20, seconds: 2 })?;
+    for name in ["nobody writes: CPU, of one core", "a rule a second: CPU for one"] {
+        ensure!(value(&report, name)? >= 0.0, "{name}: {}", value(&report, name)?);
+    }
+    ensure!(report.figures.iter().filter(|figure| figure.name == "resident" && figure.median > 1.0).count() == 2);
     Ok(())
 }
 

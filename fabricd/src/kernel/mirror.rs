@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use fabric_core::derived::Dirty;
 use fabric_core::diff::{Key, nft};
@@ -216,6 +217,11 @@ impl Mirror {
             self.observed.ours.routes.values().any(|via| matches!(via, Via::Direct(to) if to.dev == *name))
         };
         self.carriers.contains(&index) || self.links.get(&index).is_none_or(|link| direct(&link.name))
+    }
+
+    /// How long it took to read the firewall chains of others the last time.
+    pub(super) fn firewalls_took(&self) -> Duration {
+        self.firewalls.took()
     }
 
     /// Reads what is stale.

@@ -10,8 +10,10 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
+use std::time::Duration;
 
 use fabric_netlink::{Frame, RECEIVE, attribute, frames, grow_receive_buffer, is_overrun, receive};
 use futures::FutureExt as _;
@@ -104,6 +106,8 @@ pub(super) struct Monitor {
     socket: TokioSocket,
     heard: Mutex<Heard>,
     woken: Notify,
+    /// In microseconds.
+    firewalls_took: AtomicU64,
 }
 
 #[derive(Default)]
@@ -128,7 +132,12 @@ impl Monitor {
                 .or_else(|error| if group == NEXTHOP_GROUP { Ok(()) } else { Err(error) })?;
         }
         let heard = Heard { stale: Table::ALL.into(), ..Heard::default() };
-        let monitor = Arc::new(Self { socket, heard: Mutex::new(heard), woken: Notify::new() });
+        let monitor = Arc::new(Self {
+            socket,
+            heard: Mutex::new(heard),
+            woken: Notify::new(),
+            firewalls_took: AtomicU64::new(0),
+        });
         let listener = Arc::clone(&monitor);
         Ok((monitor, tokio::spawn(async move { listener.listen().await })))
     }
@@ -209,6 +218,16 @@ impl Monitor {
     /// From now on only events that touch these count.
     pub(super) fn mind(&self, interest: Interest) {
         self.heard().interest = Some(interest);
+    }
+
+    /// Takes note of how long it took to read the firewall chains of others.
+    pub(super) fn pace_firewalls(&self, took: Duration) {
+        self.firewalls_took.store(took.as_micros().try_into().unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// How long that took the last time.
+    pub(super) fn firewalls_took(&self) -> Duration {
+        Duration::from_micros(self.firewalls_took.load(Ordering::Relaxed))
     }
 
     /// Calls tables stale that no event speaks of.

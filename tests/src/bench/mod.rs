@@ -8,6 +8,7 @@
 //! | [`rest`] | what rest costs |
 //! | [`datapath`] | what pods get of the network, beside a VXLAN made by hand and the bare underlay |
 //! | [`filter`] | what the packet filter takes of that |
+//! | [`firewalls`] | what reading and judging the firewalls of others takes, beside thousands of their chains |
 //! | [`cni`] | how long a pod's ADD and DEL take, beside `bridge` and `host-local` |
 //!
 //! [`report`] prints and keeps the figures, [`usage`] reads what a process used, [`traffic`] makes traffic, [`crowded`] a
@@ -20,6 +21,7 @@ pub mod cold_start;
 pub mod crowded;
 pub mod datapath;
 pub mod filter;
+pub mod firewalls;
 pub mod report;
 pub mod rest;
 pub mod traffic;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
-use fabric_tests::bench::{Report, change, changes, cni, cold_start, datapath, filter, rest};
+use fabric_tests::bench::{Report, change, changes, cni, cold_start, datapath, filter, firewalls, rest};
 use fabric_tests::lab::binaries;
 
 /// Measure fabricd beside iproute2, a VXLAN made by hand, and flanneld
@@ -55,6 +55,7 @@ enum Part {
     Rest,
     Datapath,
     Filter,
+    Firewalls,
     Cni,
 }
 
@@ -95,6 +96,9 @@ fn run(cli: &Cli) -> Result<()> {
     }
     if wanted(Part::Filter) {
         filter::run(&mut report, traffic)?;
+    }
+    if wanted(Part::Firewalls) {
+        firewalls::run(&mut report, firewalls::Options { chains: 10_000, seconds: 20 })?;
     }
     if wanted(Part::Cni) {
         cni::run(&mut report, &binaries::folder()?, cli.pods)?;

@@ -19,6 +19,7 @@ mod xt;
 
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use fabric_core::firewall::Firewall;
 use fabric_netlink::RequestSocket;
@@ -33,8 +34,9 @@ pub(super) struct Reader {
     socket: Option<RequestSocket>,
     /// At which generation of the kernel's rules the tables of nftables were read.
     read_at: Option<u32>,
-    nftables: Firewall,
+    took: Duration,
     legacy: Legacy,
+    /// All there is, once: thousands of chains take megabytes.
     whole: Arc<Firewall>,
 }
 
@@ -42,8 +44,12 @@ impl Reader {
     /// What there is now, in this thread's network namespace.
     pub(super) fn read(&mut self) -> io::Result<Arc<Firewall>> {
         let (nftables, legacy) = (self.read_nftables()?, self.legacy.read()?);
-        if nftables || legacy {
-            let mut whole = self.nftables.clone();
+        if nftables.is_some() || legacy {
+            let mut whole = nftables.unwrap_or_else(|| {
+                let mut known = Firewall::clone(&self.whole);
+                known.tables.retain(|table| !table.kind.is_legacy());
+                known
+            });
             whole.tables.extend(self.legacy.tables.iter().cloned());
             if *self.whole != whole {
                 self.whole = Arc::new(whole);
@@ -52,23 +58,28 @@ impl Reader {
         Ok(Arc::clone(&self.whole))
     }
 
-    /// Whether the tables of nftables were read anew.
-    fn read_nftables(&mut self) -> io::Result<bool> {
+    /// How long the last reading of nftables' chains took.
+    pub(super) fn took(&self) -> Duration {
+        self.took
+    }
+
+    /// The tables of nftables, unless they are those that were read before.
+    fn read_nftables(&mut self) -> io::Result<Option<Firewall>> {
         if self.socket.is_none() {
             match RequestSocket::open(NETLINK_NETFILTER) {
                 // A kernel without netfilter drops nothing.
-                Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return Ok(false),
+                Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return Ok(None),
                 socket => self.socket = Some(socket?),
             }
         }
-        let Some(socket) = &mut self.socket else { return Ok(false) };
-        let now = generation(socket)?;
-        let anew = now.is_none() || now != self.read_at;
-        if anew {
-            // A generation that begins meanwhile is another than this.
-            self.nftables = nftables::read(socket)?;
-            self.read_at = now;
+        let Some(socket) = &mut self.socket else { return Ok(None) };
+        let (now, began) = (generation(socket)?, Instant::now());
+        if now.is_some() && now == self.read_at {
+            return Ok(None);
         }
-        Ok(anew)
+        // A generation that begins meanwhile is another than this.
+        let found = nftables::read(socket)?;
+        (self.read_at, self.took) = (now, began.elapsed());
+        Ok(Some(found))
     }
 }

@@ -26,6 +26,10 @@ const GROUP: u32 = 7;
 /// What others write is told at once, and then no more often than this, so that a firewall that is being filled rule by
 /// rule doesn't keep the loop busy.
 const PAUSE: Duration = Duration::from_millis(500);
+/// Where reading all of their chains takes long, it takes this part of the time at most: one of twenty.
+const PART: u32 = 20;
+/// By then an audit looks anyway.
+const LONGEST: Duration = Duration::from_secs(10);
 
 /// Tells `monitor` whenever somebody else than the socket at `own_port` has written rules. Must be called within a tokio
 /// runtime.
@@ -42,7 +46,7 @@ pub(in crate::kernel) fn start(monitor: Arc<Monitor>, own_port: u32) -> io::Resu
             buffer.clear();
             let received = tokio::select! {
                 received = socket.recv(&mut buffer) => received.map(|_| ()),
-                () = sleep_until(told + PAUSE), if to_tell => {
+                () = sleep_until(told + pause(monitor.firewalls_took())), if to_tell => {
                     (told, to_tell) = (Instant::now(), false);
                     monitor.distrust([Table::Firewalls]);
                     continue;
@@ -69,7 +73,24 @@ pub(in crate::kernel) fn start(monitor: Arc<Monitor>, own_port: u32) -> io::Resu
     }))
 }
 
+/// How long others are not told of again, where the last reading took so long.
+fn pause(took: Duration) -> Duration {
+    took.saturating_mul(PART).clamp(PAUSE, LONGEST)
+}
+
 /// Whether an event is about a table of others that may decide on packets: that of iptables for translation never does.
 fn may_decide(frame: &Frame<'_>) -> bool {
     frame.kind != message(NEW_GENERATION) && !concerns_us(frame) && Values::of(frame).text(1) != Some("nat")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chains_that_take_long_to_read_are_read_less_often() {
+        let millis = Duration::from_millis;
+        let pauses = [0, 10, 25, 100, 5_000].map(|took| pause(millis(took)));
+        assert_eq!(pauses, [500, 500, 500, 2_000, 10_000].map(millis));
+    }
 }
