@@ -169,6 +169,10 @@ fn all_nodes_can_be_asked_out_of_the_box_in_every_family() -> Result<()> {
                 Ok(())
             })?;
         }
+        lab.node("node-2")?.kill_fabricd()?;
+        let all = lab.node("node-1")?.exec(&["fabricctl", "status", "--all"])?;
+        anyhow::ensure!(all.status.code() == Some(4), "{families}: {all:?}");
+        anyhow::ensure!(all.stdout.contains("port 9473: Connection refused (ECONNREFUSED)"), "{families}: {all:?}");
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Questions to the daemons of other nodes, through the fabric: to their VTEP's address, over TLS.
 
 use std::error::Error;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use tokio::time::{Instant, timeout};
 use tonic::transport::{Channel, Endpoint};
 
 use super::tls::Tls;
+use crate::host::errno;
 
 /// How long a node may take unless it is told otherwise.
 pub const PATIENCE: Duration = Duration::from_secs(2);
@@ -77,7 +79,13 @@ impl Remote {
         let told = |error: tonic::transport::Error| {
             // What is at the bottom of it says most: that a certificate is not valid, or that nobody listens.
             let causes = std::iter::successors(error.source(), |&cause: &&(dyn Error + 'static)| cause.source());
-            causes.last().map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"))
+            match causes.last() {
+                None => error.to_string(),
+                Some(cause) => match cause.downcast_ref::<io::Error>().filter(|io| io.raw_os_error().is_some()) {
+                    Some(io) => format!("cannot connect to {address} port {port}: {}", errno::named(io)),
+                    None => format!("{error}: {cause}"),
+                },
+            }
         };
         let tls = tls.client(node).map_err(|error| format!("{error:#}"))?;
         let endpoint = Endpoint::new(format!("https://{}", std::net::SocketAddr::new(address, *port))).map_err(told)?;
