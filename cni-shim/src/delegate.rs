@@ -247,13 +247,13 @@ impl<'a> Delegate<'a> {
     /// The delegate's error object with a word on where it comes from.
     fn relay(&self, verb: Verb, exit: &Exit) -> CniError {
         #[derive(Deserialize)]
-        struct Told {
+        struct PluginError {
             code: u32,
             msg: String,
             details: Option<String>,
         }
-        match serde_json::from_slice::<Told>(&exit.stdout) {
-            Ok(Told { code, msg, details }) if code != 0 => {
+        match serde_json::from_slice::<PluginError>(&exit.stdout) {
+            Ok(PluginError { code, msg, details }) if code != 0 => {
                 let error = CniError::new(Code::Relayed(code), format!("{} {verb}: {msg}", self.kind));
                 details.filter(|text| !text.is_empty()).map_or(error.clone(), |text| error.with_details(text))
             }

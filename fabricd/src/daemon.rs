@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use anyhow::{Context as _, bail};
 use fabric_core::handoff::Readiness;
-use fabric_core::lease::Instance;
+use fabric_core::record::Instance;
 use futures::FutureExt as _;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -71,7 +71,7 @@ async fn serve(
 
     let store = Arc::new(store);
     let files = Files::new(&config.run_dir, &config.subnet_file)
-        .masquerading(config.rules.ip_masq)
+        .masquerading(config.filter.ip_masq)
         .with_addresses_in(&config.cni_data_dir);
     let disk = Disk::new(&config.state_dir, config.node());
     let options = LeaseOptions {
@@ -88,10 +88,10 @@ async fn serve(
         name: config.node().clone(),
         selectors: config.selectors(),
         public_ips: config.public_ips(),
-        rules: config.rules.options(),
+        filter: config.filter.options(),
     };
     let mut reconciler = Reconciler::new(node, store.clone(), open_kernel(config)?, files, before);
-    if config.rules.check_pods {
+    if config.filter.check_pods {
         reconciler.guard_ports(attachments::watch_attachments(config.cni_state_dir.clone()));
     }
     let controls = Controls { lease: keeper.commands(), network: reconciler.commands() };

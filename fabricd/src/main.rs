@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use fabricd::commands::cleanup::cleanup;
+use fabricd::commands::command_line;
 use fabricd::commands::install_cni::InstallCni;
 use fabricd::config::log_level::LogLevel;
 use fabricd::config::{Config, ConfigError};
@@ -22,7 +23,7 @@ fn main() -> ExitCode {
             Err(error) => fail(&format!("{error:#}")),
         };
     }
-    let config = match Config::load(std::env::args_os()) {
+    let config = match Config::load(command_line(), std::env::args_os()) {
         Ok(config) => config,
         Err(ConfigError::Flags(error)) => error.exit(),
         Err(error) => return fail(&error),

@@ -6,9 +6,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fabric_core::lease::Instance;
 use fabric_core::model::{NodeName, PerFamily};
 use fabric_core::network::NetworkConfig;
+use fabric_core::record::Instance;
 use fabricd::host::addresses::{CniDirs, NodePods};
 use fabricd::kernel::links::HostLinks;
 use fabricd::lease::{Holding, Hosts, Keeper, LeaseOptions, Wanted};

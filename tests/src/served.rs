@@ -11,6 +11,7 @@ use fabric_core::network::NetworkConfig;
 use fabric_core::plan::Vtep;
 use fabric_core::record::LeaseKey;
 use fabricd::api::{Controls, Remote, Sources};
+use fabricd::commands::command_line;
 use fabricd::config::log_level::LogLevel;
 use fabricd::config::{Config, LogFormat};
 use fabricd::diagnosis::{Inspector, Places};
@@ -58,7 +59,7 @@ impl Served {
             mesh,
             log_level: log_level.map_err(anyhow::Error::msg)?,
             controls: Controls { lease: to_lease, network: to_network },
-            store: Arc::new(Config::load(["fabricd".into()])?.store_settings()),
+            store: Arc::new(Config::load(command_line(), ["fabricd".into()])?.store_settings()),
         };
         Ok(Self { view, sources, network, lease })
     }

@@ -436,7 +436,7 @@ async fn role_of_a_node_is_enough_for_all_that_a_node_does_and_no_more() {
     let grant = store.claim(&first).await.expect("allowed");
     let grant = store.rewrite(&grant, &first.record).await.expect("allowed");
     let grant = store.keep_alive(&grant).await.expect("allowed");
-    store.resting(Duration::from_secs(60)).await.expect("allowed");
+    store.expired_leases(Duration::from_secs(60)).await.expect("allowed");
     let place = key("10.244.2.0-24");
     let node = "node-2".parse().expect("a name");
     let placeholder = fabric_core::record::Record::placeholder(&node, &place);

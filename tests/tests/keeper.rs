@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::handoff::NotReady;
-use fabric_core::lease::Instance;
 use fabric_core::model::PerFamily;
 use fabric_core::network::NetworkConfig;
+use fabric_core::record::Instance;
 use fabric_tests::conformance::store::flannel_value;
 use fabric_tests::keepers::pods_in;
 use fabric_tests::memory_store::{MemoryCluster, MemoryStore};

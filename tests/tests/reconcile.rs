@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use fabric_core::diff::{Change, Key, Op, routing};
 use fabric_core::handoff::{NotReady, Readiness};
-use fabric_core::lease::Instance;
 use fabric_core::model::{IfName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::filter::FilterOptions;
+use fabric_core::record::Instance;
 use fabric_core::state::{Nexthop, NexthopId, Sysctl, Via};
 use fabric_tests::fake_kernel::{FakeKernel, STATIC, Tables, Write};
 use fabric_tests::keepers::{no_hosts, pods_in};
@@ -76,7 +76,7 @@ struct Host {
     kernel: FakeKernel,
     dir: tempfile::TempDir,
     iface: &'static str,
-    rules: FilterOptions,
+    filter: FilterOptions,
 }
 
 impl Host {
@@ -96,7 +96,7 @@ impl Host {
             kernel,
             dir: tempfile::tempdir().expect("temporary folder"),
             iface: "eth0",
-            rules: FilterOptions::default(),
+            filter: FilterOptions::default(),
         }
     }
 
@@ -119,7 +119,7 @@ impl Host {
             LeaseOptions { node: name.clone(), instance, ttl: day, grace: day, pods, since: 0, hosts: no_hosts() };
         let keeper = Keeper::new(store.clone(), options, None);
         let selectors = vec![Selector::Iface(self.iface.into())];
-        let node = Node { name, selectors, public_ips: PerFamily::default(), rules: self.rules.clone() };
+        let node = Node { name, selectors, public_ips: PerFamily::default(), filter: self.filter.clone() };
         let reconciler = Reconciler::new(node, store.clone(), self.kernel.clone(), self.files(), before);
         let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
         let mut tasks = JoinSet::new();
@@ -284,7 +284,7 @@ async fn a_filter_that_judges_senders_is_enough_for_a_new_device() {
 #[tokio::test(start_paused = true)]
 async fn without_checking_senders_a_device_waits_for_no_filter() {
     let mut host = Host::new(V4, &[V4_PEER]);
-    host.rules.check_senders = false;
+    host.filter.check_senders = false;
     host.kernel.fail(libc::EOPNOTSUPP, is_filter);
     let mut daemon = host.start();
     let reason = daemon.refusing("modprobe -a nf_tables").await;

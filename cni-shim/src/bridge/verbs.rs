@@ -35,7 +35,7 @@ const LINK_GROUP: u32 = 1;
 
 /// An address for a pod, as the ipam gives it.
 #[derive(Clone, Copy, Debug)]
-struct Given {
+struct PodAddress {
     address: IpNetwork,
     gateway: IpAddr,
 }
@@ -81,7 +81,7 @@ impl Call<BridgeConf> {
     }
 
     /// An address of each set of ranges.
-    fn reserve(&self, id: &AttachmentId) -> Result<Vec<Given>, CniError> {
+    fn reserve(&self, id: &AttachmentId) -> Result<Vec<PodAddress>, CniError> {
         let wishes = self.conf.wished_ips(&self.args)?;
         let ipam = self.ipam()?;
         if let Some(ip) = ipam.held_by(id).map_err(|e| self.unreadable(&e))?.first() {
@@ -90,7 +90,7 @@ impl Call<BridgeConf> {
         let sets = self.conf.ipam.ranges.iter().enumerate();
         let given: Result<Vec<_>, _> = sets
             .map(|(set, ranges)| ipam.reserve(id, set, ranges, &wishes))
-            .map(|given| given.map(|(address, gateway)| Given { address, gateway }))
+            .map(|given| given.map(|(address, gateway)| PodAddress { address, gateway }))
             .collect();
         let given = given.and_then(|given| {
             let unmet = wishes.iter().find(|wish| !given.iter().any(|given| given.address.ip() == **wish));
@@ -103,7 +103,7 @@ impl Call<BridgeConf> {
         })
     }
 
-    fn wire(&self, host: &mut Netlink, veth: &Veth, netns: &File, given: &[Given]) -> Result<Link, Failure> {
+    fn wire(&self, host: &mut Netlink, veth: &Veth, netns: &File, given: &[PodAddress]) -> Result<Link, Failure> {
         let conf = &self.conf;
         let bridge = self.bridge(host)?;
         if conf.is_gateway() {
@@ -177,7 +177,7 @@ impl Call<BridgeConf> {
     }
 
     /// Gives the bridge the gateways' addresses, and lets the host forward.
-    fn address_bridge(&self, host: &mut Netlink, bridge: &Link, given: &[Given]) -> Result<(), CniError> {
+    fn address_bridge(&self, host: &mut Netlink, bridge: &Link, given: &[PodAddress]) -> Result<(), CniError> {
         let has = wiring::addresses(host, bridge.index, &bridge.name).map_err(|e| refused(&e))?;
         let mut changes = Vec::new();
         for given in given {
@@ -213,7 +213,7 @@ impl Call<BridgeConf> {
     }
 
     /// The routes of the configuration, and the default route if it is asked for.
-    fn routes(&self, given: &[Given]) -> Vec<Route> {
+    fn routes(&self, given: &[PodAddress]) -> Vec<Route> {
         let mut routes = self.conf.ipam.routes.clone();
         for given in given.iter().filter(|_| self.conf.is_default_gateway) {
             let dst = default_of(given.address);
@@ -226,8 +226,8 @@ impl Call<BridgeConf> {
         routes
     }
 
-    fn result(&self, bridge: &Link, veth: &Veth, netns: &Path, given: &[Given]) -> Result<Value, CniError> {
-        let ip = |given: &Given| json!({ "interface": 2, "address": given.address, "gateway": given.gateway });
+    fn result(&self, bridge: &Link, veth: &Veth, netns: &Path, given: &[PodAddress]) -> Result<Value, CniError> {
+        let ip = |given: &PodAddress| json!({ "interface": 2, "address": given.address, "gateway": given.gateway });
         let mut result = json!({
             "cniVersion": SpecVersion::NEWEST.as_str(),
             "interfaces": [
@@ -413,6 +413,6 @@ fn default_of(address: IpNetwork) -> IpNetwork {
     }
 }
 
-fn gateway_for(given: &[Given], dst: IpNetwork) -> Option<IpAddr> {
+fn gateway_for(given: &[PodAddress], dst: IpNetwork) -> Option<IpAddr> {
     given.iter().find(|given| given.address.is_ipv4() == dst.is_ipv4()).map(|given| given.gateway)
 }

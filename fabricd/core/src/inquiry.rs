@@ -9,7 +9,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::lease::Instance;
+use crate::record::Instance;
 
 /// The largest value that is looked at, in bytes; a real one has about 300.
 const MAX_VALUE: usize = 4 * 1024;

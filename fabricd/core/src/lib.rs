@@ -14,6 +14,7 @@ pub mod cow_map;
 pub mod derived;
 pub mod device;
 pub mod diff;
+pub mod family;
 pub mod firewall;
 pub mod handoff;
 pub mod inquiry;

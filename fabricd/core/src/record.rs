@@ -9,7 +9,6 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::lease::Instance;
 use crate::model::{Family, MacAddr, NodeName, PerFamily, Subnet, Vni, stable_hash};
 
 /// The largest value that is looked at, in bytes. A real one has about 300; etcd allows 1.5 MiB.
@@ -118,6 +117,15 @@ pub struct Endpoint {
     pub vtep_mac: MacAddr,
     /// The VXLAN network that it is in.
     pub vni: Vni,
+}
+
+/// What tells one run of a node from another that has its name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Instance {
+    /// `/proc/sys/kernel/random/boot_id`.
+    pub boot: String,
+    /// Inode of the network namespace: nodes on one machine share its boot id.
+    pub netns: u64,
 }
 
 /// What fabricd nodes say of themselves besides what flannel knows.

@@ -8,7 +8,7 @@ use fabric_proto::v1::{Event, WatchEventsRequest};
 use time::OffsetDateTime;
 
 use crate::output::{Output, Screen, Tone};
-use crate::status::span;
+use crate::table::span;
 use crate::{Answer, daemon, print};
 
 /// Prints the events that are remembered, and with `follow` those that come.

@@ -14,11 +14,10 @@ use fabricd::store::etcd::Overview;
 use serde::Serialize;
 
 use crate::all::{self, AllArgs};
-use crate::network::in_time;
+use crate::network_config::in_time;
 use crate::output::{OutputArg, Screen};
 use crate::settings::StoreArgs;
-use crate::status::span;
-use crate::table::{Cell, render};
+use crate::table::{Cell, render, span};
 use crate::{Answer, daemon};
 
 /// What to do where the Nodes of the cluster are the leases.
@@ -269,13 +268,13 @@ async fn address_uses(socket: &Path, node: Option<&NodeName>) -> BTreeMap<String
     uses.map(|addresses| (addresses.subnet.clone(), addresses)).collect()
 }
 
-fn capacity(config: &NetworkConfig, Overview { leases, resting }: &Overview) -> Vec<Capacity> {
+fn capacity(config: &NetworkConfig, Overview { leases, expired }: &Overview) -> Vec<Capacity> {
     let spaces = config.spaces.iter().map(|(family, space)| {
         let inside = |key: &LeaseKey| key.subnets().get(family).is_some_and(|subnet| space.admits(*subnet));
         let leased = leases.iter().filter(|lease| !lease.record.is_placeholder() && inside(&lease.key)).count();
         let is_free = |key: &LeaseKey| leases.get(key).is_none_or(|lease| lease.record.is_placeholder());
         let reserved = leases.reservations().keys().filter(|key| is_free(key) && inside(key)).count();
-        let in_grace = resting.iter().filter(|rest| space.admits(rest.subnet)).count();
+        let in_grace = expired.iter().filter(|rest| space.admits(rest.subnet)).count();
         let taken = u128::try_from(leased + reserved + in_grace).unwrap_or(u128::MAX);
         let (network, subnets) = (space.network.to_string(), space.capacity());
         Capacity { network, subnets, leased, reserved, in_grace, left: subnets.saturating_sub(taken) }
@@ -283,7 +282,7 @@ fn capacity(config: &NetworkConfig, Overview { leases, resting }: &Overview) -> 
     spaces.collect()
 }
 
-fn rows(Overview { leases, resting }: &Overview) -> Vec<Row> {
+fn rows(Overview { leases, expired }: &Overview) -> Vec<Row> {
     let name = |node: Option<&NodeName>| node.map(ToString::to_string).unwrap_or_default();
     let row = |subnets, node, state| Row {
         subnets,
@@ -306,10 +305,10 @@ fn rows(Overview { leases, resting }: &Overview) -> Vec<Row> {
     });
     let unheld = leases.reservations().iter().filter(|(key, _)| leases.get(key).is_none());
     let unheld = unheld.map(|(key, node)| row(subnets_of(key), node.to_string(), "reserved, no placeholder yet"));
-    let resting = resting
+    let expired = expired
         .iter()
         .map(|rest| row(vec![rest.subnet.to_string()], name(rest.node.as_ref()), "expired, in grace period"));
-    leased.chain(unheld).chain(resting).collect()
+    leased.chain(unheld).chain(expired).collect()
 }
 
 fn state(lease: &Lease, reserved: bool) -> &'static str {
@@ -384,12 +383,12 @@ mod tests {
             |(key, value): (&str, Vec<u8>)| Entry { key: key.into(), value, create_revision: 1, mod_revision: 1 };
         let mut leases = LeaseSet::snapshot(&LeaseSet::default(), entries.map(entry).into(), 9);
         leases.reserve("10.244.3.0-24", Some(b"node-3"), 9);
-        let rest = fabric_core::lease::Resting {
+        let rest = fabric_core::lease::ExpiredLease {
             subnet: "10.244.4.0/24".parse().unwrap(),
             node: "node-4".parse().ok(),
             mod_revision: 3,
         };
-        let overview = Overview { leases: leases.into(), resting: vec![rest] };
+        let overview = Overview { leases: leases.into(), expired: vec![rest] };
         let config = NetworkConfig::decode(br#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).unwrap();
         let mut rows = rows(&overview);
         (rows[0].addresses_used, rows[0].addresses_free) = (Some(3), Some(250));

@@ -11,6 +11,7 @@ mod log_level;
 mod manual;
 mod mesh;
 mod network;
+mod network_config;
 mod network_set;
 mod output;
 mod peers;

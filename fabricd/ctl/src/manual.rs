@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use clap::{Command, CommandFactory as _, ValueEnum};
 use clap_complete::Shell;
 use clap_mangen::Man;
-use fabricd::config::Config;
+use fabricd::commands::command_line;
 
 use crate::{Answer, Cli};
 
@@ -24,7 +24,7 @@ impl Program {
     fn command(self) -> Command {
         match self {
             Self::Fabricctl => Cli::command(),
-            Self::Fabricd => Config::whole_command(),
+            Self::Fabricd => command_line(),
         }
     }
 

@@ -7,8 +7,7 @@ use fabric_proto::Word as _;
 use fabric_proto::v1::{GetMeshRequest, GetMeshResponse, MeshCause, MeshPeer, ProbeMeshRequest};
 
 use crate::output::{Output, Screen, Tone};
-use crate::status::span;
-use crate::table::{Cell, render};
+use crate::table::{Cell, render, span};
 use crate::{Answer, NOT_ALL_WELL, daemon};
 
 /// Shows how these peers are reached, all if none is named, and probes them before if `probe`; exit code 4 when packets to

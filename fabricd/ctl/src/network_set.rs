@@ -12,7 +12,7 @@ use fabric_core::network::NetworkConfig;
 use serde_json::{Map, Value, json};
 
 use crate::Answer;
-use crate::network::{Written, check_overlap, in_time, stored};
+use crate::network_config::{Written, check_overlap, in_time, stored};
 use crate::output::OutputArg;
 use crate::settings::StoreArgs;
 

@@ -10,8 +10,7 @@ use fabric_proto::v1::{
 };
 
 use crate::output::{Output, Screen, Tone};
-use crate::status::span;
-use crate::table::{Cell, render};
+use crate::table::{Cell, render, span};
 use crate::{Answer, NOT_ALL_WELL, daemon, mesh, print};
 
 /// Lists the peers; exit code 4 when not all of them are programmed and reached.

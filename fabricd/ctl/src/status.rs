@@ -10,6 +10,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::output::{Output, Screen, Tone};
 use crate::peers::peer_table;
+use crate::table::span;
 use crate::{Answer, NOT_ALL_WELL, NOT_READY, daemon, mesh};
 
 /// How often `--wait` looks.
@@ -184,15 +185,6 @@ fn lease_line(lease: &Lease) -> String {
             let renewed = span(ttl.saturating_sub(lease.expires_in_seconds).max(0));
             format!("TTL {}, renewed {renewed} ago, epoch {}", span(ttl), lease.epoch)
         }
-    }
-}
-
-/// A number of seconds in a few letters.
-pub fn span(seconds: i64) -> String {
-    match seconds {
-        ..120 => format!("{seconds} s"),
-        120..7200 => format!("{} min", seconds / 60),
-        _ => format!("{} h", seconds / 3600),
     }
 }
 

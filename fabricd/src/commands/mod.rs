@@ -4,3 +4,16 @@ pub mod cleanup;
 pub mod install_cni;
 pub mod leftovers;
 pub mod stay;
+
+use clap::{Command, CommandFactory as _};
+
+use self::install_cni::InstallCni;
+use crate::config::Config;
+use crate::pki::Pki;
+
+/// The daemon's own settings, beside the commands that `fabricd` has too: those are asked for by the first word alone,
+/// before this, and stand here for `--help` and `help`.
+#[must_use]
+pub fn command_line() -> Command {
+    Config::command().subcommands([Pki::command(), InstallCni::command()]).args_conflicts_with_subcommands(true)
+}

@@ -8,7 +8,7 @@ use fabric_core::plan::filter::FilterOptions;
 
 /// What the packet filter is to do.
 #[derive(Clone, Debug, Args)]
-pub struct RuleArgs {
+pub struct FilterArgs {
     /// Masquerade (SNAT) pod traffic that leaves the cluster network
     #[arg(
         long,
@@ -72,7 +72,7 @@ fn parse_net(text: &str) -> Result<Subnet, String> {
     one.or_else(|_| text.parse()).map_err(|_| "expected an address or a prefix, as in 198.51.100.0/24".to_owned())
 }
 
-impl RuleArgs {
+impl FilterArgs {
     /// These settings as the planner takes them.
     #[must_use]
     pub fn options(&self) -> FilterOptions {
@@ -101,14 +101,14 @@ mod tests {
     #[derive(Parser)]
     struct Program {
         #[command(flatten)]
-        rules: RuleArgs,
+        filter: FilterArgs,
     }
 
     #[test]
     fn rules_in_docker_user_are_switched_off_by_the_flag_and_by_its_earlier_name() {
         let on = |args: &[&str]| {
             let program = Program::try_parse_from([&["fabricd"], args].concat()).expect("valid");
-            program.rules.options().docker_user_rules
+            program.filter.options().docker_user_rules
         };
         assert!(on(&[]));
         assert!(!on(&["--docker-user-rules=false"]));

@@ -19,11 +19,9 @@ use jiff::SignedDuration;
 use regex::Regex;
 
 use self::files::{variables, with_file, with_variables};
-use self::filter_args::RuleArgs;
-use crate::commands::install_cni::InstallCni;
+use self::filter_args::FilterArgs;
 use crate::host::addresses::CniDirs;
 use crate::host::underlay::Selector;
-use crate::pki::Pki;
 use crate::store::etcd::{Options, Tls, User, complete};
 use crate::store::kubernetes;
 
@@ -81,7 +79,7 @@ pub struct Config {
 
     /// The packet filter.
     #[command(flatten)]
-    pub rules: RuleArgs,
+    pub filter: FilterArgs,
 
     /// Runtime directory: node.json, which fabric-cni reads, and the lock
     #[arg(long, env = "FABRICD_RUN_DIR", value_name = "DIR", default_value = fabric_core::handoff::RUN_DIR)]
@@ -350,16 +348,16 @@ impl Config {
         CniDirs { addresses: self.cni_data_dir.clone(), attachments: self.cni_state_dir.clone() }
     }
 
-    /// Reads flags, environment and file.
+    /// Reads flags, environment and file. `command` is the whole command line, [`crate::commands::command_line`].
     ///
     /// # Errors
     /// [`ConfigError`], which says what, where, and what would be right.
-    pub fn load(args: impl IntoIterator<Item = OsString>) -> Result<Self, ConfigError> {
+    pub fn load(command: Command, args: impl IntoIterator<Item = OsString>) -> Result<Self, ConfigError> {
         let args: Vec<OsString> = args.into_iter().collect();
-        let first = Self::from_arg_matches(&Self::whole_command().try_get_matches_from(&args)?)?;
+        let first = Self::from_arg_matches(&command.clone().try_get_matches_from(&args)?)?;
         let file = first.config.clone().or_else(|| Path::new(DEFAULT_FILE).exists().then(|| DEFAULT_FILE.into()));
         let mut config = match file {
-            Some(file) => Self::parse_with(with_file(Self::whole_command(), &file)?, &args, &file)?,
+            Some(file) => Self::parse_with(with_file(command, &file)?, &args, &file)?,
             None => first,
         };
         config.fill_in_name()?;
@@ -420,14 +418,6 @@ impl Config {
     #[must_use]
     pub fn store_settings(&self) -> StoreSettings {
         StoreSettings { kind: self.store, etcd: self.etcd.clone(), kubernetes: self.kubernetes.clone() }
-    }
-
-    /// The daemon's own settings, beside the commands that `fabricd` has too: those are asked for by the first word alone,
-    /// before this, and stand here for `--help` and `help`.
-    #[must_use]
-    pub fn whole_command() -> Command {
-        let commands = [Pki::command(), InstallCni::command()];
-        Self::command().subcommands(commands).args_conflicts_with_subcommands(true)
     }
 
     /// This node's name.

@@ -13,7 +13,7 @@ use super::finding::{Culprit, Finding, all};
 use super::{Inspector, Scene, addresses, cni_config};
 use super::{host_checks as host, manager_checks as managers, overlay_checks as overlay, pod_checks as pods};
 use crate::kernel;
-use crate::mesh::{Cause, Mesh};
+use crate::mesh::{Cause, Mesh, words};
 use crate::status::view::PeerTrouble;
 use crate::store::Connection;
 
@@ -193,7 +193,7 @@ fn mesh(scene: &Scene) -> Finding {
     scene.mesh.each(|path| {
         probed += usize::from(path.cause() != Cause::Unknown);
         if path.cause().hurts() {
-            let (name, verdict) = (path.target.name(), path.verdict());
+            let (name, verdict) = (path.target.name(), words::verdict(path));
             // In a large cluster there may be thousands.
             let fix = if bad.len() < FIXES { verdict.fix } else { "the others: fabricctl mesh".into() };
             bad.push(Culprit::hurts(format!("{name}: {}: {}", verdict.cause.word(), verdict.evidence), fix));

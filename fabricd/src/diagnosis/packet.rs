@@ -87,11 +87,11 @@ pub fn ping(from: IpAddr, to: IpAddr) -> io::Result<Seen> {
             }
         }
         match receive(&socket, from, to, id)? {
-            Some(Heard::Reply(number)) => {
+            Some(Received::Reply(number)) => {
                 let at = sent.get(usize::from(number)).copied().unwrap_or(begin);
                 return Ok(Seen::Answered(at.elapsed()));
             }
-            Some(Heard::Error(by, why)) => return Ok(Seen::Refused { by: Some(by), why }),
+            Some(Received::Error(by, why)) => return Ok(Seen::Refused { by: Some(by), why }),
             None => {}
         }
     }
@@ -175,13 +175,13 @@ fn send(socket: &OwnedFd, to: IpAddr, packet: &[u8]) -> io::Result<()> {
 
 /// What came back for a ping.
 #[derive(Debug, PartialEq, Eq)]
-enum Heard {
+enum Received {
     Reply(u16),
     Error(IpAddr, String),
 }
 
 /// Waits a while for what answers our ping; whatever else is in the air is passed over.
-fn receive(socket: &OwnedFd, from: IpAddr, to: IpAddr, id: u16) -> io::Result<Option<Heard>> {
+fn receive(socket: &OwnedFd, from: IpAddr, to: IpAddr, id: u16) -> io::Result<Option<Received>> {
     setsockopt(socket, sockopt::ReceiveTimeout, &TimeVal::milliseconds(50))?;
     let mut buffer = [0; 512];
     match recvfrom::<SockaddrStorage>(socket.as_raw_fd(), &mut buffer) {
@@ -191,7 +191,7 @@ fn receive(socket: &OwnedFd, from: IpAddr, to: IpAddr, id: u16) -> io::Result<Op
                 (_, Some(v6)) => Some(IpAddr::V6(v6.ip())),
                 _ => None,
             });
-            Ok(sender.and_then(|sender| heard(from, to, id, sender, &buffer[..length])))
+            Ok(sender.and_then(|sender| parse(from, to, id, sender, &buffer[..length])))
         }
         Err(Errno::EAGAIN | Errno::EINTR) => Ok(None),
         Err(errno) => Err(errno.into()),
@@ -199,14 +199,14 @@ fn receive(socket: &OwnedFd, from: IpAddr, to: IpAddr, id: u16) -> io::Result<Op
 }
 
 /// Raw sockets of IPv4 show the IP header, those of IPv6 don't. An error quotes the packet that it is about.
-fn heard(from: IpAddr, to: IpAddr, id: u16, sender: IpAddr, packet: &[u8]) -> Option<Heard> {
+fn parse(from: IpAddr, to: IpAddr, id: u16, sender: IpAddr, packet: &[u8]) -> Option<Received> {
     let v4 = from.is_ipv4();
     let icmp = if v4 { packet.get(usize::from(packet.first()? & 0xf) * 4..)? } else { packet };
     let word = |bytes: &[u8], at: usize| Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
     let (reply, request) = if v4 { (0, 8) } else { (129, 128) };
     let (kind, code) = (*icmp.first()?, *icmp.get(1)?);
     if kind == reply {
-        return (sender == to && word(icmp, 4)? == id).then(|| word(icmp, 6).map(Heard::Reply))?;
+        return (sender == to && word(icmp, 4)? == id).then(|| word(icmp, 6).map(Received::Reply))?;
     }
     if !is_error(v4, kind) {
         return None;
@@ -220,7 +220,7 @@ fn heard(from: IpAddr, to: IpAddr, id: u16, sender: IpAddr, packet: &[u8]) -> Op
         (target.into(), quoted.get(40..)?)
     };
     let ours = target == to && *inner.first()? == request && word(inner, 4)? == id;
-    ours.then(|| Heard::Error(sender, words(to, kind, code)))
+    ours.then(|| Received::Error(sender, words(to, kind, code)))
 }
 
 /// Destination unreachable and time exceeded (RFC 792, RFC 4443).
@@ -295,19 +295,23 @@ mod tests {
         let echo = |kind: u8, id: u8| [kind, 0, 0, 0, 0, id, 0, 3];
         let error = |code: u8, id: u8, target| [&[3, code, 0, 0, 0, 0, 0, 0][..], &v4(&echo(8, id), target)].concat();
         for (packet, sender, want) in [
-            (v4(&echo(0, 7), [192, 0, 2, 1]), to, Some(Heard::Reply(3))),
+            (v4(&echo(0, 7), [192, 0, 2, 1]), to, Some(Received::Reply(3))),
             (v4(&echo(0, 8), [192, 0, 2, 1]), to, None),
             (v4(&echo(0, 7), [192, 0, 2, 1]), router, None),
             (v4(&echo(8, 7), [192, 0, 2, 1]), to, None),
-            (v4(&error(13, 7, [192, 0, 2, 2]), [192, 0, 2, 1]), router, Some(Heard::Error(router, words(to, 3, 13)))),
+            (
+                v4(&error(13, 7, [192, 0, 2, 2]), [192, 0, 2, 1]),
+                router,
+                Some(Received::Error(router, words(to, 3, 13))),
+            ),
             (v4(&error(13, 8, [192, 0, 2, 2]), [192, 0, 2, 1]), router, None),
             (v4(&error(13, 7, [192, 0, 2, 3]), [192, 0, 2, 1]), router, None),
         ] {
-            assert_eq!(heard(from, to, 7, sender, &packet), want, "{packet:?}");
+            assert_eq!(parse(from, to, 7, sender, &packet), want, "{packet:?}");
         }
         for cut in 0..40 {
             let packet = v4(&error(13, 7, [192, 0, 2, 2]), [192, 0, 2, 1]);
-            assert_eq!(heard(from, to, 7, router, &packet[..cut]), None, "cut at {cut}");
+            assert_eq!(parse(from, to, 7, router, &packet[..cut]), None, "cut at {cut}");
         }
     }
 
@@ -318,9 +322,9 @@ mod tests {
         let IpAddr::V6(target) = to else { unreachable!("it is IPv6") };
         let quoted = [&[0x60; 1][..], &[0; 23], &target.octets(), &[128, 0, 0, 0, 0, 7, 0, 1]].concat();
         let packet = [&[1, 1, 0, 0, 0, 0, 0, 0][..], &quoted].concat();
-        assert_eq!(heard(from, to, 7, router, &packet), Some(Heard::Error(router, words(to, 1, 1))));
-        assert_eq!(heard(from, to, 7, to, &[129, 0, 0, 0, 0, 7, 0, 2]), Some(Heard::Reply(2)));
-        assert_eq!(heard(from, to, 7, router, &packet[..50]), None);
+        assert_eq!(parse(from, to, 7, router, &packet), Some(Received::Error(router, words(to, 1, 1))));
+        assert_eq!(parse(from, to, 7, to, &[129, 0, 0, 0, 0, 7, 0, 2]), Some(Received::Reply(2)));
+        assert_eq!(parse(from, to, 7, router, &packet[..50]), None);
     }
 
     #[test]

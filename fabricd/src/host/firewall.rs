@@ -7,7 +7,7 @@ use std::sync::Arc;
 use fabric_core::diff::{Op, Plan, nft};
 use fabric_core::firewall::packet::{Content, Flow};
 use fabric_core::firewall::traffic::{Node, Obstacle};
-use fabric_core::firewall::{Blocked, Connection, Firewall, Hook, Interface, Verdict, judge};
+use fabric_core::firewall::{Connection, Firewall, Hook, Interface, Judged, Verdict, judge};
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::plan::filter::senders::has_notrack;
@@ -17,26 +17,15 @@ use fabric_core::state::nft::TableFamily;
 use crate::kernel::Observed;
 use crate::status::view::{View, VtepView};
 
-/// What foreign chains make of packets of ours.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Judged {
-    /// What stands in the way; what is sure comes first.
-    pub obstacles: Vec<Obstacle>,
-    /// A rule whose decision on encapsulated packets hangs on the state of their connection: so they are tracked.
-    pub judges_state: Option<Blocked>,
-    /// Base chains that nobody judges: those of bridges and devices.
-    pub unread: Vec<String>,
-}
-
 /// Judges once, as long as nothing changes that decides.
 #[derive(Debug, Default)]
 pub struct Judge {
-    known: Option<(Given, Arc<Judged>)>,
+    known: Option<(JudgedFrom, Arc<Judged>)>,
 }
 
 /// What decides.
 #[derive(Debug)]
-struct Given {
+struct JudgedFrom {
     firewall: Arc<Firewall>,
     nodes: Vec<Node>,
     leases: Option<Arc<LeaseSet>>,
@@ -44,7 +33,7 @@ struct Given {
     by_peer: bool,
 }
 
-impl Given {
+impl JudgedFrom {
     /// Whether what was found for this is what would be found for `now`.
     fn decides_as(&self, now: &Self) -> bool {
         let same_leases = match (&self.leases, &now.leases) {
@@ -60,7 +49,7 @@ impl Given {
 impl Judge {
     /// What the chains that were just seen make of packets of ours.
     pub fn judge(&mut self, view: &View, observed: &Observed) -> Arc<Judged> {
-        let mut given = Given {
+        let mut given = JudgedFrom {
             firewall: Arc::clone(&observed.firewall),
             nodes: nodes(view, observed),
             leases: view.leases.clone(),
@@ -100,26 +89,19 @@ impl Judge {
     }
 }
 
-impl Judged {
-    /// What stands in the way of these kinds of packets.
-    pub fn of<'a>(&'a self, flows: &'a [Flow]) -> impl Iterator<Item = &'a Obstacle> + use<'a> {
-        self.obstacles.iter().filter(|obstacle| flows.contains(&obstacle.flow))
-    }
-
-    /// What an operator has to know, each with the commands; without what rules of ours in `plan` are about to let through.
-    #[must_use]
-    pub fn warnings_beside(&self, plan: &Plan) -> Vec<String> {
-        let is_opened = |obstacle: &Obstacle| {
-            let is_docker = obstacle.by.table == docker_user::TABLE && obstacle.by.hook == Hook::Forward;
-            let opened = |op: &Op| match op {
-                Op::Filter(nft::Op::DockerUser(change)) => change.family == obstacle.family && !change.added.is_empty(),
-                _ => false,
-            };
-            is_docker && !obstacle.by.kind.is_legacy() && plan.ops().iter().any(opened)
+/// What an operator has to know, each with the commands; without what rules of ours in `plan` are about to let through.
+#[must_use]
+pub fn warnings_beside(judged: &Judged, plan: &Plan) -> Vec<String> {
+    let is_opened = |obstacle: &Obstacle| {
+        let is_docker = obstacle.by.table == docker_user::TABLE && obstacle.by.hook == Hook::Forward;
+        let opened = |op: &Op| match op {
+            Op::Filter(nft::Op::DockerUser(change)) => change.family == obstacle.family && !change.added.is_empty(),
+            _ => false,
         };
-        let sure = self.obstacles.iter().filter(|obstacle| obstacle.is_sure() && !is_opened(obstacle));
-        sure.map(|obstacle| format!("{obstacle}; let them pass with: {}", obstacle.remedy.join("; "))).collect()
-    }
+        is_docker && !obstacle.by.kind.is_legacy() && plan.ops().iter().any(opened)
+    };
+    let sure = judged.obstacles.iter().filter(|obstacle| obstacle.is_sure() && !is_opened(obstacle));
+    sure.map(|obstacle| format!("{obstacle}; let them pass with: {}", obstacle.remedy.join("; "))).collect()
 }
 
 /// Where packets pass on this node, in each family and by each bridge of pods.

@@ -65,10 +65,10 @@ async fn readyz(State(view): State<watch::Receiver<Arc<View>>>) -> (StatusCode, 
     }
 }
 
-type Told = (watch::Receiver<Arc<View>>, Arc<Mesh>, Arc<Metrics>);
+type MetricsSources = (watch::Receiver<Arc<View>>, Arc<Mesh>, Arc<Metrics>);
 
 async fn numbers(
-    State((view, mesh, metrics)): State<Told>,
+    State((view, mesh, metrics)): State<MetricsSources>,
     headers: HeaderMap,
 ) -> ([(HeaderName, &'static str); 1], String) {
     let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok());

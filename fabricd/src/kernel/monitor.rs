@@ -101,17 +101,17 @@ pub(super) struct Interest {
     pub(super) every_route: bool,
 }
 
-/// The monitor's socket and what it has heard.
+/// The monitor's socket and the notifications that it has received.
 pub(super) struct Monitor {
     socket: TokioSocket,
-    heard: Mutex<Heard>,
+    pending: Mutex<Notifications>,
     woken: Notify,
     /// In microseconds.
     firewalls_took: AtomicU64,
 }
 
 #[derive(Default)]
-struct Heard {
+struct Notifications {
     events: Vec<Event>,
     stale: BTreeSet<Table>,
     overrun: bool,
@@ -131,10 +131,10 @@ impl Monitor {
                 .add_membership(group)
                 .or_else(|error| if group == NEXTHOP_GROUP { Ok(()) } else { Err(error) })?;
         }
-        let heard = Heard { stale: Table::ALL.into(), ..Heard::default() };
+        let pending = Notifications { stale: Table::ALL.into(), ..Notifications::default() };
         let monitor = Arc::new(Self {
             socket,
-            heard: Mutex::new(heard),
+            pending: Mutex::new(pending),
             woken: Notify::new(),
             firewalls_took: AtomicU64::new(0),
         });
@@ -146,21 +146,21 @@ impl Monitor {
     /// [`Monitor::take`] never misses an event that is out of the socket but not yet noted.
     async fn listen(&self) {
         std::future::poll_fn(|context| {
-            let mut heard = self.heard();
-            let mut buffer = std::mem::take(&mut heard.buffer);
+            let mut pending = self.lock();
+            let mut buffer = std::mem::take(&mut pending.buffer);
             let end = loop {
                 buffer.clear();
                 buffer.reserve(RECEIVE);
                 match self.socket.poll_recv(context, &mut buffer) {
                     Poll::Pending => break Poll::Pending,
                     Poll::Ready(received) => {
-                        if let Err(error) = self.hear(&mut heard, received.map(|()| buffer.as_slice())) {
+                        if let Err(error) = self.receive_events(&mut pending, received.map(|()| buffer.as_slice())) {
                             break Poll::Ready(error);
                         }
                     }
                 }
             };
-            heard.buffer = buffer;
+            pending.buffer = buffer;
             end
         })
         .map(|error| tracing::error!(%error, "kernel monitor ended: changes show at audits only"))
@@ -168,56 +168,56 @@ impl Monitor {
     }
 
     /// What lies in the socket now.
-    fn drain(&self, heard: &mut Heard) {
-        let mut buffer = std::mem::take(&mut heard.buffer);
+    fn drain(&self, pending: &mut Notifications) {
+        let mut buffer = std::mem::take(&mut pending.buffer);
         // Any other error ends the queue here; `listen` reports it.
-        while self.hear(heard, receive(self.socket.socket_ref(), &mut buffer)).is_ok() {}
-        heard.buffer = buffer;
+        while self.receive_events(pending, receive(self.socket.socket_ref(), &mut buffer)).is_ok() {}
+        pending.buffer = buffer;
     }
 
-    fn hear(&self, heard: &mut Heard, received: io::Result<&[u8]>) -> io::Result<()> {
+    fn receive_events(&self, pending: &mut Notifications, received: io::Result<&[u8]>) -> io::Result<()> {
         match received {
             Ok(datagram) => {
                 for event in frames(datagram).filter_map(|frame| Event::of(&frame)) {
-                    if heard.interest.as_ref().is_none_or(|interest| interest.covers(&event)) {
-                        heard.events.push(event);
+                    if pending.interest.as_ref().is_none_or(|interest| interest.covers(&event)) {
+                        pending.events.push(event);
                     }
                 }
-                if heard.events.len() > QUEUE {
-                    self.lose(heard);
+                if pending.events.len() > QUEUE {
+                    self.lose(pending);
                 }
             }
-            Err(error) if is_overrun(&error) => self.lose(heard),
+            Err(error) if is_overrun(&error) => self.lose(pending),
             Err(error) => return Err(error),
         }
-        if !heard.events.is_empty() {
+        if !pending.events.is_empty() {
             self.woken.notify_one();
         }
         Ok(())
     }
 
     /// Something went unheard: only reading everything tells what.
-    fn lose(&self, heard: &mut Heard) {
-        heard.overrun = true;
-        heard.events = vec![];
-        self.note(heard, Table::ALL);
+    fn lose(&self, pending: &mut Notifications) {
+        pending.overrun = true;
+        pending.events = vec![];
+        self.note(pending, Table::ALL);
     }
 
     /// What was said since the last call, in order, that lying in the socket included, and the tables that are stale.
     /// Until [`Monitor::mind`] every event counts, unless there was nothing.
     pub(super) fn take(&self) -> (Vec<Event>, BTreeSet<Table>) {
-        let mut heard = self.heard();
-        self.drain(&mut heard);
-        let said = (std::mem::take(&mut heard.events), std::mem::take(&mut heard.stale));
+        let mut pending = self.lock();
+        self.drain(&mut pending);
+        let said = (std::mem::take(&mut pending.events), std::mem::take(&mut pending.stale));
         if !said.0.is_empty() || !said.1.is_empty() {
-            heard.interest = None;
+            pending.interest = None;
         }
         said
     }
 
     /// From now on only events that touch these count.
-    pub(super) fn mind(&self, interest: Interest) {
-        self.heard().interest = Some(interest);
+    pub(super) fn set_interest(&self, interest: Interest) {
+        self.lock().interest = Some(interest);
     }
 
     /// Takes note of how long it took to read the firewall chains of others.
@@ -232,17 +232,17 @@ impl Monitor {
 
     /// Calls tables stale that no event speaks of.
     pub(super) fn distrust(&self, tables: impl IntoIterator<Item = Table>) {
-        self.note(&mut self.heard(), tables);
+        self.note(&mut self.lock(), tables);
     }
 
     /// Waits until something was said or a table is stale. A loss is told once, even if all was read since: it is counted.
     pub(super) async fn changed(&self) -> Touched {
         loop {
             {
-                let mut heard = self.heard();
-                if std::mem::take(&mut heard.overrun) {
+                let mut pending = self.lock();
+                if std::mem::take(&mut pending.overrun) {
                     return Touched::Everything;
-                } else if !heard.stale.is_empty() || !heard.events.is_empty() {
+                } else if !pending.stale.is_empty() || !pending.events.is_empty() {
                     return Touched::State;
                 }
             }
@@ -251,14 +251,14 @@ impl Monitor {
         }
     }
 
-    fn heard(&self) -> MutexGuard<'_, Heard> {
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Notifications> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn note(&self, heard: &mut Heard, tables: impl IntoIterator<Item = Table>) {
-        let before = heard.stale.len();
-        heard.stale.extend(tables);
-        if heard.stale.len() > before {
+    fn note(&self, pending: &mut Notifications, tables: impl IntoIterator<Item = Table>) {
+        let before = pending.stale.len();
+        pending.stale.extend(tables);
+        if pending.stale.len() > before {
             self.woken.notify_one();
         }
     }

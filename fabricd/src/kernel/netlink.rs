@@ -131,7 +131,7 @@ impl Worker {
     fn observe(&mut self) -> Result<(Arc<Observed>, Dirty<Key>), KernelError> {
         let heard = self.monitor.take();
         let observed = self.mirror.look(heard, &mut self.socket, &mut self.filter, &self.options)?;
-        self.monitor.mind(self.mirror.interest(&self.options));
+        self.monitor.set_interest(self.mirror.interest(&self.options));
         self.monitor.pace_firewalls(self.mirror.firewalls_took());
         Ok((observed, self.mirror.touched()))
     }

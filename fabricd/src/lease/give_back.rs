@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::inquiry::{Inquiry, Party};
-use fabric_core::lease::{Expect, Instance, Place, QUICK};
+use fabric_core::lease::{Expect, Place, QUICK};
 use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::NodeName;
-use fabric_core::record::LeaseKey;
+use fabric_core::record::{Instance, LeaseKey};
 use tokio::time::timeout;
 
 use super::Remembered;

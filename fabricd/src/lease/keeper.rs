@@ -6,18 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::handoff::NotReady;
-use fabric_core::lease::{
-    Assigned, Bid, Held, Instance, Loss, Obstacle, Previous, Resting, Situation, Step, next_step,
-};
+use fabric_core::lease::{Assigned, Bid, ExpiredLease, Held, Loss, Obstacle, Previous, Situation, Step, next_step};
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::{Subnet, stable_hash};
-use fabric_core::record::{LeaseKey, Record};
+use fabric_core::record::{Instance, LeaseKey, Record};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::{debug, error, info, warn};
 
 use super::inquiries::Inquiries;
-use super::rivals::Rival;
 use super::{Command, Holding, LeaseOptions, Mark, Own, Remembered, Wanted};
 use crate::retry::Backoff;
 use crate::store::{Claim, Connection, Grant, LeaseStore, Network, StoreError};
@@ -70,13 +67,14 @@ pub struct Keeper<S> {
     pub(super) inquiries: Inquiries,
     /// The question that was answered last.
     pub(super) answered: Option<u64>,
-    pub(super) rival: Option<Rival>,
+    /// Until when it is said that another machine has this node's name.
+    pub(super) rival: Option<Instant>,
     leave: Option<LeaseKey>,
     /// What pods had that were cut off by that.
     left: Vec<Subnet>,
     /// The subnets of pods that keep this node from others.
     in_the_way: Option<LeaseKey>,
-    resting: Vec<Resting>,
+    expired: Vec<ExpiredLease>,
     pub(super) holding: watch::Sender<Holding>,
     commands: (mpsc::Sender<Command>, mpsc::Receiver<Command>),
     pub(super) retry: Backoff,
@@ -117,7 +115,7 @@ impl<S: LeaseStore> Keeper<S> {
             leave: None,
             left: remembered.as_ref().map(|before| before.left.clone()).unwrap_or_default(),
             in_the_way: None,
-            resting: vec![],
+            expired: vec![],
             holding: watch::channel(holding).0,
             commands: mpsc::channel(8),
             retry: Backoff::new(FIRST, AWAY).seeded(stable_hash(options.node.as_str().as_bytes())),
@@ -208,7 +206,7 @@ impl<S: LeaseStore> Keeper<S> {
             leave: self.leave,
             left: &self.left,
             settling: self.settles_until().is_some(),
-            resting: &self.resting,
+            expired: &self.expired,
             assigned,
         });
         // The config in force comes from the reconcile loop: it may be one of before, for a moment or until a person says.
@@ -266,8 +264,8 @@ impl<S: LeaseStore> Keeper<S> {
             }
             Err(StoreError::Guarded { key }) => {
                 debug!(subnet = %key, "somebody else's guard, looking at all of them");
-                match self.store.resting(self.options.grace).await {
-                    Ok(resting) => self.resting = resting,
+                match self.store.expired_leases(self.options.grace).await {
+                    Ok(expired) => self.expired = expired,
                     Err(error) => self.hinder(&error.to_string()),
                 }
                 false
@@ -338,7 +336,7 @@ impl<S: LeaseStore> Keeper<S> {
         self.remembered_revision = None;
         // Who took what from whom is told by records that are gone.
         self.overruled = None;
-        self.resting.clear();
+        self.expired.clear();
         if self.grant.is_some() {
             self.lose("the store was replaced by another one or an older copy of itself");
         }
@@ -442,7 +440,7 @@ impl<S: LeaseStore> Keeper<S> {
         self.in_the_way = None;
         (self.mark, self.unconfirmed, self.overruled) = (Some(mark), None, None);
         self.taken_from = record.owner.as_ref().and_then(|owner| owner.taken_from.clone());
-        self.resting.clear();
+        self.expired.clear();
         let (expires, left) = (Some(grant.expires), self.left.clone());
         self.holding.send_modify(|holding| {
             let rival = holding.rival.take();

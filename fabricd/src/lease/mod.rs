@@ -10,10 +10,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::handoff::NotReady;
-use fabric_core::lease::Instance;
 use fabric_core::model::{NodeName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
-use fabric_core::record::{Endpoint, LeaseKey};
+use fabric_core::record::{Endpoint, Instance, LeaseKey};
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use tokio::sync::oneshot;

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use fabric_core::handoff::NotReady;
 use fabric_core::inquiry::{Inquiry, Party};
-use fabric_core::lease::{Instance, Obstacle, Place, Question};
+use fabric_core::lease::{Obstacle, Place, Question};
 use fabric_core::model::NodeName;
+use fabric_core::record::Instance;
 use tokio::time::{Instant, timeout};
 use tracing::{debug, error, info, warn};
 
@@ -19,12 +20,6 @@ const SAY: Duration = Duration::from_secs(180);
 
 /// How long an answer may take: the lease has to be kept alive meanwhile.
 const ANSWER: Duration = Duration::from_secs(2);
-
-/// What is said of another machine of this name, until when.
-#[derive(Debug)]
-pub(super) struct Rival {
-    until: Instant,
-}
 
 impl<S: LeaseStore> Keeper<S> {
     /// Asks about a record that may be a living machine's, if that is due, and says when to go on.
@@ -124,7 +119,7 @@ impl<S: LeaseStore> Keeper<S> {
     }
 
     fn say_rival(&mut self, told: &str) {
-        self.rival = Some(Rival { until: Instant::now() + SAY });
+        self.rival = Some(Instant::now() + SAY);
         self.holding.send_if_modified(|holding| {
             if holding.rival.as_deref() == Some(told) {
                 return false;
@@ -137,7 +132,7 @@ impl<S: LeaseStore> Keeper<S> {
 
     /// Forgets a machine of this name that has given no sign for a while; gives when the next one is forgotten.
     pub(super) fn forget_rival(&mut self) -> Option<Instant> {
-        let until = self.rival.as_ref()?.until;
+        let until = self.rival?;
         if Instant::now() < until {
             return Some(until);
         }

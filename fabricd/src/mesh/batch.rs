@@ -133,7 +133,7 @@ fn address(of: &SockaddrStorage) -> Option<IpAddr> {
 mod tests {
     use std::sync::Arc;
 
-    use super::super::probe::{Heard, answer};
+    use super::super::probe::{ReceivedProbes, answer};
     use super::*;
 
     #[tokio::test]
@@ -141,12 +141,12 @@ mod tests {
         let us: IpAddr = "127.9.5.1".parse().unwrap();
         let [daemon, mute, kernel, other]: [IpAddr; 4] =
             ["127.9.5.2", "127.9.5.3", "127.9.5.4", "127.9.5.5"].map(|ip| ip.parse().unwrap());
-        let heard = Arc::new(Heard::default());
-        heard.mind([us]);
+        let received = Arc::new(ReceivedProbes::default());
+        received.set_peers([us]);
         let answering: Vec<_> = [daemon, other]
             .map(|at| {
-                let heard = Arc::clone(&heard);
-                tokio::spawn(async move { answer(at, &heard).await })
+                let received = Arc::clone(&received);
+                tokio::spawn(async move { answer(at, &received).await })
             })
             .into();
         let _silent = std::net::UdpSocket::bind((mute, PORT)).expect("an address of the loopback");

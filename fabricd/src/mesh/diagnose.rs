@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use fabric_core::firewall::Judged;
 use fabric_core::firewall::packet::Flow;
 use fabric_core::firewall::traffic::Obstacle;
 use fabric_core::model::Family;
@@ -14,11 +15,10 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep};
 
 use super::batch::{self, Question};
-use super::probe::{Answer, Heard, Reply, Size, ask, complain};
+use super::probe::{Answer, ReceivedProbes, Reply, Size, ask, complain};
 use super::tunnel::{Answered, Knocked};
 use super::verdict::{Evidence, LocalDrop, Seen};
 use super::{Key, Mesh, ROUND, Target, routes, tunnel};
-use crate::host::firewall::Judged;
 use crate::kernel;
 
 /// How often what was lost is tried again.
@@ -42,13 +42,13 @@ const MORE: u64 = 5;
 #[derive(Debug)]
 pub struct Context {
     /// Whose probes have come.
-    pub heard: Heard,
+    pub received: ReceivedProbes,
     slots: Semaphore,
 }
 
 impl Default for Context {
     fn default() -> Self {
-        Self { heard: Heard::default(), slots: Semaphore::new(AT_ONCE) }
+        Self { received: ReceivedProbes::default(), slots: Semaphore::new(AT_ONCE) }
     }
 }
 
@@ -322,15 +322,15 @@ async fn evidence(prober: &Prober<'_>, knocked: Knocked, times: Times, around: &
         any_mac: answered.any_mac,
         host: knocked.host,
         vxlan: knocked.vxlan,
-        heard: false,
+        received: false,
         it_drops: false,
         dropped,
     };
     // A probe that was on its way when ours began to fail says nothing. Where its host is silent too, only this round counts.
     let recent = Instant::now().checked_sub(RECENTLY).map_or(times.failing, |recent| recent.max(times.failing));
     let after = if evidence.host_alive() { recent } else { times.begun };
-    if let Some((_, dropping)) = context.heard.last(to.overlay).filter(|(at, _)| *at > after) {
-        (evidence.heard, evidence.it_drops) = (true, dropping);
+    if let Some((_, dropping)) = context.received.last(to.overlay).filter(|(at, _)| *at > after) {
+        (evidence.received, evidence.it_drops) = (true, dropping);
     }
     evidence
 }

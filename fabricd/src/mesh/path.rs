@@ -10,7 +10,6 @@ use super::diagnose::Round;
 use super::loss::{Loss, Record, Window};
 use super::probe::Answer;
 use super::verdict::{Cause, Seen};
-use super::words::{self, Verdict};
 
 /// The path to one peer in one family. There are thousands: what can be worked out is not kept.
 #[derive(Clone, Debug)]
@@ -102,12 +101,6 @@ impl Path {
     #[must_use]
     pub fn since(&self) -> Option<Instant> {
         self.judgement.since
-    }
-
-    /// What is wrong with it, in words.
-    #[must_use]
-    pub fn verdict(&self) -> Verdict {
-        words::verdict(self)
     }
 
     /// Since when it doesn't answer.
@@ -221,15 +214,13 @@ mod tests {
         let mut path = Path::new(target(), Instant::now());
         let mut after = |fates: &str| {
             path.round(round(&path, fates, Seen::Both));
-            (path.cause(), path.verdict().evidence)
+            (path.cause(), path.loss())
         };
         assert_eq!(after("..").0, Cause::Fine);
         assert_eq!(after("x...x.....").0, Cause::Fine, "too few to say so");
-        let (cause, evidence) = after(".xx...x...");
+        let (cause, loss) = after(".xx...x...");
         assert_eq!(cause, Cause::Lossy);
-        let want = "23 % of the last 22 probes got no answer (0 % lost from node-1 to node-2, 23 % from node-2 to node-1); \
-                    round trip 80.00 ms";
-        assert_eq!(evidence, want);
+        assert_eq!(loss, Some(Loss { share: 5.0 / 22.0, probes: 22, halves: Some((0.0, 5.0 / 22.0)) }));
         let rounds = (0..50).position(|_| after("..").0 == Cause::Fine).expect("it ends some time");
         assert!((10..40).contains(&rounds), "{rounds} rounds");
     }
@@ -250,7 +241,7 @@ mod tests {
     #[test]
     fn peer_with_another_address_is_another_path() {
         let (now, blocked) = (Instant::now(), || {
-            let evidence = super::super::verdict::Evidence { heard: true, ..Default::default() };
+            let evidence = super::super::verdict::Evidence { received: true, ..Default::default() };
             Seen::Nothing(Box::new(evidence))
         });
         let mut path = Path::new(target(), now);

@@ -269,7 +269,7 @@ pub async fn is_host_there(to: IpAddr) -> bool {
 
 /// When we heard of whom. Only those that are here are answered.
 #[derive(Debug, Default)]
-pub struct Heard(Mutex<HashMap<IpAddr, Peer>>);
+pub struct ReceivedProbes(Mutex<HashMap<IpAddr, Peer>>);
 
 /// What is remembered of one that may ask.
 #[derive(Clone, Copy, Debug, Default)]
@@ -298,23 +298,23 @@ impl Peer {
     }
 }
 
-impl Heard {
+impl ReceivedProbes {
     /// Listens to these from now on.
-    pub fn mind(&self, peers: impl IntoIterator<Item = IpAddr>) {
-        let mut heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *heard = peers.into_iter().map(|peer| (peer, heard.get(&peer).copied().unwrap_or_default())).collect();
+    pub fn set_peers(&self, peers: impl IntoIterator<Item = IpAddr>) {
+        let mut received = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *received = peers.into_iter().map(|peer| (peer, received.get(&peer).copied().unwrap_or_default())).collect();
     }
 
     /// When a peer's probe came last, and whether it said that its filter throws packets away.
     pub fn last(&self, peer: IpAddr) -> Option<(Instant, bool)> {
-        let heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        heard.get(&peer).and_then(|peer| peer.last)
+        let received = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        received.get(&peer).and_then(|peer| peer.last)
     }
 
     /// A question came; gives what to answer, if it is from one that may ask.
     fn hear(&self, peer: IpAddr, question: &Packet) -> Option<Packet> {
-        let mut heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let peer = heard.get_mut(&peer)?;
+        let mut received = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let peer = received.get_mut(&peer)?;
         peer.last = Some((Instant::now(), question.flags & DROPPING != 0));
         Some(Packet { kind: ANSWER, flags: 0, arrived: peer.arrived(question.number), ..*question })
     }
@@ -324,7 +324,7 @@ impl Heard {
 ///
 /// # Errors
 /// When the address is not there (yet).
-pub async fn answer(at: IpAddr, heard: &Heard) -> io::Result<()> {
+pub async fn answer(at: IpAddr, received: &ReceivedProbes) -> io::Result<()> {
     let socket = bind(SocketAddr::new(at, PORT))?;
     if Family::of(at) == Family::V6 {
         // UDP_NO_CHECK6_RX: in IPv6 a packet without a checksum is refused otherwise.
@@ -337,7 +337,7 @@ pub async fn answer(at: IpAddr, heard: &Heard) -> io::Result<()> {
         let Some(question) = Packet::parse(&buffer[..length]).filter(|packet| packet.kind == QUESTION) else {
             continue;
         };
-        if let Some(answer) = heard.hear(from.ip(), &question) {
+        if let Some(answer) = received.hear(from.ip(), &question) {
             // As large as the question, never larger. What can't be sent is lost, as the asker will see.
             answer.put(length, &mut packet);
             let _ = socket.send_to(&packet, from).await;
@@ -471,20 +471,20 @@ mod tests {
     #[tokio::test]
     async fn known_peers_are_answered_others_are_not_and_a_closed_port_is_told_by_the_kernel() {
         let (us, peer): (IpAddr, IpAddr) = ("127.0.0.1".parse().unwrap(), "127.9.4.74".parse().unwrap());
-        let heard = Arc::new(Heard::default());
+        let received = Arc::new(ReceivedProbes::default());
         assert!(matches!(ask(us, peer, Size::Small, 1).await, Answer::Kernel(_)), "nobody listens yet");
         assert_eq!(knock(us, SocketAddr::new(peer, PORT), &question(1)).await, Reply::Refused);
         assert!(is_host_there(peer).await, "its kernel says so");
-        let listening = Arc::clone(&heard);
+        let listening = Arc::clone(&received);
         let answering = tokio::spawn(async move { answer(peer, &listening).await });
         tokio::task::yield_now().await;
         assert_eq!(ask(us, peer, Size::Small, 2).await, Answer::Nothing, "we are not known");
-        heard.mind([us]);
+        received.set_peers([us]);
         for (number, size) in [(4, Size::Small), (5, Size::Unsummed), (6, Size::Packet(1450))] {
             let Answer::Daemon { arrived, .. } = ask(us, peer, size, number).await else { panic!("{size:?}") };
             assert_eq!(arrived, (1 << (number - 3)) - 1, "those from the fourth on have arrived");
         }
-        assert!(heard.last(us).is_some_and(|(_, dropping)| !dropping));
+        assert!(received.last(us).is_some_and(|(_, dropping)| !dropping));
         answering.abort();
     }
 }

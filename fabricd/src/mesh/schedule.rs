@@ -18,6 +18,7 @@ use super::diagnose::{Context, First, Round, Turn, ask_first, examine, is_well};
 use super::path::Path;
 use super::transitions::{Transition, Transitions};
 use super::verdict::Cause;
+use super::words;
 use super::{BATCH, Key, Mesh, Ours, ROUND, Target, pause, probe, round};
 use crate::status::events::Events;
 use crate::status::view::{PeerTrouble, View, VtepView};
@@ -59,7 +60,7 @@ pub async fn run(mesh: Arc<Mesh>, events: Arc<Events>, mut view: watch::Receiver
                 if seen.as_ref().is_none_or(|before| concerns_us(before, &now)) {
                     let targets = targets(&now);
                     answering.at(targets.iter().map(|(_, target)| target.ours.overlay).collect(), &context);
-                    context.heard.mind(targets.iter().map(|(_, target)| target.overlay));
+                    context.received.set_peers(targets.iter().map(|(_, target)| target.overlay));
                     due.extend(take_over(&mesh, targets));
                     seen = Some(now);
                 }
@@ -197,7 +198,7 @@ fn transition(path: &mut Path) -> Option<Transition> {
     path.logged = now;
     // That a path is there, and fine, is no news.
     let news = before != Cause::Unknown || now.hurts();
-    news.then(|| Transition { peer: path.target.name(), before, now, evidence: path.verdict().evidence })
+    news.then(|| Transition { peer: path.target.name(), before, now, evidence: words::verdict(path).evidence })
 }
 
 /// Whether the peers, or our own end, may be others now.
@@ -285,7 +286,7 @@ impl Answering {
                 tokio::spawn(async move {
                     loop {
                         // The address may not be on its device yet, or be gone for a while.
-                        let ended = probe::answer(at, &context.heard).await;
+                        let ended = probe::answer(at, &context.received).await;
                         tracing::debug!(%at, ?ended, "probes are not answered");
                         sleep(ROUND).await;
                     }

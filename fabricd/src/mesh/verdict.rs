@@ -161,7 +161,7 @@ pub struct Evidence {
     /// What its host said of the VXLAN port.
     pub vxlan: Reply,
     /// Its own probes have come since ours are not answered.
-    pub heard: bool,
+    pub received: bool,
     /// … and it said that its filter throws packets of ours away.
     pub it_drops: bool,
     /// Packets of its that our filter threw away, as often as it was probed.
@@ -205,8 +205,8 @@ impl Seen {
             e if e.dropped > 0 => Cause::OwnFilter,
             e if e.by_hand => Cause::StaleFdb,
             e if e.any_mac == Some(true) => Cause::StaleMac,
-            e if !e.host_alive() && !e.heard => Cause::PeerDown,
-            e if e.heard => Cause::Asymmetric,
+            e if !e.host_alive() && !e.received => Cause::PeerDown,
+            e if e.received => Cause::Asymmetric,
             e if matches!(e.vxlan, Reply::Refused) => Cause::PortClosed,
             _ => Cause::PortBlocked,
         }
@@ -238,16 +238,16 @@ mod tests {
             (nothing(|e| e.host = rejected()), Cause::PortBlocked),
             (nothing(|e| (e.host, e.vxlan) = (Reply::Silence, rejected())), Cause::PortBlocked),
             (nothing(|e| (e.host, e.vxlan) = (Reply::Refused, Reply::Refused)), Cause::PortClosed),
-            (nothing(|e| (e.host, e.heard) = (Reply::Refused, true)), Cause::Asymmetric),
-            (nothing(|e| (e.host, e.heard) = (Reply::Silence, true)), Cause::Asymmetric),
-            (nothing(|e| (e.heard, e.dropped) = (true, 4)), Cause::OwnFilter),
-            (nothing(|e| (e.unsummed, e.heard) = (true, true)), Cause::ChecksumOffload),
-            (nothing(|e| (e.kernel, e.by_hand, e.heard) = (true, true, true)), Cause::NoDaemon),
-            (nothing(|e| (e.by_hand, e.heard) = (true, true)), Cause::StaleFdb),
-            (nothing(|e| (e.any_mac, e.heard) = (Some(true), true)), Cause::StaleMac),
+            (nothing(|e| (e.host, e.received) = (Reply::Refused, true)), Cause::Asymmetric),
+            (nothing(|e| (e.host, e.received) = (Reply::Silence, true)), Cause::Asymmetric),
+            (nothing(|e| (e.received, e.dropped) = (true, 4)), Cause::OwnFilter),
+            (nothing(|e| (e.unsummed, e.received) = (true, true)), Cause::ChecksumOffload),
+            (nothing(|e| (e.kernel, e.by_hand, e.received) = (true, true, true)), Cause::NoDaemon),
+            (nothing(|e| (e.by_hand, e.received) = (true, true)), Cause::StaleFdb),
+            (nothing(|e| (e.any_mac, e.received) = (Some(true), true)), Cause::StaleMac),
             (nothing(|e| (e.overriding, e.by_hand) = (vec![line()], true)), Cause::RouteOverride),
-            (nothing(|e| (e.local, e.heard) = (Some(rule()), true)), Cause::LocalFirewall),
-            (nothing(|e| (e.underlay, e.heard) = (Some("no route".into()), true)), Cause::UnderlayDown),
+            (nothing(|e| (e.local, e.received) = (Some(rule()), true)), Cause::LocalFirewall),
+            (nothing(|e| (e.underlay, e.received) = (Some("no route".into()), true)), Cause::UnderlayDown),
         ] {
             assert_eq!(seen.cause(), cause, "{seen:?}");
         }

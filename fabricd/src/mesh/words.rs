@@ -241,15 +241,18 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
+    use crate::mesh::diagnose::Round;
     use crate::mesh::probe::Answer;
     use crate::mesh::routes::Override;
     use crate::mesh::tests::target;
     use crate::mesh::verdict::LocalDrop;
 
+    const ANSWERED: Answer = Answer::Daemon { rtt: Duration::from_millis(80), arrived: u64::MAX };
+
     /// The verdict on a path of which two rounds have shown this, a day after both ends were known.
     fn told(seen: Seen) -> Verdict {
         let begin = Instant::now().checked_sub(Duration::from_secs(90)).unwrap();
-        Path::new(target(), begin).after(Answer::Nothing, Answer::Nothing, seen).verdict()
+        verdict(&Path::new(target(), begin).after(Answer::Nothing, Answer::Nothing, seen))
     }
 
     fn nothing(change: impl FnOnce(&mut Evidence)) -> Verdict {
@@ -271,7 +274,7 @@ mod tests {
             nothing(|e| e.host = Reply::Silence),
             nothing(|e| e.vxlan = Reply::Rejected { by, why: "host administratively prohibited" }),
             nothing(|e| e.vxlan = Reply::Refused),
-            nothing(|e| e.heard = true),
+            nothing(|e| e.received = true),
             nothing(|e| e.dropped = 8),
             nothing(|e| e.unsummed = true),
             nothing(|e| e.kernel = true),
@@ -297,8 +300,12 @@ mod tests {
     fn what_was_seen_is_what_is_said() {
         let by: IpAddr = "192.0.2.254".parse().unwrap();
         for (verdict, evidence, fix) in [
-            (nothing(|e| e.heard = true), "one-way: receiving from node-2, not reaching it", "192.0.2.1 to 192.0.2.2"),
-            (nothing(|e| (e.heard, e.it_drops) = (true, true)), "node-2 says that its packet filter drops", ""),
+            (
+                nothing(|e| e.received = true),
+                "one-way: receiving from node-2, not reaching it",
+                "192.0.2.1 to 192.0.2.2",
+            ),
+            (nothing(|e| (e.received, e.it_drops) = (true, true)), "node-2 says that its packet filter drops", ""),
             (
                 nothing(|e| e.vxlan = Reply::Rejected { by, why: "host administratively prohibited" }),
                 "192.0.2.254 rejects UDP port 8472: host administratively prohibited",
@@ -320,10 +327,24 @@ mod tests {
     #[test]
     fn what_one_round_has_shown_is_not_known_yet() {
         let path = Path::new(target(), Instant::now());
-        let evidence = Evidence { host: Reply::Refused, heard: true, ..Evidence::default() };
-        let verdict = path.after(Answer::Nothing, Answer::Nothing, Seen::Nothing(Box::new(evidence))).verdict();
+        let evidence = Evidence { host: Reply::Refused, received: true, ..Evidence::default() };
+        let verdict = verdict(&path.after(Answer::Nothing, Answer::Nothing, Seen::Nothing(Box::new(evidence))));
         assert_eq!(verdict.cause, Cause::UnknownYet, "the peer is new");
         assert!(verdict.evidence.starts_with("cause not known yet"), "{verdict:?}");
         assert_eq!(verdict.fix, "see it as soon as it is known: fabricctl mesh --probe node-2");
+    }
+
+    #[test]
+    fn loss_is_told_with_its_share_on_each_half_of_the_path_and_the_round_trip() {
+        let mut path = Path::new(target(), Instant::now());
+        for lost in [5, 0] {
+            let answer = |n| if n < lost { Answer::Nothing } else { ANSWERED };
+            let samples: Vec<_> = (0..11).map(|n| (path.next.wrapping_add(n), answer(n))).collect();
+            let (target, begun) = (path.target.clone(), Instant::now());
+            path.round(Round { target, begun, small: ANSWERED, full: ANSWERED, seen: Seen::Both, samples });
+        }
+        let want = "23 % of the last 22 probes got no answer (0 % lost from node-1 to node-2, 23 % from node-2 to node-1); \
+                    round trip 80.00 ms";
+        assert_eq!(verdict(&path).evidence, want);
     }
 }

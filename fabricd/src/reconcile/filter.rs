@@ -1,4 +1,4 @@
-//! [`Rules`]: what the reconcile loop knows of the packet filter. What it should hold is decided by
+//! [`Filter`]: what the reconcile loop knows of the packet filter. What it should hold is decided by
 //! [`fabric_core::plan::filter::ruleset`]; here is the clock, for peers that change their address, and what the CNI plugin tells
 //! of the pods.
 
@@ -31,7 +31,7 @@ const GRACE: Duration = Duration::from_secs(30);
 
 /// The packet filter of one node, as it should be.
 #[derive(Debug)]
-pub struct Rules {
+pub struct Filter {
     options: FilterOptions,
     members: BTreeSet<Member>,
     /// Members that have moved, and until when they count.
@@ -40,14 +40,14 @@ pub struct Rules {
     pods: watch::Receiver<Arc<AttachedPods>>,
     /// What was last found to be wanted, and from what: at thousands of peers that is far from nothing, and mostly the
     /// loop comes by with nothing new.
-    known: Option<(Given, Ruleset)>,
+    known: Option<(PlannedFrom, Ruleset)>,
     /// True when the last pass wanted what the one before it had.
     unchanged: bool,
 }
 
 /// What decides.
 #[derive(Debug)]
-struct Given {
+struct PlannedFrom {
     network: NetworkConfig,
     own: LeaseKey,
     ports: BTreeSet<IfName>,
@@ -59,7 +59,7 @@ struct Given {
     moved: BTreeSet<Member>,
 }
 
-impl Rules {
+impl Filter {
     /// A filter with these options.
     #[must_use]
     pub fn new(options: FilterOptions) -> Self {
@@ -120,7 +120,7 @@ impl Rules {
         let now = Instant::now();
         self.moved.retain(|_, until| *until > now);
         let pods = Arc::clone(&self.pods.borrow_and_update());
-        let mut given = Given {
+        let mut given = PlannedFrom {
             network: *network,
             own: own.key,
             ports: pods.ports_of(observed),
@@ -182,7 +182,7 @@ impl Rules {
     }
 
     /// Takes over which leases have come into force or gone, for the price of these.
-    fn turn(&mut self, given: &Given, turned: &Turned<Lease>, ruleset: &mut Ruleset, now: Instant) {
+    fn turn(&mut self, given: &PlannedFrom, turned: &Turned<Lease>, ruleset: &mut Ruleset, now: Instant) {
         let mut gone: Vec<Member> = turned.went.iter().flat_map(|lease| members_of(lease)).collect();
         let come: Vec<Member> = turned.came.iter().flat_map(|lease| members_of(lease)).collect();
         for member in &gone {
@@ -242,7 +242,7 @@ fn drops_by_policy(firewall: &Firewall, chain: &DockerUser) -> bool {
         .any(|chain| chain.base.is_some_and(|base| base.hook == Hook::Forward && base.drops))
 }
 
-impl Given {
+impl PlannedFrom {
     /// Whether it is the same, but for the leases.
     fn decides_as(&self, other: &Self) -> bool {
         let rest = |given: &Self| (given.network, given.own);
@@ -291,7 +291,7 @@ mod tests {
     }
 
     /// Who may send when these are the peers, after those of `before`.
-    fn senders(rules: &mut Rules, before: &mut Arc<LeaseSet>, peers: &[(&str, &str)]) -> Vec<String> {
+    fn senders(rules: &mut Filter, before: &mut Arc<LeaseSet>, peers: &[(&str, &str)]) -> Vec<String> {
         let network =
             NetworkConfig::decode(br#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).expect("valid");
         let key = LeaseKey::decode("10.244.1.0-24").expect("valid");
@@ -308,7 +308,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn lease_that_changes_is_taken_over_and_after_the_grace_all_is_found_anew() {
-        let (mut rules, mut known) = (Rules::new(FilterOptions::default()), Arc::default());
+        let (mut rules, mut known) = (Filter::new(FilterOptions::default()), Arc::default());
         let mut senders = |peers: &[(&str, &str)]| senders(&mut rules, &mut known, peers);
         let node = |underlay: &str| [format!("{underlay} . 10.244.7.0"), format!("{underlay} . {underlay}")];
         assert_eq!(senders(&[("192.0.2.7", "10.244.7.0/24")]), node("192.0.2.7"));
@@ -323,7 +323,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn peer_that_moves_is_a_member_under_both_addresses_for_a_while() {
-        let mut rules = Rules::new(FilterOptions::default());
+        let mut rules = Filter::new(FilterOptions::default());
         let (before, after) = (member("192.0.2.7"), member("192.0.2.8"));
         assert_eq!(rules.with_moved([before].into(), Instant::now()), [before].into());
         assert_eq!(rules.with_moved([after].into(), Instant::now()), [before, after].into());

@@ -1,4 +1,4 @@
-//! [`Kept`]: peers that are not let go of because the store has forgotten them.
+//! [`Retention`]: peers that are not let go of because the store has forgotten them.
 //!
 //! A lease that ended by itself says that a node and the store lost touch, not that its pods are gone: its routes stay
 //! until the subnet is leased anew. And a store that was emptied, or set back to an older copy of
@@ -15,7 +15,7 @@ use crate::lease::SETTLING;
 
 /// The leases of before, as long as they count.
 #[derive(Debug)]
-pub struct Kept {
+pub struct Retention {
     before: Option<Arc<LeaseSet>>,
     until: Option<Instant>,
     /// What was last given out.
@@ -24,7 +24,7 @@ pub struct Kept {
     merged: Option<(Arc<LeaseSet>, Arc<LeaseSet>, bool)>,
 }
 
-impl Kept {
+impl Retention {
     /// What was remembered counts until the store shows its leases.
     #[must_use]
     pub fn new(remembered: Option<Arc<LeaseSet>>) -> Self {
@@ -108,13 +108,13 @@ mod tests {
         Arc::new(LeaseSet::snapshot(&LeaseSet::default(), numbers.map(entry).collect(), revision))
     }
 
-    fn count(kept: &mut Kept, set: Arc<LeaseSet>) -> usize {
+    fn count(kept: &mut Retention, set: Arc<LeaseSet>) -> usize {
         kept.merge(Some(set)).0.unwrap().len()
     }
 
     #[tokio::test(start_paused = true)]
     async fn peers_outlive_a_replaced_store_for_two_minutes() {
-        let mut kept = Kept::new(None);
+        let mut kept = Retention::new(None);
         assert_eq!(kept.merge(None), (None, false));
         assert_eq!(count(&mut kept, set(1..9, 50)), 8);
         kept.store_was_replaced();
@@ -127,11 +127,11 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn remembered_peers_count_until_the_store_answers_and_longer_if_it_lost_them() {
-        let mut kept = Kept::new(Some(set(1..9, 50)));
+        let mut kept = Retention::new(Some(set(1..9, 50)));
         assert_eq!(kept.merge(None), (Some(set(1..9, 50)), true));
         assert_eq!(count(&mut kept, set(1..6, 60)), 5, "three have left meanwhile");
         for (shown, why) in [(set(1..3, 60), "most are missing"), (set(1..8, 40), "an older copy")] {
-            let mut kept = Kept::new(Some(set(1..9, 50)));
+            let mut kept = Retention::new(Some(set(1..9, 50)));
             assert_eq!(count(&mut kept, shown), 8, "{why}");
             advance(SETTLING).await;
             assert!(count(&mut kept, set(1..3, 61)) == 2, "{why}");

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use fabric_core::firewall::Judged;
 use fabric_core::handoff::{NotReady, Readiness};
 use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::{IfName, NodeName};
@@ -12,7 +13,6 @@ use fabric_core::plan::{Refusal, Vtep};
 use fabric_core::record::LeaseKey;
 
 use crate::host::attachments::AttachedPods;
-use crate::host::firewall::Judged;
 use crate::kernel::Dropped;
 use crate::lease::Holding;
 use crate::reconcile::repairs::Repair;

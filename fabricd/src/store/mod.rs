@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::inquiry::Inquiry;
-pub use fabric_core::lease::{Assigned, Expect, Resting};
+pub use fabric_core::lease::{Assigned, Expect, ExpiredLease};
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::NodeName;
 use fabric_core::network::{ConfigError, NetworkConfig};
@@ -75,7 +75,7 @@ pub struct Claim {
     /// claims lost that were decided before it. Read the leases first and the config that they are compared with after
     /// them, so that it is not the older one.
     pub outdated: bool,
-    /// Guards of resting subnets that may be overwritten: their revisions.
+    /// Guards of expired subnets that may be overwritten: their revisions.
     pub evict: Vec<i64>,
     /// The name that the node had before: its guards, and what its record hangs on, are the claimer's.
     pub formerly: Option<NodeName>,
@@ -124,7 +124,7 @@ pub enum StoreError {
         key: LeaseKey,
     },
     /// No record stands in the way, but the guard of another node does: the subnet is in its grace period, or half of that node's
-    /// pair. [`LeaseStore::resting`] tells which ones rest.
+    /// pair. [`LeaseStore::expired_leases`] tells which ones rest.
     #[error("{key} is in its grace period: another node had it")]
     Guarded {
         /// What was asked for.
@@ -214,7 +214,7 @@ pub trait LeaseStore: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`StoreError::Unreachable`] or `Refused`.
-    fn resting(&self, grace: Duration) -> impl Future<Output = Result<Vec<Resting>, StoreError>> + Send;
+    fn expired_leases(&self, grace: Duration) -> impl Future<Output = Result<Vec<ExpiredLease>, StoreError>> + Send;
 
     /// Writes a placeholder where there is no record, as long as the subnet is reserved. That somebody was faster is no
     /// error.

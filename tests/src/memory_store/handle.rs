@@ -164,21 +164,21 @@ impl LeaseStore for MemoryStore {
         Ok(())
     }
 
-    async fn resting(&self, grace: Duration) -> Result<Vec<Resting>, StoreError> {
+    async fn expired_leases(&self, grace: Duration) -> Result<Vec<ExpiredLease>, StoreError> {
         self.reach().await?;
-        let (lease_id, resting) = {
+        let (lease_id, expired) = {
             let mut state = self.cluster.lock();
             let lease_id = fastrand::i64(1..);
             state.grant(lease_id, grace);
-            for (key, _) in state.resting() {
+            for (key, _) in state.expired() {
                 if let Some(pair) = state.pairs.get(&key).filter(|pair| pair.lease.is_none()).cloned() {
                     state.put(vec![(key, pair.value, Some(lease_id))]);
                 }
             }
-            (lease_id, state.resting().into_iter().map(|(_, resting)| resting).collect())
+            (lease_id, state.expired().into_iter().map(|(_, expired)| expired).collect())
         };
         self.cluster.watch_expiry(lease_id);
-        Ok(resting)
+        Ok(expired)
     }
 
     async fn hold_place(&self, key: &LeaseKey, placeholder: &Record) -> Result<(), StoreError> {

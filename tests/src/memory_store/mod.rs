@@ -13,7 +13,7 @@ use fabric_core::leases::{Entry, Event, LeaseSet};
 use fabric_core::model::{Family, NodeName, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::record::{LeaseKey, Record};
-use fabricd::store::{Claim, Connection, Expect, Inquired, Network, Resting, StoreError};
+use fabricd::store::{Claim, Connection, Expect, ExpiredLease, Inquired, Network, StoreError};
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::time::{Instant, sleep_until};
 
@@ -372,15 +372,15 @@ impl State {
     }
 
     /// Guards without a record, with their keys.
-    fn resting(&self) -> Vec<(String, Resting)> {
+    fn expired(&self) -> Vec<(String, ExpiredLease)> {
         let records = self.pairs.keys().filter_map(|key| LeaseKey::decode(key.strip_prefix(SUBNETS)?).ok());
         let leased: Vec<Subnet> = records.flat_map(|key| key.subnets().values().copied().collect::<Vec<_>>()).collect();
-        let resting = |(key, pair): (&String, &Pair)| {
+        let expired = |(key, pair): (&String, &Pair)| {
             let subnet = guarded(key).filter(|subnet| !leased.contains(subnet))?;
             let node = std::str::from_utf8(&pair.value).ok().and_then(|name| name.parse().ok());
-            Some((key.clone(), Resting { subnet, node, mod_revision: pair.mod_revision }))
+            Some((key.clone(), ExpiredLease { subnet, node, mod_revision: pair.mod_revision }))
         };
-        self.pairs.iter().filter_map(resting).collect()
+        self.pairs.iter().filter_map(expired).collect()
     }
 
     /// True when no record has the key, nor its IPv4 subnet in another pair.

@@ -1,8 +1,30 @@
 //! Bytes of which some bits are open, and comparisons with three outcomes.
 
 use std::cmp::Ordering;
+use std::fmt;
 
-use super::{Comparison, Unknown};
+use super::Comparison;
+
+/// What isn't known of a packet or a rule.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Unknown {
+    /// The connection's state: the packet left it open.
+    State,
+    /// The packet's address: some of those that are judged at once are meant.
+    Address,
+    /// A condition that can't be read or foreseen.
+    Condition(String),
+}
+
+impl fmt::Display for Unknown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::State => f.write_str("the connection's state"),
+            Self::Address => f.write_str("the packet's address"),
+            Self::Condition(words) => f.write_str(words),
+        }
+    }
+}
 
 /// Whether something holds.
 #[derive(Clone, Debug, PartialEq, Eq)]

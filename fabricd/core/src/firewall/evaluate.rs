@@ -5,26 +5,10 @@
 //! followed: what would then be decided is noted, and the walk goes on as if it didn't apply. A drop that is certain
 //! whatever the open conditions are is a drop.
 
-use std::fmt;
-
-use super::bits::{Bits, Truth};
-use super::fields::{Carried, holds, load};
+use super::bits::{Bits, Truth, Unknown};
+use super::fields::{Carried, Tracking, holds, load};
 use super::packet::{Connection, Packet};
 use super::{Base, Chain, Decision, Destination, Element, Firewall, Hook, Rule, Set, Step, Table, TableKind, Value};
-
-/// Bits of a connection's state, as nftables has them (`NF_CT_STATE_BIT`).
-pub mod state {
-    /// It belongs to no connection.
-    pub const INVALID: u32 = 1;
-    /// It belongs to a connection that was answered.
-    pub const ESTABLISHED: u32 = 1 << 1;
-    /// It belongs to a connection that another one announced.
-    pub const RELATED: u32 = 1 << 2;
-    /// It begins a connection.
-    pub const NEW: u32 = 1 << 3;
-    /// No connection is remembered for it.
-    pub const UNTRACKED: u32 = 1 << 6;
-}
 
 /// What becomes of a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,26 +56,6 @@ pub struct Doubt {
     pub by: Blocked,
     /// What isn't known.
     pub because: Unknown,
-}
-
-/// What isn't known of a packet or a rule.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Unknown {
-    /// The connection's state: the packet left it open.
-    State,
-    /// The packet's address: some of those that are judged at once are meant.
-    Address,
-    /// A condition that can't be read or foreseen.
-    Condition(String),
-}
-
-/// Whether connection tracking knows the packet.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Tracking {
-    NotYet,
-    Tracked,
-    Untracked,
-    Maybe(Unknown),
 }
 
 /// Where connection tracking stands (`NF_IP_PRI_CONNTRACK`).
@@ -476,16 +440,6 @@ impl At<'_> {
             hook: self.base.1.hook,
             chain: self.chain.to_owned(),
             rule: rule.map(|(number, rule)| Place { number, handle: rule.handle, text: rule.to_string() }),
-        }
-    }
-}
-
-impl fmt::Display for Unknown {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::State => f.write_str("the connection's state"),
-            Self::Address => f.write_str("the packet's address"),
-            Self::Condition(words) => f.write_str(words),
         }
     }
 }

@@ -1,10 +1,32 @@
 //! What rules look at: the fields that they load, and the matches of iptables.
 
-use super::bits::{Bits, Truth};
-use super::evaluate::{Tracking, Unknown, state};
+use super::bits::{Bits, Truth, Unknown};
 use super::packet::{Connection, Interface, Packet, Path, address};
 use super::{End, Field, Hook, Test};
 use crate::model::Family;
+
+/// Bits of a connection's state, as nftables has them (`NF_CT_STATE_BIT`).
+pub mod state {
+    /// It belongs to no connection.
+    pub const INVALID: u32 = 1;
+    /// It belongs to a connection that was answered.
+    pub const ESTABLISHED: u32 = 1 << 1;
+    /// It belongs to a connection that another one announced.
+    pub const RELATED: u32 = 1 << 2;
+    /// It begins a connection.
+    pub const NEW: u32 = 1 << 3;
+    /// No connection is remembered for it.
+    pub const UNTRACKED: u32 = 1 << 6;
+}
+
+/// Whether connection tracking knows the packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Tracking {
+    NotYet,
+    Tracked,
+    Untracked,
+    Maybe(Unknown),
+}
 
 /// What a packet carries along from chain to chain.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -24,6 +24,7 @@
 mod bits;
 pub mod evaluate;
 mod fields;
+mod judged;
 pub mod packet;
 pub mod remedy;
 #[cfg(test)]
@@ -35,7 +36,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::model::Family;
 
-pub use self::evaluate::{Blocked, Doubt, Unknown, Verdict, judge, state_decides};
+pub use self::bits::Unknown;
+pub use self::evaluate::{Blocked, Doubt, Verdict, judge, state_decides};
+pub use self::fields::state;
+pub use self::judged::Judged;
 pub use self::packet::{Connection, Interface, Packet, Path};
 
 /// All tables of others that packets of ours meet.
@@ -413,7 +417,7 @@ pub enum Test {
     AnyPort(Vec<(u16, u16)>),
     /// `-m conntrack --ctstate`, `-m state`.
     State {
-        /// The states, as bits of [`evaluate::state`].
+        /// The states, as bits of [`fields::state`].
         states: u32,
         /// With a destination that was translated as well (`DNAT`), or a source (`SNAT`).
         translated: bool,

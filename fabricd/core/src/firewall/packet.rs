@@ -1,8 +1,7 @@
 //! A packet that is judged. Addresses may be prefixes: then all packets of the prefix are judged at once.
 
 use super::Hook;
-use super::bits::Bits;
-use super::evaluate::Unknown;
+use super::bits::{Bits, Unknown};
 use crate::model::{Family, IfName, Subnet, Vni};
 use crate::subnet::to_bits;
 

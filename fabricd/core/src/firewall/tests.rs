@@ -2,7 +2,9 @@
 
 use std::net::IpAddr;
 
-use super::evaluate::{Unknown, Verdict, judge, state};
+use super::bits::Unknown;
+use super::evaluate::{Verdict, judge};
+use super::fields::state;
 use super::packet::Flow;
 use super::traffic::{Node, Obstacle};
 use super::*;

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use super::evaluate::{Blocked, Doubt, state};
+use super::evaluate::{Blocked, Doubt};
+use super::fields::state;
 use super::{Comparison, Decision, Destination, End, Field, Hook, Register, Rule, Step, TableKind, Test};
 
 impl fmt::Display for TableKind {

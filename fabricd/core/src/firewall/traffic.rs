@@ -8,7 +8,8 @@ use std::fmt;
 use std::net::IpAddr;
 
 use super::Firewall;
-use super::evaluate::{Blocked, Unknown, Verdict, judge, state_decides};
+use super::bits::Unknown;
+use super::evaluate::{Blocked, Verdict, judge, state_decides};
 use super::packet::{Connection, Content, Flow, Interface, Packet, Path};
 use super::remedy::remedy;
 use crate::model::{Family, Subnet, Vni};

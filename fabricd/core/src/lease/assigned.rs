@@ -11,23 +11,12 @@
 //!      └─ no pod is in the old ─ quarantine
 //! ```
 
-use std::net::IpAddr;
-
-use super::{Bid, Expect, Held, Loss, Obstacle, Situation, Step, bid, endpoints, homes, same_address};
+use super::bid::{bid, endpoints, same_address};
+use super::homes;
+use super::reason::{Loss, Obstacle};
+use super::situation::{Assigned, Bid, Expect, Held, Situation, Step};
 use crate::leases::Lease;
-use crate::model::{PerFamily, Subnet};
 use crate::record::LeaseKey;
-
-/// What the cluster says of a node.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Assigned {
-    /// The subnets that it shall have; none until the cluster has come to it.
-    pub subnets: PerFamily<Subnet>,
-    /// Addresses to publish instead of the node's own, for one behind NAT.
-    pub public_ips: PerFamily<IpAddr>,
-    /// The boot id of the machine that the cluster knows under this node's name, if it knows one.
-    pub boot: Option<String>,
-}
 
 pub(super) fn next_step(now: &Situation<'_>, assigned: &Assigned) -> Step {
     let public_ips = now.public_ips.map(|family, ip| assigned.public_ips.get(family).copied().unwrap_or(*ip));

@@ -4,7 +4,8 @@
 //! The subnet of the pods is asked for before any other; where it is another node's, the node waits and says so. Pods in
 //! a subnet that a person told this node to leave don't count.
 
-use super::{Obstacle, Situation};
+use super::reason::Obstacle;
+use super::situation::Situation;
 use crate::model::{Family, PerFamily, Subnet};
 use crate::record::LeaseKey;
 

@@ -16,161 +16,26 @@
 
 pub mod alloc;
 mod assigned;
+mod bid;
 mod homes;
 mod reason;
 mod rival;
+mod situation;
 #[cfg(test)]
 mod tests;
 
-use std::net::IpAddr;
-
-use serde::{Deserialize, Serialize};
-
 use self::alloc::{Taken, choose};
-pub use self::assigned::Assigned;
-pub use self::reason::{Loss, Obstacle};
-pub use self::rival::{Findings, Life, Place, QUICK, Question, REMEMBERED, Rivals};
-use crate::leases::{Lease, LeaseSet};
-use crate::model::{Family, MacAddr, NodeName, PerFamily, Subnet, stable_hash};
+use self::bid::{bid, endpoints, same_address, written_here};
+pub use self::reason::{Life, Loss, Obstacle, Place, Rivals};
+pub use self::rival::{QUICK, REMEMBERED};
+pub use self::situation::{Assigned, Bid, Expect, ExpiredLease, Findings, Held, Previous, Question, Situation, Step};
+use crate::leases::Lease;
+use crate::model::{Family, NodeName, Subnet, stable_hash};
 use crate::network::NetworkConfig;
-use crate::record::{Backend, Endpoint, LeaseKey, Owner, Record};
+use crate::record::{Backend, Instance, LeaseKey, Record};
 
 /// How many nodes put a missing placeholder back: one may be down.
 const KEEPERS_OF_A_PLACE: usize = 3;
-
-/// What tells one run of a node from another that has its name.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Instance {
-    /// `/proc/sys/kernel/random/boot_id`.
-    pub boot: String,
-    /// Inode of the network namespace: nodes on one machine share its boot id.
-    pub netns: u64,
-}
-
-/// A lease as its holder remembers it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Held {
-    /// Its subnets.
-    pub key: LeaseKey,
-    /// Revision of our last write: any later one is somebody else's.
-    pub mod_revision: i64,
-    /// True when by the local monotonic clock the lease has ended.
-    pub run_out: bool,
-}
-
-/// The lease that a node had before: what is to be had back.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Previous {
-    /// Its subnets.
-    pub key: LeaseKey,
-    /// The addresses of the node's VXLAN devices: they stay for the life of the node.
-    pub vtep_macs: PerFamily<MacAddr>,
-    /// The number of the claim.
-    pub epoch: u64,
-    /// Revision of the node's last write, if it can be known: a record with it is this node's own.
-    pub written: Option<i64>,
-    /// The name that it was held under, where that was another.
-    pub formerly: Option<NodeName>,
-    /// True when it was held in this very boot of the machine.
-    pub this_boot: bool,
-}
-
-/// A subnet whose lease has ended while its guard still stands: it is kept for the node that had it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Resting {
-    /// The subnet.
-    pub subnet: Subnet,
-    /// The node that had it; nothing is known of one whose name can't be read.
-    pub node: Option<NodeName>,
-    /// Revision of the guard.
-    pub mod_revision: i64,
-}
-
-/// The state of a key that a claim is decided on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Expect {
-    /// Nobody has it, nor its IPv4 subnet in another pair.
-    Absent,
-    /// It was last changed at this revision, and is ours to take over.
-    Revision(i64),
-}
-
-/// All that a decision depends on.
-#[derive(Clone, Copy, Debug)]
-pub struct Situation<'a> {
-    /// This node.
-    pub node: &'a NodeName,
-    /// This run of it.
-    pub instance: &'a Instance,
-    /// The cluster's config.
-    pub network: &'a NetworkConfig,
-    /// Everybody's leases.
-    pub leases: &'a LeaseSet,
-    /// The addresses that peers send to, one for each family of the network.
-    pub public_ips: &'a PerFamily<IpAddr>,
-    /// The lease that is held.
-    pub held: Option<Held>,
-    /// The lease of before.
-    pub previous: Option<&'a Previous>,
-    /// When this node's daemon started, in seconds of Unix time.
-    pub since: i64,
-    /// The run that took the lease from this one although this one lived: it is overruled.
-    pub overruled: Option<&'a Instance>,
-    /// What is known of runs that wrote records in this node's name.
-    pub findings: &'a [Findings],
-    /// Where attached pods of this node have addresses: each one's, and the subnets of bridges that they are on.
-    pub pods: &'a [Subnet],
-    /// Subnets that a person told this node to leave.
-    pub leave: Option<LeaseKey>,
-    /// What pods had that a person has cut off by that: addresses and subnets.
-    pub left: &'a [Subnet],
-    /// True for a while after the store was emptied or set back.
-    pub settling: bool,
-    /// Subnets that rest, as far as that was asked for.
-    pub resting: &'a [Resting],
-    /// What the cluster assigns to this node, where nodes don't choose for themselves.
-    pub assigned: Option<&'a Assigned>,
-}
-
-/// What to do next.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// Nothing: the lease is ours and says what it should.
-    Keep,
-    /// The record is the one that this node wrote before it was started again: keep it alive, and that is all.
-    Adopt(Held, Record),
-    /// Ask the store for this.
-    Claim(Bid),
-    /// The lease is ours and should say this instead.
-    Rewrite(Record),
-    /// A record of ours is in the way or no longer fits the config: claim it, give it back, then decide again.
-    Withdraw(Bid),
-    /// Give back the lease that is held, then decide again.
-    GiveBack,
-    /// The lease that we held is not ours any more. Stop handing out addresses, then decide again without it.
-    Lost(Loss),
-    /// A reserved subnet has no record while its node is away: put a placeholder there.
-    HoldPlace(LeaseKey, Record),
-    /// A record of ours may be a living machine's: ask it. Until that is known there is nothing to ask the store for.
-    Ask(Question, Obstacle),
-    /// There is nothing to ask for, until something changes.
-    Wait(Obstacle),
-}
-
-/// What to ask the store for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Bid {
-    /// The subnets.
-    pub key: LeaseKey,
-    /// What to say there.
-    pub record: Record,
-    /// What must be true of the key.
-    pub expect: Expect,
-    /// Guards of resting subnets that may be overwritten, because there is no other subnet: their revisions.
-    pub evict: Vec<i64>,
-    /// The name that this node had before: what is that name's is this node's.
-    pub formerly: Option<NodeName>,
-}
 
 /// What to do about the lease.
 #[must_use]
@@ -289,8 +154,8 @@ fn settle(now: &Situation<'_>, ours: &[&Lease]) -> Step {
 
 /// Revisions of guards in these subnets that rest.
 fn resting_in(now: &Situation<'_>, key: &LeaseKey) -> Vec<i64> {
-    let within = |rest: &&Resting| key.subnets().values().any(|subnet| subnet.overlaps(rest.subnet));
-    now.resting.iter().filter(within).map(|rest| rest.mod_revision).collect()
+    let within = |rest: &&ExpiredLease| key.subnets().values().any(|subnet| subnet.overlaps(rest.subnet));
+    now.expired.iter().filter(within).map(|lease| lease.mod_revision).collect()
 }
 
 /// True for a record in this node's name, a placeholder for it, and what flannel wrote for it: flannel knows a node by
@@ -313,11 +178,6 @@ fn is_ours(now: &Situation<'_>, lease: &Lease) -> bool {
     }
 }
 
-/// True for a record that is as this node's disk remembers to have written it.
-fn written_here(now: &Situation<'_>, lease: &Lease) -> bool {
-    now.previous.is_some_and(|previous| previous.key == lease.key && previous.written == Some(lease.mod_revision))
-}
-
 /// The run of this node that wrote a record.
 fn writer(now: &Situation<'_>, lease: &Lease) -> Option<Instance> {
     let owner =
@@ -328,16 +188,6 @@ fn writer(now: &Situation<'_>, lease: &Lease) -> Option<Instance> {
 fn addresses(lease: &Lease) -> String {
     let addresses: Vec<String> = lease.record.endpoints().values().map(|e| e.public_ip.to_string()).collect();
     addresses.join(" and ")
-}
-
-fn same_address(now: &Situation<'_>, ours: &[&Lease]) -> Option<Obstacle> {
-    let others = now.leases.iter().filter(|lease| ours.iter().all(|ours| ours.key != lease.key));
-    let mut clashes = others.filter_map(|lease| {
-        let endpoints = lease.record.endpoints();
-        let (_, endpoint) = endpoints.iter().find(|(family, e)| now.public_ips.get(*family) == Some(&e.public_ip))?;
-        Some(Obstacle::SameAddress { ip: endpoint.public_ip, node: now.node.clone(), other: lease.holder() })
-    });
-    clashes.next()
 }
 
 /// True when the config still has room for this lease, in all of its families and no other. Its first and last subnet
@@ -379,14 +229,15 @@ fn fresh(now: &Situation<'_>) -> Result<Bid, Obstacle> {
         let reserved = now.leases.reservations().iter().filter(|(_, node)| *node != now.node).map(|(key, _)| key);
         now.leases.subnets(family).chain(reserved.filter_map(move |key| key.subnets().get(family).copied()))
     };
-    let resting: Vec<&Resting> = now.resting.iter().filter(|rest| rest.node.as_ref() != Some(now.node)).collect();
+    let expired: Vec<&ExpiredLease> =
+        now.expired.iter().filter(|lease| lease.node.as_ref() != Some(now.node)).collect();
     let home = homes::home(now);
     let had = LeaseKey::new(home).or_else(|| now.previous.map(|previous| previous.key));
     let reserved = now.leases.reservations().iter().find(|(_, node)| *node == now.node).map(|(key, _)| *key);
     let preferred = if home.is_empty() { reserved.or(had) } else { had };
     let subnets = now.network.spaces.try_map(|family, space| {
         let preferred = preferred.and_then(|key| key.subnets().get(family).copied());
-        let at_rest = || resting.iter().map(|rest| rest.subnet).filter(|subnet| subnet.family() == family);
+        let at_rest = || expired.iter().map(|lease| lease.subnet).filter(|subnet| subnet.family() == family);
         let left = || now.leave.and_then(|key| key.subnets().get(family).copied());
         let free =
             |others: &mut dyn Iterator<Item = Subnet>| choose(space, &Taken::new(space, others), preferred, seed);
@@ -395,8 +246,8 @@ fn fresh(now: &Situation<'_>) -> Result<Bid, Obstacle> {
             .or_else(|| free(&mut others(family)))
             .ok_or(Obstacle::Exhausted { family, capacity: space.capacity(), network: space.network })
     })?;
-    let in_the_way = resting.iter().filter(|rest| subnets.values().any(|subnet| subnet.overlaps(rest.subnet)));
-    let evict = in_the_way.map(|rest| rest.mod_revision).collect();
+    let in_the_way = expired.iter().filter(|rest| subnets.values().any(|subnet| subnet.overlaps(rest.subnet)));
+    let evict = in_the_way.map(|lease| lease.mod_revision).collect();
     let key = LeaseKey::new(subnets).expect("a valid config has a family");
     Ok(Bid { evict, ..bid(now, key, Expect::Absent, None) })
 }
@@ -417,50 +268,7 @@ fn place_to_hold(now: &Situation<'_>) -> Option<Step> {
     Some(Step::HoldPlace(*key, Record::placeholder(node, key)))
 }
 
-/// How peers reach this node. A VTEP keeps the MAC address that it once had, or that was published for it.
-fn endpoints(now: &Situation<'_>, published: Option<&Lease>) -> PerFamily<Endpoint> {
-    let vni = now.network.vxlan.vni;
-    let published = published.map(|lease| lease.record.endpoints()).unwrap_or_default();
-    let remembered = now.previous.map(|previous| previous.vtep_macs).unwrap_or_default();
-    now.public_ips.map(|family, public_ip| {
-        let known = remembered.get(family).copied().or_else(|| Some(published.get(family)?.vtep_mac));
-        let vtep_mac = known.unwrap_or_else(|| MacAddr::derived(now.node, vni, family));
-        Endpoint { public_ip: *public_ip, vtep_mac, vni }
-    })
-}
-
 /// A claim of a record that is this node's to take over.
 fn take(now: &Situation<'_>, lease: &Lease) -> Bid {
     bid(now, lease.key, Expect::Revision(lease.mod_revision), Some(lease))
-}
-
-/// A claim of `key`. What the record there says today, `before`, stays where we have nothing to say.
-fn bid(now: &Situation<'_>, key: LeaseKey, expect: Expect, before: Option<&Lease>) -> Bid {
-    let endpoints = endpoints(now, before);
-    let before = before.map(|lease| &lease.record);
-    let owner = before.and_then(|record| record.owner.as_ref());
-    let remembered = now.previous.map_or(0, |previous| previous.epoch);
-    let writer = owner.filter(|_| before.is_some_and(|record| !record.is_placeholder())).map(Owner::instance);
-    // Who takes back what was taken from it has taken it from nobody, and says so.
-    let (taken_from, taken_back) = match writer {
-        Some(writer) if writer == *now.instance => {
-            owner.map_or((None, false), |owner| (owner.taken_from.clone(), owner.taken_back))
-        }
-        Some(writer) if now.overruled == Some(&writer) => (None, true),
-        writer => (writer, false),
-    };
-    let formerly = owner.map(|owner| owner.node.clone()).or_else(|| now.previous?.formerly.clone());
-    let owner = Owner {
-        version: Owner::VERSION,
-        node: now.node.clone(),
-        boot: now.instance.boot.clone(),
-        netns: now.instance.netns,
-        epoch: owner.map_or(0, |owner| owner.epoch).max(remembered) + 1,
-        taken_from,
-        taken_back,
-        unknown: owner.map(|owner| owner.unknown.clone()).unwrap_or_default(),
-    };
-    let unknown = before.map(|record| record.unknown.clone()).unwrap_or_default();
-    let record = Record { backend: Backend::Vxlan(endpoints), owner: Some(owner), unknown };
-    Bid { key, record, expect, evict: vec![], formerly: formerly.filter(|name| name != now.node) }
 }

@@ -1,12 +1,11 @@
 //! Why a node has no lease, in words for people.
 
+use std::fmt;
 use std::net::IpAddr;
 
-use super::Instance;
-use super::rival::{Life, Rivals};
-
+use crate::inquiry::{Party, utc};
 use crate::model::{Family, NodeName, Subnet};
-use crate::record::LeaseKey;
+use crate::record::{Instance, LeaseKey};
 
 /// How a lease was lost.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -184,4 +183,105 @@ fn list(subnets: &[Subnet]) -> String {
     let shown: Vec<String> = subnets.iter().take(SHOWN).map(one).collect();
     let more = subnets.len().saturating_sub(SHOWN);
     if more == 0 { shown.join(", ") } else { format!("{} and {more} more", shown.join(", ")) }
+}
+
+/// Two runs that have one name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rivals {
+    /// The name.
+    pub node: NodeName,
+    /// What the other one holds.
+    pub key: LeaseKey,
+    /// The other one, by its record or its own words.
+    pub there: Place,
+    /// This one.
+    pub here: Place,
+    /// What is known of the other.
+    pub life: Life,
+}
+
+/// A machine, for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Its underlay addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Its boot id.
+    pub boot: String,
+    /// When its daemon started, in seconds of Unix time.
+    pub since: Option<i64>,
+}
+
+/// Whether the other machine lives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// It has been asked a moment ago.
+    Asked,
+    /// It said so.
+    Lives,
+    /// Its daemon says nothing, and a machine answers at its address.
+    HostAnswers {
+        /// When its lease ends.
+        ends: Option<i64>,
+    },
+    /// Nothing answers.
+    Silent {
+        /// When its lease ends.
+        ends: Option<i64>,
+    },
+}
+
+impl From<&Party> for Place {
+    fn from(party: &Party) -> Self {
+        Self { addresses: party.addresses.clone(), boot: party.instance.boot.clone(), since: Some(party.since) }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let addresses: Vec<String> = self.addresses.iter().map(ToString::to_string).collect();
+        write!(f, "{} (boot id {}", addresses.join(" and "), self.boot)?;
+        match self.since {
+            Some(since) => write!(f, ", fabricd started {})", utc(since)),
+            None => f.write_str(")"),
+        }
+    }
+}
+
+impl fmt::Display for Rivals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { node, key, there, here, life } = self;
+        let until = |ends: &Option<i64>| {
+            ends.map_or_else(
+                || "when that lease ends".to_owned(),
+                |ends| format!("when that lease ends, {}", utc(ends)),
+            )
+        };
+        match life {
+            Life::Asked => write!(
+                f,
+                "{key} is leased to {node} at {there}, and this machine is {node} at {here}; asking whether the other \
+                 one lives"
+            ),
+            Life::Lives => write!(
+                f,
+                "another machine that lives is called {node} too: it holds {key} at {there}, this machine is at {here}; \
+                 name one of them differently with --node-name"
+            ),
+            Life::HostAnswers { ends } => write!(
+                f,
+                "another machine is called {node} too: it holds {key} at {there}, where a machine answers though its \
+                 fabricd doesn't; this machine is at {here}. If both live, name one of them differently with \
+                 --node-name; if that one is not {node} any more: fabricctl lease release {node}; else the subnet is \
+                 taken {}",
+                until(ends)
+            ),
+            Life::Silent { ends } => write!(
+                f,
+                "another machine is called {node} too: it holds {key} at {there} and doesn't answer; this machine is at \
+                 {here}. If that one is gone, or was this machine before: fabricctl lease release {node}; if both live, \
+                 name one of them differently with --node-name; else the subnet is taken {}",
+                until(ends)
+            ),
+        }
+    }
 }

@@ -13,94 +13,19 @@
 //! Who answers keeps its lease. A run that took it all the same, as older versions do, is overruled by the one that held
 //! it: once and for all, since a record says whom it was taken from.
 
-use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use super::{Obstacle, Situation, Step, written_here};
-use crate::inquiry::{Party, utc};
+use super::bid::written_here;
+use super::reason::{Life, Obstacle, Place, Rivals};
+use super::situation::{Question, Situation, Step};
 use crate::leases::Lease;
-use crate::model::NodeName;
-use crate::record::LeaseKey;
 
 /// How long nobody may answer before a record is taken over whose address is this node's own now.
 pub const QUICK: Duration = Duration::from_secs(3);
 
 /// The same for one that this disk remembers to have written, at another address.
 pub const REMEMBERED: Duration = Duration::from_secs(30);
-
-/// What is known so far of the run that wrote a record.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Findings {
-    /// Revision of the record.
-    pub revision: i64,
-    /// Its answer.
-    pub answer: Option<Party>,
-    /// For how long questions have gone unanswered.
-    pub silent: Duration,
-    /// True when some machine answers at the record's address.
-    pub host_answers: bool,
-    /// When its lease ends unless it is kept alive, in seconds of Unix time; `None` when that isn't known.
-    pub ends: Option<i64>,
-}
-
-/// Whom to ask about a record.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Question {
-    /// The name in the record: this node's, or the one that it had before.
-    pub node: NodeName,
-    /// Its subnets.
-    pub key: LeaseKey,
-    /// Its revision.
-    pub revision: i64,
-    /// Addresses at which it is to be seen whether any machine answers.
-    pub probe: Vec<IpAddr>,
-}
-
-/// Two runs that have one name.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rivals {
-    /// The name.
-    pub node: NodeName,
-    /// What the other one holds.
-    pub key: LeaseKey,
-    /// The other one, by its record or its own words.
-    pub there: Place,
-    /// This one.
-    pub here: Place,
-    /// What is known of the other.
-    pub life: Life,
-}
-
-/// A machine, for people.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
-    /// Its underlay addresses.
-    pub addresses: Vec<IpAddr>,
-    /// Its boot id.
-    pub boot: String,
-    /// When its daemon started, in seconds of Unix time.
-    pub since: Option<i64>,
-}
-
-/// Whether the other machine lives.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Life {
-    /// It has been asked a moment ago.
-    Asked,
-    /// It said so.
-    Lives,
-    /// Its daemon says nothing, and a machine answers at its address.
-    HostAnswers {
-        /// When its lease ends.
-        ends: Option<i64>,
-    },
-    /// Nothing answers.
-    Silent {
-        /// When its lease ends.
-        ends: Option<i64>,
-    },
-}
 
 /// Asks, or waits, while a record may be a living machine's; `None` when it may be taken over.
 pub(super) fn contest(now: &Situation<'_>, lease: &Lease) -> Option<Step> {
@@ -151,60 +76,4 @@ pub(super) fn contest(now: &Situation<'_>, lease: &Lease) -> Option<Step> {
 /// True when a record has an address that this node publishes.
 pub(super) fn shares_address(now: &Situation<'_>, lease: &Lease) -> bool {
     lease.record.endpoints().iter().any(|(family, e)| now.public_ips.get(family) == Some(&e.public_ip))
-}
-
-impl From<&Party> for Place {
-    fn from(party: &Party) -> Self {
-        Self { addresses: party.addresses.clone(), boot: party.instance.boot.clone(), since: Some(party.since) }
-    }
-}
-
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let addresses: Vec<String> = self.addresses.iter().map(ToString::to_string).collect();
-        write!(f, "{} (boot id {}", addresses.join(" and "), self.boot)?;
-        match self.since {
-            Some(since) => write!(f, ", fabricd started {})", utc(since)),
-            None => f.write_str(")"),
-        }
-    }
-}
-
-impl fmt::Display for Rivals {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { node, key, there, here, life } = self;
-        let until = |ends: &Option<i64>| {
-            ends.map_or_else(
-                || "when that lease ends".to_owned(),
-                |ends| format!("when that lease ends, {}", utc(ends)),
-            )
-        };
-        match life {
-            Life::Asked => write!(
-                f,
-                "{key} is leased to {node} at {there}, and this machine is {node} at {here}; asking whether the other \
-                 one lives"
-            ),
-            Life::Lives => write!(
-                f,
-                "another machine that lives is called {node} too: it holds {key} at {there}, this machine is at {here}; \
-                 name one of them differently with --node-name"
-            ),
-            Life::HostAnswers { ends } => write!(
-                f,
-                "another machine is called {node} too: it holds {key} at {there}, where a machine answers though its \
-                 fabricd doesn't; this machine is at {here}. If both live, name one of them differently with \
-                 --node-name; if that one is not {node} any more: fabricctl lease release {node}; else the subnet is \
-                 taken {}",
-                until(ends)
-            ),
-            Life::Silent { ends } => write!(
-                f,
-                "another machine is called {node} too: it holds {key} at {there} and doesn't answer; this machine is at \
-                 {here}. If that one is gone, or was this machine before: fabricctl lease release {node}; if both live, \
-                 name one of them differently with --node-name; else the subnet is taken {}",
-                until(ends)
-            ),
-        }
-    }
 }

@@ -2,11 +2,13 @@
 
 mod assigned;
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use super::*;
 use crate::inquiry::Party;
-use crate::leases::Entry;
+use crate::leases::{Entry, LeaseSet};
+use crate::model::{MacAddr, PerFamily};
 
 struct Node {
     name: NodeName,
@@ -21,7 +23,7 @@ struct Node {
     leave: Option<LeaseKey>,
     left: Vec<Subnet>,
     settling: bool,
-    resting: Vec<Resting>,
+    expired: Vec<ExpiredLease>,
     assigned: Option<Assigned>,
 }
 
@@ -40,7 +42,7 @@ impl Node {
             leave: None,
             left: vec![],
             settling: false,
-            resting: vec![],
+            expired: vec![],
             assigned: None,
         }
     }
@@ -75,7 +77,7 @@ impl Node {
             leave: self.leave,
             left: &self.left,
             settling: self.settling,
-            resting: &self.resting,
+            expired: &self.expired,
             assigned: self.assigned.as_ref(),
         })
     }
@@ -469,20 +471,20 @@ fn copied_disk_of_a_node_with_another_name_is_no_claim_to_its_subnet() {
 fn resting_subnet_is_left_alone_unless_it_is_our_own_or_there_is_no_other() {
     let mut node = Node::new();
     let first = node.bid(&empty()).key;
-    let rest = |key: LeaseKey, name: &str, mod_revision| Resting {
+    let rest = |key: LeaseKey, name: &str, mod_revision| ExpiredLease {
         subnet: key.subnets().v4.expect("IPv4"),
         node: name.parse().ok(),
         mod_revision,
     };
-    node.resting = vec![rest(first, "node-2", 3)];
+    node.expired = vec![rest(first, "node-2", 3)];
     let bid = node.bid(&empty());
     assert!(bid.key != first && bid.evict.is_empty());
-    node.resting = vec![rest(first, "node-1", 3)];
+    node.expired = vec![rest(first, "node-1", 3)];
     assert_eq!(node.bid(&empty()).key, first);
 
     let json = br#"{"Network":"192.0.2.0/24","SubnetLen":26,"Backend":{"Type":"vxlan"}}"#;
     node.network = NetworkConfig::decode(json).expect("valid");
-    node.resting = vec![rest(key("192.0.2.64-26"), "n2", 8), rest(key("192.0.2.128-26"), "n3", 9)];
+    node.expired = vec![rest(key("192.0.2.64-26"), "n2", 8), rest(key("192.0.2.128-26"), "n3", 9)];
     assert_eq!(node.bid(&empty()).key, key("192.0.2.192-26"));
     let full = set(
         &[("192.0.2.64-26", fabric("n2", "198.51.100.1"), 3), ("192.0.2.192-26", fabric("n4", "198.51.100.1"), 3)],
@@ -552,7 +554,8 @@ fn node_takes_the_subnet_that_its_attached_pods_live_in_if_it_can_be_had() {
         node.previous = Some(other);
         assert_eq!(node.bid(&empty()).key, key(NINE), "the disk remembers another");
         // Its guard rests for another name: as that of a node that was renamed and released.
-        node.resting = vec![Resting { subnet: "10.244.9.0/24".parse().expect("valid"), node: None, mod_revision: 8 }];
+        node.expired =
+            vec![ExpiredLease { subnet: "10.244.9.0/24".parse().expect("valid"), node: None, mod_revision: 8 }];
         assert_eq!(node.bid(&empty()).evict, [8]);
     }
 }

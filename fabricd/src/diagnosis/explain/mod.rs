@@ -30,7 +30,7 @@ use self::probes::Probes;
 use self::route::FromPod;
 use super::{Outcome, Scene};
 use crate::host::firewall::{self, Asked};
-use crate::mesh::Cause;
+use crate::mesh::{Cause, words};
 use crate::status::view::PeerTrouble;
 
 /// The layer of hops that are packets which were sent.
@@ -292,7 +292,7 @@ fn underlay(scene: &Scene, lease: &Lease, family: Family) -> Hop {
     let mut hop = Hop::unknown("underlay", "not probed yet: see fabricctl mesh");
     scene.mesh.each(|path| {
         if Some(path.target.overlay) == overlay {
-            let (verdict, host) = (path.verdict(), path.target.public_ip);
+            let (verdict, host) = (words::verdict(path), path.target.public_ip);
             hop = match verdict.cause {
                 Cause::Unknown => hop.clone(),
                 cause if cause.hurts() => {

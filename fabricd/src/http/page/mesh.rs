@@ -50,11 +50,11 @@ pub struct Others(Mutex<Said>);
 struct Said {
     asking: bool,
     at: Option<Instant>,
-    nodes: BTreeMap<String, Heard>,
+    nodes: BTreeMap<String, NodeSaid>,
 }
 
 /// What one node has said: a letter for each peer, or why nothing.
-struct Heard {
+struct NodeSaid {
     node: String,
     error: String,
     peers: BTreeMap<String, char>,
@@ -95,7 +95,7 @@ impl Others {
     }
 }
 
-fn heard(answer: v1::NodeAnswer) -> Heard {
+fn heard(answer: v1::NodeAnswer) -> NodeSaid {
     let paths = match answer.answer {
         Some(Answer::Mesh(mesh)) => mesh.peers,
         _ => vec![],
@@ -106,13 +106,13 @@ fn heard(answer: v1::NodeAnswer) -> Heard {
         // A peer of both families is as well as the worse of them.
         peers.entry(path.node).and_modify(|worst: &mut char| *worst = letter.max(*worst)).or_insert(letter);
     }
-    Heard { node: answer.node, error: answer.error, peers }
+    NodeSaid { node: answer.node, error: answer.error, peers }
 }
 
-fn table(nodes: &[&Heard]) -> Table {
+fn table(nodes: &[&NodeSaid]) -> Table {
     let names = nodes.iter().flat_map(|heard| heard.peers.keys().chain([&heard.node]));
     let names: BTreeSet<&String> = names.collect();
-    let row = |heard: &&Heard| Row {
+    let row = |heard: &&NodeSaid| Row {
         node: heard.node.clone(),
         error: heard.error.clone(),
         cells: names.iter().map(|name| heard.peers.get(*name).copied().unwrap_or(' ')).collect(),
@@ -154,7 +154,7 @@ mod tests {
         let mesh = v1::GetMeshResponse { peers, ..v1::GetMeshResponse::default() };
         let answer = Some(Answer::Mesh(mesh));
         let ours = heard(v1::NodeAnswer { node: "a".into(), answer, ..v1::NodeAnswer::default() });
-        let silent = Heard { node: "f".into(), error: "no answer".into(), peers: BTreeMap::new() };
+        let silent = NodeSaid { node: "f".into(), error: "no answer".into(), peers: BTreeMap::new() };
         let table = table(&[&ours, &silent]);
         assert_eq!(table.names, ["a", "b", "c", "d", "e", "f"]);
         let rows: Vec<_> = table.rows.iter().map(|row| (row.cells.as_str(), row.error.as_str())).collect();

@@ -1,7 +1,7 @@
 //! Matches and targets of iptables (linux/netfilter/xt_*.h), which iptables-nft and iptables-legacy share. Numbers in
 //! them are of this machine's byte order, addresses of the network's.
 
-use fabric_core::firewall::evaluate::state;
+use fabric_core::firewall::state;
 use fabric_core::firewall::{Comparison, Decision, End, Field, Step, Test};
 
 /// `XT_CONNTRACK_STATE`, and the same by the name of `-m state`.

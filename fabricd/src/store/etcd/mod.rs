@@ -37,7 +37,7 @@ pub use self::connect::{Options, Tls, User};
 pub use self::endpoint::complete;
 use self::keys::Keys;
 pub use self::operator::Overview;
-use super::{Claim, ConfigPlace, Connection, Grant, Inquired, LeaseStore, Network, Resting, StoreError};
+use super::{Claim, ConfigPlace, Connection, ExpiredLease, Grant, Inquired, LeaseStore, Network, StoreError};
 
 /// The lease store in etcd. Dropping it ends its task.
 pub struct Etcd {
@@ -176,8 +176,8 @@ impl LeaseStore for Etcd {
         self.store.release(grant).await
     }
 
-    async fn resting(&self, grace: Duration) -> Result<Vec<Resting>, StoreError> {
-        self.store.resting(grace).await
+    async fn expired_leases(&self, grace: Duration) -> Result<Vec<ExpiredLease>, StoreError> {
+        self.store.expired_leases(grace).await
     }
 
     async fn hold_place(&self, key: &LeaseKey, placeholder: &Record) -> Result<(), StoreError> {

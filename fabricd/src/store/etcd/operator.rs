@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{Compare, CompareOp, TxnOp};
-use fabric_core::lease::Resting;
+use fabric_core::lease::ExpiredLease;
 use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::NodeName;
 use fabric_core::record::{LeaseKey, Record};
@@ -19,18 +19,18 @@ pub struct Overview {
     /// Leases and reservations.
     pub leases: Arc<LeaseSet>,
     /// Subnets whose lease has ended, in their grace period.
-    pub resting: Vec<Resting>,
+    pub expired: Vec<ExpiredLease>,
 }
 
 impl Etcd {
-    /// Leases, reservations and resting subnets. No grace begins because somebody looks.
+    /// Leases, reservations and expired subnets. No grace begins because somebody looks.
     ///
     /// # Errors
     /// [`StoreError::Unreachable`] or `Refused`.
     pub async fn overview(&self) -> Result<Overview, StoreError> {
         let leases = self.listed().await?;
         let guards = self.store.guards_without_record().await?;
-        Ok(Overview { leases, resting: guards.into_iter().map(super::reservations::resting).collect() })
+        Ok(Overview { leases, expired: guards.into_iter().map(super::reservations::expired).collect() })
     }
 
     /// How long a lease lasts unless it is kept alive; `None` for a record that hangs on none, and stays for ever.
@@ -97,7 +97,7 @@ impl Etcd {
     /// # Errors
     /// [`StoreError::Unreachable`] or `Refused`.
     pub async fn release_node(&self, node: &NodeName) -> Result<Vec<LeaseKey>, StoreError> {
-        let Overview { leases, resting } = self.overview().await?;
+        let Overview { leases, expired } = self.overview().await?;
         let of_node = leases.iter().filter(|l| l.record.node() == Some(node) && !l.record.is_placeholder());
         let mut released = vec![];
         for lease in of_node {
@@ -107,7 +107,7 @@ impl Etcd {
             self.store.once(RELEASE, as_seen, keys.map(|key| TxnOp::delete(key, None)).collect()).await?;
             released.push(lease.key);
         }
-        for rest in resting.into_iter().filter(|rest| rest.node.as_ref() == Some(node)) {
+        for rest in expired.into_iter().filter(|lease| lease.node.as_ref() == Some(node)) {
             let key = LeaseKey::new([(rest.subnet.family(), rest.subnet)].into_iter().collect());
             for guard in key.iter().flat_map(|key| self.store.keys.guards(key)) {
                 let as_seen = vec![Compare::mod_revision(guard.clone(), CompareOp::Equal, rest.mod_revision)];

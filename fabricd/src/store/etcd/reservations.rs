@@ -13,20 +13,20 @@ use fabric_core::record::{LeaseKey, Record};
 
 use super::Store;
 use super::keys::KeyKind;
-use crate::store::{Resting, StoreError};
+use crate::store::{ExpiredLease, StoreError};
 
 /// How many operations a transaction of etcd's may have, unless it was told otherwise (`--max-txn-ops`).
 const MAX_OPS: usize = 128;
 
 impl Store {
-    pub(super) async fn resting(&self, grace: Duration) -> Result<Vec<Resting>, StoreError> {
+    pub(super) async fn expired_leases(&self, grace: Duration) -> Result<Vec<ExpiredLease>, StoreError> {
         let mut guards = self.guards_without_record().await?;
         let without_end: Vec<&KeyValue> = guards.iter().map(|(_, kv)| kv).filter(|kv| kv.lease() == 0).collect();
         if !without_end.is_empty() {
             self.begin_grace(&without_end, grace).await?;
             guards = self.guards_without_record().await?;
         }
-        Ok(guards.into_iter().map(resting).collect())
+        Ok(guards.into_iter().map(expired).collect())
     }
 
     /// Guards and leases at one revision.
@@ -37,7 +37,7 @@ impl Store {
         ]);
         let (response, _) = self
             .connector
-            .ask("look for resting subnets", |client| {
+            .ask("look for expired subnets", |client| {
                 let (mut kv, ranges) =
                     (client.kv_client().max_decoding_message_size(super::watch::MAX_RESPONSE), ranges.clone());
                 async move { kv.txn(ranges).await }
@@ -84,7 +84,7 @@ impl Store {
 }
 
 /// What a guard without a record says.
-pub(super) fn resting((subnet, guard): (Subnet, KeyValue)) -> Resting {
+pub(super) fn expired((subnet, guard): (Subnet, KeyValue)) -> ExpiredLease {
     let node = guard.value_str().ok().and_then(|name| name.parse().ok());
-    Resting { subnet, node, mod_revision: guard.mod_revision() }
+    ExpiredLease { subnet, node, mod_revision: guard.mod_revision() }
 }

@@ -68,7 +68,7 @@ enum Guard {
     /// Of the name that this node had before.
     Formerly,
     /// Another node's, which may be overwritten while it has this revision.
-    Resting(i64),
+    Expired(i64),
 }
 
 impl Guard {
@@ -78,7 +78,7 @@ impl Guard {
             None => Some(Self::Nobodys),
             Some(kv) if names(kv, &claim.node) => Some(Self::Ours),
             Some(kv) if claim.formerly.as_ref().is_some_and(|node| names(kv, node)) => Some(Self::Formerly),
-            Some(kv) if claim.evict.contains(&kv.mod_revision()) => Some(Self::Resting(kv.mod_revision())),
+            Some(kv) if claim.evict.contains(&kv.mod_revision()) => Some(Self::Expired(kv.mod_revision())),
             Some(_) => None,
         }
     }
@@ -89,7 +89,7 @@ impl Guard {
             Self::Nobodys => Compare::version(key, CompareOp::Equal, 0),
             Self::Ours => names(&claim.node),
             Self::Formerly => names(claim.formerly.as_ref().unwrap_or(&claim.node)),
-            Self::Resting(revision) => Compare::mod_revision(key, CompareOp::Equal, revision),
+            Self::Expired(revision) => Compare::mod_revision(key, CompareOp::Equal, revision),
         }
     }
 }

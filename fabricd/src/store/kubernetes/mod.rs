@@ -33,7 +33,7 @@ use tokio::time::Instant;
 use self::fold::LeaseFold;
 use self::node::Node;
 use self::write::{PATCH, Pace};
-use super::{Assigned, Claim, ConfigPlace, Connection, Grant, LeaseStore, Network, Resting, StoreError, publish};
+use super::{Assigned, Claim, ConfigPlace, Connection, ExpiredLease, Grant, LeaseStore, Network, StoreError, publish};
 use crate::kubernetes::client::{ApiError, ApiServer};
 use crate::kubernetes::reflector::{Object as _, Reflector};
 
@@ -167,7 +167,7 @@ impl LeaseStore for Kubernetes {
         Ok(())
     }
 
-    async fn resting(&self, _grace: Duration) -> Result<Vec<Resting>, StoreError> {
+    async fn expired_leases(&self, _grace: Duration) -> Result<Vec<ExpiredLease>, StoreError> {
         Err(assigned_here("tell which subnets rest"))
     }
 

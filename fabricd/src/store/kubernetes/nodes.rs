@@ -16,7 +16,7 @@ use crate::kubernetes::reflector::Object as _;
 
 /// What is known of one Node.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Known {
+struct NodeLease {
     published: Option<Published>,
     /// Those that may still be had back by the Node's name.
     subnets: PerFamily<Subnet>,
@@ -28,7 +28,7 @@ struct Known {
 /// All Nodes.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Nodes {
-    known: BTreeMap<String, Known>,
+    known: BTreeMap<String, NodeLease>,
     /// Those that publish a key: when they were created, and their names. More than one is a mistake in the cluster's
     /// podCIDRs; the oldest counts.
     claimants: BTreeMap<LeaseKey, BTreeSet<(i64, String)>>,
@@ -44,7 +44,7 @@ impl Nodes {
         }
         let entries = listed.claimants.keys().filter_map(|key| listed.entry(key)).collect();
         listed.set = LeaseSet::snapshot(&before.set, entries, revision);
-        listed.let_go();
+        listed.remove_departed();
         listed
     }
 
@@ -74,12 +74,12 @@ impl Nodes {
         let Some(before) = self.forget(node.name()) else { return false };
         match before.published {
             Some(published) => self.settle(&published.key, node.revision()),
-            None => self.let_go(),
+            None => self.remove_departed(),
         }
         true
     }
 
-    fn note(&mut self, node: &Node, before: Option<&Known>) {
+    fn note(&mut self, node: &Node, before: Option<&NodeLease>) {
         let published = annotations::read(node);
         let subnets = if annotations::is_given_back(node) { PerFamily::default() } else { node.subnets() };
         let unchanged = before.filter(|before| before.published == published && before.subnets == subnets);
@@ -91,10 +91,10 @@ impl Nodes {
                 warn!(subnet = %published.key, nodes = ?claimants, "several Nodes have one podCIDR; the oldest has it");
             }
         }
-        self.known.insert(node.name().to_owned(), Known { published, subnets, created: node.created(), changed });
+        self.known.insert(node.name().to_owned(), NodeLease { published, subnets, created: node.created(), changed });
     }
 
-    fn forget(&mut self, name: &str) -> Option<Known> {
+    fn forget(&mut self, name: &str) -> Option<NodeLease> {
         let before = self.known.remove(name)?;
         if let Some(published) = &before.published
             && let Some(claimants) = self.claimants.get_mut(&published.key)
@@ -122,11 +122,11 @@ impl Nodes {
             None => Event::Delete { key: key.encode(), given_back: false },
         };
         self.set.apply(event, revision);
-        self.let_go();
+        self.remove_departed();
     }
 
     /// A lease without annotations may come back, unless its subnets are nobody's or another's by now.
-    fn let_go(&mut self) {
+    fn remove_departed(&mut self) {
         if self.set.departed().is_empty() {
             return;
         }

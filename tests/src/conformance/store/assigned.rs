@@ -38,7 +38,7 @@ pub async fn nothing_rests_and_nothing_is_kept_for_anybody(h: &impl Harness) {
     let place = key("10.244.1.0-24");
     let placeholder = Record::placeholder(&"node-9".parse().expect("a name"), &place);
     let refusals = [
-        store.resting(Duration::from_secs(1)).await.expect_err("nothing rests"),
+        store.expired_leases(Duration::from_secs(1)).await.expect_err("nothing rests"),
         store.hold_place(&place, &placeholder).await.expect_err("nothing is kept"),
     ];
     for refusal in refusals {

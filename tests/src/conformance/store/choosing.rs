@@ -5,10 +5,9 @@ use std::future::Future;
 use std::time::Duration;
 
 use fabric_core::inquiry::{Inquiry, Party};
-use fabric_core::lease::Instance;
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::NodeName;
-use fabric_core::record::Record;
+use fabric_core::record::{Instance, Record};
 use fabricd::store::{Claim, Expect, Grant, Inquired, LeaseStore, StoreError};
 use tokio::time::timeout;
 
@@ -260,23 +259,23 @@ pub async fn freed_subnet_rests_for_a_grace(h: &impl Harness) {
     h.revoke(grant.lease_id).await;
     let gone = leases(&store, "one record", |set| set.len() == 1).await;
     let other = claim(3, "10.244.1.0-24&fd00:1::-64", &gone);
-    let resting = store.resting(Duration::from_secs(600)).await.expect("reachable");
-    let mut subnets: Vec<String> = resting.iter().map(|rest| rest.subnet.to_string()).collect();
+    let expired = store.expired_leases(Duration::from_secs(600)).await.expect("reachable");
+    let mut subnets: Vec<String> = expired.iter().map(|lease| lease.subnet.to_string()).collect();
     subnets.sort();
     assert_eq!(subnets, ["10.244.1.0/24", "fd00:1::/64"], "those with a record don't rest");
-    assert!(resting.iter().all(|rest| rest.node.as_ref().is_some_and(|node| node.as_str() == "node-1")));
+    assert!(expired.iter().all(|lease| lease.node.as_ref().is_some_and(|node| node.as_str() == "node-1")));
     assert!(is_guarded(&store.claim(&other).await));
-    let again = store.resting(Duration::from_secs(1)).await.expect("reachable");
-    assert_eq!(again, resting, "a grace begins once");
+    let again = store.expired_leases(Duration::from_secs(1)).await.expect("reachable");
+    assert_eq!(again, expired, "a grace begins once");
 
     // When there is no other subnet, it may be had all the same.
-    let evicting = Claim { evict: resting.iter().map(|rest| rest.mod_revision).collect(), ..other };
+    let evicting = Claim { evict: expired.iter().map(|lease| lease.mod_revision).collect(), ..other };
     let evicted = store.claim(&evicting).await.expect("told to");
     settled(&store, &evicted).await;
     h.revoke(evicted.lease_id).await;
     let gone = leases(&store, "one record", |set| set.len() == 1).await;
     assert!(is_guarded(&store.claim(&claim(1, "10.244.1.0-24&fd00:1::-64", &gone)).await), "it is the other's now");
-    store.resting(Duration::from_secs(1)).await.expect("reachable");
+    store.expired_leases(Duration::from_secs(1)).await.expect("reachable");
     let over = async {
         while h.get("fabric/guard/4/10.244.1.0-24").await.is_some() {
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -293,10 +292,10 @@ pub async fn claim_ends_the_rest(h: &impl Harness) {
     let (ours, grant) = claimed(&store, 1, "10.244.1.0-24").await;
     h.revoke(grant.lease_id).await;
     let gone = leases(&store, "no record", LeaseSet::is_empty).await;
-    assert_eq!(store.resting(Duration::from_secs(600)).await.expect("reachable").len(), 1);
+    assert_eq!(store.expired_leases(Duration::from_secs(600)).await.expect("reachable").len(), 1);
     let back = store.claim(&Claim { seen_revision: gone.revision(), ..ours }).await.expect("its own guard");
     settled(&store, &back).await;
-    assert!(store.resting(Duration::from_secs(600)).await.expect("reachable").is_empty());
+    assert!(store.expired_leases(Duration::from_secs(600)).await.expect("reachable").is_empty());
 }
 
 /// A reservation shows, and its placeholder is written only while it stands and nobody has the subnet.
