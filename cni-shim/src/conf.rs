@@ -6,6 +6,7 @@
 //! | `stateDir`   | `/var/lib/cni/fabric`      | where attachments are remembered                               |
 //! | `dataDir`    | host-local's own           | where host-local remembers addresses                           |
 //! | `delegate`   | `{"type": "bridge"}`       | keys for the delegate that win over ours, as flannel's plugin has it |
+//! | `flannelDir` | `/var/lib/cni/flannel`     | what flannel's plugin remembers of pods from before this node was taken over |
 //! | `readyTimeout` | 5                        | seconds that ADD waits for a node that isn't ready             |
 //!
 //! What can't be honoured is refused, not ignored: `ipam.ranges` would be somebody's belief about addresses. Another
@@ -20,6 +21,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::error::{CniError, Code};
+use crate::flannel::FLANNEL_DIR;
 use crate::spec::{AttachmentId, Identifier, Verb};
 use crate::version::SpecVersion;
 
@@ -43,6 +45,9 @@ pub struct PluginConf {
     pub state_dir: PathBuf,
     /// Where host-local remembers addresses, if not at its default `/var/lib/cni/networks`.
     pub data_dir: Option<PathBuf>,
+    /// Where flannel's plugin remembered the pods that it attached.
+    #[serde(default = "default_flannel_dir")]
+    pub flannel_dir: PathBuf,
     /// The user's keys for the delegate; they win over ours.
     #[serde(default)]
     pub delegate: Map<String, Value>,
@@ -58,6 +63,10 @@ pub struct PluginConf {
 
 fn default_node_file() -> PathBuf {
     PathBuf::from(RUN_DIR).join(NODE_FILE)
+}
+
+fn default_flannel_dir() -> PathBuf {
+    FLANNEL_DIR.into()
 }
 
 fn default_ready_timeout() -> u16 {
@@ -150,6 +159,7 @@ impl Conf for PluginConf {
             ("nodeFile", Some(&self.node_file)),
             ("stateDir", Some(&self.state_dir)),
             ("dataDir", self.data_dir.as_ref()),
+            ("flannelDir", Some(&self.flannel_dir)),
         ] {
             if let Some(path) = path.filter(|path| !path.is_absolute()) {
                 return Err(invalid(format!("{key} is {}, which is not an absolute path", path.display())));

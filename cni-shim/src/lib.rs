@@ -38,6 +38,7 @@ pub mod conf;
 pub mod delegate;
 pub mod error;
 pub mod exec;
+pub mod flannel;
 pub mod host_local;
 pub mod netlink;
 pub mod node_ipam;

@@ -18,6 +18,7 @@ use crate::conf::PluginConf;
 use crate::delegate::{Delegate, on_a_bridge, render};
 use crate::error::{CniError, Code};
 use crate::exec::Exec;
+use crate::flannel;
 use crate::node_ipam::NodeIpam;
 use crate::ready::{await_ready_node, known_node, ready_node};
 use crate::request::{Action, Attachment, Call, Request};
@@ -104,6 +105,7 @@ impl Answering<'_> {
     }
 
     fn del(&self, pod: &Attachment) -> Result<(), CniError> {
+        self.detach_flannels(pod)?;
         if self.detach(&self.attachments, pod, PATIENCE)? { Ok(()) } else { self.detach_elsewhere(pod) }
     }
 
@@ -135,6 +137,20 @@ impl Answering<'_> {
         Ok(known)
     }
 
+    /// Undoes what flannel's plugin attached, as that would. Before anything else, since the delegate learns from the pod's
+    /// interface which chains are its own.
+    fn detach_flannels(&self, pod: &Attachment) -> Result<(), CniError> {
+        let dir = &self.call.conf.flannel_dir;
+        let Some(config) = flannel::told(dir, &pod.id.container).filter(|_| !self.attachments.exists(&pod.id)) else {
+            return Ok(());
+        };
+        let netns = pod.netns.clone().filter(|path| namespace(path).is_some());
+        let pod = Attachment { id: pod.id.clone(), netns };
+        let delegate = self.delegate(kind_of(&config).map_or_else(|| self.call.conf.delegate_type(), Ok)?)?;
+        delegate.call(Verb::Del, Some(&pod), &config, self.call.conf.prev_result.as_ref())?;
+        flannel::forget(dir, &pod.id.container)
+    }
+
     /// Undoes what was attached under another network's name, as after a conflist was renamed, or by another plugin, as
     /// flannel's: the runtime says DEL under today's name.
     fn detach_elsewhere(&self, pod: &Attachment) -> Result<(), CniError> {
@@ -151,16 +167,22 @@ impl Answering<'_> {
     }
 
     fn check(&self, pod: &Attachment, prev_result: &Value) -> Result<(), CniError> {
-        let saved = self.attachments.read(&pod.id).ok_or_else(|| {
+        let conf = &self.call.conf;
+        let saved = self.attachments.read(&pod.id).map(|saved| (saved.config, prev_result.clone()));
+        let flannels = || {
+            let config = flannel::told(&conf.flannel_dir, &pod.id.container)?;
+            Some((config, flannel::without_onlink_routes(prev_result)))
+        };
+        let (config, prev_result) = saved.or_else(flannels).ok_or_else(|| {
             let msg = format!("{} was not attached by this plugin, or its state is lost; DEL and ADD it again", pod.id);
             CniError::new(Code::NotAttached, msg)
         })?;
-        let delegate = self.delegate(kind_of(&saved.config).map_or_else(|| self.call.conf.delegate_type(), Ok)?)?;
+        let delegate = self.delegate(kind_of(&config).map_or_else(|| conf.delegate_type(), Ok)?)?;
         if delegate.version < Verb::Check.since() {
             return Ok(());
         }
-        let told = told(&self.call.conf.name, pod, &saved.config);
-        delegate.call(Verb::Check, Some(&told), &saved.config, Some(prev_result)).map(drop)
+        let told = told(&conf.name, pod, &config);
+        delegate.call(Verb::Check, Some(&told), &config, Some(&prev_result)).map(drop)
     }
 
     /// Goes by what is remembered: a DEL for each attachment that isn't named, but for one that is being worked
@@ -185,6 +207,11 @@ impl Answering<'_> {
             failures.extend(ipam.free_all_but(&conf.name, valid).err().map(|e| e.to_string()));
             // What it is told to share is other networks' too.
             spared.extend(ipam.told_of_others(&conf.name)?);
+        }
+        // Their addresses are freed by now; what flannel's plugin remembered of them is of no use any more.
+        let is_valid = |container: &Identifier| valid.iter().any(|id| id.container == *container);
+        for container in flannel::containers(&conf.flannel_dir, &conf.name)?.iter().filter(|one| !is_valid(one)) {
+            failures.extend(flannel::forget(&conf.flannel_dir, container).err().map(|e| e.to_string()));
         }
         let delegate = self.delegate(conf.delegate_type()?)?;
         // Our own would do what has just been done.
