@@ -28,6 +28,9 @@ use tokio::sync::Notify;
 /// `RTPROT_STATIC`: what an administrator's `ip route add … proto static` has.
 pub const STATIC: u8 = 4;
 
+/// `RTPROT_BOOT`: what a route has that was made without naming a protocol, flannel's among them.
+pub const BOOT: u8 = 3;
+
 /// A link.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
@@ -331,6 +334,15 @@ impl Tables {
                     .collect(),
                 routes: self.routes_of_others(|dst, via| !self.is_plain(dst, via)),
                 plain: self.routes_of_others(|dst, via| self.is_plain(dst, via)),
+                direct: self
+                    .routes
+                    .iter()
+                    .filter(|(dst, (protocol, via))| *protocol == BOOT && !self.is_plain(dst, via))
+                    .filter_map(|(dst, (_, via))| match via {
+                        Via::Direct(to) if self.our_link(&to.dev).is_none() => Some((*dst, to.gateway)),
+                        _ => None,
+                    })
+                    .collect(),
                 links: others()
                     .map(|(name, link)| {
                         let vxlan = link.vxlan.as_ref().map(|v| (v.vni.get(), v.port, Family::of(v.local)));

@@ -4,7 +4,7 @@ use fabric_core::model::{Family, IfName};
 use fabric_core::state::{ROUTE_PROTOCOL, Via, VxlanLink};
 use fabric_tests::conformance::kernel::{Act, HOST, World, v};
 use fabric_tests::conformance::real_world::RealWorld;
-use fabric_tests::fake_kernel::{FakeKernel, STATIC, Tables};
+use fabric_tests::fake_kernel::{BOOT, FakeKernel, STATIC, Tables};
 use fabric_tests::netns::in_netns_async;
 use ipnetwork::IpNetwork;
 
@@ -51,6 +51,9 @@ impl World for FakeWorld {
             Act::DeleteNexthop(id) => tables.delete_nexthop(id),
             Act::AddRoute(dst, to) => {
                 tables.routes.insert(dst, (STATIC, Via::Gateway(to)));
+            }
+            Act::AddBootRoute(dst, to) => {
+                tables.routes.insert(dst, (BOOT, Via::Direct(to)));
             }
             Act::SpoilRoute(dst) => {
                 tables.routes.insert(dst, (ROUTE_PROTOCOL, Via::Other("blackhole".into())));
@@ -119,6 +122,7 @@ on_both_kernels! { kernel:
     what_others_made_stays_theirs
     place_that_others_took_is_refused
     plain_route_of_others_is_replaced_in_place
+    direct_route_of_flannels_kind_is_replaced_in_place
     wider_route_of_others_is_no_obstacle
     vxlan_of_others_with_our_vni_stays
     step_without_its_base_is_refused_alone

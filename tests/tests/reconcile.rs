@@ -11,8 +11,8 @@ use fabric_core::model::{IfName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::filter::FilterOptions;
 use fabric_core::record::Instance;
-use fabric_core::state::{Nexthop, NexthopId, Sysctl, Via};
-use fabric_tests::fake_kernel::{FakeKernel, STATIC, Tables, Write};
+use fabric_core::state::{Nexthop, NexthopId, Sysctl, Via, VxlanLink};
+use fabric_tests::fake_kernel::{BOOT, FakeKernel, STATIC, Tables, Write};
 use fabric_tests::keepers::{no_hosts, pods_in};
 use fabric_tests::memory_store::{MemoryCluster, MemoryStore};
 use fabricd::files::Files;
@@ -354,8 +354,12 @@ async fn what_another_program_changes_is_a_repair_and_what_a_lease_changes_is_no
 async fn device_conflict_shows_every_peer_as_pending_with_the_conflict() {
     for (config, peer, name) in [(V4, V4_PEER, "fabric.1"), (DUAL, DUAL_PEER, "fabric6.1")] {
         let host = Host::new(config, &[peer]);
-        host.kernel.edit(|tables| tables.add_link(dev(name), "bridge", 1500));
         let mut daemon = host.start();
+        daemon.ready().await;
+        host.kernel.edit(|tables| {
+            tables.delete_link(&dev(name));
+            tables.add_link(dev(name), "bridge", 1500);
+        });
         let reason = daemon.refusing("exists and is not ours (bridge)").await;
         let view = daemon.view.borrow().clone();
         let troubles: Vec<String> = view.troubles.values().map(ToString::to_string).collect();
@@ -363,6 +367,94 @@ async fn device_conflict_shows_every_peer_as_pending_with_the_conflict() {
         // When it is gone the peer is programmed.
         host.kernel.edit(|tables| tables.delete_link(&dev(name)));
         daemon.ready().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_cannot_have_a_device_claims_nothing_and_writes_nothing_until_it_can() {
+    // flannel's record of this node, and its device.
+    let own = ("subnets/10.244.9.0-24", V4_PEER.1.replace("192.0.2.2", "192.0.2.1").replace("00:02:02", "00:02:01"));
+    let host = Host::new(V4, &[V4_PEER, (own.0, &own.1)]);
+    let vxlan = VxlanLink {
+        vni: 1.try_into().expect("valid"),
+        port: 8472,
+        gbp: false,
+        mac: "02:42:c0:00:02:01".parse().expect("valid"),
+        local: "192.0.2.1".parse().expect("ip"),
+        mtu: 1450,
+        learning: false,
+        up: true,
+    };
+    host.kernel.edit(|tables| tables.add_vxlan(dev("flannel.1"), vxlan).expect("added"));
+    let before = host.kernel.tables();
+    let mut daemon = host.start();
+    let reason = daemon.refusing("the interface flannel.1 already uses VNI 1 on UDP port 8472").await;
+    assert!(reason.contains("ip link del flannel.1"), "{reason}");
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!(host.cluster.get(own.0).as_deref(), Some(own.1.as_bytes()), "the record is as flannel wrote it");
+    assert_eq!((host.kernel.tables(), host.kernel.writes()), (before, vec![]));
+
+    host.kernel.edit(|tables| tables.delete_link(&dev("flannel.1")));
+    let view = daemon.ready().await;
+    let held = view.holding.own.clone().expect("held");
+    assert_eq!(format!("subnets/{}", held.key.encode()), own.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn flannels_direct_route_to_the_peer_itself_gives_way_and_no_other() {
+    for (config, direct) in [(V4.to_owned(), false), (V4.replace("}}", r#","DirectRouting":true}}"#), true)] {
+        for (gateway, protocol, yields) in
+            [("192.0.2.2", BOOT, true), ("192.0.2.9", BOOT, false), ("192.0.2.2", STATIC, false)]
+        {
+            let host = Host::new(&config, &[V4_PEER]);
+            let (dst, gateway) = ("10.244.2.0/24".parse::<Subnet>().expect("valid"), gateway.parse().expect("ip"));
+            let theirs = (protocol, Via::Direct(Nexthop { gateway, dev: dev("eth0") }));
+            host.kernel.edit(|tables| drop(tables.routes.insert(dst, theirs.clone())));
+            let mut daemon = host.start();
+            if yields {
+                daemon.ready().await;
+                let (protocol, via) = host.kernel.tables().routes[&dst].clone();
+                assert_eq!((protocol, matches!(via, Via::Direct(_))), (250, direct));
+            } else {
+                let view = daemon.until("in conflict", |view| !view.troubles.is_empty()).await;
+                let trouble = view.troubles.values().next().expect("one").to_string();
+                assert!(trouble.contains("a route that is not ours leads to 10.244.2.0/24"), "{trouble}");
+                assert_eq!(host.kernel.tables().routes[&dst], theirs);
+            }
+            stays_silent(&host.kernel).await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn connections_to_the_store_are_given_up_once_when_the_underlay_address_goes() {
+    let host = Host::new(V4, &[V4_PEER]);
+    let mut daemon = host.start();
+    daemon.ready().await;
+    let address =
+        |text: &str| (dev("eth0"), text.parse::<IpAddr>().expect("ip"), "192.0.2.0/24".parse().expect("valid"));
+    host.kernel.edit(|tables| tables.addresses.extend([address("192.0.2.7")]));
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!(daemon.store.given_up(), 0, "another address that comes changes nothing");
+    host.kernel.edit(|tables| tables.addresses.retain(|one| *one != address("192.0.2.1")));
+    daemon.until("moved", |view| view.vteps.iter().any(|vtep| vtep.public_ip.to_string() == "192.0.2.7")).await;
+    daemon.ready().await;
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!(daemon.store.given_up(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn flannel_in_a_network_without_ipv4_is_warned_of() {
+    let config =
+        r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:10:244::/48","Backend":{"Type":"vxlan"}}"#;
+    let value = r#"{"PublicIP":"0.0.0.0","PublicIPv6":"2001:db8::2","BackendType":"vxlan","BackendV6Data":{"VNI":1,"VtepMAC":"02:42:c0:00:06:02"}}"#;
+    for (config, peer, warns) in
+        [(config, ("subnets/0.0.0.0-0&fd00:10:244:2::-64", value), true), (DUAL, DUAL_PEER, false)]
+    {
+        let host = Host::new(config, &[peer]);
+        let view = host.start().ready().await;
+        let told = view.warnings.iter().any(|warning| warning.contains("leased by a flannel node"));
+        assert_eq!(told, warns, "{:?}", view.warnings);
     }
 }
 

@@ -261,6 +261,7 @@ impl Mirror {
             let (ours, found) = routes::all(socket, &self.links)?;
             take_over(touched, &mut observed.ours.routes, ours);
             (observed.foreign.routes, observed.foreign.plain) = (found.beside_ours, found.plain);
+            observed.foreign.direct = found.direct;
             observed.host.default_routes = found.defaults;
             self.carriers = found.devices;
         }

@@ -75,6 +75,8 @@ pub struct Reconciler<S, K> {
     view: watch::Sender<Arc<View>>,
     filter: Filter,
     underlays: Steady,
+    /// The underlay addresses of the last pass.
+    sources: PerFamily<IpAddr>,
     firewall: Judge,
     applied: Option<NetworkConfig>,
     /// The config that was in force before the start, until the store has shown one.
@@ -145,6 +147,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         Self {
             filter: Filter::new(node.filter.clone()),
             underlays: Steady::default(),
+            sources: PerFamily::default(),
             firewall: Judge::default(),
             node,
             store,

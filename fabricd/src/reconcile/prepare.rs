@@ -1,10 +1,13 @@
 //! What must be known before anything can be planned: the kernel, the network config in force, the underlay, our lease.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::sync::Arc;
 
+use fabric_core::leases::LeaseSet;
 use fabric_core::model::{Family, IfName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
+use fabric_core::plan::device_conflict;
 use tokio::time::Instant;
 
 use super::{Blocked, Reconciler, failed, starting};
@@ -54,6 +57,22 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                  {}",
                 self.store.config_place().change
             )));
+        }
+        if self.store.assigned().is_none() {
+            view.warnings.extend(flannel_beside_ipv6_alone(&network, view.leases.as_deref()));
+        }
+        // What is from an address that has gone waits for answers that never come.
+        let has = |ip: &IpAddr| observed.host.links.iter().any(|link| link.addresses.iter().any(|(has, _)| has == ip));
+        if self.sources.values().any(|ip| !has(ip)) {
+            self.store.give_up_connections();
+        }
+        self.sources = underlays.map(|_, underlay| underlay.local);
+        // A node that can't have a device announces none.
+        if self.wanted.borrow().is_none()
+            && let Some(conflict) =
+                device_conflict(&network, &underlays.map(|_, u| u.local), &observed.ours, &observed.foreign)
+        {
+            return Err(failed(conflict));
         }
         let public_ips = underlays.map(|family, u| self.node.public_ips.get(family).copied().unwrap_or(u.local));
         // Which address the lease has, and so which one is to stay, shows with the leases.
@@ -138,6 +157,17 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         view.warnings.push(trouble);
         Ok(applied)
     }
+}
+
+/// Each flanneld of an IPv6-only network says PublicIP 0.0.0.0, and takes the first record that says so for its own.
+fn flannel_beside_ipv6_alone(network: &NetworkConfig, leases: Option<&LeaseSet>) -> Option<String> {
+    let mut others = leases?.iter().filter(|lease| lease.record.owner.is_none() && !lease.record.is_placeholder());
+    let flannels = others.next().filter(|_| network.spaces.v4.is_none())?;
+    Some(format!(
+        "{} is leased by a flannel node, and the network has no IPv4: each flanneld without it takes the first such record \
+         for its own, this node's too; give the network IPv4, or end flannel here",
+        flannels.key
+    ))
 }
 
 /// The prefixes that the chosen underlay interfaces reach without a gateway.

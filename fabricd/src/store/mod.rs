@@ -175,6 +175,10 @@ pub trait LeaseStore: Send + Sync + 'static {
     /// Tells the cluster whether the data plane of this node is ready. Where nobody asks for that, nothing happens.
     fn announce(&self, _ready: bool) {}
 
+    /// An address that connections to the store may be from has gone: those are given up at once, and what is under way is
+    /// sent again. A store that finds out by itself, soon, does nothing.
+    fn give_up_connections(&self) {}
+
     /// How the connection is.
     fn connection(&self) -> watch::Receiver<Connection>;
 

@@ -41,6 +41,8 @@ pub enum Act {
     DeleteNexthop(NexthopId),
     /// `ip route add DST via IP dev DEV onlink proto static`.
     AddRoute(Subnet, Nexthop),
+    /// A route of protocol boot, as of all that names none.
+    AddBootRoute(Subnet, Nexthop),
     /// `ip route change DST … proto 250`, to a shape that fabricd never gives a route: a blackhole.
     SpoilRoute(Subnet),
     /// `bridge fdb add MAC dev DEV dst IP self permanent`.
@@ -477,6 +479,28 @@ pub async fn plain_route_of_others_is_replaced_in_place(world: &mut impl World, 
     assert_eq!(refusals(&world.kernel().apply(plan.ops()).await), []);
     assert_eq!(ours(world.kernel(), &want).await, want);
     assert_eq!(look(world.kernel()).await.foreign.plain.keys().collect::<Vec<_>>(), [&stays]);
+}
+
+/// A route to a peer over the underlay, as flannel's `DirectRouting` makes it, gives way to ours, direct or encapsulated.
+pub async fn direct_route_of_flannels_kind_is_replaced_in_place(world: &mut impl World, family: Family) {
+    let want = wanted(family, 3);
+    let mut without = want.clone();
+    let (dst, other) = (subnet(family, 1), subnet(family, 200));
+    without.routes.remove(&dst);
+    settles(world.kernel(), &without).await;
+    let gateway = underlay(family, 200);
+    for dst in [dst, other] {
+        world.act(&Act::AddBootRoute(dst, Nexthop { gateway, dev: v("eth0") }));
+    }
+    woken(world.kernel()).await;
+    let observed = look(world.kernel()).await;
+    assert_eq!(observed.foreign.direct, [(dst, gateway), (other, gateway)].into());
+    assert!(observed.foreign.routes.contains_key(&dst), "not of the peer's for all that the kernel knows");
+    let plan = diff(&want, observed.found(&want));
+    assert_eq!(plan.ops().len(), 1, "{plan}");
+    assert_eq!(refusals(&world.kernel().apply(plan.ops()).await), []);
+    assert_eq!(ours(world.kernel(), &want).await, want);
+    assert_eq!(look(world.kernel()).await.foreign.direct, [(other, gateway)].into());
 }
 
 /// A wider route of somebody else, under which all of the overlay lies, is no obstacle.

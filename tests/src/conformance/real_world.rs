@@ -59,6 +59,7 @@ impl World for RealWorld {
             Act::AddNexthop(id, to) => ip(&format!("nexthop add id {id} {}", onlink(to))),
             Act::DeleteNexthop(id) => ip(&format!("nexthop del id {id}")),
             Act::AddRoute(dst, to) => ip(&format!("route add {dst} {} proto static", onlink(to))),
+            Act::AddBootRoute(dst, Nexthop { gateway, dev }) => ip(&format!("route add {dst} via {gateway} dev {dev}")),
             Act::SpoilRoute(dst) => ip(&format!("route replace blackhole {dst} proto 250")),
             Act::AddFdb(dev, mac, dst) => run("bridge", &format!("fdb add {mac} dev {dev} dst {dst} self permanent")),
             Act::DeleteFdb(dev, mac, dst) => run("bridge", &format!("fdb del {mac} dev {dev} dst {dst} self")),

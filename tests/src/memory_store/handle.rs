@@ -29,6 +29,12 @@ impl MemoryStore {
         self.node.faults().refused
     }
 
+    /// How often this node gave its connections up.
+    #[must_use]
+    pub fn given_up(&self) -> u32 {
+        self.node.faults().given_up
+    }
+
     /// Lets the next `count` claims lose their race.
     pub fn lose_claims(&self, count: u32) {
         self.node.faults().claims_to_lose = count;
@@ -77,6 +83,10 @@ impl LeaseStore for MemoryStore {
 
     fn leases(&self) -> Receiver<Option<Arc<LeaseSet>>> {
         self.node.leases.subscribe()
+    }
+
+    fn give_up_connections(&self) {
+        self.node.faults().given_up += 1;
     }
 
     fn config_place(&self) -> ConfigPlace {

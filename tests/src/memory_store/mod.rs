@@ -93,6 +93,7 @@ struct Faults {
     unreachable: bool,
     refuses_writes: bool,
     refused: u32,
+    given_up: u32,
     claims_to_lose: u32,
     answers_to_lose: u32,
 }

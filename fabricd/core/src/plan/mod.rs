@@ -6,6 +6,7 @@
 //! sent to. So a peer costs four entries (three in IPv6), and all of them are made here from its lease.
 
 pub mod filter;
+mod own_device;
 mod peers;
 
 use std::collections::BTreeMap;
@@ -17,6 +18,7 @@ use crate::network::NetworkConfig;
 use crate::record::LeaseKey;
 use crate::state::{Foreign, Routing};
 
+pub use self::own_device::device_conflict;
 pub use self::peers::{Context, PeerKey, PeerPlan};
 
 /// This node's end of the tunnels in one family.

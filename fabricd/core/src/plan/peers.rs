@@ -7,9 +7,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use super::own_device::own_device;
 use super::{Conflict, Desired, Facts, Inputs, Refusal, Vtep};
 use crate::derived::{self, Derived, Dirty, Planner, Turned};
-use crate::device;
 use crate::diff::Key;
 use crate::leases::{Lease, LeaseSet};
 use crate::model::{Family, IfName, MacAddr, PerFamily, Subnet};
@@ -137,7 +137,7 @@ pub struct Context {
 impl Context {
     fn of(inputs: &Inputs<'_>, devices: PerFamily<IfName>) -> Self {
         let Inputs { network, own, vteps, facts, foreign, leases: _, have: _ } = inputs;
-        let Foreign { routes, nexthop_ids, plain: _, links: _ } = foreign;
+        let Foreign { routes, nexthop_ids, plain: _, direct: _, links: _ } = foreign;
         Self {
             network: **network,
             own: **own,
@@ -412,7 +412,7 @@ fn own(inputs: &Inputs<'_>) -> Own {
             continue;
         };
         let link = own_link(inputs.network, *vtep);
-        match own_device(inputs, family, &link) {
+        match own_device(family, &link, inputs.have, inputs.foreign) {
             Ok(dev) => {
                 let ipv6 = inputs.facts.ipv6 && link.mtu >= IPV6_MIN_MTU;
                 own_entries(&mut state, ipv6, family, *own, &dev);
@@ -424,24 +424,6 @@ fn own(inputs: &Inputs<'_>) -> Own {
     }
     let Routing { links, addresses, sysctls, .. } = state;
     Own { links, addresses, sysctls, devices: devices.into_iter().collect(), conflicts }
-}
-
-fn own_device(inputs: &Inputs<'_>, family: Family, want: &VxlanLink) -> Result<IfName, Conflict> {
-    let vxlan = &inputs.network.vxlan;
-    let name = device::choose(family, want, &inputs.have.links, &inputs.foreign.links);
-    if let Some(link) = inputs.foreign.links.get(&name) {
-        let what = match link.vxlan {
-            Some((vni, port, _)) => format!("vxlan with VNI {vni}, UDP port {port}"),
-            None if link.kind.is_empty() => "a physical interface".into(),
-            None => link.kind.clone(),
-        };
-        return Err(Conflict::Name { name, what });
-    }
-    let same = (vxlan.vni.get(), vxlan.port, Family::of(want.local));
-    match inputs.foreign.links.iter().find(|(_, link)| link.vxlan == Some(same)) {
-        Some((other, _)) => Err(Conflict::Vni { name: *other, vni: vxlan.vni, port: vxlan.port }),
-        None => Ok(name),
-    }
 }
 
 fn own_link(network: &NetworkConfig, vtep: Vtep) -> VxlanLink {

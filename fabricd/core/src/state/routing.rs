@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 
+use crate::leases::LeaseSet;
 use crate::model::{Family, IfName, MacAddr, Subnet, Vni};
 
 /// Protocol number that marks our routes and nexthop objects (`RTA_PROTOCOL`, `nh_protocol`): free in
@@ -189,16 +190,41 @@ pub struct Foreign {
     /// Such routes again, but those that lead over our own device to the first address of their destination: what
     /// flannel makes for a peer. One of ours takes their place.
     pub plain: BTreeMap<Subnet, String>,
+    /// Of [`Foreign::routes`] those that flannel makes with `DirectRouting`: protocol boot, an underlay gateway, and nothing
+    /// else. By destination, with the gateway.
+    pub direct: BTreeMap<Subnet, IpAddr>,
     /// Every other interface: name, and what it is when it is a VXLAN device.
     pub links: BTreeMap<IfName, ForeignLink>,
 }
 
 impl Foreign {
-    /// `have`, and of [`Foreign::plain`] those that stand where `want` has a route: so they are replaced in place.
+    /// The same, but that direct routes which lead to the very peer that leases their destination stand in nobody's way:
+    /// flannel made them for it, and ours takes their place.
+    #[must_use]
+    pub fn yielding_to(&self, leases: &LeaseSet) -> Cow<'_, Self> {
+        let mut yielding = Cow::Borrowed(self);
+        if self.direct.is_empty() {
+            return yielding;
+        }
+        for lease in leases.iter() {
+            let endpoints = lease.record.endpoints();
+            for (family, subnet) in lease.key.subnets().iter() {
+                let peer = endpoints.get(family).map(|endpoint| endpoint.public_ip);
+                if peer.is_some() && self.direct.get(subnet).copied() == peer {
+                    yielding.to_mut().routes.remove(subnet);
+                }
+            }
+        }
+        yielding
+    }
+
+    /// `have`, and those routes of flannel's kind, [`Foreign::plain`] and [`Foreign::direct`], that stand where `want` has
+    /// a route: so they are replaced in place.
     #[must_use]
     pub fn lend<'a>(&self, have: &'a Routing, want: &Routing) -> Cow<'a, Routing> {
         let mut lent = Cow::Borrowed(have);
-        for (dst, words) in self.plain.iter().filter(|(dst, _)| want.routes.contains_key(*dst)) {
+        let direct = self.direct.keys().filter_map(|dst| self.routes.get_key_value(dst));
+        for (dst, words) in self.plain.iter().chain(direct).filter(|(dst, _)| want.routes.contains_key(*dst)) {
             lent.to_mut().routes.insert(*dst, Via::Other(words.clone()));
         }
         lent

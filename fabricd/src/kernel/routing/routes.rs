@@ -29,6 +29,8 @@ pub(in crate::kernel) struct HostRoutes {
     pub(in crate::kernel) beside_ours: BTreeMap<Subnet, String>,
     /// Of those the ones that flannel, or somebody like it, made for a peer.
     pub(in crate::kernel) plain: BTreeMap<Subnet, String>,
+    /// Of those beside ours the ones that flannel's `DirectRouting` makes, with their gateways.
+    pub(in crate::kernel) direct: BTreeMap<Subnet, IpAddr>,
     /// Default routes.
     pub(in crate::kernel) defaults: Vec<DefaultRoute>,
     /// Indexes of the links that any of them leads out of.
@@ -96,6 +98,7 @@ fn of_others(routes: &[RouteMessage], links: &Links) -> HostRoutes {
         if metric(route) == our_metric(route) && route.header.tos == 0 {
             let places = if is_plain(dst, route, links) { &mut found.plain } else { &mut found.beside_ours };
             places.insert(dst, words(dst, route, links));
+            found.direct.extend(direct_gateway(route, links).map(|gateway| (dst, gateway)));
         }
         found.devices.extend(device(route));
         if let Some(dev) = device(route).and_then(|index| links.get(&index))
@@ -267,13 +270,23 @@ pub(in crate::kernel) fn row(frame: &Frame<'_>, gone: bool) -> Option<RouteRow> 
 /// else. Whoever made it means the peer that ours is for.
 fn is_plain(dst: Subnet, route: &RouteMessage, links: &Links) -> bool {
     let over_ours = device(route).and_then(|index| links.get(&index)).is_some_and(|link| link.ours.is_some());
-    let to_base =
-        route.attributes.iter().any(|a| matches!(a, RouteAttribute::Gateway(via) if ip(via) == Some(dst.base())));
+    over_ours && simple_gateway(route) == Some(dst.base())
+}
+
+/// The gateway of `ip route add DST via GATEWAY dev UNDERLAY`, of protocol boot as of all that names none: what flannel's
+/// `DirectRouting` makes for a peer.
+fn direct_gateway(route: &RouteMessage, links: &Links) -> Option<IpAddr> {
+    let over_ours = device(route).and_then(|index| links.get(&index)).is_none_or(|link| link.ours.is_some());
+    simple_gateway(route).filter(|_| !over_ours && route.header.protocol == RouteProtocol::Boot)
+}
+
+/// The gateway of a route that says nothing beyond it and its device.
+fn simple_gateway(route: &RouteMessage) -> Option<IpAddr> {
     let simple = !route
         .attributes
         .iter()
         .any(|a| matches!(a, RouteAttribute::PrefSource(_) | RouteAttribute::MultiPath(_) | RouteAttribute::NhId(_)));
-    over_ours && to_base && simple && route.header.kind == RouteType::Unicast
+    gateway(route).filter(|_| simple && route.header.kind == RouteType::Unicast)
 }
 
 /// The destination of a route of others that would stand in the place of one of ours.

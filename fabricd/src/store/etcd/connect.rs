@@ -15,7 +15,7 @@ use etcd_client::{
     Certificate, Client, ConnectOptions, Error, GetResponse, Identity as KeyPair, LeaseGrantResponse, ResponseHeader,
     TlsOptions, TxnResponse,
 };
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 use tokio::time::{Instant, timeout};
 use tonic::Code;
 use tracing::debug;
@@ -126,6 +126,8 @@ impl<T: Answer> Answer for Option<T> {
 pub(super) struct Connector {
     options: Options,
     current: Mutex<Current>,
+    /// How often all connections were given up.
+    given_up: watch::Sender<u64>,
     /// How many answers in a row were late: each doubles the time that the next one has.
     late: AtomicU32,
     pub(super) identity: Identity,
@@ -135,6 +137,8 @@ struct Current {
     /// Counts the connections; its remainder is the endpoint.
     turn: usize,
     client: Option<Client>,
+    /// Of how many times that all were given up it has come after.
+    made_after: u64,
 }
 
 /// Why one attempt did not work.
@@ -151,10 +155,22 @@ impl Connector {
         let turn = fastrand::usize(..options.endpoints.len().max(1));
         Self {
             options,
-            current: Mutex::new(Current { turn, client: None }),
+            current: Mutex::new(Current { turn, client: None, made_after: 0 }),
+            given_up: watch::Sender::new(0),
             late: AtomicU32::new(0),
             identity: Identity::new(),
         }
+    }
+
+    /// Gives up all connections, with what is under way on them: it is sent again over another one. For when the address
+    /// that they are from has gone: the kernel keeps them, and no answer will ever come.
+    pub(super) fn give_up(&self) {
+        self.given_up.send_modify(|times| *times += 1);
+    }
+
+    /// Rises with each [`Connector::give_up`].
+    pub(super) fn given_up(&self) -> watch::Receiver<u64> {
+        self.given_up.subscribe()
     }
 
     /// All endpoints, for people.
@@ -204,9 +220,16 @@ impl Connector {
     where
         F: Future<Output = Result<T, Error>>,
     {
+        let mut given_up = self.given_up();
         let (turn, client) = self.client().await?;
         let (limit, asked) = (self.limit(), Instant::now());
-        let failure = match timeout(limit, request(client)).await {
+        let answered = tokio::select! {
+            answered = timeout(limit, request(client)) => answered,
+            Ok(()) = given_up.changed() => {
+                return Err(Failure::Connection("the address that the connection was from has gone".into()));
+            }
+        };
+        let failure = match answered {
             Ok(Ok(answer)) => {
                 if asked.elapsed() <= self.options.request_timeout {
                     self.late.store(0, Ordering::Relaxed);
@@ -256,6 +279,10 @@ impl Connector {
     /// The connection, made if there is none. It answers to the number that comes with it.
     async fn client(&self) -> Result<(usize, Client), Failure> {
         let mut current = self.current.lock().await;
+        let given_up = *self.given_up.borrow();
+        if current.made_after != given_up {
+            (current.client, current.made_after) = (None, given_up);
+        }
         if let Some(client) = &current.client {
             return Ok((current.turn, client.clone()));
         }
@@ -291,7 +318,7 @@ impl Connector {
     async fn leave(&self, turn: usize) {
         let mut current = self.current.lock().await;
         if current.turn == turn {
-            *current = Current { turn: turn + 1, client: None };
+            (current.turn, current.client) = (turn + 1, None);
         }
     }
 
@@ -381,6 +408,34 @@ mod tests {
     use tokio::time::sleep;
 
     use super::*;
+
+    #[tokio::test]
+    async fn request_on_a_connection_whose_address_is_gone_is_sent_over_another_at_once() {
+        let options =
+            Options { request_timeout: Duration::from_secs(3600), ..Options::new(vec!["http://[::1]:1".into()]) };
+        let connector = Connector::new(options);
+        let attempts = AtomicU32::new(0);
+        // The first is never answered.
+        let request = |_| {
+            let first = attempts.fetch_add(1, Ordering::Relaxed) == 0;
+            async move {
+                if first {
+                    std::future::pending::<()>().await;
+                }
+                Ok(())
+            }
+        };
+        let gone = async {
+            while attempts.load(Ordering::Relaxed) == 0 {
+                tokio::task::yield_now().await;
+            }
+            connector.give_up();
+        };
+        let both = async { tokio::join!(connector.send("read", request), gone).0 };
+        timeout(Duration::from_secs(60), both).await.expect("not waited for").expect("answered");
+        assert_eq!(attempts.load(Ordering::Relaxed), 2);
+        assert_eq!(connector.limit(), Duration::from_secs(3600), "nothing was late");
+    }
 
     #[tokio::test(start_paused = true)]
     async fn answer_that_is_late_has_twice_the_time_when_it_is_asked_for_again() {

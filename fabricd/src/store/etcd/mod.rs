@@ -156,6 +156,10 @@ impl LeaseStore for Etcd {
         self.store.connection.subscribe()
     }
 
+    fn give_up_connections(&self) {
+        self.store.connector.give_up();
+    }
+
     fn replaced(&self) -> Receiver<u64> {
         self.store.connector.identity.replaced()
     }

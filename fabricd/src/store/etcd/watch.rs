@@ -78,12 +78,14 @@ pub(super) async fn watch_for_ever(store: Arc<Store>) {
 
 async fn list_and_watch(store: &Store, outage: &mut Outage) -> Result<Infallible, Interrupted> {
     let mut replaced = store.connector.identity.replaced();
+    let mut given_up = store.connector.given_up();
     let (mut set, seen) = list_and_publish(store, &mut replaced).await?;
     let mut stream = watch(store, set.revision() + 1).await?;
     loop {
         let response = tokio::select! {
             response = next(store, &mut stream) => response?,
             Ok(()) = replaced.changed() => return Err(was_replaced()),
+            Ok(()) = given_up.changed() => return Err(Interrupted::Relist("the address that the watch was from has gone".into())),
         };
         let mut changes = take_in(store, &mut set, seen, &response)?;
         // What has come in meanwhile is folded in before anybody is told.
