@@ -29,3 +29,4 @@ pub mod reconcile;
 pub mod retry;
 pub mod status;
 pub mod store;
+pub mod takeover;

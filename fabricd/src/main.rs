@@ -9,6 +9,7 @@ use fabricd::config::log_level::LogLevel;
 use fabricd::config::{Config, ConfigError};
 use fabricd::daemon;
 use fabricd::pki::Pki;
+use fabricd::takeover::Handover;
 
 fn main() -> ExitCode {
     if let Some(install) = InstallCni::asked(std::env::args_os()) {
@@ -19,6 +20,12 @@ fn main() -> ExitCode {
     }
     if let Some(pki) = Pki::asked(std::env::args_os()) {
         return match pki.run() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&format!("{error:#}")),
+        };
+    }
+    if let Some((handover, direction)) = Handover::asked(std::env::args_os()) {
+        return match handover.run(direction) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&format!("{error:#}")),
         };

@@ -26,3 +26,4 @@ pub mod plan;
 pub mod record;
 pub mod state;
 pub mod subnet;
+pub mod takeover;

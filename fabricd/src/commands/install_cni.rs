@@ -22,6 +22,7 @@ use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 use fabric_core::handoff::{NODE_FILE, NodeFile, RUN_DIR, Readiness};
 use serde_json::{Value, json};
 
+use crate::commands::conflists;
 use crate::commands::stay::until_terminated;
 use crate::config::asked_for;
 use crate::diagnosis::cni_config;
@@ -60,6 +61,10 @@ pub struct InstallCni {
     /// Name of the conflist: runtimes take the first of the folder
     #[arg(long, value_name = "NAME", default_value = "10-fabric.conflist")]
     pub conf_name: String,
+
+    /// Name of the network in the conflist [default: that of the conflist that is there, ours or flannel's; else fabric]
+    #[arg(long, value_name = "NAME")]
+    pub network_name: Option<String>,
 
     /// Version of the CNI spec that the conflist asks for: containerd 1.6 and podman 4 go no further than 1.0.0
     #[arg(long, value_name = "VERSION", default_value = "1.0.0")]
@@ -214,6 +219,10 @@ impl InstallCni {
             CniVersion::V1_0_0 => json!("1.0.0"),
             CniVersion::V1_1_0 => json!("1.1.0"),
         };
+        // Runtimes know their pods by the network's name, so it stays when another plugin takes over.
+        if let Some(name) = self.network_name.clone().or_else(|| self.name_there()) {
+            conflist["name"] = name.into();
+        }
         if let Some(plugins) = conflist["plugins"].as_array_mut() {
             plugins.retain(|plugin| {
                 let name = plugin["type"].as_str().unwrap_or_default();
@@ -225,6 +234,20 @@ impl InstallCni {
             });
         }
         Ok(conflist)
+    }
+
+    fn name_there(&self) -> Option<String> {
+        let there = conflists::find(&self.conf_dir, &self.conf_name).ok()?;
+        there.ours.or(there.flannels).or(there.aside).map(|file| file.network)
+    }
+
+    /// Puts the conflist in place, whether or not the node is ready.
+    ///
+    /// # Errors
+    /// A file can't be read or written; something else has our conflist's name.
+    pub(crate) fn place_conflist(&self) -> Result<()> {
+        self.refuse_foreign_conflist()?;
+        self.install_conflist()
     }
 
     fn wait_until_ready(&self) -> Result<()> {
@@ -429,6 +452,24 @@ mod tests {
             (&conflist["cniVersion"], &conflist["plugins"]),
             (&"1.1.0".into(), &json!([{"type": "fabric-cni"}]))
         );
+    }
+
+    #[test]
+    fn network_keeps_the_name_that_runtimes_know_its_pods_by() {
+        let name = |install: &InstallCni, dir: &TempDir| {
+            install.run().expect("installed");
+            let conflist = content(dir, "net.d/10-fabric.conflist").expect("a conflist");
+            serde_json::from_str::<Value>(&conflist).expect("JSON")["name"].clone()
+        };
+        let (dir, install) = machine(true, &[]);
+        fs::create_dir(dir.path().join("net.d")).expect("a folder");
+        let flannels = r#"{"name":"cbr0","plugins":[{"type":"flannel"}]}"#;
+        fs::write(dir.path().join("net.d/10-flannel.conflist"), flannels).expect("a file");
+        assert_eq!(name(&install, &dir), "cbr0", "flannel's");
+        fs::remove_file(dir.path().join("net.d/10-flannel.conflist")).expect("removed");
+        assert_eq!(name(&install, &dir), "cbr0", "ours, as it was");
+        let told = InstallCni { network_name: Some("pods".into()), ..install };
+        assert_eq!(name(&told, &dir), "pods");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What `fabricd` does besides being the daemon: each a run that ends, or stays beside the daemon in a container of its own.
 
 pub mod cleanup;
+pub mod conflists;
 pub mod install_cni;
 pub mod leftovers;
 pub mod stay;
@@ -10,10 +11,13 @@ use clap::{Command, CommandFactory as _};
 use self::install_cni::InstallCni;
 use crate::config::Config;
 use crate::pki::Pki;
+use crate::takeover::Handover;
 
 /// The daemon's own settings, beside the commands that `fabricd` has too: those are asked for by the first word alone,
 /// before this, and stand here for `--help` and `help`.
 #[must_use]
 pub fn command_line() -> Command {
-    Config::command().subcommands([Pki::command(), InstallCni::command()]).args_conflicts_with_subcommands(true)
+    let [takeover, giveback] = Handover::commands();
+    let commands = [Pki::command(), InstallCni::command(), takeover, giveback];
+    Config::command().subcommands(commands).args_conflicts_with_subcommands(true)
 }

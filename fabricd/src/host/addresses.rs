@@ -281,7 +281,7 @@ pub fn bridges_of<'a>(saved: impl Iterator<Item = &'a SavedAttachment>) -> BTree
 }
 
 /// All addresses that are taken, in every network's folder.
-fn entries(dir: &Path) -> io::Result<Vec<Entry>> {
+pub(crate) fn entries(dir: &Path) -> io::Result<Vec<Entry>> {
     let mut entries = vec![];
     for network in files(dir)?.into_iter().filter(|path| path.is_dir()) {
         for file in files(&network)? {

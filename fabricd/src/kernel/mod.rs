@@ -17,6 +17,7 @@
 
 mod audit;
 mod firewalls;
+pub mod handover;
 pub mod links;
 mod mirror;
 mod monitor;

@@ -72,7 +72,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let filter = self.filter.wanted(network, own, observed, leases, refused, turned, states_decide);
         let wanted = KernelState { routing: state, filter, docker_user };
         // Routes that stand where ours should be are looked for among all.
-        let dirty = if foreign.plain.is_empty() && foreign.direct.is_empty() { &self.dirty } else { &Dirty::Everything };
+        let dirty =
+            if foreign.plain.is_empty() && foreign.direct.is_empty() { &self.dirty } else { &Dirty::Everything };
         let mut plan = diff_of(wanted, observed.found(state), dirty);
         debug_assert_eq!(plan, diff(wanted, observed.found(state)), "only {dirty:?} may differ");
         // Whatever becomes of these steps, the next pass looks at it.

@@ -22,6 +22,7 @@
 //! | [`node`], [`pod`], [`cni`], [`containerd`], `plain` | nodes, and the kinds of pods on them |
 //! | [`lease`] | what a node says about its lease, and etcd about its record |
 //! | [`crowd`] | peers that exist in etcd only, by the thousand |
+//! | [`flannel`] | a node that is flannel's |
 //! | [`attack`] | what must not get through |
 //! | [`stream`], [`connection`], [`matrix`], [`outside`], [`capture`], [`packet`] | traffic, counted and looked at |
 //! | [`page`] | the status page of a node, for a browser of this machine |
@@ -61,6 +62,7 @@ pub mod cri;
 pub mod crowd;
 pub mod etcd;
 pub mod exec;
+pub mod flannel;
 pub mod http;
 pub mod init;
 pub mod lease;
@@ -98,6 +100,7 @@ pub use capture::Capture;
 pub use connection::Connection;
 pub use crowd::{Crowd, Peer};
 pub use etcd::Etcd;
+pub use flannel::Flannel;
 pub use machine::{Lifetime, Machine};
 pub use matrix::Matrix;
 pub use node::Node;

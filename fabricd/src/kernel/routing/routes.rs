@@ -120,6 +120,22 @@ fn of_others(routes: &[RouteMessage], links: &Links) -> HostRoutes {
     found
 }
 
+/// Routes of the main table with the metric that ours have, whoever made them, that lead to one gateway by one device.
+pub(in crate::kernel) fn to_gateways(
+    socket: &mut RequestSocket,
+    name_of: impl Fn(u32) -> Option<IfName>,
+) -> Result<Vec<fabric_core::takeover::Route>, KernelError> {
+    dump(socket, RouteProtocol::Unspec, |frame| {
+        let route = route_of(frame)?;
+        let ours = route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL);
+        let gateway = if ours { gateway(&route) } else { simple_gateway(&route) };
+        let (dst, dev) = (beside_ours(&route)?, name_of(device(&route)?)?);
+        // Older kernels tell no gateway of a nexthop object.
+        let gateway = gateway.or_else(|| ours.then(|| dst.base()))?;
+        Some(fabric_core::takeover::Route { dst, gateway, dev, ours })
+    })
+}
+
 /// `ip route get IP`: the device and source address that the kernel would use; `None` when it sees no way, whatever it
 /// objects (unreachable, a blackhole, prohibited).
 pub(in crate::kernel) fn reach(socket: &mut RequestSocket, links: &Links, ip: IpAddr) -> Option<(IfName, IpAddr)> {

@@ -1,0 +1,222 @@
+//! The two decisions.
+
+use std::path::PathBuf;
+
+use super::{Device, Facts, Pod, Refusal, Route, Step};
+use crate::device;
+use crate::leases::Lease;
+use crate::model::{Family, IfName, PerFamily, Subnet};
+use crate::record::LeaseKey;
+
+/// What is left to do until fabricd has this node.
+///
+/// # Errors
+/// All that refuses it; nothing is to be changed then.
+pub fn takeover(facts: &Facts) -> Result<Vec<Step>, Vec<Refusal>> {
+    let mut refusals = vec![];
+    let (devices, lease) = facts.check(&mut refusals);
+    refusals.extend(facts.flanneld.clone().map(Refusal::FlanneldRuns));
+    if devices.values().any(|device| facts.is_flannels(device)) && !facts.renames_live {
+        refusals.push(Refusal::OldKernel);
+    }
+    // Before the node is ready the filter may be half there.
+    let lacks_it = facts.ready.is_some() && facts.masquerades == Some(false);
+    let masquerades = facts.masquerade_wanted && !lacks_it;
+    if !masquerades && !facts.masquerade_waived {
+        refusals.push(Refusal::NoMasquerade);
+    }
+    refusals.extend(facts.cni.plugin_missing.clone().map(Refusal::NoPlugin));
+    let Some(lease) = lease.filter(|_| refusals.is_empty()) else { return Err(refusals) };
+
+    let mut steps = renames(facts, &devices, Facts::is_flannels, Facts::our_name);
+    let is_ready = facts.fabricd.is_some() && facts.ready == Some(lease.key) && steps.is_empty();
+    steps.extend((!is_ready).then_some(Step::AwaitFabricd));
+    let names: Vec<(IfName, IfName)> =
+        devices.iter().filter_map(|(family, device)| Some((device.name, facts.our_name(family)?))).collect();
+    for route in &facts.routes {
+        // By its new name: the device is renamed before.
+        let dev = names.iter().find(|(now, _)| *now == route.dev).map(|(_, then)| *then);
+        if let (Some(dev), true) = (dev, facts.is_stale(route)) {
+            steps.push(Step::DeleteRoute(Route { dev, ..route.clone() }));
+        }
+    }
+    let cni = &facts.cni;
+    let network = cni.flannels.as_ref().or(cni.ours.as_ref()).or(cni.aside.as_ref()).map(|file| file.network.clone());
+    if let Some(network) = network
+        && (cni.ours.as_ref().is_none_or(|ours| ours.network != network) || cni.flannels.is_some())
+    {
+        let theirs = cni.flannels.as_ref().map(|file| file.file.clone());
+        steps.push(Step::OurConflist(cni.dir.join(&cni.our_file), network, theirs));
+    }
+    for (family, space) in facts.network.spaces.iter() {
+        if let Some(rules) = facts.iptables.get(family) {
+            steps.extend(rules.without_flannels(space.network).into_iter().map(|rules| Step::Iptables(family, rules)));
+        }
+    }
+    // flannel makes both, whatever families the network has.
+    steps.extend(facts.flannel_tables.families().map(Step::DeleteFlannelTable));
+    Ok(steps)
+}
+
+/// What is left to do until flannel has this node.
+///
+/// # Errors
+/// All that refuses it; nothing is to be changed then.
+pub fn giveback(facts: &Facts) -> Result<Vec<Step>, Vec<Refusal>> {
+    let mut refusals = vec![];
+    let (devices, lease) = facts.check(&mut refusals);
+    refusals.extend(facts.fabricd.clone().map(Refusal::FabricdRuns));
+    if devices.values().any(|device| !facts.is_flannels(device)) && !facts.renames_live {
+        refusals.push(Refusal::OldKernel);
+    }
+    let cni = &facts.cni;
+    let flannels = cni.flannels.as_ref().or(cni.aside.as_ref());
+    if flannels.is_none() && (cni.ours.is_some() || !cni.pods.is_empty()) {
+        refusals.push(Refusal::NoConflist(cni.dir.clone(), cni.our_file.clone()));
+    }
+    let Some(lease) = lease.filter(|_| refusals.is_empty()) else { return Err(refusals) };
+
+    let mut steps = renames(facts, &devices, |facts, device| !facts.is_flannels(device), Facts::flannels_name);
+    let of_peers = |route: &&Route| route.ours && facts.is_leased(route.dst);
+    let has_begun = facts.flanneld.is_some() && (facts.assigned || lease.record.owner.is_none());
+    if !has_begun || facts.routes.iter().any(|route| of_peers(&route)) || !steps.is_empty() {
+        steps.push(Step::AwaitFlanneld);
+    }
+    if !facts.ours.is_empty() {
+        steps.push(Step::DeleteOurs(facts.ours.clone()));
+    }
+    for family in facts.network.spaces.families() {
+        let rules = facts.iptables.get(family).and_then(|rules| rules.without_ours());
+        steps.extend(rules.map(|rules| Step::Iptables(family, rules)));
+    }
+    if let Some(flannels) = flannels {
+        if facts.ready.is_some() {
+            steps.push(Step::CloseNode);
+        }
+        let pods = cni.pods.iter().cloned().map(|pod: Pod| Step::HandOverPod(pod, flannels.network.clone()));
+        steps.extend(pods);
+        let aside = cni.aside.as_ref().filter(|_| cni.flannels.is_none()).map(|file| file.file.clone());
+        let ours = cni.ours.as_ref().map(|file| file.file.clone());
+        if aside.is_some() || ours.is_some() {
+            steps.push(Step::FlannelsConflist(PathBuf::clone(&cni.dir), aside, ours));
+        }
+    }
+    Ok(steps)
+}
+
+/// The devices that are to have another name.
+fn renames(
+    facts: &Facts,
+    devices: &PerFamily<&Device>,
+    misnamed: impl Fn(&Facts, &Device) -> bool,
+    name: impl Fn(&Facts, Family) -> Option<IfName>,
+) -> Vec<Step> {
+    let misnamed = devices.iter().filter(|(_, device)| misnamed(facts, device));
+    misnamed.filter_map(|(family, device)| Some(Step::Rename(device.name, name(facts, family)?))).collect()
+}
+
+impl Facts {
+    /// The devices of this node and its lease, held against each other.
+    fn check(&self, refusals: &mut Vec<Refusal>) -> (PerFamily<&Device>, Option<&Lease>) {
+        let mut lease: Option<&Lease> = None;
+        let mut devices = PerFamily::default();
+        for family in self.network.spaces.families() {
+            let device = match self.device(family) {
+                Ok(device) => device,
+                Err(refusal) => {
+                    refusals.push(refusal);
+                    continue;
+                }
+            };
+            *devices.slot(family) = Some(device);
+            match self.lease_of(family, device) {
+                Ok(found) => lease = Some(found),
+                Err(refusal) => refusals.push(refusal),
+            }
+        }
+        (devices, lease)
+    }
+
+    /// The one device of this node in a family, whosever name it has.
+    fn device(&self, family: Family) -> Result<&Device, Refusal> {
+        let vxlan = &self.network.vxlan;
+        let named = |name: IfName| self.devices.iter().find(move |device| device.name == name);
+        let theirs = self.flannels_name(family).and_then(named);
+        let ours = device::names(family, vxlan.vni).find_map(named);
+        let device = match (theirs, ours) {
+            (Some(theirs), Some(ours)) => return Err(Refusal::TwoDevices(theirs.name, ours.name)),
+            (None, None) => {
+                let name = |name: Option<IfName>| name.map(|name| name.to_string()).unwrap_or_default();
+                let (theirs, ours) = (name(self.flannels_name(family)), name(self.our_name(family)));
+                return Err(Refusal::NoDevice(theirs, ours, vxlan.vni.get()));
+            }
+            (Some(device), None) | (None, Some(device)) => device,
+        };
+        if (device.vni, device.port) != (vxlan.vni.get(), vxlan.port) || Family::of(device.local) != family {
+            let wanted = format!("VNI {}, port {} and {family}", vxlan.vni, vxlan.port);
+            return Err(Refusal::OtherDevice { name: device.name, vni: device.vni, port: device.port, wanted });
+        }
+        if !self.addresses.contains(&device.local) {
+            return Err(Refusal::NotOurAddress(device.name, device.local));
+        }
+        Ok(device)
+    }
+
+    /// The lease that says what the device is.
+    fn lease_of(&self, family: Family, device: &Device) -> Result<&Lease, Refusal> {
+        let public = self.public_ips.get(family).copied().unwrap_or(device.local);
+        let found = self.leases.iter().filter(|lease| !lease.record.is_placeholder()).find_map(|lease| {
+            let endpoint = lease.record.endpoints().get(family).copied()?;
+            (endpoint.public_ip == public).then_some((lease, endpoint))
+        });
+        let (lease, endpoint) = found.ok_or(Refusal::NoLease(public))?;
+        if let Some(node) = lease.record.node().filter(|node| **node != self.node) {
+            return Err(Refusal::AnotherNode(lease.key, node.clone(), self.node.clone()));
+        }
+        if endpoint.vtep_mac != device.mac {
+            let (key, name, mac) = (lease.key, device.name, device.mac);
+            return Err(Refusal::OtherMac { key, published: endpoint.vtep_mac, name, mac });
+        }
+        let base = lease.key.subnets().get(family).map(|subnet| subnet.base());
+        match base.filter(|base| !device.addresses.contains(base)) {
+            Some(base) => Err(Refusal::OtherSubnet(device.name, base)),
+            None => Ok(lease),
+        }
+    }
+
+    /// `flannel.1`, `flannel-v6.1`; `None` where that is no name.
+    fn flannels_name(&self, family: Family) -> Option<IfName> {
+        let stem = match family {
+            Family::V4 => "flannel",
+            Family::V6 => "flannel-v6",
+        };
+        format!("{stem}.{}", self.network.vxlan.vni).parse().ok()
+    }
+
+    fn our_name(&self, family: Family) -> Option<IfName> {
+        let vni = self.network.vxlan.vni;
+        let has = |name: &IfName| self.devices.iter().any(|device| device.name == *name);
+        device::names(family, vni).find(has).or_else(|| device::names(family, vni).next())
+    }
+
+    fn is_flannels(&self, device: &Device) -> bool {
+        Family::ALL.into_iter().any(|family| self.flannels_name(family) == Some(device.name))
+    }
+
+    fn is_leased(&self, subnet: Subnet) -> bool {
+        self.leases.subnets(subnet.family()).any(|leased| leased == subnet)
+    }
+
+    /// A route over this node's device to a subnet of the network that nobody leases: flannel's, of a node that left.
+    fn is_stale(&self, route: &Route) -> bool {
+        let network = self.network.spaces.get(route.dst.family()).map(|space| space.network);
+        let inside = network.is_some_and(|network| network.covers(route.dst) && network != route.dst);
+        !route.ours && inside && route.gateway == route.dst.base() && !self.is_leased(route.dst)
+    }
+}
+
+/// The subnets whose guards a node that was given back leaves behind.
+#[must_use]
+pub fn guarded(facts: &Facts) -> Option<LeaseKey> {
+    facts.check(&mut vec![]).1.map(|lease| lease.key)
+}

@@ -1,0 +1,274 @@
+use super::*;
+use crate::leases::Entry;
+
+const DUAL: &str =
+    r#"{"EnableIPv6":true,"Network":"10.244.0.0/16","IPv6Network":"fd00:10:244::/48","Backend":{"Type":"vxlan"}}"#;
+const V4: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
+
+fn v<T: std::str::FromStr<Err: fmt::Debug>>(text: &str) -> T {
+    text.parse().expect(text)
+}
+
+fn lines(text: &str) -> Vec<String> {
+    text.lines().map(|line| line.trim().to_owned()).filter(|line| !line.is_empty()).collect()
+}
+
+fn leases(own: &str) -> LeaseSet {
+    let entry = |(number, (key, value)): (usize, (&str, &str))| {
+        let revision = i64::try_from(number).expect("few") + 1;
+        Entry {
+            key: key.to_owned(),
+            value: value.as_bytes().to_vec(),
+            create_revision: revision,
+            mod_revision: revision,
+        }
+    };
+    let peer =
+        r#"{"PublicIP":"192.0.2.2","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:42:c0:00:02:02"}}"#;
+    let own_key = if own.contains("PublicIPv6") { "10.244.1.0-24&fd00:10:244:1::-64" } else { "10.244.1.0-24" };
+    let entries = [(own_key, own), ("10.244.2.0-24", peer)].into_iter().enumerate().map(entry).collect();
+    LeaseSet::snapshot(&LeaseSet::default(), entries, 9)
+}
+
+/// What flannel wrote for this node.
+const OWN: &str =
+    r#"{"PublicIP":"192.0.2.1","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:42:c0:00:02:01"}}"#;
+const OWN_DUAL: &str = r#"{"PublicIP":"192.0.2.1","PublicIPv6":"2001:db8::1","BackendType":"vxlan",
+    "BackendData":{"VNI":1,"VtepMAC":"02:42:c0:00:02:01"},"BackendV6Data":{"VNI":1,"VtepMAC":"02:42:c0:00:06:01"}}"#;
+
+/// A node of flannel's whose flanneld was ended, with iptables rules and a conflist.
+fn flannel_node(config: &str) -> Facts {
+    let network = NetworkConfig::decode(config.as_bytes()).expect("valid");
+    let is_dual = network.spaces.v6.is_some();
+    let device = |name: &str, local: &str, mac: &str, base: &str| Device {
+        name: v(name),
+        vni: 1,
+        port: 8472,
+        local: v(local),
+        mac: v(mac),
+        addresses: vec![v(base)],
+    };
+    let mut devices = vec![device("flannel.1", "192.0.2.1", "02:42:c0:00:02:01", "10.244.1.0")];
+    devices.extend(is_dual.then(|| device("flannel-v6.1", "2001:db8::1", "02:42:c0:00:06:01", "fd00:10:244:1::")));
+    let route =
+        |dst: &str, gateway: &str, dev: &str| Route { dst: v(dst), gateway: v(gateway), dev: v(dev), ours: false };
+    let rules = Iptables {
+        nat: lines(
+            r#"-P POSTROUTING ACCEPT
+            -N FLANNEL-POSTRTG
+            -A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
+            -A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG
+            -A FLANNEL-POSTRTG -s 10.244.0.0/16 ! -d 224.0.0.0/4 -m comment --comment "flanneld masq" -j MASQUERADE"#,
+        ),
+        filter: lines(
+            r#"-P FORWARD DROP
+            -N FLANNEL-FWD
+            -A FORWARD -j DOCKER-USER
+            -A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD
+            -A FLANNEL-FWD -s 10.244.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
+            -A FLANNEL-FWD -d 10.244.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT"#,
+        ),
+    };
+    let conflist = |file: &str| Some(Conflist { file: file.into(), network: "cbr0".into() });
+    Facts {
+        node: v("node-1"),
+        network,
+        leases: Arc::new(leases(if is_dual { OWN_DUAL } else { OWN })),
+        devices,
+        addresses: vec![v("192.0.2.1"), v("2001:db8::1")],
+        public_ips: PerFamily::default(),
+        routes: vec![
+            route("10.244.2.0/24", "10.244.2.0", "flannel.1"),
+            route("10.244.38.0/24", "10.244.38.0", "flannel.1"),
+            route("198.51.100.0/24", "198.51.100.0", "flannel.1"),
+            route("10.244.39.0/24", "192.0.2.9", "eth0"),
+        ],
+        renames_live: true,
+        flanneld: None,
+        fabricd: None,
+        ready: None,
+        masquerades: None,
+        masquerade_wanted: true,
+        masquerade_waived: false,
+        iptables: PerFamily { v4: Some(rules), v6: None },
+        flannel_tables: PerFamily::default(),
+        assigned: false,
+        ours: vec![],
+        cni: Cni {
+            dir: "/etc/cni/net.d".into(),
+            our_file: "10-fabric.conflist".into(),
+            flannels: conflist("10-flannel.conflist"),
+            ..Cni::default()
+        },
+    }
+}
+
+fn told(steps: Result<Vec<Step>, Vec<Refusal>>) -> String {
+    match steps {
+        Ok(steps) => steps.iter().map(|step| format!("{step}\n")).collect(),
+        Err(refusals) => refusals.iter().map(|refusal| format!("refused: {refusal}\n")).collect(),
+    }
+}
+
+#[test]
+fn takeover_of_a_flannel_node_in_the_words_of_its_tools() {
+    let expected = r#"ip link set dev flannel.1 name fabric.1
+# fabricd claims the lease and replaces flannel's routes; start it if it doesn't run
+ip route del 10.244.38.0/24 via 10.244.38.0 dev fabric.1
+write /etc/cni/net.d/10-fabric.conflist (network cbr0)
+mv /etc/cni/net.d/10-flannel.conflist /etc/cni/net.d/10-flannel.conflist.before-fabricd
+iptables-restore --noflush --wait <<EOF
+*filter
+-I FORWARD 2 -s 10.244.0.0/16 -m comment --comment "fabricd: forward" -j ACCEPT
+-I FORWARD 2 -d 10.244.0.0/16 -m comment --comment "fabricd: forward" -j ACCEPT
+-D FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD
+-F FLANNEL-FWD
+-X FLANNEL-FWD
+COMMIT
+EOF
+iptables-restore --noflush --wait <<EOF
+*nat
+-D POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG
+-F FLANNEL-POSTRTG
+-X FLANNEL-POSTRTG
+COMMIT
+EOF
+"#;
+    assert_eq!(told(takeover(&flannel_node(V4))), expected);
+}
+
+#[test]
+fn each_family_has_its_device_and_nftables_are_one_table_each() {
+    let mut facts = flannel_node(DUAL);
+    facts.iptables = PerFamily::default();
+    facts.flannel_tables = PerFamily { v4: Some(()), v6: Some(()) };
+    facts.routes.clear();
+    let expected = "ip link set dev flannel.1 name fabric.1
+ip link set dev flannel-v6.1 name fabric6.1
+# fabricd claims the lease and replaces flannel's routes; start it if it doesn't run
+write /etc/cni/net.d/10-fabric.conflist (network cbr0)
+mv /etc/cni/net.d/10-flannel.conflist /etc/cni/net.d/10-flannel.conflist.before-fabricd
+nft delete table ip flannel-ipv4
+nft delete table ip6 flannel-ipv6
+";
+    assert_eq!(told(takeover(&facts)), expected);
+}
+
+/// A node that fabricd has after a takeover.
+fn taken_over() -> Facts {
+    let mut facts = flannel_node(V4);
+    facts.devices[0].name = v("fabric.1");
+    facts.fabricd = Some("systemctl disable --now fabricd.service".into());
+    facts.ready = LeaseKey::new(PerFamily { v4: Some(v("10.244.1.0/24")), v6: None });
+    facts.masquerades = Some(true);
+    facts.iptables = PerFamily::default();
+    facts.routes = vec![Route { dst: v("10.244.2.0/24"), gateway: v("10.244.2.0"), dev: v("fabric.1"), ours: true }];
+    let owner = r#","Fabric":{"v":1,"node":"node-1","boot":"b","netns":1,"epoch":1}}"#;
+    facts.leases = Arc::new(leases(&OWN.replacen("}}", &format!("}}{owner}"), 1)));
+    let cni = &mut facts.cni;
+    cni.aside = cni.flannels.take().map(|file| Conflist { file: format!("{}{ASIDE}", file.file), ..file });
+    cni.ours = Some(Conflist { file: "10-fabric.conflist".into(), network: "cbr0".into() });
+    facts.ours = vec!["ip nexthop flush proto 250".into(), "nft delete table inet fabric".into()];
+    facts
+}
+
+#[test]
+fn of_a_node_that_is_taken_over_nothing_is_left_to_take() {
+    assert_eq!(told(takeover(&taken_over())), "");
+}
+
+#[test]
+fn giveback_waits_for_flanneld_before_anything_of_ours_goes() {
+    let mut facts = taken_over();
+    assert!(
+        told(giveback(&facts)).contains("fabricd runs; end it so that it can't come back: systemctl disable --now")
+    );
+    facts.fabricd = None;
+    facts.cni.pods = vec![Pod { network: "cbr0".into(), container: "c1".into(), ifname: "eth0".into() }];
+    let expected = "ip link set dev fabric.1 name flannel.1
+# flanneld takes device and lease over and replaces fabricd's routes; start it if it doesn't run
+ip nexthop flush proto 250
+nft delete table inet fabric
+rm node.json
+write /var/lib/cni/flannel/c1 and its addresses in cbr0
+mv /etc/cni/net.d/10-flannel.conflist.before-fabricd /etc/cni/net.d/10-flannel.conflist
+rm /etc/cni/net.d/10-fabric.conflist
+";
+    assert_eq!(told(giveback(&facts)), expected);
+    facts.devices[0].name = v("flannel.1");
+    assert!(told(giveback(&facts)).starts_with("# flanneld takes"));
+    // It runs, has its record and its route.
+    facts.flanneld = Some("kill 7".into());
+    facts.leases = Arc::new(leases(OWN));
+    assert!(told(giveback(&facts)).starts_with("# flanneld takes"), "a route of ours leads to a peer");
+    facts.routes[0].ours = false;
+    assert!(told(giveback(&facts)).starts_with("ip nexthop flush"));
+}
+
+#[test]
+fn our_forward_rules_go_once_flannels_are_there() {
+    let mut facts = taken_over();
+    (facts.fabricd, facts.flanneld) = (None, Some("kill 7".into()));
+    facts.devices[0].name = v("flannel.1");
+    facts.leases = Arc::new(leases(OWN));
+    facts.routes[0].ours = false;
+    facts.ours.clear();
+    let ours = r#"-P FORWARD DROP
+        -A FORWARD -s 10.244.0.0/16 -m comment --comment "fabricd: forward" -j ACCEPT"#;
+    facts.iptables.v4 = Some(Iptables { nat: vec![], filter: lines(ours) });
+    assert!(!told(giveback(&facts)).contains("iptables"));
+    facts.iptables.v4.as_mut().expect("there").filter.push("-N FLANNEL-FWD".into());
+    assert!(told(giveback(&facts)).starts_with(
+        "iptables-restore --noflush --wait <<EOF\n*filter\n-D FORWARD -s 10.244.0.0/16 -m comment --comment \
+         \"fabricd: forward\" -j ACCEPT\nCOMMIT\nEOF\n"
+    ));
+}
+
+#[test]
+fn where_nothing_else_decides_about_forwarded_packets_no_rule_of_ours_is_needed() {
+    let mut facts = flannel_node(V4);
+    let rules = facts.iptables.v4.as_mut().expect("there");
+    rules.filter.retain(|line| !line.contains("DROP") && !line.contains("DOCKER-USER"));
+    let steps = told(takeover(&facts));
+    assert!(!steps.contains("-I FORWARD") && steps.contains("-D FORWARD"), "{steps}");
+}
+
+#[test]
+fn whatever_does_not_fit_is_refused_with_the_way_out() {
+    type Change = fn(&mut Facts);
+    let cases: [(Change, &str); 12] = [
+        (|f| f.devices.clear(), "there is no flannel.1, nor fabric.1"),
+        (
+            |f| f.devices[0].port = 4789,
+            "flannel.1 has VNI 1 and UDP port 4789, the network config says VNI 1, port 8472",
+        ),
+        (|f| f.devices[0].local = v("192.0.2.77"), "flannel.1 sends from 192.0.2.77, which is no address of this host"),
+        (|f| f.devices[0].mac = v("02:42:c0:00:02:99"), "flannel.1 has 02:42:c0:00:02:99: peers can't reach this node"),
+        (|f| f.devices[0].addresses.clear(), "flannel.1 hasn't got 10.244.1.0"),
+        (|f| f.leases = Arc::default(), "the store has no lease with the public address 192.0.2.1"),
+        (
+            |f| f.devices.push(Device { name: v("fabric.1"), ..f.devices[0].clone() }),
+            "flannel.1 and fabric.1 are both there",
+        ),
+        (|f| f.flanneld = Some("kill 7".into()), "flanneld runs; end it so that it can't come back: kill 7"),
+        (|f| f.renames_live = false, "older than 6.2"),
+        (|f| f.masquerade_wanted = false, "start fabricd with --ip-masq, or say --no-masquerade"),
+        (|f| (f.masquerades, f.ready) = (Some(false), taken_over().ready), "start fabricd with --ip-masq"),
+        (|f| f.cni.plugin_missing = Some("/opt/cni/bin".into()), "fabricd install-cni --only plugins"),
+    ];
+    for (change, words) in cases {
+        let mut facts = flannel_node(V4);
+        change(&mut facts);
+        let refused = told(takeover(&facts));
+        assert!(refused.starts_with("refused: ") && refused.contains(words), "{words}: {refused}");
+    }
+    let mut facts = taken_over();
+    facts.node = v("node-9");
+    assert!(told(takeover(&facts)).contains("is that of node-1, this node is called node-9"));
+    let mut facts = taken_over();
+    (facts.fabricd, facts.cni.aside) = (None, None);
+    assert!(
+        told(giveback(&facts))
+            .contains("put flannel's conflist there, under a name that sorts behind 10-fabric.conflist")
+    );
+}

@@ -1,0 +1,145 @@
+//! What is there: store, kernel, processes, rules of iptables, files.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use fabric_core::diff::{Op, diff};
+use fabric_core::handoff::{NODE_FILE, NodeFile, Readiness};
+use fabric_core::model::{Family, PerFamily};
+use fabric_core::record::LeaseKey;
+use fabric_core::state::nft::TableFamily;
+use fabric_core::state::{Routing, State};
+use fabric_core::takeover::{Facts, Iptables, Pod};
+use tokio::time::timeout;
+
+use super::Handover;
+use crate::commands::conflists;
+use crate::config::Config;
+use crate::daemon::open_kernel;
+use crate::host::addresses::attachments;
+use crate::host::lock;
+use crate::kernel::{Kernel as _, handover};
+use crate::store::{LeaseStore, Network};
+
+/// How long the store may take to answer.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// Everything that the decision depends on.
+pub(super) async fn facts(args: &Handover, config: &Config, store: &impl LeaseStore) -> Result<Facts> {
+    let (network, leases) = timeout(ANSWER, async {
+        let network = store.network().wait_for(|network| *network != Network::Unknown).await?.clone();
+        let leases = store.leases().wait_for(Option::is_some).await?.clone();
+        anyhow::Ok((network, leases.unwrap_or_default()))
+    })
+    .await
+    .with_context(|| format!("the store does not answer: {:?}", *store.connection().borrow()))??;
+    let place = store.config_place().name;
+    let network = match network {
+        Network::Valid(network) => network,
+        Network::Invalid(error) => bail!("the network config at {place} can't be used: {error}"),
+        Network::Missing | Network::Unknown => bail!("there is no network config at {place}"),
+    };
+
+    let mut kernel = handover::Handover::open()?;
+    let routes = kernel.routes()?;
+    let observed = open_kernel(config)?.observe().await?;
+    let plan = diff(State::default(), observed.found(&Routing::new()));
+    let filter = plan.ops().iter().filter(|op| matches!(op, Op::Filter(_))).map(ToString::to_string);
+    let leased: BTreeSet<_> = Family::ALL.into_iter().flat_map(|family| leases.subnets(family)).collect();
+    let left = routes.iter().filter(|route| route.ours && !leased.contains(&route.dst));
+    let left = left.map(|route| format!("ip route del {} via {} dev {}", route.dst, route.gateway, route.dev));
+    let nexthops = (!kernel.nexthops()?.is_empty()).then(|| "ip nexthop flush proto 250".to_owned());
+    let has_filter = observed.filter.get(&TableFamily::Inet);
+    let mut cni = conflists::find(&config.cni_conf_dir, &args.conf_name)?;
+    let plugin = args.bin_dir.join("fabric-cni");
+    cni.plugin_missing = (!plugin.is_file()).then(|| args.bin_dir.clone());
+    let of_ours = |network: &str| cni.ours.as_ref().is_some_and(|ours| ours.network == network);
+    let pods = attachments(&config.cni_state_dir)?.into_keys().filter(|owner| of_ours(&owner.network));
+    cni.pods =
+        pods.map(|owner| Pod { network: owner.network, container: owner.container, ifname: owner.ifname }).collect();
+    let running = lock::holder().await;
+    Ok(Facts {
+        node: config.node().clone(),
+        network,
+        devices: kernel.devices()?,
+        addresses: kernel.addresses()?,
+        public_ips: config.public_ips(),
+        renames_live: renames_live(),
+        flanneld: process_of("flanneld")?.map(how_to_end),
+        fabricd: running.map(|(_, pid)| pid.map_or_else(|| "ss -xlp shows its process".to_owned(), how_to_end)),
+        ready: ready(config),
+        masquerades: has_filter.map(|table| table.chains.contains_key("postrouting")),
+        masquerade_wanted: config.filter.ip_masq,
+        masquerade_waived: args.no_masquerade,
+        iptables: Family::ALL.into_iter().filter_map(|family| Some((family, rules(family)?))).collect(),
+        flannel_tables: flannel_tables(),
+        ours: left.chain(nexthops).chain(filter).collect(),
+        assigned: store.assigned().is_some(),
+        routes,
+        leases,
+        cni,
+    })
+}
+
+/// `dev_change_name` (net/core/dev.c) since 6.2.
+fn renames_live() -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(['.', '-']).map(|number| number.parse::<u32>().unwrap_or_default());
+    (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default()) >= (6, 2)
+}
+
+/// The subnets of a `node.json` that says ready.
+fn ready(config: &Config) -> Option<LeaseKey> {
+    let node = NodeFile::decode(&fs::read(config.run_dir.join(NODE_FILE)).ok()?).ok()?;
+    let subnets = node.subnets().map(|_, ours| ours.subnet);
+    (node.readiness == Readiness::Ready).then(|| LeaseKey::new(subnets)).flatten()
+}
+
+/// A process of this name in this network namespace.
+fn process_of(name: &str) -> Result<Option<i32>> {
+    let here = fs::metadata("/proc/self/ns/net").context("cannot look at this network namespace")?.ino();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+        let comm = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+        if comm.trim() == name && fs::metadata(entry.path().join("ns/net")).is_ok_and(|there| there.ino() == here) {
+            return Ok(Some(pid));
+        }
+    }
+    Ok(None)
+}
+
+/// How a process is ended so that whoever started it doesn't start it again.
+fn how_to_end(pid: i32) -> String {
+    let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    if cgroup.contains("kubepods") {
+        return format!("it is process {pid}, of a pod: keep its DaemonSet off this node by a label");
+    }
+    let service = cgroup.lines().filter_map(|line| line.rsplit('/').next()).find(|last| last.ends_with(".service"));
+    match service {
+        Some(service) => format!("systemctl disable --now {service}"),
+        None => format!("kill {pid}"),
+    }
+}
+
+/// What `iptables -S` shows; `None` where there is no such program, or it doesn't work.
+fn rules(family: Family) -> Option<Iptables> {
+    let program = if family == Family::V4 { "iptables" } else { "ip6tables" };
+    let lines = |table: &str| {
+        let output = Command::new(program).args(["--wait", "5", "-t", table, "-S"]).output().ok()?;
+        let text = String::from_utf8(output.stdout).ok().filter(|_| output.status.success())?;
+        Some(text.lines().map(str::to_owned).collect::<Vec<_>>())
+    };
+    Some(Iptables { nat: lines("nat")?, filter: lines("filter")? })
+}
+
+/// `nft list tables`, of flannel's.
+fn flannel_tables() -> PerFamily<()> {
+    let output = Command::new("nft").args(["list", "tables"]).output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    let has = |table: &str| text.lines().any(|line| line == table).then_some(());
+    PerFamily { v4: has("table ip flannel-ipv4"), v6: has("table ip6 flannel-ipv6") }
+}

@@ -1,0 +1,208 @@
+//! `fabricd takeover` and `fabricd giveback`: a node changes hands between flannel and fabricd while its pods run.
+//!
+//! ```text
+//!   look ─► Facts ─► core::takeover::{takeover, giveback} ─► the first step ─► act ─┐
+//!    ▲                                                                              │
+//!    └──────────────────────────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! After each step everything is looked at anew, so a step that was cut off is taken again, and whoever comes after a
+//! `kill -9` needs to know nothing. The daemons themselves are started and ended by whoever has them: systemd, a DaemonSet.
+
+mod act;
+mod look;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use clap::{Command, CommandFactory as _, FromArgMatches as _, Parser};
+use fabric_core::takeover::{Facts, Refusal, Step, giveback, guarded, takeover};
+use tokio::time::{Instant, sleep};
+
+use crate::commands::install_cni::CniVersion;
+use crate::config::{Config, StoreKind, asked_for};
+use crate::files::remove_if_there;
+use crate::files::state_dir::Disk;
+use crate::store::etcd::Etcd;
+use crate::store::kubernetes::Kubernetes;
+use crate::store::{Grant, LeaseStore};
+
+/// The first word of the command line that asks to take a node over from flannel.
+pub const TAKEOVER: &str = "takeover";
+
+/// The first word of the command line that asks to give a node to flannel.
+pub const GIVEBACK: &str = "giveback";
+
+/// How often it is looked whether a daemon has done its part.
+const PERIOD: Duration = Duration::from_millis(200);
+
+/// Which way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From flannel to fabricd.
+    Takeover,
+    /// From fabricd to flannel.
+    Giveback,
+}
+
+/// Take this node over from flannel, or give it to flannel, with its pods running
+#[derive(Clone, Debug, Parser)]
+pub struct Handover {
+    /// Print what would be changed, and what refuses it, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// Settings file of the daemon in TOML [default: what its service has]
+    #[arg(long, env = "FABRICD_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Take at most so many steps, to look in between; run again to go on, or turn round
+    #[arg(long, value_name = "COUNT")]
+    pub steps: Option<u32>,
+
+    /// How many seconds to wait for the daemon that takes the node
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    pub wait: u64,
+
+    /// Where the runtime has its CNI plugins
+    #[arg(long, env = "FABRICD_CNI_BIN_DIR", value_name = "DIR", default_value = "/opt/cni/bin")]
+    pub bin_dir: PathBuf,
+
+    /// Name of our conflist; it has to sort before flannel's
+    #[arg(long, value_name = "NAME", default_value = "10-fabric.conflist")]
+    pub conf_name: String,
+
+    /// Version of the CNI spec that our conflist asks for
+    #[arg(long, value_name = "VERSION", default_value = "1.0.0")]
+    pub cni_version: CniVersion,
+
+    /// Where flannel's plugin remembers the pods that it attached
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/cni/flannel")]
+    pub flannel_dir: PathBuf,
+
+    /// Take the node over although fabricd doesn't masquerade: what is outside has routes to the pods
+    #[arg(long)]
+    pub no_masquerade: bool,
+}
+
+impl Handover {
+    /// Both commands.
+    #[must_use]
+    pub fn commands() -> [Command; 2] {
+        let about = [
+            "Take this node over from flannel, with its pods running",
+            "Give this node to flannel, with its pods running",
+        ];
+        let [takeover, giveback] = about.map(|about| Self::command().about(about));
+        [takeover.name(TAKEOVER), giveback.name(GIVEBACK)]
+    }
+
+    /// Reads the command line, if its first word asks for this.
+    #[must_use]
+    pub fn asked(args: impl IntoIterator<Item = OsString>) -> Option<(Self, Direction)> {
+        let args: Vec<OsString> = args.into_iter().collect();
+        let directions = [Direction::Takeover, Direction::Giveback];
+        Self::commands().into_iter().zip(directions).find_map(|(command, direction)| {
+            let matches = asked_for(args.clone(), command)?;
+            Some((Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()), direction))
+        })
+    }
+
+    /// Takes all steps that are left, and prints each.
+    ///
+    /// # Errors
+    /// What refuses it; the first step that fails; a daemon that doesn't do its part in time. To be run again then.
+    pub fn run(&self, direction: Direction) -> Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let (mut config, _) = Config::of_host(self.config.as_deref())?;
+            config.fill_in_name()?;
+            match config.store {
+                StoreKind::Etcd => self.go(direction, &config, &Etcd::start(config.etcd.options()?)).await,
+                StoreKind::Kubernetes => self.go(direction, &config, &Kubernetes::start(config.kubernetes())).await,
+            }
+        })
+    }
+
+    async fn go(&self, direction: Direction, config: &Config, store: &impl LeaseStore) -> Result<()> {
+        let mut last: Option<Step> = None;
+        let mut deadline = None;
+        let mut taken = 0;
+        loop {
+            let facts = look::facts(self, config, store).await?;
+            let steps = steps(direction, &facts)?;
+            if self.dry_run {
+                steps.iter().for_each(|step| println!("{step}"));
+                return Ok(());
+            }
+            let Some(step) = steps.into_iter().next() else {
+                return self.finish(direction, config, store, &facts).await;
+            };
+            let is_again = last.as_ref() == Some(&step);
+            if !is_again {
+                if self.steps.is_some_and(|most| taken >= most) {
+                    return Ok(());
+                }
+                taken += 1;
+                println!("{step}");
+                deadline = Some(Instant::now() + Duration::from_secs(self.wait));
+            }
+            match step {
+                Step::AwaitFabricd | Step::AwaitFlanneld => {
+                    let daemon = if step == Step::AwaitFabricd { "fabricd" } else { "flanneld" };
+                    if deadline.is_some_and(|deadline| Instant::now() > deadline) {
+                        bail!(
+                            "{daemon} has not taken this node within {} s; start it, see its log, and run this again, or \
+                             turn round: fabricd {}",
+                            self.wait,
+                            if direction == Direction::Takeover { GIVEBACK } else { TAKEOVER }
+                        );
+                    }
+                    sleep(PERIOD).await;
+                }
+                _ if is_again => bail!("this step has no effect: {step}"),
+                _ => act::take(&step, self, config, &facts).await?,
+            }
+            last = Some(step);
+        }
+    }
+
+    /// What is left of us on a node that is flannel's goes; what a node that is ours has is what it needs.
+    async fn finish(
+        &self,
+        direction: Direction,
+        config: &Config,
+        store: &impl LeaseStore,
+        facts: &Facts,
+    ) -> Result<()> {
+        let Some(key) = guarded(facts).filter(|_| direction == Direction::Giveback) else {
+            println!("this node is {}", if direction == Direction::Takeover { "fabricd's" } else { "flannel's" });
+            return Ok(());
+        };
+        // A record of flannel's hangs on no lease of ours, so it stays, and the guards that name this node go.
+        let (node, ttl, expires) = (config.node().clone(), config.lease_ttl, Instant::now());
+        let grant = Grant { node, key, mod_revision: 0, lease_id: fastrand::i64(1..), expires, ttl };
+        if store.assigned().is_none() {
+            store.release(&grant).await?;
+        }
+        Disk::new(&config.state_dir, config.node()).remove()?;
+        for file in [&config.socket, &config.run_dir.join(fabric_core::handoff::NODE_FILE)] {
+            remove_if_there(file)?;
+        }
+        println!("this node is flannel's");
+        Ok(())
+    }
+}
+
+fn steps(direction: Direction, facts: &Facts) -> Result<Vec<Step>> {
+    let steps = match direction {
+        Direction::Takeover => takeover(facts),
+        Direction::Giveback => giveback(facts),
+    };
+    steps.map_err(|refusals| {
+        let told: Vec<String> = refusals.iter().map(Refusal::to_string).collect();
+        anyhow::anyhow!("nothing is changed:\n{}", told.join("\n"))
+    })
+}
