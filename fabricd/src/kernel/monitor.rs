@@ -350,6 +350,7 @@ fn netconf(frame: &Frame<'_>) -> Option<Event> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::routing::tables::EntryRow;
 
     #[test]
     fn settings_of_a_pods_device_that_goes_say_nothing() {
@@ -358,5 +359,29 @@ mod tests {
         let frame = Frame { kind: RTM_DELNETCONF, flags: 0, sequence: 0, port: 0, body: &body };
         assert!(Event::of(&frame).is_none());
         assert!(matches!(Event::of(&Frame { kind: 0xfff0, ..frame }), Some(Event::Unknown)));
+    }
+
+    #[test]
+    fn an_fdb_entry_that_is_told_without_its_destination_stays_what_it_is() {
+        // As Linux 5.10 tells `bridge fdb replace 02:42:c0:00:02:02 dev fabric.1 dst 192.0.2.2 self permanent`: the VXLAN
+        // driver with destination and age, rtnetlink after it with neither.
+        let head = [7, 0, 0, 0, 5, 0, 0, 0, 0x80, 0, 2, 0];
+        let mac = [10, 0, 2, 0, 2, 0x42, 0xc0, 0, 2, 2, 0, 0];
+        let (dst, age) = ([8, 0, 1, 0, 192, 0, 2, 2], [&[20, 0, 3, 0][..], &[0; 16]].concat());
+        let (driver, again) = ([&head[..], &mac, &dst, &age].concat(), [&head[..], &mac].concat());
+        let event = |kind, body: &[u8]| Event::of(&Frame { kind, flags: 0, sequence: 0, port: 0, body });
+        let row = |event| match event {
+            Some(Event::Entry(entry)) => Some(entry.row),
+            _ => None,
+        };
+        let mac = "02:42:c0:00:02:02".parse().expect("a MAC address");
+        let dst = "192.0.2.2".parse().expect("an address");
+        assert_eq!(row(event(RTM_NEWNEIGH, &driver)), Some(EntryRow::Fdb(mac, Some(dst))));
+        assert!(event(RTM_NEWNEIGH, &again).is_none());
+        // Deleted it is, whoever tells.
+        assert_eq!(row(event(RTM_DELNEIGH, &again)), Some(EntryRow::Fdb(mac, None)));
+        // One that really has no destination is none of ours.
+        let without = [&head[..], &[10, 0, 2, 0, 2, 0x42, 0xc0, 0, 2, 2, 0, 0], &age].concat();
+        assert_eq!(row(event(RTM_NEWNEIGH, &without)), Some(EntryRow::Fdb(mac, None)));
     }
 }

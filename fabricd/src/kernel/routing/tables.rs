@@ -222,11 +222,13 @@ pub(in crate::kernel) fn entry(frame: &Frame<'_>, gone: bool) -> Option<Entry> {
     const OWN: u8 = 0x02;
     const EXTERN_LEARN: u8 = 0x10;
     let (head, rest) = frame.body.split_at_checked(12)?;
-    let (mut dst, mut mac, mut strange) = (None, None, false);
+    let (mut dst, mut mac, mut strange, mut whole) = (None, None, false, false);
     for (kind, value) in attributes(rest) {
         match kind {
             1 => dst = netlink_packet_core::parse_ip(value).ok(),
             2 => mac = mac_of(value),
+            // The driver's own word has the entry's age (NDA_CACHEINFO).
+            3 => whole = true,
             // Port, VNI, device, source VNI.
             6 | 7 | 8 | 11 => strange = true,
             _ => {}
@@ -234,6 +236,9 @@ pub(in crate::kernel) fn entry(frame: &Frame<'_>, gone: bool) -> Option<Entry> {
     }
     let there = !gone && u16::from_ne_bytes([head[8], head[9]]) == PERMANENT;
     let row = match i32::from(head[0]) {
+        // Older kernels (5.10 does, 6.18 doesn't) tell each write of the FDB once more after the driver has, without
+        // destination and age (`rtnl_fdb_notify` in net/core/rtnetlink.c): that says nothing of what the entry is.
+        libc::AF_BRIDGE if !gone && dst.is_none() && !whole => return None,
         libc::AF_BRIDGE => {
             let made_as_ours = head[10] & (OWN | EXTERN_LEARN) == OWN && !strange;
             EntryRow::Fdb(mac?, dst.filter(|_| there && made_as_ours))
