@@ -434,6 +434,7 @@ struct State {
     stale: bool,
     overrun: bool,
     muted: bool,
+    stalled: bool,
 }
 
 /// A kernel in memory. Clones are handles of the same one: the daemon gets one, the test keeps another.
@@ -441,6 +442,7 @@ struct State {
 pub struct FakeKernel {
     state: Arc<Mutex<State>>,
     woken: Arc<Notify>,
+    resumed: Arc<Notify>,
 }
 
 impl FakeKernel {
@@ -448,7 +450,7 @@ impl FakeKernel {
     #[must_use]
     pub fn new(tables: Tables) -> Self {
         let state = State { tables, stale: true, ..State::default() };
-        Self { state: Arc::new(Mutex::new(state)), woken: Arc::new(Notify::new()) }
+        Self { state: Arc::new(Mutex::new(state)), woken: Arc::new(Notify::new()), resumed: Arc::default() }
     }
 
     /// What it holds now.
@@ -479,6 +481,12 @@ impl FakeKernel {
     /// From now on nothing can be read (`Some`), or all can be again (`None`).
     pub fn fail_reads(&self, errno: Option<i32>) {
         self.state().unreadable = errno;
+    }
+
+    /// From now on no write is answered (`true`), or all are again (`false`), those that wait included.
+    pub fn stall(&self, stalled: bool) {
+        self.state().stalled = stalled;
+        self.resumed.notify_one();
     }
 
     /// Takes all faults away.
@@ -534,6 +542,9 @@ impl Kernel for FakeKernel {
     }
 
     async fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>> {
+        while self.state().stalled {
+            self.resumed.notified().await;
+        }
         let mut state = self.state();
         // Each fault is asked, so that each counts every write.
         let mut refused_by_fault = |op: &Op| {

@@ -293,6 +293,23 @@ async fn without_checking_senders_a_device_waits_for_no_filter() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_start_that_waits_for_the_kernel_tells_so_with_the_lease_that_it_holds() {
+    let host = Host::new(V4, &[V4_PEER]);
+    host.kernel.stall(true);
+    let mut daemon = host.start();
+    daemon.refusing("writing the packet filter for 9 s: the kernel has not answered yet").await;
+    assert!(daemon.view.borrow().holding.own.is_some(), "{:?}", daemon.view.borrow().holding);
+    host.kernel.stall(false);
+    daemon.ready().await;
+
+    // Once the data plane stands, a kernel that is busy is no reason to say that it doesn't.
+    host.kernel.stall(true);
+    host.cluster.put("subnets/10.244.3.0-24", V4_PEER.1.replace("192.0.2.2", "192.0.2.3").as_bytes());
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!(daemon.view.borrow().readiness, Readiness::Ready);
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_another_program_changes_is_a_repair_and_what_a_lease_changes_is_none() {
     let host = Host::new(DUAL, &[DUAL_PEER]);
     let mut daemon = host.start();

@@ -11,6 +11,7 @@ pub mod pending;
 mod prepare;
 pub mod repairs;
 pub mod retention;
+mod waiting;
 mod write;
 
 use std::net::IpAddr;
@@ -42,6 +43,7 @@ use crate::metrics::Metrics;
 use crate::reconcile::filter::Filter;
 use crate::reconcile::repairs::Repairs;
 use crate::reconcile::retention::Retention;
+use crate::reconcile::waiting::Doing;
 use crate::retry::Backoff;
 use crate::status::view::View;
 use crate::store::{LeaseStore, Network};
@@ -89,6 +91,8 @@ pub struct Reconciler<S, K> {
     plan: Option<PeerPlan>,
     /// The entries that may differ between what is desired and what the kernel has: only these are compared.
     dirty: Dirty<Key>,
+    /// What the pass that is under way waits for.
+    doing: watch::Sender<Doing>,
     metrics: Arc<Metrics>,
     repairs: Repairs,
     retry: Backoff,
@@ -155,6 +159,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             files,
             wanted: watch::channel(None).0,
             view: watch::channel(Arc::new(view)).0,
+            doing: watch::channel(Doing::Reading).0,
             applied: None,
             remembered: before.network,
             retention: Retention::new(before.leases),
@@ -213,7 +218,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             }
             (view.leases, view.from_disk) = self.retention.merge(set);
             let now = (network.borrow_and_update().clone(), holding.borrow_and_update().clone());
-            let again = self.pass(&mut view, now).await;
+            let (teller, doing, held) = (self.view.clone(), self.doing.clone(), now.1.clone());
+            let again = waiting::telling(&teller, &doing, held, self.pass(&mut view, now)).await;
             self.metrics.passed();
             if view.readiness == Readiness::Ready
                 && again.is_none()

@@ -7,6 +7,7 @@ use fabric_core::diff::{Gate, Key, Op, Plan};
 use tracing::{debug, warn};
 
 use super::Reconciler;
+use super::waiting::Doing;
 use crate::kernel::{Kernel, KernelError};
 use crate::reconcile::repairs::Causes;
 use crate::store::LeaseStore;
@@ -43,7 +44,10 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                     Err(lacks) => failures.push((op.clone(), left_out(op, lacks, &failures))),
                 }
             }
-            for (op, result) in go.iter().zip(self.kernel.apply(&go).await) {
+            self.doing.send_replace(Doing::of(&go));
+            let results = self.kernel.apply(&go).await;
+            self.doing.send_replace(Doing::Reading);
+            for (op, result) in go.iter().zip(results) {
                 debug!(%op, ok = result.is_ok(), "kernel write");
                 self.metrics.wrote(op, &result);
                 if let Err(error) = result {
