@@ -136,3 +136,23 @@ fn files_in_the_table_of_times_are_there() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn modules_of_the_errors_are_loaded_by_the_package_and_explained() -> Result<()> {
+    let read = |path: &str| fs::read_to_string(root().join(path)).with_context(|| path.to_owned());
+    let (list, page) = (read("deploy/systemd/modules-load.conf")?, read("docs/kernels.md")?);
+    let loaded: Vec<&str> = list.lines().filter(|line| !line.starts_with('#')).collect();
+    for module in &loaded {
+        ensure!(page.contains(&format!("`{module}`")), "docs/kernels.md doesn't say what {module} is for");
+    }
+    let errors = read("fabricd/src/kernel/refusal.rs")?;
+    let named: Vec<&str> = Regex::new(r"Load it with: modprobe (?:-a )?([a-z_ ]+)")?
+        .captures_iter(&errors)
+        .flat_map(|found| found.get(1).map(|names| names.as_str().split(' ')).into_iter().flatten())
+        .collect();
+    ensure!(named.len() >= 6, "the errors name {named:?} alone");
+    for module in named {
+        ensure!(loaded.contains(&module), "modules-load.conf doesn't load {module}");
+    }
+    Ok(())
+}
