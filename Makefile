@@ -7,7 +7,7 @@ NAME ?= fabric
 PROFILE ?= release
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build lab lab-down test bench faults image deb e2e api-server helm lint audit
+.PHONY: help deps build lab lab-down test machines machines-down test-machines bench faults image deb e2e api-server helm lint audit
 
 help: ## List the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,6 +27,20 @@ lab-down: root ## Take it down again
 test: root deps build ## Run all tests, several suites at once
 	@tests/deps test
 	@tests/run
+
+# Kernels by tests/src/machines/kernels.txt, with what differs: MACHINES="6.1 newest,memory=512,nics=2".
+MACHINES ?= 6.1 newest
+
+machines: root deps build ## Bring up a cluster whose nodes have kernels of their own, by QEMU, leave it up
+	@tests/deps machines
+	@target/debug/machines --name $(NAME) up $(MACHINES)
+
+machines-down: root ## Take it down again
+	@target/debug/machines --name $(NAME) down
+
+test-machines: root deps build ## Run the tests on Debian's kernels, by QEMU (SHORT=1: what CI runs; ONLY=name)
+	@tests/deps machines
+	@SHORT=$(SHORT) tests/machines $(ONLY)
 
 image: ## Build the container image, without Docker, into target/image/fabricd.tar
 	@PROFILE=$(PROFILE) deploy/image/build

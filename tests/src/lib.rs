@@ -11,6 +11,7 @@ pub mod faults;
 pub mod keepers;
 pub mod kubernetes;
 pub mod lab;
+pub mod machines;
 pub mod memory_store;
 pub mod netns;
 pub mod plain_host;

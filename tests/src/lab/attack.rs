@@ -39,12 +39,9 @@ impl Forged {
     pub fn reaches(&self, sender: &Spaces, node: IpAddr, pod: &Pod) -> Result<bool> {
         let sink = udp_socket(pod, Family::of(self.source))?;
         sink.set_read_timeout(Some(PATIENCE))?;
-        let any: IpAddr = if node.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-        let socket = sender.run(|| UdpSocket::bind((any, 0)).context("a socket to attack from"))?;
-        let packet = self.packet(sink.local_addr()?)?;
         // The first may be lost while the way is looked up; an attacker has patience.
         for _ in 0..3 {
-            socket.send_to(&packet, (node, VXLAN_PORT)).context("cannot send the forged packet")?;
+            self.send(sender, node, sink.local_addr()?)?;
             let mut got = vec![0; self.size + 1];
             match sink.recv_from(&mut got) {
                 Ok((length, from)) => return Ok(length == self.size && from.ip() == self.source),
@@ -53,6 +50,17 @@ impl Forged {
             }
         }
         Ok(false)
+    }
+
+    /// Sends it once from `sender` to the node at `node`, for whoever listens at `target` inside.
+    ///
+    /// # Errors
+    /// A socket can't be opened.
+    pub fn send(&self, sender: &Spaces, node: IpAddr, target: SocketAddr) -> Result<()> {
+        let any: IpAddr = if node.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let socket = sender.run(|| UdpSocket::bind((any, 0)).context("a socket to attack from"))?;
+        socket.send_to(&self.packet(target)?, (node, VXLAN_PORT)).context("cannot send the forged packet")?;
+        Ok(())
     }
 
     /// VXLAN header, Ethernet header, IP header, UDP header, zeros.

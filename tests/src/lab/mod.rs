@@ -208,6 +208,16 @@ impl Lab {
         self.plan.families
     }
 
+    /// Whether its nodes hide pods behind their own address.
+    pub(crate) fn masquerades(&self) -> bool {
+        self.plan.masquerade
+    }
+
+    /// The bridge that connects all nodes, for those who outlive a reference.
+    pub(crate) fn shared_underlay(&self) -> Arc<Underlay> {
+        Arc::clone(&self.underlay)
+    }
+
     /// The bridge that connects all nodes.
     #[must_use]
     pub fn underlay(&self) -> &Underlay {

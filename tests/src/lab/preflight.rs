@@ -26,13 +26,15 @@ const TOOLS: [(&str, &str); 10] = [
 /// Names everything that is missing and how to get it.
 pub fn check() -> Result<()> {
     ensure!(Uid::effective().is_root(), "a lab makes network namespaces: run this as root");
-    let missing: Vec<String> = TOOLS
-        .iter()
-        .filter(|(tool, _)| !exists(tool))
-        .map(|(tool, package)| format!("{tool} (Debian package {package})"))
-        .collect();
+    let missing = missing(&TOOLS);
     ensure!(missing.is_empty(), "missing: {}; `make deps` installs what a lab needs", missing.join(", "));
     Ok(())
+}
+
+/// Those of these tools that are missing, with the Debian packages that have them.
+pub(crate) fn missing(tools: &[(&str, &str)]) -> Vec<String> {
+    let missing = tools.iter().filter(|(tool, _)| !exists(tool));
+    missing.map(|(tool, package)| format!("{tool} (Debian package {package})")).collect()
 }
 
 fn exists(tool: &str) -> bool {

@@ -1,0 +1,204 @@
+//! Machines: nodes of the [`Lab`] that have a kernel of their own, by QEMU.
+//!
+//! Namespaces share one kernel, one boot id, one clock and one set of loaded modules. What hangs on these is shown here:
+//! other kernels, modules that are loaded on demand or missing, a power-off that loses what wasn't synced, a network
+//! cable that is pulled. Both kinds of node are on one underlay, so a fabric can have both.
+//!
+//! ```text
+//!        linux-6.1  (QEMU)              node-1  (namespaces)      underlay  (namespaces)
+//!   pod a   pod b                   pod a   pod b
+//!     └─cni0──┘                       └─cni0──┘
+//!    fabric.1  fabricd               fabric.1  fabricd             etcd-1
+//!        └─eth0─┘                        └─eth0─┘                     │
+//!       vm101.0 (tap)─────────────────────┴────────── br0 ────────────┘
+//! ```
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`kernels`], `kernel.sh`, `kernels.txt` | Debian's kernels, fetched and packed |
+//! | [`preflight`] | what is needed of this machine |
+//! | [`spec`], [`vm`], `init.sh` | a machine, and its start |
+//! | [`agent`], `agent.sh`, [`monitor`] | commands in it, and what hands do to its hardware |
+//! | [`pods`] | pods on it |
+//! | `root.sh` | the programs that all of them run |
+
+pub mod agent;
+pub mod kernels;
+pub mod monitor;
+pub mod pods;
+pub mod preflight;
+pub mod spec;
+pub mod vm;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+
+pub use kernels::Kernel;
+pub use pods::{Plugin, VmPod};
+pub use spec::Spec;
+pub use vm::Vm;
+
+use crate::lab::{Builder, Lab, binaries};
+
+/// A lab with machines. All that a [`Lab`] can do it can do too.
+#[derive(Debug)]
+pub struct Machines {
+    /// Underlay, etcd, and nodes that are namespaces.
+    pub lab: Lab,
+    root: PathBuf,
+    vms: BTreeMap<String, Arc<Vm>>,
+}
+
+/// What is remembered of a machine in the lab's folder.
+#[derive(Serialize, Deserialize)]
+struct Record {
+    index: u16,
+    spec: Spec,
+}
+
+impl Machines {
+    /// Starts a lab that machines can be added to. `builder` may have nodes of its own, or none.
+    ///
+    /// # Errors
+    /// A tool is missing, programs aren't built, or the lab doesn't start.
+    pub fn start(builder: Builder) -> Result<Self> {
+        preflight::tools()?;
+        let root = root_image()?;
+        Ok(Self { lab: builder.start()?, root, vms: BTreeMap::new() })
+    }
+
+    /// Checks all that such machines need, and fetches their kernels.
+    ///
+    /// # Errors
+    /// A tool is missing, a kernel can't be fetched, or there is too little memory.
+    pub fn check(specs: &[Spec]) -> Result<()> {
+        preflight::tools()?;
+        preflight::memory(specs.iter().map(|spec| spec.memory).sum())?;
+        specs.iter().try_for_each(|spec| Kernel::named(&spec.kernel)?.fetch())
+    }
+
+    /// Those of a lab that another process has started.
+    ///
+    /// # Errors
+    /// There is none of this name.
+    pub fn open(name: &str) -> Result<Self> {
+        let mut machines = Self { lab: Lab::open(name)?, root: root_path()?, vms: BTreeMap::new() };
+        for (name, record) in machines.records()? {
+            machines.know(&name, record);
+        }
+        Ok(machines)
+    }
+
+    /// Adds machines and boots them side by side. They are named after their kernels: `linux-6.1`, and `linux-6.1-2` the
+    /// second.
+    ///
+    /// # Errors
+    /// A kernel can't be fetched or there is too little memory, which is told before any starts; or one doesn't boot, which
+    /// shows its console's end.
+    pub fn add(&mut self, specs: &[Spec]) -> Result<Vec<Arc<Vm>>> {
+        Self::check(specs)?;
+        let mut added = vec![];
+        for spec in specs {
+            let count = self.vms.values().filter(|vm| vm.spec.kernel == spec.kernel).count();
+            let number = if count == 0 { String::new() } else { format!("-{}", count + 1) };
+            let name = format!("linux-{}{number}", spec.kernel);
+            let index = self.vms.values().map(|vm| vm.index + 1).max().unwrap_or(vm::FIRST);
+            let record = Record { index, spec: spec.clone() };
+            fs::create_dir_all(self.records_folder())?;
+            fs::write(self.records_folder().join(&name), serde_json::to_string_pretty(&record)?)?;
+            added.push(self.know(&name, record));
+        }
+        added.iter().try_for_each(|vm| vm.switch_on())?;
+        added.iter().try_for_each(|vm| vm.wait_up())?;
+        Ok(added)
+    }
+
+    /// All of them, by name.
+    pub fn vms(&self) -> impl Iterator<Item = &Arc<Vm>> {
+        self.vms.values()
+    }
+
+    /// The one of this name.
+    ///
+    /// # Errors
+    /// There is none: the error lists those that there are.
+    pub fn vm(&self, name: &str) -> Result<&Arc<Vm>> {
+        let names: Vec<&str> = self.vms.keys().map(String::as_str).collect();
+        self.vms.get(name).with_context(|| format!("no machine {name}; there are: {}", names.join(" ")))
+    }
+
+    fn know(&mut self, name: &str, record: Record) -> Arc<Vm> {
+        let endpoints = self.lab.etcd().endpoints();
+        let env = [("FABRICD_ETCD_ENDPOINTS", endpoints.clone()), ("ETCDCTL_ENDPOINTS", endpoints)];
+        let masquerade = ("FABRICD_IP_MASQ", self.lab.masquerades().to_string());
+        let env = env.into_iter().chain([masquerade]).map(|(name, value)| (name.to_owned(), value)).collect();
+        let wires = (self.lab.shared_underlay(), self.lab.families());
+        let vm = Arc::new(Vm::new((name.to_owned(), record.spec, record.index), wires, env, self.root.clone()));
+        self.vms.insert(name.to_owned(), Arc::clone(&vm));
+        vm
+    }
+
+    fn records(&self) -> Result<BTreeMap<String, Record>> {
+        let mut records = BTreeMap::new();
+        if self.records_folder().exists() {
+            for entry in fs::read_dir(self.records_folder())? {
+                let entry = entry?;
+                let record = serde_json::from_slice(&fs::read(entry.path())?)?;
+                records.insert(entry.file_name().to_string_lossy().into_owned(), record);
+            }
+        }
+        Ok(records)
+    }
+
+    fn records_folder(&self) -> PathBuf {
+        self.lab.dir().join("machines")
+    }
+}
+
+/// The image of programs, of this build: made when there is none, or when a program is newer.
+fn root_image() -> Result<PathBuf> {
+    let (image, programs) = (root_path()?, binaries::folder()?);
+    let ours = ["fabricd", "fabricctl", "fabric-cni", "fabric-bridge"].map(|name| programs.join(name));
+    let missing = ours.iter().find(|program| !program.is_file());
+    ensure!(
+        missing.is_none(),
+        "no {}; `cargo build --workspace` makes it",
+        missing.map_or("".into(), |p| p.display().to_string())
+    );
+    let scripts = ["root.sh", "init.sh", "agent.sh", "../../../deploy/systemd/modules-load.conf"].map(kernels::script);
+    let sources = ours.iter().chain(&scripts);
+    let made_of = sources.map(|file| stamp(file.as_path())).collect::<Result<Vec<_>>>()?.join("\n");
+
+    fs::create_dir_all(image.parent().context("a folder for the image")?)?;
+    let lock = File::create(image.with_extension("lock"))?;
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
+    let record = image.with_extension("made-of");
+    if image.exists() && fs::read_to_string(&record).is_ok_and(|was| was == made_of) {
+        return Ok(image);
+    }
+    let mut pack = Command::new(kernels::script("root.sh"));
+    let output = pack.arg(&image).arg(&programs).output().context("root.sh")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "cannot pack the programs of machines: {}", said.trim());
+    fs::write(record, made_of)?;
+    Ok(image)
+}
+
+/// Beside all labs, in cargo's target folder.
+fn root_path() -> Result<PathBuf> {
+    Ok(binaries::lab()?.with_file_name("machines").with_extension("img"))
+}
+
+/// What changes when a file does.
+fn stamp(file: &Path) -> Result<String> {
+    let meta = fs::metadata(file).with_context(|| file.display().to_string())?;
+    let modified = meta.modified()?.duration_since(std::time::UNIX_EPOCH)?.as_nanos();
+    Ok(format!("{} {} {modified}", file.display(), meta.len()))
+}

@@ -1,0 +1,90 @@
+//! Pods on machines: network namespaces there, attached by the CNI call that a runtime makes.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::UNIX_EPOCH;
+
+use anyhow::{Context, Result, ensure};
+use fabric_core::model::Family;
+use serde_json::{Value, json};
+
+use super::agent::Answer;
+use super::vm::Vm;
+use crate::lab::cni::{self, INTERFACE, PLUGINS};
+
+/// Which plugin makes a pod's interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plugin {
+    /// The standard `bridge` with `host-local`.
+    Bridge,
+    /// Ours.
+    FabricBridge,
+}
+
+/// A pod on a machine.
+#[derive(Clone, Debug)]
+pub struct VmPod {
+    /// The machine.
+    pub vm: Arc<Vm>,
+    /// Its name: that of its namespace.
+    pub name: String,
+    ips: Vec<IpAddr>,
+}
+
+impl Vm {
+    /// Makes a pod by an ADD of fabric-cni with this plugin.
+    ///
+    /// # Errors
+    /// There is one of this name, or a plugin refuses: the error shows what it says.
+    pub fn add_pod(self: &Arc<Self>, name: &str, plugin: Plugin) -> Result<VmPod> {
+        let mut config = json!({ "cniVersion": "1.0.0", "name": "fabric", "type": "fabric-cni" });
+        if plugin == Plugin::FabricBridge {
+            config["delegate"] = json!({ "type": "fabric-bridge" });
+        }
+        // Never used twice, or what an earlier pod of this name left would stand in the way.
+        let container = format!("{name}-{:08x}", UNIX_EPOCH.elapsed()?.as_nanos());
+        let script = format!(
+            "ip netns add {name}\nip -n {name} link set lo up\n\
+             export CNI_COMMAND=ADD CNI_CONTAINERID={container} CNI_NETNS=/run/netns/{name}\n\
+             export CNI_IFNAME={INTERFACE} CNI_PATH={PLUGINS}\necho '{config}' | {PLUGINS}/fabric-cni"
+        );
+        let added = self.run(&script)?;
+        let result: Value = serde_json::from_str(&added).with_context(|| format!("what ADD printed: {added}"))?;
+        let ips = cni::addresses(&result)?;
+        Ok(VmPod { vm: Arc::clone(self), name: name.to_owned(), ips })
+    }
+}
+
+impl VmPod {
+    /// Its address of a family.
+    ///
+    /// # Errors
+    /// It has none.
+    pub fn ip(&self, family: Family) -> Result<IpAddr> {
+        let found = self.ips.iter().find(|ip| Family::of(**ip) == family).copied();
+        found.with_context(|| format!("pod {} on {} has no {family:?} address", self.name, self.vm.name))
+    }
+
+    /// Runs a script in its network namespace.
+    ///
+    /// # Errors
+    /// As [`Vm::exec`].
+    pub fn exec(&self, script: &str) -> Result<Answer> {
+        self.vm.exec(&format!("ip netns exec {} sh -ec '{script}'", self.name))
+    }
+
+    /// Pings an address from it three times with packets of the full size, which may not be cut, and expects every answer.
+    ///
+    /// # Errors
+    /// One is missing.
+    pub fn reaches(&self, ip: IpAddr) -> Result<()> {
+        let mtu = self.exec(&format!("cat /sys/class/net/{INTERFACE}/mtu"))?.stdout;
+        let headers = if ip.is_ipv4() { 20 + 8 } else { 40 + 8 };
+        let size = mtu.trim().parse::<u32>().with_context(|| format!("an MTU of {mtu:?}"))? - headers;
+        // The first may wait for a neighbour to be found.
+        let answer = self.exec(&format!("ping -q -c 1 -w 20 {ip}; ping -q -M do -s {size} -i 0.3 -c 3 -W 20 {ip}"))?;
+        let all = answer.code == 0 && answer.stdout.contains("3 received");
+        ensure!(all, "{} on {} does not reach {ip}:\n{}{}", self.name, self.vm.name, answer.stdout, answer.stderr);
+        Ok(())
+    }
+}

@@ -1,0 +1,52 @@
+//! What happens to a machine's hardware.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use fabric_core::model::Family;
+use fabric_tests::lab::{Families, Lab, wait_until};
+use fabric_tests::machines::{Machines, Plugin, Spec, Vm};
+
+/// What a machine may take to see a change, and to act on it.
+const SOON: Duration = Duration::from_secs(180);
+
+#[test]
+fn a_vlan_on_a_bond_fails_over_without_a_packet_too_many() -> Result<()> {
+    let mut machines = Machines::start(Lab::builder().nodes(0).families(Families::V4))?;
+    let vms = machines.add(&[Spec { nics: 2, ..Spec::kernel("6.12") }, Spec::kernel("newest")])?;
+    let (bonded, plain) = (&vms[0], &vms[1]);
+    let vlan = |vm: &Vm, below: &str| {
+        let ip = vm.underlay_ip(Family::V4).to_string().replace("10.99.0.", "198.51.100.");
+        format!(
+            "modprobe 8021q; ip link add link {below} name {below}.100 type vlan id 100\n\
+             ip link set {below} up; ip link set {below}.100 up; ip address add {ip}/24 dev {below}.100"
+        )
+    };
+    bonded.run(
+        "modprobe bonding max_bonds=0\n\
+         ip link add bond0 type bond mode active-backup miimon 100\n\
+         address=$(ip -o -4 address show dev eth0 | sed 's/.*inet \\([^ ]*\\).*/\\1/')\n\
+         for nic in eth0 eth1; do ip link set $nic down; ip link set $nic master bond0; done\n\
+         ip link set bond0 up; ip address flush dev eth0; ip address add $address dev bond0\n\
+         ip route add default via 10.99.0.1",
+    )?;
+    bonded.run(&vlan(bonded, "bond0"))?;
+    plain.run(&vlan(plain, "eth0"))?;
+    bonded.start_fabricd("--iface bond0.100")?;
+    plain.start_fabricd("--iface eth0.100")?;
+    let mut pods = vec![];
+    for vm in [bonded, plain] {
+        vm.wait_ready()?;
+        pods.push(vm.add_pod("a", Plugin::Bridge)?);
+    }
+    pods[0].reaches(pods[1].ip(Family::V4)?)?;
+    let active = || bonded.run("cat /sys/class/net/bond0/bonding/active_slave");
+    let before = active()?;
+    bonded.set_cable(before.trim().trim_start_matches("eth").parse()?, false)?;
+    wait_until("the bond uses its other cable", SOON, || {
+        ensure!(active()? != before, "it uses {before}");
+        Ok(())
+    })?;
+    pods[0].reaches(pods[1].ip(Family::V4)?)?;
+    pods[1].reaches(pods[0].ip(Family::V4)?)
+}

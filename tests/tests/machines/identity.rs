@@ -1,0 +1,54 @@
+//! Who a machine is: host names and clocks.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use fabric_core::model::Family;
+use fabric_tests::lab::{Families, Lab, wait_until};
+use fabric_tests::machines::{Machines, Plugin, Spec};
+
+#[test]
+fn a_second_machine_of_one_hostname_takes_nothing_from_the_first() -> Result<()> {
+    let mut machines = Machines::start(Lab::builder().nodes(1).families(Families::Dual))?;
+    let twin = |kernel| Spec { hostname: Some("twin".into()), ..Spec::kernel(kernel) };
+    let vms = machines.add(&[twin("6.12"), twin("6.1")])?;
+    let (first, second) = (&vms[0], &vms[1]);
+    first.start_fabricd("")?;
+    first.wait_ready()?;
+    let subnets = first.status()?["lease"]["subnets"].clone();
+    let (pod, outside) = (first.add_pod("a", Plugin::Bridge)?, machines.lab.node("node-1")?.add_pod("outside")?);
+    pod.reaches(outside.ip(Family::V4)?)?;
+
+    second.start_fabricd("")?;
+    let told = wait_until("the second machine says why it gets no lease", Duration::from_secs(180), || {
+        let status = second.status()?;
+        let reason = status["reason"].as_str().unwrap_or_default().to_owned();
+        ensure!(status["ready"] == false && reason.contains("twin"), "{reason}");
+        Ok(reason)
+    })?;
+    ensure!(told.contains(&first.underlay_ip(Family::V4).to_string()), "who has the lease is not told: {told}");
+    ensure!(first.status()?["ready"] == true, "the first is not ready: {}", first.status()?["reason"]);
+    ensure!(first.status()?["lease"]["subnets"] == subnets, "the first had {subnets}: {}", first.status()?["lease"]);
+    pod.reaches(outside.ip(Family::V4)?)?;
+    pod.reaches(outside.ip(Family::V6)?)
+}
+
+#[test]
+fn clocks_an_hour_ahead_and_behind_are_no_matter_to_leases() -> Result<()> {
+    let mut machines = Machines::start(Lab::builder().nodes(1).families(Families::Dual))?;
+    let clock = |seconds| Spec { clock: seconds, ..Spec::kernel("6.12") };
+    let vms = machines.add(&[clock(3600), clock(-3600)])?;
+    vms.iter().try_for_each(|vm| vm.start_fabricd(""))?;
+    let mut pods = vec![];
+    for vm in &vms {
+        vm.wait_ready()?;
+        let (there, here) =
+            (vm.run("date +%s")?.trim().parse::<i64>()?, std::time::UNIX_EPOCH.elapsed()?.as_secs() as i64);
+        ensure!(((there - here) - vm.spec.clock).abs() < 600, "{}'s clock is {} s ahead", vm.name, there - here);
+        let left = vm.status()?["lease"]["expires_in_seconds"].as_u64();
+        ensure!(left.is_some_and(|left| left > 85_000 && left <= 86_400), "{}'s lease has {left:?} s left", vm.name);
+        pods.push(vm.add_pod("a", Plugin::FabricBridge)?);
+    }
+    pods[0].reaches(pods[1].ip(Family::V4)?)?;
+    pods[1].reaches(pods[0].ip(Family::V6)?)
+}
