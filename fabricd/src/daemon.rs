@@ -27,6 +27,7 @@ use crate::kernel::Options;
 use crate::kernel::netlink::Netlink;
 use crate::lease::{Hosts, Keeper, LeaseOptions};
 use crate::mesh::Mesh;
+use crate::metrics::Metrics;
 use crate::reconcile::{Node, Reconciler};
 use crate::status::events;
 use crate::status::events::Events;
@@ -97,7 +98,7 @@ async fn serve(
     let controls = Controls { lease: keeper.commands(), network: reconciler.commands() };
     let events = Arc::new(Events::default());
     let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
-    let metrics = reconciler.metrics();
+    let counters = reconciler.counters();
 
     // Each on a task of its own, so that none waits for another's turn.
     let mut tasks = JoinSet::new();
@@ -131,7 +132,7 @@ async fn serve(
         events::watch_view(told, seen).await;
         "the reconcile loop has ended".to_owned()
     });
-    let mesh = Arc::new(Mesh::counted_by(metrics.round_trips()));
+    let mesh = Arc::new(Mesh::counted_by(counters.round_trips()));
     let (probed, told, seen) = (mesh.clone(), events.clone(), view.clone());
     tasks.spawn(async {
         mesh::run(probed, told, seen).await;
@@ -143,7 +144,7 @@ async fn serve(
     let store = Arc::new(config.store_settings());
     let sources = Sources { view, events, mesh, inspector, remote: remote_access, log_level, controls, store };
     if let Some(listener) = health {
-        let sources = sources.clone();
+        let (sources, metrics) = (sources.clone(), Arc::new(Metrics::new(&counters)));
         tasks.spawn(async {
             format!("the health endpoint has ended: {:?}", http::serve(listener, sources, metrics).await)
         });

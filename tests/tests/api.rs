@@ -14,7 +14,9 @@ use fabric_tests::certificates::Certificates;
 use fabric_tests::served::{Served, view};
 use fabricd::api::{self, Remote, Tls};
 use fabricd::mesh::Mesh;
+use fabricd::metrics::Metrics;
 use fabricd::pki::Pki;
+use fabricd::status::counters::Counters;
 use fabricd::status::events::Kind;
 use fabricd::{http, reconcile};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -33,7 +35,7 @@ async fn probes_tell_whether_the_loop_lives_and_pods_may_be_added() -> Result<()
     let api = Served::new(view(&[2])?, Mesh::default())?;
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
-    tokio::spawn(http::serve(listener, api.sources, Arc::default()));
+    tokio::spawn(http::serve(listener, api.sources, Arc::new(Metrics::new(&Counters::default()))));
     let get_as = async |path: &str, accept: &str| -> Result<String> {
         let mut stream = TcpStream::connect(address).await?;
         stream.write_all(format!("GET {path} HTTP/1.0\r\nAccept: {accept}\r\n\r\n").as_bytes()).await?;

@@ -12,6 +12,7 @@ use fabric_tests::served;
 use fabricd::kernel::{Drops, KernelError};
 use fabricd::mesh::Mesh;
 use fabricd::metrics::{Format, Metrics};
+use fabricd::status::counters::Counters;
 use regex::Regex;
 use tokio::time::Instant;
 
@@ -26,11 +27,11 @@ fn shown() -> Result<String> {
     view.vteps[0].device = "lo".parse()?;
     let (table, chain, why) = (TableFamily::Inet, "senders".to_owned(), "from no peer".to_owned());
     let drops = [Drops { table, chain, why, packets: 1 }];
-    let metrics = Metrics::default();
+    let counters = Counters::default();
     let op: Op = routing::Op::Address("fabric.1".parse()?, Change::Create("10.244.1.0/32".parse()?)).into();
     let source = io::Error::from_raw_os_error(libc::EPERM);
-    metrics.wrote(&op, &Err(KernelError::of_op(&op, source, None)));
-    Ok(metrics.render(&view, &Mesh::default(), &drops, Instant::now()))
+    counters.wrote(&op, &Err(KernelError::of_op(&op, source, None)));
+    Ok(Metrics::new(&counters).render(&view, &Mesh::default(), &drops, Instant::now()))
 }
 
 #[test]

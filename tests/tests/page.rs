@@ -21,6 +21,8 @@ use fabricd::http;
 use fabricd::mesh::probe::Answer;
 use fabricd::mesh::verdict::Seen;
 use fabricd::mesh::{Mesh, Ours, Path, Target};
+use fabricd::metrics::Metrics;
+use fabricd::status::counters::Counters;
 use fabricd::status::events::Kind;
 use fabricd::status::view::{PeerTrouble, View};
 use tokio::net::TcpListener;
@@ -60,7 +62,7 @@ impl Open {
         let address: SocketAddr = listener.local_addr()?;
         let sources = daemon.sources.clone();
         let server = runtime.spawn(async move {
-            let _ = http::serve(listener, sources, Arc::default()).await;
+            let _ = http::serve(listener, sources, Arc::new(Metrics::new(&Counters::default()))).await;
         });
         let mut browser = Browser::open(1280, 1600)?;
         browser.visit(&format!("http://{address}/"))?;

@@ -305,18 +305,19 @@ impl Drop for Answering {
 #[cfg(test)]
 mod tests {
     use fabric_core::record::LeaseKey;
+    use prometheus_client::encoding::text::encode;
+    use prometheus_client::registry::Registry;
 
     use super::*;
     use crate::mesh::probe::Answer;
     use crate::mesh::tests::target;
     use crate::mesh::verdict::Seen;
-    use crate::metrics::Metrics;
-    use crate::status::view::View;
+    use crate::status::counters::Counters;
 
     #[test]
     fn a_round_trip_is_counted_once_and_a_lost_probe_never() {
-        let (metrics, target, now) = (Metrics::default(), target(), Instant::now());
-        let mesh = Mesh::counted_by(metrics.round_trips());
+        let (round_trips, target, now) = (Counters::default().round_trips(), target(), Instant::now());
+        let mesh = Mesh::counted_by(round_trips.clone());
         let key = (target.lease.key, Family::V4);
         mesh.lock().insert(key, Path::new(target.clone(), now));
         for small in [Answer::Daemon { rtt: Duration::from_millis(3), arrived: u64::MAX }, Answer::Nothing] {
@@ -324,8 +325,11 @@ mod tests {
             let round = Round { target: target.clone(), begun: now, small, full: small, seen: Seen::Both, samples };
             end(&mesh, vec![(key, round)], now, now);
         }
-        let text = metrics.render(&View::new("node-1".parse().unwrap()), &mesh, &[], now);
-        for line in ["fabricd_mesh_rtt_seconds_count 1", "fabricd_mesh_rtt_seconds_sum 0.003"] {
+        let mut registry = Registry::default();
+        registry.register("rtt", "Round trips", round_trips);
+        let mut text = String::new();
+        encode(&mut text, &registry).unwrap();
+        for line in ["rtt_count 1", "rtt_sum 0.003"] {
             assert!(text.lines().any(|shown| shown == line), "{line} is not in\n{text}");
         }
     }

@@ -1,25 +1,20 @@
 //! What the daemon did, in numbers: `/metrics`, in the format that is asked for.
 //!
-//! Counters are raised by the reconcile loop. What the [`View`] says already (peers, readiness, lease, store) is read
-//! from it at the moment of asking, so that the two can't differ.
+//! [`Counters`] are raised by the reconcile loop and the mesh. What the [`View`] says already (peers, readiness, lease, store)
+//! is read from it at the moment of asking, so that the two can't differ.
 
 mod format;
 mod paths;
 mod process;
 mod traffic;
 
-use std::fmt;
 use std::time::Duration;
 
-use fabric_core::diff::{Op, TableName};
 use fabric_core::handoff::{NotReady, Readiness};
-use nix::errno::Errno;
+use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
-use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
-use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use tokio::time::Instant;
@@ -28,22 +23,16 @@ pub use self::format::Format;
 use self::paths::Paths;
 use self::process::Process;
 use self::traffic::Traffic;
-use crate::kernel::{Drops, KernelError};
+use crate::kernel::Drops;
 use crate::mesh::Mesh;
+use crate::status::counters::Counters;
 use crate::status::view::{PeerTrouble, View};
 use crate::store::Connection;
 
-/// All counters, and the registry that shows them.
+/// The registry, and what is filled in when it is shown.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
-    passes: Counter,
-    audits: Counter,
-    resyncs: Counter,
-    operations: Family<Operation, Counter>,
-    errors: Family<Failure, Counter>,
-    repairs: Family<Repairs, Counter>,
-    lag: Histogram,
     peers: Family<Peers, Gauge>,
     ready: Gauge,
     connected: Gauge,
@@ -56,22 +45,6 @@ pub struct Metrics {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Operation {
-    table: &'static str,
-    verb: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Failure {
-    errno: Word,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Repairs {
-    table: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Peers {
     state: &'static str,
 }
@@ -81,28 +54,12 @@ struct Lease {
     state: &'static str,
 }
 
-/// A label that is made at run time.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Word(String);
-
-impl EncodeLabelValue for Word {
-    fn encode(&self, encoder: &mut prometheus_client::encoding::LabelValueEncoder<'_>) -> Result<(), fmt::Error> {
-        self.0.encode(encoder)
-    }
-}
-
-impl Default for Metrics {
-    fn default() -> Self {
+impl Metrics {
+    /// What is shown of these counters, beside what is asked for when it is shown.
+    #[must_use]
+    pub fn new(counters: &Counters) -> Self {
         let metrics = Self {
             registry: Registry::default(),
-            passes: Counter::default(),
-            audits: Counter::default(),
-            resyncs: Counter::default(),
-            operations: Family::default(),
-            errors: Family::default(),
-            repairs: Family::default(),
-            // From one millisecond to half a minute.
-            lag: Histogram::new(exponential_buckets(0.001, 2.0, 16)),
             peers: Family::default(),
             ready: Gauge::default(),
             connected: Gauge::default(),
@@ -113,25 +70,14 @@ impl Default for Metrics {
             paths: Paths::default(),
             traffic: Traffic::default(),
         };
-        metrics.registered()
+        metrics.registered(counters)
     }
-}
 
-impl Metrics {
-    fn registered(mut self) -> Self {
+    fn registered(mut self, counters: &Counters) -> Self {
         let all = self.registry.sub_registry_with_prefix("fabricd");
         let build = Info::new([("version", env!("CARGO_PKG_VERSION")), ("arch", std::env::consts::ARCH)]);
         all.register("build", "Version and architecture of this daemon; always 1", build);
-        all.register("passes", "Passes of the reconcile loop", self.passes.clone());
-        all.register("audits", "Looks at the kernel although nothing has happened", self.audits.clone());
-        let help = "Full resyncs because notifications of the kernel were lost";
-        all.register("kernel_resyncs", help, self.resyncs.clone());
-        all.register("kernel_operations", "Writes to the kernel, by table and kind", self.operations.clone());
-        all.register("kernel_errors", "Writes that the kernel refused, by errno", self.errors.clone());
-        let help = "Entries that another program changed or deleted, and that were restored, by table";
-        all.register("repairs", help, self.repairs.clone());
-        let help = "Reconcile latency: from the first event to a kernel state as desired, in seconds";
-        all.register_with_unit("reconcile_lag", help, Unit::Seconds, self.lag.clone());
+        counters.register(all);
         all.register("peers", "Leases of other nodes, by state", self.peers.clone());
         all.register("ready", "1 while pods can be added to this node, else 0", self.ready.clone());
         all.register("store_connected", "1 while the datastore answers, else 0", self.connected.clone());
@@ -153,51 +99,6 @@ impl Metrics {
         self.traffic.register(all);
         self.registry.register_collector(Box::new(Process));
         self
-    }
-
-    /// The loop looked at everything that it was woken for.
-    pub fn passed(&self) {
-        self.passes.inc();
-    }
-
-    /// The loop looks at the kernel although nothing has happened.
-    pub fn audited(&self) {
-        self.audits.inc();
-    }
-
-    /// The kernel said more than could be heard.
-    pub fn resynced(&self) {
-        self.resyncs.inc();
-    }
-
-    /// The kernel was asked for something.
-    pub fn wrote(&self, op: &Op, result: &Result<(), KernelError>) {
-        for (verb, count) in op.counts().into_iter().filter(|(_, count)| *count > 0) {
-            let operation = Operation { table: op.table().as_str(), verb: verb.as_str() };
-            self.operations.get_or_create(&operation).inc_by(count as u64);
-        }
-        if let Err(error) = result {
-            let errno = error.errno().map_or_else(|| "none".into(), |errno| format!("{:?}", Errno::from_raw(errno)));
-            self.errors.get_or_create(&Failure { errno: Word(errno) }).inc();
-        }
-    }
-
-    /// So many entries of a table were restored after another program had changed them.
-    pub fn repaired(&self, table: TableName, count: u64) {
-        if count > 0 {
-            self.repairs.get_or_create(&Repairs { table: table.as_str() }).inc_by(count);
-        }
-    }
-
-    /// The kernel holds what is wanted, so long after that was first known.
-    pub fn in_sync(&self, lag: Duration) {
-        self.lag.observe(lag.as_secs_f64());
-    }
-
-    /// Where the mesh counts its round trips, in seconds; a clone is the same histogram.
-    #[must_use]
-    pub fn round_trips(&self) -> Histogram {
-        self.paths.rtt.clone()
     }
 
     /// All of it in OpenMetrics, which [`Format`] turns into another. `now` is what the lease's end is counted from.
@@ -245,28 +146,34 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fabric_core::diff::{Change, nft, routing};
+    use crate::kernel::KernelError;
+    use fabric_core::diff::{Change, Op, TableName, nft, routing};
     use fabric_core::state::nft::TableFamily;
     use std::io;
 
     #[test]
     fn writes_and_refusals_are_counted_by_what_they_were() {
-        let metrics = Metrics::default();
+        let counters = Counters::default();
         let address = Change::Create("10.244.1.0/32".parse().unwrap());
         let op: Op = routing::Op::Address("fabric.1".parse().unwrap(), address).into();
         let source = io::Error::from_raw_os_error(libc::EPERM);
-        metrics.wrote(&op, &Err(KernelError::of_op(&op, source, None)));
-        metrics.wrote(&op, &Ok(()));
+        counters.wrote(&op, &Err(KernelError::of_op(&op, source, None)));
+        counters.wrote(&op, &Ok(()));
         let table = nft::Op::DeleteTable(TableFamily::Inet).into();
         let busy = io::Error::from_raw_os_error(libc::EBUSY);
-        metrics.wrote(&table, &Err(KernelError::of_op(&table, busy, None)));
-        metrics.repaired(TableName::Route, 2);
-        metrics.repaired(TableName::Fdb, 0);
-        metrics.in_sync(Duration::from_millis(3));
-        metrics.round_trips().observe(0.003);
+        counters.wrote(&table, &Err(KernelError::of_op(&table, busy, None)));
+        counters.repaired(TableName::Route, 2);
+        counters.repaired(TableName::Fdb, 0);
+        counters.in_sync(Duration::from_millis(3));
+        counters.round_trips().observe(0.003);
         let (table, chain, why) = (TableFamily::Inet, "senders".to_owned(), "from no peer".to_owned());
         let drops = [Drops { table, chain, why, packets: 7 }];
-        let text = metrics.render(&View::new("node-1".parse().unwrap()), &Mesh::default(), &drops, Instant::now());
+        let text = Metrics::new(&counters).render(
+            &View::new("node-1".parse().unwrap()),
+            &Mesh::default(),
+            &drops,
+            Instant::now(),
+        );
         for line in [
             r#"fabricd_kernel_operations_total{table="address",verb="create"} 2"#,
             r#"fabricd_kernel_errors_total{errno="EPERM"} 1"#,

@@ -6,12 +6,11 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
-use super::Word;
 use crate::kernel::Drops;
 use crate::mesh::{Cause, Mesh};
+use crate::status::counters::Word;
 
 /// Each peer has numbers of its own up to so many: beyond, a cluster would have millions of them.
 const EACH: usize = 100;
@@ -19,10 +18,9 @@ const EACH: usize = 100;
 type Number = Gauge<f64, AtomicU64>;
 
 /// Mesh and filter in numbers.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Paths {
     peers: Family<ByCause, Gauge>,
-    pub(super) rtt: Histogram,
     loss: Family<BySize, Number>,
     peer_rtt: Family<ByPeer, Number>,
     peer_loss: Family<ByPeerAndSize, Number>,
@@ -58,26 +56,9 @@ struct Filtered {
     reason: Word,
 }
 
-impl Default for Paths {
-    fn default() -> Self {
-        Self {
-            peers: Family::default(),
-            // From 50 microseconds, between two machines of a rack, to more than a probe's patience.
-            rtt: Histogram::new(exponential_buckets(0.000_05, 2.0, 16)),
-            loss: Family::default(),
-            peer_rtt: Family::default(),
-            peer_loss: Family::default(),
-            probes: Counter::default(),
-            dropped: Family::default(),
-        }
-    }
-}
-
 impl Paths {
     pub(super) fn register(&self, all: &mut Registry) {
         all.register("mesh_peers", "Paths to peers, by verdict", self.peers.clone());
-        let help = "Round trips of small probes to the peers and back, through the tunnel, in seconds";
-        all.register_with_unit("mesh_rtt", help, Unit::Seconds, self.rtt.clone());
         let help = "Share of the last probes without an answer, over all peers";
         all.register_with_unit("mesh_loss", help, Unit::Other("ratio".into()), self.loss.clone());
         let help = "Round trip to one peer, in seconds; in clusters of up to a hundred";

@@ -9,7 +9,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::Word;
+use crate::status::counters::Word;
 use crate::status::view::View;
 
 /// The table of `/proc/net/dev`, of this process' network namespace: it needs no sysfs.

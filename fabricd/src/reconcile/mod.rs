@@ -39,12 +39,12 @@ use crate::host::firewall::Judge;
 use crate::host::underlay::{Selector, Steady};
 use crate::kernel::{Kernel, Observed, Touched};
 use crate::lease::{Holding, Wanted};
-use crate::metrics::Metrics;
 use crate::reconcile::filter::Filter;
 use crate::reconcile::repairs::Repairs;
 use crate::reconcile::retention::Retention;
 use crate::reconcile::waiting::Doing;
 use crate::retry::Backoff;
+use crate::status::counters::Counters;
 use crate::status::view::View;
 use crate::store::{LeaseStore, Network};
 
@@ -93,7 +93,7 @@ pub struct Reconciler<S, K> {
     dirty: Dirty<Key>,
     /// What the pass that is under way waits for.
     doing: watch::Sender<Doing>,
-    metrics: Arc<Metrics>,
+    counters: Counters,
     repairs: Repairs,
     retry: Backoff,
 }
@@ -168,7 +168,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             last: None,
             plan: None,
             dirty: Dirty::Everything,
-            metrics: Arc::default(),
+            counters: Counters::default(),
             repairs: Repairs::default(),
             retry: Backoff::new(RETRY, AUDIT),
         }
@@ -195,8 +195,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     }
 
     /// What it does, counted.
-    pub fn metrics(&self) -> Arc<Metrics> {
-        Arc::clone(&self.metrics)
+    pub fn counters(&self) -> Counters {
+        self.counters.clone()
     }
 
     /// Runs until the lease keeper or the store is gone. The kernel keeps what it has.
@@ -220,12 +220,12 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             let now = (network.borrow_and_update().clone(), holding.borrow_and_update().clone());
             let (teller, doing, held) = (self.view.clone(), self.doing.clone(), now.1.clone());
             let again = waiting::telling(&teller, &doing, held, self.pass(&mut view, now)).await;
-            self.metrics.passed();
+            self.counters.passed();
             if view.readiness == Readiness::Ready
                 && again.is_none()
                 && let Some(since) = out_of_sync.take()
             {
-                self.metrics.in_sync(since.elapsed());
+                self.counters.in_sync(since.elapsed());
             }
             view.repairs = self.repairs.last();
             self.answer_snapshots(&view).await;
@@ -233,7 +233,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
 
             let retry = again.map(|delay| Instant::now() + delay).into_iter().chain(self.retention.until()).min();
             tokio::select! {
-                touched = self.kernel.changed() => if touched == Touched::Everything { self.metrics.resynced() },
+                touched = self.kernel.changed() => if touched == Touched::Everything { self.counters.resynced() },
                 changed = leases.changed() => if changed.is_err() { return },
                 changed = network.changed() => if changed.is_err() { return },
                 changed = connection.changed() => if changed.is_err() { return },
@@ -247,7 +247,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 () = sleep_until(audit) => {
                     self.kernel.audit();
                     self.dirty = Dirty::Everything;
-                    self.metrics.audited();
+                    self.counters.audited();
                     audit = Instant::now() + AUDIT;
                 }
             }

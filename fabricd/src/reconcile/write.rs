@@ -49,7 +49,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             self.doing.send_replace(Doing::Reading);
             for (op, result) in go.iter().zip(results) {
                 debug!(%op, ok = result.is_ok(), "kernel write");
-                self.metrics.wrote(op, &result);
+                self.counters.wrote(op, &result);
                 if let Err(error) = result {
                     gate.failed(op);
                     failures.push((op.clone(), error.to_string()));
@@ -60,7 +60,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         }
         let repaired = self.repairs.wrote(done.iter(), failures.iter().map(|(op, _)| op), causes);
         for (table, count) in repaired {
-            self.metrics.repaired(table, count);
+            self.counters.repaired(table, count);
         }
         if !plan.is_empty() {
             debug!(ops = plan.ops().len(), failed = failures.len(), "kernel written to");

@@ -1,4 +1,5 @@
 //! What the daemon says of itself: the loop writes it, the API, probes, page and metrics read it.
 
+pub mod counters;
 pub mod events;
 pub mod view;
