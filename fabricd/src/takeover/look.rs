@@ -44,6 +44,8 @@ pub(super) async fn facts(args: &Handover, config: &Config, store: &impl LeaseSt
         Network::Missing | Network::Unknown => bail!("there is no network config at {place}"),
     };
 
+    // Before the kernel is looked at: a node that is ready by then has its whole filter.
+    let ready = ready(config);
     let mut kernel = handover::Handover::open()?;
     let routes = kernel.routes()?;
     let observed = open_kernel(config)?.observe().await?;
@@ -71,7 +73,7 @@ pub(super) async fn facts(args: &Handover, config: &Config, store: &impl LeaseSt
         renames_live: renames_live(),
         flanneld: process_of("flanneld")?.map(how_to_end),
         fabricd: running.map(|(_, pid)| pid.map_or_else(|| "ss -xlp shows its process".to_owned(), how_to_end)),
-        ready: ready(config),
+        ready,
         masquerades: has_filter.map(|table| table.chains.contains_key("postrouting")),
         masquerade_wanted: config.filter.ip_masq,
         masquerade_waived: args.no_masquerade,

@@ -4,6 +4,7 @@
 //! would one day name a stranger; with the time of its start and the boot it belongs to it can't.
 
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -45,13 +46,26 @@ impl Process {
         same_start && boot_id().is_ok_and(|boot| boot == self.boot_id)
     }
 
-    /// Sends a signal, if this is still the same process.
+    /// Sends a signal, if this is still the same process. After SIGSTOP all of its threads stand still when this returns.
     ///
     /// # Errors
     /// It has ended.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         ensure!(self.is_alive(), "process {} has ended", self.pid);
-        kill(Pid::from_raw(self.pid), signal).with_context(|| format!("cannot send {signal} to process {}", self.pid))
+        kill(Pid::from_raw(self.pid), signal)
+            .with_context(|| format!("cannot send {signal} to process {}", self.pid))?;
+        if signal == Signal::SIGSTOP { self.wait_stopped() } else { Ok(()) }
+    }
+
+    /// Each thread stops when it comes by: until then it may still answer somebody.
+    fn wait_stopped(&self) -> Result<()> {
+        wait_until(&format!("process {} stops", self.pid), Duration::from_secs(15), || {
+            for thread in fs::read_dir(format!("/proc/{}/task", self.pid))?.flatten() {
+                let (state, _) = state_of(&thread.path().join("stat"))?;
+                ensure!(matches!(state.as_str(), "T" | "t"), "thread {} is in state {state}", thread.path().display());
+            }
+            Ok(())
+        })
     }
 
     /// Waits for its end.
@@ -68,7 +82,11 @@ impl Process {
 
 /// Fields 3 and 22 of `/proc/<pid>/stat` (proc(5)); the name in field 2 may itself hold spaces.
 fn state_and_start(pid: i32) -> Result<(String, String)> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    state_of(Path::new(&format!("/proc/{pid}/stat")))
+}
+
+fn state_of(stat: &Path) -> Result<(String, String)> {
+    let stat = fs::read_to_string(stat)?;
     let (_, after_name) = stat.rsplit_once(')').context("malformed stat")?;
     let mut fields = after_name.split_whitespace();
     let state = fields.next().context("malformed stat")?;
