@@ -144,11 +144,11 @@ async fn watch_overtaken_by_compaction_is_one_list_and_one_log_line() {
         let value = value.clone();
         async move { kv.put(key, value, None).await.expect("written").header().expect("a header").revision() }
     };
-    let revisions: Vec<i64> = futures::stream::iter((0..3_000).map(put)).buffer_unordered(64).collect().await;
+    let revisions: Vec<i64> = futures::stream::iter((0..6_000).map(put)).buffer_unordered(64).collect().await;
     let last = revisions.into_iter().max().expect("many");
     etcd.ctl(&["compact", "--physical", &last.to_string()]).await;
     proxy.set(Link::Up);
-    leases(&store, "all leases", |set| set.len() == 3_002).await;
+    leases(&store, "all leases", |set| set.len() == 6_002).await;
     is_up(&store).await;
     let told = std::fs::read_to_string(log.path()).expect("text");
     let lines: Vec<&str> = told.lines().filter(|line| !line.contains("DEBUG")).collect();
