@@ -42,7 +42,9 @@ impl PlainHost {
         let unshare = command.spawn().context("cannot run setpriv")?;
         let mut host = Self { dir, unshare, pid: String::new() };
         host.pid = wait_until("its first process", BOOT, || host.first_process())?;
-        wait_until("systemd to have booted", BOOT, || host.run("systemctl is-system-running"))?;
+        // Degraded is booted too: on a busy machine some unit of Debian's may have run out of time; ours are looked at by tests.
+        let booted = "state=$(systemctl is-system-running); case $state in running | degraded) ;; *) echo $state; exit 1 ;; esac";
+        wait_until("systemd to have booted", BOOT, || host.run(booted))?;
         Ok(host)
     }
 
