@@ -11,7 +11,7 @@ use fabric_tests::machines::{Machines, Plugin, Spec, Vm};
 const SOON: Duration = Duration::from_secs(180);
 
 #[test]
-fn a_vlan_on_a_bond_fails_over_without_a_packet_too_many() -> Result<()> {
+fn a_vlan_on_a_bond_fails_over_and_pods_reach_each_other_again() -> Result<()> {
     let mut machines = Machines::start(Lab::builder().nodes(0).families(Families::V4))?;
     let vms = machines.add(&[Spec { nics: 2, ..Spec::kernel("6.12") }, Spec::kernel("newest")])?;
     let (bonded, plain) = (&vms[0], &vms[1]);
