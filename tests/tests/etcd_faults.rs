@@ -1,8 +1,10 @@
 //! What can happen to an etcd and to the way to it, and what the store makes of it.
 
+use std::cell::RefCell;
+use std::io::{self, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::ensure;
@@ -122,13 +124,34 @@ async fn changes_during_a_disconnection_are_found_though_history_is_compacted() 
     assert!(set.get(&key("10.244.1.0-24")).is_none());
 }
 
+thread_local! {
+    /// What this thread has logged: a test and its store are one thread.
+    static LOG: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+struct ThreadLog;
+
+impl Write for ThreadLog {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        LOG.with_borrow_mut(|log| log.write(line))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Every thread logs into its [`LOG`]. The subscriber is global: with one for a thread alone, a line that another thread
+/// comes to first is off for all of them (tracing's cache of interests asks that thread's subscriber).
+fn log_to_thread() {
+    let logging = tracing_subscriber::fmt().with_writer(|| ThreadLog).with_ansi(false).finish();
+    tracing::subscriber::set_global_default(logging).expect("the only one");
+}
+
 /// A watcher that falls behind what is compacted is turned away by etcd: that is one list and one line of the log.
 #[tokio::test]
 async fn watch_overtaken_by_compaction_is_one_list_and_one_log_line() {
-    let log = tempfile::NamedTempFile::new().expect("a file");
-    let writer = Mutex::new(log.reopen().expect("open"));
-    let logging = tracing_subscriber::fmt().with_writer(writer).with_ansi(false).finish();
-    let _logging = tracing::subscriber::set_default(logging);
+    log_to_thread();
     let (etcd, proxy, store) = proxied().await;
     // The second comes by the watch: without one there would be a list, and nothing to be overtaken.
     for n in 1..=2 {
@@ -150,7 +173,7 @@ async fn watch_overtaken_by_compaction_is_one_list_and_one_log_line() {
     proxy.set(Link::Up);
     leases(&store, "all leases", |set| set.len() == 6_002).await;
     is_up(&store).await;
-    let told = std::fs::read_to_string(log.path()).expect("text");
+    let told = LOG.with_borrow(|log| String::from_utf8_lossy(log).into_owned());
     let lines: Vec<&str> = told.lines().filter(|line| !line.contains("DEBUG")).collect();
     assert_eq!(lines.len(), 1, "{told}");
     assert!(lines[0].contains("was compacted"), "{told}");
