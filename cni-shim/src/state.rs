@@ -26,7 +26,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use fabric_core::handoff::Attached;
+use fabric_core::handoff::{Attached, BOOT_ID};
 use fabric_core::model::stable_hash;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::{FdFlags, fcntl_setfd};
@@ -43,6 +43,11 @@ const MAX_STATE: u64 = 2 * 1024 * 1024;
 /// is less than the two minutes that a kubelet waits.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The ID of this boot, if the kernel tells it.
+pub fn boot_id() -> Option<String> {
+    Some(fs::read_to_string(BOOT_ID).ok()?.trim().to_owned())
+}
+
 /// What is remembered of an attachment.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Saved {
@@ -53,9 +58,9 @@ pub struct Saved {
     pub netns: Option<PathBuf>,
     /// What the delegate was told.
     pub config: Map<String, Value>,
-    /// The host's ends of its veths; `None` while ADD is at work, or if it was cut off.
+    /// How it was attached; `None` while ADD is at work, or if it was cut off.
     #[serde(skip)]
-    pub ports: Option<Vec<String>>,
+    pub attached: Option<Attached>,
 }
 
 impl Saved {
@@ -67,7 +72,7 @@ impl Saved {
         if checksum.is_some_and(|checksum| checksum != saved.checksum()) {
             return None;
         }
-        Some(Self { ports: Attached::decode(content).map(|attached| attached.ports), ..saved })
+        Some(Self { attached: Attached::decode(content), ..saved })
     }
 
     /// What ADD writes before the delegate runs.

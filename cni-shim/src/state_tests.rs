@@ -13,7 +13,7 @@ fn id(container: &str, ifname: &str) -> AttachmentId {
 
 fn saved(id: &AttachmentId) -> Saved {
     let config = json!({"name": "fabric"}).as_object().cloned().expect("an object");
-    Saved { id: id.clone(), netns: Some("/run/netns/pod".into()), config, ports: None }
+    Saved { id: id.clone(), netns: Some("/run/netns/pod".into()), config, attached: None }
 }
 
 fn attachments(dir: &TempDir) -> Attachments {
@@ -71,9 +71,10 @@ fn cables_are_remembered_when_they_are_known_and_a_cut_line_is_none() {
     let dir = TempDir::new().expect("a folder");
     let (all, id) = (attachments(&dir), id("c1", "eth0"));
     let held = all.create(&saved(&id)).expect("saved");
-    assert_eq!(all.read(&id).expect("whole").ports, None);
-    held.attached(&Attached { ports: vec!["veth1".into()], ..Attached::default() });
-    assert_eq!(all.read(&id).expect("whole").ports, Some(vec!["veth1".to_owned()]));
+    assert_eq!(all.read(&id).expect("whole").attached, None);
+    let attached = Attached { ports: vec!["veth1".into()], ..Attached::default() };
+    held.attached(&attached);
+    assert_eq!(all.read(&id).expect("whole").attached, Some(attached));
     let whole = fs::read(&held.path).expect("a file");
     fs::write(&held.path, &whole[..whole.len() - 1]).expect("a file");
     assert_eq!(all.read(&id), Some(saved(&id)));

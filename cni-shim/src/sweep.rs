@@ -109,7 +109,8 @@ fn owners(ports: &[String], state_dir: &Path) -> Vec<String> {
     let saved: Vec<Saved> =
         networks.iter().flat_map(|one| one.read_all().unwrap_or_default()).filter_map(|(_, saved)| saved).collect();
     let owner = |port: &String| {
-        let saved = saved.iter().find(|saved| saved.ports.as_ref().is_some_and(|ports| ports.contains(port)));
+        let saved =
+            saved.iter().find(|saved| saved.attached.as_ref().is_some_and(|attached| attached.ports.contains(port)));
         saved.map_or_else(|| format!("whoever is behind {port}"), |saved| format!("{} ({port})", saved.id.container))
     };
     ports.iter().map(owner).collect()

@@ -23,7 +23,7 @@ use crate::node_ipam::NodeIpam;
 use crate::ready::{await_ready_node, known_node, ready_node};
 use crate::request::{Action, Attachment, Call, Request};
 use crate::spec::{AttachmentId, Identifier, Verb};
-use crate::state::{Attachments, PATIENCE, Saved};
+use crate::state::{Attachments, PATIENCE, Saved, boot_id};
 use crate::sweep::{Bridge, bridge_of, gateways, make_way};
 use crate::version::SpecVersion;
 use crate::veths::Veths;
@@ -63,7 +63,7 @@ impl Answering<'_> {
         let delegate = self.delegate(conf.delegate_type()?)?;
         let config = render(conf, Some(&node));
         self.refuse_two_of_one(pod, &config, &node)?;
-        let saved = Saved { id: pod.id.clone(), netns: pod.netns.clone(), config, ports: None };
+        let saved = Saved { id: pod.id.clone(), netns: pod.netns.clone(), config, attached: None };
         let held = self.attachments.create(&saved)?;
 
         let told = told(&conf.name, pod, &saved.config);
@@ -308,6 +308,7 @@ fn attached_by(result: &Value, config: &Map<String, Value>) -> Attached {
         bridge: bridge_of(config).filter(|bridge| on_the_host.iter().any(|i| i["name"] == bridge.as_str())),
         mac: in_the_pod.first().and_then(|i| i["mac"].as_str()?.parse().ok()),
         ips: prefixes.map(|prefix| prefix.ip()).collect(),
+        boot: boot_id(),
     }
 }
 

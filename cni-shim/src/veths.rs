@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 use crate::bridge::wiring::{self, Link};
 use crate::bridge::{namespace, open_netlink};
 use crate::error::CniError;
-use crate::state::{Attachments, Saved};
+use crate::state::{Attachments, Saved, boot_id};
 use crate::sweep::{bridge_of, gateways, refused};
 
 /// The links of the host, as far as they tell of pods.
@@ -37,7 +37,8 @@ impl Veths {
         let configs = saved.iter().map(|saved| &saved.config).chain([config]);
         let mut bridges: BTreeSet<String> = configs.filter_map(bridge_of).map(|name| name.to_string()).collect();
         bridges.insert(DEFAULT_BRIDGE.into());
-        let named: BTreeSet<&String> = saved.iter().filter_map(|saved| saved.ports.as_ref()).flatten().collect();
+        let named: BTreeSet<&String> =
+            saved.iter().filter_map(|saved| saved.attached.as_ref()).flat_map(|a| &a.ports).collect();
 
         let mut netlink = open_netlink()?;
         let links = wiring::links(&mut netlink).map_err(|e| refused(&e))?;
@@ -55,9 +56,11 @@ impl Veths {
     /// True when the pod no longer exists of which this is saved, or nothing that can be read.
     #[must_use]
     pub fn show_the_end_of(&self, saved: Option<&Saved>) -> bool {
-        let gone = saved.and_then(|saved| saved.netns.as_deref()).is_none_or(|path| namespace(path).is_none());
-        gone && match saved.and_then(|saved| saved.ports.as_ref()) {
-            Some(ports) => !ports.iter().any(|port| self.names.contains(port)),
+        let attached = saved.and_then(|saved| saved.attached.as_ref());
+        let gone = attached.is_some_and(|attached| attached.outlived_namespace(boot_id().as_deref()))
+            || saved.and_then(|saved| saved.netns.as_deref()).is_none_or(|path| namespace(path).is_none());
+        gone && match attached {
+            Some(attached) => !attached.ports.iter().any(|port| self.names.contains(port)),
             None => self.all_are_known(),
         }
     }

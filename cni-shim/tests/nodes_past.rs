@@ -36,6 +36,25 @@ fn first_pod_after_a_reboot_finds_all_addresses_free_whatever_state_files_surviv
 }
 
 #[test]
+fn address_is_free_after_a_reboot_though_another_namespace_has_the_path_of_its_pods() {
+    on_a_host_with_each_delegate(|host| {
+        ready_with(host, "10.244.3.0/29");
+        let pods = ["pod-1", "pod-2", "pod-3", "pod-4", "pod-5"];
+        for pod in pods {
+            host.add(pod);
+            let file = host.path(&format!("state/fabric/{pod}@eth0.json"));
+            let (now, before) = (run("cat /proc/sys/kernel/random/boot_id"), run("cat /proc/sys/kernel/random/uuid"));
+            let saved = fs::read_to_string(&file).expect("saved");
+            assert!(saved.contains(now.trim()), "{saved}");
+            fs::write(&file, saved.replace(now.trim(), before.trim())).expect("written");
+        }
+        host.reboot(&pods);
+        pods.iter().for_each(|pod| drop(run(&format!("ip netns add {pod}"))));
+        host.add("pod-6");
+    });
+}
+
+#[test]
 fn addresses_of_dead_pods_are_freed_when_they_are_needed_while_others_live() {
     on_a_host_with_each_delegate(|host| {
         ready_with(host, "10.244.3.0/29");

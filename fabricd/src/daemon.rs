@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::{Context as _, bail};
-use fabric_core::handoff::Readiness;
+use fabric_core::handoff::{BOOT_ID, Readiness};
 use fabric_core::record::Instance;
 use futures::FutureExt as _;
 use tokio::net::TcpListener;
@@ -198,7 +198,7 @@ pub(crate) fn holder(config: &Config, cleanup: bool) -> Holder {
 
 /// Which machine this is, until it boots again.
 pub(crate) fn instance() -> anyhow::Result<Instance> {
-    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").context("cannot read this machine's boot id")?;
+    let boot = fs::read_to_string(BOOT_ID).context("cannot read this machine's boot id")?;
     let netns = fs::metadata("/proc/self/ns/net").context("cannot look at this network namespace")?.ino();
     Ok(Instance { boot: boot.trim().to_owned(), netns })
 }

@@ -168,9 +168,23 @@ pub struct Attached {
     /// Its addresses.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ips: Vec<IpAddr>,
+    /// The [`BOOT_ID`] at that time; unknown in files of earlier releases, which leave out what they don't know.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<String>,
 }
 
+/// Where the kernel tells one boot of a machine from another: a UUID and a newline.
+pub const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
 impl Attached {
+    /// Whether the path of the pod's network namespace tells nothing: the pod was attached before `boot`, and paths such as
+    /// `/proc/<pid>/ns/net` are used again. Whether it is gone its ports tell. Without ports the path always counts: LXC
+    /// shows its processes a boot ID of its own, and the containers inside of it the kernel's.
+    #[must_use]
+    pub fn outlived_namespace(&self, boot: Option<&str>) -> bool {
+        !self.ports.is_empty() && self.boot.as_deref().zip(boot).is_some_and(|(then, now)| then != now)
+    }
+
     /// Reads the second line of an attachment's file; `None` when it is missing, or cut.
     #[must_use]
     pub fn decode(file: &[u8]) -> Option<Self> {
@@ -195,6 +209,7 @@ mod tests {
             bridge: Some("cni0".parse().expect("valid")),
             mac: Some("02:42:c0:00:02:01".parse().expect("valid")),
             ips: vec!["10.244.3.7".parse().expect("valid"), "fd00::7".parse().expect("valid")],
+            boot: Some("6a7e5c1d-9d1f-4a55-8c5b-1f0d3b1c9a10".into()),
         };
         let file = [b"{\"the\":\"first\"}\n".as_slice(), &attached.encode()].concat();
         assert_eq!(Attached::decode(&file), Some(attached));

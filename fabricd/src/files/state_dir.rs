@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use fabric_core::handoff::BOOT_ID;
 use fabric_core::leases::{Entry, LeaseSet};
 use fabric_core::model::{NodeName, Subnet, stable_hash};
 use fabric_core::network::{NetworkConfig, NetworkDocument};
@@ -158,7 +159,7 @@ fn one_by_one<S: Serializer>(leases: &LeaseSet, to: S) -> Result<S::Ok, S::Error
 /// The clock that goes on through a restart of the daemon: seconds since which boot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Uptime {
-    /// `/proc/sys/kernel/random/boot_id`.
+    /// [`BOOT_ID`].
     pub boot: String,
     /// `/proc/uptime`; time in suspension counts.
     pub seconds: u64,
@@ -170,7 +171,7 @@ impl Uptime {
     /// # Errors
     /// When `/proc` isn't there.
     pub fn now() -> io::Result<Self> {
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
+        let boot = fs::read_to_string(BOOT_ID)?.trim().to_owned();
         let uptime = fs::read_to_string("/proc/uptime")?;
         let seconds = uptime.split('.').next().and_then(|seconds| seconds.parse().ok());
         Ok(Self { boot, seconds: seconds.ok_or(io::ErrorKind::InvalidData)? })

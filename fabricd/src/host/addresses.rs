@@ -9,7 +9,7 @@
 //!
 //! | an address is | when                                                                                            |
 //! |---------------|-------------------------------------------------------------------------------------------------|
-//! | attached      | an attachment is saved for it whose port is there or whose network namespace lives; or none is, and there are ports on the pods' bridges that no attachment names: one of those may be its pod |
+//! | attached      | an attachment is saved for it whose port is there or whose network namespace lives (its path counts in the boot that it is of); or none is, and there are ports on the pods' bridges that no attachment names: one of those may be its pod |
 //! | leaked        | nothing accounts for it: its pod is gone                                                         |
 //! | foreign       | another plugin's: of a network that isn't ours, outside of our subnets, or on a bridge of its own |
 //!
@@ -23,6 +23,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use fabric_core::attachments::{DEFAULT_BRIDGE, IPAM_NETWORK, Owner, SavedAttachment};
+use fabric_core::handoff::BOOT_ID;
 use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::record::LeaseKey;
 use tracing::warn;
@@ -87,6 +88,8 @@ pub struct Addresses {
     pub unknown_ports: BTreeSet<IfName>,
     /// The prefixes of these bridges' addresses, as long as they have ports.
     bridge_subnets: BTreeSet<Subnet>,
+    /// The boot ID of this machine, if it can be read.
+    boot: Option<String>,
 }
 
 impl Addresses {
@@ -108,7 +111,8 @@ impl Addresses {
         let with_ports = bridges.iter().filter(|bridge| links.ports.get(bridge).is_some_and(|ports| !ports.is_empty()));
         let bridge_subnets: BTreeSet<Subnet> = with_ports.flat_map(|bridge| subnets_of(links, bridge)).collect();
 
-        let mut found = Self { bridges, unknown_ports, bridge_subnets, ..Self::default() };
+        let boot = fs::read_to_string(BOOT_ID).ok().map(|boot| boot.trim().to_owned());
+        let mut found = Self { bridges, unknown_ports, bridge_subnets, boot, ..Self::default() };
         let networks: BTreeSet<&str> = saved.keys().map(|owner| owner.network.as_str()).collect();
         let known: Vec<Subnet> = found.bridge_subnets.iter().copied().chain(ours.iter().copied()).collect();
         let elsewhere = links.addresses.iter().filter(|(name, _)| !found.bridges.contains(name));
@@ -137,7 +141,8 @@ impl Addresses {
 
     /// True unless the pod of which this is saved is surely gone.
     fn lives(&self, saved: &SavedAttachment, links: &HostLinks) -> bool {
-        let namespace = saved.netns.as_deref().map_or(Some(false), namespace_lives);
+        let outlived = saved.attached.as_ref().is_some_and(|one| one.outlived_namespace(self.boot.as_deref()));
+        let namespace = saved.netns.as_deref().filter(|_| !outlived).map_or(Some(false), namespace_lives);
         match (&saved.attached, namespace) {
             (_, Some(true)) => true,
             (Some(attached), _) if attached.ports.iter().any(|port| links.has(port)) => true,

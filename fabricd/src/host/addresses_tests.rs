@@ -114,7 +114,15 @@ fn addresses_of_another_plugin_with_a_gateway_of_its_own_in_our_subnet_are_forei
 #[test]
 fn pod_is_attached_by_its_namespace_or_its_port_and_where_neither_can_be_seen_it_is_not_given_up() {
     let namespace = format!("/proc/{}/ns/mnt", std::process::id());
-    let cases: [(&str, &str, bool); 6] = [
+    let this_boot = fs::read_to_string(BOOT_ID).expect("an ID");
+    let of_boot =
+        |boot: &str, ports: &str| format!(r#"{{"ports":[{ports}],"ips":["10.244.3.2"],"boot":"{}"}}"#, boot.trim());
+    let cases: [(&str, &str, bool); 10] = [
+        (&namespace, &of_boot(&this_boot, r#""veth9""#), true),
+        // Its path names another's namespace since the machine was booted.
+        (&namespace, &of_boot("another", r#""veth9""#), false),
+        (&namespace, &of_boot("another", r#""veth1""#), true),
+        (&namespace, &of_boot("another", ""), true),
         // Any namespace but our own network's counts, as long as it is one.
         (&namespace, r#"{"ports":["veth9"],"ips":["10.244.3.2"]}"#, true),
         ("/proc/self/ns/net", r#"{"ports":["veth9"],"ips":["10.244.3.2"]}"#, false),
