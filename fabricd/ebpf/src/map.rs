@@ -1,0 +1,256 @@
+//! [`Map`]: a table that programs and processes share.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use crate::sys::{self, Command, MapBatch, MapCreate, MapElem, MapInfo, address, address_mut, bpf, bpf_fd, number};
+
+/// What kind of table (`enum bpf_map_type`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// By key, of any size. What is full refuses more.
+    Hash,
+    /// By number. All entries are there from the beginning, and zero.
+    Array,
+    /// An array that each processor has for itself.
+    PerCpuArray,
+    /// By key; what is full forgets what was not used for longest.
+    LruHash,
+}
+
+impl Kind {
+    const fn number(self) -> u32 {
+        match self {
+            Self::Hash => 1,
+            Self::Array => 2,
+            Self::PerCpuArray => 6,
+            Self::LruHash => 9,
+        }
+    }
+}
+
+/// What a map is like: what a program that uses it relies on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// What kind of table.
+    pub kind: Kind,
+    /// Bytes of a key. Arrays have 4.
+    pub key_size: u32,
+    /// Bytes of a value.
+    pub value_size: u32,
+    /// The most entries.
+    pub max_entries: u32,
+    /// `BPF_F_*` of its making: 1 (`BPF_F_NO_PREALLOC`) takes memory for a hash entry by entry.
+    pub flags: u32,
+}
+
+/// An open map.
+#[derive(Debug)]
+pub struct Map {
+    fd: OwnedFd,
+    shape: Shape,
+}
+
+impl Map {
+    /// Makes a map. It goes with the last descriptor, pin and program that has it.
+    ///
+    /// # Errors
+    /// The kernel's: `EPERM` without CAP_BPF, `ENOMEM`.
+    pub fn create(name: &str, shape: Shape) -> io::Result<Self> {
+        let mut attr = MapCreate {
+            map_type: shape.kind.number(),
+            key_size: shape.key_size,
+            value_size: shape.value_size,
+            max_entries: shape.max_entries,
+            map_flags: shape.flags,
+            map_name: sys::name(name),
+            ..MapCreate::default()
+        };
+        Ok(Self { fd: bpf_fd(Command::MapCreate, &mut attr)?, shape })
+    }
+
+    /// Opens the map that is pinned at `path`, if it is one like that.
+    ///
+    /// # Errors
+    /// `ENOENT` when nothing is there, [`io::ErrorKind::InvalidData`] when it is something else, with words that say what.
+    pub fn open(path: &Path, shape: Shape) -> io::Result<Self> {
+        let fd = sys::open(path)?;
+        let other = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
+        if kind_of(fd.as_fd())? != "bpf-map" {
+            return Err(other("it is not a map".to_owned()));
+        }
+        let info: MapInfo = sys::info_by_fd(fd.as_fd())?;
+        let found = (info.map_type, info.key_size, info.value_size, info.max_entries, info.map_flags);
+        // The kernel turns to read-only and the like what it keeps of flags; those of the making are the low ones.
+        let wanted = (shape.kind.number(), shape.key_size, shape.value_size, shape.max_entries, shape.flags);
+        if found != wanted {
+            return Err(other(format!("it is a map of another layout: {found:?}, not {wanted:?}")));
+        }
+        Ok(Self { fd, shape })
+    }
+
+    /// Keeps it at `path`, which must be on bpffs and free.
+    ///
+    /// # Errors
+    /// The kernel's: `EEXIST`, `EPERM` where `path` is on another file system.
+    pub fn pin(&self, path: &Path) -> io::Result<()> {
+        sys::pin(self.fd.as_fd(), path)
+    }
+
+    /// What it is like.
+    #[must_use]
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// Its number in the kernel, for `bpftool map show id`.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn id(&self) -> io::Result<u32> {
+        Ok(sys::info_by_fd::<MapInfo>(self.fd.as_fd())?.id)
+    }
+
+    /// The value of a key, `None` when there is none. Of a map per processor it is all of them, each rounded up to eight
+    /// bytes.
+    ///
+    /// # Errors
+    /// The kernel's.
+    ///
+    /// # Panics
+    /// When `key` has not the map's size.
+    pub fn get(&self, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        assert_eq!(key.len(), self.shape.key_size as usize, "a key of the map");
+        let mut value = vec![0; self.value_length()?];
+        let mut attr = MapElem {
+            map_fd: self.number(),
+            key: address(key),
+            value: address_mut(&mut value[..]),
+            ..MapElem::default()
+        };
+        match bpf(Command::MapLookupElem, &mut attr) {
+            Ok(_) => Ok(Some(value)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Sets the value of a key. Of an array entry of at most eight bytes that is one store, of a larger one it isn't: a
+    /// program may see half of it.
+    ///
+    /// # Errors
+    /// The kernel's: `E2BIG` where the map is full or has no such number.
+    ///
+    /// # Panics
+    /// When key or value have not the map's size, or it is one per processor.
+    pub fn set(&self, key: &[u8], value: &[u8]) -> io::Result<()> {
+        assert_eq!(key.len(), self.shape.key_size as usize, "a key of the map");
+        assert_eq!(value.len(), self.shape.value_size as usize, "a value of the map");
+        assert_ne!(self.shape.kind, Kind::PerCpuArray, "programs alone count there");
+        let mut attr =
+            MapElem { map_fd: self.number(), key: address(key), value: address(value), ..MapElem::default() };
+        bpf(Command::MapUpdateElem, &mut attr).map(drop)
+    }
+
+    /// Takes a key out of a hash. True when it was there.
+    ///
+    /// # Errors
+    /// The kernel's: `EINVAL` for an array.
+    ///
+    /// # Panics
+    /// When `key` has not the map's size.
+    pub fn remove(&self, key: &[u8]) -> io::Result<bool> {
+        assert_eq!(key.len(), self.shape.key_size as usize, "a key of the map");
+        let mut attr = MapElem { map_fd: self.number(), key: address(key), ..MapElem::default() };
+        match bpf(Command::MapDeleteElem, &mut attr) {
+            Ok(_) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// All entries of an array in one call: value behind value.
+    ///
+    /// # Errors
+    /// The kernel's: `EINVAL` before 5.6.
+    ///
+    /// # Panics
+    /// When it is no array.
+    pub fn values(&self) -> io::Result<Vec<u8>> {
+        assert_eq!(self.shape.kind, Kind::Array, "only an array has all of its values");
+        let count = self.shape.max_entries as usize;
+        let mut keys = vec![0; count * 4];
+        let mut values = vec![0; count * self.shape.value_size as usize];
+        let mut next = [0; 4];
+        let mut attr = MapBatch {
+            out_batch: address_mut(&mut next),
+            keys: address_mut(&mut keys[..]),
+            values: address_mut(&mut values[..]),
+            count: self.shape.max_entries,
+            map_fd: self.number(),
+            ..MapBatch::default()
+        };
+        match bpf(Command::MapLookupBatch, &mut attr) {
+            Ok(_) => Ok(values),
+            // The end has been reached, as it should be.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) && attr.count == self.shape.max_entries => {
+                Ok(values)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// All keys of a hash. What changes meanwhile may be missing, or be there twice.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn keys(&self) -> io::Result<Vec<Vec<u8>>> {
+        let mut keys: Vec<Vec<u8>> = vec![];
+        // What is deleted meanwhile makes the kernel begin again: never more rounds than twice what fits.
+        for _ in 0..u64::from(self.shape.max_entries) * 2 + 1 {
+            let mut next = vec![0; self.shape.key_size as usize];
+            let key = keys.last().map_or(0, |key| address(key));
+            let mut attr =
+                MapElem { map_fd: self.number(), key, value: address_mut(&mut next[..]), ..MapElem::default() };
+            match bpf(Command::MapGetNextKey, &mut attr) {
+                Ok(_) => keys.push(next),
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(keys)
+    }
+
+    fn value_length(&self) -> io::Result<usize> {
+        let size = self.shape.value_size as usize;
+        match self.shape.kind {
+            Kind::PerCpuArray => Ok(size.next_multiple_of(8) * possible_processors()?),
+            _ => Ok(size),
+        }
+    }
+
+    /// Its descriptor as a program's instructions name it.
+    pub(crate) fn number(&self) -> u32 {
+        number(self.fd.as_fd())
+    }
+}
+
+impl AsFd for Map {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// How many processors the kernel has values for: one more than the last of `0-3,8`.
+fn possible_processors() -> io::Result<usize> {
+    let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
+    let last = text.trim().rsplit([',', '-']).next().and_then(|last| last.parse::<usize>().ok());
+    last.map(|last| last + 1).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("processors {text:?}")))
+}
+
+/// What a descriptor of bpf(2) is: `bpf-map`, `bpf-prog`, `bpf_link`. `BPF_OBJ_GET_INFO_BY_FD` would take one for another.
+pub(crate) fn kind_of(fd: BorrowedFd<'_>) -> io::Result<String> {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+    Ok(link.to_string_lossy().trim_start_matches("anon_inode:").trim_matches(['[', ']']).to_owned())
+}
