@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use fabric_core::leases::Lease;
 use fabric_core::model::{Family, PerFamily};
+use fabric_core::record::LeaseKey;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
@@ -61,7 +62,7 @@ pub async fn run(mesh: Arc<Mesh>, events: Arc<Events>, mut view: watch::Receiver
                     let targets = targets(&now);
                     answering.at(targets.iter().map(|(_, target)| target.ours.overlay).collect(), &context);
                     context.received.set_peers(targets.iter().map(|(_, target)| target.overlay));
-                    due.extend(take_over(&mesh, targets));
+                    due.extend(take_over(&mesh, targets, &now.troubles));
                     seen = Some(now);
                 }
             }
@@ -211,9 +212,10 @@ fn concerns_us(before: &View, now: &View) -> bool {
         || before.vteps != now.vteps
         || before.pod_bridges != now.pod_bridges
         || before.holding.own != now.holding.own
+        || before.troubles != now.troubles
 }
 
-/// The paths to all peers that are programmed, in the order of their keys.
+/// The paths to all peers that can be programmed, in the order of their keys.
 fn targets(view: &View) -> Vec<(Key, Target)> {
     let ours = ours(view);
     let refused = |lease: &Lease| matches!(view.troubles.get(&lease.key), Some(PeerTrouble::Refused(_)));
@@ -247,20 +249,22 @@ fn ours(view: &View) -> PerFamily<Arc<Ours>> {
     view.vteps.iter().filter_map(end).collect()
 }
 
-/// Takes the paths over; gives when those that are new are due, spread over a round.
-fn take_over(mesh: &Mesh, targets: Vec<(Key, Target)>) -> Vec<Due> {
+/// Takes the paths over; gives when those that are new are due, spread over a round. A peer that was never programmed is
+/// none yet: no probe would reach it, and whatever the peer's side of that looked like, it would be no cause.
+fn take_over(mesh: &Mesh, targets: Vec<(Key, Target)>, troubles: &BTreeMap<LeaseKey, PeerTrouble>) -> Vec<Due> {
     let (now, mut fresh) = (Instant::now(), vec![]);
     let mut paths = mesh.lock();
     let mut before = std::mem::take(&mut *paths);
-    let now_known = targets.into_iter().map(|(key, target)| match before.remove(&key) {
+    let now_known = targets.into_iter().filter_map(|(key, target)| match before.remove(&key) {
         Some(mut path) => {
             path.lead_to(target, now);
-            (key, path)
+            Some((key, path))
         }
+        None if troubles.contains_key(&key.0) => None,
         None => {
             let at = now + pause(fresh.len() - fresh.len() % BATCH);
             fresh.push(Reverse((at, key)));
-            (key, Path::new(target, at))
+            Some((key, Path::new(target, at)))
         }
     });
     *paths = now_known.collect();
@@ -304,7 +308,6 @@ impl Drop for Answering {
 
 #[cfg(test)]
 mod tests {
-    use fabric_core::record::LeaseKey;
     use prometheus_client::encoding::text::encode;
     use prometheus_client::registry::Registry;
 
@@ -347,6 +350,21 @@ mod tests {
         let mesh: Mesh = due.iter().enumerate().map(path).collect();
         let turns = mesh.lock().iter().map(|(key, path)| Reverse((path.due.unwrap(), *key))).collect();
         (mesh, turns)
+    }
+
+    #[test]
+    fn peer_is_probed_once_it_is_programmed_and_goes_on_being_probed() {
+        let (mesh, target) = (Mesh::default(), target());
+        let key = (target.lease.key, Family::V4);
+        let pending = BTreeMap::from([(key.0, PeerTrouble::Pending("the kernel has not answered".into()))]);
+        assert!(take_over(&mesh, vec![(key, target.clone())], &pending).is_empty());
+        assert!(mesh.lock().is_empty());
+        assert_eq!(take_over(&mesh, vec![(key, target.clone())], &BTreeMap::new()).len(), 1);
+        assert!(take_over(&mesh, vec![(key, target)], &pending).is_empty());
+        assert_eq!(mesh.lock().len(), 1, "what was programmed may still be there");
+
+        let view = View::new("node-1".parse().expect("valid"));
+        assert!(concerns_us(&View { troubles: pending, ..view.clone() }, &view), "the end of the trouble is seen");
     }
 
     #[test]
