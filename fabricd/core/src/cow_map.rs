@@ -119,6 +119,14 @@ impl<K: Ord, V> CowMap<K, V> {
         self.place(key).1.is_ok()
     }
 
+    /// The entries from `key` on, in the order of their keys.
+    pub fn starting_at<'a>(&'a self, key: &K) -> impl Iterator<Item = (&'a K, &'a V)> + use<'a, K, V> {
+        let (chunk, within) = self.place(key);
+        let (Ok(skipped) | Err(skipped)) = within;
+        let entries = self.chunks[chunk..].iter().flat_map(|chunk| chunk.iter()).skip(skipped);
+        entries.map(|(key, value)| (key, value))
+    }
+
     /// What differs from `before`, in the order of the keys: each entry as it was, as it is, or both. `same` says that a
     /// value is as it was. What both share is not looked into.
     pub fn changes<'a>(
@@ -285,6 +293,7 @@ mod tests {
             for (map, model) in [(&map, &model), (&copy, &model_of_copy)] {
                 prop_assert!(map.iter().eq(model.iter()) && map.len() == model.len());
                 prop_assert!(map.chunks.iter().all(|chunk| !chunk.is_empty() && chunk.len() <= MOST));
+                prop_assert!((0..400).step_by(7).all(|key| map.starting_at(&key).eq(model.range(key..))));
                 prop_assert!((0..400).all(|key| map.get(&key) == model.get(&key) && map.contains(&key) == model.contains_key(&key)));
             }
             let told: Vec<_> = map.changes(&copy, u8::eq).map(|(was, is)| (was.map(|w| (*w.0, *w.1)), is.map(|i| (*i.0, *i.1)))).collect();

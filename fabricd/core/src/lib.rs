@@ -24,6 +24,7 @@ pub mod model;
 pub mod network;
 pub mod plan;
 pub mod record;
+pub mod services;
 pub mod state;
 pub mod subnet;
 pub mod takeover;
