@@ -1,0 +1,23 @@
+//! The eBPF programs that carry pods' packets past most of the kernel: their object file, and the layout of their maps.
+//!
+//! | what | where |
+//! |---|---|
+//! | programs, in C | `c/fabric.c`: `fabric_pod_out`, `fabric_wire_in`, `fabric_pod_in` |
+//! | keys, values, names | [`abi`], and the same in `c/fabric.h` |
+//! | which way a packet took, and why | [`Reason`] |
+//!
+//! The kernel's own path stays whole. A program takes a packet only when it understands all of it; everything else goes
+//! on to the next program of the hook and then to bridge, routes, packet filter and VXLAN device, as without us. So the
+//! programs decide nothing that those don't, and to remove them costs speed alone.
+//!
+//! They are built by `clang -target bpf` from `build.rs`. They use structures of the kernel's user interface alone: no CO-RE,
+//! no BTF of the kernel.
+
+pub mod abi;
+mod reason;
+
+pub use reason::{Path, Program, Reason};
+
+/// The object file: each program is a section of its own, named as [`Program::name`] says, without calls and variables.
+/// Maps are undefined but for their names ([`abi::Map::name`]).
+pub static OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/fabric.o"));
