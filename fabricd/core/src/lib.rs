@@ -23,6 +23,7 @@ pub mod leases;
 pub mod model;
 pub mod network;
 pub mod plan;
+pub mod policy;
 pub mod record;
 pub mod services;
 pub mod state;

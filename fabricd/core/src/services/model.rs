@@ -122,7 +122,7 @@ pub enum Protocol {
 
 impl Protocol {
     /// The one of a port. One that isn't said is TCP.
-    fn read(text: Option<&str>) -> Option<Self> {
+    pub(crate) fn read(text: Option<&str>) -> Option<Self> {
         match text {
             None | Some("" | "TCP") => Some(Self::Tcp),
             Some("UDP") => Some(Self::Udp),

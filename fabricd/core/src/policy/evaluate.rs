@@ -1,0 +1,267 @@
+//! May a connection be? The rules of Kubernetes to the letter, one policy after another: what the packet filter does, what
+//! happens to connections that are open, and what a person is told must all agree with it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use super::labels::Labels;
+use super::model::{
+    Conn, Direction, NamedPort, Namespaces, ObjectName, Peers, Pod, PodPeer, Policy, PortMatch, Rule, State,
+};
+
+/// The state with its pods by their addresses and its policies by their namespaces: what looking at many connections needs.
+#[derive(Debug)]
+pub struct Cluster<'a> {
+    state: &'a State,
+    pods: BTreeMap<IpAddr, Member<'a>>,
+    policies: BTreeMap<&'a str, Vec<(&'a ObjectName, &'a Policy)>>,
+    namespaces: BTreeMap<&'a str, &'a Labels>,
+}
+
+/// Whose an address is, as far as policies are concerned.
+#[derive(Clone, Copy, Debug)]
+pub struct Member<'a> {
+    /// Whether it is a pod of this node.
+    pub is_local: bool,
+    /// Which pod.
+    pub who: Who<'a>,
+}
+
+/// A pod behind an address.
+#[derive(Clone, Copy, Debug)]
+pub enum Who<'a> {
+    /// A pod that policies can select.
+    Pod(&'a ObjectName, &'a Pod),
+    /// A pod of this node that isn't Kubernetes'.
+    Other,
+    /// A pod of this node of which the API server has not told yet.
+    Unknown(&'a ObjectName),
+}
+
+/// What becomes of a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// What the policies of the pod that begins it say.
+    pub egress: Side,
+    /// What the policies of the pod that answers it say.
+    pub ingress: Side,
+}
+
+/// What the policies at one end of a connection say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// It may be: there is no pod at this end that a policy could be about.
+    NoPod,
+    /// It may be, as far as this node is asked: the pod is another node's, which judges it.
+    Elsewhere,
+    /// It may be: no policy isolates the pod in this direction.
+    NotIsolated,
+    /// It may be: the other end is the pod's own node.
+    OwnNode,
+    /// It may be: both ends are one pod.
+    Itself,
+    /// It may be, by this rule.
+    Allowed {
+        /// The policy.
+        policy: ObjectName,
+        /// The index of the rule in its list.
+        rule: usize,
+    },
+    /// It may not: these policies isolate the pod, and none allows it.
+    Denied(Vec<ObjectName>),
+    /// It may not yet: the API server has not told of the pod.
+    NotYetKnown(ObjectName),
+}
+
+impl Side {
+    /// Whether this end lets the connection be.
+    #[must_use]
+    pub fn is_allowed(&self) -> bool {
+        !matches!(self, Self::Denied(_) | Self::NotYetKnown(_))
+    }
+}
+
+impl Verdict {
+    /// Whether both ends let it be.
+    #[must_use]
+    pub fn is_allowed(&self) -> bool {
+        self.egress.is_allowed() && self.ingress.is_allowed()
+    }
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoPod => f.write_str("allowed: no pod that a policy could select"),
+            Self::Elsewhere => f.write_str("allowed here: the pod's own node judges it"),
+            Self::NotIsolated => f.write_str("allowed: no policy selects the pod"),
+            Self::OwnNode => f.write_str("allowed: the pod's own node"),
+            Self::Itself => f.write_str("allowed: the pod itself"),
+            Self::Allowed { policy, rule } => write!(f, "allowed by rule {rule} of NetworkPolicy {policy}"),
+            Self::Denied(policies) => {
+                let names: Vec<String> = policies.iter().map(ToString::to_string).collect();
+                write!(f, "dropped: no rule allows it of NetworkPolicy {}", names.join(", "))
+            }
+            Self::NotYetKnown(pod) => write!(f, "dropped: the API server has not told of pod {pod} yet"),
+        }
+    }
+}
+
+impl<'a> Cluster<'a> {
+    /// Finds whose each address is.
+    #[must_use]
+    pub fn new(state: &'a State) -> Self {
+        let mut pods: BTreeMap<IpAddr, Member<'a>> = BTreeMap::new();
+        // A pod of this node has the addresses that fabric-cni saved, and no others.
+        let locals = state.local.pods.values().filter_map(|pod| pod.identity.as_ref());
+        let locals: BTreeMap<&ObjectName, Option<u64>> = locals.map(|pod| (&pod.name, pod.uid)).collect();
+        let is_local =
+            |name: &ObjectName, pod: &Pod| locals.get(name).is_some_and(|uid| uid.is_none_or(|uid| uid == pod.uid));
+        for (name, pod) in state.pods.iter().filter(|(_, pod)| pod.is_live(state.now)) {
+            if is_local(name, pod) {
+                continue;
+            }
+            for ip in pod.ips.values() {
+                let newer = Member { is_local: false, who: Who::Pod(name, pod) };
+                let known = pods.entry(*ip).or_insert(newer);
+                if let Who::Pod(known_name, known_pod) = known.who
+                    && age(name, pod) > age(known_name, known_pod)
+                {
+                    *known = newer;
+                }
+            }
+        }
+        for (ip, local) in &state.local.pods {
+            let who = match &local.identity {
+                None => Who::Other,
+                Some(identity) => match state.pods.get(&identity.name) {
+                    Some(pod) if identity.uid.is_none_or(|uid| uid == pod.uid) => Who::Pod(&identity.name, pod),
+                    _ => Who::Unknown(&identity.name),
+                },
+            };
+            pods.insert(*ip, Member { is_local: true, who });
+        }
+        let mut policies: BTreeMap<&str, Vec<_>> = BTreeMap::new();
+        for (name, policy) in state.policies.iter() {
+            policies.entry(name.namespace()).or_default().push((name, &**policy));
+        }
+        let namespaces = state.namespaces.iter().map(|(name, labels)| (&**name, &**labels)).collect();
+        Self { state, pods, policies, namespaces }
+    }
+
+    /// The policies that select a pod, in the order of their names.
+    pub fn policies_of(&self, name: &ObjectName, pod: &Pod) -> impl Iterator<Item = (&'a ObjectName, &'a Policy)> {
+        let of_namespace = self.policies.get(name.namespace()).into_iter().flatten();
+        of_namespace.filter(|(_, policy)| policy.subject.matches(&pod.labels)).copied()
+    }
+
+    /// The state that it is of.
+    #[must_use]
+    pub fn state(&self) -> &'a State {
+        self.state
+    }
+
+    /// All addresses that are a pod's.
+    pub fn members(&self) -> impl Iterator<Item = (IpAddr, Member<'a>)> + '_ {
+        self.pods.iter().map(|(ip, member)| (*ip, *member))
+    }
+
+    /// Whose an address is.
+    #[must_use]
+    pub fn member(&self, ip: IpAddr) -> Option<Member<'a>> {
+        self.pods.get(&ip).copied()
+    }
+
+    /// What both ends say, wherever they are.
+    #[must_use]
+    pub fn evaluate(&self, conn: &Conn) -> Verdict {
+        Verdict {
+            egress: self.side(Direction::Egress, conn, conn.src, conn.dst),
+            ingress: self.side(Direction::Ingress, conn, conn.dst, conn.src),
+        }
+    }
+
+    /// What the ends on this node say. The others' nodes judge for themselves.
+    #[must_use]
+    pub fn evaluate_here(&self, conn: &Conn) -> Verdict {
+        let is_elsewhere = |ip| self.member(ip).is_some_and(|member| !member.is_local);
+        let mut verdict = self.evaluate(conn);
+        if is_elsewhere(conn.src) {
+            verdict.egress = Side::Elsewhere;
+        }
+        if is_elsewhere(conn.dst) {
+            verdict.ingress = Side::Elsewhere;
+        }
+        verdict
+    }
+
+    fn side(&self, direction: Direction, conn: &Conn, own: IpAddr, other: IpAddr) -> Side {
+        let Some(member) = self.member(own) else { return Side::NoPod };
+        let is_own_node = member.is_local && self.state.local.host.contains(&other);
+        if is_own_node && direction == Direction::Ingress {
+            return Side::OwnNode;
+        }
+        let (name, pod) = match member.who {
+            Who::Pod(name, pod) => (name, pod),
+            Who::Other => return Side::NoPod,
+            Who::Unknown(name) => return Side::NotYetKnown(name.clone()),
+        };
+        if is_own_node && self.state.local.own_node_allowed {
+            return Side::OwnNode;
+        }
+        if own == other {
+            return Side::Itself;
+        }
+        let mut isolated_by = vec![];
+        for (policy_name, policy) in self.policies_of(name, pod) {
+            let Some(rules) = policy.rules(direction) else { continue };
+            if let Some(rule) = rules.iter().find(|rule| self.allows(rule, conn, other)) {
+                return Side::Allowed { policy: policy_name.clone(), rule: rule.index };
+            }
+            isolated_by.push(policy_name.clone());
+        }
+        if isolated_by.is_empty() { Side::NotIsolated } else { Side::Denied(isolated_by) }
+    }
+
+    fn allows(&self, rule: &Rule, conn: &Conn, other: IpAddr) -> bool {
+        let named = self.named_ports(conn.dst);
+        let to_a_port = |ports: &BTreeSet<PortMatch>| ports.iter().any(|port| port.matches(conn, named));
+        rule.peers.as_ref().is_none_or(|peers| self.is_peer(peers, other)) && rule.ports.as_ref().is_none_or(to_a_port)
+    }
+
+    fn named_ports(&self, ip: IpAddr) -> &'a [NamedPort] {
+        match self.member(ip).map(|member| member.who) {
+            Some(Who::Pod(_, pod)) => &pod.ports,
+            _ => &[],
+        }
+    }
+
+    /// Whether pods of this namespace, with these labels, are meant.
+    #[must_use]
+    pub fn is_selected(&self, peer: &PodPeer, namespace: &str, labels: &Labels) -> bool {
+        let in_namespace = match &peer.namespaces {
+            Namespaces::Named(name) => **name == *namespace,
+            // Of a namespace that is not known nothing can be said.
+            Namespaces::Selected(selector) => {
+                self.namespaces.get(namespace).is_some_and(|labels| selector.matches(labels))
+            }
+        };
+        in_namespace && peer.pods.matches(labels)
+    }
+
+    fn is_peer(&self, peers: &Peers, ip: IpAddr) -> bool {
+        let is_pod = || match self.member(ip).map(|member| member.who) {
+            Some(Who::Pod(name, pod)) => {
+                peers.pods.iter().any(|peer| self.is_selected(peer, name.namespace(), &pod.labels))
+            }
+            _ => false,
+        };
+        peers.blocks.iter().any(|block| block.contains(ip)) || is_pod()
+    }
+}
+
+/// The order of two pods that say the same address: the one that was made last has it.
+fn age<'a>(name: &'a ObjectName, pod: &Pod) -> (bool, i64, &'a ObjectName) {
+    (pod.ends.is_none(), pod.created, name)
+}

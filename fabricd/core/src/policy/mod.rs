@@ -1,0 +1,32 @@
+//! NetworkPolicy (networking.k8s.io/v1): who may connect to whom.
+//!
+//! ```text
+//! NetworkPolicies ─ decode ─┐
+//! Namespaces, Pods ─────────┼─► State ─► Cluster ─┬─► evaluate(conn): may it be, by which rule?   the truth
+//! pods of this node ────────┘                     └─► combos ─► groups ─► plan: sets and chains   what the kernel does
+//! ```
+//!
+//! | module | what |
+//! |---|---|
+//! | [`model`] | policies, rules, peers, ports, pods: the [`State`] |
+//! | [`labels`], [`selector`] | labels, kept once each, and what selects by them |
+//! | [`decode`] | a policy's JSON, item by item: what can't be understood matches nothing |
+//! | [`evaluate`] | the rules of Kubernetes to the letter |
+//! | [`combos`], [`groups`], [`cover`] | the same for many: what pods and rules have in common, by number |
+//!
+//! Isolation is each direction's own: a pod that at least one policy selects for a direction may have only those
+//! connections that a rule of at least one of these policies allows. Both ends must agree. What is judged is connections,
+//! as they are after translation of the destination, so a policy sees the endpoint of a Service and never its virtual
+//! address. Answers pass.
+
+pub mod combos;
+pub mod cover;
+pub mod decode;
+pub mod evaluate;
+pub mod groups;
+pub mod labels;
+pub mod model;
+pub mod selector;
+
+pub use self::evaluate::{Cluster, Side, Verdict, Who};
+pub use self::model::{Conn, Direction, ObjectName, Policy, State};

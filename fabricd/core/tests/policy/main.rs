@@ -1,0 +1,5 @@
+//! NetworkPolicy: what Kubernetes promises, row by row, and what the packet filter makes of it.
+
+mod semantics;
+mod unreadable;
+mod world;
