@@ -54,7 +54,7 @@ e2e: root ## Run the manifests on a real Kubernetes of today, or VERSION=1.20, b
 	PROFILE=$(PROFILE) deploy/image/build
 	tests/e2e/run $(SCENARIO)
 
-api-server: deps ## Try the lease store in Kubernetes on real kube-apiservers, today's and 1.20's, built on first use
+api-server: deps ## Try the lease store in Kubernetes, and Services, on real kube-apiservers, today's and 1.20's, built on first use
 	@tests/deps api-server
 	tests/e2e/api-server
 

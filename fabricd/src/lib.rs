@@ -27,6 +27,7 @@ pub mod metrics;
 pub mod pki;
 pub mod reconcile;
 pub mod retry;
+pub mod services;
 pub mod status;
 pub mod store;
 pub mod takeover;

@@ -19,4 +19,5 @@ mod process;
 pub mod real_api;
 pub mod revisions;
 pub mod served;
+pub mod services;
 pub mod tcp_proxy;

@@ -76,8 +76,11 @@ impl RealApi {
         Ok(api)
     }
 
-    /// One request; the code that refuses it, and why, is the error.
-    fn ask(&self, verb: &str, path: &str, body: Option<(&str, &Value)>) -> Result<Value> {
+    /// One request, by curl, with a body and its kind.
+    ///
+    /// # Errors
+    /// The code that refuses it, and why.
+    pub fn ask(&self, verb: &str, path: &str, body: Option<(&str, &Value)>) -> Result<Value> {
         let mut curl = Command::new("curl");
         curl.args(["--silent", "--show-error", "--insecure", "--max-time", "10", "--write-out", "\n%{http_code}"])
             .args(["--header", &format!("Authorization: Bearer {TOKEN}"), "--request", verb])

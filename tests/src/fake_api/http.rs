@@ -29,6 +29,9 @@ async fn answer(Extract(state): Extract<Arc<State>>, method: Method, uri: Uri, b
         Fault::Slow(delay) => sleep(delay).await,
         Fault::Hangs => std::future::pending().await,
     }
+    if state.lacks(uri.path()) {
+        return refuse((404, "NotFound", "the server could not find the requested resource".into()));
+    }
     let query = query(&uri);
     if method == Method::GET {
         return match (query.get("watch").map(String::as_str), path(uri.path())) {

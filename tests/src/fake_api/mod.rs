@@ -8,7 +8,7 @@ mod http;
 mod objects;
 mod selector;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -66,6 +66,8 @@ struct State {
     /// How many pages of each collection's lists were asked for, those of one object not counted: by such the revision is
     /// asked for.
     lists: Mutex<BTreeMap<String, u64>>,
+    /// Versions of groups that it doesn't know.
+    lacking: Mutex<BTreeSet<String>>,
     /// The collections that were watched, and the revisions that each watch began at.
     watches: watch::Sender<Vec<(String, i64)>>,
 }
@@ -83,6 +85,7 @@ impl FakeApi {
             fault: watch::Sender::new(Fault::None),
             writes: Mutex::default(),
             lists: Mutex::default(),
+            lacking: Mutex::default(),
             watches: watch::Sender::default(),
         });
         let (running, address) = Running::start(&state, address)?;
@@ -186,6 +189,16 @@ impl FakeApi {
         self.state.fault.send_replace(fault);
     }
 
+    /// Makes it know no such version of a group, as `/apis/discovery.k8s.io/v1`.
+    pub fn lacks(&self, version: &str) {
+        self.state.lacking().insert(version.to_owned());
+    }
+
+    /// Makes it know such a version again.
+    pub fn has(&self, version: &str) {
+        self.state.lacking().remove(version);
+    }
+
     /// All requests so far that would change something: verb, path and body.
     #[must_use]
     pub fn writes(&self) -> Vec<(String, String, Value)> {
@@ -243,6 +256,17 @@ impl State {
 
     fn lists(&self) -> MutexGuard<'_, BTreeMap<String, u64>> {
         self.lists.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lacking(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.lacking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a path is of a version that it doesn't know.
+    fn lacks(&self, path: &str) -> bool {
+        self.lacking()
+            .iter()
+            .any(|version| path.strip_prefix(version.as_str()).is_some_and(|r| r.is_empty() || r.starts_with('/')))
     }
 
     fn tell(&self) {

@@ -179,6 +179,21 @@ fn what_cant_be_used_costs_itself_alone_and_is_told() {
 }
 
 #[test]
+fn null_is_nothing_said() {
+    let object: ServiceObject = serde_json::from_value(json!({"metadata": {}, "spec": null, "status": null})).unwrap();
+    assert_eq!(Service::read(&object, &mut Names::default()), None);
+    let status = json!({"loadBalancer": null});
+    let object = json!({"metadata": {}, "spec": {"clusterIP": "198.51.100.1", "clusterIPs": null}, "status": status});
+    let object: ServiceObject = serde_json::from_value(object).unwrap();
+    assert!(Service::read(&object, &mut Names::default()).is_some());
+    let endpoints = json!([{"addresses": null, "conditions": null, "hints": null, "targetRef": null}]);
+    let object: SliceObject = serde_json::from_value(json!({"metadata": {}, "endpoints": endpoints})).unwrap();
+    assert_eq!(Slice::read(&object, &mut Names::default()), None);
+    let object: NodeObject = serde_json::from_value(json!({"metadata": {}, "spec": null})).unwrap();
+    assert_eq!(NodeFacts::read(&object), NodeFacts::default());
+}
+
+#[test]
 fn slice_has_its_service_ports_and_endpoints() {
     let web = slice(&json!({})).unwrap();
     assert_eq!((web.service.to_string(), web.revision, web.family), ("default/web".to_owned(), 17, Family::V4));

@@ -6,7 +6,12 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
+
+/// `null` is nothing said, as it is for Go.
+fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(from: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or_default())
+}
 
 /// What all objects have.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -45,8 +50,10 @@ pub struct ServiceObject {
     /// What all objects have.
     pub metadata: Metadata,
     /// What it is to be.
+    #[serde(deserialize_with = "or_default")]
     pub spec: ServiceSpec,
     /// What has become of it.
+    #[serde(deserialize_with = "or_default")]
     pub status: ServiceStatus,
 }
 
@@ -118,6 +125,7 @@ pub struct ClientIpConfig {
 #[serde(rename_all = "camelCase", default)]
 pub struct ServiceStatus {
     /// What the load balancer has been made to be.
+    #[serde(deserialize_with = "or_default")]
     pub load_balancer: LoadBalancerStatus,
 }
 
@@ -158,6 +166,7 @@ pub struct SliceObject {
 #[serde(rename_all = "camelCase", default)]
 pub struct EndpointObject {
     /// Its addresses, which mean the same; the API promises no more than one since 1.33, and clients use the first.
+    #[serde(deserialize_with = "or_default")]
     pub addresses: Vec<Box<str>>,
     /// What it is able to do.
     pub conditions: Option<Conditions>,
@@ -228,6 +237,7 @@ pub struct NodeObject {
     /// What all objects have.
     pub metadata: Metadata,
     /// What it is to be.
+    #[serde(deserialize_with = "or_default")]
     pub spec: NodeSpec,
 }
 

@@ -24,9 +24,9 @@ pub type Services = CowMap<ObjectName, Arc<Service>>;
 impl ServiceSet {
     /// Those of a list.
     #[must_use]
-    pub fn listed(objects: &[ServiceObject]) -> Self {
+    pub fn listed<'a>(objects: impl IntoIterator<Item = &'a ServiceObject>) -> Self {
         let mut names = Names::default();
-        let services = objects.iter().filter_map(|object| Service::read(object, &mut names));
+        let services = objects.into_iter().filter_map(|object| Service::read(object, &mut names));
         let services = services.map(|service| (service.name.clone(), Arc::new(service))).collect();
         Self { services, names }
     }
@@ -75,9 +75,9 @@ pub struct SliceKey {
 impl SliceSet {
     /// Those of a list.
     #[must_use]
-    pub fn listed(objects: &[SliceObject]) -> Self {
+    pub fn listed<'a>(objects: impl IntoIterator<Item = &'a SliceObject>) -> Self {
         let mut names = Names::default();
-        let slices: Vec<Slice> = objects.iter().filter_map(|object| Slice::read(object, &mut names)).collect();
+        let slices: Vec<Slice> = objects.into_iter().filter_map(|object| Slice::read(object, &mut names)).collect();
         let services = slices.iter().map(|slice| (slice.name.clone(), slice.service.clone())).collect();
         let slices = slices.into_iter().map(|slice| (key(&slice), Arc::new(slice))).collect();
         Self { slices, services, names }

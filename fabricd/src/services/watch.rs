@@ -1,0 +1,355 @@
+//! [`Sources`]: Services, EndpointSlices and this node's Node, each kept up to date by a [`Reflector`] of its own.
+//!
+//! Each is unknown until it was listed whole, and keeps its last value while the API server is away.
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use fabric_core::cow_map::CowMap;
+use fabric_core::model::NodeName;
+use fabric_core::services::model::NodeFacts;
+use fabric_core::services::objects::{NodeObject, ServiceObject, SliceObject};
+use fabric_core::services::sets::{Services, SliceKey, Slices, lacks_most_of};
+use fabric_core::services::{ObjectName, Service, ServiceSet, Slice, SliceSet};
+use kube::core::Request;
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use tokio::sync::Notify;
+use tokio::sync::watch::{Receiver, Sender};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use crate::kubernetes::client::{ApiError, ApiServer};
+use crate::kubernetes::reflector::{Fold, Object, Reflector, revision};
+use crate::retry::{Interrupted, Outage};
+
+/// Services that another proxy handles are never asked for (KEP-2447).
+const OF_SERVICES: &str = "!service.kubernetes.io/service-proxy-name";
+/// Nor are slices of Services without an address.
+const OF_SLICES: &str = "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name";
+
+/// What is known of Services. Dropping it ends the watches.
+pub struct Sources {
+    /// The Services.
+    pub services: Receiver<Option<Services>>,
+    /// Their endpoints.
+    pub slices: Receiver<Option<Slices>>,
+    /// This node's Node; without one nothing is known of it.
+    pub node: Receiver<Option<NodeFacts>>,
+    /// How it stands with each watch.
+    pub connection: Receiver<Connections>,
+    _tasks: JoinSet<()>,
+}
+
+/// How it stands with each watch: `None` before the first answer, then whether it runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Connections {
+    services: Option<Result<(), ApiError>>,
+    slices: Option<Result<(), ApiError>>,
+    node: Option<Result<(), ApiError>>,
+}
+
+impl Connections {
+    /// Why one of them doesn't run.
+    #[must_use]
+    pub fn trouble(&self) -> Option<&ApiError> {
+        [&self.services, &self.slices, &self.node].into_iter().flatten().find_map(|state| state.as_ref().err())
+    }
+}
+
+/// The connection of one of the watches.
+type State = fn(&mut Connections) -> &mut Option<Result<(), ApiError>>;
+
+impl Sources {
+    /// Starts to watch, and returns at once. Must be called within a tokio runtime.
+    #[must_use]
+    pub fn watch(api: Arc<ApiServer>, node: &NodeName) -> Self {
+        let (services, slices, facts) = (Sender::new(None), Sender::new(None), Sender::new(None));
+        let connection = Sender::new(Connections::default());
+        let mut tasks = JoinSet::new();
+        let receivers = (services.subscribe(), slices.subscribe(), facts.subscribe(), connection.subscribe());
+        let told = Told { connection: connection.clone(), state: |all| &mut all.services, refused: None };
+        let fold = SetFold { set: ServiceSet::default(), published: services, told };
+        tasks.spawn(Reflector::new(api.clone(), fold).labels(OF_SERVICES).run());
+        let told = Told { connection: connection.clone(), state: |all| &mut all.node, refused: None };
+        let fold = NodeFold { facts: NodeFacts::default(), published: facts, told };
+        tasks.spawn(Reflector::new(api.clone(), fold).fields(&format!("metadata.name={node}")).run());
+        tasks.spawn(watch_slices(api, slices, connection));
+        let (services, slices, node, connection) = receivers;
+        Self { services, slices, node, connection, _tasks: tasks }
+    }
+
+    /// What has not been listed yet, if anything.
+    #[must_use]
+    pub fn missing(&self) -> Option<&'static str> {
+        if self.services.borrow().is_none() {
+            Some("Services")
+        } else if self.slices.borrow().is_none() {
+            Some("EndpointSlices")
+        } else {
+            self.node.borrow().is_none().then_some("this node's Node")
+        }
+    }
+}
+
+/// Watches the slices in the version that the API server has. One that is upgraded meanwhile may have another.
+async fn watch_slices(api: Arc<ApiServer>, published: Sender<Option<Slices>>, connection: Sender<Connections>) {
+    let refused = Arc::new(Notify::new());
+    let mut outage = Outage::new("endpointslices");
+    loop {
+        let began = Instant::now();
+        let told =
+            Told { connection: connection.clone(), state: |all| &mut all.slices, refused: Some(refused.clone()) };
+        let (from, seen) = (api.clone(), published.clone());
+        let failed = match has_version_1(&api).await {
+            Ok(true) => watch_version::<V1>(from, seen, told, &refused).await,
+            Ok(false) => watch_version::<V1Beta1>(from, seen, told, &refused).await,
+            Err(error) => {
+                api.reconnect();
+                told.say(Err(&error));
+                error
+            }
+        };
+        outage.wait(began, &Interrupted::Failed(failed)).await;
+    }
+}
+
+/// Watches until the API server refuses: then it may have lost the version.
+async fn watch_version<V: Version>(
+    api: Arc<ApiServer>,
+    published: Sender<Option<Slices>>,
+    told: Told,
+    refused: &Notify,
+) -> ApiError {
+    let connection = told.connection.subscribe();
+    let fold = SetFold { set: SlicesOf::<V>(SliceSet::default(), PhantomData), published, told };
+    tokio::select! {
+        () = Reflector::new(api, fold).labels(OF_SLICES).run() => {}
+        () = refused.notified() => {}
+    }
+    let state = connection.borrow().slices.clone();
+    state.and_then(Result::err).unwrap_or_else(ApiError::silent)
+}
+
+/// Whether the API server knows `discovery.k8s.io/v1`, which came with Kubernetes 1.21.
+async fn has_version_1(api: &ApiServer) -> Result<bool, ApiError> {
+    let client = api.client().await?;
+    let request = Request::new("").get("apis/discovery.k8s.io/v1", &kube::api::GetParams::default());
+    let request = request.map_err(|error| ApiError::new("get", &kube::Error::BuildRequest(error)))?;
+    match client.request::<IgnoredAny>(request).await {
+        Ok(_) => Ok(true),
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(false),
+        Err(error) => Err(ApiError::new("get", &error)),
+    }
+}
+
+/// Who is told how it stands with a watch.
+#[derive(Clone)]
+struct Told {
+    connection: Sender<Connections>,
+    state: State,
+    /// Who decides when the API server refuses.
+    refused: Option<Arc<Notify>>,
+}
+
+impl Told {
+    fn say(&self, state: Result<(), &ApiError>) {
+        let new = Some(state.map_err(Clone::clone));
+        self.connection.send_if_modified(|all| {
+            let differs = *(self.state)(all) != new;
+            (self.state)(all).clone_from(&new);
+            differs
+        });
+        if let (Err(ApiError::Refused { .. }), Some(refused)) = (state, &self.refused) {
+            refused.notify_one();
+        }
+    }
+}
+
+/// All objects of a kind that are kept whole.
+trait Set: Sized + Send + Sync + 'static {
+    type Object: Object;
+    type Key: Ord + Clone + Send + Sync + 'static;
+    type Value: Send + Sync + 'static;
+    fn listed(objects: &[Self::Object]) -> Self;
+    fn apply(&mut self, object: &Self::Object) -> bool;
+    fn remove(&mut self, object: &Self::Object) -> bool;
+    fn all(&self) -> &All<Self>;
+}
+
+/// What a set publishes.
+type All<S> = CowMap<<S as Set>::Key, Arc<<S as Set>::Value>>;
+
+/// A set, and who is told of it.
+struct SetFold<S: Set> {
+    set: S,
+    published: Sender<Option<All<S>>>,
+    told: Told,
+}
+
+impl<S: Set> Fold for SetFold<S> {
+    type Object = S::Object;
+
+    fn listed(&self, objects: Vec<S::Object>, _revision: i64) -> Self {
+        Self { set: S::listed(&objects), published: self.published.clone(), told: self.told.clone() }
+    }
+
+    fn applied(&mut self, object: S::Object) -> bool {
+        self.set.apply(&object)
+    }
+
+    fn deleted(&mut self, object: S::Object) -> bool {
+        self.set.remove(&object)
+    }
+
+    fn would_lose_most(&self) -> bool {
+        self.published.borrow().as_ref().is_some_and(|published| lacks_most_of(self.set.all(), published))
+    }
+
+    fn publish(&mut self) {
+        self.published.send_replace(Some(self.set.all().clone()));
+    }
+
+    fn connection_is(&mut self, state: Result<(), &ApiError>) {
+        self.told.say(state);
+    }
+}
+
+/// This node's Node.
+struct NodeFold {
+    facts: NodeFacts,
+    published: Sender<Option<NodeFacts>>,
+    told: Told,
+}
+
+impl Fold for NodeFold {
+    type Object = NodeObject;
+
+    fn listed(&self, objects: Vec<NodeObject>, _revision: i64) -> Self {
+        let facts = objects.first().map(NodeFacts::read).unwrap_or_default();
+        Self { facts, published: self.published.clone(), told: self.told.clone() }
+    }
+
+    fn applied(&mut self, object: NodeObject) -> bool {
+        let facts = NodeFacts::read(&object);
+        std::mem::replace(&mut self.facts, facts.clone()) != facts
+    }
+
+    /// A Node that is gone may come back; its zone is where it was.
+    fn deleted(&mut self, _object: NodeObject) -> bool {
+        !std::mem::replace(&mut self.facts.going, true)
+    }
+
+    fn would_lose_most(&self) -> bool {
+        false
+    }
+
+    fn publish(&mut self) {
+        self.published.send_replace(Some(self.facts.clone()));
+    }
+
+    fn connection_is(&mut self, state: Result<(), &ApiError>) {
+        self.told.say(state);
+    }
+}
+
+impl Object for ServiceObject {
+    const PATH: &'static str = "/api/v1/services";
+
+    fn revision(&self) -> i64 {
+        revision(Some(&self.metadata.resource_version))
+    }
+}
+
+impl Object for NodeObject {
+    const PATH: &'static str = "/api/v1/nodes";
+
+    fn revision(&self) -> i64 {
+        revision(Some(&self.metadata.resource_version))
+    }
+}
+
+impl Set for ServiceSet {
+    type Object = ServiceObject;
+    type Key = ObjectName;
+    type Value = Service;
+
+    fn listed(objects: &[ServiceObject]) -> Self {
+        Self::listed(objects)
+    }
+
+    fn apply(&mut self, object: &ServiceObject) -> bool {
+        self.apply(object)
+    }
+
+    fn remove(&mut self, object: &ServiceObject) -> bool {
+        self.remove(&object.metadata)
+    }
+
+    fn all(&self) -> &Services {
+        self.services()
+    }
+}
+
+/// A version of the group `discovery.k8s.io`. What matters of a slice is the same in both.
+trait Version: Clone + Send + Sync + 'static {
+    const PATH: &'static str;
+}
+
+/// Since Kubernetes 1.21.
+#[derive(Clone)]
+struct V1;
+
+/// Before.
+#[derive(Clone)]
+struct V1Beta1;
+
+impl Version for V1 {
+    const PATH: &'static str = "/apis/discovery.k8s.io/v1/endpointslices";
+}
+
+impl Version for V1Beta1 {
+    const PATH: &'static str = "/apis/discovery.k8s.io/v1beta1/endpointslices";
+}
+
+/// A slice as a version has it.
+#[derive(Clone, Deserialize)]
+#[serde(transparent, bound = "")]
+struct SliceOf<V> {
+    slice: SliceObject,
+    #[serde(skip)]
+    version: PhantomData<V>,
+}
+
+impl<V: Version> Object for SliceOf<V> {
+    const PATH: &'static str = V::PATH;
+
+    fn revision(&self) -> i64 {
+        revision(Some(&self.slice.metadata.resource_version))
+    }
+}
+
+/// All slices as a version has them.
+struct SlicesOf<V>(SliceSet, PhantomData<V>);
+
+impl<V: Version> Set for SlicesOf<V> {
+    type Object = SliceOf<V>;
+    type Key = SliceKey;
+    type Value = Slice;
+
+    fn listed(objects: &[SliceOf<V>]) -> Self {
+        Self(SliceSet::listed(objects.iter().map(|object| &object.slice)), PhantomData)
+    }
+
+    fn apply(&mut self, object: &SliceOf<V>) -> bool {
+        self.0.apply(&object.slice)
+    }
+
+    fn remove(&mut self, object: &SliceOf<V>) -> bool {
+        self.0.remove(&object.slice.metadata)
+    }
+
+    fn all(&self) -> &Slices {
+        self.0.slices()
+    }
+}
