@@ -25,6 +25,8 @@ use fabricd::host::underlay::{DefaultRoute, Host, HostLink};
 use fabricd::kernel::{Kernel, KernelError, Observed, Touched};
 use tokio::sync::Notify;
 
+use crate::fake_filter as filter;
+
 /// `RTPROT_STATIC`: what an administrator's `ip route add … proto static` has.
 pub const STATIC: u8 = 4;
 
@@ -196,17 +198,6 @@ impl Tables {
             }
             Via::Other(_) => Err(libc::EINVAL),
         }
-    }
-
-    /// A transaction of the packet filter: all of it or nothing.
-    fn write_filter(&mut self, ops: &[&nft::Op]) -> Result<(), i32> {
-        let mut after = self.filter.clone();
-        for op in ops {
-            check_filter(&after, op)?;
-            op.apply_to(&mut after);
-        }
-        self.filter = after;
-        Ok(())
     }
 
     /// One write of routing, as the kernel takes it. Deleting what is gone is fine.
@@ -382,27 +373,6 @@ impl Tables {
     }
 }
 
-/// Whether the kernel takes this step of the packet filter.
-fn check_filter(filter: &FoundRuleset, op: &nft::Op) -> Result<(), i32> {
-    let there = |good: bool| good.then_some(()).ok_or(libc::ENOENT);
-    match op {
-        nft::Op::ResetTable(_) | nft::Op::DeleteTable(_) | nft::Op::Set(..) => Ok(()),
-        nft::Op::Elements(change) => {
-            let set = filter.get(&change.table).and_then(|table| table.sets.get(change.set)).ok_or(libc::ENOENT)?;
-            there(change.removed.iter().all(|element| set.elements.contains(element)))
-        }
-        nft::Op::Chains(family, change) => {
-            let table = filter.get(family).cloned().unwrap_or_default();
-            there(
-                change.old_chains.iter().all(|chain| table.chains.contains_key(chain))
-                    && change.old_sets.iter().all(|set| table.sets.contains_key(set))
-                    && change.looks_into.iter().all(|set| table.sets.contains_key(*set)),
-            )
-        }
-        nft::Op::DockerUser(_) => Err(libc::ENOENT),
-    }
-}
-
 /// One write that was asked for, and what came of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Write {
@@ -567,7 +537,7 @@ impl Kernel for FakeKernel {
         for steps in transactions.values() {
             let fault = steps.iter().find_map(|(at, _)| results[*at].err());
             let steps_alone: Vec<&nft::Op> = steps.iter().map(|(_, op)| *op).collect();
-            let result = fault.map_or_else(|| state.tables.write_filter(&steps_alone), Err);
+            let result = fault.map_or_else(|| filter::write(&mut state.tables.filter, &steps_alone), Err);
             steps.iter().for_each(|(at, _)| results[*at] = result);
         }
         // As with the real one, our own writes of the packet filter wake nobody.

@@ -6,6 +6,7 @@ pub mod certificates;
 pub mod conformance;
 pub mod etcd;
 pub mod fake_api;
+pub mod fake_filter;
 pub mod fake_kernel;
 pub mod faults;
 pub mod keepers;

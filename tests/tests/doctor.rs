@@ -12,7 +12,7 @@ use fabric_core::leases::{Entry, LeaseSet};
 use fabric_core::model::{Family, Vni};
 use fabric_core::plan::Desired;
 use fabric_core::state::nft::FoundTable;
-use fabric_core::state::nft::TableFamily;
+use fabric_core::state::nft::TableKey;
 use fabric_core::state::{ForeignLink, Routing, VxlanLink};
 use fabric_tests::certificates::Certificates;
 use fabric_tests::served::view;
@@ -64,8 +64,8 @@ impl Node {
         ];
         observed.bridges = [("cni0".parse()?, ["veth1".parse()?].into())].into();
         observed.filter.insert(
-            TableFamily::Inet,
-            FoundTable { chains: [("postrouting".to_owned(), vec![])].into(), ..FoundTable::default() },
+            TableKey::Fabric,
+            FoundTable { chains: [("postrouting".to_owned(), Arc::default())].into(), ..FoundTable::default() },
         );
         let fib = Fib { rules: vec![rule(32766, 254)], routes: vec![route("127.1.2.0/24", "fabric.1", true)] };
         let node = Self { root: tempfile::tempdir()?, view, wanted, observed, fib, certificates: vec![] };

@@ -9,7 +9,7 @@ use fabric_core::diff::diff;
 use fabric_core::model::{PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::filter::{FilterInputs, FilterOptions, Member, Pod, ruleset};
-use fabric_core::state::nft::{Ruleset, TableFamily};
+use fabric_core::state::nft::{Ruleset, TableKey};
 use fabric_tests::conformance::kernel::{look, settle, v, woken};
 use fabric_tests::netns::{in_netns_async, run};
 use fabricd::kernel::netlink::Netlink;
@@ -73,7 +73,10 @@ fn nft_shows_what_was_written_and_it_is_found_again() {
         let (mut first, want) = (kernel(), rules(2));
         let written = settle(&mut first, &want).await;
         assert!(
-            written.ends_with("chains of table inet fabric\n~ nft replace chains of table bridge fabric\n"),
+            written.ends_with(
+                "~ nft replace chains of table inet fabric: forward, input, output, pods, postrouting, prerouting, senders\n\
+                 ~ nft replace chains of table bridge fabric: advertised, pods, prerouting\n"
+            ),
             "{written}"
         );
         let listed = shown();
@@ -175,7 +178,7 @@ fn tables_of_others_stay_as_they_are_and_those_that_only_translate_wake_nobody()
         let listed = others();
         run("nft", "delete table inet fabric");
         // What was written to others' tables before is told in between.
-        while look(&mut kernel).await.filter.contains_key(&TableFamily::Inet) {
+        while look(&mut kernel).await.filter.contains_key(&TableKey::Fabric) {
             woken(&mut kernel).await;
         }
         settle(&mut kernel, &rules(5)).await;
@@ -185,7 +188,7 @@ fn tables_of_others_stay_as_they_are_and_those_that_only_translate_wake_nobody()
 }
 
 #[test]
-fn five_thousand_peers_are_one_transaction_and_one_more_costs_little() {
+fn five_thousand_peers_are_a_few_transactions_and_one_more_costs_little() {
     in_netns_async(|| async {
         let mut kernel = kernel();
         settle(&mut kernel, &rules(5_000)).await;
@@ -193,7 +196,7 @@ fn five_thousand_peers_are_one_transaction_and_one_more_costs_little() {
         let lines: Vec<_> = more.to_string().lines().map(str::to_owned).collect();
         assert!(lines.len() <= 4 && lines.iter().all(|line| line.starts_with("+ nft add element")), "{lines:?}");
         assert!(kernel.apply(more.ops()).await.iter().all(Result::is_ok));
-        let found = &look(&mut kernel_anew()).await.filter[&TableFamily::Inet];
+        let found = &look(&mut kernel_anew()).await.filter[&TableKey::Fabric];
         let (usual, odd) = (found.sets["members4"].elements.len(), found.sets["odd4"].elements.len());
         assert_eq!((usual + odd, odd), (10_002, 19), "addresses that end in 0");
     });

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 use fabric_core::diff::{Change, Op, routing};
-use fabric_core::state::nft::TableFamily;
+use fabric_core::state::nft::TableKey;
 use fabric_tests::served;
 use fabricd::kernel::{Drops, KernelError};
 use fabricd::mesh::Mesh;
@@ -25,7 +25,7 @@ fn shown() -> Result<String> {
     let mut view = served::view(&[2])?;
     // Every machine has this device, so its counters can be read.
     view.vteps[0].device = "lo".parse()?;
-    let (table, chain, why) = (TableFamily::Inet, "senders".to_owned(), "from no peer".to_owned());
+    let (table, chain, why) = (TableKey::Fabric, "senders".to_owned(), "from no peer".to_owned());
     let drops = [Drops { table, chain, why, packets: 1 }];
     let counters = Counters::default();
     let op: Op = routing::Op::Address("fabric.1".parse()?, Change::Create("10.244.1.0/32".parse()?)).into();

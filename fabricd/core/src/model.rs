@@ -291,7 +291,13 @@ pub struct IfName([u8; Self::SIZE]);
 
 impl IfName {
     /// `IFNAMSIZ`: the longest name and the zero byte that ends it.
-    const SIZE: usize = 16;
+    pub const SIZE: usize = 16;
+
+    /// The name as the kernel has it: filled up with zeros.
+    #[must_use]
+    pub fn bytes(&self) -> [u8; Self::SIZE] {
+        self.0
+    }
 
     /// The name as text.
     #[must_use]

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use fabric_core::diff::{Change, Gate, Key, Op, Plan, Stage, diff, nft, routing};
 use fabric_core::model::{Family, PerFamily, Subnet};
@@ -9,7 +10,7 @@ use fabric_core::network::NetworkConfig;
 use fabric_core::plan::filter::docker_user::rules;
 use fabric_core::plan::filter::{FilterInputs, FilterOptions, Member, ruleset};
 use fabric_core::state::docker_user::{DockerUser, DockerUserRules};
-use fabric_core::state::nft::{FoundRuleset, Ruleset, TableFamily};
+use fabric_core::state::nft::{FoundRuleset, Ruleset, TableKey};
 use fabric_core::state::{Found, Routing, State, VxlanLink};
 
 fn v<T: std::str::FromStr>(text: &str) -> T {
@@ -85,7 +86,7 @@ fn sets_and_chains_come_before_devices_and_tables_go_after_them() {
     let (routing, filter) = (routing(link(8472)), filter(true));
     let docker_user: DockerUserRules = [(Family::V4, rules(Family::V4, v("10.64.0.0/12")).into())].into();
     let chain = |rules| [DockerUser { family: Family::V4, rules }];
-    let want = State { routing: &routing, filter: &filter, docker_user: &docker_user };
+    let want = State { routing: &routing, filter: &filter, docker_user: &docker_user, ..State::default() };
     let empty = Found { docker_user: &chain(vec![]), ..Found::default() };
     assert_eq!(
         diff(want, empty).to_string(),
@@ -95,8 +96,8 @@ fn sets_and_chains_come_before_devices_and_tables_go_after_them() {
 + nft add set bridge fabric pods4 { type ifname . ether_addr . ipv4_addr; }
 + nft add set bridge fabric pods6 { type ifname . ether_addr . ipv6_addr; }
 + nft add set bridge fabric ports { type ifname; }
-~ nft replace chains of table inet fabric
-~ nft replace chains of table bridge fabric
+~ nft replace chains of table inet fabric: forward, input, pods, senders
+~ nft replace chains of table bridge fabric: advertised, pods, prerouting
 + nft insert rule ip filter DOCKER-USER ip saddr 10.64.0.0/12 accept
 + nft insert rule ip filter DOCKER-USER ip daddr 10.64.0.0/12 accept
 + ip link add fabric.7 address 02:42:c0:00:02:01 mtu 1450 up type vxlan id 7 dstport 8472 local 192.0.2.1 nolearning
@@ -127,7 +128,7 @@ fn new_device_waits_for_the_chain_that_judges_senders_and_that_for_its_sets() {
     let plan = diff(want, Found::default());
     let away = turned_away(&plan, of_sets);
     let lacks: Vec<Key> = away.iter().map(|(_, lacks)| *lacks).collect();
-    let sets = [Key::Set(TableFamily::Inet, "members4"), Key::Set(TableFamily::Bridge, "known")];
+    let sets = [Key::Set(TableKey::Fabric, "members4".into()), Key::Set(TableKey::Bridge, "known".into())];
     assert_eq!(lacks, [&sets[..], &[Key::SendersChain, Key::Link(v("fabric.7"))]].concat(), "{away:?}");
     let away = turned_away(&plan, of_chains);
     assert_eq!(away.iter().map(|(_, lacks)| *lacks).collect::<Vec<_>>(), lacks[2..], "{away:?}");
@@ -172,18 +173,19 @@ fn chains_that_are_in_force_are_enough_for_a_device() {
     let state = State { routing: &want, filter: &filter, ..State::default() };
     // Somebody has put a chain beside ours: it is to go, but what judges senders is there.
     let mut there = made(&filter);
-    let inet = there.get_mut(&TableFamily::Inet).expect("made");
-    inet.chains.insert("theirs".into(), vec![]);
+    let inet = there.get_mut(&TableKey::Fabric).expect("made");
+    inet.chains.insert("theirs".into(), Arc::default());
     let plan = diff(state, &there);
     assert_eq!(turned_away(&plan, of_chains), []);
     // Or has taken away the rule that leads to it.
     let mut there = made(&filter);
-    there.get_mut(&TableFamily::Inet).expect("made").chains.get_mut("input").expect("made").pop();
+    let input = there.get_mut(&TableKey::Fabric).expect("made").chains.get_mut("input").expect("made");
+    Arc::make_mut(input).pop();
     let away = turned_away(&diff(state, &there), of_chains);
     assert_eq!(away.first().map(|(_, lacks)| *lacks), Some(Key::SendersChain), "{away:?}");
     // Members that can't be let in keep out no device.
     let mut there = made(&filter);
-    let members = there.get_mut(&TableFamily::Inet).expect("made").sets.get_mut("members4").expect("made");
+    let members = there.get_mut(&TableKey::Fabric).expect("made").sets.get_mut("members4").expect("made");
     members.elements = Default::default();
     let plan = diff(state, &there);
     assert!(matches!(plan.ops()[0], Op::Filter(nft::Op::Elements(_))));

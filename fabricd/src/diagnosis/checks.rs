@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use fabric_core::firewall::packet::Flow;
 use fabric_core::handoff::{NotReady, Readiness};
-use fabric_core::state::nft::TableFamily;
+use fabric_core::state::nft::TableKey;
 use tokio::time::{Instant, timeout};
 
 use super::finding::{Culprit, Finding, all};
@@ -239,7 +239,7 @@ fn foreign(scene: &Scene, flows: &[Flow], fine: &str) -> Finding {
 
 fn filter_drops(scene: &Scene) -> Finding {
     let there =
-        scene.snapshot.observed.as_ref().is_some_and(|observed| observed.filter.contains_key(&TableFamily::Inet));
+        scene.snapshot.observed.as_ref().is_some_and(|observed| observed.filter.contains_key(&TableKey::Fabric));
     if !there {
         return Finding::skipped("there is no table inet fabric");
     }

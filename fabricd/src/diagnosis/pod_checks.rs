@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use fabric_core::model::{Family, IfName, Subnet};
-use fabric_core::state::nft::TableFamily;
+use fabric_core::state::nft::TableKey;
 
 use super::Scene;
 use super::finding::{Culprit, Finding, all};
@@ -160,7 +160,7 @@ pub(super) fn egress(scene: &Scene) -> Finding {
 
 /// Whether our own filter masquerades.
 pub(super) fn masquerades(scene: &Scene) -> bool {
-    let table = scene.snapshot.observed.as_ref().and_then(|observed| observed.filter.get(&TableFamily::Inet));
+    let table = scene.snapshot.observed.as_ref().and_then(|observed| observed.filter.get(&TableKey::Fabric));
     table.is_some_and(|table| table.chains.contains_key("postrouting"))
 }
 

@@ -12,7 +12,7 @@ use fabric_core::leases::LeaseSet;
 use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::plan::filter::senders::has_notrack;
 use fabric_core::state::docker_user;
-use fabric_core::state::nft::TableFamily;
+use fabric_core::state::nft::TableKey;
 
 use crate::kernel::Observed;
 use crate::status::view::{View, VtepView};
@@ -108,7 +108,7 @@ pub fn warnings_beside(judged: &Judged, plan: &Plan) -> Vec<String> {
 #[must_use]
 pub fn nodes(view: &View, observed: &Observed) -> Vec<Node> {
     let (Some(network), Some(own)) = (&view.network, &view.holding.own) else { return vec![] };
-    let untracked = observed.filter.get(&TableFamily::Inet).is_some_and(has_notrack);
+    let untracked = observed.filter.get(&TableKey::Fabric).is_some_and(has_notrack);
     let interface = |name: IfName, kind| {
         let link = observed.host.links.iter().find(|link| link.name == name);
         Interface { name, index: link.map(|link| link.index), kind }

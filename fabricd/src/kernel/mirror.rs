@@ -16,7 +16,7 @@ use std::time::Duration;
 use fabric_core::derived::Dirty;
 use fabric_core::diff::{Key, nft};
 use fabric_core::model::{IfName, MacAddr, Subnet};
-use fabric_core::state::nft::share;
+use fabric_core::state::nft::TableKey;
 use fabric_core::state::{Foreign, ForeignLink, NexthopId, Routing, Sysctl, Via};
 use fabric_netlink::RequestSocket;
 
@@ -301,13 +301,16 @@ impl Mirror {
             observed.docker_user.clone_from(&others.docker_user);
             observed.hazards = if others.kube_proxy { bridge_nf::lacking(&options.sysctl_root) } else { vec![] };
         }
-        if stale.contains(&Table::Rules) {
-            let (rules, dropped) = filter.read().map_err(tables::reading("nftables"))?;
-            observed.dropped = dropped;
-            if let Some(mut rules) = rules {
-                share(&mut rules, &observed.filter);
-                observed.filter = rules;
+        for table in TableKey::ALL.into_iter().filter(|table| stale.contains(&Table::Rules(*table))) {
+            match filter.read(table).map_err(tables::reading("nftables"))? {
+                Some(Some(mut found)) => {
+                    observed.filter.get(&table).into_iter().for_each(|known| found.share(known));
+                    observed.filter.insert(table, found);
+                }
+                Some(None) => drop(observed.filter.remove(&table)),
+                None => {}
             }
+            observed.dropped = filter.dropped();
         }
         // With a device may have come and gone what hangs on it.
         if own_part(&observed.ours) != before {

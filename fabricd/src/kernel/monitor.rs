@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
 
+use fabric_core::state::nft::TableKey;
 use fabric_netlink::{Frame, RECEIVE, attribute, frames, grow_receive_buffer, is_overrun, receive};
 use futures::FutureExt as _;
 use netlink_packet_core::parse_i32;
@@ -63,11 +64,12 @@ pub(super) enum Table {
     HostRoutes,
     Sysctls,
     Firewalls,
-    Rules,
+    /// One of our tables of nftables.
+    Rules(TableKey),
 }
 
 impl Table {
-    pub(super) const ALL: [Self; 10] = [
+    pub(super) const ALL: [Self; 13] = [
         Self::Links,
         Self::Addresses,
         Self::Fdb,
@@ -77,7 +79,10 @@ impl Table {
         Self::HostRoutes,
         Self::Sysctls,
         Self::Firewalls,
-        Self::Rules,
+        Self::Rules(TableKey::Fabric),
+        Self::Rules(TableKey::Bridge),
+        Self::Rules(TableKey::Services),
+        Self::Rules(TableKey::Policy),
     ];
     /// What depends on our devices.
     pub(super) const ON_OUR_DEVICES: [Self; 8] = [

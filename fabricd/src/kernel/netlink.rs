@@ -214,7 +214,8 @@ impl Worker {
                 }
                 Ok(()) => self.mirror.wrote(steps.into_iter().cloned()),
                 Err(Refusal { error, words }) => {
-                    self.mirror.distrust(&[Table::Rules]);
+                    let of = steps.iter().filter_map(|op| op.table()).map(Table::Rules);
+                    self.mirror.distrust(&of.collect::<Vec<_>>());
                     let owner = if error.raw_os_error() == Some(libc::EPERM) { self.filter.owner() } else { None };
                     for position in positions {
                         let same = copy_of(&error);

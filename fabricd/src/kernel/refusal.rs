@@ -147,10 +147,10 @@ pub(super) fn port_holder(port: u16, interfaces: &[(String, String)]) -> String 
 #[cfg(test)]
 mod tests {
     use fabric_core::cow_map::CowSet;
-    use fabric_core::diff::diff;
     use fabric_core::diff::nft::{ChainsChange, ElementChange};
+    use fabric_core::diff::{Stage, diff};
     use fabric_core::model::{IfName, Subnet};
-    use fabric_core::state::nft::{Element, KeyField, Part, Set, TableFamily};
+    use fabric_core::state::nft::{Datatype, Element, Part, SetKind, TableKey};
     use fabric_core::state::{Nexthop, NexthopId, Routing, Sysctl, Via, VxlanLink};
 
     use super::*;
@@ -182,14 +182,16 @@ mod tests {
     }
 
     fn elements(count: u32) -> nft::Op {
-        let element = |n: u32| Element::from([Part::Net(Subnet::host(std::net::Ipv4Addr::from_bits(n).into()))]);
+        let element = |n: u32| Element::from([Part::Ip(std::net::Ipv4Addr::from_bits(n).into())]);
         let added = (1..=count).map(element).collect();
-        let shape = Set { key: &[KeyField::V4], ranges: false, elements: CowSet::default() };
+        let kind = SetKind::of(&[Datatype::V4]);
         let then = CowSet::default();
         nft::Op::Elements(ElementChange {
-            table: TableFamily::Inet,
-            set: "members4",
-            shape,
+            table: TableKey::Fabric,
+            set: "members4".into(),
+            kind,
+            stage: Stage::Sets,
+            after: vec![],
             removed: vec![],
             added,
             then,
@@ -201,7 +203,7 @@ mod tests {
         let plans = [diff(&rows(), &Routing::default()), diff(&Routing::default(), &rows())];
         let mut ops: Vec<Op> = plans.iter().flat_map(|plan| plan.ops().to_vec()).collect();
         assert_eq!(ops.len(), 14);
-        ops.extend([elements(3).into(), nft::Op::Chains(TableFamily::Inet, ChainsChange::default()).into()]);
+        ops.extend([elements(3).into(), nft::Op::Chains(TableKey::Fabric, ChainsChange::default()).into()]);
         for errno in 1..=133 {
             let source = || io::Error::from_raw_os_error(errno);
             let dump = KernelError::Dump { table: "links", source: source() };

@@ -148,7 +148,7 @@ mod tests {
     use super::*;
     use crate::kernel::KernelError;
     use fabric_core::diff::{Change, Op, TableName, nft, routing};
-    use fabric_core::state::nft::TableFamily;
+    use fabric_core::state::nft::TableKey;
     use std::io;
 
     #[test]
@@ -159,14 +159,14 @@ mod tests {
         let source = io::Error::from_raw_os_error(libc::EPERM);
         counters.wrote(&op, &Err(KernelError::of_op(&op, source, None)));
         counters.wrote(&op, &Ok(()));
-        let table = nft::Op::DeleteTable(TableFamily::Inet).into();
+        let table = nft::Op::DeleteTable(TableKey::Fabric).into();
         let busy = io::Error::from_raw_os_error(libc::EBUSY);
         counters.wrote(&table, &Err(KernelError::of_op(&table, busy, None)));
         counters.repaired(TableName::Route, 2);
         counters.repaired(TableName::Fdb, 0);
         counters.in_sync(Duration::from_millis(3));
         counters.round_trips().observe(0.003);
-        let (table, chain, why) = (TableFamily::Inet, "senders".to_owned(), "from no peer".to_owned());
+        let (table, chain, why) = (TableKey::Fabric, "senders".to_owned(), "from no peer".to_owned());
         let drops = [Drops { table, chain, why, packets: 7 }];
         let text = Metrics::new(&counters).render(
             &View::new("node-1".parse().unwrap()),
@@ -183,7 +183,7 @@ mod tests {
             r#"fabricd_reconcile_lag_seconds_bucket{le="0.004"} 1"#,
             r#"fabricd_lease{state="none"} 1"#,
             "fabricd_ready 0",
-            r#"fabricd_filter_dropped_packets_total{table="inet",chain="senders",reason="from no peer"} 7"#,
+            r#"fabricd_filter_dropped_packets_total{table="inet fabric",chain="senders",reason="from no peer"} 7"#,
             r#"fabricd_mesh_peers{cause="port_blocked"} 0"#,
             r#"fabricd_mesh_rtt_seconds_bucket{le="0.0016"} 0"#,
             r#"fabricd_mesh_rtt_seconds_bucket{le="0.0032"} 1"#,

@@ -70,7 +70,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let states_decide = view.firewall.judges_state.is_some();
         let docker_user = &self.filter.docker_user(network, observed);
         let filter = self.filter.wanted(network, own, observed, leases, refused, turned, states_decide);
-        let wanted = KernelState { routing: state, filter, docker_user };
+        let wanted = KernelState { routing: state, filter, docker_user, ..KernelState::default() };
         // Routes that stand where ours should be are looked for among all.
         let dirty =
             if foreign.plain.is_empty() && foreign.direct.is_empty() { &self.dirty } else { &Dirty::Everything };

@@ -17,7 +17,7 @@ use fabric_core::plan::filter::senders::{follow, has_notrack};
 use fabric_core::plan::filter::{FilterInputs, FilterOptions, Member, ruleset};
 use fabric_core::record::LeaseKey;
 use fabric_core::state::docker_user::{self, DockerUser, DockerUserRules};
-use fabric_core::state::nft::{Ruleset, TableFamily};
+use fabric_core::state::nft::{Ruleset, TableKey};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -126,7 +126,7 @@ impl Filter {
             ports: pods.ports_of(observed),
             pod_subnets: pod_subnets(&pods, network, own, observed),
             pods,
-            tracked: observed.tracked || observed.filter.get(&TableFamily::Inet).is_some_and(has_notrack),
+            tracked: observed.tracked || observed.filter.get(&TableKey::Fabric).is_some_and(has_notrack),
             states_decide,
             moved: self.moved.keys().copied().collect(),
         };
@@ -301,7 +301,8 @@ mod tests {
         let [went, came] = [went, came].map(|some| some.into_iter().flatten().cloned().collect());
         let (turned, observed) = (Turned { went, came }, Observed::default());
         let ruleset = rules.wanted(&network, &own, &observed, &now, &BTreeMap::new(), Some(&turned), false);
-        let senders = ruleset[&TableFamily::Inet].sets["members4"].elements.keys().map(ToString::to_string).collect();
+        let set = &ruleset[&TableKey::Fabric].sets["members4"];
+        let senders = set.elements.keys().map(|element| element.shown(set.kind).to_string()).collect();
         *before = now;
         senders
     }

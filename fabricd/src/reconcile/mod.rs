@@ -320,7 +320,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let left = wanted.as_ref().zip(observed.as_ref()).and_then(|(wanted, observed)| {
             let routing = &wanted.state;
             let docker_user = &self.filter.docker_user(view.network.as_ref()?, observed);
-            let state = KernelState { routing, filter: self.filter.last()?, docker_user };
+            let state = KernelState { routing, filter: self.filter.last()?, docker_user, ..KernelState::default() };
             Some(Arc::new(diff(state, observed.found(routing))))
         });
         let snapshot = Snapshot { wanted, observed, left, last, blocked };

@@ -12,7 +12,6 @@ use std::time::Duration;
 
 use fabric_core::derived::Dirty;
 use fabric_core::diff::{Key, Op, TableName, Verb, nft, routing};
-use fabric_core::state::nft::TABLE;
 use tokio::time::Instant;
 use tracing::warn;
 
@@ -174,12 +173,11 @@ fn message(first: &routing::Op, counts: &BTreeMap<TableName, u64>) -> String {
 
 /// The packet filter is told as a whole: its tables go and come as such.
 fn filter_message(ops: &[&nft::Op]) -> String {
-    let family = ops.iter().find_map(|op| op.family());
-    let table = family.map_or_else(
-        || "the packet filter".to_owned(),
-        |family| format!("table {family} {TABLE} of the packet filter"),
-    );
-    let was_empty = |op: &&nft::Op| matches!(op, nft::Op::Chains(of, change) if Some(*of) == family && change.old_chains.is_empty());
+    let of = ops.iter().find_map(|op| op.table());
+    let table =
+        of.map_or_else(|| "the packet filter".to_owned(), |table| format!("table {table} of the packet filter"));
+    let was_empty =
+        |op: &&nft::Op| matches!(op, nft::Op::Chains(table, change) if Some(*table) == of && change.from_nothing);
     let what = if ops.iter().any(was_empty) { "deleted" } else { "changed" };
     format!("{table} was {what} by another program, restored")
 }
@@ -203,7 +201,7 @@ mod tests {
     use super::*;
     use fabric_core::diff::Change;
     use fabric_core::diff::nft::ChainsChange;
-    use fabric_core::state::nft::TableFamily;
+    use fabric_core::state::nft::TableKey;
     use fabric_core::state::{Sysctl, Via};
     use tokio::time::advance;
 
@@ -282,11 +280,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn packet_filter_is_repaired_too() {
-        let chains = |there: &[&str]| -> Op {
-            let old_chains = there.iter().map(|name| (*name).to_owned()).collect();
-            nft::Op::Chains(TableFamily::Inet, ChainsChange { old_chains, ..ChainsChange::default() }).into()
+        let chains = |from_nothing| -> Op {
+            nft::Op::Chains(TableKey::Fabric, ChainsChange { from_nothing, ..ChainsChange::default() }).into()
         };
-        let (changed, deleted) = (chains(&["input"]), chains(&[]));
+        let (changed, deleted) = (chains(false), chains(true));
         let mut repairs = settled();
         let mut wrote = |done: &[&Op], failed: &[&Op], filter_unchanged| {
             let causes = Causes { routing: Dirty::Everything, filter_unchanged };

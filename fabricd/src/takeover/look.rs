@@ -11,7 +11,7 @@ use fabric_core::diff::{Op, diff};
 use fabric_core::handoff::{NODE_FILE, NodeFile, Readiness};
 use fabric_core::model::{Family, PerFamily};
 use fabric_core::record::LeaseKey;
-use fabric_core::state::nft::TableFamily;
+use fabric_core::state::nft::TableKey;
 use fabric_core::state::{Routing, State};
 use fabric_core::takeover::{Facts, Iptables, Pod};
 use tokio::time::timeout;
@@ -55,7 +55,7 @@ pub(super) async fn facts(args: &Handover, config: &Config, store: &impl LeaseSt
     let left = routes.iter().filter(|route| route.ours && !leased.contains(&route.dst));
     let left = left.map(|route| format!("ip route del {} via {} dev {}", route.dst, route.gateway, route.dev));
     let nexthops = (!kernel.nexthops()?.is_empty()).then(|| "ip nexthop flush proto 250".to_owned());
-    let has_filter = observed.filter.get(&TableFamily::Inet);
+    let has_filter = observed.filter.get(&TableKey::Fabric);
     let mut cni = conflists::find(&config.cni_conf_dir, &args.conf_name)?;
     let plugin = args.bin_dir.join("fabric-cni");
     cni.plugin_missing = (!plugin.is_file()).then(|| args.bin_dir.clone());

@@ -10,7 +10,7 @@ use fabric_core::model::{Family, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::filter::{FilterInputs, FilterOptions, Member, ruleset};
 use fabric_core::state::Sysctl;
-use fabric_core::state::nft::{Element, FoundRuleset, KeyField, Part, Ruleset, Set, Table, TableFamily};
+use fabric_core::state::nft::{Datatype, Element, FoundRuleset, Part, Ruleset, SetKind, Table, TableKey};
 use fabricd::kernel::Kernel;
 
 use super::kernel::{Act, World, look, refusals, settle, subnet, underlay, v, woken};
@@ -52,11 +52,19 @@ async fn settles(kernel: &mut impl Kernel, want: &Ruleset) -> String {
 
 /// An element in a set that isn't there.
 fn element_of_no_set() -> Op {
-    let element = Element::from([Part::Net(v("192.0.2.7/32"))]);
-    let shape = Set { key: &[KeyField::V4], ranges: false, elements: CowSet::default() };
-    let then = CowSet::from_iter([element]);
-    let (table, set) = (TableFamily::Inet, "nowhere");
-    nft::Op::Elements(ElementChange { table, set, shape, removed: vec![], added: vec![element], then }).into()
+    let element = Element::from([Part::Ip(v("192.0.2.7"))]);
+    let then = CowSet::from_iter([element.clone()]);
+    nft::Op::Elements(ElementChange {
+        table: TableKey::Fabric,
+        set: "nowhere".into(),
+        kind: SetKind::of(&[Datatype::V4]),
+        stage: Stage::Sets,
+        removed: vec![],
+        added: vec![element],
+        then,
+        after: vec![],
+    })
+    .into()
 }
 
 /// Sets first and then chains, seen again as they were wanted, not written twice, and all of it goes.

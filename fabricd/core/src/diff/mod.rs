@@ -15,7 +15,7 @@ use std::net::IpAddr;
 
 use crate::derived::Dirty;
 use crate::model::{Family, IfName, MacAddr, Subnet};
-use crate::state::nft::TableFamily;
+use crate::state::nft::{Name, Section, TableKey};
 use crate::state::{Found, NexthopId, State, Sysctl};
 
 /// What happens to one entry of a table.
@@ -174,11 +174,13 @@ pub enum Key {
     /// A route.
     Route(Subnet),
     /// A table of the packet filter.
-    Table(TableFamily),
+    Table(TableKey),
     /// A set, with its elements.
-    Set(TableFamily, &'static str),
+    Set(TableKey, Name),
     /// All chains of a table.
-    Chains(TableFamily),
+    Chains(TableKey),
+    /// Chains and sets of a table that nobody wants any more.
+    Removal(TableKey),
     /// The chain that judges who may send encapsulated packets. It is written with all chains of its table.
     SendersChain,
     /// Our rules in Docker's chain for rules of others.
@@ -192,6 +194,14 @@ pub enum Stage {
     Sets,
     /// Chains of our tables.
     Chains,
+    /// Elements of verdict maps, which name chains.
+    Verdicts,
+    /// Elements that lead to chains and to elements of other sets.
+    Entries,
+    /// Elements go that nothing leads to any more.
+    ElementsGo,
+    /// Chains and sets go that nothing leads to any more.
+    ChainsGo,
     /// Rules in `DOCKER-USER`.
     DockerUser,
     /// Devices that stand where others of the same name are to be made. The kernel takes along what hangs on them.
@@ -369,7 +379,7 @@ impl fmt::Display for Plan {
     }
 }
 
-/// The steps from `have` to `want`. Over the union of both: what nobody wants any more goes too.
+/// The steps from `have` to `want`. Of a section whose source is not known nothing is compared. Over the union of both: what nobody wants any more goes too.
 #[must_use]
 pub fn diff<'a>(want: impl Into<State<'a>>, have: impl Into<Found<'a>>) -> Plan {
     diff_of(want, have, &Dirty::Everything)
@@ -380,7 +390,7 @@ pub fn diff<'a>(want: impl Into<State<'a>>, have: impl Into<Found<'a>>) -> Plan 
 #[must_use]
 pub fn diff_of<'a>(want: impl Into<State<'a>>, have: impl Into<Found<'a>>, dirty: &Dirty<Key>) -> Plan {
     // All sections by name: one more has to be compared too.
-    let State { routing, filter, docker_user } = want.into();
+    let State { routing, filter, services, policy, docker_user } = want.into();
     let have: Found<'a> = have.into();
     let Found { routing: found_routing, filter: found_filter, docker_user: found_docker_user } = &have;
     let few = match dirty {
@@ -389,7 +399,11 @@ pub fn diff_of<'a>(want: impl Into<State<'a>>, have: impl Into<Found<'a>>, dirty
     };
     let of_routing = few.unwrap_or_else(|| routing::diff(routing, found_routing).collect());
     let mut ops: Vec<Op> = of_routing.into_iter().map(Op::Routing).collect();
-    ops.extend(nft::diff(filter, found_filter).into_iter().map(Op::Filter));
+    let sections = [(Section::Filter, Some(filter)), (Section::Services, services), (Section::Policy, policy)];
+    for (section, wanted) in sections {
+        let steps = wanted.map(|wanted| nft::diff(section, wanted, found_filter));
+        ops.extend(steps.into_iter().flatten().map(Op::Filter));
+    }
     ops.extend(docker_user::diff(docker_user, found_docker_user).map(|change| nft::Op::DockerUser(change).into()));
     Plan::new(ops)
 }

@@ -200,7 +200,12 @@ pub(super) fn diff_of(want: &Routing, have: &Routing, keys: &BTreeSet<Key>) -> O
             }
             Key::Nexthop(id) => change(&want.nexthops, &have.nexthops, &id).map(|c| Op::Nexthop(id, c)),
             Key::Route(dst) => change(&want.routes, &have.routes, &dst).map(|c| Op::Route(dst, c)),
-            Key::Table(_) | Key::Set(..) | Key::Chains(_) | Key::SendersChain | Key::DockerUser(_) => None,
+            Key::Table(_)
+            | Key::Set(..)
+            | Key::Chains(_)
+            | Key::Removal(_)
+            | Key::SendersChain
+            | Key::DockerUser(_) => None,
         };
         ops.extend(op);
     }

@@ -7,7 +7,6 @@
 
 pub mod docker_user;
 pub mod nft;
-mod nft_text;
 pub mod routing;
 
 use std::borrow::Cow;
@@ -24,8 +23,12 @@ pub use self::routing::{
 pub struct State<'a> {
     /// What leads packets from pods to peers.
     pub routing: &'a Routing,
-    /// The packet filter.
+    /// The packet filter, but for Services and network policies.
     pub filter: &'a Ruleset,
+    /// What Services are made of; `None` while it isn't known: then nothing is done about it.
+    pub services: Option<&'a Ruleset>,
+    /// What network policies are made of; `None` while it isn't known.
+    pub policy: Option<&'a Ruleset>,
     /// Rules in Docker's chain for rules of others.
     pub docker_user: &'a DockerUserRules,
 }
@@ -49,7 +52,13 @@ static NO_TABLES: FoundRuleset = BTreeMap::new();
 impl Default for State<'_> {
     /// Nothing at all, as `--cleanup` wants it.
     fn default() -> Self {
-        Self { routing: &NO_ROUTING, filter: &NO_RULESET, docker_user: &NO_DOCKER_USER }
+        Self {
+            routing: &NO_ROUTING,
+            filter: &NO_RULESET,
+            services: Some(&NO_RULESET),
+            policy: Some(&NO_RULESET),
+            docker_user: &NO_DOCKER_USER,
+        }
     }
 }
 
@@ -74,9 +83,9 @@ impl<'a> From<&'a Routing> for Found<'a> {
 }
 
 impl<'a> From<&'a Ruleset> for State<'a> {
-    /// The packet filter alone.
-    fn from(filter: &'a Ruleset) -> Self {
-        Self { filter, ..Self::default() }
+    /// The packet filter alone, with the tables of all its sections.
+    fn from(ruleset: &'a Ruleset) -> Self {
+        Self { filter: ruleset, services: Some(ruleset), policy: Some(ruleset), ..Self::default() }
     }
 }
 

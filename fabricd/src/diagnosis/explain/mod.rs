@@ -22,7 +22,7 @@ use fabric_core::firewall::Verdict;
 use fabric_core::leases::Lease;
 use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::plan::filter::senders;
-use fabric_core::state::nft::TableFamily;
+use fabric_core::state::nft::TableKey;
 use fabric_core::state::{Routing, Via, VxlanLink};
 
 pub use self::outside::Place;
@@ -323,7 +323,7 @@ fn arrival(scene: &Scene, question: &Question) -> Vec<Hop> {
     };
     let subnet = from.key.subnets().get(family).copied();
     let public_ip = from.record.endpoints().get(family).map(|endpoint| endpoint.public_ip);
-    let table = observed.filter.get(&TableFamily::Inet);
+    let table = observed.filter.get(&TableKey::Fabric);
     let mut hops: Vec<Hop> =
         public_ip.and_then(|peer| not_fine(foreign(scene, Asked::From(peer)))).into_iter().collect();
     hops.push(match (table, subnet, public_ip) {

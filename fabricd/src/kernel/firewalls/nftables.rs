@@ -11,7 +11,7 @@ use super::expressions::{decision, steps};
 use crate::kernel::nft::uapi::{
     CATCH_ALL, CONCATENATED, DROP, DYNAMIC, GET_CHAIN, GET_ELEMENTS, GET_RULE, GET_SET, INTERVAL, INTERVAL_END, message,
 };
-use crate::kernel::nft::{Attributes, Nfnetlink as _, Values, comment, lacks_nftables};
+use crate::kernel::nft::{Attributes, Nfnetlink as _, Values, comment, concerned, lacks_nftables};
 
 /// A table by its family number and name.
 type Key = (u8, String);
@@ -52,9 +52,7 @@ fn base_chain(frame: &Frame<'_>) -> Option<Found> {
     let (table, name) = (values.text(1)?, values.text(3)?);
     // NFTA_CHAIN_POLICY, NFTA_CHAIN_TYPE
     let (policy, kind) = (values.number(5), values.text(7)?);
-    let is_ours = table == fabric_core::state::nft::TABLE
-        && matches!(i32::from(family), libc::NFPROTO_INET | libc::NFPROTO_BRIDGE);
-    if is_ours || kind == "nat" {
+    if concerned(frame).is_some() || kind == "nat" {
         return None;
     }
     let hooks = [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting];

@@ -1,6 +1,6 @@
 //! The attributes of nftables (linux/netfilter/nfnetlink.h): behind a `struct nfgenmsg`, with numbers in network order.
 
-use fabric_core::state::nft::TABLE;
+use fabric_core::state::nft::TableKey;
 pub(in crate::kernel) use fabric_netlink::Attributes;
 use fabric_netlink::{Frame, attribute, attributes};
 use netlink_packet_core::parse_u32_be;
@@ -12,6 +12,14 @@ pub(in crate::kernel) trait Nfnetlink: Sized {
 
     /// Numbers are in network order.
     fn number(self, kind: u16, value: u32) -> Self;
+
+    /// What there may be to say.
+    fn maybe<T>(self, value: Option<T>, add: impl FnOnce(Self, T) -> Self) -> Self {
+        match value {
+            Some(value) => add(self, value),
+            None => self,
+        }
+    }
 }
 
 impl Nfnetlink for Attributes {
@@ -60,8 +68,8 @@ impl<'a> Values<'a> {
         attributes(self.0).map(|(_, element)| Self(element))
     }
 
-    /// Whether it is about a table of ours: every kind of message has the table's name first.
-    pub(super) fn is_ours(&self) -> bool {
-        self.text(1) == Some(TABLE)
+    /// Whether it is about this table, by its name: every kind of message has that first.
+    pub(super) fn is_of(&self, table: TableKey) -> bool {
+        self.text(1) == Some(table.name())
     }
 }

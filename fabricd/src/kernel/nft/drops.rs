@@ -3,19 +3,19 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use fabric_core::state::nft::{TABLE, TableFamily, reason};
+use fabric_core::state::nft::{TableKey, reason};
 use fabric_netlink::{Frame, Request, RequestSocket};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
-use super::attributes::{Attributes, Nfnetlink as _};
+use super::encode::start;
 use super::read::{RuleFound, rule};
-use super::uapi::{GET_RULE, message, nfproto};
+use super::uapi::{GET_RULE, message};
 
 /// The count of all rules of a chain that throw packets away for one reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Drops {
     /// The table that it is in.
-    pub table: TableFamily,
+    pub table: TableKey,
     /// The chain: `senders` judges what other nodes send, `pods` what this node's pods send.
     pub chain: String,
     /// Why packets are thrown away there, in a few words.
@@ -34,9 +34,8 @@ pub fn drops() -> io::Result<Vec<Drops>> {
         socket => socket?,
     };
     let mut rules = vec![];
-    for table in [TableFamily::Inet, TableFamily::Bridge] {
-        let ours = Attributes::message(nfproto(table), 0).text(1, TABLE);
-        let request = Request::raw(message(GET_RULE), 0, ours.into_bytes());
+    for table in TableKey::ALL {
+        let request = Request::raw(message(GET_RULE), 0, start(table).into_bytes());
         match socket.dump(&request, |frame| count(frame, table)) {
             Ok(counts) => rules.extend(counts),
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
@@ -54,8 +53,8 @@ fn by_reason(rules: Vec<Drops>) -> Vec<Drops> {
     sums.into_iter().map(|((table, chain, why), packets)| Drops { table, chain, why, packets }).collect()
 }
 
-fn count(frame: &Frame<'_>, table: TableFamily) -> Option<Drops> {
-    let RuleFound { chain, comment, counter } = rule(frame)?;
+fn count(frame: &Frame<'_>, table: TableKey) -> Option<Drops> {
+    let RuleFound { chain, comment, counter } = rule(frame, table)?;
     let why = comment.as_deref().and_then(reason)?.to_owned();
     Some(Drops { table, chain, why, packets: counter?.packets })
 }
@@ -68,7 +67,7 @@ mod tests {
     fn rules_with_one_reason_are_one_count() {
         let drops = |chain: &str, packets| {
             let (chain, why) = (chain.to_owned(), "a pod is no router".to_owned());
-            Drops { table: TableFamily::Inet, chain, why, packets }
+            Drops { table: TableKey::Fabric, chain, why, packets }
         };
         let rules = vec![drops("pods", 3), drops("other", 1), drops("pods", 0), drops("pods", 4)];
         assert_eq!(by_reason(rules), [drops("other", 1), drops("pods", 7)]);

@@ -1,187 +1,329 @@
-//! From steps to the messages of a transaction. Each function gives the command of `nft` that would do the same.
+//! From steps to the messages of transactions. Each function gives the command of `nft` that would do the same.
 
-use std::net::IpAddr;
-
-use fabric_core::diff::nft::{ChainsChange, ElementChange, Op};
-use fabric_core::state::nft::{Chain, Element, KeyField, Part, Rule, Set, TABLE, TableFamily};
-use fabric_netlink::{Request, pad};
+use fabric_core::diff::nft::{ChainsChange, ElementChange, Op, Removal};
+use fabric_core::state::nft::{Chain, Data, Datatype, Element, Fields, Name, Order, Rule, SetKind, TableKey};
+use fabric_netlink::Request;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE};
 
 use super::attributes::{Attributes, Nfnetlink as _};
 use super::docker_user;
-use super::expr::{DATA_VALUE, LIST_ELEMENT, interface};
+use super::expr::verdict_data;
 use super::rule::with_rule;
 use super::uapi::{
-    ACCEPT, BATCH_BEGIN, BATCH_END, CONCATENATED, DELETE_CHAIN, DELETE_ELEMENTS, DELETE_RULES, DELETE_SET,
-    DELETE_TABLE, INTERVAL, NEW_CHAIN, NEW_ELEMENTS, NEW_RULE, NEW_SET, NEW_TABLE, SUBSYSTEM, TYPE_BITS, chain_kind,
-    datatype, message, nfproto, width,
+    ACCEPT, BATCH_BEGIN, BATCH_END, CONCATENATED, DATA_VALUE, DELETE_CHAIN, DELETE_ELEMENTS, DELETE_RULES, DELETE_SET,
+    DELETE_TABLE, DYNAMIC, INTERVAL, INTERVAL_END, LIST_ELEMENT, MAP, NEW_CHAIN, NEW_ELEMENTS, NEW_RULE, NEW_SET,
+    NEW_TABLE, SUBSYSTEM, TIMEOUT, TYPE_BITS, VERDICT_DATA, chain_kind, datatype, message, nfproto,
 };
 
-/// Elements in one message: a list of attributes has to stay below 64 KiB, and each takes 116 bytes at most.
-const AT_ONCE: usize = 500;
+/// Elements in one message: a list of attributes has to stay below 64 KiB, and each takes 160 bytes at most.
+const IN_A_MESSAGE: usize = 400;
+/// Elements in one transaction: a larger one would hold up everybody else's.
+const IN_A_TRANSACTION: usize = 1000;
 
-/// The messages of a transaction, in the order in which the kernel has to take them.
-pub(super) fn transaction(ops: &[&Op]) -> Vec<Request> {
+/// Messages that have to be in one transaction.
+#[derive(Default)]
+struct Piece {
+    messages: Vec<Request>,
+    /// Elements in them.
+    elements: usize,
+}
+
+impl Piece {
+    fn of(messages: impl Into<Vec<Request>>) -> Self {
+        Self { messages: messages.into(), elements: 0 }
+    }
+}
+
+/// The messages of one transaction or, with many elements, of several, each in the order in which the kernel has to take
+/// them.
+pub(super) fn transactions(ops: &[&Op]) -> Vec<Vec<Request>> {
     let is_reset = |op: &&Op| matches!(op, Op::ResetTable(_) | Op::DeleteTable(_));
     let (resets, others): (Vec<&Op>, Vec<&Op>) = ops.iter().copied().partition(is_reset);
     let mut id = 0;
-    let mut steps: Vec<Request> = resets.into_iter().chain(others).flat_map(|op| messages(op, &mut id)).collect();
-    if let Some(last) = steps.last_mut() {
+    let mut transactions: Vec<Piece> = vec![];
+    for piece in resets.into_iter().chain(others).flat_map(|op| pieces(op, &mut id)) {
+        match transactions.last_mut() {
+            Some(last) if last.elements + piece.elements <= IN_A_TRANSACTION => {
+                last.messages.extend(piece.messages);
+                last.elements += piece.elements;
+            }
+            _ => transactions.push(piece),
+        }
+    }
+    transactions.into_iter().map(|piece| batch(piece.messages)).collect()
+}
+
+/// Messages as one transaction.
+fn batch(mut messages: Vec<Request>) -> Vec<Request> {
+    if let Some(last) = messages.last_mut() {
         last.add_flags(NLM_F_ACK);
     }
     let bracket = |kind| Request::raw(kind, 0, Attributes::message(0, SUBSYSTEM).into_bytes());
-    steps.insert(0, bracket(BATCH_BEGIN));
-    steps.push(bracket(BATCH_END));
-    steps
+    messages.insert(0, bracket(BATCH_BEGIN));
+    messages.push(bracket(BATCH_END));
+    messages
 }
 
-/// The messages of one step; `id` is that of the last set that the transaction makes.
-fn messages(op: &Op, id: &mut u32) -> Vec<Request> {
+/// The messages of one step; `id` is that of the last set that was made.
+fn pieces(op: &Op, id: &mut u32) -> Vec<Piece> {
     match op {
-        Op::ResetTable(family) | Op::DeleteTable(family) => remove_table(*family).into(),
-        Op::Set(family, name, set) => {
+        Op::ResetTable(table) | Op::DeleteTable(table) => vec![Piece::of(remove_table(*table))],
+        Op::Set(table, name, set) => {
             *id += 1;
-            let mut steps = vec![make_table(*family)];
-            steps.extend(make_set(*family, name, set, *id));
-            steps
+            let mut pieces = vec![Piece::of([make_table(*table), make_set(*table, *name, set.kind, *id)])];
+            // A map of verdicts or of frontends is filled once there is what it leads to.
+            if set.order != Order::AfterChains && set.kind.data != Data::Verdict {
+                let elements: Vec<&Element> = set.elements.keys().collect();
+                pieces.extend(element_pieces(*table, *name, set.kind, &[], &elements));
+            }
+            pieces
         }
-        Op::Elements(ElementChange { table, set, shape, removed, added, .. }) => {
-            let mut steps = elements(*table, set, shape, removed, DELETE_ELEMENTS);
-            steps.extend(elements(*table, set, shape, added, NEW_ELEMENTS));
-            steps
+        Op::Elements(ElementChange { table, set, kind, removed, added, .. }) => {
+            let (removed, added): (Vec<_>, Vec<_>) = (removed.iter().collect(), added.iter().collect());
+            element_pieces(*table, *set, *kind, &removed, &added)
         }
-        Op::Chains(family, change) => replace_rules(*family, change, id),
-        Op::DockerUser(change) => docker_user::messages(change),
+        Op::Chains(table, change) => vec![Piece::of(replace_chains(*table, change, id))],
+        Op::Remove(table, removal) => vec![Piece::of(remove(*table, removal))],
+        Op::DockerUser(change) => vec![Piece::of(docker_user::messages(change))],
     }
 }
 
-/// `nft add table FAMILY fabric; nft delete table FAMILY fabric`: gone, whether it was there or not.
-fn remove_table(family: TableFamily) -> [Request; 2] {
-    // NFTA_TABLE_NAME
-    [make_table(family), Request::raw(message(DELETE_TABLE), 0, start(family).text(1, TABLE).into_bytes())]
-}
-
-/// `nft add table FAMILY fabric`.
-fn make_table(family: TableFamily) -> Request {
-    Request::raw(message(NEW_TABLE), NLM_F_CREATE, start(family).text(1, TABLE).into_bytes())
-}
-
-/// `nft flush table FAMILY fabric`, all chains deleted, and those that are wanted made. Rules come last: they name
-/// chains and sets.
-fn replace_rules(family: TableFamily, change: &ChainsChange, id: &mut u32) -> Vec<Request> {
-    let named = |kind, name: u16, value: &str| {
-        Request::raw(message(kind), 0, start(family).text(1, TABLE).text(name, value).into_bytes())
+/// Elements that go and come. One whose data changes goes and comes in the same piece.
+fn element_pieces(table: TableKey, set: Name, kind: SetKind, removed: &[&Element], added: &[&Element]) -> Vec<Piece> {
+    let piece = |removed: &[&Element], added: &[&Element]| {
+        let mut messages = elements(table, set, kind, removed, DELETE_ELEMENTS);
+        messages.extend(elements(table, set, kind, added, NEW_ELEMENTS));
+        Piece { messages, elements: removed.len() + added.len() }
     };
-    let mut steps = vec![make_table(family)];
-    // NFTA_RULE_TABLE alone: those of all chains, which may jump to each other.
-    steps.push(Request::raw(message(DELETE_RULES), 0, start(family).text(1, TABLE).into_bytes()));
-    // NFTA_CHAIN_NAME, NFTA_SET_NAME
-    steps.extend(change.old_chains.iter().map(|chain| named(DELETE_CHAIN, 3, chain)));
-    steps.extend(change.old_sets.iter().map(|set| named(DELETE_SET, 2, set)));
+    if removed.len() + added.len() <= IN_A_TRANSACTION {
+        return vec![piece(removed, added)];
+    }
+    if kind.ranges {
+        // One that comes may overlap any that goes.
+        let gone = removed.chunks(IN_A_TRANSACTION).map(|some| piece(some, &[]));
+        return gone.chain(added.chunks(IN_A_TRANSACTION).map(|some| piece(&[], some))).collect();
+    }
+    let mut pieces = vec![];
+    let (mut removed, mut added) = (removed, added);
+    let key = |element: &Element| element.split(kind).0.to_vec();
+    while !removed.is_empty() || !added.is_empty() {
+        // Both are in the order of their keys: up to one key, all that go and all that come.
+        let half = IN_A_TRANSACTION / 2;
+        let last = [removed.get(half - 1), added.get(half - 1)].into_iter().flatten().map(|element| key(element)).min();
+        let until = |some: &[&Element]| match &last {
+            Some(last) => some.partition_point(|element| element.split(kind).0 <= last.as_slice()),
+            None => some.len(),
+        };
+        let (gone, come) = (until(removed), until(added));
+        pieces.push(piece(&removed[..gone], &added[..come]));
+        (removed, added) = (&removed[gone..], &added[come..]);
+    }
+    pieces
+}
+
+/// `nft add table TABLE; nft delete table TABLE`: gone, whether it was there or not.
+fn remove_table(table: TableKey) -> [Request; 2] {
+    [make_table(table), Request::raw(message(DELETE_TABLE), 0, start(table).into_bytes())]
+}
+
+/// `nft add table TABLE`.
+fn make_table(table: TableKey) -> Request {
+    Request::raw(message(NEW_TABLE), NLM_F_CREATE, start(table).into_bytes())
+}
+
+/// `nft delete chain TABLE NAME`, `nft delete set TABLE NAME`, `nft flush chain TABLE NAME`.
+fn named(table: TableKey, kind: u16, attribute: u16, name: &str) -> Request {
+    Request::raw(message(kind), 0, start(table).text(attribute, name).into_bytes())
+}
+
+/// NFTA_RULE_CHAIN, NFTA_CHAIN_NAME, NFTA_SET_NAME
+const RULE_CHAIN: u16 = 2;
+const CHAIN_NAME: u16 = 3;
+const SET_NAME: u16 = 2;
+
+/// All rules of the chains that change, then what is declared in another way, then what comes in their place. Rules come
+/// last: they name chains and sets.
+fn replace_chains(table: TableKey, change: &ChainsChange, id: &mut u32) -> Vec<Request> {
+    let mut steps = vec![make_table(table)];
+    let emptied = change.there.iter().map(Name::as_str).chain(change.emptied.iter().map(String::as_str));
+    steps.extend(emptied.map(|chain| named(table, DELETE_RULES, RULE_CHAIN, chain)));
+    steps.extend(change.moved.iter().map(|chain| named(table, DELETE_CHAIN, CHAIN_NAME, chain.as_str())));
+    steps.extend(change.sets.keys().map(|set| named(table, DELETE_SET, SET_NAME, set.as_str())));
     for (name, set) in &change.sets {
         *id += 1;
-        steps.extend(make_set(family, name, set, *id));
+        steps.push(make_set(table, *name, set.kind, *id));
     }
-    steps.extend(change.chains.iter().map(|(name, chain)| make_chain(family, name, chain)));
+    let is_new = |name: &Name| !change.there.contains(name) || change.moved.contains(name);
+    let new = change.chains.iter().filter(|(name, _)| is_new(name));
+    steps.extend(new.map(|(name, chain)| make_chain(table, name.as_str(), chain)));
+    for (name, set) in &change.sets {
+        let all: Vec<&Element> = set.elements.keys().collect();
+        steps.extend(elements(table, *name, set.kind, &all, NEW_ELEMENTS));
+    }
     for (name, chain) in &change.chains {
-        steps.extend(chain.rules.iter().map(|rule| make_rule(family, name, rule)));
+        steps.extend(chain.rules().iter().map(|rule| make_rule(table, name.as_str(), rule)));
     }
     steps
 }
 
-/// `nft add chain FAMILY fabric NAME { type … hook … priority …; policy accept; }`.
-fn make_chain(family: TableFamily, name: &str, chain: &Chain) -> Request {
-    // NFTA_CHAIN_TABLE, _NAME, _HOOK, _POLICY, _TYPE
-    let mut body = start(family).text(1, TABLE).text(3, name);
-    if let Some(hook) = chain.hook {
+/// Rules first, which may jump to other chains of these.
+fn remove(table: TableKey, removal: &Removal) -> Vec<Request> {
+    let rules = removal.chains.iter().map(|chain| named(table, DELETE_RULES, RULE_CHAIN, chain));
+    let chains = removal.chains.iter().map(|chain| named(table, DELETE_CHAIN, CHAIN_NAME, chain));
+    let sets = removal.sets.iter().map(|set| named(table, DELETE_SET, SET_NAME, set));
+    rules.chain(chains).chain(sets).collect()
+}
+
+/// `nft add chain TABLE NAME { type … hook … priority …; policy accept; }`.
+fn make_chain(table: TableKey, name: &str, chain: &Chain) -> Request {
+    // NFTA_CHAIN_NAME, _HOOK, _POLICY, _TYPE
+    let body = start(table).text(CHAIN_NAME, name).maybe(chain.hook(), |body, hook| {
         // NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY
         let place = |list: Attributes| list.number(1, hook.place as u32).bytes(2, &hook.priority.to_be_bytes());
-        body = body.nested(4, place).number(5, ACCEPT).text(7, chain_kind(hook.kind));
-    }
+        body.nested(4, place).number(5, ACCEPT).text(7, chain_kind(hook.kind))
+    });
     Request::raw(message(NEW_CHAIN), NLM_F_CREATE, body.into_bytes())
 }
 
-/// `nft add set FAMILY fabric NAME { type …; flags interval; elements = { … } }`.
-fn make_set(family: TableFamily, name: &str, set: &Set, id: u32) -> Vec<Request> {
-    let size = |field: &KeyField| u32::try_from(width(*field)).expect("16 bytes at most");
-    let length = set.key.iter().map(|field| size(field).next_multiple_of(4)).sum::<u32>();
-    let kind = set.key.iter().fold(0, |kind, field| kind << TYPE_BITS | datatype(*field));
-    // A key of one field is as long as that field.
-    let length = if let [field] = set.key { size(field) } else { length };
-    // NFTA_SET_TABLE, _NAME, _FLAGS, _KEY_TYPE, _KEY_LEN, _DESC, _ID
-    let mut body = start(family).text(1, TABLE).text(2, name).number(3, flags(set)).number(4, kind).number(5, length);
-    if set.key.len() > 1 {
-        // NFTA_SET_FIELD_LEN
-        let add = |list: Attributes, field| list.nested(LIST_ELEMENT, |one| one.number(1, size(field)));
-        // NFTA_SET_DESC_CONCAT
-        body = body.nested(9, |description| description.nested(2, |fields| set.key.iter().fold(fields, add)));
+/// `nft add set TABLE NAME { type …; flags interval; }`.
+fn make_set(table: TableKey, name: Name, kind: SetKind, id: u32) -> Request {
+    // NFTA_SET_NAME, _FLAGS, _KEY_TYPE, _KEY_LEN
+    let body = start(table).text(SET_NAME, name.as_str()).number(3, flags(kind));
+    let body = body.number(4, key_type(kind.key)).number(5, length(kind.key));
+    // NFTA_SET_DATA_TYPE, NFTA_SET_DATA_LEN
+    let body = match kind.data {
+        Data::None => body,
+        Data::Fields(data) => body.number(6, key_type(data)).number(7, length(data)),
+        Data::Verdict => body.number(6, VERDICT_DATA),
+    };
+    let several = Some(kind.key.as_slice()).filter(|key| key.len() > 1);
+    let body = body.maybe(several.map(|_| ()).or(kind.grown.map(|_| ())), |body, ()| {
+        // NFTA_SET_DESC: NFTA_SET_DESC_SIZE, NFTA_SET_DESC_CONCAT
+        body.nested(9, |description| {
+            let description = description.maybe(kind.grown, |description, grown| description.number(1, grown.most));
+            description.maybe(several, |description, key| {
+                // NFTA_SET_FIELD_LEN
+                let add = |list: Attributes, field: &Datatype| {
+                    list.nested(LIST_ELEMENT, |one| one.number(1, size(field.width())))
+                };
+                description.nested(2, |fields| key.iter().fold(fields, add))
+            })
+        })
+    });
+    // NFTA_SET_ID; NFTA_SET_USERDATA for `nft` to print by: the byte order of key (type 0) and data (type 1).
+    let orders = byte_orders(kind);
+    let orders = (!orders.is_empty()).then_some(orders);
+    let body = body.number(10, id).maybe(orders, |body, orders| body.bytes(13, &orders));
+    Request::raw(message(NEW_SET), NLM_F_CREATE, body.into_bytes())
+}
+
+/// For a key or data of one field that this machine's byte order decides on, that it does.
+fn byte_orders(kind: SetKind) -> Vec<u8> {
+    let of_this_machine = |fields: Fields| matches!(fields.as_slice(), [Datatype::Interface | Datatype::Number]);
+    let mut orders = vec![];
+    if of_this_machine(kind.key) {
+        orders.extend([&[0, 4][..], &1_u32.to_ne_bytes()].concat());
     }
-    // NFTA_SET_USERDATA, for `nft` to print by: the key's byte order (type 0, four bytes) is the host's for names.
-    if let [KeyField::Interface] = set.key {
-        body = body.bytes(13, &[&[0, 4][..], &1_u32.to_ne_bytes()].concat());
+    if let Data::Fields(data) = kind.data
+        && of_this_machine(data)
+    {
+        orders.extend([&[1, 4][..], &1_u32.to_ne_bytes()].concat());
     }
-    let mut steps = elements(family, name, set, set.elements.keys(), NEW_ELEMENTS);
-    steps.insert(0, Request::raw(message(NEW_SET), NLM_F_CREATE, body.number(10, id).into_bytes()));
-    steps
+    orders
+}
+
+fn size(bytes: usize) -> u32 {
+    u32::try_from(bytes).expect("a key has at most 80 bytes")
+}
+
+/// Bytes of a key or of data in the kernel: one field alone is not filled up.
+pub(super) fn length(fields: Fields) -> u32 {
+    size(match fields.as_slice() {
+        [field] => field.width(),
+        _ => fields.size(),
+    })
+}
+
+/// The fields as a number, for `nft` to print by.
+pub(super) fn key_type(fields: Fields) -> u32 {
+    fields.as_slice().iter().fold(0, |kind, field| kind << TYPE_BITS | datatype(*field))
 }
 
 /// The flags of a set, as the kernel gives them back.
-pub(super) fn flags(set: &Set) -> u32 {
-    let concatenated = if set.key.len() > 1 { CONCATENATED } else { 0 };
-    if set.ranges { INTERVAL | concatenated } else { concatenated }
+pub(super) fn flags(kind: SetKind) -> u32 {
+    [
+        (kind.key.as_slice().len() > 1, CONCATENATED),
+        (kind.ranges, INTERVAL),
+        (kind.data != Data::None, MAP),
+        (kind.grown.is_some(), DYNAMIC),
+        (kind.grown.is_some_and(|grown| grown.timeout), TIMEOUT),
+    ]
+    .into_iter()
+    .filter(|(has, _)| *has)
+    .fold(0, |flags, (_, flag)| flags | flag)
 }
 
-/// `nft add element FAMILY fabric SET { … }` or `delete`, in as many messages as it takes.
-fn elements<'a>(
-    family: TableFamily,
-    set: &str,
-    shape: &Set,
-    elements: impl IntoIterator<Item = &'a Element>,
-    kind: u16,
-) -> Vec<Request> {
-    let flags = if kind == NEW_ELEMENTS { NLM_F_CREATE } else { 0 };
-    let add = |list: Attributes, element: &&Element| {
-        // NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_KEY_END
-        let key = |place: Attributes, highest| place.written(DATA_VALUE, |bytes| key(element, highest, bytes));
-        list.nested(LIST_ELEMENT, |one| {
-            let one = one.nested(1, |place| key(place, false));
-            if shape.ranges { one.nested(10, |place| key(place, true)) } else { one }
-        })
-    };
-    let all: Vec<&Element> = elements.into_iter().collect();
+/// `nft add element TABLE SET { … }` or `delete`, in as many messages as it takes.
+fn elements(table: TableKey, set: Name, kind: SetKind, elements: &[&Element], what: u16) -> Vec<Request> {
+    let flags = if what == NEW_ELEMENTS { NLM_F_CREATE } else { 0 };
     let send = |some: &[&Element]| {
-        // NFTA_SET_ELEM_LIST_TABLE, _SET, _ELEMENTS
-        let body = start(family).text(1, TABLE).text(2, set).nested(3, |list| some.iter().fold(list, add));
-        Request::raw(message(kind), flags, body.into_bytes())
+        // NFTA_SET_ELEM_LIST_SET, _ELEMENTS
+        let list = |list| some.iter().fold(list, |list, element| put(list, element, kind, what == NEW_ELEMENTS));
+        Request::raw(message(what), flags, start(table).text(2, set.as_str()).nested(3, list).into_bytes())
     };
-    all.chunks(AT_ONCE).map(send).collect()
+    elements.chunks(IN_A_MESSAGE).map(send).collect()
 }
 
-/// The lowest key of an element, or the highest: its parts, each filled up to a multiple of four bytes, but for one that
-/// stands alone.
-fn key(element: &Element, highest: bool, to: &mut Vec<u8>) {
-    for part in element.parts() {
-        match part {
-            Part::Net(net) => match if highest { net.last() } else { net.base() } {
-                IpAddr::V4(ip) => to.extend(ip.octets()),
-                IpAddr::V6(ip) => to.extend(ip.octets()),
-            },
-            Part::Interface(name) => to.extend(interface(name.as_str())),
-            Part::Mac(mac) => to.extend(mac.octets()),
+/// One element. To delete it its key is enough. A range of one field is two for the kernel: its first value, and the one
+/// behind its last.
+fn put(list: Attributes, element: &Element, kind: SetKind, with_data: bool) -> Attributes {
+    let alone = length(kind.key) as usize;
+    let (lowest, highest) = element.ends(kind);
+    let (lowest, highest) = (&lowest[..alone], &highest[..alone]);
+    let several = kind.key.as_slice().len() > 1;
+    // NFTA_SET_ELEM_KEY, _DATA, _FLAGS, _KEY_END
+    let list = list.nested(LIST_ELEMENT, |one| {
+        let one = one.nested(1, |key| key.bytes(DATA_VALUE, lowest));
+        let one = one.maybe((kind.ranges && several).then_some(highest), |one, highest| {
+            one.nested(10, |key| key.bytes(DATA_VALUE, highest))
+        });
+        match kind.data {
+            Data::Fields(fields) if with_data => {
+                let (_, data) = element.split(kind);
+                one.nested(2, |to| to.bytes(DATA_VALUE, &data[..length(fields) as usize]))
+            }
+            Data::Verdict if with_data => {
+                one.maybe(element.verdict(kind), |one, verdict| one.nested(2, |to| verdict_data(to, verdict)))
+            }
+            _ => one,
         }
-        if element.parts().nth(1).is_some() {
-            pad(to);
+    });
+    let behind = (kind.ranges && !several).then(|| next(highest)).flatten();
+    list.maybe(behind, |list, behind| {
+        list.nested(LIST_ELEMENT, |one| one.nested(1, |key| key.bytes(DATA_VALUE, &behind)).number(3, INTERVAL_END))
+    })
+}
+
+/// The value behind this; `None` when there is none.
+fn next(bytes: &[u8]) -> Option<Vec<u8>> {
+    let mut bytes = bytes.to_vec();
+    for byte in bytes.iter_mut().rev() {
+        let (sum, over) = byte.overflowing_add(1);
+        *byte = sum;
+        if !over {
+            return Some(bytes);
         }
     }
+    None
 }
 
-/// `nft add rule FAMILY fabric CHAIN … comment "…"`.
-fn make_rule(family: TableFamily, chain: &str, rule: &Rule) -> Request {
-    // NFTA_RULE_TABLE, _CHAIN
-    let place = start(family).text(1, TABLE).text(2, chain);
+/// `nft add rule TABLE CHAIN … comment "…"`.
+fn make_rule(table: TableKey, chain: &str, rule: &Rule) -> Request {
+    let place = start(table).text(RULE_CHAIN, chain);
     Request::raw(message(NEW_RULE), NLM_F_CREATE | NLM_F_APPEND, with_rule(place, rule).into_bytes())
 }
 
-fn start(family: TableFamily) -> Attributes {
-    Attributes::message(nfproto(family), 0)
+/// A message about a table: its name is attribute 1 of every kind.
+pub(super) fn start(table: TableKey) -> Attributes {
+    Attributes::message(nfproto(table.family()), 0).text(1, table.name())
 }

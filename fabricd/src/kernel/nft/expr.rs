@@ -1,19 +1,23 @@
-//! From a rule to the kernel's expressions: loads into registers, comparisons, look-ups, and a verdict.
+//! From a rule to the kernel's expressions: loads into registers, comparisons, look-ups, and what is done.
 //!
-//! A condition becomes a load of its fields, side by side into the registers from the first one on, each begun at a
-//! multiple of four bytes; maybe a mask; and one comparison or look-up. An expression whose load finds nothing (a
-//! packet that is too short, a fragment without a UDP header) ends the rule: it doesn't apply.
+//! Fields that are read together lie side by side in the registers, each begun at a multiple of four bytes, as they do in a
+//! set's key. There are 16 registers of four bytes. What a map gives stays in them until the rule ends; behind it is room
+//! for the next step's fields, and that of a step before is free again:
+//!
+//! ```text
+//! ip daddr . meta l4proto . th dport map @svc4 : $0 . $1 . $2     registers  0 1 2 (key), then 0 1 2 ($0 $1 $2)
+//! $1 . numgen random mod 3 map @pool4 : $3 . $4                              3 4 (key), then 3 4 ($3 $4)
+//! dnat ip to $3 : $4                                                         where they are
+//! ```
+//!
+//! An expression whose load finds nothing (a packet that is too short, a fragment without a UDP header, a packet without a
+//! connection) ends the rule: it doesn't apply.
 
 use fabric_core::model::{Family, Subnet, to_bits};
-use fabric_core::state::nft::{Field, Match, Rule, Test, Verdict};
+use fabric_core::state::nft::{CtField, Datatype, Field, Match, Reject, Rule, Step, Test, Update, Verdict};
 
 use super::attributes::{Attributes, Nfnetlink as _};
-
-/// `NFTA_LIST_ELEM`.
-pub(super) const LIST_ELEMENT: u16 = 1;
-/// `NFTA_DATA_VALUE`, `NFTA_DATA_VERDICT`.
-pub(super) const DATA_VALUE: u16 = 1;
-const DATA_VERDICT: u16 = 2;
+use super::uapi::{DATA_VALUE, DATA_VERDICT, LIST_ELEMENT};
 
 /// `NFT_REG_VERDICT`, `NFT_REG32_00`.
 const VERDICT: u32 = 0;
@@ -22,12 +26,6 @@ const FIRST: u32 = 8;
 /// `NFT_CMP_EQ`, `NFT_CMP_NEQ`.
 const EQUAL: u32 = 0;
 const DIFFERENT: u32 = 1;
-
-/// `NFT_JUMP`, `NFT_RETURN`, `NF_ACCEPT`, `NF_DROP`.
-const JUMP: i32 = -3;
-const RETURN: i32 = -5;
-const ACCEPT: i32 = 1;
-const DROP: i32 = 0;
 
 /// `NF_NAT_RANGE_PROTO_RANDOM_FULLY`.
 const FULLY_RANDOM: u32 = 1 << 4;
@@ -38,23 +36,28 @@ const PRESENT: u32 = 1;
 
 /// Adds the expressions of a rule.
 pub(super) fn expressions(to: Attributes, rule: &Rule) -> Attributes {
-    let mut list = List(to);
-    for condition in &rule.matches {
-        list.condition(condition);
+    let mut list = List { to, values: vec![], free: FIRST };
+    rule.steps.iter().for_each(|step| list.step(step));
+    list.to
+}
+
+/// Adds a verdict as data: `NFTA_DATA_VERDICT` with `NFTA_VERDICT_CODE` and `NFTA_VERDICT_CHAIN`.
+pub(super) fn verdict_data(to: Attributes, verdict: Verdict) -> Attributes {
+    to.nested(DATA_VERDICT, |data| {
+        let data = data.bytes(1, &verdict_code(verdict).to_be_bytes());
+        data.maybe(verdict.chain(), |data, chain| data.text(2, chain.as_str()))
+    })
+}
+
+/// `NF_DROP`, `NF_ACCEPT`, `NFT_RETURN`, `NFT_JUMP`, `NFT_GOTO`.
+pub(super) const fn verdict_code(verdict: Verdict) -> i32 {
+    match verdict {
+        Verdict::Drop => 0,
+        Verdict::Accept => 1,
+        Verdict::Return => -5,
+        Verdict::Jump(_) => -3,
+        Verdict::Goto(_) => -4,
     }
-    if rule.counted {
-        list.add("counter", |data| data);
-    }
-    match rule.verdict {
-        Verdict::Accept => list.verdict(ACCEPT, None),
-        Verdict::Drop => list.verdict(DROP, None),
-        Verdict::Return => list.verdict(RETURN, None),
-        Verdict::Jump(chain) => list.verdict(JUMP, Some(chain)),
-        // NFTA_MASQ_FLAGS
-        Verdict::Masquerade => list.add("masq", |data| data.number(1, FULLY_RANDOM)),
-        Verdict::Notrack => list.add("notrack", |data| data),
-    }
-    list.0
 }
 
 /// Where a field comes from.
@@ -65,6 +68,18 @@ enum Load {
     Payload(u32, u32),
     /// An extension header of IPv6.
     FragmentHeader,
+    /// `NFTA_CT_KEY` (`NFT_CT_*`), and `NFTA_CT_DIRECTION` where it has one.
+    Ct(u32, Option<u8>),
+    /// `NFTA_FIB_FLAGS` (`NFTA_FIB_F_*`): the type of an address.
+    AddressType(u32),
+    /// `NFTA_NG_TYPE` (`NFT_NG_*`) and `NFTA_NG_MODULUS`.
+    NumberGenerator(u32, u32),
+    /// Hash of a source address: `NFTA_HASH_MODULUS`, `NFTA_HASH_SEED`.
+    SourceHash(Family, u32, u32),
+    /// A number of ours.
+    Immediate(u32),
+    /// What a look-up has found: its place among the values.
+    Value(u8),
 }
 
 /// `NFT_PAYLOAD_LL_HEADER`, `NFT_PAYLOAD_NETWORK_HEADER`, `NFT_PAYLOAD_TRANSPORT_HEADER`.
@@ -77,13 +92,20 @@ const VNI: u32 = 8 + 4;
 const INNER_TYPE: u32 = 8 + 8 + 12;
 const INNER_IP: u32 = 8 + 8 + 14;
 
-/// Where a field is, and how many bytes it has.
+/// `NFT_CT_MARK`, `NFT_CT_LABELS`.
+const CT_MARK: u32 = 3;
+const CT_LABELS: u32 = 13;
+/// Bytes of all labels of a connection.
+const LABELS: usize = 16;
+
+/// Where a field is, and how many bytes it has; of a value the bytes are what its map holds.
 fn load(field: Field) -> (Load, usize) {
-    use Load::{FragmentHeader, Meta, Payload};
+    use Load::{AddressType, Ct, FragmentHeader, Immediate, Meta, NumberGenerator, Payload, SourceHash, Value};
     match field {
         Field::EtherType => (Meta(1), 2),
         Field::Mark => (Meta(3), 4),
         Field::InInterface => (Meta(6), 16),
+        Field::OutInterface => (Meta(7), 16),
         Field::NetworkFamily => (Meta(15), 1),
         Field::Protocol => (Meta(16), 1),
         Field::Fragment => (FragmentHeader, 1),
@@ -94,52 +116,238 @@ fn load(field: Field) -> (Load, usize) {
         Field::Source(Family::V6) => (Payload(NETWORK, 8), 16),
         Field::Target(Family::V6) => (Payload(NETWORK, 24), 16),
         Field::IcmpType => (Payload(TRANSPORT, 0), 1),
+        Field::SourcePort => (Payload(TRANSPORT, 0), 2),
         Field::TargetPort => (Payload(TRANSPORT, 2), 2),
         Field::AdvertisedAddress => (Payload(TRANSPORT, 8), 16),
         Field::Vni => (Payload(TRANSPORT, VNI), 3),
         Field::InnerType => (Payload(TRANSPORT, INNER_TYPE), 2),
         Field::InnerSource(Family::V4) | Field::InnerSubnet(Family::V4, _) => (Payload(TRANSPORT, INNER_IP + 12), 4),
         Field::InnerSource(Family::V6) | Field::InnerSubnet(Family::V6, _) => (Payload(TRANSPORT, INNER_IP + 8), 16),
+        Field::SourceType => (AddressType(1), 4),
+        Field::TargetType => (AddressType(2), 4),
+        Field::CtState => (Ct(0, None), 4),
+        Field::CtDirection => (Ct(1, None), 1),
+        Field::CtStatus => (Ct(2, None), 4),
+        Field::CtMark => (Ct(CT_MARK, None), 4),
+        Field::CtLabels => (Ct(CT_LABELS, None), LABELS),
+        Field::Ct(direction, part) => {
+            let (key, length) = match part {
+                CtField::Source(Family::V4) => (19, 4),
+                CtField::Target(Family::V4) => (20, 4),
+                CtField::Source(Family::V6) => (21, 16),
+                CtField::Target(Family::V6) => (22, 16),
+                CtField::SourcePort => (11, 2),
+                CtField::TargetPort => (12, 2),
+            };
+            (Ct(key, Some(direction as u8)), length)
+        }
+        Field::Random(below) => (NumberGenerator(1, below), 4),
+        Field::Increment(below) => (NumberGenerator(0, below), 4),
+        Field::SourceHash { family, slots, seed } => (SourceHash(family, slots, seed), 4),
+        Field::Number(number) => (Immediate(number), 4),
+        Field::Value(value) => (Value(value), 0),
     }
 }
 
+/// Registers that so many bytes take.
+fn registers(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(4)).expect("a key has at most 64 bytes")
+}
+
+fn number_of_bytes(bytes: usize) -> u32 {
+    u32::try_from(bytes).expect("a field has at most 16 bytes")
+}
+
 /// A list of expressions being written.
-struct List(Attributes);
+struct List {
+    to: Attributes,
+    /// What look-ups have found: each with its first register.
+    values: Vec<(u32, Datatype)>,
+    /// The first register behind them.
+    free: u32,
+}
+
+/// Fields side by side.
+struct Loaded {
+    register: u32,
+    /// Bytes of the last one.
+    length: usize,
+}
 
 impl List {
     fn add(&mut self, name: &str, data: impl FnOnce(Attributes) -> Attributes) {
         // NFTA_EXPR_NAME, NFTA_EXPR_DATA
-        let before = std::mem::take(&mut self.0);
-        self.0 = before.nested(LIST_ELEMENT, |expression| expression.text(1, name).nested(2, data));
+        let before = std::mem::take(&mut self.to);
+        self.to = before.nested(LIST_ELEMENT, |expression| expression.text(1, name).nested(2, data));
+    }
+
+    fn step(&mut self, step: &Step) {
+        match step {
+            Step::Match(condition) => self.condition(condition),
+            Step::Lookup { key, map, data } => {
+                let from = self.load_all(key, self.free).register;
+                let to = self.free;
+                // NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG, NFTA_LOOKUP_DREG
+                self.add("lookup", |data| data.text(1, map.as_str()).number(2, from).number(3, to));
+                for field in data.as_slice() {
+                    self.values.push((self.free, *field));
+                    self.free += registers(field.padded());
+                }
+            }
+            Step::VerdictMap { key, map } => {
+                let from = self.load_all(key, self.free).register;
+                self.add("lookup", |data| data.text(1, map.as_str()).number(2, from).number(3, VERDICT));
+            }
+            Step::Update { how, set, key, data, timeout } => {
+                let from = self.load_all(key, self.free);
+                let behind = from.register.max(self.free) + self.size(key);
+                let value = (!data.is_empty()).then(|| self.load_all(data, behind).register);
+                let how = match how {
+                    Update::Add => 0,
+                    Update::Refresh => 1,
+                    Update::Delete => 2,
+                };
+                // NFTA_DYNSET_SET_NAME, _OP, _SREG_KEY, _SREG_DATA, _TIMEOUT (in milliseconds)
+                self.add("dynset", |to| {
+                    let to = to.text(1, set.as_str()).number(3, how).number(4, from.register);
+                    let to = to.maybe(value, |to, register| to.number(5, register));
+                    to.maybe(*timeout, |to, seconds| to.bytes(6, &(u64::from(seconds) * 1000).to_be_bytes()))
+                });
+            }
+            Step::Count => self.add("counter", |data| data),
+            // NFTA_LIMIT_RATE, _UNIT (in seconds), _BURST, _TYPE (packets)
+            Step::Limit { per_second, burst } => self.add("limit", |data| {
+                let data = data.bytes(1, &u64::from(*per_second).to_be_bytes()).bytes(2, &1_u64.to_be_bytes());
+                data.number(3, *burst).number(4, 0)
+            }),
+            // NFTA_LOG_GROUP, NFTA_LOG_PREFIX
+            Step::Log { group, prefix } => {
+                self.add("log", |data| data.bytes(1, &group.to_be_bytes()).text(2, prefix));
+            }
+            Step::SetCtMark { mask, value } => {
+                let register = self.load_all(&[Field::CtMark], self.free).register;
+                self.bitwise(register, register, &(!mask).to_ne_bytes(), &(value & mask).to_ne_bytes());
+                self.set_ct(CT_MARK, register);
+            }
+            Step::SetCtLabel(label) => {
+                let mut labels = [0; LABELS];
+                let word = usize::from(label / 32 % 4) * 4;
+                labels[word..word + 4].copy_from_slice(&(1_u32 << (label % 32)).to_ne_bytes());
+                let register = self.free;
+                self.immediate(register, &labels);
+                self.set_ct(CT_LABELS, register);
+            }
+            Step::Notrack => self.add("notrack", |data| data),
+            Step::Dnat { family, address, port } => {
+                let from = self.load_all(&[*address], self.free).register;
+                let behind = from.max(self.free) + self.size(&[*address]);
+                let port = port.map(|port| self.load_all(&[port], behind).register);
+                let family = if *family == Family::V4 { libc::NFPROTO_IPV4 } else { libc::NFPROTO_IPV6 };
+                // NFTA_NAT_TYPE (NFT_NAT_DNAT), _FAMILY, _REG_ADDR_MIN, _REG_PROTO_MIN
+                self.add("nat", |data| {
+                    let data = data.number(1, 1).number(2, family.cast_unsigned()).number(3, from);
+                    data.maybe(port, |data, port| data.number(5, port))
+                });
+            }
+            // NFTA_MASQ_FLAGS
+            Step::Masquerade => self.add("masq", |data| data.number(1, FULLY_RANDOM)),
+            // NFTA_REJECT_TYPE (NFT_REJECT_*), NFTA_REJECT_ICMP_CODE (NFT_REJECT_ICMPX_*)
+            Step::Reject(how) => self.add("reject", |data| match how {
+                Reject::TcpReset => data.number(1, 1),
+                Reject::PortUnreachable => data.number(1, 2).bytes(2, &[1]),
+                Reject::Prohibited => data.number(1, 2).bytes(2, &[3]),
+            }),
+            // NFTA_IMMEDIATE_DREG, NFTA_IMMEDIATE_DATA
+            Step::Verdict(verdict) => {
+                self.add("immediate", |data| data.number(1, VERDICT).nested(2, |data| verdict_data(data, *verdict)));
+            }
+        }
     }
 
     fn condition(&mut self, condition: &Match) {
-        let mut register = FIRST;
-        let mut length = 0;
-        for field in &condition.fields {
-            length = self.load(*field, register);
-            register += u32::try_from(length.div_ceil(4)).expect("a key has at most 64 bytes");
-        }
+        let first = condition.fields.first().copied();
+        let Loaded { register, length } = self.load_all(&condition.fields, self.free);
+        let spelled = |number: u32| match self.is_of_this_machine(first) {
+            true => number.to_ne_bytes().to_vec(),
+            false => number.to_be_bytes()[4 - length.min(4)..].to_vec(),
+        };
         match &condition.test {
-            Test::Is(number) => self.compare(EQUAL, &spelled(*number, condition.fields.first().copied(), length)),
-            Test::IsNot(number) => {
-                self.compare(DIFFERENT, &spelled(*number, condition.fields.first().copied(), length));
+            Test::Is(number) => self.compare(register, EQUAL, &spelled(*number)),
+            Test::IsNot(number) => self.compare(register, DIFFERENT, &spelled(*number)),
+            Test::Named(name) => self.compare(register, EQUAL, &name.bytes()),
+            Test::Bits(bits) => self.compare_masked(register, *bits, EQUAL, *bits),
+            Test::AnyBit(bits) => self.compare_masked(register, *bits, DIFFERENT, 0),
+            Test::NoBit(bits) => self.compare_masked(register, *bits, EQUAL, 0),
+            Test::Within(prefix) => self.compare_prefix(register, EQUAL, *prefix),
+            Test::Outside(prefix) => self.compare_prefix(register, DIFFERENT, *prefix),
+            // NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG, NFTA_LOOKUP_FLAGS (NFT_LOOKUP_F_INV)
+            Test::In(set) => self.add("lookup", |data| data.text(1, set.as_str()).number(2, register)),
+            Test::NotIn(set) => {
+                self.add("lookup", |data| data.text(1, set.as_str()).number(2, register).number(5, 1));
             }
-            Test::Named(name) => self.compare(EQUAL, &interface(name.as_str())),
-            Test::Bits(bits) => {
-                self.mask(FIRST, &bits.to_ne_bytes());
-                self.compare(EQUAL, &bits.to_ne_bytes());
-            }
-            Test::Within(prefix) => self.compare_prefix(EQUAL, *prefix),
-            Test::Outside(prefix) => self.compare_prefix(DIFFERENT, *prefix),
-            // NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG
-            Test::In(set) => self.add("lookup", |data| data.text(1, set).number(2, FIRST)),
         }
     }
 
-    fn load(&mut self, field: Field, register: u32) -> usize {
+    /// Whether a number stands in the register as this machine has it. What comes out of a packet is in network order.
+    fn is_of_this_machine(&self, field: Option<Field>) -> bool {
+        match field.map(load) {
+            Some((Load::Value(value), _)) => self.value(value).1 == Datatype::Number,
+            Some((Load::Ct(_, Some(_)) | Load::Payload(..) | Load::FragmentHeader, _)) | None => false,
+            Some((Load::Meta(_) | Load::Ct(..), length)) => length == 4,
+            Some(_) => true,
+        }
+    }
+
+    fn value(&self, value: u8) -> (u32, Datatype) {
+        *self.values.get(usize::from(value)).expect("a rule reads values that it has looked up")
+    }
+
+    /// Bytes of a field.
+    fn length(&self, field: Field) -> usize {
+        match load(field) {
+            (Load::Value(value), _) => self.value(value).1.width(),
+            (_, length) => length,
+        }
+    }
+
+    /// Registers that these fields take.
+    fn size(&self, fields: &[Field]) -> u32 {
+        fields.iter().map(|field| registers(self.length(*field))).sum()
+    }
+
+    /// Loads fields side by side, from `start` on. Values that lie so already stay where they are.
+    fn load_all(&mut self, fields: &[Field], start: u32) -> Loaded {
+        let length = fields.last().map_or(0, |field| self.length(*field));
+        if let Some(register) = self.in_place(fields) {
+            return Loaded { register, length };
+        }
+        let mut register = start;
+        for field in fields {
+            self.load(*field, register);
+            register += registers(self.length(*field));
+        }
+        Loaded { register: start, length }
+    }
+
+    /// The register where these fields are side by side, if all are values and are.
+    fn in_place(&self, fields: &[Field]) -> Option<u32> {
+        let mut next = None;
+        let mut first = None;
+        for field in fields {
+            let Field::Value(value) = field else { return None };
+            let (register, datatype) = self.value(*value);
+            if next.is_some_and(|next| next != register) {
+                return None;
+            }
+            first = first.or(Some(register));
+            next = Some(register + registers(datatype.padded()));
+        }
+        first
+    }
+
+    fn load(&mut self, field: Field, register: u32) {
         let (from, length) = load(field);
-        let bytes = u32::try_from(length).expect("a field has at most 16 bytes");
+        let bytes = number_of_bytes(length);
         match from {
             // NFTA_META_DREG, NFTA_META_KEY
             Load::Meta(key) => self.add("meta", |data| data.number(1, register).number(2, key)),
@@ -152,57 +360,82 @@ impl List {
                 let to = |data: Attributes| data.number(1, register).bytes(2, &[FRAGMENT]);
                 self.add("exthdr", |data| to(data).number(3, 0).number(4, bytes).number(5, PRESENT));
             }
+            // NFTA_CT_DREG, _KEY, _DIRECTION
+            Load::Ct(key, direction) => self.add("ct", |data| {
+                let data = data.number(1, register).number(2, key);
+                data.maybe(direction, |data, direction| data.bytes(3, &[direction]))
+            }),
+            // NFTA_FIB_DREG, _RESULT (NFT_FIB_RESULT_ADDRTYPE), _FLAGS
+            Load::AddressType(flags) => {
+                self.add("fib", |data| data.number(1, register).number(2, 3).number(3, flags));
+            }
+            // NFTA_NG_DREG, _MODULUS, _TYPE, _OFFSET
+            Load::NumberGenerator(kind, modulus) => {
+                self.add("numgen", |data| data.number(1, register).number(2, modulus).number(3, kind).number(4, 0));
+            }
+            Load::SourceHash(family, slots, seed) => {
+                let address = Field::Source(family);
+                self.load(address, register);
+                let bytes = number_of_bytes(load(address).1);
+                // NFTA_HASH_SREG, _DREG, _LEN, _MODULUS, _SEED, _OFFSET, _TYPE (NFT_HASH_JENKINS)
+                self.add("hash", |data| {
+                    let data = data.number(1, register).number(2, register).number(3, bytes).number(4, slots);
+                    data.number(5, seed).number(6, 0).number(7, 0)
+                });
+            }
+            Load::Immediate(number) => self.immediate(register, &number.to_ne_bytes()),
+            // No expression copies a register, but one that changes no bit does.
+            Load::Value(value) => {
+                let (from, datatype) = self.value(value);
+                self.bitwise(from, register, &vec![0xff; datatype.padded()], &vec![0; datatype.padded()]);
+            }
         }
         if let Field::InnerSubnet(family, length) = field {
-            self.mask(register, &prefix_mask(family, length));
+            let mask = prefix_mask(family, length);
+            self.bitwise(register, register, &mask, &vec![0; mask.len()]);
         }
-        length
     }
 
-    fn compare_prefix(&mut self, how: u32, prefix: Subnet) {
-        if prefix.prefix_len() < prefix.family().bits() {
-            self.mask(FIRST, &prefix_mask(prefix.family(), prefix.prefix_len()));
-        }
-        self.compare(how, &address_bytes(prefix.family(), to_bits(prefix.base())));
+    fn immediate(&mut self, register: u32, bytes: &[u8]) {
+        self.add("immediate", |data| data.number(1, register).nested(2, |data| data.bytes(DATA_VALUE, bytes)));
     }
 
-    /// What is in the register, but for the bits that are zero in `mask`.
-    fn mask(&mut self, register: u32, mask: &[u8]) {
-        let length = u32::try_from(mask.len()).expect("a mask has at most 16 bytes");
-        let no_bits = vec![0; mask.len()];
+    fn set_ct(&mut self, key: u32, register: u32) {
+        // NFTA_CT_KEY, NFTA_CT_SREG
+        self.add("ct", |data| data.number(2, key).number(4, register));
+    }
+
+    /// `to = from & mask ^ flip`
+    fn bitwise(&mut self, from: u32, to: u32, mask: &[u8], flip: &[u8]) {
+        let length = number_of_bytes(mask.len());
         // NFTA_BITWISE_SREG, _DREG, _LEN, _MASK, _XOR
         self.add("bitwise", |data| {
-            let data = data.number(1, register).number(2, register).number(3, length);
-            data.nested(4, |value| value.bytes(DATA_VALUE, mask)).nested(5, |value| value.bytes(DATA_VALUE, &no_bits))
+            let data = data.number(1, from).number(2, to).number(3, length);
+            data.nested(4, |value| value.bytes(DATA_VALUE, mask)).nested(5, |value| value.bytes(DATA_VALUE, flip))
         });
     }
 
-    fn compare(&mut self, how: u32, with: &[u8]) {
+    /// Compares these bits of a number. A value may be where it is needed once more, so they are cut out beside it.
+    fn compare_masked(&mut self, register: u32, mask: u32, how: u32, with: u32) {
+        let room = self.free;
+        self.bitwise(register, room, &mask.to_ne_bytes(), &[0; 4]);
+        self.compare(room, how, &with.to_ne_bytes());
+    }
+
+    fn compare_prefix(&mut self, register: u32, how: u32, prefix: Subnet) {
+        let room = self.free;
+        let base = address_bytes(prefix.family(), to_bits(prefix.base()));
+        if prefix.prefix_len() == prefix.family().bits() {
+            return self.compare(register, how, &base);
+        }
+        self.bitwise(register, room, &prefix_mask(prefix.family(), prefix.prefix_len()), &vec![0; base.len()]);
+        self.compare(room, how, &base);
+    }
+
+    fn compare(&mut self, register: u32, how: u32, with: &[u8]) {
         // NFTA_CMP_SREG, _OP, _DATA
         let value = |value: Attributes| value.bytes(DATA_VALUE, with);
-        self.add("cmp", |data| data.number(1, FIRST).number(2, how).nested(3, value));
-    }
-
-    fn verdict(&mut self, code: i32, chain: Option<&str>) {
-        // NFTA_VERDICT_CODE, NFTA_VERDICT_CHAIN
-        let verdict = |verdict: Attributes| {
-            let verdict = verdict.bytes(1, &code.to_be_bytes());
-            match chain {
-                Some(chain) => verdict.text(2, chain),
-                None => verdict,
-            }
-        };
-        // NFTA_IMMEDIATE_DREG, NFTA_IMMEDIATE_DATA
-        self.add("immediate", |data| data.number(1, VERDICT).nested(2, |value| value.nested(DATA_VERDICT, verdict)));
-    }
-}
-
-/// A number as it stands in the register: what comes out of a packet is in network order, the rest is a single byte or
-/// (the mark) a number of this machine.
-fn spelled(number: u32, field: Option<Field>, length: usize) -> Vec<u8> {
-    match field {
-        Some(Field::Mark) => number.to_ne_bytes().to_vec(),
-        _ => number.to_be_bytes()[4 - length.min(4)..].to_vec(),
+        self.add("cmp", |data| data.number(1, register).number(2, how).nested(3, value));
     }
 }
 
@@ -213,13 +446,6 @@ fn prefix_mask(family: Family, length: u8) -> Vec<u8> {
 }
 
 /// An address of a family, from its bits as [`to_bits`] gives them.
-pub(super) fn address_bytes(family: Family, bits: u128) -> Vec<u8> {
+fn address_bytes(family: Family, bits: u128) -> Vec<u8> {
     bits.to_be_bytes()[16 - usize::from(family.bits() / 8)..].to_vec()
-}
-
-/// The name of an interface, filled up with zeros (`IFNAMSIZ`).
-pub(super) fn interface(name: &str) -> [u8; 16] {
-    let mut bytes = [0; 16];
-    bytes[..name.len()].copy_from_slice(name.as_bytes());
-    bytes
 }

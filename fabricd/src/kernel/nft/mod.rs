@@ -19,14 +19,15 @@ pub(super) mod uapi;
 pub(super) mod watch;
 
 pub(super) use self::attributes::{Attributes, Nfnetlink, Values};
-pub(super) use self::read::{generation, lacks_nftables};
+pub(super) use self::read::{concerned, generation, lacks_nftables};
 pub(super) use self::rule::comment;
 
+use std::collections::BTreeMap;
 use std::io;
 
 use fabric_core::diff::nft::Op;
 use fabric_core::state::docker_user::DockerUser;
-use fabric_core::state::nft::{FoundRuleset, TABLE};
+use fabric_core::state::nft::{FoundTable, Section, TableKey};
 use fabric_netlink::{Refusal, RequestSocket};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
@@ -36,8 +37,10 @@ use super::Dropped;
 pub(super) struct Filter {
     /// `None` when the kernel has no netfilter.
     socket: Option<RequestSocket>,
-    /// At which generation of the kernel's rules ours were last read.
-    read_at: Option<u32>,
+    /// At which generation of the kernel's rules each of our tables was last read.
+    read_at: BTreeMap<TableKey, u32>,
+    /// What the rules of those tables have dropped whose counters are read along.
+    dropped: BTreeMap<TableKey, Dropped>,
     others: Others,
 }
 
@@ -59,7 +62,8 @@ impl Filter {
             Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => None,
             socket => Some(socket?),
         };
-        Ok(Self { socket, read_at: None, others: Others::default() })
+        let (read_at, dropped) = (BTreeMap::new(), BTreeMap::new());
+        Ok(Self { socket, read_at, dropped, others: Others::default() })
     }
 
     /// The netlink port that our transactions come from.
@@ -67,18 +71,35 @@ impl Filter {
         self.socket.as_ref().map(RequestSocket::port)
     }
 
-    /// What is there of our tables, `None` when nobody has written a rule since they were last read, and what they have
-    /// dropped.
-    pub(super) fn read(&mut self) -> io::Result<(Option<FoundRuleset>, Dropped)> {
-        let Some(socket) = &mut self.socket else { return Ok(Default::default()) };
+    /// What is there of one of our tables; the outer `None` when nobody has written a rule since it was last read.
+    pub(super) fn read(&mut self, table: TableKey) -> io::Result<Option<Option<FoundTable>>> {
+        let Some(socket) = &mut self.socket else { return Ok(Some(None)) };
+        let counts = table.section() == Section::Filter;
         let now = generation(socket)?;
-        if now.is_some() && now == self.read_at {
-            return Ok((None, read::dropped(socket)?));
+        if now.is_some() && now.as_ref() == self.read_at.get(&table) {
+            if counts {
+                self.dropped.insert(table, read::dropped(socket, table)?);
+            }
+            return Ok(None);
         }
         // A generation that begins meanwhile is another than this.
-        let (found, dropped) = read::tables(socket)?;
-        self.read_at = now;
-        Ok((Some(found), dropped))
+        let (found, dropped) = read::table(socket, table)?;
+        if counts {
+            self.dropped.insert(table, dropped);
+        }
+        self.read_at.extend(now.map(|now| (table, now)));
+        Ok(Some(found))
+    }
+
+    /// What our tables had dropped when they were last read.
+    pub(super) fn dropped(&self) -> Dropped {
+        let mut sums = Dropped::new();
+        for (reason, count) in self.dropped.values().flatten() {
+            let sum = sums.entry(reason.clone()).or_default();
+            sum.packets += count.packets;
+            sum.bytes += count.bytes;
+        }
+        sums
     }
 
     /// What is there of others, read again when anybody has written a rule since.
@@ -99,18 +120,19 @@ impl Filter {
     pub(super) fn owner(&mut self) -> Option<String> {
         let socket = self.socket.as_mut()?;
         let mine = socket.port();
-        read::owners(socket).into_iter().find(|(_, port)| *port != mine).map(|(family, port)| {
+        read::owners(socket).into_iter().find(|(_, port)| *port != mine).map(|(table, port)| {
             format!(
-                "the table {family} {TABLE} is owned by another program, with the netlink port {port} (mostly its process id: \
+                "the table {table} is owned by another program, with the netlink port {port} (mostly its process id: \
                  ps -p {port}); end it, and the table goes with it"
             )
         })
     }
 
-    /// Writes steps as one transaction: all or nothing.
+    /// Writes steps as one transaction: all or nothing. More than 1,000 elements are several, of which the first that is
+    /// refused is the last.
     pub(super) fn write(&mut self, ops: &[&Op]) -> Result<(), Refusal> {
         match &mut self.socket {
-            Some(socket) => socket.transact(&encode::transaction(ops)),
+            Some(socket) => encode::transactions(ops).iter().try_for_each(|batch| socket.transact(batch)),
             None => Err(io::Error::from_raw_os_error(libc::EPROTONOSUPPORT).into()),
         }
     }

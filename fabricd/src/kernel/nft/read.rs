@@ -1,22 +1,25 @@
 //! What is there of our tables, as far as it has to be known: see [`fabric_core::state::nft`].
 
 use std::io;
+use std::sync::Arc;
 
-use fabric_core::cow_map::CowSet;
-use fabric_core::model::{Family, Subnet, from_bits};
-use fabric_core::state::nft::{ChainKind, Element, Hook, KeyField, Part, Place, Set, TABLE, TableFamily, reason};
-use fabric_core::state::nft::{FoundRuleset, FoundSet, FoundTable, NO_HOOK};
+use fabric_core::state::nft::{
+    ChainKind, Data, Datatype, Element, Fields, FoundSet, FoundTable, Grown, Hook, NO_HOOK, Name, Place, SetKind,
+    TableFamily, TableKey, Verdict, reason,
+};
 use fabric_netlink::{Frame, Request, RequestSocket};
 
 use super::attributes::{Attributes, Nfnetlink as _, Values};
+use super::encode::{flags, key_type, length, start};
+use super::expr::verdict_code;
 use super::rule::comment;
 use super::uapi::{
-    CONCATENATED, GET_CHAIN, GET_ELEMENTS, GET_GENERATION, GET_RULE, GET_SET, GET_TABLE, INTERVAL, TYPE_BITS,
-    chain_kind, datatype, message, nfproto, width,
+    CATCH_ALL, DATA_VALUE, DATA_VERDICT, DYNAMIC, GET_CHAIN, GET_ELEMENTS, GET_GENERATION, GET_RULE, GET_SET,
+    GET_TABLE, INTERVAL, INTERVAL_END, MAP, TIMEOUT, TYPE_BITS, VERDICT_DATA, chain_kind, datatype, message, nfproto,
 };
 use crate::kernel::{Count, Dropped};
 
-/// In the place of what no chain and no set of ours has: it is going to be replaced.
+/// In the place of what no chain of ours has: it is going to be replaced.
 const FOREIGN: &str = "of somebody else";
 
 /// The number of the generation of rules: every transaction of anybody in this namespace begins another. `None` from a kernel
@@ -30,59 +33,48 @@ pub(in crate::kernel) fn generation(socket: &mut RequestSocket) -> io::Result<Op
     }
 }
 
-/// What the rules of our tables have dropped.
-pub(super) fn dropped(socket: &mut RequestSocket) -> io::Result<Dropped> {
+/// What the rules of a table have dropped.
+pub(super) fn dropped(socket: &mut RequestSocket, table: TableKey) -> io::Result<Dropped> {
     let mut dropped = Dropped::new();
-    for family in [TableFamily::Inet, TableFamily::Bridge] {
-        rules(socket, family)?.iter().for_each(|rule| rule.count(&mut dropped));
-    }
+    rules(socket, table)?.iter().for_each(|rule| rule.count(&mut dropped));
     Ok(dropped)
 }
 
-/// `nft list table inet fabric`, `nft list table bridge fabric`.
-pub(super) fn tables(socket: &mut RequestSocket) -> io::Result<(FoundRuleset, Dropped)> {
-    let (mut found, mut dropped) = (FoundRuleset::new(), Dropped::new());
-    for family in [TableFamily::Inet, TableFamily::Bridge] {
-        if let Some(table) = table(socket, family, &mut dropped)? {
-            found.insert(family, table);
-        }
-    }
-    Ok((found, dropped))
-}
-
-fn table(socket: &mut RequestSocket, family: TableFamily, dropped: &mut Dropped) -> io::Result<Option<FoundTable>> {
-    let ours = || ours(family);
-    let flags = match socket.ask(&ask(GET_TABLE, ours()), |frame| Some(Values::of(frame).number(2).unwrap_or(0))) {
+/// `nft list table TABLE`: what is there, if it is, and what its rules have dropped.
+pub(super) fn table(socket: &mut RequestSocket, table: TableKey) -> io::Result<(Option<FoundTable>, Dropped)> {
+    let mut dropped = Dropped::new();
+    let flags = match socket.ask(&ask(GET_TABLE, start(table)), |frame| Some(Values::of(frame).number(2).unwrap_or(0)))
+    {
         Ok(Some(flags)) => flags,
         Err(error) if error.raw_os_error() != Some(libc::ENOENT) && !lacks_nftables(&error) => return Err(error),
-        _ => return Ok(None),
+        _ => return Ok((None, dropped)),
     };
     // Dormant, or owned by another program.
     let mut found = FoundTable { disabled: flags != 0, ..FoundTable::default() };
-    found
-        .chains
-        .extend(socket.dump(&ask(GET_CHAIN, ours()), chain)?.into_iter().map(|(name, hook)| (name, vec![hook])));
-    for rule in rules(socket, family)? {
-        rule.count(dropped);
-        found.chains.entry(rule.chain).or_default().push(rule.comment.unwrap_or_else(|| FOREIGN.to_owned()));
+    let chains = socket.dump(&ask(GET_CHAIN, start(table)), |frame| chain(frame, table))?;
+    found.chains.extend(chains.into_iter().map(|(name, hook)| (name, Arc::new(vec![hook]))));
+    for rule in rules(socket, table)? {
+        rule.count(&mut dropped);
+        let lines = found.chains.entry(rule.chain).or_default();
+        Arc::make_mut(lines).push(rule.comment.unwrap_or_else(|| FOREIGN.to_owned()));
     }
-    for (name, set) in socket.dump(&ask(GET_SET, ours()), set)? {
-        let there = match set {
-            Some(set) => elements(socket, &ask(GET_ELEMENTS, ours().text(2, &name)), &set)?,
-            None => FoundSet { declaration: FOREIGN.to_owned(), ..FoundSet::default() },
+    for (name, kind) in socket.dump(&ask(GET_SET, start(table)), |frame| set(frame, table))? {
+        let there = match kind {
+            Some(kind) if kind.grown.is_none() => elements(socket, table, &name, kind)?,
+            kind => FoundSet { kind, ..FoundSet::default() },
         };
         found.sets.insert(name, there);
     }
-    Ok(Some(found))
+    Ok((Some(found), dropped))
 }
 
 /// The netlink ports of the programs that own tables of ours (`NFT_TABLE_F_OWNER`).
-pub(super) fn owners(socket: &mut RequestSocket) -> Vec<(TableFamily, u32)> {
+pub(super) fn owners(socket: &mut RequestSocket) -> Vec<(TableKey, u32)> {
     let mut owners = vec![];
-    for family in [TableFamily::Inet, TableFamily::Bridge] {
+    for table in TableKey::ALL {
         // NFTA_TABLE_OWNER
-        let owner = socket.ask(&ask(GET_TABLE, ours(family)), |frame| Values::of(frame).number(7));
-        owners.extend(owner.ok().flatten().map(|port| (family, port)));
+        let owner = socket.ask(&ask(GET_TABLE, start(table)), |frame| Values::of(frame).number(7));
+        owners.extend(owner.ok().flatten().map(|port| (table, port)));
     }
     owners
 }
@@ -91,41 +83,31 @@ fn ask(kind: u16, body: Attributes) -> Request {
     Request::raw(message(kind), 0, body.into_bytes())
 }
 
-fn ours(family: TableFamily) -> Attributes {
-    Attributes::message(nfproto(family), 0).text(1, TABLE)
-}
-
 /// By what a kernel shows that it has no nftables, or not this family.
 pub(in crate::kernel) fn lacks_nftables(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP | libc::EAFNOSUPPORT))
 }
 
-/// The rules of our table, in their order.
-fn rules(socket: &mut RequestSocket, family: TableFamily) -> io::Result<Vec<RuleFound>> {
-    match socket.dump(&ask(GET_RULE, ours(family)), rule) {
+/// The rules of a table, in their order.
+fn rules(socket: &mut RequestSocket, table: TableKey) -> io::Result<Vec<RuleFound>> {
+    match socket.dump(&ask(GET_RULE, start(table)), |frame| rule(frame, table)) {
         Err(error) if lacks_nftables(&error) => Ok(vec![]),
         rules => rules,
     }
 }
 
-fn elements(socket: &mut RequestSocket, listing: &Request, set: &Set) -> io::Result<FoundSet> {
-    let listed: Vec<_> = socket.dump(listing, |frame| Some(elements_of(frame, set)))?.into_iter().flatten().collect();
-    let foreign = listed.contains(&None);
-    let declaration = if foreign { format!("with an element {FOREIGN}") } else { set.declaration() };
-    Ok(FoundSet { declaration, elements: listed.into_iter().flatten().collect() })
-}
-
-/// Whether an event of nftables is about a table of ours.
-pub(super) fn concerns_us(frame: &Frame<'_>) -> bool {
-    let family = frame.body.first().copied();
-    let families = [TableFamily::Inet, TableFamily::Bridge].map(|family| Some(nfproto(family)));
-    families.contains(&family) && Values::of(frame).is_ours()
+/// The table of ours that an event of nftables is about.
+pub(in crate::kernel) fn concerned(frame: &Frame<'_>) -> Option<TableKey> {
+    let family = *frame.body.first()?;
+    let name = Values::of(frame).text(1)?;
+    let families = [TableFamily::Inet, TableFamily::Bridge];
+    families.into_iter().filter(|known| nfproto(*known) == family).find_map(|family| TableKey::of(family, name))
 }
 
 /// A chain's name and hook.
-fn chain(frame: &Frame<'_>) -> Option<(String, String)> {
+fn chain(frame: &Frame<'_>, table: TableKey) -> Option<(String, String)> {
     let values = Values::of(frame);
-    let name = values.is_ours().then(|| values.text(3))??.to_owned();
+    let name = values.is_of(table).then(|| values.text(3))??.to_owned();
     let Some(place) = values.nested(4) else { return Some((name, NO_HOOK.to_owned())) };
     let hook = || {
         let place = [Place::Prerouting, Place::Input, Place::Forward, Place::Output, Place::Postrouting]
@@ -161,9 +143,9 @@ impl RuleFound {
     }
 }
 
-pub(super) fn rule(frame: &Frame<'_>) -> Option<RuleFound> {
+pub(super) fn rule(frame: &Frame<'_>, table: TableKey) -> Option<RuleFound> {
     let values = Values::of(frame);
-    let chain = values.is_ours().then(|| values.text(2))??.to_owned();
+    let chain = values.is_of(table).then(|| values.text(2))??.to_owned();
     let comment = comment(&values);
     Some(RuleFound {
         chain,
@@ -181,55 +163,138 @@ fn counter(list: &Values<'_>) -> Option<Count> {
 }
 
 /// A set by its name; `None` when it isn't of a kind that we make.
-fn set(frame: &Frame<'_>) -> Option<(String, Option<Set>)> {
-    const KEYS: [&[KeyField]; 7] = [
-        &[KeyField::V4],
-        &[KeyField::V6],
-        &[KeyField::Interface],
-        &[KeyField::V4, KeyField::V4],
-        &[KeyField::V6, KeyField::V6],
-        &[KeyField::Interface, KeyField::Mac, KeyField::V4],
-        &[KeyField::Interface, KeyField::Mac, KeyField::V6],
-    ];
+fn set(frame: &Frame<'_>, table: TableKey) -> Option<(String, Option<SetKind>)> {
     let values = Values::of(frame);
-    let name = values.is_ours().then(|| values.text(2))??.to_owned();
-    let (flags, kind) = (values.number(3).unwrap_or(0), values.number(4).unwrap_or(0));
-    let key = KEYS.into_iter().find(|key| key.iter().fold(0, |kind, f| kind << TYPE_BITS | datatype(*f)) == kind);
-    let known = flags & !(INTERVAL | CONCATENATED) == 0;
-    let set = key.filter(|_| known).map(|key| Set { key, ranges: flags & INTERVAL != 0, elements: CowSet::default() });
-    Some((name, set))
+    let name = values.is_of(table).then(|| values.text(2))??.to_owned();
+    Some((name, kind(&values)))
 }
 
-/// The elements of one message of a set's listing; `None` for one that we don't make.
-fn elements_of(frame: &Frame<'_>, set: &Set) -> Vec<Option<Element>> {
-    let Some(list) = Values::of(frame).nested(3) else { return vec![] };
-    list.list().map(|element| element_of(&element, set)).collect()
+fn kind(values: &Values<'_>) -> Option<SetKind> {
+    // NFTA_SET_FLAGS, _KEY_TYPE, _KEY_LEN, _DATA_TYPE, _DATA_LEN, _DESC, _TIMEOUT
+    let had = values.number(3).unwrap_or(0);
+    let key = fields(values.number(4)?)?;
+    let data = match values.number(6).filter(|_| had & MAP != 0) {
+        None => Data::None,
+        Some(VERDICT_DATA) => Data::Verdict,
+        Some(data) => Data::Fields(fields(data).filter(|data| values.number(7) == Some(length(*data)))?),
+    };
+    let most = || values.nested(9).and_then(|description| description.number(1)).unwrap_or(0);
+    let grown = (had & DYNAMIC != 0).then(|| Grown { most: most(), timeout: had & TIMEOUT != 0 });
+    let kind = SetKind { key, data, ranges: had & INTERVAL != 0, grown };
+    (flags(kind) == had && values.number(5) == Some(length(key)) && values.bytes(11).is_none()).then_some(kind)
 }
 
-fn element_of(element: &Values<'_>, set: &Set) -> Option<Element> {
-    let first = element.nested(1)?.bytes(1)?;
-    let last = element.nested(10).and_then(|end| end.bytes(1)).unwrap_or(first);
-    let mut at = 0;
-    let mut parts = vec![];
-    for field in set.key {
-        let (low, high) = (first.get(at..at + width(*field))?, last.get(at..at + width(*field))?);
-        parts.push(match field {
-            KeyField::V4 => Part::Net(net(Family::V4, low, high)?),
-            KeyField::V6 => Part::Net(net(Family::V6, low, high)?),
-            KeyField::Interface => Part::Interface(std::str::from_utf8(low).ok()?.trim_end_matches('\0').parse().ok()?),
-            KeyField::Mac => Part::Mac(<[u8; 6]>::try_from(low).ok()?.try_into().ok()?),
-        });
-        at += width(*field).next_multiple_of(4);
+/// The fields that a key's type stands for.
+fn fields(kind: u32) -> Option<Fields> {
+    let parts = (0..32 / TYPE_BITS).rev().map(|place| kind >> (place * TYPE_BITS) & ((1 << TYPE_BITS) - 1));
+    let of = |number| Datatype::ALL.into_iter().find(|known| datatype(*known) == number);
+    let types = parts.skip_while(|part| *part == 0).map(of).collect::<Option<Vec<Datatype>>>()?;
+    let fields = (!types.is_empty()).then(|| Fields::of(&types))?;
+    (key_type(fields) == kind).then_some(fields)
+}
+
+/// An element as the kernel lists it.
+struct Listed {
+    first: Vec<u8>,
+    /// Its highest key, in a set of ranges of several fields.
+    last: Option<Vec<u8>>,
+    /// It only says where a range of one field ends.
+    is_end: bool,
+    data: To,
+}
+
+/// What an element leads to.
+enum To {
+    Values(Vec<u8>),
+    Verdict(Verdict),
+}
+
+fn elements(socket: &mut RequestSocket, table: TableKey, name: &str, kind: SetKind) -> io::Result<FoundSet> {
+    let listing = ask(GET_ELEMENTS, start(table).text(2, name));
+    let listed = socket.dump(&listing, |frame| {
+        let list = Values::of(frame).nested(3)?;
+        Some(list.list().map(|element| listed(&element, kind)).collect::<Vec<_>>())
+    })?;
+    let listed: Option<Vec<Listed>> = listed.into_iter().flatten().collect();
+    let several = kind.key.as_slice().len() > 1;
+    let all = listed.and_then(|listed| match kind.ranges && !several {
+        true => ranges(listed, kind),
+        false => Some(listed.into_iter().map(|one| element(&one.first, one.last.as_deref(), one.data, kind)).collect()),
+    });
+    // With an element that we don't make it is not a set that we make.
+    Ok(all.map_or_else(FoundSet::default, |elements: Vec<Element>| FoundSet {
+        kind: Some(kind),
+        elements: elements.into_iter().collect(),
+    }))
+}
+
+fn listed(element: &Values<'_>, kind: SetKind) -> Option<Listed> {
+    // NFTA_SET_ELEM_KEY, _DATA, _FLAGS, _KEY_END
+    let flags = element.number(3).unwrap_or(0);
+    (flags & CATCH_ALL == 0).then_some(())?;
+    let right = |bytes: &&[u8]| u32::try_from(bytes.len()) == Ok(length(kind.key));
+    let key = |attribute| element.nested(attribute).and_then(|key| key.bytes(DATA_VALUE)).filter(right);
+    let is_end = flags & INTERVAL_END != 0;
+    let data = match kind.data {
+        _ if is_end => To::Values(vec![]),
+        Data::None => To::Values(vec![]),
+        Data::Fields(_) => To::Values(element.nested(2)?.bytes(DATA_VALUE)?.to_vec()),
+        Data::Verdict => To::Verdict(verdict(&element.nested(2)?.nested(DATA_VERDICT)?)?),
+    };
+    Some(Listed { first: key(1)?.to_vec(), last: key(10).map(<[u8]>::to_vec), is_end, data })
+}
+
+/// A verdict that is one of ours.
+fn verdict(data: &Values<'_>) -> Option<Verdict> {
+    let chain = || data.text(2).filter(|chain| (1..=Name::SIZE).contains(&chain.len())).map(Name::new);
+    let code = data.number(1)?.cast_signed();
+    let plain = [Verdict::Accept, Verdict::Drop, Verdict::Return].into_iter();
+    let known = plain.chain(chain().into_iter().flat_map(|chain| [Verdict::Jump(chain), Verdict::Goto(chain)]));
+    { known }.find(|known| verdict_code(*known) == code)
+}
+
+/// Ranges of one field, from where they begin and the values behind where they end.
+fn ranges(mut listed: Vec<Listed>, kind: SetKind) -> Option<Vec<Element>> {
+    listed.sort_by(|one, other| (&one.first, !one.is_end).cmp(&(&other.first, !other.is_end)));
+    let mut rest = listed.into_iter().skip_while(|one| one.is_end).peekable();
+    let mut ranges = vec![];
+    while let Some(begin) = rest.next() {
+        (!begin.is_end).then_some(())?;
+        let last = match rest.next_if(|next| next.is_end) {
+            Some(end) => before(end.first),
+            None if rest.peek().is_none() => vec![0xff; begin.first.len()],
+            None => return None,
+        };
+        ranges.push(element(&begin.first, Some(&last), begin.data, kind));
     }
-    Some(parts.into_iter().collect())
+    Some(ranges)
 }
 
-/// The prefix that begins and ends there, if it is one.
-fn net(family: Family, first: &[u8], last: &[u8]) -> Option<Subnet> {
-    let number = |bytes: &[u8]| bytes.iter().fold(0, |number, byte| number << 8 | u128::from(*byte));
-    let (first, last) = (number(first), number(last));
-    let length = family.bits() - u8::try_from((first ^ last).checked_ilog2().map_or(0, |bit| bit + 1)).ok()?;
-    let net = Subnet::holding(from_bits(family, first), length).ok()?;
-    let same = |ip, bits| fabric_core::model::to_bits(ip) == bits;
-    (same(net.base(), first) && same(net.last(), last)).then_some(net)
+/// The value before this one, which isn't 0.
+fn before(mut bytes: Vec<u8>) -> Vec<u8> {
+    for byte in bytes.iter_mut().rev() {
+        let (less, under) = byte.overflowing_sub(1);
+        *byte = less;
+        if !under {
+            break;
+        }
+    }
+    bytes
+}
+
+/// An element as we keep it: one field alone is filled up to four bytes as well.
+fn element(first: &[u8], last: Option<&[u8]>, data: To, kind: SetKind) -> Element {
+    let filled = |bytes: &[u8]| {
+        let mut bytes = bytes.to_vec();
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    };
+    let mut key = filled(first);
+    if kind.ranges {
+        key.extend(filled(last.unwrap_or(first)));
+    }
+    match data {
+        To::Values(data) => Element::packed(&key, &filled(&data)),
+        To::Verdict(verdict) => Element::packed(&key, &[]).to_verdict(verdict),
+    }
 }

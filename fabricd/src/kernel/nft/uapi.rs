@@ -1,6 +1,6 @@
 //! Numbers of nf_tables (linux/netfilter/nf_tables.h, linux/netfilter/nfnetlink.h): kinds of messages, flags, widths.
 
-use fabric_core::state::nft::{ChainKind, KeyField, TableFamily};
+use fabric_core::state::nft::{ChainKind, Datatype, TableFamily};
 
 /// `NFNL_SUBSYS_NFTABLES`: whose message it is, and whose batch.
 pub(super) const SUBSYSTEM: u16 = 10;
@@ -33,13 +33,24 @@ pub(super) const BATCH_END: u16 = 17;
 pub(in crate::kernel) const DROP: u32 = 0;
 pub(super) const ACCEPT: u32 = 1;
 
-/// `NFT_SET_INTERVAL`, `NFT_SET_EVAL`, `NFT_SET_CONCAT`.
+/// `NFT_SET_INTERVAL`, `NFT_SET_MAP`, `NFT_SET_TIMEOUT`, `NFT_SET_EVAL`, `NFT_SET_CONCAT`.
 pub(in crate::kernel) const INTERVAL: u32 = 0x04;
+pub(super) const MAP: u32 = 0x08;
+pub(super) const TIMEOUT: u32 = 0x10;
 pub(in crate::kernel) const DYNAMIC: u32 = 0x20;
 pub(in crate::kernel) const CONCATENATED: u32 = 0x80;
 /// `NFT_SET_ELEM_INTERVAL_END`, `NFT_SET_ELEM_CATCHALL`.
 pub(in crate::kernel) const INTERVAL_END: u32 = 1;
 pub(in crate::kernel) const CATCH_ALL: u32 = 2;
+/// `NFT_DATA_VERDICT`: the type of a verdict map's data.
+pub(super) const VERDICT_DATA: u32 = 0xffff_ff00;
+
+/// `NFTA_DATA_VALUE`, `NFTA_DATA_VERDICT`.
+pub(super) const DATA_VALUE: u16 = 1;
+pub(super) const DATA_VERDICT: u16 = 2;
+/// `NFTA_LIST_ELEM`.
+pub(super) const LIST_ELEMENT: u16 = 1;
+
 /// Bits of one field in a key's type, which is for `nft` to print by.
 pub(super) const TYPE_BITS: u32 = 6;
 
@@ -64,21 +75,16 @@ pub(super) fn chain_kind(kind: ChainKind) -> &'static str {
     }
 }
 
-/// Bytes of a field.
-pub(super) fn width(field: KeyField) -> usize {
+/// What `nft` calls `TYPE_IPADDR`, `TYPE_IP6ADDR`, `TYPE_ETHERADDR`, `TYPE_INET_PROTOCOL`, `TYPE_INET_SERVICE`, `TYPE_MARK`
+/// and `TYPE_IFNAME`; the kernel only keeps it.
+pub(super) fn datatype(field: Datatype) -> u32 {
     match field {
-        KeyField::V4 => 4,
-        KeyField::V6 | KeyField::Interface => 16,
-        KeyField::Mac => 6,
-    }
-}
-
-/// What `nft` calls `TYPE_IPADDR`, `TYPE_IP6ADDR`, `TYPE_ETHERADDR` and `TYPE_IFNAME`; the kernel only keeps it.
-pub(super) fn datatype(field: KeyField) -> u32 {
-    match field {
-        KeyField::V4 => 7,
-        KeyField::V6 => 8,
-        KeyField::Mac => 9,
-        KeyField::Interface => 41,
+        Datatype::V4 => 7,
+        Datatype::V6 => 8,
+        Datatype::Mac => 9,
+        Datatype::Protocol => 12,
+        Datatype::Port => 13,
+        Datatype::Number => 19,
+        Datatype::Interface => 41,
     }
 }

@@ -8,6 +8,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use fabric_core::state::nft::TableKey;
 use fabric_netlink::{Frame, RECEIVE, frames, grow_receive_buffer, is_overrun};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{AsyncSocket, AsyncSocketExt as _, TokioSocket};
@@ -15,7 +16,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
 use super::attributes::Values;
-use super::read::concerns_us;
+use super::read::concerned;
 use super::uapi::{NEW_GENERATION, message};
 use crate::kernel::monitor::{Monitor, Table};
 
@@ -55,13 +56,11 @@ pub(in crate::kernel) fn start(monitor: Arc<Monitor>, own_port: u32) -> io::Resu
             match received {
                 Ok(()) => {
                     let theirs = || frames(&buffer).filter(|frame| frame.port != own_port);
-                    if theirs().any(|frame| concerns_us(&frame)) {
-                        monitor.distrust([Table::Rules]);
-                    }
+                    monitor.distrust(theirs().filter_map(|frame| concerned(&frame)).map(Table::Rules));
                     to_tell |= theirs().any(|frame| may_decide(&frame));
                 }
                 Err(error) if is_overrun(&error) => {
-                    monitor.distrust([Table::Rules]);
+                    monitor.distrust(TableKey::ALL.map(Table::Rules));
                     to_tell = true;
                 }
                 Err(error) => {
@@ -80,7 +79,7 @@ fn pause(took: Duration) -> Duration {
 
 /// Whether an event is about a table of others that may decide on packets: that of iptables for translation never does.
 fn may_decide(frame: &Frame<'_>) -> bool {
-    frame.kind != message(NEW_GENERATION) && !concerns_us(frame) && Values::of(frame).text(1) != Some("nat")
+    frame.kind != message(NEW_GENERATION) && concerned(frame).is_none() && Values::of(frame).text(1) != Some("nat")
 }
 
 #[cfg(test)]

@@ -6,8 +6,9 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use super::{ChainKind, Field, FilterInputs, Match, Place, Rule, Ruleset, TableFamily, Test, Verdict, senders};
+use super::{FilterInputs, senders};
 use crate::model::{Family, Subnet};
+use crate::state::nft::{ChainKind, Field, Match, Place, Rule, Ruleset, Step, TableKey, Test, Verdict};
 
 /// One before `NF_IP_PRI_NAT_SRC`, where kube-proxy, Docker and iptables have their chains.
 const BEFORE_SRCNAT: i32 = 99;
@@ -22,27 +23,27 @@ pub(super) fn add(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>) {
         let Some(space) = inputs.network.spaces.get(family) else { continue };
         let from = |prefix| Match::new(Field::Source(family), Test::Within(prefix));
         let to = |prefix| Match::new(Field::Target(family), Test::Within(prefix));
-        let mut rule = |matches: &[Match], verdict, why| {
-            rules.push(Rule::new([&[Match::family(family)], matches].concat(), verdict, why));
+        let mut rule = |matches: &[Match], then: Step, why: &'static str| {
+            rules.push(Rule::new([&[Match::family(family)], matches].concat(), then, why));
         };
         let network = space.network;
-        rule(&[to(*own)], Verdict::Return, "to a pod of this node");
-        rule(&[from(network), to(network)], Verdict::Return, "within the network");
-        rule(&[from(network), to(multicast(family))], Verdict::Return, "multicast");
+        rule(&[to(*own)], Verdict::Return.into(), "to a pod of this node");
+        rule(&[from(network), to(network)], Verdict::Return.into(), "within the network");
+        rule(&[from(network), to(multicast(family))], Verdict::Return.into(), "multicast");
         for prefix in inputs.options.no_masquerade_to.iter().filter(|prefix| prefix.family() == family) {
-            rule(&[from(network), to(*prefix)], Verdict::Return, "excepted by --no-masquerade-to");
+            rule(&[from(network), to(*prefix)], Verdict::Return.into(), "excepted by --no-masquerade-to");
         }
         if inputs.options.no_masquerade_to_nodes {
             senders::add_members(ruleset, inputs, family);
             for node in senders::of_a_peer(Field::Target(family), family) {
-                rule(&[from(network), node], Verdict::Return, "to a node, excepted by --no-masquerade-to");
+                rule(&[from(network), node], Verdict::Return.into(), "to a node, excepted by --no-masquerade-to");
             }
         }
-        rule(&[from(network)], Verdict::Masquerade, "out of the network");
-        rule(&[to(network)], Verdict::Masquerade, "into the network");
+        rule(&[from(network)], Step::Masquerade, "out of the network");
+        rule(&[to(network)], Step::Masquerade, "into the network");
     }
-    let table = ruleset.entry(TableFamily::Inet).or_default();
-    *table.at("postrouting", ChainKind::Nat, Place::Postrouting, BEFORE_SRCNAT) = rules;
+    let table = ruleset.entry(TableKey::Fabric).or_default();
+    table.at("postrouting", ChainKind::Nat, Place::Postrouting, BEFORE_SRCNAT).extend(rules);
 }
 
 fn multicast(family: Family) -> Subnet {

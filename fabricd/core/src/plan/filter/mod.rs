@@ -19,10 +19,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use crate::model::{Family, IfName, MacAddr, PerFamily, Subnet};
 use crate::network::NetworkConfig;
-use crate::state::nft::{
-    ChainKind, Element, Field, Hook, KeyField, Match, Part, Place, Rule, Ruleset, Set, Table, TableFamily, Test, UDP,
-    Verdict,
-};
+use crate::state::nft::Ruleset;
 
 /// What a node wants its filter to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,76 +127,10 @@ pub fn ruleset(inputs: &FilterInputs<'_>) -> Ruleset {
     ruleset
 }
 
-/// `NFPROTO_IPV4`, `NFPROTO_IPV6`.
-const fn nfproto(family: Family) -> u32 {
-    match family {
-        Family::V4 => 2,
-        Family::V6 => 10,
-    }
-}
 /// `ETH_P_IP`, `ETH_P_IPV6`.
 const fn ether_type(family: Family) -> u32 {
     match family {
         Family::V4 => 0x0800,
         Family::V6 => 0x86dd,
-    }
-}
-
-impl Match {
-    fn new(field: Field, test: Test) -> Self {
-        Self { fields: vec![field], test }
-    }
-
-    fn is(field: Field, number: u32) -> Self {
-        Self::new(field, Test::Is(number))
-    }
-
-    fn family(family: Family) -> Self {
-        Self::is(Field::NetworkFamily, nfproto(family))
-    }
-
-    /// Together, in this set.
-    fn all_in(fields: &[Field], set: &'static str) -> Self {
-        Self { fields: fields.to_vec(), test: Test::In(set) }
-    }
-
-    /// UDP to this port.
-    fn udp_to(port: u16) -> [Self; 2] {
-        [Self::is(Field::Protocol, UDP), Self::is(Field::TargetPort, port.into())]
-    }
-}
-
-impl Rule {
-    fn new(matches: impl Into<Vec<Match>>, verdict: Verdict, why: &'static str) -> Self {
-        Self { matches: matches.into(), counted: false, verdict, why }
-    }
-
-    /// A rule that drops, and counts what it drops.
-    fn drop(matches: impl Into<Vec<Match>>, why: &'static str) -> Self {
-        Self { counted: true, ..Self::new(matches, Verdict::Drop, why) }
-    }
-}
-
-impl Table {
-    /// The chain of this name that packets enter at `place`.
-    fn at(&mut self, name: &'static str, kind: ChainKind, place: Place, priority: i32) -> &mut Vec<Rule> {
-        let chain = self.chains.entry(name).or_default();
-        chain.hook = Some(Hook { kind, place, priority });
-        &mut chain.rules
-    }
-
-    /// The chain of this name that rules jump to.
-    fn called(&mut self, name: &'static str) -> &mut Vec<Rule> {
-        &mut self.chains.entry(name).or_default().rules
-    }
-
-    /// A set of this name, with these elements. Looking into it costs the same however many there are.
-    fn set(&mut self, name: &'static str, key: &'static [KeyField], elements: impl IntoIterator<Item = Element>) {
-        self.sets.insert(name, Set { key, ranges: false, elements: elements.into_iter().collect() });
-    }
-
-    /// The same for prefixes, of a few only: the kernel goes through all of them for each packet, and for each change.
-    fn ranges(&mut self, name: &'static str, key: &'static [KeyField], elements: impl IntoIterator<Item = Element>) {
-        self.sets.insert(name, Set { key, ranges: true, elements: elements.into_iter().collect() });
     }
 }

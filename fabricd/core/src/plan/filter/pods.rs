@@ -8,11 +8,12 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use super::{
-    ChainKind, Element, Field, FilterInputs, KeyField, Match, Part, Place, Pod, Rule, Ruleset, TableFamily, Test,
-    Verdict, ether_type, senders,
-};
+use super::{FilterInputs, Pod, ether_type, senders};
 use crate::model::{Family, IfName, Subnet};
+use crate::state::nft::{
+    Chain, ChainKind, Datatype, Element, Field, Match, Order, Part, Place, Rule, Ruleset, SetKind, TableKey, Test,
+    Verdict,
+};
 
 const ICMP: u32 = 1;
 const ICMPV6: u32 = 58;
@@ -25,6 +26,9 @@ const V6_REDIRECT: u32 = 137;
 /// `ETH_P_ARP`.
 const ARP: u32 = 0x0806;
 
+/// Sets of ports.
+const PORTS: SetKind = SetKind::of(&[Datatype::Interface]);
+
 const ROUTERS: &str = "a pod is no router";
 const SPOOFED: &str = "a pod's source is not in this node's subnet";
 const FORGED: &str = "a pod claims an address that is not its own";
@@ -35,7 +39,7 @@ pub(super) fn add(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>) {
 }
 
 fn on_the_host(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>) {
-    let table = ruleset.entry(TableFamily::Inet).or_default();
+    let table = ruleset.entry(TableKey::Fabric).or_default();
     let pods = table.called("pods");
     // Masqueraded, it would come from a node that the other nodes trust. After every translation of the destination.
     pods.push(Rule::drop(Match::udp_to(inputs.network.vxlan.port), "a pod does not speak VXLAN"));
@@ -61,25 +65,26 @@ fn on_the_host(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>) {
 
     for (name, place) in [("input", Place::Input), ("forward", Place::Forward)] {
         let from = |bridge: &IfName| Match::new(Field::InInterface, Test::Named(*bridge));
-        let rules = inputs.bridges.iter().map(|bridge| Rule::new([from(bridge)], Verdict::Jump("pods"), "from a pod"));
+        let rules =
+            inputs.bridges.iter().map(|bridge| Rule::new([from(bridge)], Verdict::Jump("pods".into()), "from a pod"));
         table.at(name, ChainKind::Filter, place, senders::FILTER).extend(rules);
     }
 }
 
 fn on_the_bridge(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>) {
-    let table = ruleset.entry(TableFamily::Bridge).or_default();
+    let table = ruleset.entry(TableKey::Bridge).or_default();
     let port = |port: &IfName| Element::from([Part::Interface(*port)]);
-    table.set("ports", &[KeyField::Interface], inputs.ports.iter().map(port));
+    table.set("ports", PORTS, Order::BeforeChains, inputs.ports.iter().map(port));
     let known: Vec<(&IfName, &Pod)> = inputs.pods.iter().filter(|(port, _)| inputs.ports.contains(port)).collect();
-    table.set("known", &[KeyField::Interface], known.iter().map(|(name, _)| port(name)));
+    table.set("known", PORTS, Order::BeforeChains, known.iter().map(|(name, _)| port(name)));
     for family in Family::ALL {
-        let (set, key) = own_addresses(family);
+        let (set, kind) = own_addresses(family);
         let of_pod = |(port, pod): &(&IfName, &Pod)| {
             let of_family = pod.ips.iter().filter(move |ip| Family::of(**ip) == family);
             let (port, mac) = (Part::Interface(**port), Part::Mac(pod.mac));
-            of_family.map(|ip| Element::from([port, mac, Part::Net(Subnet::host(*ip))])).collect::<Vec<_>>()
+            of_family.map(|ip| Element::from([port, mac, Part::Ip(*ip)])).collect::<Vec<_>>()
         };
-        table.set(set, key, known.iter().flat_map(of_pod));
+        table.set(set, kind, Order::BeforeChains, known.iter().flat_map(of_pod));
     }
     let prerouting = table.at("prerouting", ChainKind::Filter, Place::Prerouting, senders::RAW);
     for (family, protocol) in [(Family::V4, ICMP), (Family::V6, ICMPV6)] {
@@ -87,7 +92,11 @@ fn on_the_bridge(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>) {
         matches.push(its_own(Field::Source(family), family));
         prerouting.push(Rule::new(matches, Verdict::Accept, "its own address"));
     }
-    prerouting.push(Rule::new([Match::all_in(&[Field::InInterface], "ports")], Verdict::Jump("pods"), "from a pod"));
+    prerouting.push(Rule::new(
+        [Match::all_in(&[Field::InInterface], "ports")],
+        Verdict::Jump("pods".into()),
+        "from a pod",
+    ));
     let pods = table.called("pods");
     for (family, protocol, kinds) in
         [(Family::V4, ICMP, [REDIRECT, ADVERTISEMENT]), (Family::V6, ICMPV6, [V6_ADVERTISEMENT, V6_REDIRECT])]
@@ -97,7 +106,7 @@ fn on_the_bridge(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>) {
         }
     }
     let advertisement = message(Family::V6, ICMPV6, NEIGHBOUR_ADVERTISEMENT);
-    pods.push(Rule::new(advertisement, Verdict::Jump("advertised"), "it says where an address is"));
+    pods.push(Rule::new(advertisement, Verdict::Jump("advertised".into()), "it says where an address is"));
     judge(pods, inputs, &[of(ether_type(Family::V4))], Field::Source(Family::V4), Family::V4);
     judge(pods, inputs, &[of(ARP)], Field::ArpSource, Family::V4);
     judge(pods, inputs, &[of(ether_type(Family::V6))], Field::Source(Family::V6), Family::V6);
@@ -105,7 +114,7 @@ fn on_the_bridge(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>) {
 }
 
 /// Of such a frame a known pod may claim its own addresses in `source`, any other every address of this node.
-fn judge(rules: &mut Vec<Rule>, inputs: &FilterInputs<'_>, frame: &[Match], source: Field, family: Family) {
+fn judge(rules: &mut Chain, inputs: &FilterInputs<'_>, frame: &[Match], source: Field, family: Family) {
     let and = |matches: &[Match]| [frame, matches].concat();
     rules.push(Rule::new(and(&[its_own(source, family)]), Verdict::Return, "its own address"));
     for net in of_nobody(source) {
@@ -134,11 +143,11 @@ fn of_nobody(source: Field) -> Vec<Subnet> {
     }
 }
 
-/// The set of the pods' own addresses, and its key.
-const fn own_addresses(family: Family) -> (&'static str, &'static [KeyField]) {
+/// The set of the pods' own addresses, and its declaration.
+const fn own_addresses(family: Family) -> (&'static str, SetKind) {
     match family {
-        Family::V4 => ("pods4", &[KeyField::Interface, KeyField::Mac, KeyField::V4]),
-        Family::V6 => ("pods6", &[KeyField::Interface, KeyField::Mac, KeyField::V6]),
+        Family::V4 => ("pods4", SetKind::of(&[Datatype::Interface, Datatype::Mac, Datatype::V4])),
+        Family::V6 => ("pods6", SetKind::of(&[Datatype::Interface, Datatype::Mac, Datatype::V6])),
     }
 }
 

@@ -14,12 +14,12 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use super::{
-    ChainKind, Element, Field, FilterInputs, KeyField, Match, Member, Part, Place, Rule, Ruleset, Table, TableFamily,
-    Test, Verdict, ether_type,
-};
+use super::{FilterInputs, Member, ether_type};
 use crate::model::{Family, PerFamily, Subnet};
-use crate::state::nft::FoundTable;
+use crate::state::nft::{
+    Chain, ChainKind, Datatype, Element, Field, FoundTable, Match, Order, Part, Place, Rule, Ruleset, SetKind, Step,
+    Table, TableKey, Test, Verdict,
+};
 
 /// Before connections are tracked: `NF_IP_PRI_RAW`.
 pub(super) const RAW: i32 = -300;
@@ -38,13 +38,13 @@ struct Sets {
     members: &'static str,
     /// The same, where it doesn't fit there.
     odd: &'static str,
-    key: &'static [KeyField],
+    kind: SetKind,
 }
 
 const fn sets(family: Family) -> Sets {
     match family {
-        Family::V4 => Sets { members: "members4", odd: "odd4", key: &[KeyField::V4, KeyField::V4] },
-        Family::V6 => Sets { members: "members6", odd: "odd6", key: &[KeyField::V6, KeyField::V6] },
+        Family::V4 => Sets { members: "members4", odd: "odd4", kind: SetKind::of(&[Datatype::V4, Datatype::V4]) },
+        Family::V6 => Sets { members: "members6", odd: "odd6", kind: SetKind::of(&[Datatype::V6, Datatype::V6]) },
     }
 }
 
@@ -53,12 +53,10 @@ const fn sets(family: Family) -> Sets {
 pub fn may_send(table: &FoundTable, underlay: IpAddr, subnet: Subnet) -> Option<bool> {
     table.chains.contains_key(SENDERS).then_some(())?;
     let sets = sets(Family::of(underlay));
-    let has = |set: &str, inside: Subnet| {
-        let element = Element::from([Part::Net(Subnet::host(underlay)), Part::Net(inside)]);
-        table.sets.get(set).map(|found| found.elements.contains(&element))
-    };
-    let usual = has(sets.members, Subnet::host(subnet.base()))?;
-    Some(usual || has(sets.odd, subnet).unwrap_or_default())
+    let has = |set: &str, element: &Element| table.sets.get(set).map(|found| found.elements.contains(element));
+    let usual = has(sets.members, &Element::from([Part::Ip(underlay), Part::Ip(subnet.base())]))?;
+    let odd = Element::range(&[Part::Ip(underlay), Part::Net(subnet)]);
+    Some(usual || has(sets.odd, &odd).unwrap_or_default())
 }
 
 /// Whether the table has the rules against tracking. Once there they stay, so that a restart finds nothing to write.
@@ -82,17 +80,14 @@ pub(super) fn add_members(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>, fami
         [member.subnet, Subnet::host(member.underlay)].map(|inside| place(member.underlay, inside, length))
     });
     let (usual, odd): (Vec<_>, Vec<_>) = places.partition(|(name, _)| *name == sets.members);
-    let table = ruleset.entry(TableFamily::Inet).or_default();
-    table.set(sets.members, sets.key, usual.into_iter().map(|(_, element)| element));
-    table.ranges(sets.odd, sets.key, odd.into_iter().map(|(_, element)| element));
+    let table = ruleset.entry(TableKey::Fabric).or_default();
+    let order = Order::BeforeChains;
+    table.set(sets.members, sets.kind, order, usual.into_iter().map(|(_, element)| element));
+    table.set(sets.odd, sets.kind.of_ranges(), order, odd.into_iter().map(|(_, element)| element));
 }
 
 fn of_family(members: &BTreeSet<Member>, family: Family) -> impl Iterator<Item = &Member> {
     members.iter().filter(move |member| Family::of(member.underlay) == family && member.subnet.family() == family)
-}
-
-fn host(ip: IpAddr) -> Part {
-    Part::Net(Subnet::host(ip))
 }
 
 /// Where one pair of addresses goes: an underlay address, and what may come from it inside.
@@ -104,8 +99,8 @@ fn place(underlay: IpAddr, inside: Subnet, length: u8) -> (&'static str, Element
         false => inside.prefix_len() == length,
     };
     match is_usual {
-        true => (members, Element::from([host(underlay), host(inside.base())])),
-        false => (odd, Element::from([host(underlay), Part::Net(inside)])),
+        true => (members, Element::from([Part::Ip(underlay), Part::Ip(inside.base())])),
+        false => (odd, Element::range(&[Part::Ip(underlay), Part::Net(inside)])),
     }
 }
 
@@ -118,7 +113,7 @@ pub fn follow(
     come: &[Member],
     remains: impl Fn(IpAddr) -> bool,
 ) {
-    let Some(table) = ruleset.get_mut(&TableFamily::Inet) else { return };
+    let Some(table) = ruleset.get_mut(&TableKey::Fabric) else { return };
     for (members, comes) in [(gone, false), (come, true)] {
         for Member { underlay, subnet } in members.iter().filter(|m| Family::of(m.underlay) == m.subnet.family()) {
             let length = usual_length(own, subnet.family());
@@ -149,8 +144,8 @@ fn ours(inputs: &FilterInputs<'_>) -> Vec<Match> {
 /// that is full would drop them. Those of other VNIs keep theirs, which their address translation may need. Where the
 /// kernel tracks nothing the rule would only cost.
 pub(super) fn add_notrack(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>) {
-    let table = ruleset.entry(TableFamily::Inet).or_default();
-    let rule = Rule::new(ours(inputs), Verdict::Notrack, "vxlan has no connections");
+    let table = ruleset.entry(TableKey::Fabric).or_default();
+    let rule = Rule::new(ours(inputs), Step::Notrack, "vxlan has no connections");
     table.at("prerouting", ChainKind::Filter, Place::Prerouting, RAW).push(rule.clone());
     table.at(OUTPUT, ChainKind::Filter, Place::Output, RAW).push(rule);
 }
@@ -160,12 +155,12 @@ pub(super) fn add(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>) {
     for family in inputs.own.families() {
         add_members(ruleset, inputs, family);
     }
-    let table = ruleset.entry(TableFamily::Inet).or_default();
+    let table = ruleset.entry(TableKey::Fabric).or_default();
     for family in inputs.own.families() {
         admit(table, inputs, family);
     }
     for family in inputs.own.families() {
-        let to_judge = Rule::new(encapsulated(inputs, family), Verdict::Jump(SENDERS), "encapsulated");
+        let to_judge = Rule::new(encapsulated(inputs, family), Verdict::Jump(SENDERS.into()), "encapsulated");
         table.at("input", ChainKind::Filter, Place::Input, FILTER).push(to_judge);
         judge(table.called(SENDERS), inputs, family);
     }
@@ -201,7 +196,7 @@ fn is_base(ip: IpAddr, length: u8) -> bool {
 }
 
 /// What is not from a peer's pod.
-fn judge(rules: &mut Vec<Rule>, inputs: &FilterInputs<'_>, family: Family) {
+fn judge(rules: &mut Chain, inputs: &FilterInputs<'_>, family: Family) {
     let Sets { members, odd, .. } = sets(family);
     let (source, inside) = (Field::Source(family), Field::InnerSource(family));
     let outer = Match::family(family);

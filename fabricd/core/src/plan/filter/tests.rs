@@ -1,13 +1,14 @@
 //! What the filter holds, as text, and what is written when something changes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::senders::{follow, has_notrack, may_send};
 use super::{FilterInputs, FilterOptions, Member, Pod, ruleset};
 use crate::diff::{Op, Plan, Verb, diff};
 use crate::model::{IfName, PerFamily, Subnet};
 use crate::network::NetworkConfig;
-use crate::state::nft::{FoundRuleset, FoundSet, FoundTable, Ruleset, TableFamily};
+use crate::state::nft::{FoundRuleset, FoundSet, FoundTable, Ruleset, TableKey};
 
 struct Node {
     bridges: BTreeSet<IfName>,
@@ -74,7 +75,7 @@ impl Node {
     }
 
     fn inet(&self) -> String {
-        self.rules()[&TableFamily::Inet].to_string()
+        self.rules()[&TableKey::Fabric].to_string()
     }
 }
 
@@ -160,7 +161,7 @@ chain postrouting {
 }
 "#
     );
-    let table = |node: &Node| found(&node.rules()).remove(&TableFamily::Inet).expect("there");
+    let table = |node: &Node| found(&node.rules()).remove(&TableKey::Fabric).expect("there");
     let (peer, stranger) = (v("192.0.2.2"), v("192.0.2.3"));
     assert_eq!(may_send(&table(&node), stranger, v("10.64.2.0/24")), None, "the sets are there, and nobody is judged");
     node.options.check_senders = true;
@@ -188,10 +189,10 @@ fn pods_send_from_their_subnet_and_are_neither_routers_nor_nodes() {
     let ips = [v("10.64.1.7"), v("2001:db8:0:1::7")].into();
     let pod = Pod { mac: v("02:00:00:00:00:07"), ips };
     node.pods = [(v("veth1"), pod.clone()), (v("gone"), pod)].into();
-    let text = node.rules().iter().map(|(family, table)| format!("table {family}\n{table}")).collect::<String>();
+    let text = node.rules().iter().map(|(key, table)| format!("table {key}\n{table}")).collect::<String>();
     assert_eq!(
         text,
-        r#"table inet
+        r#"table inet fabric
 chain forward {
   type filter hook forward priority 0; policy accept;
   iifname "cni0" jump pods comment "from a pod"
@@ -210,7 +211,7 @@ chain pods {
   meta nfproto ipv6 ip6 saddr ::/128 meta l4proto 58 accept comment "neighbour discovery"
   counter drop comment "a pod's source is not in this node's subnet"
 }
-table bridge
+table bridge fabric
 set known { type ifname; elements = { "veth1" } }
 set pods4 { type ifname . ether_addr . ipv4_addr; elements = { "veth1" . 02:00:00:00:00:07 . 10.64.1.7 } }
 set pods6 { type ifname . ether_addr . ipv6_addr; elements = { "veth1" . 02:00:00:00:00:07 . 2001:db8:0:1::7 } }
@@ -257,9 +258,9 @@ fn encapsulated_packets_are_untracked_where_connections_are_tracked_and_stay_so(
         let mut node = Node::v4();
         (node.tracked, node.options.notrack, node.options.masquerade) = (tracked, true, masquerade);
         let rules = node.rules();
-        let text = rules.get(&TableFamily::Inet).map(ToString::to_string).unwrap_or_default();
+        let text = rules.get(&TableKey::Fabric).map(ToString::to_string).unwrap_or_default();
         assert_eq!(text.matches(rule).count(), if tracked || masquerade { 2 } else { 0 }, "{text}");
-        let there = found(&rules).get(&TableFamily::Inet).is_some_and(has_notrack);
+        let there = found(&rules).get(&TableKey::Fabric).is_some_and(has_notrack);
         assert_eq!(there, tracked || masquerade);
     }
 }
@@ -365,14 +366,29 @@ fn members_that_go_and_come_leave_what_all_together_would_make() {
 fn whatever_others_do_to_a_table_is_put_right_around_the_sets_that_serve() {
     let rules = everything().rules();
     type Spoil = fn(&mut FoundTable);
-    const CHAINS: &str = "~ nft replace chains of table inet fabric\n";
+    const INPUT: &str = "~ nft replace chains of table inet fabric: input\n";
+    fn input(table: &mut FoundTable) -> &mut Vec<String> {
+        Arc::make_mut(table.chains.get_mut("input").expect("there"))
+    }
     let spoiled: [(&str, Spoil, &str); 7] = [
-        ("a rule less", |table| drop(table.chains.get_mut("input").expect("there").pop()), CHAINS),
-        ("a rule more", |table| table.chains.get_mut("input").expect("there").insert(1, "theirs".into()), CHAINS),
-        ("another rule", |table| table.chains.get_mut("input").expect("there")[1].push('0'), CHAINS),
-        ("a chain more", |table| drop(table.chains.insert("theirs".into(), vec![])), CHAINS),
-        ("a set more", |table| drop(table.sets.insert("theirs".into(), FoundSet::default())), CHAINS),
-        ("another set", |table| table.sets.get_mut("members4").expect("there").declaration.clear(), CHAINS),
+        ("a rule less", |table| drop(input(table).pop()), INPUT),
+        ("a rule more", |table| input(table).insert(1, "theirs".into()), INPUT),
+        ("another rule", |table| input(table)[1].push('0'), INPUT),
+        (
+            "a chain more",
+            |table| drop(table.chains.insert("theirs".into(), Arc::default())),
+            "- nft delete of table inet fabric: chain theirs\n",
+        ),
+        (
+            "a set more",
+            |table| drop(table.sets.insert("theirs".into(), FoundSet::default())),
+            "- nft delete of table inet fabric: set theirs\n",
+        ),
+        (
+            "another set",
+            |table| table.sets.get_mut("members4").expect("there").kind = None,
+            "~ nft replace chains of table inet fabric: input, postrouting, senders, set members4\n",
+        ),
         (
             "a disabled table",
             |table| table.disabled = true,
@@ -381,12 +397,12 @@ fn whatever_others_do_to_a_table_is_put_right_around_the_sets_that_serve() {
              + nft add set inet fabric members6 { type ipv6_addr . ipv6_addr; }\n\
              + nft add set inet fabric odd4 { type ipv4_addr . ipv4_addr; flags interval; }\n\
              + nft add set inet fabric odd6 { type ipv6_addr . ipv6_addr; flags interval; }\n\
-             ~ nft replace chains of table inet fabric\n",
+             ~ nft replace chains of table inet fabric: forward, input, output, pods, postrouting, prerouting, senders\n",
         ),
     ];
     for (what, spoil, repaired_by) in spoiled {
         let mut kernel = found(&rules);
-        spoil(kernel.get_mut(&TableFamily::Inet).expect("there"));
+        spoil(kernel.get_mut(&TableKey::Fabric).expect("there"));
         let repair = diff(&rules, &kernel);
         assert_eq!(repair.to_string(), repaired_by, "{what}");
         write(&repair, &mut kernel);
@@ -406,7 +422,7 @@ fn table_that_is_not_wanted_any_more_goes() {
 #[test]
 fn comments_fit_into_what_nft_allows() {
     for table in everything().rules().values() {
-        for rule in table.chains.values().flat_map(|chain| &chain.rules) {
+        for rule in table.chains.values().flat_map(|chain| chain.rules()) {
             assert!(rule.comment().len() < 128, "{}", rule.comment());
         }
     }
