@@ -16,6 +16,7 @@
 
 #define SECTION(name) __attribute__((section(name), used))
 #define INLINE static inline __attribute__((always_inline))
+#define ALIGNED __attribute__((aligned(8)))
 #define likely(condition) __builtin_expect(!!(condition), 1)
 #define unlikely(condition) __builtin_expect(!!(condition), 0)
 
@@ -53,6 +54,14 @@ static long (*const redirect)(__u32 ifindex, __u64 flags) = (void *)BPF_FUNC_red
 static long (*const redirect_peer)(__u32 ifindex, __u64 flags) = (void *)BPF_FUNC_redirect_peer;
 static long (*const redirect_neigh)(__u32 ifindex, struct bpf_redir_neigh *nexthop, int size,
 				    __u64 flags) = (void *)BPF_FUNC_redirect_neigh;
+
+/* struct ethhdr is packed, so every field of it would be read byte by byte. IP headers behind it are just as unaligned. */
+struct ethernet {
+	__u8 destination[ETH_ALEN];
+	__u8 source[ETH_ALEN];
+	__u16 protocol;
+};
+_Static_assert(sizeof(struct ethernet) == ETH_HLEN, "ethernet");
 
 /*
  * Maps are made by fabricd, which knows their layouts. Here they are names: the loader puts the descriptors in.

@@ -30,13 +30,6 @@ INLINE void count(enum program program, enum reason reason)
 		*counter += 1;
 }
 
-/* To the kernel's own path, and why. */
-INLINE int slow(enum program program, enum reason reason)
-{
-	count(program, reason);
-	return NEXT;
-}
-
 INLINE __u32 number_in(void *map, const void *key)
 {
 	const __u32 *value = map_lookup(map, key);

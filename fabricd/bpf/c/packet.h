@@ -43,17 +43,22 @@ INLINE void make_readable(struct __sk_buff *skb, __u32 length)
 		pull_data(skb, wanted);
 }
 
-INLINE void *packet_end(const struct __sk_buff *skb)
+INLINE void *at(const struct __sk_buff *skb, __u32 offset)
 {
-	return (void *)(long)skb->data_end;
+	return (void *)(long)skb->data + offset;
 }
 
-/* The bytes from `offset` to `offset + size`, if the packet has them. */
-#define AT(skb, offset, size)                                                                                          \
-	({                                                                                                             \
-		void *at = (void *)(long)(skb)->data + (offset);                                                       \
-		at + (size) > packet_end(skb) ? (void *)0 : at;                                                        \
-	})
+/* Whether the first `length` bytes can be read. */
+INLINE int has(const struct __sk_buff *skb, __u32 length)
+{
+	return at(skb, length) <= (void *)(long)skb->data_end;
+}
+
+/* The same of `length` bytes at a pointer that isn't always at one place: the verifier goes by the pointer. */
+INLINE int has_at(const struct __sk_buff *skb, const void *pointer, __u32 length)
+{
+	return pointer + length <= (void *)(long)skb->data_end;
+}
 
 INLINE int is_mac(const __u8 *packet, const __u8 *mac)
 {
@@ -72,6 +77,110 @@ INLINE __u16 fold(__u32 sum)
 INLINE __u16 updated(__u16 checksum, __u16 before, __u16 after)
 {
 	return ~fold((__u16)~checksum + (__u16)~before + after);
+}
+
+INLINE void set_ttl4(struct iphdr *ip, __u8 ttl)
+{
+	/* The word of time to live and protocol, the first in the lower byte. */
+	ip->check = updated(ip->check, ip->ttl, ttl);
+	ip->ttl = ttl;
+}
+
+INLINE void set_tos4(struct iphdr *ip, __u8 tos)
+{
+	ip->check = updated(ip->check, (__u16)ip->tos << 8, (__u16)tos << 8);
+	ip->tos = tos;
+}
+
+/* What the programs want to know of a packet between pods. */
+struct packet {
+	/* Bytes from the IP header on, and how many of them are headers. */
+	__u32 length;
+	__u32 headers;
+	/* In network order. */
+	__u16 source_port;
+	__u16 destination_port;
+	__u8 is_udp;
+};
+
+/*
+ * What is asked of a packet answers FINE, or a reason for the kernel's path as a negative number. So does what sends it on,
+ * whose other answers are verdicts.
+ */
+#define FINE 0
+/* For the kernel's path, without counting: none of ours. */
+#define NOT_OURS (-REASONS)
+
+/* What the program answers the kernel. */
+INLINE int answer(enum program program, int verdict)
+{
+	if (likely(verdict >= 0))
+		return verdict;
+	if (verdict != NOT_OURS)
+		count(program, -verdict);
+	return NEXT;
+}
+
+/* TCP or UDP at `offset`, behind an IP header of `header` bytes. */
+INLINE int look_transport(struct __sk_buff *skb, __u32 offset, __u32 header, __u8 protocol, struct packet *packet)
+{
+	struct tcphdr *tcp = at(skb, offset);
+	struct ports *ports = at(skb, offset);
+
+	packet->is_udp = protocol == IPPROTO_UDP;
+	packet->headers = header + (packet->is_udp ? sizeof(struct udphdr) : sizeof(*tcp));
+	if (packet->length < packet->headers)
+		return -SLOW_TRUNCATED;
+	if (!packet->is_udp) {
+		if (!has(skb, offset + sizeof(*tcp)))
+			return -SLOW_TRUNCATED;
+		packet->headers = header + tcp->doff * 4;
+	} else if (!has(skb, offset + sizeof(struct udphdr))) {
+		return -SLOW_TRUNCATED;
+	}
+	packet->source_port = ports->source;
+	packet->destination_port = ports->destination;
+	return FINE;
+}
+
+/* Looks at a whole IPv4 packet, whose header is at `offset` and was seen to be complete. */
+INLINE int look4(struct __sk_buff *skb, __u32 offset, const struct iphdr *ip, struct packet *packet)
+{
+	if (unlikely(ip->ihl != 5))
+		return -SLOW_OPTIONS;
+	if (unlikely(ip->frag_off & FRAGMENT))
+		return -SLOW_FRAGMENT;
+	if (ip->protocol != IPPROTO_TCP && ip->protocol != IPPROTO_UDP)
+		return -SLOW_PROTOCOL;
+	packet->length = net16(ip->tot_len);
+	return look_transport(skb, offset + sizeof(*ip), sizeof(*ip), ip->protocol, packet);
+}
+
+/* The same of IPv6. */
+INLINE int look6(struct __sk_buff *skb, __u32 offset, const struct ipv6hdr *ip, struct packet *packet)
+{
+	switch (ip->nexthdr) {
+	case IPPROTO_TCP:
+	case IPPROTO_UDP:
+		packet->length = sizeof(*ip) + net16(ip->payload_len);
+		return look_transport(skb, offset + sizeof(*ip), sizeof(*ip), ip->nexthdr, packet);
+	case IPPROTO_FRAGMENT:
+		return -SLOW_FRAGMENT;
+	case IPPROTO_HOPOPTS:
+	case IPPROTO_ROUTING:
+	case IPPROTO_DSTOPTS:
+		return -SLOW_OPTIONS;
+	default:
+		return -SLOW_PROTOCOL;
+	}
+}
+
+/* Whether it, or each segment that it will be cut into, is no larger than `mtu`. */
+INLINE int fits(const struct __sk_buff *skb, const struct packet *packet, __u32 mtu)
+{
+	__u32 segment = skb->gso_size;
+
+	return (segment ? segment + packet->headers : packet->length) <= mtu;
 }
 
 /* IPv4: the slot of the peer that has this address, 0 if none. */
@@ -139,10 +248,23 @@ INLINE __u32 peer_of6(const struct config *node, const struct in6_addr *address)
 /* IPv6: the slot of the pod of this node that has this address, 0 if none. */
 INLINE __u32 pod_of6(const struct in6_addr *address)
 {
-	struct address6 key;
+	struct address6 key ALIGNED;
 
 	__builtin_memcpy(key.bytes, address, sizeof(key.bytes));
 	return number_in(&pod_index6, &key);
+}
+
+/* A peer, and what is counted for it. */
+struct way {
+	const struct peer *peer;
+	struct traffic *traffic;
+};
+
+INLINE int find_way(__u32 slot, struct way *way)
+{
+	way->peer = map_lookup(&peers, &slot);
+	way->traffic = map_lookup(&peer_counters, &slot);
+	return slot && way->peer && way->traffic;
 }
 
 INLINE void map_address4(__u8 *mapped, __u32 address)

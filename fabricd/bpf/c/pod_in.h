@@ -17,44 +17,38 @@ INLINE int record(struct flow *flow, __u32 slot, __u32 ifindex)
 	__u64 now;
 
 	if (!slot || !pod || !latest || pod->ifindex != ifindex)
-		return NEXT;
+		return NOT_OURS;
 	now = coarse_time();
 	/* The flow before the word that tells of flows: no answer may be between the two. */
 	map_update(&slow_flows, flow, &now, BPF_ANY);
 	*latest = now;
-	return slow(POD_IN, SLOW_RECORDED);
+	return -SLOW_RECORDED;
 }
 
 INLINE int pod_in4(struct __sk_buff *skb, const struct config *node)
 {
-	struct flow flow = {};
+	struct flow flow ALIGNED = {};
 	struct iphdr *ip;
 	struct ports *ports;
-	__u32 slot;
+	__u32 slot, offset;
 
 	make_readable(skb, HEADERS4_UDP);
-	ip = AT(skb, ETH_HLEN, sizeof(*ip) + sizeof(*ports));
-	if (!ip || ip->ihl < 5 || ip->frag_off & FRAGMENT_OFFSET)
-		return NEXT;
+	ip = at(skb, ETH_HLEN);
+	if (!has(skb, HEADERS4_UDP) || ip->version != 4 || ip->ihl < 5 || ip->frag_off & FRAGMENT_OFFSET)
+		return NOT_OURS;
 	if (ip->protocol != IPPROTO_TCP && ip->protocol != IPPROTO_UDP)
-		return NEXT;
+		return NOT_OURS;
 	if (is_own4(node, net32(ip->saddr)) || !peer_of4(node, net32(ip->saddr)) || !is_own4(node, net32(ip->daddr)))
-		return NEXT;
+		return NOT_OURS;
 	slot = pod_of4(node, net32(ip->daddr));
 	flow.protocol = ip->protocol;
 	map_address4(flow.source, ip->daddr);
 	map_address4(flow.destination, ip->saddr);
-	/* With options the ports are further behind; make_readable has to ask for the packet anew. */
-	if (ip->ihl > 5) {
-		__u32 offset = ETH_HLEN + ip->ihl * 4;
-
-		make_readable(skb, offset + sizeof(*ports));
-		ports = AT(skb, offset, sizeof(*ports));
-	} else {
-		ports = (struct ports *)(ip + 1);
-	}
-	if (!ports)
-		return NEXT;
+	offset = ETH_HLEN + ip->ihl * 4;
+	make_readable(skb, offset + sizeof(*ports));
+	ports = at(skb, offset);
+	if (!has_at(skb, ports, sizeof(*ports)))
+		return NOT_OURS;
 	__builtin_memcpy(flow.source_port, &ports->destination, 2);
 	__builtin_memcpy(flow.destination_port, &ports->source, 2);
 	return record(&flow, slot, skb->ifindex);
@@ -62,17 +56,17 @@ INLINE int pod_in4(struct __sk_buff *skb, const struct config *node)
 
 INLINE int pod_in6(struct __sk_buff *skb, const struct config *node)
 {
-	struct flow flow = {};
+	struct flow flow ALIGNED = {};
 	struct ipv6hdr *ip;
 	struct ports *ports;
 	__u32 slot;
 
 	make_readable(skb, HEADERS6_UDP);
-	ip = AT(skb, ETH_HLEN, sizeof(*ip) + sizeof(*ports));
-	if (!ip || (ip->nexthdr != IPPROTO_TCP && ip->nexthdr != IPPROTO_UDP))
-		return NEXT;
+	ip = at(skb, ETH_HLEN);
+	if (!has(skb, HEADERS6_UDP) || ip->version != 6 || (ip->nexthdr != IPPROTO_TCP && ip->nexthdr != IPPROTO_UDP))
+		return NOT_OURS;
 	if (is_own6(node, &ip->saddr) || !peer_of6(node, &ip->saddr) || !is_own6(node, &ip->daddr))
-		return NEXT;
+		return NOT_OURS;
 	slot = pod_of6(&ip->daddr);
 	ports = (struct ports *)(ip + 1);
 	flow.protocol = ip->nexthdr;
@@ -83,17 +77,22 @@ INLINE int pod_in6(struct __sk_buff *skb, const struct config *node)
 	return record(&flow, slot, skb->ifindex);
 }
 
-SECTION("tc/pod_in") int fabric_pod_in(struct __sk_buff *skb)
+INLINE int pod_in(struct __sk_buff *skb)
 {
 	const struct config *node = node_config();
 
 	if (!node)
-		return NEXT;
+		return NOT_OURS;
 	if (skb->protocol == net16(ETH_P_IP) && node->flags & CONFIG_IPV4)
 		return pod_in4(skb, node);
 	if (skb->protocol == net16(ETH_P_IPV6) && node->flags & CONFIG_IPV6)
 		return pod_in6(skb, node);
-	return NEXT;
+	return NOT_OURS;
+}
+
+SECTION("tc/pod_in") int fabric_pod_in(struct __sk_buff *skb)
+{
+	return answer(POD_IN, pod_in(skb));
 }
 
 #endif

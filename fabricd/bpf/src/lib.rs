@@ -5,6 +5,7 @@
 //! | programs, in C | `c/fabric.c`: `fabric_pod_out`, `fabric_wire_in`, `fabric_pod_in` |
 //! | keys, values, names | [`abi`], and the same in `c/fabric.h` |
 //! | which way a packet took, and why | [`Reason`] |
+//! | the same decisions in Rust, to ask and to compare | [`model`] |
 //!
 //! The kernel's own path stays whole. A program takes a packet only when it understands all of it; everything else goes
 //! on to the next program of the hook and then to bridge, routes, packet filter and VXLAN device, as without us. So the
@@ -14,6 +15,7 @@
 //! no BTF of the kernel.
 
 pub mod abi;
+pub mod model;
 mod reason;
 
 pub use reason::{Path, Program, Reason};
