@@ -9,10 +9,12 @@
 //! | module | what |
 //! |---|---|
 //! | [`model`] | policies, rules, peers, ports, pods: the [`State`] |
+//! | [`objects`], [`sets`] | what the API server tells of them |
 //! | [`labels`], [`selector`] | labels, kept once each, and what selects by them |
 //! | [`decode`] | a policy's JSON, item by item: what can't be understood matches nothing |
 //! | [`evaluate`] | the rules of Kubernetes to the letter |
 //! | [`combos`], [`groups`], [`cover`] | the same for many: what pods and rules have in common, by number |
+//! | [`plan`] | the table of the packet filter |
 //!
 //! Isolation is each direction's own: a pod that at least one policy selects for a direction may have only those
 //! connections that a rule of at least one of these policies allows. Both ends must agree. What is judged is connections,
@@ -26,7 +28,10 @@ pub mod evaluate;
 pub mod groups;
 pub mod labels;
 pub mod model;
+pub mod objects;
+pub mod plan;
 pub mod selector;
+pub mod sets;
 
 pub use self::evaluate::{Cluster, Side, Verdict, Who};
 pub use self::model::{Conn, Direction, ObjectName, Policy, State};

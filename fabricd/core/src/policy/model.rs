@@ -48,6 +48,12 @@ pub struct Policy {
 }
 
 impl Policy {
+    /// One that isolates nobody.
+    #[must_use]
+    pub fn nothing() -> Self {
+        Self { subject: Selector::default(), ingress: None, egress: None, problems: vec![] }
+    }
+
     /// The rules of one direction, if it isolates in that.
     #[must_use]
     pub fn rules(&self, direction: Direction) -> Option<&[Rule]> {
@@ -212,7 +218,7 @@ pub struct State {
     /// The namespaces' labels.
     pub namespaces: CowMap<Arc<str>, Arc<Labels>>,
     /// The pods.
-    pub pods: CowMap<ObjectName, Pod>,
+    pub pods: CowMap<ObjectName, Arc<Pod>>,
     /// This node.
     pub local: Local,
     /// The time, in seconds since 1970: a pod whose grace period is over has no address.

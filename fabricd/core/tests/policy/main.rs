@@ -1,5 +1,8 @@
 //! NetworkPolicy: what Kubernetes promises, row by row, and what the packet filter makes of it.
 
+mod interpreter;
+mod objects;
+mod planned;
 mod semantics;
 mod unreadable;
 mod world;

@@ -15,7 +15,7 @@ pub const SCTP: u8 = 132;
 pub const ICMP: u8 = 1;
 
 /// A state that is being made.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct World {
     pub state: State,
     names: Pool<str>,
@@ -60,7 +60,7 @@ impl World {
             completed: false,
             host_network: false,
         };
-        self.state.pods.insert(name(who), pod);
+        self.state.pods.insert(name(who), Arc::new(pod));
         self
     }
 
@@ -76,9 +76,9 @@ impl World {
 
     /// Changes a pod.
     pub fn with(mut self, who: &str, change: impl FnOnce(&mut Pod)) -> Self {
-        let mut pod = self.state.pods.get(&name(who)).expect("a pod").clone();
+        let mut pod = (**self.state.pods.get(&name(who)).expect("a pod")).clone();
         change(&mut pod);
-        self.state.pods.insert(name(who), pod);
+        self.state.pods.insert(name(who), Arc::new(pod));
         self
     }
 

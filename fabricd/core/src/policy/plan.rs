@@ -1,0 +1,368 @@
+//! The policies of this node's pods as a table of the packet filter.
+//!
+//! ```text
+//! forward, input: denied by a change? drop · established? accept · ─► judge ─► judge4, judge6:
+//!     no connection, and an isolated pod at either end ..................... drop
+//!     from a pod to itself ................................................. accept
+//!     from or to a port of the bridge, by an address that is not known ..... drop
+//!     who began it: eg4 ─► chain of this pod: returns where a rule allows it, drops at its end
+//!     who answers it: in4 ─► likewise
+//! ```
+//!
+//! Rules ask the connection, not the packet: its original source, and who answers and at which port. So one rule holds in
+//! both directions, and after any translation of the destination. A packet without a connection can't be asked, and would
+//! slip past: so it is dropped where an isolated pod sends it or gets it.
+//!
+//! A pod is known once its policies are in force; until then it reaches nobody but itself, and is reached by nobody but its
+//! own node, whose packets meet none of these chains.
+//!
+//! Chains come and go with combos, and elements with pods. Sets are few, whatever there is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use super::combos::{Allowance, Combo, PeerTest, PortTest};
+use super::cover::cover;
+use super::evaluate::{Cluster, Who};
+use super::groups::{BlockGroup, Classes, NamedGroup, Numbers, PodGroup, PortGroup};
+use super::model::{Direction, ObjectName};
+use crate::model::{Family, IfName};
+use crate::state::nft::{
+    ChainKind, CtField, Datatype, Direction as Tuple, Element, Field, LOCAL, Match, Name, Order, Part, Place, Rule,
+    SetKind, Table, Test, Verdict, ct_state,
+};
+
+/// The label of connections that were allowed once and are not any more (`ct label`). Our own bit: others count from 0.
+pub const DENIED_LABEL: u8 = 31;
+
+/// Where others filter too (`NF_IP_PRI_FILTER`): after every translation of a destination, before that of a source.
+const FILTER: i32 = 0;
+
+/// What should be in force for this node's pods.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PolicyPlan {
+    /// The table.
+    pub table: Table,
+    /// Pods of this node by their addresses: those that are known, with the policies that isolate them.
+    pub pods: BTreeMap<IpAddr, Isolation>,
+}
+
+/// What isolates a pod. Without any policy it isn't isolated.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Isolation {
+    /// The pod; `None` when it is none of Kubernetes'.
+    pub pod: Option<ObjectName>,
+    /// The policies that isolate it for what comes.
+    pub ingress: Vec<ObjectName>,
+    /// The policies that isolate it for what it sends.
+    pub egress: Vec<ObjectName>,
+}
+
+/// Plans the table. `bridges` are those of this node's pods.
+#[must_use]
+pub fn plan(cluster: &Cluster<'_>, bridges: &BTreeSet<IfName>) -> PolicyPlan {
+    let mut pods = BTreeMap::new();
+    let mut combos: BTreeMap<Combo, BTreeSet<IpAddr>> = BTreeMap::new();
+    for (ip, member) in cluster.members().filter(|(_, member)| member.is_local) {
+        let mut isolation = Isolation::default();
+        match member.who {
+            Who::Unknown(_) => continue,
+            Who::Other => {}
+            Who::Pod(name, pod) => {
+                isolation.pod = Some(name.clone());
+                for direction in Direction::ALL {
+                    let Some(combo) = Combo::of(cluster, direction, name, pod) else { continue };
+                    match direction {
+                        Direction::Ingress => isolation.ingress.clone_from(&combo.policies),
+                        Direction::Egress => isolation.egress.clone_from(&combo.policies),
+                    }
+                    combos.entry(combo).or_default().insert(ip);
+                }
+            }
+        }
+        pods.insert(ip, isolation);
+    }
+    let combos: Vec<Planned> = numbered(combos, cluster);
+    let numbers = Groups::of(&combos);
+    let mut table = Table::default();
+    for (name, place) in [("forward", Place::Forward), ("input", Place::Input)] {
+        table.at(name, ChainKind::Filter, place, FILTER).extend(entrance());
+    }
+    judge(&mut table);
+    let bridge = |name: &IfName| Element::from([Part::Interface(*name)]);
+    table.set("bridges", SetKind::of(&[Datatype::Interface]), Order::BeforeChains, bridges.iter().map(bridge));
+    table.set("ports", PORTS, Order::AroundChains, numbers.port_elements());
+    let classes = Classes::of(cluster);
+    for family in Family::ALL {
+        let sets = Sets::of(family);
+        judge_family(&mut table, &sets, cluster.state().local.own_node_allowed);
+        let known = || pods.iter().filter(|(ip, _)| Family::of(**ip) == family);
+        let address = |(ip, _): (&IpAddr, &Isolation)| Element::from([Part::Ip(*ip)]);
+        table.set(sets.known, SetKind::of(&[sets.ip]), Order::BeforeChains, known().map(address));
+        let is_isolated = |isolation: &Isolation| !isolation.ingress.is_empty() || !isolation.egress.is_empty();
+        let isolated = || known().filter(|(_, isolation)| is_isolated(isolation));
+        table.set(sets.isolated, SetKind::of(&[sets.ip]), Order::BeforeChains, isolated().map(address));
+        let twice = |(ip, _): (&IpAddr, &Isolation)| Element::from([Part::Ip(*ip), Part::Ip(*ip)]);
+        table.set(sets.itself, SetKind::of(&[sets.ip, sets.ip]), Order::BeforeChains, isolated().map(twice));
+        for (map, direction) in [(sets.ingress, Direction::Ingress), (sets.egress, Direction::Egress)] {
+            let of_direction = combos.iter().filter(|planned| planned.combo.direction == direction);
+            let elements = of_direction.flat_map(|planned| {
+                let jump = Verdict::Jump(planned.chain(family));
+                planned.pods(family).map(move |ip| Element::from([Part::Ip(ip)]).to_verdict(jump))
+            });
+            table.set(map, SetKind::of(&[sets.ip]).to_verdicts(), Order::default(), elements);
+        }
+        for planned in combos.iter().filter(|planned| planned.pods(family).next().is_some()) {
+            table.called(planned.chain(family)).extend(planned.rules(&sets, &numbers));
+        }
+        numbers.fill(&mut table, &sets, &classes);
+    }
+    PolicyPlan { table, pods }
+}
+
+/// Every packet that is forwarded or comes in meets these.
+fn entrance() -> Vec<Rule> {
+    let denied = Match::new(Field::CtLabels, Test::AnyBit(1 << DENIED_LABEL));
+    let established = Match::new(Field::CtState, Test::AnyBit(ct_state::ESTABLISHED | ct_state::RELATED));
+    vec![
+        Rule::drop([denied], "NetworkPolicy: a connection that is not allowed any more"),
+        Rule::new([established], Verdict::Accept, "judged when it began"),
+        Rule::new([], Verdict::Jump("judge".into()), "a new connection, or none"),
+    ]
+}
+
+/// ICMPv6 that keeps a link working: neighbour discovery (RFC 4861: solicitations and advertisements of routers and
+/// neighbours) and multicast listeners (RFC 2710, RFC 3810).
+const LINK: [u32; 8] = [133, 134, 135, 136, 130, 131, 132, 143];
+/// `IPPROTO_ICMPV6`.
+const ICMPV6: u32 = 58;
+
+fn judge(table: &mut Table) {
+    let icmpv6 = [Match::family(Family::V6), Match::is(Field::Protocol, ICMPV6)];
+    let mut rules = vec![Rule::new(icmpv6, Verdict::Jump("icmpv6".into()), "neighbour discovery?")];
+    rules.extend(
+        Family::ALL.map(|family| {
+            Rule::new([Match::family(family)], Verdict::Goto(Sets::of(family).judge), "by its addresses")
+        }),
+    );
+    table.called("judge").extend(rules);
+    let accept = |kind: u32| Rule::new([Match::is(Field::IcmpType, kind)], Verdict::Accept, "neighbour discovery");
+    table.called("icmpv6").extend(LINK.map(accept));
+}
+
+fn judge_family(table: &mut Table, sets: &Sets, own_node_allowed: bool) {
+    let lost = Match::new(Field::CtState, Test::AnyBit(ct_state::INVALID | ct_state::UNTRACKED));
+    let (source, target) = (Field::Source(sets.family), Field::Target(sets.family));
+    let not_known = |address| Match { fields: vec![address], test: Test::NotIn(sets.known) };
+    let bridge = |interface| Match::all_in(&[interface], "bridges");
+    let mut rules = vec![];
+    for address in [source, target] {
+        let matches = [lost.clone(), Match::all_in(&[address], sets.isolated)];
+        rules.push(Rule::drop(matches, "NetworkPolicy: of no known connection, and a pod is isolated"));
+    }
+    let both = Match::all_in(&[sets.began(), sets.answers()], sets.itself);
+    rules.push(Rule::new([both], Verdict::Accept, "a pod to itself, through a Service"));
+    for (interface, address) in [(Field::InInterface, source), (Field::OutInterface, target)] {
+        let matches = [bridge(interface), not_known(address)];
+        rules.push(Rule::drop(matches, "NetworkPolicy: a pod that is not judged yet"));
+    }
+    if own_node_allowed {
+        let own_node = Match::is(Field::TargetType, LOCAL);
+        rules.push(Rule::new([own_node], Verdict::Accept, "to the pod's own node"));
+    }
+    let look_up = |address, map: Name| {
+        let steps = vec![crate::state::nft::Step::VerdictMap { key: vec![address], map }];
+        Rule { steps, why: "the policies of its pod".into() }
+    };
+    rules.push(look_up(sets.began(), sets.egress));
+    rules.push(look_up(sets.answers(), sets.ingress));
+    table.called(sets.judge).extend(rules);
+}
+
+/// Sets and chains of one family.
+struct Sets {
+    family: Family,
+    ip: Datatype,
+    judge: Name,
+    known: Name,
+    isolated: Name,
+    itself: Name,
+    ingress: Name,
+    egress: Name,
+    peer: Name,
+    peer_port: Name,
+    block: Name,
+}
+
+/// Ports by group and protocol.
+const PORTS: SetKind = SetKind::of(&[Datatype::Number, Datatype::Protocol, Datatype::Port]).of_ranges();
+
+impl Sets {
+    const fn of(family: Family) -> Self {
+        macro_rules! names {
+            ($ip:expr, $n:literal) => {
+                Self {
+                    family,
+                    ip: $ip,
+                    judge: Name::new(concat!("judge", $n)),
+                    known: Name::new(concat!("known", $n)),
+                    isolated: Name::new(concat!("isolated", $n)),
+                    itself: Name::new(concat!("itself", $n)),
+                    ingress: Name::new(concat!("in", $n)),
+                    egress: Name::new(concat!("eg", $n)),
+                    peer: Name::new(concat!("peer", $n)),
+                    peer_port: Name::new(concat!("peerport", $n)),
+                    block: Name::new(concat!("block", $n)),
+                }
+            };
+        }
+        match family {
+            Family::V4 => names!(Datatype::V4, "4"),
+            Family::V6 => names!(Datatype::V6, "6"),
+        }
+    }
+
+    /// Who began the connection.
+    const fn began(&self) -> Field {
+        Field::Ct(Tuple::Original, CtField::Source(self.family))
+    }
+
+    /// Who answers it: after every translation of its destination.
+    const fn answers(&self) -> Field {
+        Field::Ct(Tuple::Reply, CtField::Source(self.family))
+    }
+}
+
+/// Where it is answered.
+const PORT: Field = Field::Ct(Tuple::Reply, CtField::SourcePort);
+
+/// A combo with its number, what it lets through, and whose it is.
+struct Planned {
+    combo: Combo,
+    number: u32,
+    allowances: Vec<Allowance>,
+    addresses: BTreeSet<IpAddr>,
+}
+
+fn numbered(combos: BTreeMap<Combo, BTreeSet<IpAddr>>, cluster: &Cluster<'_>) -> Vec<Planned> {
+    let numbers = Numbers::of(combos.keys().cloned());
+    let planned = combos.into_iter().filter_map(|(combo, addresses)| {
+        let number = numbers.get(&combo)?;
+        Some(Planned { allowances: combo.allowances(cluster), combo, number, addresses })
+    });
+    planned.collect()
+}
+
+impl Planned {
+    fn chain(&self, family: Family) -> Name {
+        let word = match (self.combo.direction, family) {
+            (Direction::Ingress, Family::V4) => "in4",
+            (Direction::Ingress, Family::V6) => "in6",
+            (Direction::Egress, Family::V4) => "eg4",
+            (Direction::Egress, Family::V6) => "eg6",
+        };
+        Name::numbered(word, &[self.number])
+    }
+
+    fn pods(&self, family: Family) -> impl Iterator<Item = IpAddr> {
+        self.addresses.iter().copied().filter(move |ip| Family::of(*ip) == family)
+    }
+
+    fn rules(&self, sets: &Sets, groups: &Groups) -> Vec<Rule> {
+        let direction = self.combo.direction;
+        let peer = match direction {
+            Direction::Ingress => sets.began(),
+            Direction::Egress => sets.answers(),
+        };
+        let mut rules = vec![];
+        for Allowance { policy, rule, peers, ports } in &self.allowances {
+            let peers = match peers {
+                PeerTest::Anybody => None,
+                PeerTest::Pods(group) => Some((groups.pods.get(group), sets.peer)),
+                PeerTest::Blocks(group) => Some((groups.blocks.get(group), sets.block)),
+            };
+            let peers = peers.and_then(|(group, set)| Some(Match::all_in(&[Field::Number(group?), peer], set)));
+            let ports = match ports {
+                PortTest::Any => None,
+                PortTest::Ports(group) => groups
+                    .ports
+                    .get(group)
+                    .map(|group| Match::all_in(&[Field::Number(group), Field::Protocol, PORT], "ports")),
+                PortTest::Named(group) => groups.named.get(group).map(|group| {
+                    Match::all_in(&[Field::Number(group), sets.answers(), Field::Protocol, PORT], sets.peer_port)
+                }),
+            };
+            let why = format!("NetworkPolicy {policy} {direction} rule {rule}");
+            rules.push(Rule::new(peers.into_iter().chain(ports), Verdict::Return, why));
+        }
+        let policies: Vec<String> = self.combo.policies.iter().map(ToString::to_string).collect();
+        rules.push(Rule::drop([], format!("NetworkPolicy: no {direction} rule of {}", policies.join(", "))));
+        rules
+    }
+}
+
+/// The numbers of all that rules ask for.
+struct Groups {
+    pods: Numbers<PodGroup>,
+    blocks: Numbers<BlockGroup>,
+    ports: Numbers<PortGroup>,
+    named: Numbers<NamedGroup>,
+}
+
+impl Groups {
+    fn of(combos: &[Planned]) -> Self {
+        let (mut pods, mut blocks, mut numbers, mut named) = (vec![], vec![], vec![], vec![]);
+        for Allowance { peers, ports, .. } in combos.iter().flat_map(|planned| &planned.allowances) {
+            match peers {
+                PeerTest::Anybody => {}
+                PeerTest::Pods(group) => pods.push(group.clone()),
+                PeerTest::Blocks(group) => blocks.push(group.clone()),
+            }
+            match ports {
+                PortTest::Any => {}
+                PortTest::Ports(group) => numbers.push(group.clone()),
+                PortTest::Named(group) => named.push(group.clone()),
+            }
+        }
+        Self {
+            pods: Numbers::of(pods),
+            blocks: Numbers::of(blocks),
+            ports: Numbers::of(numbers),
+            named: Numbers::of(named),
+        }
+    }
+
+    fn port_elements(&self) -> Vec<Element> {
+        let ports = self.ports.iter().flat_map(|(group, number)| {
+            group.iter().map(move |(protocol, first, last)| {
+                Element::range(&[Part::Number(number), Part::Protocol(protocol.number()), Part::Ports(*first, *last)])
+            })
+        });
+        ports.collect()
+    }
+
+    /// Who is in each group.
+    fn fill(&self, table: &mut Table, sets: &Sets, classes: &Classes<'_>) {
+        let of_family = |ip: &IpAddr| Family::of(*ip) == sets.family;
+        let peers = self.pods.iter().flat_map(|(group, number)| {
+            let members = classes.members(group).filter(of_family);
+            members.map(move |ip| Element::from([Part::Number(number), Part::Ip(ip)]))
+        });
+        table.set(sets.peer, SetKind::of(&[Datatype::Number, sets.ip]), Order::AroundChains, peers);
+        let ports = self.named.iter().flat_map(|(group, number)| {
+            let ports = classes.ports(group).into_iter().filter(|(ip, ..)| of_family(ip));
+            ports.map(move |(ip, protocol, port)| {
+                let protocol = Part::Protocol(protocol.number());
+                Element::from([Part::Number(number), Part::Ip(ip), protocol, Part::Port(port)])
+            })
+        });
+        let kind = SetKind::of(&[Datatype::Number, sets.ip, Datatype::Protocol, Datatype::Port]);
+        table.set(sets.peer_port, kind, Order::AroundChains, ports);
+        let blocks = self.blocks.iter().flat_map(|(group, number)| {
+            let prefixes = cover(group).into_iter().filter(|prefix| prefix.family() == sets.family);
+            prefixes.map(move |prefix| Element::range(&[Part::Number(number), Part::Net(prefix)]))
+        });
+        let kind = SetKind::of(&[Datatype::Number, sets.ip]).of_ranges();
+        table.set(sets.block, kind, Order::AroundChains, blocks);
+    }
+}

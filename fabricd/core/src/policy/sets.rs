@@ -1,0 +1,146 @@
+//! [`PolicySet`], [`NamespaceSet`] and [`PodSet`]: all objects of a kind, read. What they hold depends on the objects alone,
+//! but for a policy that can't be read: that keeps its last good value.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::decode::Undecodable;
+use super::labels::Labels;
+use super::model::{ObjectName, Pod, Policy, Problem};
+use super::objects::{NamespaceObject, PodObject, PolicyObject, Shared};
+use crate::cow_map::CowMap;
+use crate::services::objects::Metadata;
+
+/// Policies by name. Cheap to clone.
+pub type Policies = CowMap<ObjectName, Arc<Policy>>;
+/// Labels of namespaces by name. Cheap to clone.
+pub type Namespaces = CowMap<Arc<str>, Arc<Labels>>;
+/// Pods by name. Cheap to clone.
+pub type Pods = CowMap<ObjectName, Arc<Pod>>;
+
+/// All policies.
+#[derive(Clone, Debug, Default)]
+pub struct PolicySet {
+    policies: Policies,
+}
+
+impl PolicySet {
+    /// Those of a list, after what is known.
+    #[must_use]
+    pub fn listed(&self, objects: &[PolicyObject]) -> Self {
+        let policies = objects.iter().map(|object| self.read(object)).collect();
+        Self { policies }
+    }
+
+    /// Takes in that a policy was created or changed; true when that matters.
+    pub fn apply(&mut self, object: &PolicyObject) -> bool {
+        let (name, policy) = self.read(object);
+        put(&mut self.policies, name, policy)
+    }
+
+    /// Takes in that a policy was deleted; true when that matters.
+    pub fn remove(&mut self, metadata: &Metadata) -> bool {
+        self.policies.remove(&metadata.into()).is_some()
+    }
+
+    /// The policies.
+    #[must_use]
+    pub fn policies(&self) -> &Policies {
+        &self.policies
+    }
+
+    fn read(&self, object: &PolicyObject) -> (ObjectName, Arc<Policy>) {
+        let name = ObjectName::from(&object.metadata);
+        let policy = Policy::decode(name.namespace(), &object.spec).unwrap_or_else(|Undecodable(problem)| {
+            let isolates = |policy: &&Arc<Policy>| policy.ingress.is_some() || policy.egress.is_some();
+            let before = self.policies.get(&name).filter(isolates).map(|policy| (**policy).clone());
+            let what = match before {
+                Some(_) => format!("{}; what it said before stays in force", problem.what),
+                None => format!("{}; it isolates nobody", problem.what),
+            };
+            Policy { problems: vec![Problem { what, ..problem }], ..before.unwrap_or_else(Policy::nothing) }
+        });
+        (name, Arc::new(policy))
+    }
+}
+
+/// The labels of all namespaces.
+#[derive(Clone, Debug, Default)]
+pub struct NamespaceSet {
+    namespaces: Namespaces,
+    shared: Shared,
+}
+
+impl NamespaceSet {
+    /// Those of a list.
+    #[must_use]
+    pub fn listed(objects: &[NamespaceObject]) -> Self {
+        let mut shared = Shared::default();
+        let namespaces =
+            objects.iter().map(|NamespaceObject { metadata }| (metadata.name.as_str().into(), shared.labels(metadata)));
+        Self { namespaces: namespaces.collect(), shared }
+    }
+
+    /// Takes in that a namespace was created or changed; true when that matters.
+    pub fn apply(&mut self, NamespaceObject { metadata }: &NamespaceObject) -> bool {
+        let labels = self.shared.labels(metadata);
+        put(&mut self.namespaces, metadata.name.as_str().into(), labels)
+    }
+
+    /// Takes in that a namespace was deleted; true when that matters.
+    pub fn remove(&mut self, metadata: &Metadata) -> bool {
+        self.namespaces.remove(&metadata.name.as_str().into()).is_some()
+    }
+
+    /// Their labels.
+    #[must_use]
+    pub fn namespaces(&self) -> &Namespaces {
+        &self.namespaces
+    }
+}
+
+/// All pods.
+#[derive(Clone, Debug, Default)]
+pub struct PodSet {
+    pods: Pods,
+    shared: Shared,
+}
+
+impl PodSet {
+    /// Those of a list.
+    #[must_use]
+    pub fn listed(objects: &[PodObject]) -> Self {
+        let mut shared = Shared::default();
+        let pods = objects.iter().map(|object| ((&object.metadata).into(), Arc::new(Pod::read(object, &mut shared))));
+        Self { pods: pods.collect(), shared }
+    }
+
+    /// Takes in that a pod was created or changed; true when that matters.
+    pub fn apply(&mut self, object: &PodObject) -> bool {
+        let pod = Pod::read(object, &mut self.shared);
+        put(&mut self.pods, (&object.metadata).into(), Arc::new(pod))
+    }
+
+    /// Takes in that a pod was deleted; true when that matters.
+    pub fn remove(&mut self, metadata: &Metadata) -> bool {
+        self.pods.remove(&metadata.into()).is_some()
+    }
+
+    /// The pods.
+    #[must_use]
+    pub fn pods(&self) -> &Pods {
+        &self.pods
+    }
+}
+
+/// The policies of which something can't be read, with what.
+#[must_use]
+pub fn problems(policies: &Policies) -> BTreeMap<ObjectName, Vec<Problem>> {
+    let troubled = policies.iter().filter(|(_, policy)| !policy.problems.is_empty());
+    troubled.map(|(name, policy)| (name.clone(), policy.problems.clone())).collect()
+}
+
+/// Puts a value in; true when it differs from the one before.
+fn put<K: Ord + Clone, V: PartialEq>(map: &mut CowMap<K, Arc<V>>, key: K, value: Arc<V>) -> bool {
+    map.insert(key, Arc::clone(&value)).is_none_or(|before| before != value)
+}
