@@ -25,6 +25,7 @@ pub mod lease;
 pub mod mesh;
 pub mod metrics;
 pub mod pki;
+pub mod policy;
 pub mod reconcile;
 pub mod retry;
 pub mod services;

@@ -16,6 +16,7 @@ pub mod machines;
 pub mod memory_store;
 pub mod netns;
 pub mod plain_host;
+pub mod policies;
 mod process;
 pub mod real_api;
 pub mod revisions;

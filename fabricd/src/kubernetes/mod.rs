@@ -1,5 +1,6 @@
-//! The Kubernetes API, below all that is read from it: the connection, and the [`reflector`] that keeps the objects of one
-//! kind.
+//! The Kubernetes API, below all that is read from it: the connection, the [`reflector`] that keeps the objects of one
+//! kind, and [`sets`] of them.
 
 pub mod client;
 pub mod reflector;
+pub mod sets;

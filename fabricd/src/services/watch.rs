@@ -5,11 +5,10 @@
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use fabric_core::cow_map::CowMap;
 use fabric_core::model::NodeName;
 use fabric_core::services::model::NodeFacts;
 use fabric_core::services::objects::{NodeObject, ServiceObject, SliceObject};
-use fabric_core::services::sets::{Services, SliceKey, Slices, lacks_most_of};
+use fabric_core::services::sets::{Services, SliceKey, Slices};
 use fabric_core::services::{ObjectName, Service, ServiceSet, Slice, SliceSet};
 use kube::core::Request;
 use serde::Deserialize;
@@ -21,6 +20,7 @@ use tokio::time::Instant;
 
 use crate::kubernetes::client::{ApiError, ApiServer};
 use crate::kubernetes::reflector::{Fold, Object, Reflector, revision};
+use crate::kubernetes::sets::{Set, SetFold, State, Told};
 use crate::retry::{Interrupted, Outage};
 
 /// Services that another proxy handles are never asked for (KEP-2447).
@@ -44,9 +44,9 @@ pub struct Sources {
 /// How it stands with each watch: `None` before the first answer, then whether it runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Connections {
-    services: Option<Result<(), ApiError>>,
-    slices: Option<Result<(), ApiError>>,
-    node: Option<Result<(), ApiError>>,
+    services: State,
+    slices: State,
+    node: State,
 }
 
 impl Connections {
@@ -57,9 +57,6 @@ impl Connections {
     }
 }
 
-/// The connection of one of the watches.
-type State = fn(&mut Connections) -> &mut Option<Result<(), ApiError>>;
-
 impl Sources {
     /// Starts to watch, and returns at once. Must be called within a tokio runtime.
     #[must_use]
@@ -68,10 +65,10 @@ impl Sources {
         let connection = Sender::new(Connections::default());
         let mut tasks = JoinSet::new();
         let receivers = (services.subscribe(), slices.subscribe(), facts.subscribe(), connection.subscribe());
-        let told = Told { connection: connection.clone(), state: |all| &mut all.services, refused: None };
-        let fold = SetFold { set: ServiceSet::default(), published: services, told };
+        let told = Told::new(&connection, |all: &mut Connections| &mut all.services);
+        let fold = SetFold::new(ServiceSet::default(), services, told);
         tasks.spawn(Reflector::new(api.clone(), fold).labels(OF_SERVICES).run());
-        let told = Told { connection: connection.clone(), state: |all| &mut all.node, refused: None };
+        let told = Told::new(&connection, |all: &mut Connections| &mut all.node);
         let fold = NodeFold { facts: NodeFacts::default(), published: facts, told };
         tasks.spawn(Reflector::new(api.clone(), fold).fields(&format!("metadata.name={node}")).run());
         tasks.spawn(watch_slices(api, slices, connection));
@@ -98,8 +95,7 @@ async fn watch_slices(api: Arc<ApiServer>, published: Sender<Option<Slices>>, co
     let mut outage = Outage::new("endpointslices");
     loop {
         let began = Instant::now();
-        let told =
-            Told { connection: connection.clone(), state: |all| &mut all.slices, refused: Some(refused.clone()) };
+        let told = Told::new(&connection, |all: &mut Connections| &mut all.slices).refused(&refused);
         let (from, seen) = (api.clone(), published.clone());
         let failed = match has_version_1(&api).await {
             Ok(true) => watch_version::<V1>(from, seen, told, &refused).await,
@@ -118,11 +114,11 @@ async fn watch_slices(api: Arc<ApiServer>, published: Sender<Option<Slices>>, co
 async fn watch_version<V: Version>(
     api: Arc<ApiServer>,
     published: Sender<Option<Slices>>,
-    told: Told,
+    told: Told<Connections>,
     refused: &Notify,
 ) -> ApiError {
-    let connection = told.connection.subscribe();
-    let fold = SetFold { set: SlicesOf::<V>(SliceSet::default(), PhantomData), published, told };
+    let connection = told.subscribe();
+    let fold = SetFold::new(SlicesOf::<V>(SliceSet::default(), PhantomData), published, told);
     tokio::select! {
         () = Reflector::new(api, fold).labels(OF_SLICES).run() => {}
         () = refused.notified() => {}
@@ -143,83 +139,11 @@ async fn has_version_1(api: &ApiServer) -> Result<bool, ApiError> {
     }
 }
 
-/// Who is told how it stands with a watch.
-#[derive(Clone)]
-struct Told {
-    connection: Sender<Connections>,
-    state: State,
-    /// Who decides when the API server refuses.
-    refused: Option<Arc<Notify>>,
-}
-
-impl Told {
-    fn say(&self, state: Result<(), &ApiError>) {
-        let new = Some(state.map_err(Clone::clone));
-        self.connection.send_if_modified(|all| {
-            let differs = *(self.state)(all) != new;
-            (self.state)(all).clone_from(&new);
-            differs
-        });
-        if let (Err(ApiError::Refused { .. }), Some(refused)) = (state, &self.refused) {
-            refused.notify_one();
-        }
-    }
-}
-
-/// All objects of a kind that are kept whole.
-trait Set: Sized + Send + Sync + 'static {
-    type Object: Object;
-    type Key: Ord + Clone + Send + Sync + 'static;
-    type Value: Send + Sync + 'static;
-    fn listed(objects: &[Self::Object]) -> Self;
-    fn apply(&mut self, object: &Self::Object) -> bool;
-    fn remove(&mut self, object: &Self::Object) -> bool;
-    fn all(&self) -> &All<Self>;
-}
-
-/// What a set publishes.
-type All<S> = CowMap<<S as Set>::Key, Arc<<S as Set>::Value>>;
-
-/// A set, and who is told of it.
-struct SetFold<S: Set> {
-    set: S,
-    published: Sender<Option<All<S>>>,
-    told: Told,
-}
-
-impl<S: Set> Fold for SetFold<S> {
-    type Object = S::Object;
-
-    fn listed(&self, objects: Vec<S::Object>, _revision: i64) -> Self {
-        Self { set: S::listed(&objects), published: self.published.clone(), told: self.told.clone() }
-    }
-
-    fn applied(&mut self, object: S::Object) -> bool {
-        self.set.apply(&object)
-    }
-
-    fn deleted(&mut self, object: S::Object) -> bool {
-        self.set.remove(&object)
-    }
-
-    fn would_lose_most(&self) -> bool {
-        self.published.borrow().as_ref().is_some_and(|published| lacks_most_of(self.set.all(), published))
-    }
-
-    fn publish(&mut self) {
-        self.published.send_replace(Some(self.set.all().clone()));
-    }
-
-    fn connection_is(&mut self, state: Result<(), &ApiError>) {
-        self.told.say(state);
-    }
-}
-
 /// This node's Node.
 struct NodeFold {
     facts: NodeFacts,
     published: Sender<Option<NodeFacts>>,
-    told: Told,
+    told: Told<Connections>,
 }
 
 impl Fold for NodeFold {
@@ -274,7 +198,7 @@ impl Set for ServiceSet {
     type Key = ObjectName;
     type Value = Service;
 
-    fn listed(objects: &[ServiceObject]) -> Self {
+    fn listed(&self, objects: &[ServiceObject]) -> Self {
         Self::listed(objects)
     }
 
@@ -337,7 +261,7 @@ impl<V: Version> Set for SlicesOf<V> {
     type Key = SliceKey;
     type Value = Slice;
 
-    fn listed(objects: &[SliceOf<V>]) -> Self {
+    fn listed(&self, objects: &[SliceOf<V>]) -> Self {
         Self(SliceSet::listed(objects.iter().map(|object| &object.slice)), PhantomData)
     }
 

@@ -1,0 +1,171 @@
+//! [`Sources`]: NetworkPolicies, Namespaces and Pods, each kept up to date by a [`Reflector`] of its own.
+//!
+//! Each is unknown until it was listed whole, and keeps its last value while the API server is away.
+
+use std::sync::Arc;
+
+use fabric_core::policy::labels::Labels;
+use fabric_core::policy::model::{Pod, Policy};
+use fabric_core::policy::objects::{NamespaceObject, PodObject, PolicyObject};
+use fabric_core::policy::sets::{NamespaceSet, Namespaces, PodSet, Pods, Policies, PolicySet};
+use fabric_core::services::ObjectName;
+use tokio::sync::watch::{Receiver, Sender};
+use tokio::task::JoinSet;
+
+use crate::kubernetes::client::{ApiError, ApiServer};
+use crate::kubernetes::reflector::{Object, Reflector, revision};
+use crate::kubernetes::sets::{Set, SetFold, State, Told};
+
+/// Pods that have ended have no address. The API server keeps such by the thousand.
+const RUNNING: &str = "status.phase!=Succeeded,status.phase!=Failed";
+
+/// What is known of policies, and of whom they are about. Dropping it ends the watches.
+pub struct Sources {
+    /// The policies.
+    pub policies: Receiver<Option<Policies>>,
+    /// The labels of namespaces.
+    pub namespaces: Receiver<Option<Namespaces>>,
+    /// The pods of the whole cluster.
+    pub pods: Receiver<Option<Pods>>,
+    /// How it stands with each watch.
+    pub connection: Receiver<Connections>,
+    _tasks: JoinSet<()>,
+}
+
+/// How it stands with each watch.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Connections {
+    policies: State,
+    namespaces: State,
+    pods: State,
+}
+
+impl Connections {
+    /// Why one of them doesn't run.
+    #[must_use]
+    pub fn trouble(&self) -> Option<&ApiError> {
+        [&self.policies, &self.namespaces, &self.pods].into_iter().flatten().find_map(|state| state.as_ref().err())
+    }
+}
+
+impl Sources {
+    /// Starts to watch, and returns at once. Must be called within a tokio runtime.
+    #[must_use]
+    pub fn watch(api: &Arc<ApiServer>) -> Self {
+        let (policies, namespaces, pods) = (Sender::new(None), Sender::new(None), Sender::new(None));
+        let connections = Sender::new(Connections::default());
+        let mut tasks = JoinSet::new();
+        let receivers = (policies.subscribe(), namespaces.subscribe(), pods.subscribe(), connections.subscribe());
+        let told = Told::new(&connections, |all: &mut Connections| &mut all.policies);
+        tasks.spawn(Reflector::new(api.clone(), SetFold::new(PolicySet::default(), policies, told)).run());
+        let told = Told::new(&connections, |all: &mut Connections| &mut all.namespaces);
+        tasks.spawn(Reflector::new(api.clone(), SetFold::new(NamespaceSet::default(), namespaces, told)).run());
+        let told = Told::new(&connections, |all: &mut Connections| &mut all.pods);
+        let fold = SetFold::new(PodSet::default(), pods, told);
+        tasks.spawn(Reflector::new(api.clone(), fold).fields(RUNNING).run());
+        let (policies, namespaces, pods, connection) = receivers;
+        Self { policies, namespaces, pods, connection, _tasks: tasks }
+    }
+
+    /// What has not been listed yet, if anything.
+    #[must_use]
+    pub fn missing(&self) -> Option<&'static str> {
+        if self.policies.borrow().is_none() {
+            Some("NetworkPolicies")
+        } else if self.namespaces.borrow().is_none() {
+            Some("Namespaces")
+        } else {
+            self.pods.borrow().is_none().then_some("Pods")
+        }
+    }
+}
+
+impl Object for PolicyObject {
+    const PATH: &'static str = "/apis/networking.k8s.io/v1/networkpolicies";
+
+    fn revision(&self) -> i64 {
+        revision(Some(&self.metadata.resource_version))
+    }
+}
+
+impl Object for NamespaceObject {
+    const PATH: &'static str = "/api/v1/namespaces";
+
+    fn revision(&self) -> i64 {
+        revision(Some(&self.metadata.resource_version))
+    }
+}
+
+impl Object for PodObject {
+    const PATH: &'static str = "/api/v1/pods";
+
+    fn revision(&self) -> i64 {
+        revision(Some(&self.metadata.resource_version))
+    }
+}
+
+impl Set for PolicySet {
+    type Object = PolicyObject;
+    type Key = ObjectName;
+    type Value = Policy;
+
+    fn listed(&self, objects: &[PolicyObject]) -> Self {
+        self.listed(objects)
+    }
+
+    fn apply(&mut self, object: &PolicyObject) -> bool {
+        self.apply(object)
+    }
+
+    fn remove(&mut self, object: &PolicyObject) -> bool {
+        self.remove(&object.metadata)
+    }
+
+    fn all(&self) -> &Policies {
+        self.policies()
+    }
+}
+
+impl Set for NamespaceSet {
+    type Object = NamespaceObject;
+    type Key = Arc<str>;
+    type Value = Labels;
+
+    fn listed(&self, objects: &[NamespaceObject]) -> Self {
+        Self::listed(objects)
+    }
+
+    fn apply(&mut self, object: &NamespaceObject) -> bool {
+        self.apply(object)
+    }
+
+    fn remove(&mut self, object: &NamespaceObject) -> bool {
+        self.remove(&object.metadata)
+    }
+
+    fn all(&self) -> &Namespaces {
+        self.namespaces()
+    }
+}
+
+impl Set for PodSet {
+    type Object = PodObject;
+    type Key = ObjectName;
+    type Value = Pod;
+
+    fn listed(&self, objects: &[PodObject]) -> Self {
+        Self::listed(objects)
+    }
+
+    fn apply(&mut self, object: &PodObject) -> bool {
+        self.apply(object)
+    }
+
+    fn remove(&mut self, object: &PodObject) -> bool {
+        self.remove(&object.metadata)
+    }
+
+    fn all(&self) -> &Pods {
+        self.pods()
+    }
+}
