@@ -122,6 +122,7 @@ INLINE int tunnel_in4(struct __sk_buff *skb, const struct config *node)
 	const struct pod *pod;
 	struct way way;
 	__u32 slot, destination;
+	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO;
 	int reason, ecn;
 
 	make_readable(skb, OUTER4 + TUNNEL + sizeof(*ip) + sizeof(struct tcphdr));
@@ -130,8 +131,6 @@ INLINE int tunnel_in4(struct __sk_buff *skb, const struct config *node)
 		return -SLOW_TRUNCATED;
 	udp = (void *)(outer + 1);
 	ip = (void *)(udp + 1) + TUNNEL;
-	if (udp->check)
-		return -SLOW_CHECKSUM;
 	if (net16(outer->tot_len) + ETH_HLEN != skb->len || net16(udp->len) + sizeof(*outer) != net16(outer->tot_len))
 		return -SLOW_TRUNCATED;
 	reason = look_tunnel(node, (void *)(udp + 1), node->vtep4, net16(ETH_P_IP));
@@ -163,11 +162,12 @@ INLINE int tunnel_in4(struct __sk_buff *skb, const struct config *node)
 		set_tos4(&headers.ip, (ip->tos & ~ECN_MASK) | ecn);
 	address(&headers.eth, pod, net16(ETH_P_IP));
 	/*
-	 * Where the card has verified a checksum it is the inner one, since there is no outer one: it stays verified. What is
-	 * rewritten below keeps the sum of the header as it was.
+	 * A checksum that the card has verified is the outer one, and says nothing of the inner one; without an outer one it is
+	 * the inner one, which stays verified. What is rewritten below keeps the sum of the header as it was.
 	 */
-	if (adjust_room(skb, -(int)(OUTER4 - ETH_HLEN + TUNNEL), BPF_ADJ_ROOM_MAC,
-			BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET) < 0)
+	if (!udp->check)
+		flags |= BPF_F_ADJ_ROOM_NO_CSUM_RESET;
+	if (adjust_room(skb, -(int)(OUTER4 - ETH_HLEN + TUNNEL), BPF_ADJ_ROOM_MAC, flags) < 0)
 		return -SLOW_REFUSED;
 	if (store_bytes(skb, 0, &headers.eth, ETH_HLEN + sizeof(headers.ip), 0) < 0)
 		return dropped();

@@ -392,8 +392,8 @@ pub fn subnet_number(network: u128, address: u128, shift: u32) -> Option<u32> {
     u32::try_from((address - network).checked_shr(shift)?).ok()
 }
 
-/// The headers in front of a packet to an IPv4 peer, as our VXLAN device makes them: from `local` to `underlay`, TTL 64, no
-/// UDP checksum. The outer MAC addresses are left to the kernel's neighbour table; lengths, checksum, identification, type
+/// The headers in front of a packet to an IPv4 peer, as our VXLAN device makes them but for the UDP checksum, which is left out:
+/// from `local` to `underlay`, TTL 64. The outer MAC addresses are left to the kernel's neighbour table; lengths, checksum, identification, type
 /// of service and source port to the program.
 #[must_use]
 pub fn template4(local: Ipv4Addr, underlay: Ipv4Addr, port: u16, vni: u32, vteps: [[u8; 6]; 2]) -> [u8; TEMPLATE_SIZE] {

@@ -76,7 +76,7 @@ pub enum Reason {
     SlowNoRoute = 19,
     /// To our port, but with another VNI or flags of VXLAN.
     SlowVni = 20,
-    /// An outer UDP checksum over IPv4, none over IPv6: not what a VXLAN device of ours takes or sends.
+    /// No outer UDP checksum over IPv6, where our VXLAN device takes none (RFC 6935).
     SlowChecksum = 21,
     /// The kernel refused to make room in it, or to hand it on; it is as it was.
     SlowRefused = 22,
@@ -200,7 +200,7 @@ impl fmt::Display for Reason {
             Self::SlowTunnelPort => "it is for the VXLAN port",
             Self::SlowNoRoute => "no next hop to the peer is known",
             Self::SlowVni => "it has another VNI or other VXLAN flags",
-            Self::SlowChecksum => "its outer UDP checksum is not as our devices send it",
+            Self::SlowChecksum => "it has no outer UDP checksum",
             Self::SlowRefused => "the kernel refused to change it",
             Self::SlowRecorded => "it came from another pod by the kernel's path",
             Self::DroppedRewrite => "no memory for its new header",

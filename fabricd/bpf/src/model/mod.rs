@@ -252,7 +252,7 @@ impl Tables {
         if !frame.has(inner + ETHERNET + if outer.is_v4() { 20 } else { 40 }) {
             return Err(Reason::SlowTruncated.into());
         }
-        if (bytes[udp + 6..udp + 8] == [0, 0]) != outer.is_v4() {
+        if bytes[udp + 6..udp + 8] == [0, 0] && !outer.is_v4() {
             return Err(Reason::SlowChecksum.into());
         }
         let lengths = [ETHERNET + outer.length, udp + usize::from(word(bytes, udp + 4).unwrap_or_default())];

@@ -186,6 +186,10 @@ impl Rig {
         rig
     }
 
+    pub(crate) fn program(&self, program: Program) -> &fabric_ebpf::Program {
+        &self.programs[&program]
+    }
+
     /// Writes the tables into the maps.
     fn fill(&self) {
         let Tables { config, peer_index4, peer_index6, peers, pod_index4, pod_index6, pods, .. } = &self.tables;
