@@ -113,8 +113,13 @@ impl Node {
         ];
         let Self { space, rig, .. } = self;
         self.attached = space.run(|| {
-            let attach =
-                |(program, ifindex, hook)| Link::attach(rig.program(program), ifindex, hook).expect("attached");
+            let attach = |(program, ifindex, hook)| loop {
+                match Link::attach(rig.program(program), ifindex, hook) {
+                    // A child of another test, not yet become another program, still has the link that was closed.
+                    Err(error) if error.kind() == ErrorKind::AlreadyExists => std::thread::yield_now(),
+                    attached => return attached.expect("attached"),
+                }
+            };
             hooks.into_iter().map(attach).collect()
         });
     }
