@@ -56,11 +56,12 @@ INLINE int has_slow_flows(const struct config *node, __u32 slot)
 	return !latest || *latest;
 }
 
-INLINE int is_slow_flow(struct flow *flow, const struct packet *packet)
+/* `flow` has the addresses: the pod's is the source. */
+INLINE int is_slow_flow(struct flow *flow, const struct packet *packet, __u16 source, __u16 destination)
 {
 	flow->protocol = packet->is_udp ? IPPROTO_UDP : IPPROTO_TCP;
-	__builtin_memcpy(flow->source_port, &packet->source_port, 2);
-	__builtin_memcpy(flow->destination_port, &packet->destination_port, 2);
+	__builtin_memcpy(flow->source_port, &source, 2);
+	__builtin_memcpy(flow->destination_port, &destination, 2);
 	return map_lookup(&slow_flows, flow) != 0;
 }
 

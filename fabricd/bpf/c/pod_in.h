@@ -3,7 +3,8 @@
  * At the egress of a pod's veth: what comes to it by the kernel's path, since redirect_peer passes this hook by. If that
  * comes from a pod of another node, the kernel may have translated its destination (a NodePort or hostPort without
  * masquerade), and the answer must go back through the connection tracking that knows. So the flow is noted as the pod will
- * answer it. Pods of this node need no note: of those the port that asked is marked in nat_bits.
+ * answer it, and from then on is slow in both directions: what was tracked once is tracked to its end. Pods of this node need
+ * no note: of those the port that asked is marked in nat_bits.
  */
 #ifndef POD_IN_H
 #define POD_IN_H

@@ -176,7 +176,7 @@ INLINE int pod_out4(struct __sk_buff *skb, const struct config *node)
 
 		map_address4(flow.source, ip->saddr);
 		map_address4(flow.destination, ip->daddr);
-		if (is_slow_flow(&flow, &packet))
+		if (is_slow_flow(&flow, &packet, packet.source_port, packet.destination_port))
 			return -SLOW_FLOW;
 	}
 	if (is_here)
@@ -260,7 +260,7 @@ INLINE int pod_out6(struct __sk_buff *skb, const struct config *node)
 
 		__builtin_memcpy(flow.source, &ip->saddr, sizeof(flow.source));
 		__builtin_memcpy(flow.destination, &ip->daddr, sizeof(flow.destination));
-		if (is_slow_flow(&flow, &packet))
+		if (is_slow_flow(&flow, &packet, packet.source_port, packet.destination_port))
 			return -SLOW_FLOW;
 	}
 	if (is_here)

@@ -72,6 +72,29 @@ INLINE int look_pod(struct __sk_buff *skb, const struct config *node, const stru
 	return FINE;
 }
 
+/* Flows are noted as the pod answers them. */
+INLINE int is_slow4(const struct config *node, __u32 slot, const struct iphdr *ip, const struct packet *packet)
+{
+	struct flow flow ALIGNED = {};
+
+	if (likely(!has_slow_flows(node, slot)))
+		return 0;
+	map_address4(flow.source, ip->daddr);
+	map_address4(flow.destination, ip->saddr);
+	return is_slow_flow(&flow, packet, packet->destination_port, packet->source_port);
+}
+
+INLINE int is_slow6(const struct config *node, __u32 slot, const struct ipv6hdr *ip, const struct packet *packet)
+{
+	struct flow flow ALIGNED = {};
+
+	if (likely(!has_slow_flows(node, slot)))
+		return 0;
+	__builtin_memcpy(flow.source, &ip->daddr, sizeof(flow.source));
+	__builtin_memcpy(flow.destination, &ip->saddr, sizeof(flow.destination));
+	return is_slow_flow(&flow, packet, packet->destination_port, packet->source_port);
+}
+
 INLINE int hand_over(struct __sk_buff *skb, const struct pod *pod, struct traffic *traffic, __u32 length,
 		     enum reason reason)
 {
@@ -156,6 +179,8 @@ INLINE int tunnel_in4(struct __sk_buff *skb, const struct config *node)
 	reason = look_pod(skb, node, &packet, slot, &pod);
 	if (reason != FINE)
 		return reason;
+	if (is_slow4(node, slot, ip, &packet))
+		return -SLOW_FLOW;
 	headers.ip = *ip;
 	set_ttl4(&headers.ip, ip->ttl - 1);
 	if (unlikely(ecn != (ip->tos & ECN_MASK)))
@@ -202,6 +227,8 @@ INLINE int direct_in4(struct __sk_buff *skb, const struct config *node, const st
 	reason = look_pod(skb, node, &packet, slot, &pod);
 	if (reason != FINE)
 		return reason;
+	if (is_slow4(node, slot, ip, &packet))
+		return -SLOW_FLOW;
 	headers.ip = *ip;
 	set_ttl4(&headers.ip, ip->ttl - 1);
 	address(&headers.eth, pod, net16(ETH_P_IP));
@@ -305,6 +332,8 @@ INLINE int tunnel_in6(struct __sk_buff *skb, const struct config *node)
 	reason = look_pod(skb, node, &packet, slot, &pod);
 	if (reason != FINE)
 		return reason;
+	if (is_slow6(node, slot, ip, &packet))
+		return -SLOW_FLOW;
 	__builtin_memcpy(headers.ip, ip, sizeof(headers.ip));
 	headers.ip[1] = (headers.ip[1] & ~(ECN_MASK << 4)) | ecn << 4;
 	headers.ip[HOP_LIMIT_AT]--;
@@ -343,6 +372,8 @@ INLINE int direct_in6(struct __sk_buff *skb, const struct config *node, const st
 	reason = look_pod(skb, node, &packet, slot, &pod);
 	if (reason != FINE)
 		return reason;
+	if (is_slow6(node, slot, ip, &packet))
+		return -SLOW_FLOW;
 	__builtin_memcpy(headers.ip, ip, sizeof(headers.ip));
 	headers.ip[HOP_LIMIT_AT]--;
 	address(&headers.eth, pod, net16(ETH_P_IPV6));

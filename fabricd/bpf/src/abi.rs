@@ -275,7 +275,8 @@ pub struct Peer {
     pub template: [u8; TEMPLATE_SIZE],
 }
 
-/// [`Pod::flags`]: its packets may take the fast path, in both directions. Set when `nat_bits` has its connections.
+/// [`Pod::flags`]: its packets may take the fast path, in both directions. Set when `nat_bits` has the ports of its connections
+/// that are translated, and `slow_flows` those that are tracked: what the kernel tracks has to stay with it.
 pub const POD_FAST: u32 = 1;
 
 /// A pod of this node.

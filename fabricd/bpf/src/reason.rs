@@ -68,7 +68,7 @@ pub enum Reason {
     SlowNotAPod = 15,
     /// The pod's port has talked to something that is no pod: connection tracking may translate it.
     SlowNat = 16,
-    /// The flow came in by the kernel's path, which may have translated it.
+    /// The flow came in by the kernel's path, which may have translated it, and tracks it.
     SlowFlow = 17,
     /// From a pod to the VXLAN port, which only nodes may use.
     SlowTunnelPort = 18,
@@ -196,7 +196,7 @@ impl fmt::Display for Reason {
             Self::SlowNat => {
                 "the pod's port has talked to something that is no pod, so its connections may be translated"
             }
-            Self::SlowFlow => "its flow came in by the kernel's path, so it may be translated",
+            Self::SlowFlow => "its flow came in by the kernel's path once, so it may be translated",
             Self::SlowTunnelPort => "it is for the VXLAN port",
             Self::SlowNoRoute => "no next hop to the peer is known",
             Self::SlowVni => "it has another VNI or other VXLAN flags",

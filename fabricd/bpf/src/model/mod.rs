@@ -318,10 +318,14 @@ impl Tables {
         if !fits(frame, ip, transport, pod.mtu) {
             return Err(Reason::SlowTooLarge);
         }
-        match self.is_marked(slot, transport.is_udp, transport.destination) {
-            true => Err(Reason::SlowNat),
-            false => Ok(pod),
+        if self.is_marked(slot, transport.is_udp, transport.destination) {
+            return Err(Reason::SlowNat);
         }
+        let flow = flow(ip.destination, ip.source, transport.destination, transport.source, transport.is_udp);
+        if self.is_guarded() && self.slow_flows.contains(&flow) {
+            return Err(Reason::SlowFlow);
+        }
+        Ok(pod)
     }
 
     fn pod_in(&self, frame: &Frame<'_>) -> Answer {

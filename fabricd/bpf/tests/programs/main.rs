@@ -256,7 +256,7 @@ fn ports_that_talk_to_what_is_no_pod_are_slow_in_both_directions() {
 }
 
 #[test]
-fn flows_that_came_by_the_kernels_path_are_answered_by_it() {
+fn flows_that_came_by_the_kernels_path_stay_there_in_both_directions() {
     in_namespace(1, |links| {
         let rig = Rig::new(tables(1, links));
         let arriving = |packet: &[u8], ethertype| frame(pod_mac(1, 10), GATEWAY, ethertype, packet);
@@ -270,6 +270,12 @@ fn flows_that_came_by_the_kernels_path_are_answered_by_it() {
             let Answer::Slow(Reason::SlowRecorded, Effect::Record(POD_A, flow)) = answer else { panic!("{answer:?}") };
             assert!(rig.has_slow_flow(&flow));
             assert_eq!(run(&rig, Program::PodOut, links, &answered).reasons, [Reason::SlowFlow]);
+            // What else the peer sends of it as well: connection tracking sees both directions, or none.
+            let inside = frame(vtep(1, 4), vtep(2, 4), IPV4, &asked[14..]);
+            let inside6 = frame(vtep(1, 6), vtep(2, 6), IPV6, &asked[14..]);
+            let wire =
+                if asked[12] == 8 { tunnelled4(underlay4(2), &inside) } else { tunnelled6(underlay6(2), &inside6) };
+            assert_eq!(run(&rig, Program::WireIn, links, &wire).reasons, [Reason::SlowFlow]);
         }
         assert_eq!(run(&rig, Program::PodOut, links, &sent4(TCP, &tcp(80, 50_001, 0))).returned, rig::REDIRECT);
 

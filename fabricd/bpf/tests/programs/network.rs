@@ -12,7 +12,7 @@ use std::io::ErrorKind;
 use std::os::fd::AsRawFd as _;
 use std::process::Command;
 
-use fabric_bpf::abi::{self, Map, PEER_DIRECT};
+use fabric_bpf::abi::{self, Map, PEER_DIRECT, POD_FAST};
 use fabric_bpf::{Path, Program, Reason};
 use fabric_ebpf::{Hook, Link};
 use nix::net::if_::if_nametoindex;
@@ -157,10 +157,12 @@ impl Node {
         self.rig.change(|tables| tables.peers.get_mut(&PEER4).expect("there").flags |= PEER_DIRECT);
     }
 
-    /// No pod is fast.
-    pub(crate) fn go_slow(&mut self) {
+    /// Whether pods are fast.
+    pub(crate) fn set_fast(&mut self, fast: bool) {
         self.rig.change(|tables| {
-            [POD_A, POD_B].iter().for_each(|slot| tables.pods.get_mut(slot).expect("there").flags = 0);
+            for slot in [POD_A, POD_B] {
+                tables.pods.get_mut(&slot).expect("there").flags = if fast { POD_FAST } else { 0 };
+            }
         });
     }
 }

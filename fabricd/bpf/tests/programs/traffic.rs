@@ -192,15 +192,14 @@ fn programs_come_and_go_under_a_stream() {
 fn services_and_published_ports_answer_by_the_path_that_was_asked() {
     let mut nodes = nodes();
     nodes.iter_mut().for_each(Node::attach);
+    nodes.iter().for_each(drop_invalid);
     // As kube-proxy and portmap translate: a service's address on the client's node, a node's port on the server's, both without
-    // another source address; and what connection tracking calls invalid is dropped.
+    // another source address.
     nodes[0].space.sh(
-        "nft 'table ip nat { chain pre { type nat hook prerouting priority -100; ip daddr 203.0.113.10 tcp dport 80 dnat to 198.18.2.10:7000; }; }'
-         nft 'table ip invalid { chain forward { type filter hook forward priority 0; ct state invalid counter drop; }; }'",
+        "nft 'table ip nat { chain pre { type nat hook prerouting priority -100; ip daddr 203.0.113.10 tcp dport 80 dnat to 198.18.2.10:7000; }; }'",
     );
     nodes[1].space.sh(
-        "nft 'table ip nat { chain pre { type nat hook prerouting priority -100; ip daddr 192.0.2.2 tcp dport 30080 dnat to 198.18.2.10:7000; }; }'
-         nft 'table ip invalid { chain forward { type filter hook forward priority 0; ct state invalid counter drop; }; }'",
+        "nft 'table ip nat { chain pre { type nat hook prerouting priority -100; ip daddr 192.0.2.2 tcp dport 30080 dnat to 198.18.2.10:7000; }; }'",
     );
     let listen = at(pod4(2, 10), 7_000);
     let stream = |nodes: &[Node; 2], to| echoed_stream(pod(&nodes[0]), to, pod(&nodes[1]), listen);
@@ -214,8 +213,46 @@ fn services_and_published_ports_answer_by_the_path_that_was_asked() {
     assert!(server.count(Program::PodOut, Reason::SlowFlow) > 0, "answers of the port: {}", server.counts());
     assert!(server.count(Program::PodOut, Reason::FastTunnel) > 0, "answers to the pod's own address");
     // And with no pod fast any more, all the same.
-    nodes.iter_mut().for_each(Node::go_slow);
+    nodes.iter_mut().for_each(|node| node.set_fast(false));
     for to in [at([203, 0, 113, 10].into(), 80), at(underlay4(2), 30_080), listen] {
         stream(&nodes, to).unwrap_or_else(|error| panic!("slow, {to}: {error}"));
+    }
+}
+
+/// As kube-proxy does: what connection tracking calls invalid is dropped.
+fn drop_invalid(node: &Node) {
+    node.space.sh(
+        "nft 'table ip invalid { chain forward { type filter hook forward priority 0; ct state invalid counter drop; }; }'",
+    );
+}
+
+#[test]
+fn a_connection_outlives_every_switch_though_invalid_packets_are_dropped() {
+    for begins_fast in [true, false] {
+        let mut nodes = nodes();
+        nodes.iter_mut().for_each(|node| node.set_fast(begins_fast));
+        nodes.iter_mut().for_each(Node::attach);
+        nodes.iter().for_each(drop_invalid);
+        let to = at(pod4(2, 10), 7_000);
+        let listener = pod(&nodes[1]).run(|| TcpListener::bind(to)).expect("bound");
+        let client = pod(&nodes[0]).run(|| TcpStream::connect(to)).expect("connected");
+        let (server, _) = listener.accept().expect("accepted");
+        [&client, &server].iter().for_each(|stream| stream.set_read_timeout(Some(LIMIT)).expect("set"));
+        let whole = pattern(STREAM / 2);
+        let said = &whole[..];
+        let mut heard = vec![0; said.len()];
+        for round in 0..4 {
+            for (mut from, mut to) in [(&client, &server), (&server, &client)] {
+                thread::scope(|scope| {
+                    scope.spawn(move || from.write_all(said));
+                    to.read_exact(&mut heard).unwrap_or_else(|error| {
+                        panic!("begins fast: {begins_fast}, round {round}: {error}; {}", nodes[1].counts())
+                    });
+                });
+                assert!(heard == said);
+            }
+            let fast = begins_fast ^ (round % 2 == 0);
+            nodes.iter_mut().for_each(|node| node.set_fast(fast));
+        }
     }
 }
