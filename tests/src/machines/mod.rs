@@ -2,7 +2,7 @@
 //!
 //! Namespaces share one kernel, one boot id, one clock and one set of loaded modules. What hangs on these is shown here:
 //! other kernels, modules that are loaded on demand or missing, a power-off that loses what wasn't synced, a network
-//! cable that is pulled. Both kinds of node are on one underlay, so a fabric can have both.
+//! interface that is pulled. Both kinds of node are on one underlay, so a fabric can have both.
 //!
 //! ```text
 //!        linux-6.1  (QEMU)              node-1  (namespaces)      underlay  (namespaces)
@@ -31,6 +31,7 @@ pub mod spec;
 pub mod vm;
 
 use std::collections::BTreeMap;
+use std::env;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -46,6 +47,9 @@ pub use spec::Spec;
 pub use vm::Vm;
 
 use crate::lab::{Builder, Lab, binaries};
+
+/// Programs of tests that machines get as well, by their paths, separated by spaces: `make test-machines` names them.
+const TESTS: &str = "MACHINE_TESTS";
 
 /// A lab with machines. All that a [`Lab`] can do it can do too.
 #[derive(Debug)]
@@ -165,6 +169,8 @@ impl Machines {
 /// The image of programs, of this build: made when there is none, or when a program is newer.
 fn root_image() -> Result<PathBuf> {
     let (image, programs) = (root_path()?, binaries::folder()?);
+    let tests = env::var(TESTS).unwrap_or_default();
+    let tests: Vec<&str> = tests.split_whitespace().collect();
     let ours = ["fabricd", "fabricctl", "fabric-cni", "fabric-bridge"].map(|name| programs.join(name));
     let missing = ours.iter().find(|program| !program.is_file());
     ensure!(
@@ -173,8 +179,8 @@ fn root_image() -> Result<PathBuf> {
         missing.map_or("".into(), |p| p.display().to_string())
     );
     let scripts = ["root.sh", "init.sh", "agent.sh", "../../../deploy/systemd/modules-load.conf"].map(kernels::script);
-    let sources = ours.iter().chain(&scripts);
-    let made_of = sources.map(|file| stamp(file.as_path())).collect::<Result<Vec<_>>>()?.join("\n");
+    let sources = ours.iter().chain(&scripts).map(PathBuf::as_path).chain(tests.iter().map(Path::new));
+    let made_of = sources.map(stamp).collect::<Result<Vec<_>>>()?.join("\n");
 
     fs::create_dir_all(image.parent().context("a folder for the image")?)?;
     let lock = File::create(image.with_extension("lock"))?;
@@ -184,7 +190,7 @@ fn root_image() -> Result<PathBuf> {
         return Ok(image);
     }
     let mut pack = Command::new(kernels::script("root.sh"));
-    let output = pack.arg(&image).arg(&programs).output().context("root.sh")?;
+    let output = pack.arg(&image).arg(&programs).args(&tests).output().context("root.sh")?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "cannot pack the programs of machines: {}", said.trim());
     fs::write(record, made_of)?;

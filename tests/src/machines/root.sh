@@ -1,12 +1,13 @@
 #!/bin/bash
-# root.sh IMAGE PROGRAMS: packs what machines run into an ext4 image, their root below a memory of changes:
-# tools of this machine with their libraries, the CNI plugins, and ours from the folder PROGRAMS.
+# root.sh IMAGE PROGRAMS [TEST...]: packs what machines run into an ext4 image, their root below a memory of changes:
+# tools of this machine with their libraries, the CNI plugins, and ours from the folder PROGRAMS. TESTs go to /tests.
 set -euo pipefail
 image=$1 programs=$2 here=$(dirname "$(realpath "$0")")
+shift 2
 PATH=$PATH:/usr/sbin:/sbin
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
-mkdir -p "$root"/{dev,proc,sys,run,tmp,var,root,etc/cni/net.d,opt/cni/bin,lib/modules,usr/{bin,sbin,lib,lib64}}
+mkdir -p "$root"/{dev,proc,sys,run,tmp,var,root,tests,etc/cni/net.d,opt/cni/bin,lib/modules,usr/{bin,sbin,lib,lib64}}
 # As Debian has it: what programs are linked to lies in /lib64 and /lib/x86_64-linux-gnu.
 rmdir "$root/lib/modules" "$root/lib"
 for folder in bin sbin lib lib64; do ln -s usr/$folder "$root/$folder"; done
@@ -33,6 +34,7 @@ for link in modprobe depmod lsmod rmmod insmod; do ln -s ../bin/kmod "$root/usr/
 for plugin in bridge host-local loopback portmap; do bring "/usr/lib/cni/$plugin" opt/cni/bin; done
 for program in fabricd fabricctl; do bring "$programs/$program" usr/bin; done
 for plugin in fabric-cni fabric-bridge; do bring "$programs/$plugin" opt/cni/bin; done
+for test in "$@"; do bring "$test" tests; done
 install -D -m 755 "$here/init.sh" "$root/usr/sbin/init"
 install -D -m 755 "$here/agent.sh" "$root/usr/sbin/agent"
 install -D -m 644 "$here/../../../deploy/systemd/modules-load.conf" "$root/usr/lib/modules-load.d/fabricd.conf"
