@@ -1,9 +1,11 @@
-//! What pods get of the network: the fabric beside a VXLAN made by hand, and beside the bare underlay between the nodes.
+//! What pods get of the network: the fabric with the fast path and without, beside a VXLAN made by hand, pods that are routed
+//! without any tunnel, and the bare underlay between the nodes.
 //!
-//! All three are in the same lab at the same time, and take turns, a slice each. So what else the machine does falls on
-//! all of them, and a ratio is the middle of those of all rounds. What is not the fabric is on nodes of its own, which
-//! never ran fabricd: nobody's packet filter is in its way.
+//! All of them are in the same lab at the same time, and take turns, a slice each. So what else the machine does falls on all
+//! of them, and a ratio is the middle of those of all rounds. Each has nodes of its own, so nothing is switched between turns;
+//! what is not the fabric is on nodes that never ran fabricd: nobody's packet filter is in its way.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +13,9 @@ use anyhow::{Result, ensure};
 use fabric_core::model::Family;
 
 use super::Report;
-use super::traffic::{Carried, End, Load};
+use super::fast_path::{self, FastNode, Share};
+use super::report::{quantile, sorted};
+use super::traffic::{Carried, End, Load, Whole};
 use crate::lab::spaces::Spaces;
 use crate::lab::{Lab, Node, crowd, wait_until};
 
@@ -22,7 +26,7 @@ pub struct Options {
     pub rounds: usize,
     /// How long a turn is.
     pub slice: Duration,
-    /// Peers that are installed for the second half.
+    /// Peers that are installed for the second half; without any there is none.
     pub crowd: u32,
 }
 
@@ -69,31 +73,49 @@ pub(super) struct Way {
 /// Measures.
 ///
 /// # Errors
-/// The lab breaks.
+/// The lab breaks, or packets don't take the fast path.
 pub fn run(report: &mut Report, options: Options) -> Result<()> {
-    let mut lab = Lab::builder().name("bench-datapath").nodes(2).network(crowd::NETWORK).start()?;
-    let nodes = [Arc::clone(lab.node("node-1")?), Arc::clone(lab.node("node-2")?)];
+    let mut lab = Lab::builder().name("bench-datapath").nodes(4).network(crowd::NETWORK).start()?;
+    let node = |lab: &Lab, number: u8| anyhow::Ok(Arc::clone(lab.node(&format!("node-{number}"))?));
+    let fast = [node(&lab, 1)?, node(&lab, 2)?];
+    let slow = [node(&lab, 3)?, node(&lab, 4)?];
     let plain = [lab.boot_node()?, lab.boot_node()?];
-    let ways = [fabric(&nodes)?, by_hand(&plain)?, underlay(&plain)?];
+    let ways = [
+        fabric("fabric, fast path", &fast)?,
+        fabric("fabric, kernel's path", &slow)?,
+        by_hand(&plain)?,
+        routed(&plain)?,
+        underlay(&plain)?,
+    ];
+    let programs = fast_path::attach(&fast, "a", crowd::SPACE)?;
+    let mut share = Share::default();
     let mut crowd = lab.crowd()?;
-    for peers in [0, options.crowd] {
+    for peers in BTreeSet::from([0, options.crowd]) {
         crowd.join(1..peers + 1)?;
-        nodes.iter().try_for_each(|node| wait_for_peers(node, peers))?;
+        fast.iter().chain(&slow).try_for_each(|node| wait_for_peers(node, peers + 2))?;
         for offloads in OFFLOADS {
-            switch_offloads(&lab, &nodes, "a", offloads)?;
-            switch_offloads(&lab, &plain, "hand", offloads)?;
+            switch_offloads(&lab, &fast, &["a"], offloads)?;
+            switch_offloads(&lab, &slow, &["a"], offloads)?;
+            switch_offloads(&lab, &plain, &["hand", "routed"], offloads)?;
             let section = match peers {
                 0 => format!("pod to pod, {}", offloads.name()),
                 _ => format!("pod to pod, {}, {peers} peers", offloads.name()),
             };
             compare(report, &section, &ways, options)?;
+            compare_cost(report, &section, &ways, options)?;
+            took_fast_path(report, &section, &programs, &mut share)?;
         }
     }
     lab.destroy()
 }
 
+fn took_fast_path(report: &mut Report, section: &str, programs: &[FastNode; 2], share: &mut Share) -> Result<()> {
+    report.number(section, "packets that took the fast path", "%", share.check(programs)? * 100.0);
+    Ok(())
+}
+
 /// Each load over each way, in turns.
-fn compare(report: &mut Report, section: &str, ways: &[Way; 3], options: Options) -> Result<()> {
+fn compare(report: &mut Report, section: &str, ways: &[Way; 5], options: Options) -> Result<()> {
     for (name, load) in LOADS {
         let mut turns = vec![];
         for _ in 0..options.rounds {
@@ -108,10 +130,41 @@ fn compare(report: &mut Report, section: &str, ways: &[Way; 3], options: Options
             let cpu = turns.iter().map(|turn| turn[index].cpu_ns * scale).collect();
             report.figure(section, &format!("{name}: {}, CPU", way.name), unit, cpu);
         }
-        let [fabric, others @ ..] = [0, 1, 2];
-        for other in others {
-            let ratios = turns.iter().map(|turn| turn[fabric].rate / turn[other].rate).collect();
-            report.figure(section, &format!("{name}: fabric / {}", ways[other].name), "×", ratios);
+        for (one, other) in PAIRS {
+            let ratios = turns.iter().map(|turn| turn[one].rate / turn[other].rate).collect();
+            report.figure(section, &format!("{name}: {} / {}", ways[one].name, ways[other].name), "×", ratios);
+        }
+    }
+    Ok(())
+}
+
+/// The ratios that are told, by the places of the ways: with the fast path to all else, and the kernel's path to a VXLAN made by
+/// hand and to the underlay.
+const PAIRS: [(usize, usize); 6] = [(0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (1, 4)];
+
+/// What one packet, round trip and block costs over each way. Forwards, and then backwards, so that a machine which becomes busier
+/// or less so does it for all. Most of what else happens makes a batch dearer, so of all batches the tenth part counts.
+fn compare_cost(report: &mut Report, section: &str, ways: &[Way; 5], options: Options) -> Result<()> {
+    for (name, load) in LOADS.into_iter().filter(|(_, load)| *load != Load::Streams(4)) {
+        let open = |way: &Way| Whole::open(load, &way.from, &way.to);
+        let mut ends = ways.iter().map(open).collect::<Result<Vec<_>>>()?;
+        ends.iter_mut().try_for_each(|end| end.batch().map(drop))?;
+        let mut costs = vec![vec![]; ways.len()];
+        for round in 0..10 * options.rounds {
+            let forwards = 0..ways.len();
+            let order: Vec<usize> = if round % 2 == 0 { forwards.collect() } else { forwards.rev().collect() };
+            for index in order {
+                costs[index].push(ends[index].batch()? / 1e3);
+            }
+        }
+        let costs: Vec<Vec<f64>> = costs.into_iter().map(sorted).collect();
+        for (way, costs) in ways.iter().zip(&costs) {
+            report.figure(section, &format!("{name}, the whole way: {}, CPU", way.name), "µs each", costs.clone());
+        }
+        for (one, other) in PAIRS {
+            let ratio = quantile(&costs[other], 0.1) / quantile(&costs[one], 0.1);
+            let name = format!("{name}, the whole way: {} / {}", ways[one].name, ways[other].name);
+            report.number(section, &name, "×", ratio);
         }
     }
     Ok(())
@@ -133,12 +186,12 @@ fn cpu_unit(load: Load) -> (&'static str, f64) {
 }
 
 /// Pods as users have them.
-pub(super) fn fabric(nodes: &[Arc<Node>; 2]) -> Result<Way> {
+pub(super) fn fabric(name: &'static str, nodes: &[Arc<Node>; 2]) -> Result<Way> {
     let end = |node: &Arc<Node>| {
         let pod = node.add_pod("a")?;
         anyhow::Ok(End { network: pod.network()?, ip: pod.ip(Family::V4)? })
     };
-    Ok(Way { name: "fabric", from: end(&nodes[0])?, to: end(&nodes[1])? })
+    Ok(Way { name, from: end(&nodes[0])?, to: end(&nodes[1])? })
 }
 
 /// The same by `ip` and `bridge` alone: a VXLAN with another VNI, a bridge, and a namespace on it.
@@ -163,11 +216,34 @@ fn by_hand(nodes: &[Arc<Node>; 2]) -> Result<Way> {
         );
         node.run(&["sh", "-ec", &script])?;
     }
-    let end = |node: &Node, number: u8| {
-        let network = Spaces::of_network(&node.path("/run/netns/hand")?)?;
-        anyhow::Ok(End { network, ip: [10, 77, number, 2].into() })
-    };
+    let end = |node: &Node, number: u8| inside(node, "hand", [10, 77, number, 2]);
     Ok(Way { name: "hand-made VXLAN", from: end(&nodes[0], 1)?, to: end(&nodes[1], 2)? })
+}
+
+/// Namespaces on a veth, and routes to each other's network over the underlay: no bridge and no tunnel.
+fn routed(nodes: &[Arc<Node>; 2]) -> Result<Way> {
+    for (number, (node, peer)) in [1, 2].into_iter().zip([(&nodes[0], &nodes[1]), (&nodes[1], &nodes[0])]) {
+        let (peer, there) = (peer.underlay_ip(Family::V4), 3 - number);
+        let script = format!(
+            "echo 1 >/proc/sys/net/ipv4/ip_forward
+             ip netns add routed
+             ip link add routed-port up type veth peer name eth0 netns routed
+             ip address add 10.78.{number}.1/24 dev routed-port
+             ip route add 10.78.{there}.0/24 via {peer}
+             ip -n routed link set eth0 up
+             ip -n routed address add 10.78.{number}.2/24 dev eth0
+             ip -n routed route add default via 10.78.{number}.1"
+        );
+        node.run(&["sh", "-ec", &script])?;
+    }
+    let end = |node: &Node, number: u8| inside(node, "routed", [10, 78, number, 2]);
+    Ok(Way { name: "routed veth", from: end(&nodes[0], 1)?, to: end(&nodes[1], 2)? })
+}
+
+/// The end in a namespace that was made by `ip netns`.
+fn inside(node: &Node, namespace: &str, ip: [u8; 4]) -> Result<End> {
+    let network = Spaces::of_network(&node.path(&format!("/run/netns/{namespace}"))?)?;
+    Ok(End { network, ip: ip.into() })
 }
 
 /// From node to node, without pods, bridges and VXLAN.
@@ -176,8 +252,8 @@ fn underlay(nodes: &[Arc<Node>; 2]) -> Result<Way> {
     Ok(Way { name: "bare underlay", from: end(&nodes[0])?, to: end(&nodes[1])? })
 }
 
-/// On these nodes, in this pod of each, and on the underlay between them.
-pub(super) fn switch_offloads(lab: &Lab, nodes: &[Arc<Node>; 2], pod: &str, offloads: Offloads) -> Result<()> {
+/// On these nodes, in these pods of each, and on the underlay between them.
+pub(super) fn switch_offloads(lab: &Lab, nodes: &[Arc<Node>; 2], pods: &[&str], offloads: Offloads) -> Result<()> {
     let (inside, between) = match offloads {
         Offloads::All => ("on", "on"),
         Offloads::OfTheHost => ("on", "off"),
@@ -185,18 +261,20 @@ pub(super) fn switch_offloads(lab: &Lab, nodes: &[Arc<Node>; 2], pod: &str, offl
     };
     // Not every link is there on every node; what is must show it, below.
     let switch = "for link in $2; do ethtool -K $link tso $0 gso $0 gro $1 >/dev/null 2>&1; done; :";
-    let on_node = ["sh", "-c", switch, inside, inside, "eth0 fabric.1 hand cni0 hand-bridge"];
-    let in_pod = ["ip", "netns", "exec", pod];
+    let on_node = ["sh", "-c", switch, inside, inside, "eth0 fabric.1 hand cni0 hand-bridge routed-port"];
     let underlay = &lab.underlay().machine;
     for node in nodes {
         node.run(&on_node)?;
-        node.run(&[&in_pod[..], &["sh", "-c", switch, inside, inside, "eth0"]].concat())?;
         underlay.run(&["sh", "-c", switch, between, "off", &node.name])?;
-        let shown = [
+        let mut shown = vec![
             (node.run(&["ethtool", "-k", "eth0"])?, inside, inside),
-            (node.run(&[&in_pod[..], &["ethtool", "-k", "eth0"]].concat())?, inside, inside),
             (underlay.run(&["ethtool", "-k", &node.name])?, between, "off"),
         ];
+        for pod in pods {
+            let in_pod = ["ip", "netns", "exec", pod];
+            node.run(&[&in_pod[..], &["sh", "-c", switch, inside, inside, "eth0"]].concat())?;
+            shown.push((node.run(&[&in_pod[..], &["ethtool", "-k", "eth0"]].concat())?, inside, inside));
+        }
         for (shown, segments, gro) in shown {
             for wanted in
                 [format!("generic-segmentation-offload: {segments}"), format!("generic-receive-offload: {gro}")]

@@ -28,12 +28,12 @@ const WATCHED: Duration = Duration::from_millis(500);
 pub fn run(report: &mut Report, options: Options) -> Result<()> {
     let lab = Lab::builder().name("bench-filter").nodes(2).network(crowd::NETWORK).start()?;
     let nodes = [Arc::clone(lab.node("node-1")?), Arc::clone(lab.node("node-2")?)];
-    let way = fabric(&nodes)?;
+    let way = fabric("fabric", &nodes)?;
     let mut crowd = lab.crowd()?;
     crowd.join(1..options.crowd + 1)?;
     nodes.iter().try_for_each(|node| wait_for_peers(node, options.crowd))?;
     for offloads in OFFLOADS {
-        switch_offloads(&lab, &nodes, "a", offloads)?;
+        switch_offloads(&lab, &nodes, &["a"], offloads)?;
         let section = format!("packet filter, {}, {} peers", offloads.name(), options.crowd);
         compare(report, &section, &nodes, &way, options)?;
     }

@@ -6,13 +6,14 @@
 //! | [`change`] | how long one lease takes that comes or goes, and its CPU, beside another build |
 //! | [`changes`] | how long one lease or a thousand take, what a restart costs |
 //! | [`rest`] | what rest costs |
-//! | [`datapath`] | what pods get of the network, beside a VXLAN made by hand and the bare underlay |
+//! | [`datapath`] | what pods get of the network with the fast path and without, beside a VXLAN made by hand, plain routes and the bare underlay |
 //! | [`filter`] | what the packet filter takes of that |
 //! | [`firewalls`] | what reading and judging the firewalls of others takes, beside thousands of their chains |
 //! | [`cni`] | how long a pod's ADD and DEL take, beside `bridge` and `host-local` |
 //!
 //! [`report`] prints and keeps the figures, [`usage`] reads what a process used, [`traffic`] makes traffic, [`crowded`] a
-//! node beside thousands of peers. Nothing here fails because a figure is bad: a benchmark measures, it doesn't test.
+//! node beside thousands of peers. Nothing here fails because a figure is bad: a benchmark measures, it doesn't test. But what is
+//! measured has to be what it is called: `datapath` fails when packets don't take the fast path.
 
 pub mod change;
 pub mod changes;
@@ -20,6 +21,7 @@ pub mod cni;
 pub mod cold_start;
 pub mod crowded;
 pub mod datapath;
+mod fast_path;
 pub mod filter;
 pub mod firewalls;
 pub mod report;

@@ -1,4 +1,5 @@
-//! Traffic between two ends: as much as goes through, for the time of a slice, and what that cost the CPUs.
+//! Traffic between two ends: as much as goes through, for the time of a slice, and what that cost the CPUs; or, with [`Whole`],
+//! what one piece of it costs the one thread that does all of it.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, TcpListener, TcpStream, UdpSocket};
@@ -7,6 +8,8 @@ use std::thread::{scope, sleep};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::time::{ClockId, clock_gettime};
 
 use super::usage;
 use crate::lab::spaces::Spaces;
@@ -78,14 +81,8 @@ impl Load {
                 })
             }
             Self::SmallPackets => {
-                let sink = to.network.run(|| Ok(UdpSocket::bind((to.ip, 0))?))?;
+                let (source, sink) = datagrams(from, to)?;
                 sink.set_read_timeout(Some(LOOK))?;
-                let target = sink.local_addr()?;
-                let source = from.network.run(|| {
-                    let socket = UdpSocket::bind((from.ip, 0))?;
-                    socket.connect(target)?;
-                    Ok(socket)
-                })?;
                 scope(|scope| {
                     scope.spawn(|| flood(&source, &meter));
                     scope.spawn(|| catch(&sink, &meter));
@@ -103,6 +100,100 @@ fn connected(from: &End, to: &End) -> Result<(TcpStream, TcpStream)> {
     let client = from.network.run(|| Ok(TcpStream::connect_timeout(&target, Duration::from_secs(10))?));
     let client = client.with_context(|| format!("no connection from {} to {}", from.ip, to.ip))?;
     Ok((client, listener.accept()?.0))
+}
+
+/// A socket at each end, the first connected to the other.
+fn datagrams(from: &End, to: &End) -> Result<(UdpSocket, UdpSocket)> {
+    let sink = to.network.run(|| Ok(UdpSocket::bind((to.ip, 0))?))?;
+    let target = sink.local_addr()?;
+    let source = from.network.run(|| {
+        let socket = UdpSocket::bind((from.ip, 0))?;
+        socket.connect(target)?;
+        Ok(socket)
+    })?;
+    Ok((source, sink))
+}
+
+/// Both ends in one thread, which sends, and then takes what it has sent. In between the kernel does its work in the same
+/// thread, so nobody is woken and nobody waits: what the thread takes is the cost of the whole way, however busy the machine is.
+#[derive(Debug)]
+pub enum Whole {
+    /// Blocks of 64 KiB.
+    Stream(TcpStream, TcpStream),
+    /// One byte there and back.
+    RoundTrips(TcpStream, TcpStream),
+    /// UDP packets of 64 bytes.
+    SmallPackets(UdpSocket, UdpSocket),
+}
+
+impl Whole {
+    /// Nothing that is on its way takes longer.
+    const LIMIT: Duration = Duration::from_secs(5);
+    /// Packets that are sent before they are taken: all of them find room.
+    const BURST: usize = 32;
+
+    /// Connects the ends.
+    ///
+    /// # Errors
+    /// They don't reach each other.
+    pub fn open(load: Load, from: &End, to: &End) -> Result<Self> {
+        if load == Load::SmallPackets {
+            let (source, sink) = datagrams(from, to)?;
+            sink.set_read_timeout(Some(Self::LIMIT))?;
+            return Ok(Self::SmallPackets(source, sink));
+        }
+        let (client, server) = connected(from, to)?;
+        for stream in [&client, &server] {
+            stream.set_nodelay(true)?;
+            stream.set_read_timeout(Some(Self::LIMIT))?;
+            // A block has to find room before anybody reads.
+            setsockopt(stream, sockopt::SndBuf, &(8 * BLOCK))?;
+        }
+        Ok(match load {
+            Load::RoundTrips => Self::RoundTrips(client, server),
+            _ => Self::Stream(client, server),
+        })
+    }
+
+    /// Nanoseconds of CPU for one packet, round trip or block: over a batch that takes some milliseconds.
+    ///
+    /// # Errors
+    /// Something is lost.
+    pub fn batch(&mut self) -> Result<f64> {
+        let began = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
+        let count = match self {
+            Self::Stream(client, server) => {
+                let mut block = vec![0; BLOCK / 2];
+                for _ in 0..40 {
+                    client.write_all(&block)?;
+                    server.read_exact(&mut block)?;
+                }
+                40
+            }
+            Self::RoundTrips(client, server) => {
+                let mut byte = [0];
+                for _ in 0..200 {
+                    client.write_all(&byte)?;
+                    server.read_exact(&mut byte)?;
+                    server.write_all(&byte)?;
+                    client.read_exact(&mut byte)?;
+                }
+                200
+            }
+            Self::SmallPackets(source, sink) => {
+                let mut packet = [0; SMALL];
+                for _ in 0..20 {
+                    (0..Self::BURST).try_for_each(|_| source.send(&packet).map(drop))?;
+                    (0..Self::BURST).try_for_each(|_| sink.recv(&mut packet).map(drop))?;
+                }
+                20 * Self::BURST
+            }
+        };
+        let took = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)? - began;
+        #[expect(clippy::cast_precision_loss, reason = "some hundreds")]
+        let each = Duration::from(took).as_secs_f64() * 1e9 / count as f64;
+        Ok(each)
+    }
 }
 
 /// What all workers of a load count together, and whether they are to end.

@@ -16,6 +16,8 @@ use super::Lab;
 
 /// Arguments of `fabricctl network init` for a lab with a crowd of up to 10,000 and more.
 pub const NETWORK: &[&str] = &["--network", "10.128.0.0/10", "--subnet-min", "10.190.0.0"];
+/// The network of these arguments: its first address, and the length of its prefix. Subnets are /24.
+pub const SPACE: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 128, 0, 0), 10);
 
 const SUBNETS: &str = "/coreos.com/network/subnets/";
 /// etcd takes 128 operations in one transaction.
