@@ -79,6 +79,16 @@ fn package_is_installed_started_killed_upgraded_removed_and_purged() -> Result<(
     // The sandbox leaves it what the mesh needs to tell a stale entry from a blocked port.
     host.run("grep 'CapEff:.*0000000000003000' /proc/$(systemctl show --property MainPID --value fabricd)/status")?;
 
+    // Nor does it end the daemon that it makes every check of doctor's.
+    let checks = host.run("fabricctl doctor -o json || true")?;
+    let check = |id: &str| {
+        let mut checks = checks.lines().filter_map(|check| serde_json::from_str::<Value>(check).ok());
+        checks.find(|check| check["id"] == id)
+    };
+    ensure!(check("clock").is_some_and(|clock| clock["result"] != "failed"), "{checks}");
+    ensure!(check("daemon").is_none() && check("disk").is_some(), "the daemon has not answered to the end: {checks}");
+    ensure!(host.run("systemctl show --property NRestarts --value fabricd fabric-cni")? == "0\n\n0\n");
+
     // What comes along: manual, completions, examples.
     for page in ["man1/fabricctl", "man1/fabricctl-lease-list", "man8/fabricd", "man8/fabricd-pki-node"] {
         let number = &page[3..4];
