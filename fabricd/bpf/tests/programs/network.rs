@@ -15,7 +15,8 @@ use std::process::Command;
 use fabric_bpf::abi::{self, Map, PEER_DIRECT, POD_FAST};
 use fabric_bpf::{Path, Program, Reason};
 use fabric_ebpf::{Hook, Link};
-use nix::net::if_::if_nametoindex;
+use nix::mount::{MsFlags, mount};
+use nix::net::if_::{if_indextoname, if_nametoindex};
 use nix::sched::{CloneFlags, setns, unshare};
 
 use super::rig::{GATEWAY, Links, PEER4, POD_A, POD_B, PORT, Rig, VNI, pod_mac, tables, uplink_mac, vtep};
@@ -101,16 +102,20 @@ impl Node {
         Self { space, pods, rig: Rig::new(tables(number, links)), links, attached: vec![] }
     }
 
-    /// Puts the programs at their hooks.
-    pub(crate) fn attach(&mut self) {
+    fn hooks(&self) -> [(Program, u32, Hook); 5] {
         let Links { uplink, pod_a, pod_b, device6: _ } = self.links;
-        let hooks = [
+        [
             (Program::WireIn, uplink, Hook::Ingress),
             (Program::PodOut, pod_a, Hook::Ingress),
             (Program::PodOut, pod_b, Hook::Ingress),
             (Program::PodIn, pod_a, Hook::Egress),
             (Program::PodIn, pod_b, Hook::Egress),
-        ];
+        ]
+    }
+
+    /// Puts the programs at their hooks (tcx, kernel 6.6).
+    pub(crate) fn attach(&mut self) {
+        let hooks = self.hooks();
         let Self { space, rig, .. } = self;
         self.attached = space.run(|| {
             let attach = |(program, ifindex, hook)| loop {
@@ -121,6 +126,33 @@ impl Node {
                 }
             };
             hooks.into_iter().map(attach).collect()
+        });
+    }
+
+    /// The same as older kernels have it: filters of tc at the qdisc clsact.
+    pub(crate) fn attach_by_tc(&self) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let tc = |(program, ifindex, hook): (Program, u32, Hook)| {
+            let (pin, name) = (folder.path().join(program.name()), if_indextoname(ifindex).expect("there"));
+            let name = name.to_str().expect("text");
+            let side = if hook == Hook::Ingress { "ingress" } else { "egress" };
+            let pin = pin.display();
+            format!(
+                "tc qdisc replace dev {name} clsact; tc filter add dev {name} {side} pref 1 bpf direct-action pinned {pin}\n"
+            )
+        };
+        self.space.run(|| {
+            // bpffs for this thread and its children alone: the filters stay, the pins go.
+            let none = None::<&str>;
+            unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).expect("needs root");
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("private");
+            mount(Some("bpf"), folder.path(), Some("bpf"), MsFlags::empty(), none).expect("a bpffs");
+            for program in Program::ALL {
+                self.rig.program(program).pin(&folder.path().join(program.name())).expect("pinned");
+            }
+            let script: String = self.hooks().map(tc).concat();
+            let ran = Command::new("sh").args(["-ec", &script]).output().expect("sh runs");
+            assert!(ran.status.success(), "{script}{}", String::from_utf8_lossy(&ran.stderr));
         });
     }
 

@@ -137,6 +137,21 @@ fn nodes_with_and_without_programs_understand_each_other() {
 }
 
 #[test]
+fn filters_of_tc_do_what_links_do() {
+    let nodes = nodes();
+    nodes.iter().for_each(Node::attach_by_tc);
+    talk(&nodes);
+    for node in &nodes {
+        let (fast, slow) = node.fast_and_slow();
+        assert!(fast > MANY && slow == slow_by_nature(node), "{}", node.counts());
+    }
+    let [one, other] = [&nodes[0].pods[&10], &nodes[0].pods[&11]];
+    let to = at(pod4(1, 11), 7_000);
+    echoed_stream(one, to, other, to).unwrap_or_else(|error| panic!("{error}"));
+    assert!(nodes[0].count(Program::PodOut, Reason::FastSameNode) > MANY);
+}
+
+#[test]
 fn peers_on_one_link_need_no_tunnel() {
     let mut nodes = nodes();
     for (node, other) in nodes.iter_mut().zip([2, 1]) {
