@@ -8,6 +8,7 @@
 //! | `delegate`   | `{"type": "bridge"}`       | keys for the delegate that win over ours, as flannel's plugin has it |
 //! | `flannelDir` | `/var/lib/cni/flannel`     | what flannel's plugin remembers of pods from before this node was taken over |
 //! | `readyTimeout` | 5                        | seconds that ADD waits for a node that isn't ready             |
+//! | `policyTimeout` | 5                       | seconds that ADD waits for the pod's network policies; 0: it doesn't |
 //!
 //! What can't be honoured is refused, not ignored: `ipam.ranges` would be somebody's belief about addresses. Another
 //! IPAM plugin than host-local is the user's own affair, and gets `delegate.ipam` as it stands.
@@ -54,6 +55,9 @@ pub struct PluginConf {
     /// How many seconds ADD waits for the node to become ready.
     #[serde(default = "default_ready_timeout")]
     pub ready_timeout: u16,
+    /// How many seconds ADD waits for the pod's network policies to be in force, where these are on; with 0 it doesn't wait.
+    #[serde(default = "default_ready_timeout")]
+    pub policy_timeout: u16,
     /// The result of the plugin before, or, on CHECK and DEL, of ADD.
     pub prev_result: Option<Value>,
     /// All other members, of which some go on to the delegate.

@@ -39,29 +39,37 @@ pub fn ready_node(path: &Path) -> Result<NodeFile, String> {
 /// # Errors
 /// The reason at the end of the time.
 pub fn await_ready_node(path: &Path, patience: Duration) -> Result<NodeFile, String> {
-    let ready = ready_node(path);
-    if ready.is_ok() || patience.is_zero() {
-        return ready;
+    wait_for(path, patience, || ready_node(path))
+}
+
+/// Looks at what a file says, or that it is there, until that is fine or the time is up.
+///
+/// # Errors
+/// What was wrong at the end of the time.
+pub fn wait_for<T, E>(path: &Path, patience: Duration, look: impl Fn() -> Result<T, E>) -> Result<T, E> {
+    let found = look();
+    if found.is_ok() || patience.is_zero() {
+        return found;
     }
     let deadline = Instant::now() + patience;
     // Without a watch (too many of them) the first word stands, as it does when the time is up.
-    let Ok(events) = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK) else { return ready };
+    let Ok(events) = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK) else { return found };
     let nearest = || path.ancestors().skip(1).find(|folder| folder.is_dir());
     loop {
         // Watched before it is read, so that no change falls between. While the folder doesn't exist its parent tells.
         let folder = nearest();
         let changes = WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::CLOSE_WRITE;
         if folder.is_none_or(|folder| inotify::add_watch(&events, folder, changes).is_err()) {
-            return ready_node(path);
+            return look();
         }
         // Of a folder that was made before its parent was watched, the parent says nothing more.
         if nearest() != folder {
             continue;
         }
-        let ready = ready_node(path);
+        let found = look();
         let left = deadline.saturating_duration_since(Instant::now());
-        if ready.is_ok() || left.is_zero() || !wait(&events, left).unwrap_or(false) {
-            return ready;
+        if found.is_ok() || left.is_zero() || !wait(&events, left).unwrap_or(false) {
+            return found;
         }
     }
 }

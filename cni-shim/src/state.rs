@@ -26,6 +26,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use fabric_core::attachments::SavedPod;
 use fabric_core::handoff::{Attached, BOOT_ID};
 use fabric_core::model::stable_hash;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -56,6 +57,9 @@ pub struct Saved {
     pub id: AttachmentId,
     /// The container's network namespace.
     pub netns: Option<PathBuf>,
+    /// The pod of Kubernetes that the container is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<SavedPod>,
     /// What the delegate was told.
     pub config: Map<String, Value>,
     /// How it was attached; `None` while ADD is at work, or if it was cut off.

@@ -13,7 +13,7 @@ fn id(container: &str, ifname: &str) -> AttachmentId {
 
 fn saved(id: &AttachmentId) -> Saved {
     let config = json!({"name": "fabric"}).as_object().cloned().expect("an object");
-    Saved { id: id.clone(), netns: Some("/run/netns/pod".into()), config, attached: None }
+    Saved { id: id.clone(), netns: Some("/run/netns/pod".into()), pod: None, config, attached: None }
 }
 
 fn attachments(dir: &TempDir) -> Attachments {

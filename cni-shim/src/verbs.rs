@@ -5,10 +5,11 @@
 //! of daemon, node file, state file or network namespace is missing.
 
 use std::collections::BTreeSet;
+use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use fabric_core::attachments::IPAM_NETWORK;
+use fabric_core::attachments::{IPAM_NETWORK, SavedPod};
 use fabric_core::handoff::{Attached, NodeFile};
 use ipnetwork::IpNetwork;
 use serde_json::{Map, Value, json};
@@ -19,6 +20,7 @@ use crate::delegate::{Delegate, on_a_bridge, render};
 use crate::error::{CniError, Code};
 use crate::exec::Exec;
 use crate::flannel;
+use crate::judged;
 use crate::node_ipam::NodeIpam;
 use crate::ready::{await_ready_node, known_node, ready_node};
 use crate::request::{Action, Attachment, Call, Request};
@@ -63,7 +65,8 @@ impl Answering<'_> {
         let delegate = self.delegate(conf.delegate_type()?)?;
         let config = render(conf, Some(&node));
         self.refuse_two_of_one(pod, &config, &node)?;
-        let saved = Saved { id: pod.id.clone(), netns: pod.netns.clone(), config, attached: None };
+        let kubernetes = SavedPod::of_args(&self.call.args);
+        let saved = Saved { id: pod.id.clone(), netns: pod.netns.clone(), pod: kubernetes, config, attached: None };
         let held = self.attachments.create(&saved)?;
 
         let told = told(&conf.name, pod, &saved.config);
@@ -83,6 +86,7 @@ impl Answering<'_> {
         match attached {
             Ok(result) => {
                 held.attached(&attached_by(&result, &saved.config));
+                self.await_judgement(&pod.id);
                 Ok(result)
             }
             Err((failure, undone)) => Err(match undone.and_then(|()| held.forget()) {
@@ -91,6 +95,36 @@ impl Answering<'_> {
                 Err(e) => failure.with_details(format!("cleaning up failed as well, DEL has to finish it: {e}")),
             }),
         }
+    }
+
+    /// Waits until the pod's network policies are in force. Until then it is closed, so a pod whose time is up is attached
+    /// all the same.
+    fn await_judgement(&self, id: &AttachmentId) {
+        let conf = &self.call.conf;
+        let patience = Duration::from_secs(conf.policy_timeout.into());
+        let Some(folder) = judged::folder(&conf.node_file).filter(|_| !patience.is_zero()) else { return };
+        if !judged::is_judged(&folder, id, patience) {
+            // By the spec, text for the runtime's log.
+            let _ = writeln!(
+                io::stderr(),
+                "{id} is attached, but its network policies are not in force after {} s: it reaches nobody before \
+                 fabricd has put them in force; to see what it waits for: fabricctl status",
+                conf.policy_timeout
+            );
+        }
+    }
+
+    /// Closes a pod that goes: whoever gets its addresses next is judged anew.
+    fn close(&self, saved: Option<&Saved>) -> Result<(), CniError> {
+        let ips = saved.and_then(|saved| saved.attached.as_ref()).map_or(&[][..], |attached| &attached.ips);
+        if judged::folder(&self.call.conf.node_file).is_none() {
+            return Ok(());
+        }
+        judged::close(ips).map_err(|error| {
+            let msg =
+                format!("cannot take the pod's addresses from the table fabric-policy: {error}; nothing was detached");
+            CniError::new(Code::Io, msg)
+        })
     }
 
     /// Refuses what would make one address that of two pods.
@@ -114,7 +148,8 @@ impl Answering<'_> {
         let conf = &self.call.conf;
         let held = attachments.open(&pod.id, patience)?;
         let saved = held.as_ref().and_then(|held| held.saved());
-        let known = saved.is_some();
+        self.close(saved.as_ref())?;
+        let (known, gone) = (saved.is_some(), saved.clone());
         let mut config = saved.map_or_else(|| render(conf, None), |saved| saved.config);
         // A namespace that is gone took the interface along: what is left is the address.
         let netns = pod.netns.clone().filter(|path| namespace(path).is_some());
@@ -134,6 +169,8 @@ impl Answering<'_> {
         }
         attachments.sweep_drafts(Some(&pod.id));
         held.map_or(Ok(()), |held| held.forget())?;
+        // Once more: a daemon that has seen the pod still attached may have opened it again.
+        self.close(gone.as_ref())?;
         Ok(known)
     }
 

@@ -7,7 +7,9 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use crate::error::{CniError, Code};
+use crate::request::Request;
 use crate::testing::{ALL_VERSIONS, Fault, NO_BRIDGE, Node};
+use crate::verbs::answer;
 
 fn code(outcome: Result<Option<Value>, CniError>) -> u32 {
     outcome.expect_err("an error").code().number()
@@ -348,5 +350,62 @@ proptest! {
         fs::write(node.state_file(), content).expect("a file");
         node.ask("DEL", &node.conf("1.0.0")).expect("DEL succeeds");
         node.assert_clean();
+    }
+}
+
+/// ADD of the pod `shop/web` as a runtime of Kubernetes asks for it.
+fn add_of_kubernetes(node: &Node, conf: &Value) -> Value {
+    let env = |name: &str| {
+        Some(match name {
+            "CNI_COMMAND" => "ADD".into(),
+            "CNI_CONTAINERID" => "c1".into(),
+            "CNI_IFNAME" => "eth0".into(),
+            "CNI_NETNS" => "/proc/self/ns/net".into(),
+            "CNI_PATH" => node.path("bin").into(),
+            "CNI_ARGS" => "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web;K8S_POD_UID=u1".into(),
+            _ => return None,
+        })
+    };
+    let request = Request::read(env, conf.to_string().as_bytes()).expect("a request");
+    answer(&request, &node.bridge).expect("ADD succeeds").expect("a result")
+}
+
+#[test]
+fn pod_of_kubernetes_is_saved_with_its_name() {
+    let node = Node::new();
+    add_of_kubernetes(&node, &node.conf("1.0.0"));
+    let saved = fabric_core::attachments::SavedAttachment::decode(&fs::read(node.state_file()).expect("saved"));
+    let pod = saved.pod.expect("named");
+    assert_eq!((&*pod.namespace, &*pod.name, pod.uid.as_deref()), ("shop", "web", Some("u1")));
+}
+
+#[test]
+fn add_waits_for_the_pods_network_policies_where_they_are_on() {
+    let node = Node::new();
+    let mut conf = node.conf("1.0.0");
+    conf["policyTimeout"] = json!(30);
+    fs::create_dir(node.path("judged")).expect("a folder");
+    let (state, judged) = (node.state_file(), node.path("judged/c1@eth0"));
+    let daemon = thread::spawn(move || {
+        while fs::read(&state).is_ok_and(|saved| saved.iter().filter(|byte| **byte == b'\n').count() == 0)
+            || !state.exists()
+        {
+            thread::yield_now();
+        }
+        fs::write(judged, "").expect("written");
+    });
+    add_of_kubernetes(&node, &conf);
+    assert!(node.path("judged/c1@eth0").exists(), "it came back before");
+    daemon.join().expect("it ends");
+}
+
+#[test]
+fn add_ends_though_network_policies_are_late_or_nobody_is_to_wait() {
+    for timeout in [0, 1] {
+        let node = Node::new();
+        let mut conf = node.conf("1.0.0");
+        conf["policyTimeout"] = json!(timeout);
+        fs::create_dir(node.path("judged")).expect("a folder");
+        add_of_kubernetes(&node, &conf);
     }
 }

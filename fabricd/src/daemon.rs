@@ -8,33 +8,40 @@ use std::time::SystemTime;
 use anyhow::{Context as _, bail};
 use fabric_core::handoff::{BOOT_ID, Readiness};
 use fabric_core::record::Instance;
+use fabric_core::state::nft::{Section, TableKey};
 use futures::FutureExt as _;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::api::{Controls, Remote, Sources, Tls};
 use crate::config::log_level::LogLevel;
+use crate::config::policy_args::OwnNode;
 use crate::config::{Config, StoreKind};
 use crate::diagnosis::{Inspector, Places, Probe};
 use crate::files::Files;
 use crate::files::state_dir::{self, Disk, Uptime};
 use crate::host::addresses::NodePods;
-use crate::host::attachments;
+use crate::host::attachments::{self, AttachedPods};
 use crate::host::lock::{Holder, Lock};
 use crate::kernel::Options;
 use crate::kernel::netlink::Netlink;
+use crate::kernel::section::SectionTable;
+use crate::kubernetes::client::ApiServer;
 use crate::lease::{Hosts, Keeper, LeaseOptions};
 use crate::mesh::Mesh;
 use crate::metrics::Metrics;
+use crate::policy::judged::Judged;
+use crate::policy::reconcile::Inputs;
 use crate::reconcile::{Node, Reconciler};
 use crate::status::events;
 use crate::status::events::Events;
 use crate::store::LeaseStore;
 use crate::store::etcd::Etcd;
 use crate::store::kubernetes::Kubernetes;
-use crate::{api, http, mesh};
+use crate::{api, http, mesh, policy};
 
 /// Runs until SIGTERM or SIGINT. The data plane stays as it is: pods go on talking without a daemon.
 ///
@@ -92,9 +99,23 @@ async fn serve(
         filter: config.filter.options(),
     };
     let mut reconciler = Reconciler::new(node, store.clone(), open_kernel(config)?, files, before);
-    if config.filter.check_pods {
-        reconciler.guard_ports(attachments::watch_attachments(config.cni_state_dir.clone()));
+    let judges = config.judges_pods();
+    let attached =
+        (config.filter.check_pods || judges).then(|| attachments::watch_attachments(config.cni_state_dir.clone()));
+    if let Some(attached) = attached.clone().filter(|_| config.filter.check_pods) {
+        reconciler.guard_ports(attached);
     }
+    let judged = Judged::new(&config.run_dir);
+    let policies = match attached.filter(|_| judges) {
+        Some(attached) => {
+            reconciler.leave(Section::Policy);
+            Some(policies(config, attached, judged)?)
+        }
+        None => {
+            judged.turn_off().context("cannot say that network policies are off")?;
+            None
+        }
+    };
     let controls = Controls { lease: keeper.commands(), network: reconciler.commands() };
     let events = Arc::new(Events::default());
     let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
@@ -110,6 +131,14 @@ async fn serve(
         reconciler.run(holding).await;
         "the reconcile loop has ended".to_owned()
     });
+    let (policy_status, policy_counters) =
+        policies.as_ref().map(|policies| (policies.status(), policies.counters())).unzip();
+    if let Some(policies) = policies {
+        tasks.spawn(async {
+            policies.run().await;
+            "the loop of network policies has ended".to_owned()
+        });
+    }
     let asked = store.clone();
     let probe: Probe = Arc::new(move || {
         let store = asked.clone();
@@ -142,9 +171,15 @@ async fn serve(
     let access = remote.as_ref().and_then(|(_, tls)| Some((tls.clone(), config.api_addr.0?.port())));
     let remote_access = Remote { access };
     let store = Arc::new(config.store_settings());
-    let sources = Sources { view, events, mesh, inspector, remote: remote_access, log_level, controls, store };
+    let policy = policy_status;
+    let sources = Sources { view, policy, events, mesh, inspector, remote: remote_access, log_level, controls, store };
     if let Some(listener) = health {
-        let (sources, metrics) = (sources.clone(), Arc::new(Metrics::new(&counters)));
+        let metrics = Metrics::new(&counters);
+        let metrics = match &policy_counters {
+            Some(policies) => metrics.with_policies(policies),
+            None => metrics,
+        };
+        let (sources, metrics) = (sources.clone(), Arc::new(metrics));
         tasks.spawn(async {
             format!("the health endpoint has ended: {:?}", http::serve(listener, sources, metrics).await)
         });
@@ -165,6 +200,27 @@ async fn serve(
     }
     info!("fabricd ends, the data plane stays");
     Ok(())
+}
+
+/// The loop of network policies.
+fn policies(
+    config: &Config,
+    attached: watch::Receiver<Arc<AttachedPods>>,
+    judged: Judged,
+) -> anyhow::Result<policy::reconcile::Reconciler> {
+    let api = Arc::new(ApiServer::new(config.kubernetes.kubeconfig.clone()));
+    let inputs = Inputs {
+        sources: policy::watch::Sources::watch(&api),
+        attached,
+        pods: NodePods::new(config.cni_dirs()),
+        files: Files::new(&config.run_dir, &config.subnet_file),
+        judged,
+        own_node_allowed: config.policy.policy_own_node == OwnNode::Allow,
+        sysctl_root: config.sysctl_root.clone(),
+    };
+    let table = SectionTable::open(TableKey::Policy);
+    let table = table.context("cannot talk to the kernel over netlink; does fabricd have CAP_NET_ADMIN?")?;
+    Ok(policy::reconcile::Reconciler::new(inputs, table))
 }
 
 /// Opens the API to other nodes, if it is asked for: never without certificates.

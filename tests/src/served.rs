@@ -53,6 +53,7 @@ impl Served {
         let mesh = Arc::new(mesh);
         let sources = Sources {
             view: seen,
+            policy: None,
             events: Arc::new(Events::default()),
             inspector: Arc::new(Inspector { store: None, mesh: mesh.clone(), places: nowhere() }),
             remote: Remote { access: None },

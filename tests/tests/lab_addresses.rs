@@ -37,7 +37,7 @@ impl Other {
 
     fn call(&self, node: &Node, verb: &str) -> Result<String> {
         let netns = format!("/run/netns/{}", self.container);
-        let attachment = cni::Attachment { container: self.container, netns: &netns };
+        let attachment = cni::Attachment { container: self.container, netns: &netns, args: "" };
         cni::call(node, verb, &attachment, "fabric-cni", &self.config.to_string())?.ok()
     }
 }

@@ -12,7 +12,7 @@
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::handoff::Attached;
 use crate::model::{IfName, Subnet};
@@ -72,6 +72,31 @@ impl Owner {
     }
 }
 
+/// Which pod of Kubernetes a container is, as the runtime tells it (`CNI_ARGS`).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct SavedPod {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its uid; not every runtime tells it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<String>,
+}
+
+impl SavedPod {
+    /// The pod by the arguments of a call: `K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web;K8S_POD_UID=…`; `None` when it is none
+    /// of Kubernetes'.
+    #[must_use]
+    pub fn of_args(args: &str) -> Option<Self> {
+        let value = |key: &str| {
+            let mut pairs = args.split(';').filter_map(|pair| pair.split_once('='));
+            pairs.find(|(name, _)| *name == key).map(|(_, value)| value.to_owned()).filter(|value| !value.is_empty())
+        };
+        Some(Self { namespace: value("K8S_POD_NAMESPACE")?, name: value("K8S_POD_NAME")?, uid: value("K8S_POD_UID") })
+    }
+}
+
 /// What is saved of an attachment, as far as it is read by others than `fabric-cni`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SavedAttachment {
@@ -81,6 +106,8 @@ pub struct SavedAttachment {
     pub bridge: Option<IfName>,
     /// Where its addresses are from.
     pub subnets: Vec<Subnet>,
+    /// The pod of Kubernetes that it is; unknown in files of earlier releases.
+    pub pod: Option<SavedPod>,
     /// How it was attached; `None` while ADD is at work, or when it was cut off.
     pub attached: Option<Attached>,
 }
@@ -92,6 +119,8 @@ impl SavedAttachment {
         #[derive(Default, Deserialize)]
         struct FirstLine {
             netns: Option<PathBuf>,
+            #[serde(default)]
+            pod: Option<SavedPod>,
             #[serde(default)]
             config: Config,
         }
@@ -111,12 +140,12 @@ impl SavedAttachment {
             subnet: Subnet,
         }
         let first = file.split(|byte| *byte == b'\n').next().unwrap_or_default();
-        let FirstLine { netns, config } = serde_json::from_slice(first).unwrap_or_default();
+        let FirstLine { netns, pod, config } = serde_json::from_slice(first).unwrap_or_default();
         let mut subnets: Vec<Subnet> = config.ipam.ranges.iter().flatten().map(|range| range.subnet).collect();
         subnets.dedup();
         let attached = Attached::decode(file);
         let bridge = attached.as_ref().and_then(|attached| attached.bridge).or(config.bridge);
-        Self { netns, bridge, subnets, attached }
+        Self { netns, bridge, subnets, pod, attached }
     }
 
     /// The addresses that the pod got.
@@ -157,6 +186,22 @@ mod tests {
         for other in ["/s/net2/.c1@eth0.17", "/s/net2/c1@eth0", "/s/.versions/bridge.json", "/"] {
             assert_eq!(Owner::of_attachment(Path::new(other)), None, "{other}");
         }
+    }
+
+    #[test]
+    fn pod_is_known_by_the_arguments_of_its_call() {
+        let pod = |uid: Option<&str>| {
+            Some(SavedPod { namespace: "shop".into(), name: "web".into(), uid: uid.map(str::to_owned) })
+        };
+        let args =
+            "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web;K8S_POD_INFRA_CONTAINER_ID=c1;K8S_POD_UID=u1";
+        assert_eq!(SavedPod::of_args(args), pod(Some("u1")));
+        assert_eq!(SavedPod::of_args("K8S_POD_NAME=web;K8S_POD_NAMESPACE=shop"), pod(None));
+        for none in ["", "K8S_POD_NAME=web", "K8S_POD_NAMESPACE=;K8S_POD_NAME=web", "K8S_POD_NAMESPACE"] {
+            assert_eq!(SavedPod::of_args(none), None, "{none}");
+        }
+        let saved = SavedAttachment::decode(br#"{"pod":{"namespace":"shop","name":"web","uid":"u1"}}"#);
+        assert_eq!(saved.pod, pod(Some("u1")));
     }
 
     #[test]

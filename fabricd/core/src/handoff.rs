@@ -151,6 +151,16 @@ impl NodeFile {
     }
 }
 
+/// The folder beside [`NODE_FILE`] in which there is a file for each pod whose network policies are in force; there while
+/// network policies are on.
+pub const JUDGED: &str = "judged";
+
+/// The name of an attachment's file in [`JUDGED`].
+#[must_use]
+pub fn judged_file(container: &str, ifname: &IfName) -> String {
+    format!("{container}@{ifname}")
+}
+
 /// Default folder of what `fabric-cni` remembers: a folder for each network, a file for each attachment.
 pub const ATTACHMENTS_DIR: &str = "/var/lib/cni/fabric";
 

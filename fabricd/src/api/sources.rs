@@ -12,6 +12,7 @@ use crate::config::StoreSettings;
 use crate::config::log_level::LogLevel;
 use crate::diagnosis::Inspector;
 use crate::mesh::Mesh;
+use crate::policy::status::PolicyStatus;
 use crate::status::events::Events;
 use crate::status::view::View;
 use crate::{lease, reconcile};
@@ -30,6 +31,8 @@ pub struct Controls {
 pub struct Sources {
     /// What the reconcile loop knows.
     pub view: watch::Receiver<Arc<View>>,
+    /// How it stands with network policies, if they are in force here.
+    pub policy: Option<watch::Receiver<Arc<PolicyStatus>>>,
     /// What happened.
     pub events: Arc<Events>,
     /// How the peers are reached.

@@ -6,6 +6,7 @@
 pub(crate) mod files;
 pub mod filter_args;
 pub mod log_level;
+pub mod policy_args;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -20,6 +21,7 @@ use regex::Regex;
 
 use self::files::{variables, with_file, with_variables};
 use self::filter_args::FilterArgs;
+use self::policy_args::{PolicyArgs, PolicySwitch};
 use crate::host::addresses::CniDirs;
 use crate::host::underlay::Selector;
 use crate::store::etcd::{Options, Tls, User, complete};
@@ -80,6 +82,10 @@ pub struct Config {
     /// The packet filter.
     #[command(flatten)]
     pub filter: FilterArgs,
+
+    /// Network policies.
+    #[command(flatten)]
+    pub policy: PolicyArgs,
 
     /// Runtime directory: node.json, which fabric-cni reads, and the lock
     #[arg(long, env = "FABRICD_RUN_DIR", value_name = "DIR", default_value = fabric_core::handoff::RUN_DIR)]
@@ -211,7 +217,7 @@ pub struct StoreSettings {
 /// How the API server of Kubernetes is reached, and what it is told.
 #[derive(Clone, Debug, Args)]
 pub struct KubernetesArgs {
-    /// With --store kubernetes: kubeconfig file [default: the pod's service account]
+    /// With --store kubernetes or --network-policy on: kubeconfig file [default: the pod's service account]
     #[arg(long, env = "FABRICD_KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
 
@@ -412,6 +418,12 @@ impl Config {
         let matches = command.try_get_matches_from(args);
         let matches = matches.map_err(|e| ConfigError::Setting { file: file.into(), reason: e.to_string() })?;
         Ok(Self::from_arg_matches(&matches)?)
+    }
+
+    /// Whether network policies are in force here.
+    #[must_use]
+    pub fn judges_pods(&self) -> bool {
+        self.policy.network_policy == PolicySwitch::On
     }
 
     /// How the datastore is reached.

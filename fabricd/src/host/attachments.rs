@@ -1,12 +1,13 @@
 //! Which pod is behind a port of the bridge: read from what `fabric-cni` remembers of each pod, whenever that changes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{fs, io, thread};
 
-use fabric_core::attachments::{Owner, SavedAttachment};
+use fabric_core::attachments::{Owner, SavedAttachment, SavedPod};
 use fabric_core::handoff::Attached;
 use fabric_core::model::IfName;
 use fabric_core::plan::filter::Pod;
@@ -25,6 +26,17 @@ pub struct AttachedPods {
     pub bridges: BTreeSet<IfName>,
     /// Each by its port.
     pub ports: BTreeMap<IfName, Pod>,
+    /// All attachments whose addresses are known, whatever they are attached to.
+    pub attachments: BTreeMap<Owner, AttachedPod>,
+}
+
+/// An attachment, as far as network policies need to know it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttachedPod {
+    /// Its addresses.
+    pub ips: BTreeSet<IpAddr>,
+    /// The pod of Kubernetes that it is, if that is known.
+    pub pod: Option<SavedPod>,
 }
 
 impl Default for AttachedPods {
@@ -37,7 +49,15 @@ impl Default for AttachedPods {
 impl AttachedPods {
     fn of(saved: &BTreeMap<Owner, SavedAttachment>) -> Self {
         let attached = saved.values().filter_map(|saved| saved.attached.as_ref());
-        Self { bridges: addresses::bridges_of(saved.values()), ports: attached.flat_map(pods).collect() }
+        let with_addresses = saved.iter().filter(|(_, saved)| !saved.ips().is_empty());
+        let attachment = |(owner, saved): (&Owner, &SavedAttachment)| {
+            (owner.clone(), AttachedPod { ips: saved.ips().iter().copied().collect(), pod: saved.pod.clone() })
+        };
+        Self {
+            bridges: addresses::bridges_of(saved.values()),
+            ports: attached.flat_map(pods).collect(),
+            attachments: with_addresses.map(attachment).collect(),
+        }
     }
 
     /// The ports of their bridges.

@@ -16,6 +16,7 @@
 //! ```
 
 mod audit;
+pub mod bridged;
 mod firewalls;
 pub mod handover;
 pub mod links;
@@ -26,6 +27,7 @@ mod nft;
 mod options;
 mod refusal;
 pub mod routing;
+pub mod section;
 mod sysctl;
 
 pub use self::nft::drops::{Drops, drops};

@@ -305,7 +305,7 @@ fn is_as_wanted(op: &RoutingOp, refusal: &Refusal) -> bool {
 }
 
 /// The same error for each step of a transaction.
-fn copy_of(error: &io::Error) -> io::Error {
+pub(super) fn copy_of(error: &io::Error) -> io::Error {
     error.raw_os_error().map_or_else(|| io::Error::new(error.kind(), error.to_string()), io::Error::from_raw_os_error)
 }
 

@@ -25,6 +25,7 @@ use self::process::Process;
 use self::traffic::Traffic;
 use crate::kernel::Drops;
 use crate::mesh::Mesh;
+use crate::policy::status::PolicyCounters;
 use crate::status::counters::Counters;
 use crate::status::view::{PeerTrouble, View};
 use crate::store::Connection;
@@ -98,6 +99,13 @@ impl Metrics {
         self.paths.register(all);
         self.traffic.register(all);
         self.registry.register_collector(Box::new(Process));
+        self
+    }
+
+    /// The same with what is counted of network policies.
+    #[must_use]
+    pub fn with_policies(mut self, counters: &PolicyCounters) -> Self {
+        counters.register(self.registry.sub_registry_with_prefix("fabricd"));
         self
     }
 

@@ -1,7 +1,14 @@
-//! NetworkPolicies on this node: what the API server tells of them.
+//! NetworkPolicies on this node: what the API server tells of them, and the loop that puts them in force.
 //!
 //! ```text
 //! NetworkPolicies, Namespaces, Pods ── watch (a reflector each) ──► Sources: None until a whole list, then the latest
+//!   attachments of fabric-cni ──────────────────────────────────┐      │
+//!                                                               ▼      ▼
+//!                                        reconcile: Cluster ─► plan ─► diff ─► the table fabric-policy
+//!                                                               └─► judged: fabric-cni may go on
 //! ```
 
+pub mod judged;
+pub mod reconcile;
+pub mod status;
 pub mod watch;

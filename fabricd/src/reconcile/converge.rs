@@ -9,10 +9,10 @@ use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::{Family, PerFamily};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::{Conflict, Desired, Facts, Inputs, PeerPlan, Vtep};
-use fabric_core::state::{State as KernelState, Sysctl};
+use fabric_core::state::Sysctl;
 
 use super::prepare::{Prepared, on_link};
-use super::{Blocked, Reconciler, failed};
+use super::{Blocked, Reconciler, failed, kernel_state};
 use crate::host::firewall::warnings_beside;
 use crate::host::underlay::Underlay;
 use crate::kernel::Kernel;
@@ -70,7 +70,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let states_decide = view.firewall.judges_state.is_some();
         let docker_user = &self.filter.docker_user(network, observed);
         let filter = self.filter.wanted(network, own, observed, leases, refused, turned, states_decide);
-        let wanted = KernelState { routing: state, filter, docker_user, ..KernelState::default() };
+        let wanted = kernel_state(state, filter, docker_user, &self.apart);
         // Routes that stand where ours should be are looked for among all.
         let dirty =
             if foreign.plain.is_empty() && foreign.direct.is_empty() { &self.dirty } else { &Dirty::Everything };

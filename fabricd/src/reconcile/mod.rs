@@ -14,6 +14,7 @@ pub mod retention;
 mod waiting;
 mod write;
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +26,9 @@ use fabric_core::model::{NodeName, PerFamily};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::filter::FilterOptions;
 use fabric_core::plan::{Desired, PeerPlan};
-use fabric_core::state::State as KernelState;
+use fabric_core::state::docker_user::DockerUserRules;
+use fabric_core::state::nft::{Ruleset, Section};
+use fabric_core::state::{Routing, State as KernelState};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
@@ -96,6 +99,8 @@ pub struct Reconciler<S, K> {
     counters: Counters,
     repairs: Repairs,
     retry: Backoff,
+    /// Sections that somebody else writes.
+    apart: BTreeSet<Section>,
 }
 
 /// What a person tells the loop.
@@ -135,6 +140,19 @@ struct Blocked {
     reason: String,
 }
 
+/// What the kernel should hold, but for what somebody else writes.
+fn kernel_state<'a>(
+    routing: &'a Routing,
+    filter: &'a Ruleset,
+    docker_user: &'a DockerUserRules,
+    apart: &BTreeSet<Section>,
+) -> KernelState<'a> {
+    let KernelState { services, policy, .. } = KernelState::default();
+    let services = services.filter(|_| !apart.contains(&Section::Services));
+    let policy = policy.filter(|_| !apart.contains(&Section::Policy));
+    KernelState { routing, filter, services, policy, docker_user }
+}
+
 fn starting(reason: impl Into<String>) -> Blocked {
     Blocked { code: NotReady::Starting, reason: reason.into() }
 }
@@ -171,12 +189,18 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             counters: Counters::default(),
             repairs: Repairs::default(),
             retry: Backoff::new(RETRY, AUDIT),
+            apart: BTreeSet::new(),
         }
     }
 
     /// Lets the pods of these ports use no addresses but their own.
     pub fn guard_ports(&mut self, pods: watch::Receiver<Arc<AttachedPods>>) {
         self.filter.guard_ports(pods);
+    }
+
+    /// Leaves the tables of a section to somebody else. Otherwise those that are there are removed.
+    pub fn leave(&mut self, section: Section) {
+        self.apart.insert(section);
     }
 
     /// What the lease should say, for the keeper.
@@ -320,7 +344,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let left = wanted.as_ref().zip(observed.as_ref()).and_then(|(wanted, observed)| {
             let routing = &wanted.state;
             let docker_user = &self.filter.docker_user(view.network.as_ref()?, observed);
-            let state = KernelState { routing, filter: self.filter.last()?, docker_user, ..KernelState::default() };
+            let state = kernel_state(routing, self.filter.last()?, docker_user, &self.apart);
             Some(Arc::new(diff(state, observed.found(routing))))
         });
         let snapshot = Snapshot { wanted, observed, left, last, blocked };

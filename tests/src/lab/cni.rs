@@ -33,6 +33,8 @@ pub struct Attachment<'a> {
     pub container: &'a str,
     /// CNI_NETNS, a path on the node; empty when it is gone.
     pub netns: &'a str,
+    /// CNI_ARGS, by which a runtime of Kubernetes names the pod; empty for none.
+    pub args: &'a str,
 }
 
 /// An error that a plugin reported as the specification wants it (section 5).
@@ -108,6 +110,7 @@ pub fn call(node: &Machine, command: &str, to: &Attachment, plugin: &str, config
         .env("CNI_CONTAINERID", to.container)
         .env("CNI_NETNS", to.netns)
         .env("CNI_IFNAME", INTERFACE)
+        .env("CNI_ARGS", to.args)
         .env("CNI_PATH", PLUGINS)
         .stdin(config)
         .output()

@@ -31,6 +31,9 @@ struct Record {
     /// CNI_CONTAINERID: never used twice, or what an earlier pod of this name leaked would stand in the way.
     container: String,
     netns: String,
+    /// CNI_ARGS.
+    #[serde(default)]
+    args: String,
     ips: Vec<IpAddr>,
     /// The result of ADD, null for a pod that a real container runtime attached.
     result: Value,
@@ -42,10 +45,23 @@ impl Node {
     /// # Errors
     /// There is one of this name, or a plugin refused: the error holds a [`cni::CniError`].
     pub fn add_pod(self: &Arc<Self>, name: &str) -> Result<Pod> {
+        self.add_pod_with(name, "")
+    }
+
+    /// The same for a pod of Kubernetes, as its runtime names it. In the lab it is called `<namespace>-<name>`.
+    ///
+    /// # Errors
+    /// As [`Node::add_pod`].
+    pub fn add_pod_of(self: &Arc<Self>, namespace: &str, name: &str, uid: &str) -> Result<Pod> {
+        let args = format!("IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name};K8S_POD_UID={uid}");
+        self.add_pod_with(&format!("{namespace}-{name}"), &args)
+    }
+
+    fn add_pod_with(self: &Arc<Self>, name: &str, args: &str) -> Result<Pod> {
         self.run(&["ip", "netns", "add", name])?;
         let netns = format!("/run/netns/{name}");
         let container = format!("{name}-{:08x}", UNIX_EPOCH.elapsed()?.as_nanos());
-        let attachment = Attachment { container: &container, netns: &netns };
+        let attachment = Attachment { container: &container, netns: &netns, args };
         let added = cni::add(self, &attachment);
         if added.is_err() {
             // As a runtime does: whatever a failed ADD left is a DEL's to remove.
@@ -55,7 +71,7 @@ impl Node {
         let result = added.with_context(|| format!("cannot attach pod {name} on {}", self.name))?;
         self.run(&["ip", "-n", name, "link", "set", "lo", "up"])?;
         let ips = cni::addresses(&result)?;
-        self.register(Record { name: name.to_owned(), container, netns, ips, result })
+        self.register(Record { name: name.to_owned(), container, netns, args: args.to_owned(), ips, result })
     }
 
     /// A container of a real runtime, as a pod: its network namespace is at `netns` on the node.
@@ -67,6 +83,7 @@ impl Node {
             name: name.to_owned(),
             container: name.to_owned(),
             netns: netns.to_owned(),
+            args: String::new(),
             ips: vec![],
             result: Value::Null,
         };
@@ -211,7 +228,7 @@ impl Pod {
     }
 
     fn attachment(&self) -> Attachment<'_> {
-        Attachment { container: &self.record.container, netns: &self.record.netns }
+        Attachment { container: &self.record.container, netns: &self.record.netns, args: &self.record.args }
     }
 
     fn netns_path(&self) -> Result<PathBuf> {

@@ -134,7 +134,11 @@ impl<'a> Cluster<'a> {
         }
         for (ip, local) in &state.local.pods {
             let who = match &local.identity {
-                None => Who::Other,
+                // Attached by another plugin or an earlier release: the API server may know whose the address is.
+                None => match pods.get(ip).map(|member| member.who) {
+                    Some(who @ Who::Pod(..)) => who,
+                    _ => Who::Other,
+                },
                 Some(identity) => match state.pods.get(&identity.name) {
                     Some(pod) if identity.uid.is_none_or(|uid| uid == pod.uid) => Who::Pod(&identity.name, pod),
                     _ => Who::Unknown(&identity.name),

@@ -98,7 +98,8 @@ pub fn plan(cluster: &Cluster<'_>, bridges: &BTreeSet<IfName>) -> PolicyPlan {
         judge_family(&mut table, &sets, cluster.state().local.own_node_allowed);
         let known = || pods.iter().filter(|(ip, _)| Family::of(**ip) == family);
         let address = |(ip, _): (&IpAddr, &Isolation)| Element::from([Part::Ip(*ip)]);
-        table.set(sets.known, SetKind::of(&[sets.ip]), Order::BeforeChains, known().map(address));
+        // Last of all, and gone first: a pod that is known has its chains.
+        table.set(sets.known, SetKind::of(&[sets.ip]), Order::AfterChains, known().map(address));
         let is_isolated = |isolation: &Isolation| !isolation.ingress.is_empty() || !isolation.egress.is_empty();
         let isolated = || known().filter(|(_, isolation)| is_isolated(isolation));
         table.set(sets.isolated, SetKind::of(&[sets.ip]), Order::BeforeChains, isolated().map(address));

@@ -347,6 +347,14 @@ fn container_that_is_not_kubernetes_is_not_judged() {
 }
 
 #[test]
+fn pod_that_was_attached_without_its_name_is_known_by_its_address() {
+    let mut world = world().policy("shop/p", &ingress(json!([])));
+    let local = fabric_core::policy::model::LocalPod { identity: None };
+    world.state.local.pods.insert(DB.parse().expect("valid"), local);
+    assert_eq!(world.ingress(WEB, DB, 1), Side::Denied(vec![name("shop/p")]));
+}
+
+#[test]
 fn both_families_are_judged_by_the_same_rules() {
     let dual = World::default()
         .namespace("shop", "")

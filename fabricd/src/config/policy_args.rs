@@ -1,0 +1,33 @@
+//! The settings of network policies: see docs/policy.md.
+
+use clap::{Args, ValueEnum};
+
+/// What is to be done about NetworkPolicies of Kubernetes.
+#[derive(Clone, Debug, Args)]
+pub struct PolicyArgs {
+    /// Put NetworkPolicies of Kubernetes in force for this node's pods; no other policy controller may run on this node
+    #[arg(long, env = "FABRICD_NETWORK_POLICY", value_name = "SWITCH", default_value = "off")]
+    pub network_policy: PolicySwitch,
+
+    /// What pods may send to their own node where a policy isolates them for egress
+    #[arg(long, env = "FABRICD_POLICY_OWN_NODE", value_name = "HOW", default_value = "judge")]
+    pub policy_own_node: OwnNode,
+}
+
+/// Whether policies are in force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PolicySwitch {
+    /// They are not: all pods reach each other.
+    Off,
+    /// They are.
+    On,
+}
+
+/// What pods may send to their own node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OwnNode {
+    /// What their policies allow.
+    Judge,
+    /// Everything.
+    Allow,
+}

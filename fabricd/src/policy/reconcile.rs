@@ -1,0 +1,277 @@
+//! [`Reconciler`]: makes the table `fabric-policy` hold what NetworkPolicies say of this node's pods.
+//!
+//! A loop of its own, beside that of peers: policies wait for the API server and for no lease. It works alike: an event only
+//! wakes it; one pass looks at what is there, plans, and writes the difference. Nothing is written before policies,
+//! namespaces and pods were listed whole, and until then the kernel goes on with what it has, with one exception: where
+//! there is no table yet, as after a boot, one is made that knows the pods that are attached already and no others. So a
+//! pod that comes before the first list is closed until that is there.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fabric_core::attachments::{Owner, SavedPod};
+use fabric_core::model::IfName;
+use fabric_core::policy::model::{Local, LocalPod, PodIdentity};
+use fabric_core::policy::objects::uid;
+use fabric_core::policy::plan::{PolicyPlan, plan};
+use fabric_core::policy::sets::problems;
+use fabric_core::policy::{Cluster, State};
+use fabric_core::services::ObjectName;
+use fabric_core::state::nft::FoundTable;
+use tokio::sync::watch;
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, sleep_until};
+use tracing::{info, warn};
+
+use super::judged::Judged;
+use super::status::{Counts, PolicyCounters, PolicyStatus};
+use super::watch::Sources;
+use crate::files::Files;
+use crate::host::addresses::{Entry, NodePods};
+use crate::host::attachments::{AttachedPod, AttachedPods};
+use crate::kernel::bridged;
+use crate::kernel::links::HostLinks;
+use crate::kernel::section::SectionTable;
+use crate::retry::Backoff;
+
+/// How often it is looked at what nobody announces.
+const AUDIT: Duration = Duration::from_secs(10);
+/// How often the table is read anew though nobody has told of a change.
+const REREAD: Duration = Duration::from_secs(3600);
+/// The longest delay after the first pass that failed.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// What the loop has to know.
+pub struct Inputs {
+    /// Policies, namespaces, pods.
+    pub sources: Sources,
+    /// This node's pods, by what `fabric-cni` has saved.
+    pub attached: watch::Receiver<Arc<AttachedPods>>,
+    /// Pods that are there beside these, as after another plugin.
+    pub pods: NodePods,
+    /// What this node has said of itself: its subnets.
+    pub files: Files,
+    /// Whom to tell which pods' policies are in force.
+    pub judged: Judged,
+    /// Pods may always connect to their own node.
+    pub own_node_allowed: bool,
+    /// Where the settings are: `/proc/sys/net`.
+    pub sysctl_root: PathBuf,
+}
+
+/// Attachments that are there.
+type Attachments = BTreeMap<Owner, AttachedPod>;
+
+/// The loop.
+pub struct Reconciler {
+    inputs: Inputs,
+    table: SectionTable,
+    status: watch::Sender<Arc<PolicyStatus>>,
+    counters: PolicyCounters,
+    retry: Backoff,
+}
+
+impl Reconciler {
+    /// A loop that has not looked at anything yet.
+    #[must_use]
+    pub fn new(inputs: Inputs, table: SectionTable) -> Self {
+        let (status, retry) = (watch::Sender::new(Arc::default()), Backoff::new(RETRY, AUDIT));
+        Self { inputs, table, status, counters: PolicyCounters::default(), retry }
+    }
+
+    /// What it knows.
+    #[must_use]
+    pub fn status(&self) -> watch::Receiver<Arc<PolicyStatus>> {
+        self.status.subscribe()
+    }
+
+    /// What it counts.
+    #[must_use]
+    pub fn counters(&self) -> PolicyCounters {
+        self.counters.clone()
+    }
+
+    /// Runs until the task is dropped.
+    pub async fn run(mut self) {
+        if let Err(error) = self.inputs.judged.turn_on() {
+            warn!(%error, "fabric-cni can't be told which pods are judged, and doesn't wait for it");
+        }
+        let mut reread = Instant::now() + REREAD;
+        loop {
+            if Instant::now() >= reread {
+                self.table.distrust();
+                reread = Instant::now() + REREAD;
+            }
+            let mut warnings = vec![];
+            let ready = self.pass(&mut warnings).await;
+            let next = match &ready {
+                Ok(()) => {
+                    self.retry.reset();
+                    Instant::now() + AUDIT
+                }
+                Err(_) => Instant::now() + self.retry.delay(),
+            };
+            self.publish(PolicyStatus { ready, warnings });
+            let Inputs { sources, attached, .. } = &mut self.inputs;
+            tokio::select! {
+                Ok(()) = sources.policies.changed() => {}
+                Ok(()) = sources.namespaces.changed() => {}
+                Ok(()) = sources.pods.changed() => {}
+                Ok(()) = attached.changed() => {}
+                () = self.table.changed() => {}
+                () = sleep_until(next) => {}
+            }
+        }
+    }
+
+    fn publish(&self, status: PolicyStatus) {
+        let before = self.status.borrow().clone();
+        if before.ready != status.ready {
+            match &status.ready {
+                Ok(()) => info!("network policies are in force"),
+                Err(reason) => warn!(reason, "network policies are not up to date"),
+            }
+        }
+        for warning in status.warnings.iter().filter(|warning| !before.warnings.contains(warning)) {
+            warn!("{warning}");
+        }
+        if *before != status {
+            self.status.send_replace(Arc::new(status));
+        }
+    }
+
+    async fn pass(&mut self, warnings: &mut Vec<String>) -> Result<(), String> {
+        let found = self.table.observe().await.map_err(|error| error.to_string())?;
+        let (attachments, bridges, local) = self.local(warnings).await?;
+        self.see_bridged(&bridges).await?;
+        let sources = &mut self.inputs.sources;
+        if let Some(missing) = sources.missing() {
+            let trouble = sources.connection.borrow().trouble().map(|trouble| format!(": {trouble}"));
+            if found.is_none() {
+                self.close(local, &bridges).await?;
+            }
+            return Err(format!("waiting for {missing}{}", trouble.unwrap_or_default()));
+        }
+        if let Some(trouble) = sources.connection.borrow().trouble() {
+            warnings.push(format!("network policies are as they were known last: {trouble}"));
+        }
+        let state = State {
+            policies: sources.policies.borrow_and_update().clone().unwrap_or_default(),
+            namespaces: sources.namespaces.borrow_and_update().clone().unwrap_or_default(),
+            pods: sources.pods.borrow_and_update().clone().unwrap_or_default(),
+            local,
+            now: now(),
+        };
+        for (policy, problems) in problems(&state.policies) {
+            warnings.extend(problems.iter().map(|problem| format!("NetworkPolicy {policy}: {problem}")));
+        }
+        let policies = state.policies.len();
+        // Some milliseconds with thousands of pods.
+        let planned =
+            spawn_blocking(move || plan(&Cluster::new(&state), &bridges)).await.map_err(|error| error.to_string())?;
+        self.write(&planned, found.as_ref()).await?;
+        let counts = self.judged(&attachments, &planned, warnings);
+        self.counters.counted(Counts { policies, ..counts });
+        Ok(())
+    }
+
+    async fn write(&self, planned: &PolicyPlan, found: Option<&FoundTable>) -> Result<(), String> {
+        let steps = self.table.steps(&planned.table, found);
+        if steps.is_empty() {
+            return Ok(());
+        }
+        self.table.execute(&steps).await?;
+        self.counters.written();
+        Ok(())
+    }
+
+    /// Makes a table in which only the pods of this moment are known. They ran without policies before.
+    async fn close(&self, local: Local, bridges: &BTreeSet<IfName>) -> Result<(), String> {
+        let as_they_are = |(ip, _)| (ip, LocalPod { identity: None });
+        let local = Local { pods: local.pods.into_iter().map(as_they_are).collect(), ..local };
+        let state = State { local, ..State::default() };
+        let planned = plan(&Cluster::new(&state), bridges);
+        self.write(&planned, None).await
+    }
+
+    /// Tells `fabric-cni` which pods' policies are in force, and a person which are not.
+    fn judged(&self, attachments: &Attachments, planned: &PolicyPlan, warnings: &mut Vec<String>) -> Counts {
+        let is_known = |ips: &BTreeSet<IpAddr>| ips.iter().all(|ip| planned.pods.contains_key(ip));
+        let (known, waiting): (Vec<_>, Vec<_>) = attachments.iter().partition(|(_, pod)| is_known(&pod.ips));
+        for (owner, pod) in &waiting {
+            let name = pod.pod.as_ref().map(|pod| format!("pod {}/{}", pod.namespace, pod.name));
+            warnings.push(format!(
+                "{} is closed: the API server has not told of it yet (container {})",
+                name.unwrap_or_else(|| "a pod".to_owned()),
+                owner.container
+            ));
+        }
+        if let Err(error) = self.inputs.judged.are(known.into_iter().map(|(owner, _)| owner)) {
+            warnings
+                .push(format!("fabric-cni can't be told which pods are judged, so each waits its whole time: {error}"));
+        }
+        let isolated = planned.pods.values().filter(|pod| !pod.ingress.is_empty() || !pod.egress.is_empty());
+        let isolated: BTreeSet<_> = isolated.map(|isolation| &isolation.pod).collect();
+        Counts { policies: 0, isolated: isolated.len(), not_judged: waiting.len() }
+    }
+
+    /// Lets the packet filter see what passes between pods of this node.
+    async fn see_bridged(&self, bridges: &BTreeSet<IfName>) -> Result<(), String> {
+        let (bridges, sysctl_root) = (bridges.clone(), self.inputs.sysctl_root.clone());
+        let set = spawn_blocking(move || bridged::filter_bridged(&bridges, &sysctl_root));
+        let set = set.await.map_err(|error| error.to_string())?;
+        set.map_err(|reason| format!("no policy holds between pods of this node: {reason}"))
+    }
+
+    /// This node's pods and its own addresses.
+    async fn local(&mut self, warnings: &mut Vec<String>) -> Result<(Attachments, BTreeSet<IfName>, Local), String> {
+        let attached = self.inputs.attached.borrow_and_update().clone();
+        let subnets = self.inputs.files.read().map(|file| file.subnets()).unwrap_or_default();
+        let ours: Vec<_> = subnets.values().map(|subnets| subnets.subnet).collect();
+        let (node_pods, of_ours) = (self.inputs.pods.clone(), ours.clone());
+        let looked = spawn_blocking(move || {
+            let addresses = node_pods.read(&of_ours).map_err(|error| error.to_string())?;
+            let links = HostLinks::ask().map_err(|error| error.to_string())?;
+            let host: BTreeSet<IpAddr> = links.addresses.values().flatten().map(|(ip, _)| *ip).collect();
+            Ok::<_, String>((addresses, host))
+        });
+        let (addresses, mut host) = looked.await.map_err(|error| error.to_string())??;
+        let living: BTreeSet<&Owner> = addresses.pods.iter().map(|pod| &pod.owner).collect();
+        // What is saved of an attachment comes first, so these are another plugin's. A file that tells no owner is being
+        // written.
+        let is_others = |entry: &&Entry| entry.owner.as_ref().is_some_and(|owner| !living.contains(owner));
+        let others = addresses.attached.iter().filter(is_others).map(|entry| entry.ip);
+        let attachments: Attachments = attached
+            .attachments
+            .iter()
+            .filter(|(owner, _)| living.contains(owner))
+            .map(|(o, a)| (o.clone(), a.clone()))
+            .collect();
+        // The VTEP's, on a link of our own.
+        host.extend(ours.iter().map(|subnet| subnet.base()));
+        let mut pods: BTreeMap<IpAddr, LocalPod> = others.map(|ip| (ip, LocalPod { identity: None })).collect();
+        for pod in attachments.values() {
+            let local = LocalPod { identity: pod.pod.as_ref().map(identity) };
+            for ip in &pod.ips {
+                if let Some(twice) = pods.insert(*ip, local.clone()).filter(|other| other.identity.is_some()) {
+                    warnings.push(format!("two attachments have the address {ip}, of which one is {twice:?}"));
+                }
+            }
+        }
+        let bridges = attached.bridges.clone();
+        Ok((attachments, bridges, Local { pods, host, own_node_allowed: self.inputs.own_node_allowed }))
+    }
+}
+
+fn identity(pod: &SavedPod) -> PodIdentity {
+    PodIdentity { name: ObjectName::new(&pod.namespace, &pod.name), uid: pod.uid.as_deref().map(uid) }
+}
+
+/// Seconds since 1970.
+fn now() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
