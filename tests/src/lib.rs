@@ -4,6 +4,7 @@ pub mod bench;
 pub mod browser;
 pub mod certificates;
 pub mod conformance;
+pub mod deb;
 pub mod etcd;
 pub mod fake_api;
 pub mod fake_filter;

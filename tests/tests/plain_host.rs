@@ -7,7 +7,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use fabric_tests::lab::{binaries, wait_until};
+use fabric_tests::deb;
+use fabric_tests::lab::wait_until;
 use fabric_tests::plain_host::PlainHost;
 use serde_json::Value;
 
@@ -20,16 +21,6 @@ const APT_GET: &str = r#"#!/bin/sh
 for last; do :; done
 case $last in *.deb) exec dpkg --install "$last" ;; esac
 "#;
-
-/// The package, of the programs of this build.
-fn package(to: &Path) -> Result<()> {
-    let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy");
-    let mut build = Command::new(deploy.join("deb/build"));
-    build.env("PROGRAMS", binaries::folder()?).env("OUT", to).env("DPKG_DEB_COMPRESSOR_TYPE", "none");
-    let output = build.output()?;
-    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
-}
 
 /// A machine as Vagrant makes it: the first interface is the same everywhere and has the default route.
 fn machine() -> Result<PlainHost> {
@@ -48,7 +39,7 @@ fn node() -> Result<PlainHost> {
     let host = machine()?;
     let packages = host.root().join("packages");
     fs::create_dir(&packages)?;
-    package(&packages.join("fabricd_0_all.deb"))?;
+    deb::build(&packages.join("fabricd_0_all.deb"), None)?;
     let apt_get = host.root().join("usr/local/sbin/apt-get");
     fs::write(&apt_get, APT_GET)?;
     fs::set_permissions(&apt_get, fs::Permissions::from_mode(0o755))?;
