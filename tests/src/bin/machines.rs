@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use fabric_tests::lab::{Families, Lab};
-use fabric_tests::machines::{Kernel, Machines, Spec};
+use fabric_tests::machines::{Kernel, Machines, Spec, System};
 
 /// A cluster whose nodes are machines with kernels of Debian's, by QEMU
 #[derive(Parser)]
@@ -25,7 +25,8 @@ enum Command {
     Kernels,
     /// Bring a lab up, or add machines to one that is up, and leave it up
     Up {
-        /// Kernel, then what differs: `6.1`, `newest,memory=512,nics=2,clock=+3600,hostname=other`
+        /// Kernel, then what differs: `6.1`, `newest,memory=512,nics=2,clock=+3600,hostname=other`; or `debian`, a bookworm
+        /// with systemd, on which fabricd isn't installed yet
         #[arg(required = true)]
         machines: Vec<Spec>,
         /// Nodes beside them that are namespaces
@@ -117,8 +118,9 @@ fn up(name: &str, specs: &[Spec], nodes: u16, bare: bool) -> Result<()> {
     };
     let added = machines.add(specs)?;
     if !bare {
-        added.iter().try_for_each(|vm| vm.start_fabricd(""))?;
-        added.iter().try_for_each(|vm| vm.wait_ready())?;
+        let with_programs = || added.iter().filter(|vm| vm.spec.system == System::Programs);
+        with_programs().try_for_each(|vm| vm.start_fabricd(""))?;
+        with_programs().try_for_each(|vm| vm.wait_ready())?;
     }
     status(&machines)
 }

@@ -24,23 +24,11 @@ sandbox_image = "fabric.test/pause:1"
 restrict_oom_score_adj = true
 "#;
 
-/// An image of one layer, in the form of `docker save`.
-const MAKE_IMAGE: &str = r#"
-set -eu
-dir=$(mktemp -d)
-mkdir -p "$dir/root/bin"
-cp /bin/busybox "$dir/root/bin/sleep"
-tar -C "$dir/root" -cf "$dir/layer.tar" bin
-sum=$(sha256sum "$dir/layer.tar" | cut -d ' ' -f 1)
-cat >"$dir/config.json" <<END
-{"architecture": "$1", "os": "linux", "config": {"Entrypoint": ["/bin/sleep", "1000000"]},
- "rootfs": {"type": "layers", "diff_ids": ["sha256:$sum"]}}
-END
-echo '[{"Config": "config.json", "RepoTags": ["fabric.test/pause:1"], "Layers": ["layer.tar"]}]' >"$dir/manifest.json"
-tar -C "$dir" -cf "$dir/image.tar" manifest.json config.json layer.tar
-ctr -n k8s.io images import "$dir/image.tar"
-rm -r "$dir"
-"#;
+/// Where the image is, on the node.
+const IMAGE: &str = "/run/pause.tar";
+
+/// Makes it.
+const MAKE_IMAGE: &str = include_str!("image.sh");
 
 /// How long containerd may take for a pod.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -63,8 +51,8 @@ impl Cri {
         std::fs::create_dir_all(&folder)?;
         std::fs::write(folder.join("config.toml"), CONFIG)?;
         let containerd = Containerd::start(node)?;
-        let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
-        node.run(&["sh", "-c", MAKE_IMAGE, "sh", architecture])?;
+        node.run(&["sh", "-c", MAKE_IMAGE, "sh", "fabric.test/pause:1", IMAGE])?;
+        node.run(&["ctr", "-n", "k8s.io", "images", "import", IMAGE])?;
         Ok(Self { node: Arc::clone(node), _containerd: containerd, cgroup: Cgroup::of(node)? })
     }
 

@@ -20,9 +20,11 @@
 //! | [`spec`], [`vm`], `init.sh` | a machine, and its start |
 //! | [`agent`], `agent.sh`, [`monitor`] | commands in it, and what hands do to its hardware |
 //! | [`pods`] | pods on it |
+//! | [`debian`], `debian.sh` | a machine with a Debian of its own |
 //! | `root.sh` | the programs that all of them run |
 
 pub mod agent;
+pub mod debian;
 pub mod kernels;
 pub mod monitor;
 pub mod pods;
@@ -43,7 +45,7 @@ use serde::{Deserialize, Serialize};
 
 pub use kernels::Kernel;
 pub use pods::{Plugin, VmPod};
-pub use spec::Spec;
+pub use spec::{Spec, System};
 pub use vm::Vm;
 
 use crate::lab::{Builder, Lab, binaries};
@@ -85,7 +87,8 @@ impl Machines {
     pub fn check(specs: &[Spec]) -> Result<()> {
         preflight::tools()?;
         preflight::memory(specs.iter().map(|spec| spec.memory).sum())?;
-        specs.iter().try_for_each(|spec| Kernel::named(&spec.kernel)?.fetch())
+        specs.iter().try_for_each(|spec| Kernel::named(&spec.kernel)?.fetch())?;
+        if specs.iter().any(|spec| spec.system == System::Debian) { debian::make() } else { Ok(()) }
     }
 
     /// Those of a lab that another process has started.
@@ -100,19 +103,22 @@ impl Machines {
         Ok(machines)
     }
 
-    /// Adds machines and boots them side by side. They are named after their kernels: `linux-6.1`, and `linux-6.1-2` the
-    /// second.
+    /// Adds machines and boots them side by side. They are named after what they run: `linux-6.1`, and `linux-6.1-2` the
+    /// second, or `debian`.
     ///
     /// # Errors
     /// A kernel can't be fetched or there is too little memory, which is told before any starts; or one doesn't boot, which
     /// shows its console's end.
     pub fn add(&mut self, specs: &[Spec]) -> Result<Vec<Arc<Vm>>> {
         Self::check(specs)?;
+        if specs.iter().any(|spec| spec.system == System::Debian) && !self.supplies().exists() {
+            debian::pack_supplies(&self.supplies())?;
+        }
         let mut added = vec![];
         for spec in specs {
-            let count = self.vms.values().filter(|vm| vm.spec.kernel == spec.kernel).count();
+            let count = self.vms.values().filter(|vm| vm.spec.name() == spec.name()).count();
             let number = if count == 0 { String::new() } else { format!("-{}", count + 1) };
-            let name = format!("linux-{}{number}", spec.kernel);
+            let name = format!("{}{number}", spec.name());
             let index = self.vms.values().map(|vm| vm.index + 1).max().unwrap_or(vm::FIRST);
             let record = Record { index, spec: spec.clone() };
             fs::create_dir_all(self.records_folder())?;
@@ -139,14 +145,27 @@ impl Machines {
     }
 
     fn know(&mut self, name: &str, record: Record) -> Arc<Vm> {
+        let (env, image) = match record.spec.system {
+            System::Programs => (self.settings(), self.root.clone()),
+            System::Debian => (vec![], self.supplies()),
+        };
+        let wires = (self.lab.shared_underlay(), self.lab.families());
+        let vm = Arc::new(Vm::new((name.to_owned(), record.spec, record.index), wires, env, image));
+        self.vms.insert(name.to_owned(), Arc::clone(&vm));
+        vm
+    }
+
+    /// What fabricd and etcdctl have to know, by their variables.
+    fn settings(&self) -> Vec<(String, String)> {
         let endpoints = self.lab.etcd().endpoints();
         let env = [("FABRICD_ETCD_ENDPOINTS", endpoints.clone()), ("ETCDCTL_ENDPOINTS", endpoints)];
         let masquerade = ("FABRICD_IP_MASQ", self.lab.masquerades().to_string());
-        let env = env.into_iter().chain([masquerade]).map(|(name, value)| (name.to_owned(), value)).collect();
-        let wires = (self.lab.shared_underlay(), self.lab.families());
-        let vm = Arc::new(Vm::new((name.to_owned(), record.spec, record.index), wires, env, self.root.clone()));
-        self.vms.insert(name.to_owned(), Arc::clone(&vm));
-        vm
+        env.into_iter().chain([masquerade]).map(|(name, value)| (name.to_owned(), value)).collect()
+    }
+
+    /// The disk that Debians are given.
+    fn supplies(&self) -> PathBuf {
+        self.lab.dir().join("supplies.img")
     }
 
     fn records(&self) -> Result<BTreeMap<String, Record>> {

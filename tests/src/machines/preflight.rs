@@ -11,9 +11,12 @@ use super::kernels::{self, Kernel};
 use crate::lab::preflight;
 
 /// Every tool with the Debian package that has it.
-const TOOLS: [(&str, &str); 14] = [
+const TOOLS: [(&str, &str); 17] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
+    ("qemu-img", "qemu-utils"),
     ("apt-get", "apt"),
+    ("mmdebstrap", "mmdebstrap"),
+    ("dpkg-scanpackages", "dpkg-dev"),
     ("dpkg-deb", "dpkg"),
     ("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring"),
     ("depmod", "kmod"),

@@ -13,10 +13,11 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use super::agent::{self, Answer};
+use super::debian;
 use super::kernels::Kernel;
 use super::monitor::Monitor;
 use super::preflight::{self, Accelerator};
-use super::spec::Spec;
+use super::spec::{Spec, System};
 use crate::lab::addresses::{self, Families};
 use crate::lab::underlay::BRIDGE;
 use crate::lab::{Machine, Underlay, wait_until};
@@ -45,7 +46,8 @@ pub struct Vm {
     families: Families,
     /// Exported before each script.
     env: Vec<(String, String)>,
-    root: PathBuf,
+    /// Its third disk: the programs of a machine without a system of its own, or what a Debian is given.
+    image: PathBuf,
     agent: Mutex<()>,
 }
 
@@ -54,9 +56,9 @@ impl Vm {
         (name, spec, index): (String, Spec, u16),
         (underlay, families): (Arc<Underlay>, Families),
         env: Vec<(String, String)>,
-        root: PathBuf,
+        image: PathBuf,
     ) -> Self {
-        Self { name, spec, index, underlay, families, env, root, agent: Mutex::new(()) }
+        Self { name, spec, index, underlay, families, env, image, agent: Mutex::new(()) }
     }
 
     /// Switches it on and waits until it is up.
@@ -69,14 +71,16 @@ impl Vm {
     }
 
     /// Switches it on, and doesn't wait.
-    pub(super) fn switch_on(&self) -> Result<()> {
+    ///
+    /// # Errors
+    /// It is on, or there is too little memory.
+    pub fn switch_on(&self) -> Result<()> {
         preflight::memory(self.spec.memory)?;
         let disk = self.host().path(&self.disk())?;
         if !disk.exists() {
-            self.host().run(&["truncate", "-s", "256M", &self.disk()])?;
-            self.host().run(&["mke2fs", "-q", "-t", "ext4", &self.disk()])?;
+            self.make_disk()?;
         }
-        for nic in 0..self.spec.nics {
+        for nic in (0..self.spec.nics).filter(|&nic| !self.is_nat(nic)) {
             if self.host().exec(&["ip", "link", "show", &self.tap(nic)])?.success() {
                 continue; // it has been on before
             }
@@ -93,7 +97,36 @@ impl Vm {
         Ok(())
     }
 
-    pub(super) fn wait_up(&self) -> Result<()> {
+    fn make_disk(&self) -> Result<()> {
+        match self.spec.system {
+            System::Programs => {
+                self.host().run(&["truncate", "-s", "256M", &self.disk()])?;
+                self.host().run(&["mke2fs", "-q", "-t", "ext4", &self.disk()])?;
+            }
+            System::Debian => {
+                let below = debian::image()?.display().to_string();
+                self.host().run(&[
+                    "qemu-img",
+                    "create",
+                    "-q",
+                    "-f",
+                    "qcow2",
+                    "-F",
+                    "raw",
+                    "-b",
+                    &below,
+                    &self.disk(),
+                ])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until it has booted.
+    ///
+    /// # Errors
+    /// It doesn't boot: the error shows the console's end.
+    pub fn wait_up(&self) -> Result<()> {
         let up = wait_until(&format!("{} is up", self.name), BOOT, || {
             if !self.is_on() {
                 return Ok(false); // no use waiting
@@ -123,6 +156,10 @@ impl Vm {
             addresses.join(","),
             gateways.join(",")
         );
+        let (append, format) = match self.spec.system {
+            System::Programs => (append, "raw"),
+            System::Debian => (format!("{append} machine.root=disk"), "qcow2"),
+        };
         let mut arguments: Vec<String> = vec![];
         let mut add = |name: &str, value: String| arguments.extend([format!("-{name}"), value]);
         add("accel", Accelerator::of_this_machine(kernel)?.option().to_owned());
@@ -139,16 +176,25 @@ impl Vm {
         add("device", "virtserialport,chardev=agent,name=agent".to_owned());
         // What the machine syncs is in this one's page cache, which no power-off of the machine takes away: no need to
         // wait for the disk below.
-        let disks = [(self.disk(), "cache=unsafe"), (file("modules.img")?, "readonly=on,file.locking=off")];
-        let disks = disks.into_iter().chain([(self.root.display().to_string(), "readonly=on,file.locking=off")]);
-        for (number, (image, options)) in disks.enumerate() {
-            add("drive", format!("file={image},if=none,id=disk{number},format=raw,{options}"));
+        let read_only = "format=raw,readonly=on,file.locking=off".to_owned();
+        let disks = [
+            (self.disk(), format!("format={format},cache=unsafe")),
+            (file("modules.img")?, read_only.clone()),
+            (self.image.display().to_string(), read_only),
+        ];
+        for (number, (image, options)) in disks.into_iter().enumerate() {
+            add("drive", format!("file={image},if=none,id=disk{number},{options}"));
             add("device", format!("virtio-blk-pci,drive=disk{number}"));
         }
         add("object", "rng-random,filename=/dev/urandom,id=random".to_owned());
         add("device", "virtio-rng-pci,rng=random".to_owned());
         for nic in 0..self.spec.nics {
-            add("netdev", format!("tap,id=net{nic},ifname={},script=no,downscript=no", self.tap(nic)));
+            // The NAT gives 10.0.2.15 by DHCP and answers as 10.0.2.2, as VirtualBox's does.
+            let network = match self.is_nat(nic) {
+                true => format!("user,id=net{nic},ipv6=off"),
+                false => format!("tap,id=net{nic},ifname={},script=no,downscript=no", self.tap(nic)),
+            };
+            add("netdev", network);
             add("device", format!("virtio-net-pci,netdev=net{nic},id=nic{nic},mac={}", self.mac(nic)));
         }
         if self.spec.clock != 0 {
@@ -166,6 +212,17 @@ impl Vm {
     /// It is off already.
     pub fn power_off(&self) -> Result<()> {
         self.host().end(&self.name, Signal::SIGKILL)
+    }
+
+    /// Waits until it has switched itself off: `systemctl poweroff`, and `systemctl reboot` as well, come to that here.
+    ///
+    /// # Errors
+    /// It is still on after ten minutes.
+    pub fn wait_off(&self) -> Result<()> {
+        wait_until(&format!("{} is off", self.name), BOOT, || {
+            ensure!(!self.is_on(), "it is on\n{}", self.console_tail());
+            Ok(())
+        })
     }
 
     /// True while it is on.
@@ -292,6 +349,10 @@ impl Vm {
     /// In the underlay's machine, whose `/var/lib` goes when the lab is stopped.
     fn disk(&self) -> String {
         format!("/var/lib/{}.img", self.name)
+    }
+
+    fn is_nat(&self, nic: u8) -> bool {
+        self.spec.system == System::Debian && nic == 0
     }
 
     fn tap(&self, nic: u8) -> String {

@@ -2,6 +2,7 @@
 //!
 //! A processor that is emulated is slow, so a lab is used for many checks, and limits are what only a fault exceeds.
 
+mod debian;
 mod fabric;
 mod hardware;
 mod identity;
