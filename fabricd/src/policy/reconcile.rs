@@ -146,7 +146,8 @@ impl Reconciler {
     async fn pass(&mut self, warnings: &mut Vec<String>) -> Result<(), String> {
         let found = self.table.observe().await.map_err(|error| error.to_string())?;
         let (attachments, bridges, local) = self.local(warnings).await?;
-        self.see_bridged(&bridges).await?;
+        // Without it the rest holds all the same.
+        let bridged = self.see_bridged(&bridges).await;
         let sources = &mut self.inputs.sources;
         if let Some(missing) = sources.missing() {
             let trouble = sources.connection.borrow().trouble().map(|trouble| format!(": {trouble}"));
@@ -175,7 +176,7 @@ impl Reconciler {
         self.write(&planned, found.as_ref()).await?;
         let counts = self.judged(&attachments, &planned, warnings);
         self.counters.counted(Counts { policies, ..counts });
-        Ok(())
+        bridged
     }
 
     async fn write(&self, planned: &PolicyPlan, found: Option<&FoundTable>) -> Result<(), String> {
