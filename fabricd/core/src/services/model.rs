@@ -361,9 +361,15 @@ fn source_ranges(object: &ServiceObject, kind: ServiceType, refused: &mut Vec<St
             }
         }
     }
-    ranges.sort_unstable();
-    ranges.dedup();
-    SourceRanges { ranges: ranges.into(), is_partial }
+    // A prefix goes before those that it covers.
+    ranges.sort_unstable_by_key(|range| (range.prefix_len(), *range));
+    let mut apart: Vec<Subnet> = vec![];
+    ranges.into_iter().for_each(|range| {
+        if !apart.iter().any(|wider| wider.covers(range)) {
+            apart.push(range);
+        }
+    });
+    SourceRanges { ranges: apart.into(), is_partial }
 }
 
 /// Addresses that no endpoint and no frontend can have: nothing but this host would answer, everybody, or nobody.

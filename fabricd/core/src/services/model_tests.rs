@@ -159,6 +159,7 @@ fn ranges(texts: Value) -> (String, usize) {
 fn source_ranges_are_trimmed_and_split_by_family() {
     assert_eq!(ranges(json!(null)), ("- | -".to_owned(), 0));
     assert_eq!(ranges(json!([" 192.0.2.77/24 ", "192.0.2.0/24"])), ("192.0.2.0/24 | -".to_owned(), 0));
+    assert_eq!(ranges(json!(["192.0.2.128/25", "192.0.2.0/24", "192.0.2.7/32"])), ("192.0.2.0/24 | -".to_owned(), 0));
     assert_eq!(ranges(json!(["192.0.2.0/24", "2001:db8::/32"])), ("192.0.2.0/24 | 2001:db8::/32".to_owned(), 0));
 }
 

@@ -1,0 +1,139 @@
+//! [`Pools`]: the endpoints that frontends lead to, by number.
+//!
+//! A pool never changes, so a packet that meets a change between two look-ups finds the whole of one or the whole of the
+//! other. Frontends with equal endpoints share a pool. Numbers count up, and after a restart each pool has the number that
+//! the kernel has for these endpoints, so nothing is written.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use super::rows::{self, Map, Socket};
+use crate::cow_map::CowSet;
+use crate::model::Family;
+use crate::state::nft::{Element, Table};
+
+/// Endpoints, by address and port.
+type Content = Arc<[Socket]>;
+
+/// The pools of one family.
+#[derive(Debug)]
+pub(super) struct Pools {
+    family: Family,
+    /// Number and users.
+    known: HashMap<Content, Pool>,
+    /// Numbers that the kernel had at the start, of pools that nobody has asked for since.
+    remembered: HashMap<Content, u32>,
+    numbers: Numbers,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Pool {
+    number: u32,
+    users: u32,
+    /// Those with session affinity.
+    sticky: u32,
+}
+
+impl Pools {
+    /// With the numbers that these elements have.
+    pub(super) fn remembering(family: Family, elements: &CowSet<Element>) -> Self {
+        let mut contents: BTreeMap<u32, Vec<Socket>> = BTreeMap::new();
+        for (number, socket) in elements.keys().filter_map(|element| rows::endpoint(family, element)) {
+            contents.entry(number).or_default().push(socket);
+        }
+        let numbers = Numbers::behind(contents.keys().next_back().copied());
+        let contents = contents.into_iter().map(|(number, mut sockets)| {
+            // The kernel has them by slot, where slots are in the order of the sockets.
+            sockets.sort_unstable();
+            (Content::from(sockets), number)
+        });
+        Self { family, known: HashMap::new(), remembered: contents.collect(), numbers }
+    }
+
+    /// The number of a pool with these endpoints, which are in order. It has one user more.
+    pub(super) fn take(&mut self, sockets: &[Socket], is_sticky: bool, table: &mut Table) -> u32 {
+        if !self.known.contains_key(sockets) {
+            let number = self.remembered.remove(sockets);
+            let number = self.numbers.take(number);
+            self.known.insert(sockets.into(), Pool { number, users: 0, sticky: 0 });
+            let slots = elements(table, Map::Pools, self.family);
+            for (slot, socket) in (0..).zip(sockets) {
+                slots.insert(rows::slot(number, slot, *socket), ());
+            }
+        }
+        let pool = self.known.get_mut(sockets).expect("known by now");
+        pool.users += 1;
+        if is_sticky {
+            pool.sticky += 1;
+            if pool.sticky == 1 {
+                let live = elements(table, Map::Live, self.family);
+                live_of(pool.number, sockets).for_each(|element| _ = live.insert(element, ()));
+            }
+        }
+        pool.number
+    }
+
+    /// One user less. With the last one the pool goes.
+    pub(super) fn leave(&mut self, sockets: &[Socket], is_sticky: bool, table: &mut Table) {
+        let Some(pool) = self.known.get_mut(sockets) else { return };
+        pool.users -= 1;
+        pool.sticky -= u32::from(is_sticky);
+        let Pool { number, users, sticky } = *pool;
+        if is_sticky && sticky == 0 {
+            let live = elements(table, Map::Live, self.family);
+            live_of(number, sockets).for_each(|element| _ = live.remove(&element));
+        }
+        if users == 0 {
+            let slots = elements(table, Map::Pools, self.family);
+            for (slot, socket) in (0..).zip(sockets) {
+                slots.remove(&rows::slot(number, slot, *socket));
+            }
+            self.known.remove(sockets);
+            self.numbers.give_back(number);
+        }
+    }
+
+    /// Forgets the numbers of before the start: from now on a pool that nobody has is gone.
+    pub(super) fn forget_remembered(&mut self) {
+        self.remembered = HashMap::new();
+    }
+}
+
+/// Numbers that count up: one that was given back comes again after four billion others.
+#[derive(Debug, Default)]
+pub(super) struct Numbers {
+    taken: BTreeSet<u32>,
+    last: u32,
+}
+
+impl Numbers {
+    /// From behind the last one that was in use before.
+    pub(super) fn behind(last: Option<u32>) -> Self {
+        Self { taken: BTreeSet::new(), last: last.unwrap_or(0) }
+    }
+
+    /// This number if it is free, or else the next.
+    pub(super) fn take(&mut self, number: Option<u32>) -> u32 {
+        if let Some(number) = number.filter(|number| self.taken.insert(*number)) {
+            return number;
+        }
+        loop {
+            self.last = self.last.checked_add(1).unwrap_or(1);
+            if self.taken.insert(self.last) {
+                return self.last;
+            }
+        }
+    }
+
+    pub(super) fn give_back(&mut self, number: u32) {
+        self.taken.remove(&number);
+    }
+}
+
+pub(super) fn elements(table: &mut Table, map: Map, family: Family) -> &mut CowSet<Element> {
+    &mut table.sets.get_mut(&map.name(family)).expect("declared").elements
+}
+
+fn live_of(pool: u32, sockets: &[Socket]) -> impl Iterator<Item = Element> {
+    sockets.iter().map(move |socket| rows::live(pool, *socket))
+}
