@@ -38,10 +38,11 @@ use crate::policy::reconcile::Inputs;
 use crate::reconcile::{Node, Reconciler};
 use crate::status::events;
 use crate::status::events::Events;
+use crate::status::view::View;
 use crate::store::LeaseStore;
 use crate::store::etcd::Etcd;
 use crate::store::kubernetes::Kubernetes;
-use crate::{api, http, mesh, policy};
+use crate::{api, http, mesh, policy, services};
 
 /// Runs until SIGTERM or SIGINT. The data plane stays as it is: pods go on talking without a daemon.
 ///
@@ -99,12 +100,19 @@ async fn serve(
         filter: config.filter.options(),
     };
     let mut reconciler = Reconciler::new(node, store.clone(), open_kernel(config)?, files, before);
-    let judges = config.judges_pods();
-    let attached =
-        (config.filter.check_pods || judges).then(|| attachments::watch_attachments(config.cni_state_dir.clone()));
+    let (judges, translates) = (config.judges_pods(), config.translates_services());
+    let attached = (config.filter.check_pods || judges || translates)
+        .then(|| attachments::watch_attachments(config.cni_state_dir.clone()));
     if let Some(attached) = attached.clone().filter(|_| config.filter.check_pods) {
         reconciler.guard_ports(attached);
     }
+    let services = match attached.clone().filter(|_| translates) {
+        Some(attached) => {
+            reconciler.leave(Section::Services);
+            Some(services(config, reconciler.view(), attached)?)
+        }
+        None => None,
+    };
     let judged = Judged::new(&config.run_dir);
     let policies = match attached.filter(|_| judges) {
         Some(attached) => {
@@ -139,6 +147,14 @@ async fn serve(
             "the loop of network policies has ended".to_owned()
         });
     }
+    let (services_status, services_counters) =
+        services.as_ref().map(|services| (services.status(), services.counters())).unzip();
+    if let Some(services) = services {
+        tasks.spawn(async {
+            services.run().await;
+            "the loop of Services has ended".to_owned()
+        });
+    }
     let asked = store.clone();
     let probe: Probe = Arc::new(move || {
         let store = asked.clone();
@@ -171,14 +187,17 @@ async fn serve(
     let access = remote.as_ref().and_then(|(_, tls)| Some((tls.clone(), config.api_addr.0?.port())));
     let remote_access = Remote { access };
     let store = Arc::new(config.store_settings());
-    let policy = policy_status;
-    let sources = Sources { view, policy, events, mesh, inspector, remote: remote_access, log_level, controls, store };
+    let (policy, services) = (policy_status, services_status);
+    let sources =
+        Sources { view, policy, services, events, mesh, inspector, remote: remote_access, log_level, controls, store };
     if let Some(listener) = health {
-        let metrics = Metrics::new(&counters);
-        let metrics = match &policy_counters {
-            Some(policies) => metrics.with_policies(policies),
-            None => metrics,
-        };
+        let mut metrics = Metrics::new(&counters);
+        if let Some(policies) = &policy_counters {
+            metrics = metrics.with_policies(policies);
+        }
+        if let Some(services) = &services_counters {
+            metrics = metrics.with_services(services);
+        }
         let (sources, metrics) = (sources.clone(), Arc::new(metrics));
         tasks.spawn(async {
             format!("the health endpoint has ended: {:?}", http::serve(listener, sources, metrics).await)
@@ -223,6 +242,26 @@ fn policies(
     Ok(policy::reconcile::Reconciler::new(inputs, table))
 }
 
+/// The loop of Services.
+fn services(
+    config: &Config,
+    view: watch::Receiver<Arc<View>>,
+    pods: watch::Receiver<Arc<AttachedPods>>,
+) -> anyhow::Result<services::reconcile::Reconciler> {
+    let api = Arc::new(ApiServer::new(config.kubernetes.kubeconfig.clone()));
+    let inputs = services::reconcile::Inputs {
+        node: config.node().clone(),
+        sources: services::watch::Sources::watch(api, config.node()),
+        view,
+        files: Files::new(&config.run_dir, &config.subnet_file),
+        pods,
+        sysctl_root: config.sysctl_root.clone(),
+    };
+    let table = SectionTable::open(TableKey::Services);
+    let table = table.context("cannot talk to the kernel over netlink; does fabricd have CAP_NET_ADMIN?")?;
+    Ok(services::reconcile::Reconciler::new(inputs, table))
+}
+
 /// Opens the API to other nodes, if it is asked for: never without certificates.
 async fn api_for_others(config: &Config) -> anyhow::Result<Option<(TcpListener, Tls)>> {
     let files = [&config.api_cafile, &config.api_certfile, &config.api_keyfile];
@@ -242,7 +281,9 @@ async fn api_for_others(config: &Config) -> anyhow::Result<Option<(TcpListener, 
 
 /// The connection to the kernel.
 pub(crate) fn open_kernel(config: &Config) -> anyhow::Result<Netlink> {
-    let options = Options { can_reach: config.iface_can_reach.clone(), sysctl_root: config.sysctl_root.clone() };
+    let services_apart = config.translates_services() && !config.cleanup;
+    let (can_reach, sysctl_root) = (config.iface_can_reach.clone(), config.sysctl_root.clone());
+    let options = Options { can_reach, sysctl_root, services_apart };
     Netlink::new(options).context("cannot talk to the kernel over netlink; does fabricd have CAP_NET_ADMIN?")
 }
 

@@ -52,6 +52,7 @@ impl Served {
         let (to_lease, lease) = mpsc::channel(1);
         let mesh = Arc::new(mesh);
         let sources = Sources {
+            services: None,
             view: seen,
             policy: None,
             events: Arc::new(Events::default()),

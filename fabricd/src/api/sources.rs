@@ -13,6 +13,7 @@ use crate::config::log_level::LogLevel;
 use crate::diagnosis::Inspector;
 use crate::mesh::Mesh;
 use crate::policy::status::PolicyStatus;
+use crate::services::status::ServicesStatus;
 use crate::status::events::Events;
 use crate::status::view::View;
 use crate::{lease, reconcile};
@@ -33,6 +34,8 @@ pub struct Sources {
     pub view: watch::Receiver<Arc<View>>,
     /// How it stands with network policies, if they are in force here.
     pub policy: Option<watch::Receiver<Arc<PolicyStatus>>>,
+    /// How it stands with Services, if they are translated here.
+    pub services: Option<watch::Receiver<Arc<ServicesStatus>>>,
     /// What happened.
     pub events: Arc<Events>,
     /// How the peers are reached.

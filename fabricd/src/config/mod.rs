@@ -7,6 +7,7 @@ pub(crate) mod files;
 pub mod filter_args;
 pub mod log_level;
 pub mod policy_args;
+pub mod services_args;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -22,6 +23,7 @@ use regex::Regex;
 use self::files::{variables, with_file, with_variables};
 use self::filter_args::FilterArgs;
 use self::policy_args::{PolicyArgs, PolicySwitch};
+use self::services_args::{ServicesArgs, Switch};
 use crate::host::addresses::CniDirs;
 use crate::host::underlay::Selector;
 use crate::store::etcd::{Options, Tls, User, complete};
@@ -86,6 +88,10 @@ pub struct Config {
     /// Network policies.
     #[command(flatten)]
     pub policy: PolicyArgs,
+
+    /// Services of Kubernetes.
+    #[command(flatten)]
+    pub services: ServicesArgs,
 
     /// Runtime directory: node.json, which fabric-cni reads, and the lock
     #[arg(long, env = "FABRICD_RUN_DIR", value_name = "DIR", default_value = fabric_core::handoff::RUN_DIR)]
@@ -217,7 +223,7 @@ pub struct StoreSettings {
 /// How the API server of Kubernetes is reached, and what it is told.
 #[derive(Clone, Debug, Args)]
 pub struct KubernetesArgs {
-    /// With --store kubernetes or --network-policy on: kubeconfig file [default: the pod's service account]
+    /// With --store kubernetes or --network-policy on or --services on: kubeconfig file [default: the pod's service account]
     #[arg(long, env = "FABRICD_KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
 
@@ -424,6 +430,12 @@ impl Config {
     #[must_use]
     pub fn judges_pods(&self) -> bool {
         self.policy.network_policy == PolicySwitch::On
+    }
+
+    /// Whether Services are translated here.
+    #[must_use]
+    pub fn translates_services(&self) -> bool {
+        self.services.services == Switch::On
     }
 
     /// How the datastore is reached.

@@ -21,18 +21,21 @@ use crate::kernel;
 use crate::mesh::Mesh;
 use crate::metrics::{Format, Metrics};
 use crate::policy::status::PolicyStatus;
+use crate::services::status::ServicesStatus;
 use crate::status::view::View;
 
 /// Answers on `listener` until the process ends.
 ///
-/// `/healthz` is 200 while the reconcile loop lives, 500 when it has ended. `/readyz` is 200 when pods may be added and
-/// network policies, if they are on, are in force, else 503 with the reason in the body. `/metrics` is for Prometheus, `/` for people.
+/// `/healthz` is 200 while the reconcile loop lives, 500 when it has ended. `/readyz` is 200 when pods may be added, and
+/// network policies and Services, those that are on, are in the kernel, else 503 with the reason in the body. `/metrics` is
+/// for Prometheus, `/` for people.
 ///
 /// # Errors
 /// When the listener breaks.
 pub async fn serve(listener: TcpListener, sources: Sources, metrics: Arc<Metrics>) -> std::io::Result<()> {
     let (view, mesh) = (sources.view.clone(), sources.mesh.clone());
-    let ready = Router::new().route("/readyz", get(readyz)).with_state((view.clone(), sources.policy.clone()));
+    let sections = (view.clone(), sources.policy.clone(), sources.services.clone());
+    let ready = Router::new().route("/readyz", get(readyz)).with_state(sections);
     let probes = Router::new().route("/healthz", get(healthz)).with_state(view.clone()).merge(ready);
     let numbers = Router::new().route("/metrics", get(numbers)).with_state((view, mesh, metrics));
     axum::serve(listener, probes.merge(numbers).merge(page::router(sources))).await
@@ -60,14 +63,17 @@ async fn healthz(State(view): State<watch::Receiver<Arc<View>>>) -> (StatusCode,
     }
 }
 
-type ReadySources = (watch::Receiver<Arc<View>>, Option<watch::Receiver<Arc<PolicyStatus>>>);
+type Receiver<T> = watch::Receiver<Arc<T>>;
+type ReadySources = (Receiver<View>, Option<Receiver<PolicyStatus>>, Option<Receiver<ServicesStatus>>);
 
-async fn readyz(State((view, policy)): State<ReadySources>) -> (StatusCode, String) {
+async fn readyz(State((view, policy, services)): State<ReadySources>) -> (StatusCode, String) {
     let of_policy = policy.and_then(|policy| policy.borrow().ready.clone().err());
-    let reason = match (&view.borrow().readiness, of_policy) {
-        (Readiness::NotReady { reason, .. }, _) => reason.clone(),
-        (Readiness::Ready, Some(reason)) => format!("network policies: {reason}"),
-        (Readiness::Ready, None) => return (StatusCode::OK, "ready\n".into()),
+    let of_services = services.and_then(|services| services.borrow().ready.clone().err());
+    let reason = match (&view.borrow().readiness, of_policy, of_services) {
+        (Readiness::NotReady { reason, .. }, ..) => reason.clone(),
+        (Readiness::Ready, Some(reason), _) => format!("network policies: {reason}"),
+        (Readiness::Ready, None, Some(reason)) => format!("Services: {reason}"),
+        (Readiness::Ready, None, None) => return (StatusCode::OK, "ready\n".into()),
     };
     (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {reason}\n"))
 }

@@ -301,7 +301,9 @@ impl Mirror {
             observed.docker_user.clone_from(&others.docker_user);
             observed.hazards = if others.kube_proxy { bridge_nf::lacking(&options.sysctl_root) } else { vec![] };
         }
-        for table in TableKey::ALL.into_iter().filter(|table| stale.contains(&Table::Rules(*table))) {
+        let is_ours = |table: &TableKey| !options.services_apart || *table != TableKey::Services;
+        let stale_tables = TableKey::ALL.into_iter().filter(|table| stale.contains(&Table::Rules(*table)));
+        for table in stale_tables.filter(is_ours) {
             match filter.read(table).map_err(tables::reading("nftables"))? {
                 Some(Some(mut found)) => {
                     observed.filter.get(&table).into_iter().for_each(|known| found.share(known));

@@ -28,6 +28,7 @@ mod options;
 mod refusal;
 pub mod routing;
 pub mod section;
+pub mod services;
 mod sysctl;
 
 pub use self::nft::drops::{Drops, drops};

@@ -51,7 +51,8 @@ impl Netlink {
         let filter = Filter::open().map_err(gone)?;
         let mut listeners = vec![listener];
         if let Some(port) = filter.port() {
-            listeners.push(nft::watch::start(Arc::clone(&monitor), port).map_err(gone)?);
+            let listener = nft::watch::start(Arc::clone(&monitor), port, options.services_apart);
+            listeners.push(listener.map_err(gone)?);
         }
         let worker = Worker {
             socket: RequestSocket::open(NETLINK_ROUTE).map_err(gone)?,

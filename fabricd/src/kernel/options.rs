@@ -10,10 +10,12 @@ pub struct Options {
     pub can_reach: Vec<IpAddr>,
     /// Where the settings are: `/proc/sys/net`.
     pub sysctl_root: PathBuf,
+    /// Somebody else in this process reads and writes the table of Services: [`SectionTable`](super::section::SectionTable).
+    pub services_apart: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { can_reach: vec![], sysctl_root: "/proc/sys/net".into() }
+        Self { can_reach: vec![], sysctl_root: "/proc/sys/net".into(), services_apart: false }
     }
 }

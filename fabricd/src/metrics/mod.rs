@@ -26,6 +26,7 @@ use self::traffic::Traffic;
 use crate::kernel::Drops;
 use crate::mesh::Mesh;
 use crate::policy::status::PolicyCounters;
+use crate::services::status::ServicesCounters;
 use crate::status::counters::Counters;
 use crate::status::view::{PeerTrouble, View};
 use crate::store::Connection;
@@ -105,6 +106,13 @@ impl Metrics {
     /// The same with what is counted of network policies.
     #[must_use]
     pub fn with_policies(mut self, counters: &PolicyCounters) -> Self {
+        counters.register(self.registry.sub_registry_with_prefix("fabricd"));
+        self
+    }
+
+    /// The same with what is counted of Services.
+    #[must_use]
+    pub fn with_services(mut self, counters: &ServicesCounters) -> Self {
         counters.register(self.registry.sub_registry_with_prefix("fabricd"));
         self
     }

@@ -1,7 +1,12 @@
-//! Services of Kubernetes on this node: what the API server tells of them.
+//! Services of Kubernetes on this node, in the place of kube-proxy.
 //!
 //! ```text
-//! Services, EndpointSlices, own Node ── watch (a reflector each) ──► Sources: None until a whole list, then the latest
+//! Services, EndpointSlices, own Node ── watch (a reflector each) ──► Sources
+//!                                                                       ▼
+//! own subnets, pods' bridges, host's addresses ──► reconcile ──► core::services::plan ──► diff ──► table fabric-services
+//!                                                      └──► status: readiness, warnings, metrics
 //! ```
 
+pub mod reconcile;
+pub mod status;
 pub mod watch;

@@ -50,6 +50,7 @@
 
 pub mod addresses;
 mod api_certificates;
+pub mod ask;
 pub mod attack;
 pub mod binaries;
 pub mod builder;
@@ -94,6 +95,7 @@ use std::thread;
 use anyhow::{Context, Result, bail, ensure};
 
 pub use addresses::Families;
+pub use ask::{Answer, By, Server, ask};
 pub use attack::Forged;
 pub use builder::{Builder, Wiring};
 pub use capture::Capture;

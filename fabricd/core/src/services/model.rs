@@ -512,6 +512,8 @@ pub struct NodeFacts {
     pub zone: Option<Arc<str>>,
     /// Whether it is about to go: load balancers had better not use it for new connections (KEP-3836).
     pub going: bool,
+    /// Its addresses inside the cluster, the first of each family: those that take NodePorts.
+    pub internal_ips: Vec<IpAddr>,
 }
 
 impl NodeFacts {
@@ -520,6 +522,13 @@ impl NodeFacts {
     pub fn read(object: &NodeObject) -> Self {
         let zone = object.metadata.label(ZONE).filter(|zone| !zone.is_empty());
         let is_marked = object.spec.taints.iter().flatten().any(|taint| taint.key == TO_BE_DELETED);
-        Self { zone: zone.map(Arc::from), going: is_marked || object.metadata.deletion_timestamp.is_some() }
+        let internal = object.status.addresses.iter().flatten().filter(|address| address.kind == "InternalIP");
+        let internal: Vec<IpAddr> = internal.filter_map(|address| address.address.parse().ok()).collect();
+        let first = |family| internal.iter().copied().find(|ip| Family::of(*ip) == family && !is_special(*ip));
+        Self {
+            zone: zone.map(Arc::from),
+            going: is_marked || object.metadata.deletion_timestamp.is_some(),
+            internal_ips: Family::ALL.into_iter().filter_map(first).collect(),
+        }
     }
 }

@@ -283,13 +283,24 @@ fn hints_of_an_endpoint_are_kept() {
 }
 
 #[test]
-fn nodes_zone_and_going_are_read() {
+fn nodes_zone_addresses_and_going_are_read() {
     let of = |object: Value| NodeFacts::read(&serde_json::from_value::<NodeObject>(object).unwrap());
     let zone = of(json!({"metadata": {"labels": {"topology.kubernetes.io/zone": "x"}}}));
     assert_eq!((zone.zone.as_deref(), zone.going), (Some("x"), false));
     assert!(of(json!({"metadata": {"deletionTimestamp": "2026-11-28T10:00:00Z"}})).going);
     assert!(of(json!({"spec": {"taints": [{"key": "ToBeDeletedByClusterAutoscaler"}]}})).going);
     assert_eq!(of(json!({"metadata": {}, "spec": {"taints": [{"key": "other"}]}})), NodeFacts::default());
+    let address = |kind: &str, address: &str| json!({"type": kind, "address": address});
+    let addresses = [
+        address("ExternalIP", "203.0.113.1"),
+        address("InternalIP", "192.0.2.1"),
+        address("InternalIP", "192.0.2.2"),
+        address("InternalIP", "2001:db8::1"),
+        address("Hostname", "node-1"),
+    ];
+    let ips: Vec<String> =
+        of(json!({"status": {"addresses": addresses}})).internal_ips.iter().map(ToString::to_string).collect();
+    assert_eq!(ips, ["192.0.2.1", "2001:db8::1"]);
 }
 
 #[test]

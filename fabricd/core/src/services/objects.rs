@@ -230,7 +230,7 @@ pub struct EndpointPort {
     pub port: Option<i64>,
 }
 
-/// A Node, of which only its zone and its going matter.
+/// A Node, of which its zone, its addresses and its going matter.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct NodeObject {
@@ -239,6 +239,28 @@ pub struct NodeObject {
     /// What it is to be.
     #[serde(deserialize_with = "or_default")]
     pub spec: NodeSpec,
+    /// What it is.
+    #[serde(deserialize_with = "or_default")]
+    pub status: NodeStatus,
+}
+
+/// What a Node is.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct NodeStatus {
+    /// Its addresses and names.
+    pub addresses: Option<Vec<NodeAddress>>,
+}
+
+/// An address of a Node.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct NodeAddress {
+    /// `InternalIP`, `ExternalIP`, `Hostname` and others.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The address.
+    pub address: String,
 }
 
 /// What a Node is to be.

@@ -116,6 +116,11 @@ impl Filter {
         Ok(&self.others)
     }
 
+    /// Whether kube-proxy's rules are here.
+    pub(super) fn has_kube_proxy(&mut self) -> bool {
+        self.socket.as_mut().is_some_and(docker_user::has_kube_proxy)
+    }
+
     /// Who else owns one of our tables (`flags owner`), in words with the way out.
     pub(super) fn owner(&mut self) -> Option<String> {
         let socket = self.socket.as_mut()?;

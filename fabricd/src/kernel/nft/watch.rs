@@ -32,9 +32,14 @@ const PART: u32 = 20;
 /// By then an audit looks anyway.
 const LONGEST: Duration = Duration::from_secs(10);
 
-/// Tells `monitor` whenever somebody else than the socket at `own_port` has written rules. Must be called within a tokio
+/// Tells `monitor` whenever somebody else than the socket at `own_port` has written rules; of those of Services only if
+/// they are not read apart. Must be called within a tokio
 /// runtime.
-pub(in crate::kernel) fn start(monitor: Arc<Monitor>, own_port: u32) -> io::Result<JoinHandle<()>> {
+pub(in crate::kernel) fn start(
+    monitor: Arc<Monitor>,
+    own_port: u32,
+    services_apart: bool,
+) -> io::Result<JoinHandle<()>> {
     let mut socket = TokioSocket::new(NETLINK_NETFILTER)?;
     socket.socket_mut().bind_auto()?;
     grow_receive_buffer(socket.socket_ref(), RECEIVE_BUFFER)?;
@@ -56,7 +61,9 @@ pub(in crate::kernel) fn start(monitor: Arc<Monitor>, own_port: u32) -> io::Resu
             match received {
                 Ok(()) => {
                     let theirs = || frames(&buffer).filter(|frame| frame.port != own_port);
-                    monitor.distrust(theirs().filter_map(|frame| concerned(&frame)).map(Table::Rules));
+                    let tables = theirs().filter_map(|frame| concerned(&frame));
+                    let ours = tables.filter(|table| !services_apart || *table != TableKey::Services);
+                    monitor.distrust(ours.map(Table::Rules));
                     to_tell |= theirs().any(|frame| may_decide(&frame));
                 }
                 Err(error) if is_overrun(&error) => {

@@ -148,6 +148,12 @@ impl ServicePlan {
         &self.table
     }
 
+    /// How many Services and frontends there are.
+    #[must_use]
+    pub fn counts(&self) -> (usize, usize) {
+        (self.services.len(), self.owners.keys().filter(|key| key.port != 0).count())
+    }
+
     /// Lets the table share its elements with what is there.
     pub fn share(&mut self, found: &FoundTable) {
         self.table.share(found);
