@@ -9,7 +9,9 @@ use std::path::Path;
 
 use crate::map::kind_of;
 use crate::program::{Program, ProgramInfo};
-use crate::sys::{self, Command, LinkCreate, LinkInfo, LinkUpdate, Query, address_mut, bpf, bpf_fd, number};
+use crate::sys::{
+    self, Command, LinkCreate, LinkDetach, LinkInfo, LinkUpdate, Query, address_mut, bpf, bpf_fd, number,
+};
 
 /// `BPF_LINK_TYPE_TCX`.
 const TCX: u32 = 11;
@@ -84,6 +86,14 @@ impl Link {
     pub fn replace(&self, program: &Program) -> io::Result<()> {
         let (link_fd, new_prog_fd) = (number(self.fd.as_fd()), number(program.as_fd()));
         bpf(Command::LinkUpdate, &mut LinkUpdate { link_fd, new_prog_fd, ..LinkUpdate::default() }).map(drop)
+    }
+
+    /// Takes its program away from the hook now; without that it stays there a moment longer than its last pin.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn detach(&self) -> io::Result<()> {
+        bpf(Command::LinkDetach, &mut LinkDetach { link_fd: number(self.fd.as_fd()) }).map(drop)
     }
 
     /// The number of its program, and the index of its interface: 0 when that is gone.

@@ -6,6 +6,9 @@ use std::path::Path;
 
 use crate::sys::{self, Command, MapBatch, MapCreate, MapElem, MapInfo, address, address_mut, bpf, bpf_fd, number};
 
+/// How many entries of an array are read in one call.
+const AT_ONCE: usize = 512;
+
 /// What kind of table (`enum bpf_map_type`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
@@ -26,6 +29,16 @@ impl Kind {
             Self::Array => 2,
             Self::PerCpuArray => 6,
             Self::LruHash => 9,
+        }
+    }
+
+    const fn of(number: u32) -> Option<Self> {
+        match number {
+            1 => Some(Self::Hash),
+            2 => Some(Self::Array),
+            6 => Some(Self::PerCpuArray),
+            9 => Some(Self::LruHash),
+            _ => None,
         }
     }
 }
@@ -70,24 +83,20 @@ impl Map {
         Ok(Self { fd: bpf_fd(Command::MapCreate, &mut attr)?, shape })
     }
 
-    /// Opens the map that is pinned at `path`, if it is one like that.
+    /// Opens the map that is pinned at `path`. Whether it is the right one its [`Map::shape`] tells.
     ///
     /// # Errors
     /// `ENOENT` when nothing is there, [`io::ErrorKind::InvalidData`] when it is something else, with words that say what.
-    pub fn open(path: &Path, shape: Shape) -> io::Result<Self> {
+    pub fn open(path: &Path) -> io::Result<Self> {
         let fd = sys::open(path)?;
         let other = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
-        if kind_of(fd.as_fd())? != "bpf-map" {
-            return Err(other("it is not a map".to_owned()));
+        match kind_of(fd.as_fd())?.as_str() {
+            "bpf-map" => {}
+            kind => return Err(other(format!("it is not a map, but a {kind}"))),
         }
-        let info: MapInfo = sys::info_by_fd(fd.as_fd())?;
-        let found = (info.map_type, info.key_size, info.value_size, info.max_entries, info.map_flags);
-        // The kernel turns to read-only and the like what it keeps of flags; those of the making are the low ones.
-        let wanted = (shape.kind.number(), shape.key_size, shape.value_size, shape.max_entries, shape.flags);
-        if found != wanted {
-            return Err(other(format!("it is a map of another layout: {found:?}, not {wanted:?}")));
-        }
-        Ok(Self { fd, shape })
+        let MapInfo { map_type, key_size, value_size, max_entries, map_flags, .. } = sys::info_by_fd(fd.as_fd())?;
+        let kind = Kind::of(map_type).ok_or_else(|| other(format!("it is a map of the type {map_type}")))?;
+        Ok(Self { fd, shape: Shape { kind, key_size, value_size, max_entries, flags: map_flags } })
     }
 
     /// Keeps it at `path`, which must be on bpffs and free.
@@ -170,35 +179,40 @@ impl Map {
         }
     }
 
-    /// All entries of an array in one call: value behind value.
+    /// Goes through all entries of an array, some hundred in one call.
     ///
     /// # Errors
     /// The kernel's: `EINVAL` before 5.6.
     ///
     /// # Panics
     /// When it is no array.
-    pub fn values(&self) -> io::Result<Vec<u8>> {
+    pub fn each_value(&self, mut take: impl FnMut(u32, &[u8])) -> io::Result<()> {
         assert_eq!(self.shape.kind, Kind::Array, "only an array has all of its values");
-        let count = self.shape.max_entries as usize;
-        let mut keys = vec![0; count * 4];
-        let mut values = vec![0; count * self.shape.value_size as usize];
-        let mut next = [0; 4];
-        let mut attr = MapBatch {
-            out_batch: address_mut(&mut next),
-            keys: address_mut(&mut keys[..]),
-            values: address_mut(&mut values[..]),
-            count: self.shape.max_entries,
-            map_fd: self.number(),
-            ..MapBatch::default()
-        };
-        match bpf(Command::MapLookupBatch, &mut attr) {
-            Ok(_) => Ok(values),
-            // The end has been reached, as it should be.
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) && attr.count == self.shape.max_entries => {
-                Ok(values)
+        let (mut keys, mut values) = (vec![0; AT_ONCE * 4], vec![0; AT_ONCE * self.shape.value_size as usize]);
+        let (mut last, mut first) = ([0; 4], 0_u32);
+        while first < self.shape.max_entries {
+            let mut next = [0; 4];
+            let mut attr = MapBatch {
+                in_batch: if first == 0 { 0 } else { address(&last) },
+                out_batch: address_mut(&mut next),
+                keys: address_mut(&mut keys[..]),
+                values: address_mut(&mut values[..]),
+                count: AT_ONCE as u32,
+                map_fd: self.number(),
+                ..MapBatch::default()
+            };
+            match bpf(Command::MapLookupBatch, &mut attr) {
+                Ok(_) => {}
+                // The end has been reached.
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) && attr.count > 0 => {}
+                Err(error) => return Err(error),
             }
-            Err(error) => Err(error),
+            let found = values.chunks_exact(self.shape.value_size as usize).take(attr.count as usize);
+            found.zip(first..).for_each(|(value, index)| take(index, value));
+            first += attr.count;
+            last = next;
         }
+        Ok(())
     }
 
     /// All keys of a hash. What changes meanwhile may be missing, or be there twice.

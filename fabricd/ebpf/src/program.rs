@@ -1,5 +1,6 @@
 //! [`Program`]: code that the kernel has verified.
 
+use std::ffi::CStr;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -61,12 +62,13 @@ pub struct TestRun {
 }
 
 impl Program {
-    /// Has the kernel verify and compile `code`, with the maps that it names.
+    /// Has the kernel verify and compile `code`, with the maps that it names. Under a licence that isn't the GPL's (see
+    /// `include/linux/license.h`) some helpers are refused.
     ///
     /// # Errors
     /// The kernel's, with the verifier's last lines: `EPERM` without CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON. A map that
     /// isn't among `maps` is `ENOENT`.
-    pub fn load(code: &Code, maps: &[(&str, &Map)]) -> Result<Self, LoadError> {
+    pub fn load(code: &Code, license: &CStr, maps: &[(&str, &Map)]) -> Result<Self, LoadError> {
         let mut instructions = code.instructions.clone();
         for MapUse { at, map } in &code.maps {
             let Some((_, found)) = maps.iter().find(|(name, _)| name == map) else {
@@ -84,7 +86,7 @@ impl Program {
             prog_type: SCHED_CLS,
             insn_cnt: u32::try_from(instructions.len() / 8).unwrap_or(u32::MAX),
             insns: address(&instructions),
-            license: c"GPL".as_ptr() as u64,
+            license: license.as_ptr() as u64,
             prog_name: sys::name(&code.name),
             ..ProgLoad::default()
         };

@@ -27,6 +27,7 @@ pub(crate) enum Command {
     MapLookupBatch = 24,
     LinkCreate = 28,
     LinkUpdate = 29,
+    LinkDetach = 34,
 }
 
 #[derive(Default)]
@@ -153,6 +154,12 @@ pub(crate) struct LinkUpdate {
     pub(crate) new_prog_fd: u32,
     pub(crate) flags: u32,
     pub(crate) old_prog_fd: u32,
+}
+
+#[derive(Default)]
+#[repr(C)]
+pub(crate) struct LinkDetach {
+    pub(crate) link_fd: u32,
 }
 
 /// `struct bpf_link_info` of a tcx link.

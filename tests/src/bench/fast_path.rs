@@ -130,7 +130,7 @@ fn node(node: &Node, own: &Facts, other: &Facts, (network, length): (Ipv4Addr, u
     let links = node.network()?.run(|| {
         let attach = |(program, ifindex, hook): (Program, u32, Hook)| {
             let code = object.programs.iter().find(|code| code.name == program.name()).context("no such program")?;
-            Ok(Link::attach(&fabric_ebpf::Program::load(code, &named)?, ifindex, hook)?)
+            Ok(Link::attach(&fabric_ebpf::Program::load(code, abi::LICENSE, &named)?, ifindex, hook)?)
         };
         hooks.into_iter().map(attach).collect::<Result<Vec<_>>>()
     })?;

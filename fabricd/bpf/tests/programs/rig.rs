@@ -177,7 +177,7 @@ impl Rig {
         let object = Object::parse(OBJECT).expect("an object file");
         let programs = Program::ALL.map(|program| {
             let code = object.programs.iter().find(|code| code.name == program.name()).expect("in the object");
-            let loaded = fabric_ebpf::Program::load(code, &named);
+            let loaded = fabric_ebpf::Program::load(code, abi::LICENSE, &named);
             (program, loaded.unwrap_or_else(|error| panic!("{}: {error}", program.name())))
         });
         let rig = Self { tables, maps, programs: BTreeMap::from(programs) };
