@@ -20,6 +20,7 @@
 //! | [`ready`]      | whether pods may be added to this node, and waiting for it          |
 //! | [`verbs`]      | ADD, DEL, CHECK, GC, STATUS, VERSION and what each leaves behind    |
 //! | [`delegate`]   | what the delegate is told, in which version, and what it answers    |
+//! | [`fast_path`]  | takes a pod's addresses out of the daemon's eBPF maps                |
 //! | [`exec`]       | a process with a deadline, or a test's fake                         |
 //! | [`state`]      | the saved attachments, their locks, and what a crash may leave      |
 //! | [`sweep`]      | what earlier pods have left on the delegate's bridge                |
@@ -39,6 +40,7 @@ pub mod conf;
 pub mod delegate;
 pub mod error;
 pub mod exec;
+pub mod fast_path;
 pub mod flannel;
 pub mod host_local;
 pub mod judged;

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{self, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use fabric_core::attachments::{IPAM_NETWORK, SavedPod};
@@ -19,6 +19,7 @@ use crate::conf::PluginConf;
 use crate::delegate::{Delegate, on_a_bridge, render};
 use crate::error::{CniError, Code};
 use crate::exec::Exec;
+use crate::fast_path;
 use crate::flannel;
 use crate::judged;
 use crate::node_ipam::NodeIpam;
@@ -149,6 +150,9 @@ impl Answering<'_> {
         let held = attachments.open(&pod.id, patience)?;
         let saved = held.as_ref().and_then(|held| held.saved());
         self.close(saved.as_ref())?;
+        // Before its address can be another pod's: programs may still deliver to this one's port, with no daemon to tell them.
+        let ips = saved.as_ref().and_then(|saved| saved.attached.as_ref()).map_or(&[][..], |attached| &attached.ips);
+        fast_path::forget(Path::new(fast_path::BPFFS), ips)?;
         let (known, gone) = (saved.is_some(), saved.clone());
         let mut config = saved.map_or_else(|| render(conf, None), |saved| saved.config);
         // A namespace that is gone took the interface along: what is left is the address.

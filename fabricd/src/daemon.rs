@@ -35,6 +35,7 @@ use crate::mesh::Mesh;
 use crate::metrics::Metrics;
 use crate::policy::judged::Judged;
 use crate::policy::reconcile::Inputs;
+use crate::reconcile::fast_path::Mode;
 use crate::reconcile::{Node, Reconciler};
 use crate::status::events;
 use crate::status::events::Events;
@@ -98,11 +99,20 @@ async fn serve(
         selectors: config.selectors(),
         public_ips: config.public_ips(),
         filter: config.filter.options(),
+        fast_path: config.fast_path,
     };
     let mut reconciler = Reconciler::new(node, store.clone(), open_kernel(config)?, files, before);
     let (judges, translates) = (config.judges_pods(), config.translates_services());
-    let attached = (config.filter.check_pods || judges || translates)
+    let attached = (config.filter.check_pods || judges || translates || config.fast_path == Mode::On)
         .then(|| attachments::watch_attachments(config.cni_state_dir.clone()));
+    if let Some(attached) = attached.clone() {
+        reconciler.take_pods(attached);
+    }
+    if judges {
+        reconciler.refuse_fast_path(
+            "NetworkPolicies are put in force here, and its programs do not judge them; switch --network-policy off for it",
+        );
+    }
     if let Some(attached) = attached.clone().filter(|_| config.filter.check_pods) {
         reconciler.guard_ports(attached);
     }
@@ -282,8 +292,13 @@ async fn api_for_others(config: &Config) -> anyhow::Result<Option<(TcpListener, 
 /// The connection to the kernel.
 pub(crate) fn open_kernel(config: &Config) -> anyhow::Result<Netlink> {
     let services_apart = config.translates_services() && !config.cleanup;
-    let (can_reach, sysctl_root) = (config.iface_can_reach.clone(), config.sysctl_root.clone());
-    let options = Options { can_reach, sysctl_root, services_apart };
+    let options = Options {
+        can_reach: config.iface_can_reach.clone(),
+        sysctl_root: config.sysctl_root.clone(),
+        services_apart,
+        bpffs: config.bpffs.clone(),
+        fast_path: config.fast_path == Mode::On,
+    };
     Netlink::new(options).context("cannot talk to the kernel over netlink; does fabricd have CAP_NET_ADMIN?")
 }
 

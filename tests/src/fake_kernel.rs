@@ -14,15 +14,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use fabric_core::derived::Dirty;
 use fabric_core::device;
 use fabric_core::diff::nft::{self, Transaction};
-use fabric_core::diff::{Change, Key, Op, diff, routing};
+use fabric_core::diff::{Change, Key, Op, diff, fast_path, routing};
 use fabric_core::firewall::Firewall;
 use fabric_core::model::{Family, IfName, MacAddr, Subnet};
+use fabric_core::plan::fast_path::Port;
+use fabric_core::state::fast_path::{FastPath, UnderlayPath};
 use fabric_core::state::nft::FoundRuleset;
 use fabric_core::state::{
     Foreign, ForeignLink, NEXTHOP_ID_BASE, Nexthop, NexthopId, ROUTE_PROTOCOL, Routing, Sysctl, Via, VxlanLink,
 };
 use fabricd::host::underlay::{DefaultRoute, Host, HostLink};
-use fabricd::kernel::{Kernel, KernelError, Observed, Touched};
+use fabricd::kernel::{FastPathFound, Kernel, KernelError, Observed, Touched};
 use tokio::sync::Notify;
 
 use crate::fake_filter as filter;
@@ -73,6 +75,12 @@ pub struct Tables {
     pub firewall: Arc<Firewall>,
     /// Our tables of nftables.
     pub filter: FoundRuleset,
+    /// The fast path.
+    pub fast_path: FastPath,
+    /// Ports of bridges.
+    pub ports: BTreeMap<IfName, Port>,
+    /// Why there can be no fast path.
+    pub fast_path_trouble: Option<String>,
     /// Whether nexthop objects are unknown (a kernel before 5.3).
     pub without_nexthop_objects: bool,
     last_index: u32,
@@ -118,7 +126,10 @@ impl Tables {
     /// `ip link del DEV`: takes all that hangs on it along.
     pub fn delete_link(&mut self, dev: &IfName) {
         self.set_down(dev);
-        self.links.remove(dev);
+        let gone = self.links.remove(dev);
+        self.ports.remove(dev);
+        // With an interface go the links of programs at it.
+        self.fast_path.links.retain(|place, _| gone.as_ref().is_none_or(|link| link.index != place.ifindex));
         self.addresses.retain(|(d, _, _)| d != dev);
         self.fdb.retain(|(d, _), _| d != dev);
         self.sysctls.retain(|sysctl, _| sysctl.device() != Some(*dev));
@@ -198,6 +209,35 @@ impl Tables {
             }
             Via::Other(_) => Err(libc::EINVAL),
         }
+    }
+
+    /// One write of the fast path, as the kernel takes it: maps before what is in them and before programs, programs before
+    /// links, and these at interfaces that are there.
+    fn write_fast_path(&mut self, op: &fast_path::Op) -> Result<(), i32> {
+        use fast_path::Op;
+        let has = |there: bool, errno| if there { Ok(()) } else { Err(errno) };
+        match op {
+            Op::Maps(_) | Op::Program(Change::Delete(_)) | Op::Link(_, Change::Delete(_)) => {}
+            Op::Link(place, Change::Create(program) | Change::Replace { now: program, .. }) => {
+                has(self.fast_path.programs.contains(program), libc::ENOENT)?;
+                has(self.links.values().any(|link| link.index == place.ifindex), libc::ENODEV)?;
+            }
+            Op::Peer(..) | Op::Index(..) | Op::Address(..) => has(self.fast_path.node.is_some(), libc::EINVAL)?,
+            Op::Node(_) | Op::Pod(..) | Op::Seed(_) | Op::Program(_) => {
+                has(self.fast_path.maps.is_some(), libc::EINVAL)?;
+            }
+        }
+        op.apply_to(&mut self.fast_path);
+        Ok(())
+    }
+
+    /// The way to each underlay address: over the interface that has its prefix.
+    fn paths(&self) -> BTreeMap<IpAddr, UnderlayPath> {
+        let path = |ip: &IpAddr| {
+            let (dev, ..) = self.addresses.iter().find(|(_, _, prefix)| prefix.contains(*ip))?;
+            Some((*ip, UnderlayPath { ifindex: self.links.get(dev)?.index, gateway: *ip }))
+        };
+        self.fdb.values().filter(|ip| ip.is_ipv4()).filter_map(path).collect()
     }
 
     /// One write of routing, as the kernel takes it. Deleting what is gone is fine.
@@ -369,6 +409,13 @@ impl Tables {
             hazards: vec![],
             bridges: BTreeMap::new(),
             tracked: false,
+            fast_path: FastPathFound {
+                state: Arc::new(self.fast_path.clone()),
+                trouble: self.fast_path_trouble.clone(),
+                paths: self.paths(),
+                ports: self.ports.clone(),
+                counts: BTreeMap::new(),
+            },
         }
     }
 }
@@ -532,6 +579,12 @@ impl Kernel for FakeKernel {
                     }
                 }
                 Op::Filter(op) => transactions.entry(op.transaction()).or_default().push((at, op)),
+                Op::FastPath(op) => {
+                    results[at] = results[at].and_then(|()| state.tables.write_fast_path(op));
+                    if results[at].is_ok() {
+                        self.announce(&mut state);
+                    }
+                }
             }
         }
         for steps in transactions.values() {

@@ -78,7 +78,7 @@ impl World for FakeWorld {
 
 /// Each case as two tests, each on a world of its own for each family.
 macro_rules! on_both_kernels {
-    ($suite:ident: $($case:ident)*) => {
+    ($suite:ident in $world:expr => $($case:ident)*) => {
         mod $suite {
         mod fake {
             use super::super::*;
@@ -95,7 +95,7 @@ macro_rules! on_both_kernels {
             fn $case() {
                 for family in Family::ALL {
                     in_netns_async(|| async move {
-                        let mut world = RealWorld::default();
+                        let mut world = $world;
                         fabric_tests::conformance::$suite::$case(&mut world, family).await;
                     });
                 }
@@ -105,7 +105,7 @@ macro_rules! on_both_kernels {
     };
 }
 
-on_both_kernels! { kernel:
+on_both_kernels! { kernel in RealWorld::default() =>
     what_is_wanted_is_made_and_seen
     every_entry_changes_in_place
     route_changes_between_direct_and_encapsulated
@@ -132,11 +132,20 @@ on_both_kernels! { kernel:
     audits_find_what_is_known
 }
 
-on_both_kernels! { filter:
+on_both_kernels! { filter in RealWorld::default() =>
     tables_are_made_seen_and_go_again
     peer_that_comes_or_goes_changes_elements_alone
     transaction_is_refused_as_a_whole_and_for_one_reason
     chains_are_refused_without_their_sets
     steps_of_both_sections_are_answered_in_their_order
     flushed_ruleset_is_noticed_and_made_anew
+}
+
+on_both_kernels! { fast_path in RealWorld::with_fast_path() =>
+    fast_path_is_made_seen_and_goes_again
+    peer_that_moves_costs_three_steps
+    pod_is_marked_before_it_is_taken
+    another_network_takes_all_away_first
+    steps_without_their_base_are_refused_alone
+    way_to_a_peer_is_seen_once_its_fdb_entry_is
 }

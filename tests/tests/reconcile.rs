@@ -19,6 +19,7 @@ use fabricd::files::Files;
 use fabricd::files::state_dir::State;
 use fabricd::host::underlay::Selector;
 use fabricd::lease::{Keeper, LeaseOptions};
+use fabricd::reconcile::fast_path::Mode;
 use fabricd::reconcile::{Node, Reconciler};
 use fabricd::status::view::View;
 use tokio::sync::watch;
@@ -119,7 +120,13 @@ impl Host {
             LeaseOptions { node: name.clone(), instance, ttl: day, grace: day, pods, since: 0, hosts: no_hosts() };
         let keeper = Keeper::new(store.clone(), options, None);
         let selectors = vec![Selector::Iface(self.iface.into())];
-        let node = Node { name, selectors, public_ips: PerFamily::default(), filter: self.filter.clone() };
+        let node = Node {
+            name,
+            selectors,
+            public_ips: PerFamily::default(),
+            filter: self.filter.clone(),
+            fast_path: Mode::Off,
+        };
         let reconciler = Reconciler::new(node, store.clone(), self.kernel.clone(), self.files(), before);
         let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
         let mut tasks = JoinSet::new();

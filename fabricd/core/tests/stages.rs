@@ -107,7 +107,8 @@ fn sets_and_chains_come_before_devices_and_tables_go_after_them() {
 
     let there = docker_user[&Family::V4].iter().zip(7..).map(|(rule, handle)| (handle, rule.comment())).collect();
     let (filter, docker_user) = (made(&filter), chain(there));
-    let have = || Found { routing: Cow::Borrowed(&routing), filter: &filter, docker_user: &docker_user };
+    let have =
+        || Found { routing: Cow::Borrowed(&routing), filter: &filter, docker_user: &docker_user, ..Found::default() };
     assert_eq!(diff(want, have()).to_string(), "");
     assert_eq!(
         diff(State::default(), have()).to_string(),

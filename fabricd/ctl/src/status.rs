@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use fabric_proto::Word as _;
-use fabric_proto::v1::{AddressUse, Dropped, GetStatusRequest, GetStatusResponse, Lease, MeshCause, Peer};
+use fabric_proto::v1::{AddressUse, Dropped, FastPath, GetStatusRequest, GetStatusResponse, Lease, MeshCause, Peer};
 use tokio::time::{Instant, sleep};
 
 use crate::output::{Output, Screen, Tone};
@@ -143,6 +143,9 @@ fn describe(screen: &Screen, status: &GetStatusResponse) -> String {
     if !status.peers.is_empty() {
         line("Mesh", mesh_line(screen, &status.peers));
     }
+    if let Some(fast_path) = &status.fast_path {
+        line("FastPath", fast_path_line(fast_path));
+    }
     for change in &status.pending {
         line("Pending", screen.paint(change, Tone::Doubtful));
     }
@@ -164,6 +167,16 @@ fn describe(screen: &Screen, status: &GetStatusResponse) -> String {
         let _ = write!(text, "\n{}", peer_table(screen, &status.peers));
     }
     text
+}
+
+/// Whether packets take the fast path, and how many of those that its programs saw did.
+fn fast_path_line(fast_path: &FastPath) -> String {
+    let FastPath { on, reason, peers, pods, fast_packets, slow_packets, .. } = fast_path;
+    let seen = fast_packets + slow_packets;
+    let share = (fast_packets * 100).checked_div(seen);
+    let share = share.map_or_else(String::new, |share| format!(", {share} % of {seen} packets"));
+    let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };
+    if *on { format!("on, {peers} peers, {pods} pod addresses{share}{why}") } else { format!("off{why}") }
 }
 
 fn subnets(lease: &Lease, uses: &[AddressUse]) -> String {
@@ -245,6 +258,9 @@ mod tests {
         status.dropped = vec![Dropped { reason: "from no peer".into(), packets: 3, bytes: 300 }];
         status.unguarded_ports = vec!["veth1".into(), "veth2".into()];
         status.tracked_for_rule = "inet filter input: ct state new drop".into();
+        let (fast_packets, slow_packets) = (970, 30);
+        status.fast_path =
+            Some(FastPath { on: true, peers: 2, pods: 5, fast_packets, slow_packets, ..FastPath::default() });
         let want = "\
 Node      node-1
 State     ready
@@ -255,6 +271,7 @@ Lease     TTL 24 h, renewed 2 min ago, epoch 2
 VTEP      fabric.1 02:42:c0:00:02:01, MTU 1450, 192.0.2.1 on eth0, public address 198.51.100.1
 Peers     3 known, 1 programmed
 Mesh      1 of 3 unreachable: node-4 peer_down
+FastPath  on, 2 peers, 5 pod addresses, 97 % of 1000 packets
 Pending   VNI: 1 → 2
 Warning   look here
 Dropped   3 packets: from no peer

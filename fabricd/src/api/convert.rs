@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use fabric_bpf::{Program, Reason};
 use fabric_core::diff::diff;
 use fabric_core::handoff::Readiness;
 use fabric_core::leases::Lease;
@@ -17,6 +18,7 @@ use crate::diagnosis::finding::Finding;
 use crate::host::addresses::{self, Use};
 use crate::kernel::Count;
 use crate::mesh::{Cause, Mesh, Path, words};
+use crate::reconcile::fast_path::{FastPathView, fast_and_slow};
 use crate::reconcile::{Snapshot, Written, lines};
 use crate::status::events::{Event, Kind, unix_millis};
 use crate::status::view::{PeerTrouble, View};
@@ -78,6 +80,7 @@ pub fn status_of(view: &View, now: Instant) -> v1::GetStatusResponse {
         dropped: view.dropped.iter().filter(|(_, count)| count.packets > 0).map(dropped).collect(),
         unguarded_ports: view.unguarded_ports.iter().map(ToString::to_string).collect(),
         addresses: vec![],
+        fast_path: Some(&view.fast_path).filter(|fast_path| fast_path.asked).map(fast_path),
         tracked_for_rule: view.firewall.judges_state.as_ref().map(ToString::to_string).unwrap_or_default(),
     }
 }
@@ -132,6 +135,25 @@ pub fn settings(StoreSettings { kind, etcd, kubernetes }: &StoreSettings) -> v1:
         etcd_password_file: path(&etcd.password_file),
         kubeconfig: path(&kubernetes.kubeconfig),
         net_config_path: kubernetes.net_config_path.display().to_string(),
+    }
+}
+
+fn fast_path(view: &FastPathView) -> v1::FastPath {
+    let (fast_packets, slow_packets) = fast_and_slow(&view.counts);
+    let count = |((program, reason), packets): (&(Program, Reason), &u64)| v1::FastPathCount {
+        program: program.name().trim_start_matches("fabric_").to_owned(),
+        reason: reason.label().to_owned(),
+        words: reason.to_string(),
+        packets: *packets,
+    };
+    v1::FastPath {
+        on: view.on,
+        reason: view.reason.clone(),
+        peers: number(view.peers),
+        pods: number(view.pods),
+        fast_packets,
+        slow_packets,
+        counts: view.counts.iter().map(count).collect(),
     }
 }
 

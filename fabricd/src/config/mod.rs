@@ -26,6 +26,7 @@ use self::policy_args::{PolicyArgs, PolicySwitch};
 use self::services_args::{ServicesArgs, Switch};
 use crate::host::addresses::CniDirs;
 use crate::host::underlay::Selector;
+use crate::reconcile::fast_path::Mode;
 use crate::store::etcd::{Options, Tls, User, complete};
 use crate::store::kubernetes;
 
@@ -120,6 +121,14 @@ pub struct Config {
     /// Writable mount of /proc/sys/net
     #[arg(long, env = "FABRICD_SYSCTL_ROOT", value_name = "DIR", default_value = "/proc/sys/net")]
     pub sysctl_root: PathBuf,
+
+    /// Carry TCP and UDP between IPv4 pods past bridge, routes and packet filter, by eBPF programs (Linux 6.6)
+    #[arg(long, env = "FABRICD_FAST_PATH", value_name = "MODE", value_enum, default_value_t)]
+    pub fast_path: Mode,
+
+    /// Mount of eBPF's file system, for --fast-path
+    #[arg(long, env = "FABRICD_BPFFS", value_name = "DIR", default_value = "/sys/fs/bpf")]
+    pub bpffs: PathBuf,
 
     /// Unix socket of the gRPC API
     #[arg(long, env = "FABRICD_SOCKET", value_name = "FILE", default_value = DEFAULT_SOCKET)]

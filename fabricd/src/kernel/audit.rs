@@ -25,8 +25,14 @@ const HOUR: usize = 360;
 
 /// What each audit reads beside that, in turns. No two of these are read by one audit, so that the work of thousands of
 /// entries is spread.
-pub(super) const TURNS: [&[Table]; 6] =
-    [&[Table::Fdb], &[Table::Neighbours], &[], &[Table::Nexthops], &[Table::Routes, Table::HostRoutes], &[]];
+pub(super) const TURNS: [&[Table]; 6] = [
+    &[Table::Fdb],
+    &[Table::Neighbours],
+    &[Table::FastPath],
+    &[Table::Nexthops],
+    &[Table::Routes, Table::HostRoutes],
+    &[Table::FastPath],
+];
 
 /// Whose turn it is.
 #[derive(Debug, Default)]

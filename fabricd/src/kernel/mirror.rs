@@ -15,11 +15,14 @@ use std::time::Duration;
 
 use fabric_core::derived::Dirty;
 use fabric_core::diff::{Key, nft};
-use fabric_core::model::{IfName, MacAddr, Subnet};
+use fabric_core::model::{Family, IfName, MacAddr, Subnet};
+use fabric_core::plan::fast_path::Port;
+use fabric_core::state::fast_path::UnderlayPath;
 use fabric_core::state::nft::TableKey;
 use fabric_core::state::{Foreign, ForeignLink, NexthopId, Routing, Sysctl, Via};
 use fabric_netlink::RequestSocket;
 
+use super::fast_path::Bpf;
 use super::firewalls::{self, bridge_nf};
 use super::monitor::{Event, Interest, Table};
 use super::nft::Filter;
@@ -49,6 +52,8 @@ pub(super) struct Mirror {
     written: Vec<nft::Op>,
     /// Reads the chains of others.
     firewalls: firewalls::Reader,
+    /// The way to each underlay address that was asked for; `None` where programs know none.
+    paths: BTreeMap<IpAddr, Option<UnderlayPath>>,
 }
 
 impl Mirror {
@@ -61,6 +66,7 @@ impl Mirror {
         (events, stale): (Vec<Event>, BTreeSet<Table>),
         socket: &mut RequestSocket,
         filter: &mut Filter,
+        bpf: &mut Bpf,
         options: &Options,
     ) -> Result<Arc<Observed>, KernelError> {
         self.stale.extend(stale);
@@ -75,9 +81,45 @@ impl Mirror {
         self.drop_routes_of_gone_nexthops();
         if !self.stale.is_empty() {
             self.read(socket, filter, options)?;
-            self.stale.clear();
         }
+        self.look_at_fast_path(socket, bpf, options);
+        self.stale.clear();
         Ok(Arc::clone(&self.observed))
+    }
+
+    /// What of the fast path is there, and what it depends on.
+    fn look_at_fast_path(&mut self, socket: &mut RequestSocket, bpf: &mut Bpf, options: &Options) {
+        if self.stale.contains(&Table::FastPath) {
+            bpf.distrust();
+            // Marks that are a little old cost speed alone.
+            if let Err(error) = bpf.renew_guard() {
+                tracing::warn!(%error, "cannot renew the NAT guard of the fast path");
+            }
+        }
+        let state = bpf.look();
+        let trouble = if options.fast_path { bpf.trouble() } else { None };
+        if [Table::Links, Table::Addresses, Table::HostRoutes].iter().any(|table| self.stale.contains(table)) {
+            self.paths.clear();
+        }
+        let counts = self.stale.contains(&Table::Sysctls).then(|| bpf.counts().unwrap_or_default());
+        let mut paths = BTreeMap::new();
+        if options.fast_path {
+            let local = self.observed.ours.links.values().map(|link| link.local).find(IpAddr::is_ipv4);
+            for ip in self.observed.ours.fdb.values().filter(|ip| Family::of(**ip) == Family::V4) {
+                let ask = || routes::path(socket, &self.links, *ip, local);
+                paths.extend(self.paths.entry(*ip).or_insert_with(ask).map(|path| (*ip, path)));
+            }
+        }
+        self.paths.retain(|ip, path| path.is_none() || paths.contains_key(ip));
+        let ports = self.stale.contains(&Table::Links).then(|| ports(&self.links));
+        let known = &self.observed.fast_path;
+        let same = known.state == state && known.trouble == trouble && known.paths == paths;
+        if !same || counts.is_some() || ports.is_some() {
+            let found = &mut Arc::make_mut(&mut self.observed).fast_path;
+            (found.state, found.trouble, found.paths) = (state, trouble, paths);
+            found.counts = counts.unwrap_or_else(|| std::mem::take(&mut found.counts));
+            found.ports = ports.unwrap_or_else(|| std::mem::take(&mut found.ports));
+        }
     }
 
     /// What may have changed of ours since this was asked last.
@@ -104,7 +146,7 @@ impl Mirror {
     /// What to listen to from now on.
     pub(super) fn interest(&self, options: &Options) -> Interest {
         let ours = self.links.values().filter(|link| link.ours.is_some()).map(|link| link.index).collect();
-        Interest { ours, every_route: !options.can_reach.is_empty() }
+        Interest { ours, every_route: options.fast_path || !options.can_reach.is_empty() }
     }
 
     /// The tunnel interfaces of others that use this UDP port, each with what it is. One that doesn't tell its port, as
@@ -345,6 +387,15 @@ pub(super) fn bridges(links: &Links) -> BTreeMap<IfName, BTreeSet<IfName>> {
         }
     }
     bridges
+}
+
+/// The ports of bridges, as the fast path needs them.
+fn ports(links: &Links) -> BTreeMap<IfName, Port> {
+    let port = |port: &Link| {
+        let bridge_mac = links.get(&port.controller?).filter(|bridge| bridge.kind == "bridge")?.mac?;
+        Some((port.name, Port { ifindex: port.index, mtu: port.mtu, bridge_mac }))
+    };
+    links.values().filter_map(port).collect()
 }
 
 fn our_names(links: &Links) -> Vec<(u32, IfName)> {

@@ -17,6 +17,7 @@
 
 mod audit;
 pub mod bridged;
+pub mod fast_path;
 mod firewalls;
 pub mod handover;
 pub mod links;
@@ -40,13 +41,16 @@ pub use self::routing::{Taken, route_of_packet, route_to};
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use fabric_core::derived::Dirty;
 use fabric_core::diff::{Key, Op};
 use fabric_core::firewall::Firewall;
 use fabric_core::model::{Family, IfName};
+use fabric_core::plan::fast_path::Port;
 use fabric_core::state::docker_user::DockerUser;
+use fabric_core::state::fast_path::{FastPath, UnderlayPath};
 use fabric_core::state::nft::FoundRuleset;
 use fabric_core::state::{Foreign, Found, Routing};
 
@@ -78,6 +82,8 @@ pub struct Observed {
     pub bridges: BTreeMap<IfName, BTreeSet<IfName>>,
     /// Whether connections are tracked here, or have been.
     pub tracked: bool,
+    /// The fast path, and what it depends on.
+    pub fast_path: FastPathFound,
 }
 
 impl Observed {
@@ -86,8 +92,23 @@ impl Observed {
     #[must_use]
     pub fn found<'a>(&'a self, want: &Routing) -> Found<'a> {
         let routing = self.foreign.lend(&self.ours, want);
-        Found { routing, filter: &self.filter, docker_user: &self.docker_user }
+        Found { routing, filter: &self.filter, docker_user: &self.docker_user, fast_path: &self.fast_path.state }
     }
+}
+
+/// What was found of the fast path, and of what it depends on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FastPathFound {
+    /// Maps, programs and links of ours.
+    pub state: Arc<FastPath>,
+    /// Why there can be none here, with the way out.
+    pub trouble: Option<String>,
+    /// The way to each underlay address that the FDB names, over interfaces that programs can send by.
+    pub paths: BTreeMap<IpAddr, UnderlayPath>,
+    /// The ports of bridges.
+    pub ports: BTreeMap<IfName, Port>,
+    /// What the programs have counted, not older than an audit.
+    pub counts: fast_path::Counts,
 }
 
 /// What the packet filter has dropped since its rules were written, by the rules' reasons.

@@ -66,10 +66,12 @@ pub(super) enum Table {
     Firewalls,
     /// One of our tables of nftables.
     Rules(TableKey),
+    /// Maps, programs and links of eBPF.
+    FastPath,
 }
 
 impl Table {
-    pub(super) const ALL: [Self; 13] = [
+    pub(super) const ALL: [Self; 14] = [
         Self::Links,
         Self::Addresses,
         Self::Fdb,
@@ -83,6 +85,7 @@ impl Table {
         Self::Rules(TableKey::Bridge),
         Self::Rules(TableKey::Services),
         Self::Rules(TableKey::Policy),
+        Self::FastPath,
     ];
     /// What depends on our devices.
     pub(super) const ON_OUR_DEVICES: [Self; 8] = [
@@ -120,6 +123,8 @@ struct Notifications {
     events: Vec<Event>,
     stale: BTreeSet<Table>,
     overrun: bool,
+    /// There is more to do, as far as is known already.
+    woken: bool,
     interest: Option<Interest>,
     buffer: Vec<u8>,
 }
@@ -213,6 +218,7 @@ impl Monitor {
     pub(super) fn take(&self) -> (Vec<Event>, BTreeSet<Table>) {
         let mut pending = self.lock();
         self.drain(&mut pending);
+        pending.woken = false;
         let said = (std::mem::take(&mut pending.events), std::mem::take(&mut pending.stale));
         if !said.0.is_empty() || !said.1.is_empty() {
             pending.interest = None;
@@ -235,6 +241,12 @@ impl Monitor {
         Duration::from_micros(self.firewalls_took.load(Ordering::Relaxed))
     }
 
+    /// Has the loop look again, though no table is stale.
+    pub(super) fn wake(&self) {
+        self.lock().woken = true;
+        self.woken.notify_one();
+    }
+
     /// Calls tables stale that no event speaks of.
     pub(super) fn distrust(&self, tables: impl IntoIterator<Item = Table>) {
         self.note(&mut self.lock(), tables);
@@ -247,7 +259,7 @@ impl Monitor {
                 let mut pending = self.lock();
                 if std::mem::take(&mut pending.overrun) {
                     return Touched::Everything;
-                } else if !pending.stale.is_empty() || !pending.events.is_empty() {
+                } else if pending.woken || !pending.stale.is_empty() || !pending.events.is_empty() {
                     return Touched::State;
                 }
             }

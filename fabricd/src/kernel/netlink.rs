@@ -11,7 +11,7 @@ use std::time::Duration;
 use fabric_core::derived::Dirty;
 use fabric_core::diff::nft::Transaction;
 use fabric_core::diff::routing::Op as RoutingOp;
-use fabric_core::diff::{Change, Key, Op, nft as filter};
+use fabric_core::diff::{Change, Key, Op, fast_path as fast, nft as filter};
 use fabric_core::model::IfName;
 use fabric_core::state::{Sysctl, Via};
 use fabric_netlink::{Refusal, RequestSocket};
@@ -19,6 +19,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use tokio::task::JoinHandle;
 
 use super::audit::Turns;
+use super::fast_path::{self, Bpf};
 use super::mirror::Mirror;
 use super::monitor::{Monitor, Table};
 use super::nft::{self, Filter};
@@ -57,6 +58,7 @@ impl Netlink {
         let worker = Worker {
             socket: RequestSocket::open(NETLINK_ROUTE).map_err(gone)?,
             filter,
+            bpf: Bpf::new(&options.bpffs),
             monitor: Arc::clone(&monitor),
             options,
             mirror: Mirror::default(),
@@ -123,6 +125,7 @@ impl Kernel for Netlink {
 struct Worker {
     socket: RequestSocket,
     filter: Filter,
+    bpf: Bpf,
     monitor: Arc<Monitor>,
     options: Options,
     mirror: Mirror,
@@ -131,7 +134,7 @@ struct Worker {
 impl Worker {
     fn observe(&mut self) -> Result<(Arc<Observed>, Dirty<Key>), KernelError> {
         let heard = self.monitor.take();
-        let observed = self.mirror.look(heard, &mut self.socket, &mut self.filter, &self.options)?;
+        let observed = self.mirror.look(heard, &mut self.socket, &mut self.filter, &mut self.bpf, &self.options)?;
         self.monitor.set_interest(self.mirror.interest(&self.options));
         self.monitor.pace_firewalls(self.mirror.firewalls_took());
         Ok((observed, self.mirror.touched()))
@@ -139,18 +142,21 @@ impl Worker {
 
     /// Each section has a writer of its own.
     fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>> {
-        let (mut routing, mut filter) = (vec![], vec![]);
+        let (mut routing, mut filter, mut fast) = (vec![], vec![], vec![]);
         for op in ops {
             match op {
                 Op::Routing(op) => routing.push(op),
                 Op::Filter(op) => filter.push(op),
+                Op::FastPath(op) => fast.push(op),
             }
         }
         let (mut routing, mut filter) =
             (self.write_routing(&routing).into_iter(), self.write_filter(&filter).into_iter());
+        let mut fast = self.write_fast_path(&fast).into_iter();
         let result = |op: &Op| match op {
             Op::Routing(_) => routing.next(),
             Op::Filter(_) => filter.next(),
+            Op::FastPath(_) => fast.next(),
         };
         ops.iter().map(result).map(|result| result.expect("a writer answers every step")).collect()
     }
@@ -225,6 +231,21 @@ impl Worker {
                     }
                 }
             }
+        }
+        results
+    }
+
+    /// Our own writes are announced to nobody: the loop looks again, as what is gone may make room for more.
+    fn write_fast_path(&mut self, ops: &[&fast::Op]) -> Vec<Result<(), KernelError>> {
+        let mut results = vec![];
+        for op in ops {
+            let result = self.bpf.write(op);
+            results.push(
+                result.map_err(|fast_path::Refused { error, words }| KernelError::of_fast_path(op, error, words)),
+            );
+        }
+        if results.iter().any(Result::is_ok) {
+            self.monitor.wake();
         }
         results
     }

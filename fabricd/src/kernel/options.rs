@@ -12,10 +12,15 @@ pub struct Options {
     pub sysctl_root: PathBuf,
     /// Somebody else in this process reads and writes the table of Services: [`SectionTable`](super::section::SectionTable).
     pub services_apart: bool,
+    /// Where eBPF's file system is: `/sys/fs/bpf`.
+    pub bpffs: PathBuf,
+    /// What the fast path has to know is asked for: the way to each peer.
+    pub fast_path: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { can_reach: vec![], sysctl_root: "/proc/sys/net".into(), services_apart: false }
+        let (sysctl_root, bpffs) = ("/proc/sys/net".into(), "/sys/fs/bpf".into());
+        Self { can_reach: vec![], sysctl_root, services_apart: false, bpffs, fast_path: false }
     }
 }

@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 use std::io;
 
-use fabric_core::diff::{Change, Op, nft, routing};
+use fabric_core::diff::{Change, Op, fast_path, nft, routing};
 
 use super::KernelError;
 
@@ -21,6 +21,7 @@ impl KernelError {
         match op {
             Op::Routing(op) => Self::of_routing(op, source, words),
             Op::Filter(op) => Self::of_filter(op, source, words, None),
+            Op::FastPath(op) => Self::of_fast_path(op, source, words),
         }
     }
 
@@ -35,6 +36,23 @@ impl KernelError {
     pub fn of_routing(op: &routing::Op, source: io::Error, words: Option<String>) -> Self {
         let advice = advice_for(op, &source, words.is_some());
         Self::Refused { op: without_sign(op), detail: joined(words, advice), source }
+    }
+
+    /// A step of the fast path that was refused.
+    #[must_use]
+    pub fn of_fast_path(op: &fast_path::Op, source: io::Error, words: Option<String>) -> Self {
+        let advice = match (op, source.raw_os_error().unwrap_or_default()) {
+            (_, libc::EPERM | libc::EACCES) if words.is_none() => {
+                "does fabricd have CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN? See: grep CapEff /proc/$(pidof fabricd)/status"
+            }
+            (fast_path::Op::Link(..), libc::EINVAL) => "does the kernel have tcx (Linux 6.6)? See: uname -r",
+            (fast_path::Op::Program(_), libc::EINVAL) => "the kernel is too old for it (before 5.13); see: uname -r",
+            (_, libc::EEXIST) => "something else is pinned there; see: ls -R /sys/fs/bpf/fabric",
+            (_, libc::ENOMEM) => "the kernel has no memory for it; see: free -m; ulimit -l",
+            _ if words.is_some() => return Self::Refused { op: without_sign(op), detail: joined(words, None), source },
+            _ => general(&source),
+        };
+        Self::Refused { op: without_sign(op), detail: joined(words, Some(advice.to_owned())), source }
     }
 
     /// A step of the packet filter that was refused, be it for another of its transaction. `owner` says who owns the table,

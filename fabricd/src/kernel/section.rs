@@ -129,7 +129,7 @@ impl SectionTable {
     async fn apply(&self, ops: &[AnyOp]) -> Vec<Result<(), KernelError>> {
         let steps = ops.iter().filter_map(|op| match op {
             AnyOp::Filter(op) => Some(op.clone()),
-            AnyOp::Routing(_) => None,
+            AnyOp::Routing(_) | AnyOp::FastPath(_) => None,
         });
         let (steps, count) = (steps.collect::<Vec<Op>>(), ops.len());
         let results = self.work(move |worker| worker.apply(&steps)).await;

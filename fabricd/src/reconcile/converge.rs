@@ -70,7 +70,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let states_decide = view.firewall.judges_state.is_some();
         let docker_user = &self.filter.docker_user(network, observed);
         let filter = self.filter.wanted(network, own, observed, leases, refused, turned, states_decide);
-        let wanted = kernel_state(state, filter, docker_user, &self.apart);
+        let fast_path = self.fast_path.wanted(network, own, &vteps, underlays, &desired, observed);
+        let wanted = kernel_state(state, filter, docker_user, fast_path, &self.apart);
         // Routes that stand where ours should be are looked for among all.
         let dirty =
             if foreign.plain.is_empty() && foreign.direct.is_empty() { &self.dirty } else { &Dirty::Everything };
@@ -88,6 +89,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         view.troubles = refused.iter().map(|(key, refusal)| (*key, PeerTrouble::Refused(refusal.clone()))).collect();
         let causes = Causes { routing: changed, filter_unchanged: self.filter.unchanged() };
         let mut failures = self.execute(&plan, &causes).await;
+        view.fast_path = self.fast_path.view(&failures, observed);
+        view.warnings.extend(view.fast_path.warning());
         // What others have against a rule of ours is no reason not to be ready: the status shows their chain.
         failures.retain(|(op, _)| !matches!(op, Op::Filter(nft::Op::DockerUser(_))));
         let pending = Pending::new(&failures, conflicts);

@@ -5,6 +5,7 @@
 //! missed, lost or done by hand is put right by the next pass, and a pass that finds nothing to do writes nothing.
 
 mod converge;
+pub mod fast_path;
 pub mod filter;
 mod hand_off;
 pub mod pending;
@@ -27,6 +28,7 @@ use fabric_core::network::NetworkConfig;
 use fabric_core::plan::filter::FilterOptions;
 use fabric_core::plan::{Desired, PeerPlan};
 use fabric_core::state::docker_user::DockerUserRules;
+use fabric_core::state::fast_path::FastPath;
 use fabric_core::state::nft::{Ruleset, Section};
 use fabric_core::state::{Routing, State as KernelState};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -42,6 +44,7 @@ use crate::host::firewall::Judge;
 use crate::host::underlay::{Selector, Steady};
 use crate::kernel::{Kernel, Observed, Touched};
 use crate::lease::{Holding, Wanted};
+use crate::reconcile::fast_path::{FastPathPlan, Mode};
 use crate::reconcile::filter::Filter;
 use crate::reconcile::repairs::Repairs;
 use crate::reconcile::retention::Retention;
@@ -67,6 +70,8 @@ pub struct Node {
     pub public_ips: PerFamily<IpAddr>,
     /// What the packet filter is to do.
     pub filter: FilterOptions,
+    /// Whether there is a fast path.
+    pub fast_path: Mode,
 }
 
 /// The loop of one node.
@@ -79,6 +84,7 @@ pub struct Reconciler<S, K> {
     wanted: watch::Sender<Option<Wanted>>,
     view: watch::Sender<Arc<View>>,
     filter: Filter,
+    fast_path: FastPathPlan,
     underlays: Steady,
     /// The underlay addresses of the last pass.
     sources: PerFamily<IpAddr>,
@@ -145,12 +151,13 @@ fn kernel_state<'a>(
     routing: &'a Routing,
     filter: &'a Ruleset,
     docker_user: &'a DockerUserRules,
+    fast_path: &'a FastPath,
     apart: &BTreeSet<Section>,
 ) -> KernelState<'a> {
     let KernelState { services, policy, .. } = KernelState::default();
     let services = services.filter(|_| !apart.contains(&Section::Services));
     let policy = policy.filter(|_| !apart.contains(&Section::Policy));
-    KernelState { routing, filter, services, policy, docker_user }
+    KernelState { routing, filter, services, policy, docker_user, fast_path }
 }
 
 fn starting(reason: impl Into<String>) -> Blocked {
@@ -168,6 +175,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let view = View::new(node.name.clone());
         Self {
             filter: Filter::new(node.filter.clone()),
+            fast_path: FastPathPlan::new(node.fast_path),
             underlays: Steady::default(),
             sources: PerFamily::default(),
             firewall: Judge::default(),
@@ -201,6 +209,16 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     /// Leaves the tables of a section to somebody else. Otherwise those that are there are removed.
     pub fn leave(&mut self, section: Section) {
         self.apart.insert(section);
+    }
+
+    /// Lets the packets of these pods take the fast path, if there is one.
+    pub fn take_pods(&mut self, pods: watch::Receiver<Arc<AttachedPods>>) {
+        self.fast_path.take_pods(pods);
+    }
+
+    /// Keeps all packets from the fast path, though it is asked for, and says why.
+    pub fn refuse_fast_path(&mut self, why: &'static str) {
+        self.fast_path.refuse(why);
     }
 
     /// What the lease should say, for the keeper.
@@ -263,6 +281,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 changed = connection.changed() => if changed.is_err() { return },
                 changed = holding.changed() => if changed.is_err() { return },
                 () = self.filter.changed() => {}
+                () = self.fast_path.changed() => {}
                 Some(command) = self.commands.1.recv() => match command {
                     Command::Migrate { reply } => self.migrate(reply),
                     Command::Snapshot { reply } => self.waiting.push(reply),
@@ -344,7 +363,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let left = wanted.as_ref().zip(observed.as_ref()).and_then(|(wanted, observed)| {
             let routing = &wanted.state;
             let docker_user = &self.filter.docker_user(view.network.as_ref()?, observed);
-            let state = kernel_state(routing, self.filter.last()?, docker_user, &self.apart);
+            let (filter, fast_path) = (self.filter.last()?, self.fast_path.last());
+            let state = kernel_state(routing, filter, docker_user, fast_path, &self.apart);
             Some(Arc::new(diff(state, observed.found(routing))))
         });
         let snapshot = Snapshot { wanted, observed, left, last, blocked };

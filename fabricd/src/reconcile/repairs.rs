@@ -69,6 +69,8 @@ impl Repairs {
                 // It comes and goes with what Docker does.
                 Op::Filter(nft::Op::DockerUser(_)) => false,
                 Op::Filter(_) => causes.filter_unchanged,
+                // Which of its steps follow from what came or went isn't known.
+                Op::FastPath(_) => false,
             }
     }
 
@@ -88,6 +90,7 @@ impl Repairs {
                 Op::Routing(op) if causes.routing.covers(&op.key()) => continue,
                 Op::Routing(op) => drop(first.get_or_insert(op)),
                 Op::Filter(op) => filter.push(op),
+                Op::FastPath(_) => continue,
             }
             *counts.entry(op.table()).or_default() += op.counts().iter().map(|(_, count)| *count as u64).sum::<u64>();
         }
@@ -192,6 +195,7 @@ fn counted(table: TableName, count: u64) -> &'static str {
         TableName::Nexthop => ("nexthop object", "nexthop objects"),
         TableName::Route => ("route", "routes"),
         TableName::Filter => ("step of the packet filter", "steps of the packet filter"),
+        TableName::FastPath => ("step of the fast path", "steps of the fast path"),
     };
     if count == 1 { one } else { more }
 }

@@ -27,12 +27,18 @@ pub(super) enum Doing {
     WritingRoutes,
     /// The packet filter, alone or among others.
     WritingFilter,
+    /// Maps and programs of the fast path.
+    WritingFastPath,
 }
 
 impl Doing {
     /// What these steps are.
     pub(super) fn of(ops: &[Op]) -> Self {
-        if ops.iter().any(|op| matches!(op, Op::Filter(_))) { Self::WritingFilter } else { Self::WritingRoutes }
+        match ops.first() {
+            Some(Op::FastPath(_)) => Self::WritingFastPath,
+            _ if ops.iter().any(|op| matches!(op, Op::Filter(_))) => Self::WritingFilter,
+            _ => Self::WritingRoutes,
+        }
     }
 }
 
@@ -42,6 +48,7 @@ impl fmt::Display for Doing {
             Self::Reading => "reading the kernel's tables",
             Self::WritingRoutes => "writing devices and routes",
             Self::WritingFilter => "writing the packet filter",
+            Self::WritingFastPath => "writing the fast path",
         })
     }
 }

@@ -15,6 +15,7 @@ use fabric_core::record::LeaseKey;
 use crate::host::attachments::AttachedPods;
 use crate::kernel::Dropped;
 use crate::lease::Holding;
+use crate::reconcile::fast_path::FastPathView;
 use crate::reconcile::repairs::Repair;
 use crate::store::Connection;
 
@@ -55,6 +56,8 @@ pub struct View {
     pub repairs: Arc<VecDeque<Repair>>,
     /// What the firewalls of others make of packets of ours.
     pub firewall: Arc<Judged>,
+    /// The fast path.
+    pub fast_path: FastPathView,
 }
 
 /// One end of the tunnels, with what surrounds it.
@@ -103,6 +106,7 @@ impl View {
             dropped: Dropped::new(),
             repairs: Arc::default(),
             firewall: Arc::default(),
+            fast_path: FastPathView::default(),
         }
     }
 

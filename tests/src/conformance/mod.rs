@@ -1,5 +1,6 @@
 //! Suites that a fake and the real thing must both pass: what keeps the fakes honest.
 
+pub mod fast_path;
 pub mod filter;
 pub mod kernel;
 pub mod real_world;

@@ -1,11 +1,14 @@
 //! The kernel of a fresh network namespace, with iproute2 as the other programs of its host.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use fabric_core::model::IfName;
 use fabric_core::state::Nexthop;
 use fabricd::kernel::Options;
 use fabricd::kernel::netlink::Netlink;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 
 use super::kernel::{Act, HOST, World};
 use crate::netns::{ip, run};
@@ -33,6 +36,31 @@ impl RealWorld {
         }
         Self(Netlink::new(options).expect("netlink opens"))
     }
+}
+
+impl RealWorld {
+    /// The same with a bpffs of its own, which goes with the thread that this is called on, and all that it starts.
+    ///
+    /// # Panics
+    /// As [`RealWorld::new`].
+    #[must_use]
+    pub fn with_fast_path() -> Self {
+        Self::new(Options { bpffs: own_bpffs(), fast_path: true, ..Options::default() })
+    }
+}
+
+/// Mounts a bpffs where only this thread, and what it starts from now on, sees it. Gives its place.
+///
+/// # Panics
+/// When it can't be mounted: it takes root.
+#[must_use]
+pub fn own_bpffs() -> PathBuf {
+    let none = None::<&str>;
+    unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace of its own; is this root?");
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("mounts of its own");
+    let place = PathBuf::from("/sys/fs/bpf");
+    mount(Some("bpf"), &place, Some("bpf"), MsFlags::empty(), none).expect("a bpffs");
+    place
 }
 
 impl Default for RealWorld {

@@ -109,6 +109,8 @@ impl Init {
         if let Ok(cgroups) = cgroups {
             bind(&cgroups, "/sys/fs/cgroup")?;
         }
+        // A boot forgets what was pinned.
+        mount_new("bpf", "/sys/fs/bpf", "")?;
         mount_new("proc", "/proc", "")?;
         boot_id()
     }

@@ -6,6 +6,7 @@
 //! those that build on it wait: see [`Gate`]. The writers of a stage know no order.
 
 pub mod docker_user;
+pub mod fast_path;
 pub mod nft;
 pub mod routing;
 
@@ -116,6 +117,8 @@ pub enum TableName {
     Sysctl,
     /// The packet filter, rules in `DOCKER-USER` included.
     Filter,
+    /// Maps, programs and links of the fast path.
+    FastPath,
 }
 
 impl TableName {
@@ -131,6 +134,7 @@ impl TableName {
             Self::Nexthop => "nexthop",
             Self::Route => "route",
             Self::Filter => "filter",
+            Self::FastPath => "fast_path",
         }
     }
 }
@@ -142,11 +146,19 @@ pub enum Op {
     Routing(routing::Op),
     /// To the packet filter.
     Filter(nft::Op),
+    /// To the fast path.
+    FastPath(fast_path::Op),
 }
 
 impl From<routing::Op> for Op {
     fn from(op: routing::Op) -> Self {
         Self::Routing(op)
+    }
+}
+
+impl From<fast_path::Op> for Op {
+    fn from(op: fast_path::Op) -> Self {
+        Self::FastPath(op)
     }
 }
 
@@ -185,11 +197,21 @@ pub enum Key {
     SendersChain,
     /// Our rules in Docker's chain for rules of others.
     DockerUser(Family),
+    /// A part of the fast path.
+    FastPath(fast_path::Part),
 }
 
 /// The stages of a plan, in their order. Steps of one stage don't depend on each other, and may go to the kernel together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
+    /// Programs of the fast path are detached: packets take the kernel's path, which is still whole.
+    FastLinkGoes,
+    /// Addresses of pods go from the fast path, before anything else of theirs does.
+    FastAddressGoes,
+    /// Pods go.
+    FastPodGoes,
+    /// Subnets of peers go from the fast path's index.
+    FastIndexGoes,
     /// Sets and their elements: data before the rules that look into them.
     Sets,
     /// Chains of our tables.
@@ -220,6 +242,26 @@ pub enum Stage {
     Nexthop,
     /// Routes: from here on packets pass.
     Route,
+    /// Maps of the fast path, which is built once the kernel's path is there.
+    FastMaps,
+    /// This node's own end in them.
+    FastNode,
+    /// Peers in them.
+    FastPeer,
+    /// The index that names peers.
+    FastIndex,
+    /// Programs are loaded.
+    FastProgram,
+    /// Programs are attached.
+    FastLink,
+    /// Pods, at first only marked in the NAT guard.
+    FastPod,
+    /// Their addresses.
+    FastAddress,
+    /// Connections that are translated already are marked.
+    FastGuard,
+    /// Pods whose packets are taken: from here on they pass fast.
+    FastPodTaken,
     /// What nothing wants any more goes last: until then packets may still pass it.
     RouteGoes,
     /// Nexthop objects go.
@@ -236,6 +278,14 @@ pub enum Stage {
     DockerUserGoes,
     /// Tables of the packet filter go: while there is a device, not everybody may send to it.
     TableGoes,
+    /// Peers of the fast path go: nothing names them any more.
+    FastPeerGoes,
+    /// This node's own end goes.
+    FastNodeGoes,
+    /// Programs go.
+    FastProgramGoes,
+    /// Maps go.
+    FastMapsGo,
 }
 
 impl Op {
@@ -245,6 +295,7 @@ impl Op {
         match self {
             Self::Routing(op) => op.key(),
             Self::Filter(op) => op.key(),
+            Self::FastPath(op) => op.key(),
         }
     }
 
@@ -254,6 +305,7 @@ impl Op {
         match self {
             Self::Routing(op) => op.needs(),
             Self::Filter(op) => op.needs(),
+            Self::FastPath(op) => op.needs(),
         }
     }
 
@@ -263,13 +315,14 @@ impl Op {
         match self {
             Self::Routing(op) => op.holds(),
             Self::Filter(_) => vec![],
+            Self::FastPath(op) => op.holds(),
         }
     }
 
     /// What is written along with [`Op::key`], under a name of its own.
     fn makes(&self) -> Option<Key> {
         match self {
-            Self::Routing(_) => None,
+            Self::Routing(_) | Self::FastPath(_) => None,
             Self::Filter(op) => op.makes(),
         }
     }
@@ -280,6 +333,7 @@ impl Op {
         match self {
             Self::Routing(op) => op.stage(),
             Self::Filter(op) => op.stage(),
+            Self::FastPath(op) => op.stage(),
         }
     }
 
@@ -289,6 +343,7 @@ impl Op {
         match self {
             Self::Routing(op) => op.table(),
             Self::Filter(_) => TableName::Filter,
+            Self::FastPath(_) => TableName::FastPath,
         }
     }
 
@@ -298,6 +353,7 @@ impl Op {
         match self {
             Self::Routing(op) => op.verb(),
             Self::Filter(op) => op.verb(),
+            Self::FastPath(op) => op.verb(),
         }
     }
 
@@ -306,7 +362,7 @@ impl Op {
     pub fn counts(&self) -> [(Verb, usize); 3] {
         match self {
             Self::Filter(op) => op.counts(),
-            Self::Routing(_) => {
+            Self::Routing(_) | Self::FastPath(_) => {
                 [Verb::Create, Verb::Replace, Verb::Delete].map(|verb| (verb, usize::from(verb == self.verb())))
             }
         }
@@ -322,6 +378,9 @@ impl Op {
     fn without_deletes(self) -> Option<Self> {
         match self {
             Self::Filter(op) => op.without_deletes().map(Self::Filter),
+            Self::FastPath(op) => {
+                Some(op).filter(|op| op.verb() != Verb::Delete || !op.is_decided_by_leases()).map(Self::FastPath)
+            }
             op => Some(op).filter(|op| !op.is_delete()),
         }
     }
@@ -333,6 +392,7 @@ impl fmt::Display for Op {
         match self {
             Self::Routing(op) => op.fmt(f),
             Self::Filter(op) => op.fmt(f),
+            Self::FastPath(op) => op.fmt(f),
         }
     }
 }
@@ -390,9 +450,14 @@ pub fn diff<'a>(want: impl Into<State<'a>>, have: impl Into<Found<'a>>) -> Plan 
 #[must_use]
 pub fn diff_of<'a>(want: impl Into<State<'a>>, have: impl Into<Found<'a>>, dirty: &Dirty<Key>) -> Plan {
     // All sections by name: one more has to be compared too.
-    let State { routing, filter, services, policy, docker_user } = want.into();
+    let State { routing, filter, services, policy, docker_user, fast_path } = want.into();
     let have: Found<'a> = have.into();
-    let Found { routing: found_routing, filter: found_filter, docker_user: found_docker_user } = &have;
+    let Found {
+        routing: found_routing,
+        filter: found_filter,
+        docker_user: found_docker_user,
+        fast_path: found_fast_path,
+    } = &have;
     let few = match dirty {
         Dirty::Everything => None,
         Dirty::Keys(keys) => routing::diff_of(routing, found_routing, keys),
@@ -405,6 +470,7 @@ pub fn diff_of<'a>(want: impl Into<State<'a>>, have: impl Into<Found<'a>>, dirty
         ops.extend(steps.into_iter().flatten().map(Op::Filter));
     }
     ops.extend(docker_user::diff(docker_user, found_docker_user).map(|change| nft::Op::DockerUser(change).into()));
+    ops.extend(fast_path::diff(fast_path, found_fast_path).into_iter().map(Op::FastPath));
     Plan::new(ops)
 }
 

@@ -205,7 +205,8 @@ pub(super) fn diff_of(want: &Routing, have: &Routing, keys: &BTreeSet<Key>) -> O
             | Key::Chains(_)
             | Key::Removal(_)
             | Key::SendersChain
-            | Key::DockerUser(_) => None,
+            | Key::DockerUser(_)
+            | Key::FastPath(_) => None,
         };
         ops.extend(op);
     }

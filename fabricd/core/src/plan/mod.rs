@@ -5,6 +5,7 @@
 //! the peer's VTEP; and the FDB entry, which turns that MAC into the underlay address that the packet is
 //! sent to. So a peer costs four entries (three in IPv6), and all of them are made here from its lease.
 
+pub mod fast_path;
 pub mod filter;
 mod own_device;
 mod peers;

@@ -1,11 +1,13 @@
 //! What fabricd keeps in the kernel, by section: [`routing`] is links, addresses, neighbours, FDB, nexthop objects, routes
-//! and settings, [`nft`] our tables of the packet filter, [`docker_user`] our rules in a chain of Docker's. [`State`] is
+//! and settings, [`nft`] our tables of the packet filter, [`docker_user`] our rules in a chain of Docker's, [`fast_path`] maps, programs
+//! and links of eBPF. [`State`] is
 //! what should be, [`Found`] what is there; [`diff`](crate::diff::diff) compares the two. Both only borrow: each section
 //! lives with whoever plans it or reads it.
 //!
 //! docs/kernel-state.md says for every table how an entry is recognised as ours.
 
 pub mod docker_user;
+pub mod fast_path;
 pub mod nft;
 pub mod routing;
 
@@ -13,6 +15,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use self::docker_user::{DockerUser, DockerUserRules};
+use self::fast_path::FastPath;
 use self::nft::{FoundRuleset, Ruleset};
 pub use self::routing::{
     Foreign, ForeignLink, NEXTHOP_ID_BASE, Nexthop, NexthopId, ROUTE_PROTOCOL, Routing, Sysctl, Via, VxlanLink,
@@ -31,6 +34,8 @@ pub struct State<'a> {
     pub policy: Option<&'a Ruleset>,
     /// Rules in Docker's chain for rules of others.
     pub docker_user: &'a DockerUserRules,
+    /// The fast path.
+    pub fast_path: &'a FastPath,
 }
 
 /// What the kernel holds of ours, by section.
@@ -42,11 +47,14 @@ pub struct Found<'a> {
     pub filter: &'a FoundRuleset,
     /// The chains that Docker has for rules of others.
     pub docker_user: &'a [DockerUser],
+    /// The fast path.
+    pub fast_path: &'a FastPath,
 }
 
 static NO_ROUTING: Routing = Routing::new();
 static NO_RULESET: Ruleset = BTreeMap::new();
 static NO_DOCKER_USER: DockerUserRules = BTreeMap::new();
+static NO_FAST_PATH: FastPath = FastPath::new();
 static NO_TABLES: FoundRuleset = BTreeMap::new();
 
 impl Default for State<'_> {
@@ -58,13 +66,14 @@ impl Default for State<'_> {
             services: Some(&NO_RULESET),
             policy: Some(&NO_RULESET),
             docker_user: &NO_DOCKER_USER,
+            fast_path: &NO_FAST_PATH,
         }
     }
 }
 
 impl Default for Found<'_> {
     fn default() -> Self {
-        Self { routing: Cow::Borrowed(&NO_ROUTING), filter: &NO_TABLES, docker_user: &[] }
+        Self { routing: Cow::Borrowed(&NO_ROUTING), filter: &NO_TABLES, docker_user: &[], fast_path: &NO_FAST_PATH }
     }
 }
 
@@ -79,6 +88,20 @@ impl<'a> From<&'a Routing> for Found<'a> {
     /// The routing section alone.
     fn from(routing: &'a Routing) -> Self {
         Self { routing: Cow::Borrowed(routing), ..Self::default() }
+    }
+}
+
+impl<'a> From<&'a FastPath> for State<'a> {
+    /// The fast path alone.
+    fn from(fast_path: &'a FastPath) -> Self {
+        Self { fast_path, ..Self::default() }
+    }
+}
+
+impl<'a> From<&'a FastPath> for Found<'a> {
+    /// The fast path alone.
+    fn from(fast_path: &'a FastPath) -> Self {
+        Self { fast_path, ..Self::default() }
     }
 }
 

@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use fabric_core::model::{Family, IfName, Subnet};
+use fabric_core::state::fast_path::UnderlayPath;
 use fabric_core::state::{Nexthop, NexthopId, ROUTE_PROTOCOL, Via};
 use fabric_netlink::{Frame, Request, RequestSocket, attributes};
 use netlink_packet_core::{parse_ip, parse_u32};
@@ -148,6 +149,29 @@ pub(in crate::kernel) fn reach(socket: &mut RequestSocket, links: &Links, ip: Ip
     };
     let route = socket.ask(&Request::new(&Rtnl::GetRoute(question), 0), route_of).ok()??;
     Some((links.get(&device(&route)?)?.name, source(&route)?))
+}
+
+/// `ip route get IP from LOCAL`: the way there, if it leads over an interface that programs can send Ethernet by.
+pub(in crate::kernel) fn path(
+    socket: &mut RequestSocket,
+    links: &Links,
+    ip: IpAddr,
+    local: Option<IpAddr>,
+) -> Option<UnderlayPath> {
+    let mut question = RouteMessageBuilder::<IpAddr>::new().destination_prefix(ip, Family::of(ip).bits()).ok()?;
+    if let Some(local) = local {
+        question = question.source_prefix(local, Family::of(local).bits()).ok()?;
+    }
+    let mut question = question.build();
+    question.header = RouteHeader {
+        address_family: question.header.address_family,
+        destination_prefix_length: question.header.destination_prefix_length,
+        source_prefix_length: question.header.source_prefix_length,
+        ..RouteHeader::default()
+    };
+    let route = socket.ask(&Request::new(&Rtnl::GetRoute(question), 0), route_of).ok()??;
+    let link = links.get(&device(&route)?).filter(|link| link.takes_programs())?;
+    Some(UnderlayPath { ifindex: link.index, gateway: gateway(&route).unwrap_or(ip) })
 }
 
 /// `ip route get IP`, over a socket of its own: the device and source address, or `None` when there is no way.

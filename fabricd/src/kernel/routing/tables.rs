@@ -30,6 +30,8 @@ pub(in crate::kernel) struct Link {
     pub(in crate::kernel) mtu: u32,
     pub(in crate::kernel) up: bool,
     pub(in crate::kernel) loopback: bool,
+    /// Its hardware address, if it is one of Ethernet.
+    pub(in crate::kernel) mac: Option<MacAddr>,
     /// The bridge (or bond) that it is a port of.
     pub(in crate::kernel) controller: Option<u32>,
     pub(in crate::kernel) kind: String,
@@ -37,6 +39,14 @@ pub(in crate::kernel) struct Link {
     pub(in crate::kernel) vxlan: Option<(u32, u16, Family)>,
     /// All of it when it is ours.
     pub(in crate::kernel) ours: Option<VxlanLink>,
+}
+
+impl Link {
+    /// Whether the fast path can use it as an underlay: one end of a cable. Of a bond, a VLAN or a bridge the programs would
+    /// have to be somewhere else.
+    pub(in crate::kernel) fn takes_programs(&self) -> bool {
+        !self.loopback && self.mac.is_some() && matches!(self.kind.as_str(), "" | "veth")
+    }
 }
 
 /// An address on a link, link-local and host-local ones left out.
@@ -102,6 +112,7 @@ fn link(message: &LinkMessage) -> Option<Link> {
         mtu: 0,
         up: message.header.flags.contains(LinkFlags::Up),
         loopback: message.header.flags.contains(LinkFlags::Loopback),
+        mac: None,
         controller: None,
         kind: String::new(),
         vxlan: None,
@@ -126,6 +137,7 @@ fn link(message: &LinkMessage) -> Option<Link> {
             _ => {}
         }
     }
+    link.mac = mac;
     if link.kind == "vxlan" {
         let vxlan = vxlan(data, &link, mac);
         link.vxlan = Some((vxlan.0, vxlan.1, Family::of(vxlan.2)));

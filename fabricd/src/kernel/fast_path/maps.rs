@@ -1,0 +1,215 @@
+//! The maps: made, opened and written by the layout of [`fabric_bpf::abi`].
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::IpAddr;
+
+use fabric_bpf::abi::{self, MapKind};
+use fabric_bpf::{Program, Reason};
+use fabric_core::model::{Subnet, to_bits};
+use fabric_core::state::fast_path::{FastPath, MapSizes, OwnEnd, Peer, PeerSlot, Pod, PodSlot};
+use fabric_ebpf::{Kind, Map, Shape};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+use super::encode;
+use super::pins::{Pins, owned, remove};
+
+/// Flows that came by the kernel's path and are remembered for their answers.
+const SLOW_FLOWS: u32 = 16_384;
+
+/// What the programs have counted: packets by program and reason.
+pub type Counts = BTreeMap<(Program, Reason), u64>;
+
+/// All maps, open.
+pub(super) struct Maps {
+    maps: BTreeMap<abi::Map, Map>,
+}
+
+impl Maps {
+    /// Makes and pins all maps. What is pinned there of another size goes; what is no map of ours is refused.
+    pub(super) fn create(pins: &Pins, sizes: MapSizes) -> io::Result<Self> {
+        let mut maps = BTreeMap::new();
+        for map in abi::Map::ALL {
+            let path = pins.map(map);
+            match owned(&path, Map::open) {
+                Ok(_) => remove(&path)?,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+            let made = Map::create(&format!("fabric_{}", map.name()), shape(map, sizes))?;
+            made.pin(&path)?;
+            maps.insert(map, made);
+        }
+        Ok(Self { maps })
+    }
+
+    /// Opens the maps; `None` when one is missing, or has not the shape that goes with the others: then all are made anew.
+    pub(super) fn open(pins: &Pins) -> io::Result<Option<Self>> {
+        let mut maps = BTreeMap::new();
+        for map in abi::Map::ALL {
+            match owned(&pins.map(map), Map::open) {
+                Ok(found) => maps.insert(map, found),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                Err(error) => return Err(error),
+            };
+        }
+        let maps = Self { maps };
+        let sizes = maps.sizes();
+        Ok(maps.maps.iter().all(|(map, found)| found.shape() == shape(*map, sizes)).then_some(maps))
+    }
+
+    /// For programs.
+    pub(super) fn by_name(&self) -> Vec<(&str, &Map)> {
+        self.maps.iter().map(|(map, found)| (map.name(), found)).collect()
+    }
+
+    fn map(&self, map: abi::Map) -> &Map {
+        &self.maps[&map]
+    }
+
+    fn sizes(&self) -> MapSizes {
+        let entries = |map| self.map(map).shape().max_entries;
+        MapSizes {
+            subnets: entries(abi::Map::PeerIndex4),
+            peers: entries(abi::Map::Peers),
+            addresses: entries(abi::Map::PodIndex4),
+            pods: entries(abi::Map::Pods),
+        }
+    }
+
+    /// Reads what they hold.
+    pub(super) fn read_into(&self, found: &mut FastPath) -> io::Result<()> {
+        found.maps = Some(self.sizes());
+        let config = self.map(abi::Map::Config).get(&0_u32.to_ne_bytes())?;
+        found.node = config.and_then(|bytes| encode::own_end(&abi::Config::read_from_bytes(&bytes).ok()?));
+        let Some(node) = found.node else { return Ok(()) };
+        self.map(abi::Map::Peers).each_value(|slot, bytes| {
+            let peer = abi::Peer::read_from_bytes(bytes).ok().and_then(|peer| encode::found_peer(&peer, &node));
+            found.peers.extend(peer.map(|peer| (PeerSlot(slot), peer)));
+        })?;
+        self.map(abi::Map::PeerIndex4).each_value(|number, slot| {
+            let subnet = nth_subnet(&node, number).filter(|_| number_in(slot) != 0);
+            found.index.extend(subnet.map(|subnet| (subnet, PeerSlot(number_in(slot)))));
+        })?;
+        self.map(abi::Map::Pods).each_value(|slot, bytes| {
+            let pod = abi::Pod::read_from_bytes(bytes).ok().and_then(|pod| encode::found_pod(&pod));
+            found.pods.extend(pod.map(|pod| (PodSlot(slot), pod)));
+        })?;
+        self.map(abi::Map::PodIndex4).each_value(|number, slot| {
+            if number_in(slot) != 0 {
+                let ip = IpAddr::from(v4_bits(node.subnet.base()).wrapping_add(number).to_be_bytes());
+                found.addresses.insert(ip, PodSlot(number_in(slot)));
+            }
+        })
+    }
+
+    pub(super) fn set_node(&self, node: Option<&OwnEnd>) -> io::Result<()> {
+        let config = node.map(encode::config).unwrap_or_default();
+        self.map(abi::Map::Config).set(&0_u32.to_ne_bytes(), config.as_bytes())
+    }
+
+    pub(super) fn set_peer(&self, slot: PeerSlot, peer: Option<&Peer>, node: Option<&OwnEnd>) -> io::Result<()> {
+        let value = match (peer, node) {
+            (Some(peer), Some(node)) => encode::peer(peer, node),
+            (Some(_), None) => return Err(no_node()),
+            (None, _) => abi::Peer::new_zeroed(),
+        };
+        self.map(abi::Map::Peers).set(&slot.0.to_ne_bytes(), value.as_bytes())
+    }
+
+    pub(super) fn set_index(&self, subnet: Subnet, slot: Option<PeerSlot>, node: Option<&OwnEnd>) -> io::Result<()> {
+        let node = node.ok_or_else(no_node)?;
+        let (network, shift) = (to_bits(node.network.base()), 32 - u32::from(node.subnet.prefix_len()));
+        let number = to_bits(subnet.base())
+            .checked_sub(network)
+            .and_then(|_| abi::subnet_number(network, to_bits(subnet.base()), shift));
+        let number = number.ok_or_else(|| io::Error::other(format!("{subnet} is no part of {}", node.network)))?;
+        self.map(abi::Map::PeerIndex4).set(&number.to_ne_bytes(), &slot.map_or(0, |slot| slot.0).to_ne_bytes())
+    }
+
+    pub(super) fn set_pod(&self, slot: PodSlot, pod: Option<&Pod>) -> io::Result<()> {
+        let value = pod.map(encode::pod).unwrap_or_default();
+        self.map(abi::Map::Pods).set(&slot.0.to_ne_bytes(), value.as_bytes())
+    }
+
+    pub(super) fn set_address(&self, ip: IpAddr, slot: Option<PodSlot>, node: Option<&OwnEnd>) -> io::Result<()> {
+        let node = node.ok_or_else(no_node)?;
+        let number = v4_bits(ip).wrapping_sub(v4_bits(node.subnet.base()));
+        self.map(abi::Map::PodIndex4).set(&number.to_ne_bytes(), &slot.map_or(0, |slot| slot.0).to_ne_bytes())
+    }
+
+    /// The generation of the NAT guard that programs write to, and the one that only we do.
+    pub(super) fn generations(&self) -> io::Result<(u32, &Map)> {
+        let current = self.map(abi::Map::NatCurrent).get(&0_u32.to_ne_bytes())?.map_or(0, |bytes| number_in(&bytes));
+        let other = if current == 0 { abi::Map::NatBits1 } else { abi::Map::NatBits0 };
+        Ok((current, self.map(other)))
+    }
+
+    /// Has programs write to the other generation.
+    pub(super) fn turn_generation(&self, current: u32) -> io::Result<()> {
+        let other = u32::from(current == 0);
+        self.map(abi::Map::NatCurrent).set(&0_u32.to_ne_bytes(), &other.to_ne_bytes())
+    }
+
+    /// Adds up what each processor has counted.
+    pub(super) fn counts(&self) -> io::Result<Counts> {
+        let mut counts = Counts::new();
+        for program in Program::ALL {
+            for reason in Reason::ALL {
+                let values = self.map(abi::Map::Counters).get(&abi::counter(program, reason).to_ne_bytes())?;
+                let values = values.unwrap_or_default();
+                let each = values.chunks_exact(8).map(|value| u64::read_from_bytes(value).unwrap_or_default());
+                let sum = each.fold(0_u64, u64::wrapping_add);
+                if sum > 0 {
+                    counts.insert((program, reason), sum);
+                }
+            }
+        }
+        Ok(counts)
+    }
+}
+
+/// What a map of this network is like.
+fn shape(map: abi::Map, sizes: MapSizes) -> Shape {
+    let kind = match map.kind() {
+        MapKind::Array | MapKind::ArrayOrHash => Kind::Array,
+        MapKind::Hash => Kind::Hash,
+        MapKind::LruHash => Kind::LruHash,
+        MapKind::PerCpuArray => Kind::PerCpuArray,
+    };
+    let per_slot = map.entries_per_slot().unwrap_or(1);
+    let max_entries = match map {
+        abi::Map::Config | abi::Map::NatCurrent => 1,
+        // IPv6 pods take the kernel's path.
+        abi::Map::PeerIndex6 | abi::Map::PodIndex6 => 1,
+        abi::Map::PeerIndex4 => sizes.subnets,
+        abi::Map::Peers | abi::Map::PeerCounters => sizes.peers,
+        abi::Map::PodIndex4 => sizes.addresses,
+        abi::Map::Pods | abi::Map::SlowPods | abi::Map::NatBits0 | abi::Map::NatBits1 => sizes.pods * per_slot,
+        abi::Map::SlowFlows => SLOW_FLOWS,
+        abi::Map::Counters => abi::COUNTERS,
+    };
+    let size = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
+    Shape { kind, key_size: size(map.key_size()), value_size: size(map.value_size()), max_entries, flags: 0 }
+}
+
+fn nth_subnet(node: &OwnEnd, number: u32) -> Option<Subnet> {
+    let shift = 32 - u32::from(node.subnet.prefix_len());
+    let base = v4_bits(node.network.base()).wrapping_add(number.checked_shl(shift)?);
+    Subnet::holding(IpAddr::from(base.to_be_bytes()), node.subnet.prefix_len()).ok()
+}
+
+fn v4_bits(ip: IpAddr) -> u32 {
+    match ip {
+        IpAddr::V4(ip) => ip.to_bits(),
+        IpAddr::V6(_) => 0,
+    }
+}
+
+fn number_in(bytes: &[u8]) -> u32 {
+    u32::read_from_bytes(bytes).unwrap_or_default()
+}
+
+fn no_node() -> io::Error {
+    io::Error::other("this node's own end isn't there; the next pass looks again")
+}

@@ -1,0 +1,255 @@
+//! The fast path in the kernel: maps, programs and links of eBPF, kept by pins below bpffs.
+//!
+//! ```text
+//!   /sys/fs/bpf/fabric/<layout>/maps/…       one for each map of fabric_bpf::abi
+//!                               programs/…   pod_out_<fingerprint>: what is loaded, by a hash of its code
+//!                               links/…      <interface index>_ingress: what is attached where
+//! ```
+//!
+//! What is ours is what is pinned there. Programs go on without the daemon, and a restarted one finds by these names what
+//! there is to do: mostly nothing. Programs of others at the same hooks are never touched.
+
+mod encode;
+mod guard;
+mod maps;
+mod pins;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
+
+use fabric_bpf::abi;
+use fabric_core::diff::Change;
+use fabric_core::diff::fast_path::Op;
+use fabric_core::state::fast_path::{FastPath, Hook, Place, Program, Role};
+use fabric_ebpf::Object;
+
+pub use self::maps::Counts;
+use self::maps::Maps;
+use self::pins::Pins;
+
+/// How long a mark of the NAT guard lasts at least, and at most twice that: the tables of connections may be long.
+const RENEWAL: Duration = Duration::from_secs(300);
+
+/// What the object file has.
+static OBJECT: LazyLock<Result<Object, fabric_ebpf::ObjectError>> = LazyLock::new(|| Object::parse(fabric_bpf::OBJECT));
+
+/// The programs of this release.
+#[must_use]
+pub fn programs() -> BTreeSet<Program> {
+    let codes = OBJECT.iter().flat_map(|object| &object.programs);
+    codes.filter_map(|code| Some(Program { role: role_of(&code.name)?, fingerprint: code.fingerprint() })).collect()
+}
+
+fn role_of(function: &str) -> Option<Role> {
+    let role = function.strip_prefix("fabric_")?;
+    Role::ALL.into_iter().find(|known| known.as_str() == role)
+}
+
+/// Why something could not be read or written: the errno, and words that say more.
+#[derive(Debug)]
+pub(super) struct Refused {
+    pub(super) error: io::Error,
+    pub(super) words: Option<String>,
+}
+
+impl From<io::Error> for Refused {
+    fn from(error: io::Error) -> Self {
+        // Words of ours come without an errno.
+        match error.raw_os_error() {
+            Some(_) => Self { error, words: None },
+            None => Self { words: Some(error.to_string()), error: io::Error::from_raw_os_error(libc::EINVAL) },
+        }
+    }
+}
+
+/// The fast path of this network namespace.
+pub(super) struct Bpf {
+    pins: Pins,
+    maps: Option<Maps>,
+    found: Arc<FastPath>,
+    trouble: Option<String>,
+    stale: bool,
+    /// When the NAT guard was last renewed.
+    renewed: Instant,
+}
+
+impl Bpf {
+    /// What is pinned below `bpffs`, once it is looked at.
+    pub(super) fn new(bpffs: &Path) -> Self {
+        Self {
+            pins: Pins::below(bpffs),
+            maps: None,
+            found: Arc::default(),
+            trouble: None,
+            stale: true,
+            renewed: Instant::now(),
+        }
+    }
+
+    /// What is there, read anew if that may have changed in silence.
+    pub(super) fn look(&mut self) -> Arc<FastPath> {
+        if std::mem::take(&mut self.stale) {
+            self.trouble = None;
+            match self.read() {
+                Ok(found) if found == *self.found => {}
+                Ok(found) => self.found = Arc::new(found),
+                // A short cut that can't be read is none: the kernel's path is there.
+                Err(refused) => {
+                    self.trouble = Some(refused.words.unwrap_or_else(|| refused.error.to_string()));
+                    (self.found, self.maps) = (Arc::default(), None);
+                }
+            }
+        }
+        Arc::clone(&self.found)
+    }
+
+    /// Why there can be no fast path here, with the way out.
+    pub(super) fn trouble(&self) -> Option<String> {
+        self.trouble
+            .clone()
+            .or_else(|| self.pins.lacks_bpffs())
+            .or_else(|| OBJECT.as_ref().err().map(ToString::to_string))
+    }
+
+    /// Has the next look read everything anew.
+    pub(super) fn distrust(&mut self) {
+        self.stale = true;
+    }
+
+    /// What the programs have counted.
+    pub(super) fn counts(&self) -> io::Result<Counts> {
+        self.maps.as_ref().map_or_else(|| Ok(Counts::default()), Maps::counts)
+    }
+
+    /// Forgets marks of the NAT guard that no connection needs any more, once in a while.
+    pub(super) fn renew_guard(&mut self) -> io::Result<()> {
+        if self.renewed.elapsed() < RENEWAL {
+            return Ok(());
+        }
+        self.renewed = Instant::now();
+        match &self.maps {
+            Some(maps) if self.found.node.is_some_and(|node| node.guard) => guard::renew(maps, &self.found.addresses),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes a step.
+    pub(super) fn write(&mut self, op: &Op) -> Result<(), Refused> {
+        let result = self.take(op);
+        match result.is_ok() {
+            true => op.apply_to(Arc::make_mut(&mut self.found)),
+            // What is known may be why.
+            false => self.stale = true,
+        }
+        result
+    }
+
+    fn read(&mut self) -> Result<FastPath, Refused> {
+        self.maps = None;
+        let mut found = FastPath::new();
+        let programs = self.pins.programs()?;
+        found.programs = programs.values().copied().collect();
+        found.links = self.links(&programs)?;
+        if let Some(maps) = Maps::open(&self.pins)? {
+            maps.read_into(&mut found)?;
+            self.maps = Some(maps);
+        }
+        Ok(found)
+    }
+
+    /// What is attached where. A link whose interface is gone, or whose program is no pinned one, has a program that nobody
+    /// wants.
+    fn links(&self, programs: &BTreeMap<u32, Program>) -> Result<BTreeMap<Place, Program>, Refused> {
+        let mut links = BTreeMap::new();
+        for place in self.pins.places()? {
+            let link = pins::owned(&self.pins.link(place), fabric_ebpf::Link::open)?;
+            let (program, ifindex) = link.program_and_interface()?;
+            let unknown =
+                Program { role: if place.hook == Hook::Egress { Role::PodIn } else { Role::PodOut }, fingerprint: 0 };
+            let known = programs.get(&program).filter(|_| ifindex == place.ifindex);
+            links.insert(place, known.copied().unwrap_or(unknown));
+        }
+        Ok(links)
+    }
+
+    fn take(&mut self, op: &Op) -> Result<(), Refused> {
+        match op {
+            Op::Maps(Change::Delete(_)) => {
+                self.maps = None;
+                return Ok(self.pins.remove_maps()?);
+            }
+            Op::Maps(Change::Create(sizes) | Change::Replace { now: sizes, .. }) => {
+                if let Some(lacks) = self.pins.lacks_bpffs() {
+                    return Err(Refused { error: io::Error::from_raw_os_error(libc::ENOENT), words: Some(lacks) });
+                }
+                self.pins.prepare()?;
+                self.maps = Some(Maps::create(&self.pins, *sizes)?);
+                return Ok(());
+            }
+            Op::Program(Change::Delete(program)) => return Ok(pins::remove(&self.pins.program(*program))?),
+            Op::Link(place, Change::Delete(_)) => return Ok(detach(&self.pins.link(*place))?),
+            Op::Link(place, Change::Create(program) | Change::Replace { now: program, .. }) => {
+                return self.attach(*place, *program);
+            }
+            _ => {}
+        }
+        let gone = || io::Error::other("its maps are gone; the next pass makes them anew");
+        let maps = self.maps.as_ref().ok_or_else(gone)?;
+        let node = self.found.node.as_ref();
+        match op {
+            Op::Node(change) => maps.set_node(change.wanted())?,
+            Op::Peer(slot, change) => maps.set_peer(*slot, change.wanted(), node)?,
+            Op::Index(subnet, change) => maps.set_index(*subnet, change.wanted().copied(), node)?,
+            Op::Pod(slot, change) => maps.set_pod(*slot, change.wanted())?,
+            Op::Address(ip, change) => maps.set_address(*ip, change.wanted().copied(), node)?,
+            Op::Seed(addresses) if node.is_some_and(|node| node.guard) => guard::seed(maps, addresses)?,
+            Op::Program(Change::Create(program) | Change::Replace { now: program, .. }) => self.load(maps, *program)?,
+            Op::Seed(_) | Op::Maps(_) | Op::Program(_) | Op::Link(..) => {}
+        }
+        Ok(())
+    }
+
+    fn load(&self, maps: &Maps, program: Program) -> Result<(), Refused> {
+        let codes = OBJECT.iter().flat_map(|object| &object.programs);
+        let mut codes = codes.filter(|code| code.fingerprint() == program.fingerprint);
+        let code = codes.next().ok_or_else(|| io::Error::other("this release has no such program"))?;
+        let loaded = fabric_ebpf::Program::load(code, abi::LICENSE, &maps.by_name());
+        let loaded = loaded.map_err(|refused| {
+            let words = Some(refused.verifier).filter(|words| !words.is_empty());
+            Refused { words: words.map(|words| format!("the verifier says: {words}")), ..Refused::from(refused.error) }
+        })?;
+        Ok(loaded.pin(&self.pins.program(program))?)
+    }
+
+    /// Attaches a program behind those of others, or puts it in the place of ours.
+    fn attach(&self, place: Place, program: Program) -> Result<(), Refused> {
+        let loaded = fabric_ebpf::Program::open(&self.pins.program(program))?;
+        let path: PathBuf = self.pins.link(place);
+        match fabric_ebpf::Link::open(&path) {
+            Ok(link) if link.program_and_interface()?.1 == place.ifindex => return Ok(link.replace(&loaded)?),
+            // Its interface is gone.
+            Ok(_) => detach(&path)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(pins::foreign(&path, &error).into()),
+        }
+        let hook = match place.hook {
+            Hook::Ingress => fabric_ebpf::Hook::Ingress,
+            Hook::Egress => fabric_ebpf::Hook::Egress,
+        };
+        Ok(fabric_ebpf::Link::attach(&loaded, place.ifindex, hook)?.pin(&path)?)
+    }
+}
+
+/// Takes a link away, at once: what is attached in its place next must not meet it there.
+fn detach(path: &Path) -> io::Result<()> {
+    match fabric_ebpf::Link::open(path) {
+        // That its interface is gone is no error.
+        Ok(link) => drop(link.detach()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(pins::foreign(path, &error)),
+    }
+    pins::remove(path)
+}

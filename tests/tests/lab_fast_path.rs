@@ -1,0 +1,309 @@
+//! The fast path in the Lab: whole nodes, real pods, and the kernel's own programs. Whatever takes which path, packets arrive
+//! as they were sent.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use fabric_core::model::Family;
+use fabric_tests::faults::rules::Field;
+use fabric_tests::lab::{Connection, Lab, Node, Pod, Stream, wait_until};
+
+const SOON: Duration = Duration::from_secs(60);
+const ON: &str = "--fast-path=on";
+const OFF: &str = "--fast-path=off";
+/// An address that is nobody's, and translated to a pod's: as that of a Service of Kubernetes.
+const SERVICE: &str = "198.51.100.10";
+
+/// Two nodes with these flags, and a pod on each.
+fn pods_of_two_nodes(flags: [&str; 2]) -> Result<(Lab, Pod, Pod)> {
+    let lab = Lab::builder().nodes(2).start()?;
+    let (a, b) = (lab.node("node-1")?.add_pod("a")?, lab.node("node-2")?.add_pod("b")?);
+    for (pod, flag) in [(&a, flags[0]), (&b, flags[1])] {
+        restart(&pod.node, flag)?;
+    }
+    for (pod, flag) in [(&a, flags[0]), (&b, flags[1])] {
+        settled(&pod.node, flag)?;
+    }
+    Ok((lab, a, b))
+}
+
+fn restart(node: &Node, flag: &str) -> Result<()> {
+    node.stop_fabricd()?;
+    node.start_fabricd_with(&[flag], &[])
+}
+
+/// Waits until the fast path is as the flag says, with a peer and a pod at least.
+fn settled(node: &Node, flag: &str) -> Result<()> {
+    node.wait_ready()?;
+    wait_until(&format!("{} with {flag}", node.name), SOON, || {
+        let status = node.status()?;
+        let fast_path = &status["fast_path"];
+        let number = |key: &str| fast_path[key].as_u64().unwrap_or_default();
+        let on = fast_path["on"].as_bool().unwrap_or_default() && number("peers") > 0 && number("pods") > 0;
+        ensure!(on == (flag == ON), "{fast_path}; {}", status["warnings"]);
+        let left = node.exec(&["ls", "-R", "/sys/fs/bpf/fabric"])?;
+        ensure!(flag == ON || !left.success(), "it left pins: {left:?}");
+        Ok(())
+    })
+}
+
+/// Packets that took the fast path, and those that did not for this reason.
+fn counts(node: &Node, reason: &str) -> Result<(u64, u64)> {
+    let status = node.status()?;
+    let of = |value: &serde_json::Value| value.as_u64().or_else(|| value.as_str()?.parse().ok()).unwrap_or_default();
+    let each = status["fast_path"]["counts"].as_array().cloned().unwrap_or_default();
+    let slow = each.iter().filter(|count| count["reason"] == reason).map(|count| of(&count["packets"])).sum();
+    Ok((of(&status["fast_path"]["fast_packets"]), slow))
+}
+
+/// Sends eight megabytes by TCP, and fails unless they arrive as they were.
+fn transfer(from: &Pod, to: &Pod) -> Result<()> {
+    let listener = to.network()?.run(|| Ok(TcpListener::bind((to.ip(Family::V4)?, 0))?))?;
+    let target = listener.local_addr()?;
+    let sent: Vec<u8> = (0..8 << 20).map(|_| fastrand::u8(..)).collect();
+    let expected = sent.clone();
+    let receiver = thread::spawn(move || -> Result<bool> {
+        let (mut stream, _) = listener.accept()?;
+        stream.set_read_timeout(Some(SOON))?;
+        let mut got = Vec::with_capacity(expected.len());
+        stream.read_to_end(&mut got)?;
+        Ok(got == expected)
+    });
+    let mut stream = from.network()?.run(|| Ok(TcpStream::connect_timeout(&target, SOON)?))?;
+    stream.set_write_timeout(Some(SOON))?;
+    stream.write_all(&sent)?;
+    drop(stream);
+    let same = receiver.join().map_err(|_| anyhow::anyhow!("the receiver panicked"))??;
+    ensure!(same, "other bytes arrived than were sent");
+    Ok(())
+}
+
+#[test]
+fn transfers_arrive_as_they_were_sent_and_take_the_fast_path() -> Result<()> {
+    let (_lab, a, b) = pods_of_two_nodes([ON, ON])?;
+    let c = a.node.add_pod("c")?;
+    wait_until("a second pod on the fast path", SOON, || {
+        ensure!(a.node.status()?["fast_path"]["pods"].as_u64() == Some(2), "not yet");
+        Ok(())
+    })?;
+    let before = counts(&a.node, "")?.0;
+    for (from, to) in [(&a, &b), (&b, &a), (&a, &c)] {
+        transfer(from, to)?;
+    }
+    // The programs' counters are read with each audit.
+    wait_until("thousands of packets on the fast path", SOON, || {
+        for node in [&a.node, &b.node] {
+            let fast = counts(node, "")?.0;
+            ensure!(fast > before + 200, "{fast} on {}", node.name);
+        }
+        Ok(())
+    })?;
+    a.run(&["ping", "-c1", "-W5", &b.ip(Family::V4)?.to_string()])?;
+    Ok(())
+}
+
+#[test]
+fn a_node_without_it_understands_one_with_it() -> Result<()> {
+    let (_lab, a, b) = pods_of_two_nodes([ON, OFF])?;
+    transfer(&a, &b)?;
+    transfer(&b, &a)
+}
+
+#[test]
+fn switching_it_amid_a_flow_and_killing_the_daemon_lose_nothing() -> Result<()> {
+    let (_lab, a, b) = pods_of_two_nodes([OFF, OFF])?;
+    let (connection, stream) = (Connection::start(&a, &b)?, Stream::start(&b, &a)?);
+    for flags in [[ON, OFF], [ON, ON], [OFF, ON], [OFF, OFF], [ON, ON]] {
+        for (pod, flag) in [(&a, flags[0]), (&b, flags[1])] {
+            restart(&pod.node, flag)?;
+            settled(&pod.node, flag)?;
+        }
+        stream.wait_for(200, SOON)?;
+        transfer(&a, &b)?;
+    }
+    a.node.kill_fabricd()?;
+    b.node.kill_fabricd()?;
+    stream.wait_for(1_000, SOON)?;
+    transfer(&b, &a)?;
+    for pod in [&a, &b] {
+        pod.node.start_fabricd_with(&[ON], &[])?;
+        settled(&pod.node, ON)?;
+    }
+    stream.wait_for(200, SOON)?;
+    let (report, connection) = (stream.stop()?, connection.stop()?);
+    ensure!(report.lost == 0 && connection.broken.is_none(), "{report:?}, {connection:?}");
+    Ok(())
+}
+
+/// What translates the service's address to the pod's on the client's node, by both programs that people use.
+fn translate(node: &Node, by: &str, to: SocketAddr) -> Result<()> {
+    let rules = match by {
+        "nft" => vec![
+            "nft add table ip service".to_owned(),
+            "nft add chain ip service prerouting { type nat hook prerouting priority dstnat ; }".to_owned(),
+            format!("nft add rule ip service prerouting ip daddr {SERVICE} tcp dport 80 dnat to {to}"),
+            format!("nft add rule ip service prerouting ip daddr {SERVICE} udp dport 53 dnat to {to}"),
+        ],
+        _ => ["tcp --dport 80", "udp --dport 53"]
+            .map(|what| format!("iptables -t nat -A PREROUTING -d {SERVICE} -p {what} -j DNAT --to-destination {to}"))
+            .to_vec(),
+    };
+    rules.iter().try_for_each(|rule| node.run(&rule.split(' ').collect::<Vec<_>>()).map(drop))
+}
+
+/// A service of the pod that answers with what it is sent, by TCP and UDP.
+fn serve(pod: &Pod) -> Result<SocketAddr> {
+    let ip = pod.ip(Family::V4)?;
+    let listener = pod.network()?.run(|| Ok(TcpListener::bind((ip, 0))?))?;
+    let address = listener.local_addr()?;
+    let socket = pod.network()?.run(|| Ok(UdpSocket::bind(address)?))?;
+    thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            thread::spawn(move || {
+                let (mut reader, mut writer) = (&stream, &stream);
+                std::io::copy(&mut reader, &mut writer)
+            });
+        }
+    });
+    thread::spawn(move || {
+        let mut packet = [0; 64];
+        while let Ok((length, from)) = socket.recv_from(&mut packet) {
+            if socket.send_to(&packet[..length], from).is_err() {
+                return;
+            }
+        }
+    });
+    Ok(address)
+}
+
+fn echoes(stream: &mut TcpStream, word: &str) -> Result<()> {
+    stream.write_all(word.as_bytes())?;
+    let mut answer = vec![0; word.len()];
+    stream.read_exact(&mut answer).with_context(|| format!("no echo of {word}"))?;
+    ensure!(answer == word.as_bytes(), "{answer:?} is no echo of {word}");
+    Ok(())
+}
+
+/// One socket talks to the pod and to the service in turns: the answers come from whom they were asked of.
+fn asks_both(socket: &UdpSocket, direct: SocketAddr) -> Result<()> {
+    for target in [direct, (SERVICE.parse::<IpAddr>()?, 53).into()] {
+        socket.send_to(b"who", target)?;
+        let mut packet = [0; 64];
+        let (_, from) = socket.recv_from(&mut packet).with_context(|| format!("no answer from {target}"))?;
+        ensure!(from == target, "asked {target}, {from} answered");
+    }
+    Ok(())
+}
+
+#[test]
+fn translated_connections_have_the_same_answers_on_and_off_and_switched() -> Result<()> {
+    for by in ["nft", "iptables"] {
+        let (_lab, a, b) = pods_of_two_nodes([OFF, ON])?;
+        let direct = serve(&b)?;
+        translate(&a.node, by, direct)?;
+        let service: SocketAddr = (SERVICE.parse::<IpAddr>()?, 80).into();
+        let open = |target: SocketAddr| -> Result<TcpStream> {
+            let stream = a.network()?.run(|| Ok(TcpStream::connect_timeout(&target, SOON)?))?;
+            stream.set_read_timeout(Some(SOON))?;
+            Ok(stream)
+        };
+        let ip = a.ip(Family::V4)?;
+        let socket = a.network()?.run(|| Ok(UdpSocket::bind((ip, 0))?))?;
+        socket.set_read_timeout(Some(Duration::from_secs(20)))?;
+        let mut streams = vec![open(service)?, open(direct)?];
+        let all_answer = |streams: &mut Vec<TcpStream>, when: &str| -> Result<()> {
+            streams.iter_mut().try_for_each(|stream| echoes(stream, when)).with_context(|| format!("{by}, {when}"))?;
+            (0..5).try_for_each(|_| asks_both(&socket, direct)).with_context(|| format!("{by}, {when}"))
+        };
+        all_answer(&mut streams, "off")?;
+        for (flag, when) in [(ON, "switched on"), (OFF, "switched off"), (ON, "on again")] {
+            restart(&a.node, flag)?;
+            settled(&a.node, flag)?;
+            all_answer(&mut streams, when)?;
+            streams.extend([open(service)?, open(direct)?]);
+            all_answer(&mut streams, when)?;
+        }
+        wait_until("packets that the NAT guard kept from the fast path", SOON, || {
+            ensure!(counts(&a.node, "nat")?.1 > 0, "none");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn attacks_fail_on_the_fast_path_too() -> Result<()> {
+    let field = Field::of_fabricd(Lab::builder(), &["--ip-masq", ON])?;
+    settled(&field.target.node, ON)?;
+    let through: Vec<String> = field.attacks()?.into_iter().filter(|(_, got)| *got).map(|(name, _)| name).collect();
+    assert_eq!(through, ["the peer itself over IPv4", "the peer itself over IPv6"]);
+    Ok(())
+}
+
+#[test]
+fn a_pod_that_goes_while_the_daemon_is_dead_is_taken_out_and_pods_can_be_added() -> Result<()> {
+    let (_lab, a, b) = pods_of_two_nodes([ON, ON])?;
+    let node = Arc::clone(&b.node);
+    let stream = Stream::start(&a, &b)?;
+    stream.wait_for(200, SOON)?;
+    stream.stop()?;
+    node.kill_fabricd()?;
+    let port = b.ip(Family::V4)?;
+    b.del()?;
+    let c = node.add_pod("c")?;
+    transfer(&a, &c)?;
+    transfer(&c, &a)?;
+    node.start_fabricd_with(&[ON], &[])?;
+    settled(&node, ON)?;
+    transfer(&a, &c)?;
+    ensure!(c.ip(Family::V4)? != port, "the address was given out again at once");
+    Ok(())
+}
+
+#[test]
+fn obstacles_are_told_with_the_way_out_and_cleanup_leaves_no_pin() -> Result<()> {
+    let (_lab, a, b) = pods_of_two_nodes([ON, ON])?;
+    let node = &a.node;
+    let fix = |words: &str| -> Result<String> {
+        let mut fix = String::new();
+        wait_until(words, SOON, || {
+            let warnings = node.status()?["warnings"].to_string();
+            let (_, rest) = warnings.split_once(words).with_context(|| format!("{words} is not in {warnings}"))?;
+            fix = rest.split(['"', ';', ',']).next().unwrap_or_default().to_owned();
+            Ok(())
+        })?;
+        ensure!(node.status()?["ready"].as_bool() == Some(true), "the node is not ready");
+        Ok(fix)
+    };
+    // What is there and is something else.
+    node.stop_fabricd()?;
+    node.run(&["sh", "-c", "cd /sys/fs/bpf/fabric/*/ && mv links/$(ls links | head -1) maps/config"])?;
+    node.start_fabricd_with(&[ON], &[])?;
+    node.wait_ready()?;
+    let way_out = fix("remove it with: ")?;
+    ensure!(way_out.starts_with("rm /sys/fs/bpf/fabric/"), "{way_out}");
+    transfer(&a, &b)?;
+    node.run(&way_out.split(' ').collect::<Vec<_>>())?;
+    settled(node, ON)?;
+    transfer(&a, &b)?;
+    // No bpffs.
+    node.stop_fabricd()?;
+    node.run(&["umount", "/sys/fs/bpf"])?;
+    node.start_fabricd_with(&[ON], &[])?;
+    node.wait_ready()?;
+    let way_out = fix("mount it with: ")?;
+    transfer(&a, &b)?;
+    node.run(&way_out.split(' ').collect::<Vec<_>>())?;
+    settled(node, ON)?;
+    transfer(&a, &b)?;
+
+    node.stop_fabricd()?;
+    node.run(&["fabricd", "--cleanup"])?;
+    let left = node.exec(&["ls", "-R", "/sys/fs/bpf/fabric"])?;
+    ensure!(!left.success(), "it left pins: {left:?}");
+    Ok(())
+}

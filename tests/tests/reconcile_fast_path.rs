@@ -1,0 +1,335 @@
+//! The reconcile loop and the fast path, on a kernel in memory: it is built once the kernel's path is there, whatever fails
+//! costs speed alone, and it falls silent.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fabric_core::diff::Op;
+use fabric_core::handoff::Readiness;
+use fabric_core::model::{PerFamily, Subnet};
+use fabric_core::plan::fast_path::Port;
+use fabric_core::plan::filter::{FilterOptions, Pod};
+use fabric_core::record::Instance;
+use fabric_core::state::fast_path::FastPath;
+use fabric_tests::fake_kernel::{FakeKernel, Tables};
+use fabric_tests::keepers::{no_hosts, pods_in};
+use fabric_tests::memory_store::MemoryCluster;
+use fabricd::files::Files;
+use fabricd::files::state_dir::State;
+use fabricd::host::attachments::AttachedPods;
+use fabricd::host::underlay::Selector;
+use fabricd::lease::{Keeper, LeaseOptions};
+use fabricd::reconcile::fast_path::Mode;
+use fabricd::reconcile::{Node, Reconciler};
+use fabricd::status::view::View;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+const CONFIG: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
+
+fn v<T: std::str::FromStr>(text: &str) -> T {
+    text.parse().unwrap_or_else(|_| panic!("{text} in a test is wrong"))
+}
+
+fn lease(n: u8, underlay: &str) -> (String, String) {
+    let value = format!(
+        r#"{{"PublicIP":"{underlay}","BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"02:42:c0:00:02:{n:02x}"}}}}"#
+    );
+    (format!("subnets/10.244.{n}.0-24"), value)
+}
+
+/// A host with two peers, whose own subnet is 10.244.1.0/24.
+struct Host {
+    cluster: MemoryCluster,
+    kernel: FakeKernel,
+    dir: tempfile::TempDir,
+    pods: watch::Sender<Arc<AttachedPods>>,
+    refused: Option<&'static str>,
+}
+
+struct Daemon {
+    view: watch::Receiver<Arc<View>>,
+    _tasks: JoinSet<()>,
+}
+
+impl Host {
+    fn new() -> Self {
+        let cluster = MemoryCluster::default();
+        cluster.put("config", CONFIG.as_bytes());
+        for n in [2, 3] {
+            let (key, value) = lease(n, &format!("192.0.2.{n}"));
+            cluster.put(&key, value.as_bytes());
+        }
+        let kernel = FakeKernel::new(Tables::host(&[(v("192.0.2.1"), v("192.0.2.0/24"))]));
+        Self {
+            cluster,
+            kernel,
+            dir: tempfile::tempdir().expect("a folder"),
+            pods: watch::channel(Arc::default()).0,
+            refused: None,
+        }
+    }
+
+    fn start(&self, fast_path: Mode) -> Daemon {
+        let store = Arc::new(self.cluster.node());
+        let name: fabric_core::model::NodeName = v("node-1");
+        let day = Duration::from_secs(86_400);
+        let options = LeaseOptions {
+            node: name.clone(),
+            instance: Instance { boot: "boot".into(), netns: 7 },
+            ttl: day,
+            grace: day,
+            pods: pods_in(&self.dir.path().join("networks")),
+            since: 0,
+            hosts: no_hosts(),
+        };
+        let keeper = Keeper::new(store.clone(), options, None);
+        let selectors = vec![Selector::Iface("eth0".into())];
+        let filter = FilterOptions::default();
+        let node = Node { name, selectors, public_ips: PerFamily::default(), filter, fast_path };
+        let files = Files::new(self.dir.path(), &self.dir.path().join("subnet.env"));
+        let mut reconciler = Reconciler::new(node, store, self.kernel.clone(), files, State::default());
+        reconciler.take_pods(self.pods.subscribe());
+        if let Some(why) = self.refused {
+            reconciler.refuse_fast_path(why);
+        }
+        let (view, wanted, holding) = (reconciler.view(), reconciler.wanted(), keeper.holding());
+        let mut tasks = JoinSet::new();
+        tasks.spawn(keeper.run(wanted));
+        tasks.spawn(reconciler.run(holding));
+        Daemon { view, _tasks: tasks }
+    }
+
+    /// The CNI plugin has attached a pod, with an address of this node's subnet.
+    fn add_pod(&self, port: &str, own: Subnet, host: u8) {
+        let mac = v(&format!("02:42:0a:f4:00:{host:02x}"));
+        self.kernel.edit(|tables| {
+            tables.add_link(v(port), "veth", 1450);
+            let ifindex = tables.links[&v(port)].index;
+            tables.ports.insert(v(port), Port { ifindex, mtu: 1450, bridge_mac: v("02:42:0a:f4:00:01") });
+        });
+        let IpAddr::V4(base) = own.base() else { panic!("IPv4") };
+        let ip = IpAddr::from((base.to_bits() + u32::from(host)).to_be_bytes());
+        self.pods.send_modify(|pods| {
+            Arc::make_mut(pods).ports.insert(v(port), Pod { mac, ips: [ip].into() });
+        });
+    }
+
+    fn remove_pod(&self, port: &str) {
+        self.pods.send_modify(|pods| drop(Arc::make_mut(pods).ports.remove(&v(port))));
+    }
+
+    fn fast_path(&self) -> FastPath {
+        self.kernel.tables().fast_path
+    }
+}
+
+impl Daemon {
+    async fn until(&mut self, what: &str, reached: impl FnMut(&Arc<View>) -> bool) -> Arc<View> {
+        if let Ok(view) = timeout(Duration::from_secs(600), self.view.wait_for(reached)).await {
+            return view.expect("the loop lives").clone();
+        }
+        panic!("not {what} after ten minutes: {:?}", self.view.borrow())
+    }
+
+    /// Ready, with that many peers and pods on the fast path.
+    async fn fast(&mut self, peers: usize, pods: usize) -> Arc<View> {
+        let all = |view: &Arc<View>| {
+            let fast = &view.fast_path;
+            view.readiness == Readiness::Ready && (fast.on, fast.peers, fast.pods) == (true, peers, pods)
+        };
+        self.until(&format!("fast with {peers} peers and {pods} pods"), all).await
+    }
+
+    async fn own(&mut self) -> Subnet {
+        let view = self.until("ready", |view| view.readiness == Readiness::Ready).await;
+        *view.holding.own.as_ref().expect("held").key.subnets().v4.as_ref().expect("IPv4")
+    }
+}
+
+async fn stays_silent(kernel: &FakeKernel) {
+    sleep(Duration::from_secs(5)).await;
+    drop(kernel.writes());
+    sleep(Duration::from_secs(30)).await;
+    let writes: Vec<String> = kernel.writes().iter().map(ToString::to_string).collect();
+    assert_eq!(writes, Vec::<String>::new());
+}
+
+fn is_fast_path(op: &Op) -> bool {
+    matches!(op, Op::FastPath(_))
+}
+
+#[tokio::test(start_paused = true)]
+async fn pods_and_peers_become_fast_once_the_kernels_path_is_there_and_go_again() {
+    let host = Host::new();
+    let mut daemon = host.start(Mode::On);
+    let own = daemon.own().await;
+    host.add_pod("veth1", own, 5);
+    host.add_pod("veth2", own, 6);
+    let view = daemon.fast(2, 2).await;
+    assert_eq!(view.fast_path.reason, "");
+    let there = host.fast_path();
+    assert!(there.pods.values().all(|pod| pod.fast) && there.node.is_some_and(|node| node.subnet == own));
+    let steps = host.kernel.writes();
+    let first_fast = steps.iter().position(|write| is_fast_path(&write.op)).expect("there are some");
+    let routes = steps.iter().position(|write| write.op.to_string().contains("ip route")).expect("there are some");
+    assert!(routes < first_fast, "the kernel's path comes first");
+    stays_silent(&host.kernel).await;
+
+    host.remove_pod("veth1");
+    daemon.fast(2, 1).await;
+    let gone: Vec<String> = host.kernel.writes().iter().map(|write| write.op.to_string()).collect();
+    assert!(gone[0].starts_with("- fast path: link") && gone.iter().all(|step| step.starts_with('-')), "{gone:?}");
+    host.cluster.delete(&lease(3, "").0);
+    daemon.fast(1, 1).await;
+    assert_eq!(host.fast_path().peers.len(), 1);
+    stays_silent(&host.kernel).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn switched_off_takes_away_what_the_daemon_before_has_left() {
+    let host = Host::new();
+    let mut daemon = host.start(Mode::On);
+    let own = daemon.own().await;
+    host.add_pod("veth1", own, 5);
+    daemon.fast(2, 1).await;
+    let routes = host.kernel.tables().routes;
+    drop(daemon);
+    drop(host.kernel.writes());
+
+    let mut daemon = host.start(Mode::Off);
+    let view = daemon.until("off", |view| view.fast_path.reason.contains("--fast-path=off")).await;
+    assert!(!view.fast_path.on && view.readiness == Readiness::Ready);
+    assert_eq!((host.fast_path(), host.kernel.tables().routes), (FastPath::new(), routes));
+    stays_silent(&host.kernel).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_programs_do_not_judge_keeps_all_packets_from_it_and_is_told() {
+    let mut host = Host::new();
+    let mut daemon = host.start(Mode::On);
+    let own = daemon.own().await;
+    host.add_pod("veth1", own, 5);
+    daemon.fast(2, 1).await;
+    drop(daemon);
+
+    host.refused = Some("NetworkPolicies are put in force here");
+    let mut daemon = host.start(Mode::On);
+    let view = daemon.until("refused", |view| view.fast_path.reason.contains("NetworkPolicies")).await;
+    assert!(!view.fast_path.on && view.readiness == Readiness::Ready);
+    assert!(view.warnings.iter().any(|warning| warning.contains("NetworkPolicies")), "{:?}", view.warnings);
+    assert_eq!(host.fast_path(), FastPath::new());
+    stays_silent(&host.kernel).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn restart_with_nothing_changed_writes_nothing() {
+    let host = Host::new();
+    let mut daemon = host.start(Mode::On);
+    let own = daemon.own().await;
+    host.add_pod("veth1", own, 5);
+    daemon.fast(2, 1).await;
+    stays_silent(&host.kernel).await;
+    drop(daemon);
+    host.start(Mode::On).fast(2, 1).await;
+    let written: Vec<String> = host.kernel.writes().iter().map(ToString::to_string).collect();
+    assert_eq!(written, Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_step_may_fail_with_every_errno_and_costs_nothing_but_speed() {
+    let errnos = [libc::EPERM, libc::EINVAL, libc::ENODEV, libc::EEXIST];
+    let reference = Host::new();
+    let mut daemon = reference.start(Mode::On);
+    let own = daemon.own().await;
+    reference.add_pod("veth1", own, 5);
+    daemon.fast(2, 1).await;
+    let done = reference.fast_path();
+    let steps: BTreeMap<String, Op> = (reference.kernel.writes().into_iter())
+        .filter(|write| is_fast_path(&write.op))
+        .map(|write| (format!("{:?}", write.op.key()), write.op))
+        .collect();
+    assert!(steps.len() > 8, "{steps:?}");
+    for (victim, errno) in steps.values().flat_map(|step| errnos.map(|errno| (step.key(), errno))) {
+        let host = Host::new();
+        host.kernel.fail(errno, move |op| op.key() == victim);
+        let mut daemon = host.start(Mode::On);
+        let own = daemon.own().await;
+        host.add_pod("veth1", own, 5);
+        let view = daemon.until("failing", |view| !view.fast_path.reason.is_empty()).await;
+        assert_eq!((view.readiness.clone(), view.troubles.len()), (Readiness::Ready, 0), "{victim:?} with {errno}");
+        assert!(!view.fast_path.on && !view.fast_path.reason.contains("os error"), "{:?}", view.fast_path);
+        for write in host.kernel.writes() {
+            assert!(!write.op.needs().contains(&victim), "{} was tried although {victim:?} had failed", write.op);
+        }
+        assert_eq!(host.kernel.tables().routes.len(), 2, "the kernel's path is whole");
+        host.kernel.heal();
+        daemon.fast(2, 1).await;
+        assert_eq!(host.fast_path(), done, "after {victim:?} with {errno}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_somebody_takes_away_comes_back() {
+    type Damage = fn(&mut FastPath);
+    let damages: [(&str, Damage); 6] = [
+        ("links", |there| there.links.clear()),
+        ("peers", |there| there.peers.clear()),
+        ("index", |there| there.index.clear()),
+        ("pods", |there| there.pods.clear()),
+        ("programs", |there| there.programs.clear()),
+        ("all", |there| *there = FastPath::new()),
+    ];
+    let host = Host::new();
+    let mut daemon = host.start(Mode::On);
+    let own = daemon.own().await;
+    host.add_pod("veth1", own, 5);
+    daemon.fast(2, 1).await;
+    let done = host.fast_path();
+    for (what, damage) in damages {
+        host.kernel.edit(|tables| damage(&mut tables.fast_path));
+        sleep(Duration::from_secs(11)).await;
+        assert_eq!(host.fast_path(), done, "{what}");
+    }
+    stays_silent(&host.kernel).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn node_without_bpffs_is_ready_and_says_how_to_have_it() {
+    let host = Host::new();
+    host.kernel.edit(|tables| tables.fast_path_trouble = Some("there is no bpffs at /sys/fs/bpf; mount it".into()));
+    let mut daemon = host.start(Mode::On);
+    let view = daemon.until("ready", |view| view.readiness == Readiness::Ready).await;
+    assert!(!view.fast_path.on && view.fast_path.reason.contains("no bpffs"), "{:?}", view.fast_path);
+    stays_silent(&host.kernel).await;
+    let own = daemon.own().await;
+    host.add_pod("veth1", own, 5);
+    host.kernel.edit(|tables| tables.fast_path_trouble = None);
+    daemon.fast(2, 1).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn peer_in_another_place_is_led_there_with_the_kernels_path() {
+    let host = Host::new();
+    let mut daemon = host.start(Mode::On);
+    let own = daemon.own().await;
+    host.add_pod("veth1", own, 5);
+    daemon.fast(2, 1).await;
+    let (key, value) = lease(3, "192.0.2.33");
+    host.cluster.put(&key, value.as_bytes());
+    sleep(Duration::from_secs(1)).await;
+    let there = host.fast_path();
+    let peer = there.peers[&there.index[&v("10.244.3.0/24")]];
+    assert_eq!((peer.underlay, there.peers.len()), (v("192.0.2.33"), 2));
+    // One that no interface leads to is the kernel's alone.
+    let (key, value) = lease(3, "198.51.100.3");
+    host.cluster.put(&key, value.as_bytes());
+    let view = daemon.fast(1, 1).await;
+    assert!(view.fast_path.reason.contains("1 peers take the kernel's path"), "{:?}", view.fast_path);
+    // Its former address may send for a while.
+    sleep(Duration::from_secs(60)).await;
+    stays_silent(&host.kernel).await;
+}
