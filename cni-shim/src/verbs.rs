@@ -68,6 +68,7 @@ impl Answering<'_> {
         self.refuse_two_of_one(pod, &config, &node)?;
         let kubernetes = SavedPod::of_args(&self.call.args);
         let saved = Saved { id: pod.id.clone(), netns: pod.netns.clone(), pod: kubernetes, config, attached: None };
+        self.forget_earlier_boot(pod)?;
         let held = self.attachments.create(&saved)?;
 
         let told = told(&conf.name, pod, &saved.config);
@@ -137,6 +138,17 @@ impl Answering<'_> {
     ) -> Result<(), CniError> {
         pod.id.refuse_ambiguous(&self.call.conf.name)?;
         self.ipam(config).map_or(Ok(()), |ipam| ipam.refuse_another_than(node.cni_data_dir.as_deref()))
+    }
+
+    /// Undoes what is saved of a pod of the same ID that ended with an earlier boot, of which the runtime never said DEL: `ctr`
+    /// and others are given IDs by people, who use them again.
+    fn forget_earlier_boot(&self, pod: &Attachment) -> Result<(), CniError> {
+        let Some(saved) = self.attachments.read(&pod.id) else { return Ok(()) };
+        let is_earlier = saved.attached.as_ref().is_some_and(|one| one.outlived_namespace(boot_id().as_deref()));
+        if is_earlier && Veths::look(&saved.config, &self.call.conf.state_dir)?.show_the_end_of(Some(&saved)) {
+            self.detach(&self.attachments, &Attachment { id: pod.id.clone(), netns: None }, PATIENCE)?;
+        }
+        Ok(())
     }
 
     fn del(&self, pod: &Attachment) -> Result<(), CniError> {

@@ -36,7 +36,7 @@ fn first_pod_after_a_reboot_finds_all_addresses_free_whatever_state_files_surviv
 }
 
 #[test]
-fn address_is_free_after_a_reboot_though_another_namespace_has_the_path_of_its_pods() {
+fn address_and_id_are_free_after_a_reboot_though_another_namespace_has_the_path_of_its_pods() {
     on_a_host_with_each_delegate(|host| {
         ready_with(host, "10.244.3.0/29");
         let pods = ["pod-1", "pod-2", "pod-3", "pod-4", "pod-5"];
@@ -49,8 +49,10 @@ fn address_is_free_after_a_reboot_though_another_namespace_has_the_path_of_its_p
             fs::write(&file, saved.replace(now.trim(), before.trim())).expect("written");
         }
         host.reboot(&pods);
-        pods.iter().for_each(|pod| drop(run(&format!("ip netns add {pod}"))));
+        pods.iter().skip(1).for_each(|pod| drop(run(&format!("ip netns add {pod}"))));
         host.add("pod-6");
+        // As `ctr` does with an ID that a person gave.
+        host.add("pod-1");
     });
 }
 
