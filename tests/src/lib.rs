@@ -10,6 +10,7 @@ pub mod fake_api;
 pub mod fake_filter;
 pub mod fake_kernel;
 pub mod faults;
+pub mod hosts;
 pub mod keepers;
 pub mod kubernetes;
 pub mod lab;

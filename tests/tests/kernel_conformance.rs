@@ -149,3 +149,13 @@ on_both_kernels! { fast_path in RealWorld::with_fast_path() =>
     steps_without_their_base_are_refused_alone
     way_to_a_peer_is_seen_once_its_fdb_entry_is
 }
+
+on_both_kernels! { maps in RealWorld::default() =>
+    maps_ranges_and_verdicts_are_made_seen_and_go_again
+    frontends_change_between_the_pool_that_comes_and_the_one_that_goes
+    chain_that_changes_leaves_all_others
+    map_that_is_declared_in_another_way_is_replaced_with_its_rules
+    section_that_is_not_known_is_left_alone
+    what_leads_nowhere_is_refused
+    thousands_of_frontends_come_change_and_go
+}

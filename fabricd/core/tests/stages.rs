@@ -10,7 +10,9 @@ use fabric_core::network::NetworkConfig;
 use fabric_core::plan::filter::docker_user::rules;
 use fabric_core::plan::filter::{FilterInputs, FilterOptions, Member, ruleset};
 use fabric_core::state::docker_user::{DockerUser, DockerUserRules};
-use fabric_core::state::nft::{FoundRuleset, Ruleset, TableKey};
+use fabric_core::state::nft::{
+    Chain, Datatype, Element, FoundRuleset, Name, Order, Part, Ruleset, SetKind, Table, TableKey, Verdict,
+};
 use fabric_core::state::{Found, Routing, State, VxlanLink};
 
 fn v<T: std::str::FromStr>(text: &str) -> T {
@@ -208,4 +210,53 @@ fn while_leases_are_only_remembered_nothing_goes_that_they_decide_on() {
         "- nft delete table inet fabric\n- nft delete table bridge fabric\n",
         "no lease decides"
     );
+}
+
+/// A Service whose frontend leads to a pool of this number.
+fn service(pool: u32) -> Ruleset {
+    let mut table = Table::default();
+    let numbers = SetKind::of(&[Datatype::Number]).to(&[Datatype::Number]);
+    let element = |from, to| Element::from([Part::Number(from)]).to([Part::Number(to)]);
+    table.set("pool", numbers, Order::AroundChains, [element(pool, 80)]);
+    table.set("svc", numbers, Order::AfterChains, [element(443, pool)]);
+    table.set(
+        "pick",
+        SetKind::of(&[Datatype::Number]).to_verdicts(),
+        Order::AfterChains,
+        [Element::from([Part::Number(pool)]).to_verdict(Verdict::Jump(Name::numbered("pick", &[pool])))],
+    );
+    table.chains.insert(Name::numbered("pick", &[pool]), Chain::default());
+    [(TableKey::Services, table)].into()
+}
+
+#[test]
+fn nothing_leads_to_what_could_not_be_written_and_nothing_goes_that_is_still_led_to() {
+    let plan = diff(&service(2), &made(&service(1)));
+    let of = "inet fabric-services";
+    let steps = [
+        format!("+ nft add element {of} pool {{ 2 : 80 }}\n"),
+        format!("~ nft replace chains of table {of}: pick-2\n"),
+        format!("+ nft add element {of} pick {{ 2 : jump pick-2 }}\n"),
+        format!("- nft delete element {of} svc {{ 443 : 1 }}\n+ nft add element {of} svc {{ 443 : 2 }}\n"),
+        format!("- nft delete element {of} pick {{ 1 : jump pick-1 }}\n"),
+        format!("- nft delete element {of} pool {{ 1 : 80 }}\n"),
+        format!("- nft delete of table {of}: chain pick-1\n"),
+    ];
+    assert_eq!(plan.to_string(), steps.concat());
+    let waits = |begins: &str| {
+        let away = turned_away(&plan, |op| op.to_string().starts_with(begins));
+        let lines = away.iter().map(|(step, _)| format!("{step}\n"));
+        lines.map(|line| steps.iter().position(|step| *step == line).expect("a step")).collect::<Vec<_>>()
+    };
+    assert_eq!(waits("+ nft add element inet fabric-services pool"), [1, 2, 3, 4, 5, 6]);
+    assert_eq!(waits("~ nft replace chains"), [2, 3, 4, 5, 6]);
+    assert_eq!(waits("+ nft add element inet fabric-services pick"), [3, 4, 5, 6]);
+    assert_eq!(waits("- nft delete element inet fabric-services svc"), [4, 5, 6]);
+    assert_eq!(waits("- nft delete element inet fabric-services pick"), [6]);
+}
+
+#[test]
+fn leases_that_are_only_remembered_withhold_nothing_of_services() {
+    let plan = diff(&service(2), &made(&service(1)));
+    assert_eq!(plan.clone().without_deletes(), plan);
 }

@@ -1,18 +1,17 @@
 //! What the kernel's refusals mean: every errno of every write gets words here, with a way out. A number alone would leave
 //! the operator to guess.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io;
 
 use fabric_core::diff::{Change, Op, fast_path, nft, routing};
+use fabric_core::state::nft::{ChainKind, Field, Step, TableFamily};
 
 use super::KernelError;
 
 /// Missing rights, wherever it is told.
 pub(super) const CAPABILITY: &str = "does fabricd have CAP_NET_ADMIN? See: grep CapEff /proc/$(pidof fabricd)/status";
-/// What a new rule takes from the kernel, where nf_tables is a module.
-const MODULES: &str =
-    "does the kernel have nf_tables? Load it with: modprobe -a nf_tables nft_chain_nat nft_ct nft_masq nft_meta_bridge";
 
 impl KernelError {
     /// A step that was refused. `words` are the kernel's own, or what else is known.
@@ -62,7 +61,8 @@ impl KernelError {
         let advice = match source.raw_os_error() {
             Some(libc::EPERM | libc::EACCES) if owner.is_some() => None,
             Some(libc::ENOENT | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT | libc::EAFNOSUPPORT) => {
-                Some(MODULES.to_owned())
+                let modules = modules(op).into_iter().collect::<Vec<_>>().join(" ");
+                Some(format!("does the kernel have all that it takes? Load it with: modprobe -a {modules}"))
             }
             Some(libc::EEXIST | libc::EBUSY) => {
                 Some("another program changes the rules at this moment; it is tried again".to_owned())
@@ -76,6 +76,38 @@ impl KernelError {
             source,
         }
     }
+}
+
+/// What a step takes from the kernel, where that is modules: for each expression of its rules the one that has it.
+fn modules(op: &nft::Op) -> BTreeSet<&'static str> {
+    let mut modules = BTreeSet::from(["nf_tables"]);
+    let nft::Op::Chains(table, change) = op else { return modules };
+    modules.extend((table.family() == TableFamily::Bridge).then_some("nft_meta_bridge"));
+    for chain in change.chains.values() {
+        modules.extend(chain.hook().filter(|hook| hook.kind == ChainKind::Nat).map(|_| "nft_chain_nat"));
+        for step in chain.rules().iter().flat_map(|rule| &rule.steps) {
+            modules.extend(match step {
+                Step::Masquerade => Some("nft_masq"),
+                Step::Dnat { .. } => Some("nft_nat"),
+                Step::Reject(_) => Some("nft_reject_inet"),
+                Step::Log { .. } => Some("nft_log"),
+                Step::Limit { .. } => Some("nft_limit"),
+                Step::Notrack | Step::SetCtMark { .. } | Step::SetCtLabel(_) => Some("nft_ct"),
+                _ => None,
+            });
+            modules.extend(step.fields().filter_map(|field| match field {
+                Field::Random(_) | Field::Increment(_) => Some("nft_numgen"),
+                Field::SourceHash { .. } => Some("nft_hash"),
+                Field::SourceType | Field::TargetType => Some("nft_fib_inet"),
+                Field::CtState | Field::CtDirection | Field::CtStatus | Field::CtMark | Field::CtLabels => {
+                    Some("nft_ct")
+                }
+                Field::Ct(..) => Some("nft_ct"),
+                _ => None,
+            }));
+        }
+    }
+    modules
 }
 
 fn without_sign(op: &impl std::fmt::Display) -> String {
@@ -168,7 +200,9 @@ mod tests {
     use fabric_core::diff::nft::{ChainsChange, ElementChange};
     use fabric_core::diff::{Stage, diff};
     use fabric_core::model::{IfName, Subnet};
-    use fabric_core::state::nft::{Datatype, Element, Part, SetKind, TableKey};
+    use fabric_core::state::nft::{
+        Chain, Datatype, Element, Hook, LOCAL, Match, Part, Place, Reject, Rule, SetKind, TableKey, Test,
+    };
     use fabric_core::state::{Nexthop, NexthopId, Routing, Sysctl, Via, VxlanLink};
 
     use super::*;
@@ -249,6 +283,29 @@ mod tests {
         assert!(owned.ends_with("(EPERM): the table inet fabric is owned by another program"), "{owned}");
         assert!(refused(libc::EPERM, None).contains(CAPABILITY));
         assert!(refused(libc::EOPNOTSUPP, None).contains("modprobe -a nf_tables"));
+    }
+
+    #[test]
+    fn expressions_that_the_kernel_lacks_are_named_by_their_modules() {
+        let refused = |table: TableKey, chain: Chain| {
+            let change = ChainsChange { chains: [("forward".into(), chain)].into(), ..ChainsChange::default() };
+            let source = io::Error::from_raw_os_error(libc::ENOENT);
+            let told = KernelError::of_filter(&nft::Op::Chains(table, change), source, None, None).to_string();
+            told.rsplit_once("modprobe -a ").expect("the way out").1.to_owned()
+        };
+        let hook = |kind| Some(Hook { kind, place: Place::Forward, priority: 0 });
+        let random = Match { fields: vec![Field::Number(1), Field::Random(2)], test: Test::In("pool".into()) };
+        let chosen = Rule::new([random], Step::Reject(Reject::PortUnreachable), "chosen");
+        assert_eq!(
+            refused(TableKey::Services, Chain::new(hook(ChainKind::Nat), [chosen])),
+            "nf_tables nft_chain_nat nft_numgen nft_reject_inet"
+        );
+        let local = Match::is(Field::TargetType, LOCAL);
+        let log = Step::Log { group: 1, prefix: "drop".into() };
+        assert_eq!(
+            refused(TableKey::Bridge, Chain::new(hook(ChainKind::Filter), [Rule::new([local], log, "shown")])),
+            "nf_tables nft_fib_inet nft_log nft_meta_bridge"
+        );
     }
 
     #[test]

@@ -3,5 +3,6 @@
 pub mod fast_path;
 pub mod filter;
 pub mod kernel;
+pub mod maps;
 pub mod real_world;
 pub mod store;

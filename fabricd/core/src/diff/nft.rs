@@ -377,7 +377,10 @@ impl Steps<'_> {
                 let data = sets(|set| set.order == Order::AroundChains || set.kind.data == Data::Verdict);
                 data.chain([Key::Set(key, name), Key::Chains(key)]).collect()
             }
-            Stage::ElementsGo => sets(|set| set.order == Order::AfterChains).chain([Key::Chains(key)]).collect(),
+            Stage::ElementsGo => {
+                let entries = sets(|set| set.order == Order::AfterChains && set.kind.data != Data::Verdict);
+                entries.chain([Key::Chains(key)]).collect()
+            }
             _ => vec![],
         };
         let then = then.unwrap_or_else(|| set.elements.clone());

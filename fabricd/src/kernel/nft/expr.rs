@@ -1,14 +1,19 @@
 //! From a rule to the kernel's expressions: loads into registers, comparisons, look-ups, and what is done.
 //!
 //! Fields that are read together lie side by side in the registers, each begun at a multiple of four bytes, as they do in a
-//! set's key. There are 16 registers of four bytes. What a map gives stays in them until the rule ends; behind it is room
-//! for the next step's fields, and that of a step before is free again:
+//! set's key. There are 16 registers of four bytes. What maps give stays in the first ones until the rule ends; the key of a
+//! step is loaded behind, all keys to the same place:
 //!
 //! ```text
-//! ip daddr . meta l4proto . th dport map @svc4 : $0 . $1 . $2     registers  0 1 2 (key), then 0 1 2 ($0 $1 $2)
-//! $1 . numgen random mod 3 map @pool4 : $3 . $4                              3 4 (key), then 3 4 ($3 $4)
+//! ip daddr . meta l4proto . th dport map @svc4 : $0 . $1 . $2     registers  12 13 14, then 0 1 2 are $0 $1 $2
+//! $1 . numgen random mod 3 map @pool4 : $3 . $4                              12 13, then 3 4 are $3 $4
 //! dnat ip to $3 : $4                                                         where they are
 //! ```
+//!
+//! `nft` has no words for values of maps with several fields. To show a rule it goes after which expression has written
+//! which register, takes what it remembers of a register for what a map gave, and ends by an assertion where the widths
+//! don't fit (seen with 1.0.6: `nft list ruleset` fails, whoever's rules it is to show). A register of which it knows nothing
+//! it reports, and goes on. So in a rule with values it is kept from recognising any key: see [`List::load_unseen`].
 //!
 //! An expression whose load finds nothing (a packet that is too short, a fragment without a UDP header, a packet without a
 //! connection) ends the rule: it doesn't apply.
@@ -19,9 +24,10 @@ use fabric_core::state::nft::{CtField, Datatype, Field, Match, Reject, Rule, Ste
 use super::attributes::{Attributes, Nfnetlink as _};
 use super::uapi::{DATA_VALUE, DATA_VERDICT, LIST_ELEMENT};
 
-/// `NFT_REG_VERDICT`, `NFT_REG32_00`.
+/// `NFT_REG_VERDICT`, `NFT_REG32_00`, and what is behind `NFT_REG32_15`.
 const VERDICT: u32 = 0;
 const FIRST: u32 = 8;
+const END: u32 = FIRST + 16;
 
 /// `NFT_CMP_EQ`, `NFT_CMP_NEQ`.
 const EQUAL: u32 = 0;
@@ -36,7 +42,8 @@ const PRESENT: u32 = 1;
 
 /// Adds the expressions of a rule.
 pub(super) fn expressions(to: Attributes, rule: &Rule) -> Attributes {
-    let mut list = List { to, values: vec![], free: FIRST };
+    let mut list = List { to, values: vec![], found: 0, key: FIRST };
+    list.place_values(rule);
     rule.steps.iter().for_each(|step| list.step(step));
     list.to
 }
@@ -161,10 +168,12 @@ fn number_of_bytes(bytes: usize) -> u32 {
 /// A list of expressions being written.
 struct List {
     to: Attributes,
-    /// What look-ups have found: each with its first register.
+    /// What the look-ups of the rule find: each with its first register.
     values: Vec<(u32, Datatype)>,
-    /// The first register behind them.
-    free: u32,
+    /// How many of them were looked up so far.
+    found: usize,
+    /// Where keys are loaded.
+    key: u32,
 }
 
 /// Fields side by side.
@@ -181,27 +190,50 @@ impl List {
         self.to = before.nested(LIST_ELEMENT, |expression| expression.text(1, name).nested(2, data));
     }
 
+    /// Gives each value its registers, and all keys theirs.
+    fn place_values(&mut self, rule: &Rule) {
+        let mut next = FIRST;
+        for step in &rule.steps {
+            let Step::Lookup { data, .. } = step else { continue };
+            for field in data.as_slice() {
+                self.values.push((next, *field));
+                next += registers(field.padded());
+            }
+        }
+        let keys = rule.steps.iter().map(|step| match step {
+            Step::Match(Match { fields: key, .. })
+            | Step::Lookup { key, .. }
+            | Step::VerdictMap { key, .. }
+            | Step::Update { key, .. } => self.size(key),
+            _ => 0,
+        });
+        // One field alone is loaded last, so that where keys begin nothing is that `nft` knows.
+        let longest = keys.max().unwrap_or(0).max(2);
+        self.key = if self.values.is_empty() { FIRST } else { END - longest - 1 };
+    }
+
     fn step(&mut self, step: &Step) {
         match step {
             Step::Match(condition) => self.condition(condition),
             Step::Lookup { key, map, data } => {
-                let from = self.load_all(key, self.free).register;
-                let to = self.free;
+                // One field too is not to be known.
+                let from = self.in_place(key).unwrap_or_else(|| {
+                    self.load_unseen(key);
+                    self.key
+                });
+                let to = self.values.get(self.found).map_or(FIRST, |(register, _)| *register);
                 // NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG, NFTA_LOOKUP_DREG
                 self.add("lookup", |data| data.text(1, map.as_str()).number(2, from).number(3, to));
-                for field in data.as_slice() {
-                    self.values.push((self.free, *field));
-                    self.free += registers(field.padded());
-                }
+                self.found += data.as_slice().len();
             }
             Step::VerdictMap { key, map } => {
-                let from = self.load_all(key, self.free).register;
+                let from = self.load_all(key).register;
                 self.add("lookup", |data| data.text(1, map.as_str()).number(2, from).number(3, VERDICT));
             }
             Step::Update { how, set, key, data, timeout } => {
-                let from = self.load_all(key, self.free);
-                let behind = from.register.max(self.free) + self.size(key);
-                let value = (!data.is_empty()).then(|| self.load_all(data, behind).register);
+                let key = self.load_all(key).register;
+                // In a map what a packet adds is what was found, and that stays where it is.
+                let data = (!data.is_empty()).then(|| self.load_all(data).register);
                 let how = match how {
                     Update::Add => 0,
                     Update::Refresh => 1,
@@ -209,8 +241,8 @@ impl List {
                 };
                 // NFTA_DYNSET_SET_NAME, _OP, _SREG_KEY, _SREG_DATA, _TIMEOUT (in milliseconds)
                 self.add("dynset", |to| {
-                    let to = to.text(1, set.as_str()).number(3, how).number(4, from.register);
-                    let to = to.maybe(value, |to, register| to.number(5, register));
+                    let to = to.text(1, set.as_str()).number(3, how).number(4, key);
+                    let to = to.maybe(data, |to, register| to.number(5, register));
                     to.maybe(*timeout, |to, seconds| to.bytes(6, &(u64::from(seconds) * 1000).to_be_bytes()))
                 });
             }
@@ -225,7 +257,7 @@ impl List {
                 self.add("log", |data| data.bytes(1, &group.to_be_bytes()).text(2, prefix));
             }
             Step::SetCtMark { mask, value } => {
-                let register = self.load_all(&[Field::CtMark], self.free).register;
+                let register = self.load_all(&[Field::CtMark]).register;
                 self.bitwise(register, register, &(!mask).to_ne_bytes(), &(value & mask).to_ne_bytes());
                 self.set_ct(CT_MARK, register);
             }
@@ -233,15 +265,14 @@ impl List {
                 let mut labels = [0; LABELS];
                 let word = usize::from(label / 32 % 4) * 4;
                 labels[word..word + 4].copy_from_slice(&(1_u32 << (label % 32)).to_ne_bytes());
-                let register = self.free;
+                let register = self.alone(LABELS);
                 self.immediate(register, &labels);
                 self.set_ct(CT_LABELS, register);
             }
             Step::Notrack => self.add("notrack", |data| data),
             Step::Dnat { family, address, port } => {
-                let from = self.load_all(&[*address], self.free).register;
-                let behind = from.max(self.free) + self.size(&[*address]);
-                let port = port.map(|port| self.load_all(&[port], behind).register);
+                let from = self.load_all(&[*address]).register;
+                let port = port.map(|port| self.load_all(&[port]).register);
                 let family = if *family == Family::V4 { libc::NFPROTO_IPV4 } else { libc::NFPROTO_IPV6 };
                 // NFTA_NAT_TYPE (NFT_NAT_DNAT), _FAMILY, _REG_ADDR_MIN, _REG_PROTO_MIN
                 self.add("nat", |data| {
@@ -266,7 +297,7 @@ impl List {
 
     fn condition(&mut self, condition: &Match) {
         let first = condition.fields.first().copied();
-        let Loaded { register, length } = self.load_all(&condition.fields, self.free);
+        let Loaded { register, length } = self.load_all(&condition.fields);
         let spelled = |number: u32| match self.is_of_this_machine(first) {
             true => number.to_ne_bytes().to_vec(),
             false => number.to_be_bytes()[4 - length.min(4)..].to_vec(),
@@ -315,18 +346,58 @@ impl List {
         fields.iter().map(|field| registers(self.length(*field))).sum()
     }
 
-    /// Loads fields side by side, from `start` on. Values that lie so already stay where they are.
-    fn load_all(&mut self, fields: &[Field], start: u32) -> Loaded {
+    /// Where one field alone is loaded, of so many bytes.
+    fn alone(&self, bytes: usize) -> u32 {
+        if self.values.is_empty() { self.key } else { END - registers(bytes) }
+    }
+
+    /// Loads fields side by side. Values that lie so already stay where they are.
+    fn load_all(&mut self, fields: &[Field]) -> Loaded {
         let length = fields.last().map_or(0, |field| self.length(*field));
-        if let Some(register) = self.in_place(fields) {
-            return Loaded { register, length };
-        }
+        let register = match (self.in_place(fields), fields) {
+            (Some(register), _) => register,
+            (None, [field]) => {
+                let register = self.alone(length);
+                self.load(*field, register);
+                register
+            }
+            (None, _) => {
+                if self.values.is_empty() {
+                    self.load_from(fields, self.key);
+                } else {
+                    self.load_unseen(fields);
+                }
+                self.key
+            }
+        };
+        Loaded { register, length }
+    }
+
+    fn load_from(&mut self, fields: &[Field], start: u32) {
         let mut register = start;
         for field in fields {
             self.load(*field, register);
             register += registers(self.length(*field));
         }
-        Loaded { register: start, length }
+    }
+
+    /// Loads fields side by side, so that `nft` doesn't know what is in the first of them and so leaves what is done with
+    /// them alone. It only remembers the register where a load begins: an address is loaded with the four bytes before it,
+    /// anything else copied behind four bytes of no meaning. Of a copied value it knows nothing.
+    fn load_unseen(&mut self, fields: &[Field]) {
+        let Some((first, rest)) = fields.split_first() else { return };
+        match load(*first) {
+            (Load::Value(_), _) => self.load(*first, self.key),
+            (Load::Payload(base, offset), length) if offset >= 4 => {
+                self.payload(self.key - 1, base, offset - 4, number_of_bytes(length + 4));
+            }
+            _ => {
+                self.immediate(END - 2, &[0; 4]);
+                self.load(*first, END - 1);
+                self.bitwise(END - 2, self.key - 1, &[0xff; 8], &[0; 8]);
+            }
+        }
+        self.load_from(rest, self.key + registers(self.length(*first)));
     }
 
     /// The register where these fields are side by side, if all are values and are.
@@ -351,10 +422,7 @@ impl List {
         match from {
             // NFTA_META_DREG, NFTA_META_KEY
             Load::Meta(key) => self.add("meta", |data| data.number(1, register).number(2, key)),
-            // NFTA_PAYLOAD_DREG, _BASE, _OFFSET, _LEN
-            Load::Payload(base, offset) => {
-                self.add("payload", |data| data.number(1, register).number(2, base).number(3, offset).number(4, bytes));
-            }
+            Load::Payload(base, offset) => self.payload(register, base, offset, bytes),
             // NFTA_EXTHDR_DREG, _TYPE, _OFFSET, _LEN, _FLAGS
             Load::FragmentHeader => {
                 let to = |data: Attributes| data.number(1, register).bytes(2, &[FRAGMENT]);
@@ -396,6 +464,11 @@ impl List {
         }
     }
 
+    fn payload(&mut self, register: u32, base: u32, offset: u32, bytes: u32) {
+        // NFTA_PAYLOAD_DREG, _BASE, _OFFSET, _LEN
+        self.add("payload", |data| data.number(1, register).number(2, base).number(3, offset).number(4, bytes));
+    }
+
     fn immediate(&mut self, register: u32, bytes: &[u8]) {
         self.add("immediate", |data| data.number(1, register).nested(2, |data| data.bytes(DATA_VALUE, bytes)));
     }
@@ -417,13 +490,13 @@ impl List {
 
     /// Compares these bits of a number. A value may be where it is needed once more, so they are cut out beside it.
     fn compare_masked(&mut self, register: u32, mask: u32, how: u32, with: u32) {
-        let room = self.free;
+        let room = self.alone(4);
         self.bitwise(register, room, &mask.to_ne_bytes(), &[0; 4]);
         self.compare(room, how, &with.to_ne_bytes());
     }
 
     fn compare_prefix(&mut self, register: u32, how: u32, prefix: Subnet) {
-        let room = self.free;
+        let room = self.alone(usize::from(prefix.family().bits() / 8));
         let base = address_bytes(prefix.family(), to_bits(prefix.base()));
         if prefix.prefix_len() == prefix.family().bits() {
             return self.compare(register, how, &base);

@@ -351,6 +351,21 @@ impl Rule {
     }
 }
 
+impl Step {
+    /// The fields that it reads.
+    pub fn fields(&self) -> impl Iterator<Item = Field> {
+        let (one, other, port) = match self {
+            Self::Match(Match { fields: key, .. }) | Self::Lookup { key, .. } | Self::VerdictMap { key, .. } => {
+                (key.as_slice(), &[][..], None)
+            }
+            Self::Update { key, data, .. } => (key.as_slice(), data.as_slice(), None),
+            Self::Dnat { address, port, .. } => (std::slice::from_ref(address), &[][..], *port),
+            _ => (&[][..], &[][..], None),
+        };
+        one.iter().chain(other).copied().chain(port)
+    }
+}
+
 impl Match {
     /// A condition on one field.
     #[must_use]

@@ -321,3 +321,53 @@ impl<const N: usize> From<[Part; N]> for Element {
         Self::new(parts)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FRONTENDS: SetKind =
+        SetKind::of(&[Datatype::V6, Datatype::Protocol, Datatype::Port]).to(&[Datatype::Number; 3]);
+
+    fn frontend(data: [u32; 3]) -> Element {
+        let key = [Part::Ip("2001:db8::1".parse().expect("valid")), Part::Protocol(6), Part::Port(80)];
+        Element::from(key).to(data.map(Part::Number))
+    }
+
+    #[test]
+    fn element_of_the_longest_frontend_takes_48_bytes_in_all() {
+        assert_eq!(size_of::<Element>(), 48);
+        assert!(!frontend([1, 2, 3]).0.spilled());
+    }
+
+    #[test]
+    fn elements_are_ordered_by_key_and_show_what_they_lead_to() {
+        let (one, other) = (frontend([1, 2, 3]), frontend([1, 4, 1]));
+        assert_eq!(one.split(FRONTENDS).0, other.split(FRONTENDS).0);
+        assert_ne!(one, other);
+        assert_eq!(one.shown(FRONTENDS).to_string(), "2001:db8::1 . 6 . 80 : 1 . 2 . 3");
+        let verdicts = SetKind::of(&[Datatype::Interface]).to_verdicts();
+        let port = Part::Interface("veth1".parse().expect("valid"));
+        for verdict in
+            [Verdict::Accept, Verdict::Drop, Verdict::Return, Verdict::Jump("c-1".into()), Verdict::Goto("c-2".into())]
+        {
+            let element = Element::from([port]).to_verdict(verdict);
+            assert_eq!(element.verdict(verdicts), Some(verdict));
+            assert_eq!(element.shown(verdicts).to_string(), format!("\"veth1\" : {verdict}"));
+        }
+    }
+
+    #[test]
+    fn ranges_are_shown_as_prefixes_where_they_are_some() {
+        let kind = SetKind::of(&[Datatype::Number, Datatype::V4]).of_ranges();
+        let block = Element::range(&[Part::Number(7), Part::Net("198.51.100.0/25".parse().expect("valid"))]);
+        assert_eq!(block.shown(kind).to_string(), "7 . 198.51.100.0/25");
+        let ports = SetKind::of(&[Datatype::Number, Datatype::Protocol, Datatype::Port]).of_ranges();
+        let range = Element::range(&[Part::Number(7), Part::AnyProtocol, Part::Ports(80, 89)]);
+        assert_eq!(range.shown(ports).to_string(), "7 . 0-255 . 80-89");
+        // What somebody else put there is shown too, whatever it is.
+        let odd = Element::packed(&[198, 51, 100, 3, 198, 51, 100, 5], &[]);
+        assert_eq!(odd.shown(SetKind::of(&[Datatype::V4]).of_ranges()).to_string(), "198.51.100.3-198.51.100.5");
+        assert_eq!(Element::packed(&[1], &[]).shown(kind).to_string(), "? . ?");
+    }
+}
