@@ -17,6 +17,7 @@
 
 mod audit;
 pub mod bridged;
+pub mod conntrack;
 pub mod fast_path;
 mod firewalls;
 pub mod handover;
