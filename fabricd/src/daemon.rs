@@ -18,7 +18,7 @@ use tracing::{info, warn};
 
 use crate::api::{Controls, Remote, Sources, Tls};
 use crate::config::log_level::LogLevel;
-use crate::config::policy_args::OwnNode;
+use crate::config::policy_args::{OpenConnections, OwnNode};
 use crate::config::{Config, StoreKind};
 use crate::diagnosis::{Inspector, Places, Probe};
 use crate::files::Files;
@@ -245,6 +245,7 @@ fn policies(
         files: Files::new(&config.run_dir, &config.subnet_file),
         judged,
         own_node_allowed: config.policy.policy_own_node == OwnNode::Allow,
+        judges_open: config.policy.policy_open_connections == OpenConnections::Judge,
         sysctl_root: config.sysctl_root.clone(),
     };
     let table = SectionTable::open(TableKey::Policy);

@@ -1,7 +1,7 @@
 //! NetworkPolicies in the Lab: real nodes, pods and packets, and an API server that is told what there is.
 
 use std::collections::BTreeMap;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -14,7 +14,7 @@ use fabric_core::policy::sets::{NamespaceSet, PodSet, PolicySet};
 use fabric_core::policy::{Cluster as Judge, Conn, State};
 use fabric_tests::fake_api::FakeApi;
 use fabric_tests::kubernetes::Nodes as _;
-use fabric_tests::lab::{Families, Lab, Node, Pod, wait_until};
+use fabric_tests::lab::{Connection, Families, Lab, Node, Pod, wait_until};
 use fabric_tests::policies::{NAMESPACES, namespace, pod, pods_of, policies_of, policy};
 use serde_json::{Value, json};
 
@@ -376,5 +376,58 @@ fn pod_with_the_address_of_one_that_is_gone_is_judged_anew() -> Result<()> {
     cluster.start_fabricd(node)?;
     assert!(!connects(&second, &conn)?, "it may send nothing");
     assert_eq!(server.heard(), heard);
+    Ok(())
+}
+
+#[test]
+fn open_connection_that_a_policy_forbids_is_cut_and_others_go_on() -> Result<()> {
+    let cluster = Cluster::start(2)?;
+    cluster.api.create(NAMESPACES, namespace("x", &json!({})));
+    let from = |name: &str| json!({"podSelector": {"matchLabels": {"pod": name}}});
+    let spec = |peers: &[&str]| {
+        let peers: Vec<Value> = peers.iter().map(|name| from(name)).collect();
+        json!({"podSelector": {"matchLabels": {"pod": "db"}}, "ingress": [{"from": peers}]})
+    };
+    cluster.api.create(&policies_of("x"), policy("x", "db", &spec(&["web", "other"])));
+    cluster.nodes.iter().try_for_each(|node| cluster.start_fabricd(node))?;
+    let db = cluster.add_pod(&cluster.nodes[0], "x", "db")?;
+    let web = cluster.add_pod(&cluster.nodes[1], "x", "web")?;
+    let other = cluster.add_pod(&cluster.nodes[0], "x", "other")?;
+    let _server = Server::start(&db)?;
+    let conn = |from: &Pod| Conn { src: from.ips()[0], dst: db.ips()[0], protocol: 6, port: PORTS[0] };
+    for pod in [&web, &other] {
+        wait_until("it may connect", SOON, || {
+            ensure!(connects(pod, &conn(pod))?, "it may not");
+            Ok(())
+        })?;
+    }
+    let listener = db.network()?.run(|| Ok(TcpListener::bind((db.ips()[0], 0))?))?;
+    let mut client = web.network()?.run(|| Ok(TcpStream::connect_timeout(&listener.local_addr()?, PATIENCE)?))?;
+    let (mut accepted, _) = listener.accept()?;
+    accepted.set_read_timeout(Some(Duration::from_millis(500)))?;
+    let mut arrives = || {
+        client.write_all(b"?")?;
+        match accepted.read(&mut [0; 64]) {
+            Ok(length) => Ok(length > 0),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(false),
+            Err(error) => Err(anyhow::Error::from(error)),
+        }
+    };
+    assert!(arrives()?);
+    let kept = Connection::start(&other, &db)?;
+
+    cluster.api.change(&policies_of("x"), "db", &json!({"spec": spec(&["other"])}));
+    wait_until("the connection is cut", SOON, || {
+        ensure!(!arrives()?, "it goes on");
+        Ok(())
+    })?;
+    assert!(!connects(&web, &conn(&web))?);
+    cluster.api.change(&policies_of("x"), "db", &json!({"spec": spec(&["web", "other"])}));
+    wait_until("the connection goes on", SOON, || {
+        ensure!(arrives()?, "it is cut");
+        Ok(())
+    })?;
+    let report = kept.stop()?;
+    assert!(report.broken.is_none() && report.echoed > 0, "{report:?}");
     Ok(())
 }

@@ -12,6 +12,19 @@ pub struct PolicyArgs {
     /// What pods may send to their own node where a policy isolates them for egress
     #[arg(long, env = "FABRICD_POLICY_OWN_NODE", value_name = "HOW", default_value = "judge")]
     pub policy_own_node: OwnNode,
+
+    /// What becomes of connections that are open when a policy changes
+    #[arg(long, env = "FABRICD_POLICY_OPEN_CONNECTIONS", value_name = "HOW", default_value = "judge")]
+    pub policy_open_connections: OpenConnections,
+}
+
+/// What becomes of connections that are open when a policy changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OpenConnections {
+    /// They are judged again: what is not allowed any more is cut off.
+    Judge,
+    /// They go on.
+    Keep,
 }
 
 /// Whether policies are in force.

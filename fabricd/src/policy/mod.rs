@@ -5,9 +5,11 @@
 //!   attachments of fabric-cni ──────────────────────────────────┐      │
 //!                                                               ▼      ▼
 //!                                        reconcile: Cluster ─► plan ─► diff ─► the table fabric-policy
-//!                                                               └─► judged: fabric-cni may go on
+//!                                                               ├─► judged: fabric-cni may go on
+//!                                                               └─► connections: those that are open are judged again
 //! ```
 
+mod connections;
 pub mod judged;
 pub mod reconcile;
 pub mod status;

@@ -26,7 +26,8 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
 
-use super::judged::Judged;
+use super::connections::{self, Judged};
+use super::judged;
 use super::status::{Counts, PolicyCounters, PolicyStatus};
 use super::watch::Sources;
 use crate::files::Files;
@@ -39,6 +40,8 @@ use crate::retry::Backoff;
 
 /// How often it is looked at what nobody announces.
 const AUDIT: Duration = Duration::from_secs(10);
+/// How long it takes at least from one judgement of open connections to the next.
+const REJUDGE: Duration = Duration::from_secs(1);
 /// How often the table is read anew though nobody has told of a change.
 const REREAD: Duration = Duration::from_secs(3600);
 /// The longest delay after the first pass that failed.
@@ -55,9 +58,11 @@ pub struct Inputs {
     /// What this node has said of itself: its subnets.
     pub files: Files,
     /// Whom to tell which pods' policies are in force.
-    pub judged: Judged,
+    pub judged: judged::Judged,
     /// Pods may always connect to their own node.
     pub own_node_allowed: bool,
+    /// Connections that are open when policies change are judged again.
+    pub judges_open: bool,
     /// Where the settings are: `/proc/sys/net`.
     pub sysctl_root: PathBuf,
 }
@@ -72,6 +77,19 @@ pub struct Reconciler {
     status: watch::Sender<Arc<PolicyStatus>>,
     counters: PolicyCounters,
     retry: Backoff,
+    /// Addresses of pods that were known after the last pass.
+    known: BTreeSet<IpAddr>,
+    open: Open,
+}
+
+/// Connections that are open, and have to be judged again.
+struct Open {
+    /// Something has changed since they were judged.
+    is_due: bool,
+    /// They are not judged before: at most once a second.
+    not_before: Instant,
+    /// Addresses that are nobody's any more.
+    gone: BTreeSet<IpAddr>,
 }
 
 impl Reconciler {
@@ -79,7 +97,10 @@ impl Reconciler {
     #[must_use]
     pub fn new(inputs: Inputs, table: SectionTable) -> Self {
         let (status, retry) = (watch::Sender::new(Arc::default()), Backoff::new(RETRY, AUDIT));
-        Self { inputs, table, status, counters: PolicyCounters::default(), retry }
+        // What has changed while no daemon was here is not known.
+        let open = Open { is_due: inputs.judges_open, not_before: Instant::now(), gone: BTreeSet::new() };
+        let (counters, known) = (PolicyCounters::default(), BTreeSet::new());
+        Self { inputs, table, status, counters, retry, known, open }
     }
 
     /// What it knows.
@@ -114,6 +135,7 @@ impl Reconciler {
                 }
                 Err(_) => Instant::now() + self.retry.delay(),
             };
+            let next = if self.open.is_due && ready.is_ok() { next.min(self.open.not_before) } else { next };
             self.publish(PolicyStatus { ready, warnings });
             let Inputs { sources, attached, .. } = &mut self.inputs;
             tokio::select! {
@@ -171,22 +193,55 @@ impl Reconciler {
         }
         let policies = state.policies.len();
         // Some milliseconds with thousands of pods.
-        let planned =
-            spawn_blocking(move || plan(&Cluster::new(&state), &bridges)).await.map_err(|error| error.to_string())?;
-        self.write(&planned, found.as_ref()).await?;
+        let state = Arc::new(state);
+        let of = Arc::clone(&state);
+        let planned = spawn_blocking(move || plan(&Cluster::new(&of), &bridges)).await;
+        let planned = planned.map_err(|error| error.to_string())?;
+        let is_changed = self.write(&planned, found.as_ref()).await?;
+        let known: BTreeSet<IpAddr> = planned.pods.keys().copied().collect();
+        if self.inputs.judges_open {
+            self.open.gone.extend(self.known.difference(&known));
+            self.open.gone.retain(|ip| !known.contains(ip));
+            self.open.is_due |= is_changed || !self.open.gone.is_empty();
+        }
+        self.known = known;
         let counts = self.judged(&attachments, &planned, warnings);
         self.counters.counted(Counts { policies, ..counts });
+        if self.open.is_due && Instant::now() >= self.open.not_before {
+            self.judge_open(state, warnings).await;
+        }
         bridged
     }
 
-    async fn write(&self, planned: &PolicyPlan, found: Option<&FoundTable>) -> Result<(), String> {
+    /// Writes what differs. False when nothing does.
+    async fn write(&self, planned: &PolicyPlan, found: Option<&FoundTable>) -> Result<bool, String> {
         let steps = self.table.steps(&planned.table, found);
         if steps.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         self.table.execute(&steps).await?;
         self.counters.written();
-        Ok(())
+        Ok(true)
+    }
+
+    /// Judges the connections again that are open.
+    async fn judge_open(&mut self, state: Arc<State>, warnings: &mut Vec<String>) {
+        let gone = std::mem::take(&mut self.open.gone);
+        (self.open.is_due, self.open.not_before) = (false, Instant::now() + REJUDGE);
+        let judged = spawn_blocking(move || connections::judge(&state, &gone)).await;
+        match judged.map_err(|error| error.to_string()).and_then(|judged| judged.map_err(|error| error.to_string())) {
+            Ok(Judged { failed, why: Some(why), .. }) => warnings.push(format!(
+                "{failed} open connections are not allowed any more and go on, as they can't be labelled: {why}"
+            )),
+            Ok(Judged { denied, allowed, forgotten, .. }) if denied + allowed + forgotten > 0 => {
+                info!(denied, allowed, forgotten, "open connections were judged again");
+            }
+            Ok(_) => {}
+            Err(error) => {
+                self.open.is_due = true;
+                warnings.push(format!("open connections go on as they were judged when they began: {error}"));
+            }
+        }
     }
 
     /// Makes a table in which only the pods of this moment are known. They ran without policies before.
@@ -195,7 +250,7 @@ impl Reconciler {
         let local = Local { pods: local.pods.into_iter().map(as_they_are).collect(), ..local };
         let state = State { local, ..State::default() };
         let planned = plan(&Cluster::new(&state), bridges);
-        self.write(&planned, None).await
+        self.write(&planned, None).await.map(drop)
     }
 
     /// Tells `fabric-cni` which pods' policies are in force, and a person which are not.

@@ -89,6 +89,9 @@ pub fn plan(cluster: &Cluster<'_>, bridges: &BTreeSet<IfName>) -> PolicyPlan {
         table.at(name, ChainKind::Filter, place, FILTER).extend(entrance());
     }
     judge(&mut table);
+    // Nothing jumps here: connections have room for labels only while a rule sets one (nf_connlabels_get).
+    let steps = vec![crate::state::nft::Step::SetCtLabel(DENIED_LABEL)];
+    table.called("labels").push(Rule { steps, why: "so that connections have room for labels".into() });
     let bridge = |name: &IfName| Element::from([Part::Interface(*name)]);
     table.set("bridges", SetKind::of(&[Datatype::Interface]), Order::BeforeChains, bridges.iter().map(bridge));
     table.set("ports", PORTS, Order::AroundChains, numbers.port_elements());
