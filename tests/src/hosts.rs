@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use nix::sched::{CloneFlags, unshare};
 
+use crate::lab::wait_until;
 use crate::netns::ip;
 
 /// Far more than an answer takes that comes at all.
@@ -195,6 +196,14 @@ impl Connection {
 /// As `connect` has them.
 pub fn ask_tcp(to: (IpAddr, u16)) -> std::io::Result<Answer> {
     Ok(Connection::open(to)?.ask().expect("who accepts answers"))
+}
+
+/// Asks by TCP until there is an answer: links come up, and addresses and neighbours become usable, in their own time.
+///
+/// # Panics
+/// When there is none after half a minute.
+pub fn wait_for_answer(to: (IpAddr, u16)) {
+    wait_until("a backend answers", Duration::from_secs(30), || Ok(ask_tcp(to)?)).expect("it does");
 }
 
 /// Asks by UDP, from a port of its own.

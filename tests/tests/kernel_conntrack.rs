@@ -8,7 +8,7 @@ use fabric_core::state::nft::{
 };
 use fabric_tests::conformance::kernel::{settle, v};
 use fabric_tests::conformance::maps::{Service, services, vip};
-use fabric_tests::hosts::{Connection as Stream, Host, ask_tcp, ask_udp_by, forward};
+use fabric_tests::hosts::{Connection as Stream, Host, ask_udp_by, forward, wait_for_answer};
 use fabric_tests::netns::{in_netns_async, ip};
 use fabricd::kernel::Options;
 use fabricd::kernel::conntrack::{Change, Connection, Connections, Filter};
@@ -41,7 +41,7 @@ fn hosts() -> (Host, Host) {
     // By now the links have come up, and neighbours are known.
     host.run(move || {
         for to in all {
-            ask_tcp(to).expect("a backend answers");
+            wait_for_answer(to);
         }
     });
     (host, backend)
@@ -157,7 +157,7 @@ fn listing_shows_what_the_filter_asks_for_and_nothing_else() {
         client_host.run(|| {
             for family in Family::ALL {
                 for to in backends(family) {
-                    ask_tcp(to).expect("a backend answers");
+                    wait_for_answer(to);
                     let socket = UdpSocket::bind((client(family), 0)).expect("its address");
                     socket.connect(to).expect("a route");
                     ask_udp_by(&socket).expect("an answer");

@@ -9,7 +9,7 @@ use fabric_core::model::Family;
 use fabric_core::state::nft::{Ruleset, Table, TableKey};
 use fabric_tests::conformance::kernel::{look, settle, v, woken};
 use fabric_tests::conformance::maps::{Allowed, Service, policy, services, vip};
-use fabric_tests::hosts::{Answer, Host, ask_tcp, ask_udp, forward};
+use fabric_tests::hosts::{Answer, Host, ask_tcp, ask_udp, forward, wait_for_answer};
 use fabric_tests::netns::{in_netns_async, ip, run};
 use fabricd::kernel::Options;
 use fabricd::kernel::netlink::Netlink;
@@ -44,7 +44,7 @@ fn hosts() -> (Host, Host) {
     // By now the links have come up, and neighbours are known.
     for family in Family::ALL {
         let to = backends(family);
-        client.run(move || to.map(|to| ask_tcp(to).expect("a backend answers")));
+        client.run(move || to.map(wait_for_answer));
     }
     (client, backend)
 }
