@@ -7,7 +7,7 @@ use std::net::{IpAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use fabric_core::model::{Family, MacAddr};
 
 use super::{Fault, Trial};
@@ -273,11 +273,19 @@ pub fn is_repaired(node: &Node, deed: &str) -> Result<()> {
     })
 }
 
-/// All rules of ours, without what changes by itself.
+/// All rules of ours, without what changes by itself: chains and sets are listed in the order in which they were made, which
+/// is no matter.
 ///
 /// # Errors
 /// A table is missing.
 pub fn rules_of(node: &Node) -> Result<String> {
-    let table = |family| node.run(&["nft", "-s", "list", "table", family, "fabric"]);
+    let table = |family| -> Result<String> {
+        let listed = node.run(&["nft", "-s", "list", "table", family, "fabric"])?;
+        let (header, parts) = listed.split_once('\n').context("a table has lines")?;
+        let parts = parts.strip_suffix("}\n").context("a table ends")?;
+        let mut parts: Vec<&str> = parts.trim_end().split("\n\n").collect();
+        parts.sort_unstable();
+        Ok(format!("{header}\n{}\n}}\n", parts.join("\n\n")))
+    };
     Ok(table("inet")? + &table("bridge")?)
 }
