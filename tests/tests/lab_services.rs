@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -382,6 +382,56 @@ fn answered_by_one_of(place: &Spaces, by: By, target: SocketAddr, expected: &[&s
         ensure!(answer.name().is_some_and(|name| expected.contains(&name)), "{answer:?}");
         Ok(())
     })
+}
+
+/// One port of a client: what it sends is one connection to the kernel, whoever answers.
+struct UdpClient(UdpSocket);
+
+impl UdpClient {
+    fn new(place: &Spaces, target: SocketAddr) -> Result<Self> {
+        let socket = place.run(|| {
+            let any: IpAddr = if target.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
+            let socket = UdpSocket::bind((any, 0))?;
+            socket.connect(target)?;
+            Ok(socket)
+        })?;
+        socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+        Ok(Self(socket))
+    }
+
+    fn is_answered_by(&self, expected: &str) -> Result<()> {
+        wait_until(&format!("{expected} answers the same port"), SOON, || {
+            let mut buffer = [0; 64];
+            self.0.send(b"who?")?;
+            let length = self.0.recv(&mut buffer)?;
+            let answer = String::from_utf8_lossy(&buffer[..length]).into_owned();
+            ensure!(answer.split(' ').next() == Some(expected), "{answer}");
+            Ok(())
+        })
+    }
+}
+
+/// The endpoints that are taken away go on serving, so whoever is sent there is answered.
+#[test]
+fn udp_client_that_keeps_its_port_is_led_to_who_serves_now() -> Result<()> {
+    let cluster = Cluster::start()?;
+    cluster.serve("dns", 20, &["a"], &json!({}));
+    cluster.serve("other", 21, &["a"], &json!({}));
+    let (client, node) = (cluster.pod("b").network()?, &cluster.nodes[0]);
+    for family in Family::ALL {
+        let target = |number| at(vip(family, number), By::Udp);
+        let (dns, other) = (UdpClient::new(&client, target(20))?, UdpClient::new(&client, target(21))?);
+        dns.is_answered_by("a")?;
+        other.is_answered_by("a")?;
+        cluster.change("dns", &["c"]);
+        dns.is_answered_by("c")?;
+        node.kill_fabricd()?;
+        cluster.change("dns", &["a"]);
+        cluster.start_fabricd(node)?;
+        dns.is_answered_by("a")?;
+        other.is_answered_by("a")?;
+    }
+    Ok(())
 }
 
 #[test]

@@ -12,7 +12,7 @@ use fabric_core::model::{Family, PerFamily, Subnet};
 use fabric_core::services::model::{
     Endpoint, ObjectName, Policy, Protocol, Service, ServicePort, ServiceType, Slice, SlicePort, SourceRanges,
 };
-use fabric_core::services::plan::{Context, ServicePlan, Socket};
+use fabric_core::services::plan::{Context, ServicePlan, Socket, UdpFrontends};
 use fabric_core::services::sets::{Services, SliceKey, Slices};
 use fabric_core::services::{Answer, Frontend, Here, Origin, backends, choose};
 use fabric_core::state::nft::{FoundTable, Reject, Table, ct_state, ct_status};
@@ -493,4 +493,37 @@ fn source_ranges_let_nobody_else_in() {
     assert_eq!(fates(&["10.244.1.0/24"]), [false, true, false, true]);
     assert_eq!(fates(&["10.244.99.11/32"]), [false, false, true, true]);
     assert_eq!(fates(&["everybody"]), [false, false, false, true]);
+}
+
+#[test]
+fn udp_connection_is_forgotten_when_no_endpoint_that_serves_answers_it() {
+    // One of this node that is ready, one elsewhere that is going, one that neither is ready nor serves.
+    let endpoints = vec![(0, 0, 0), (1, 1, 4), (1, 2, 5)];
+    for family in Family::ALL {
+        let socket = |net: u8, host: u8| (ip(family, net + 1, 10 + host), 5353);
+        let [ready, leaving, gone] = [socket(0, 0), socket(1, 1), socket(1, 2)];
+        let (target, of_node) = ((vip(family, 1), 53), (node(family), 30_014));
+        for internal_is_local in [false, true] {
+            let seeds =
+                [(1, (endpoints.clone(), internal_is_local, false, false, 1)), (2, (vec![], false, false, false, 0))];
+            let now = plan(&BTreeMap::from(seeds)).udp_frontends();
+            let nothing = UdpFrontends::default();
+            let forgets = |target, answers| now.forget(&nothing, target, answers);
+            assert!(!forgets(target, ready));
+            assert_eq!(forgets(target, leaving), internal_is_local, "it serves, elsewhere");
+            assert!(forgets(target, gone));
+            assert!(forgets(target, target), "translated by nobody");
+            assert!(forgets(target, (ready.0, 53)), "another port of an endpoint's address");
+            assert!(!forgets((vip(family, 1), 54), gone), "no frontend");
+            assert!(!forgets((vip(family, 1), 80), gone), "TCP's");
+            assert!(forgets((vip(family, 2), 53), gone), "nobody serves");
+            assert!(!forgets(of_node, leaving), "the local policy is that of the ClusterIP");
+            assert!(nothing.forget(&now, target, ready), "the Service is gone");
+            assert!(!nothing.forget(&nothing, target, ready));
+        }
+        let seeds = BTreeMap::from([(1, (endpoints.clone(), false, false, false, 0))]);
+        let found = UdpFrontends::found(&plan(&seeds).table().found());
+        assert!(UdpFrontends::default().forget(&found, target, ready), "it went while nobody looked");
+        assert!(!UdpFrontends::default().forget(&found, (vip(family, 1), 80), ready));
+    }
 }

@@ -4,9 +4,11 @@
 //! Services, EndpointSlices, own Node ── watch (a reflector each) ──► Sources
 //!                                                                       ▼
 //! own subnets, pods' bridges, host's addresses ──► reconcile ──► core::services::plan ──► diff ──► table fabric-services
+//!                                                      │                                          └─► connections
 //!                                                      └──► status: readiness, warnings, metrics
 //! ```
 
+mod connections;
 pub mod reconcile;
 pub mod status;
 pub mod watch;

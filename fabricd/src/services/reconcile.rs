@@ -13,13 +13,15 @@ use std::time::Duration;
 
 use fabric_core::model::{NodeName, PerFamily, Subnet};
 use fabric_core::services::model::NodeFacts;
-use fabric_core::services::plan::{Context, ServicePlan};
+use fabric_core::services::plan::{Context, ServicePlan, UdpFrontends};
+use fabric_core::services::sets::{Services, Slices};
 use fabric_core::state::nft::FoundTable;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{info, warn};
 
+use super::connections;
 use super::status::{ServicesCounters, ServicesStatus};
 use super::watch::Sources;
 use crate::files::Files;
@@ -58,13 +60,30 @@ pub struct Reconciler {
     inputs: Inputs,
     table: SectionTable,
     plan: Option<ServicePlan>,
+    /// What UDP was last held against.
+    udp: Option<Udp>,
     status: watch::Sender<Arc<ServicesStatus>>,
     counters: ServicesCounters,
     retry: Backoff,
 }
 
+/// UDP as it was after a pass.
+struct Udp {
+    services: Services,
+    slices: Slices,
+    context: Context,
+    frontends: UdpFrontends,
+}
+
 /// Why a pass wrote nothing, or not all.
 type Blocked = String;
+
+impl Udp {
+    fn is_of(&self, services: &Services, slices: &Slices, context: &Context) -> bool {
+        let same = services.changes(&self.services, |was, is| was == is).next().is_none();
+        same && slices.changes(&self.slices, |was, is| was == is).next().is_none() && self.context == *context
+    }
+}
 
 impl Reconciler {
     /// A loop that has not looked at anything yet.
@@ -72,7 +91,7 @@ impl Reconciler {
     pub fn new(inputs: Inputs, table: SectionTable) -> Self {
         let status = watch::Sender::new(Arc::default());
         let (counters, retry) = (ServicesCounters::default(), Backoff::new(RETRY, AUDIT));
-        Self { inputs, table, plan: None, status, counters, retry }
+        Self { inputs, table, plan: None, udp: None, status, counters, retry }
     }
 
     /// What it knows.
@@ -177,14 +196,47 @@ impl Reconciler {
             warnings.extend(service.refused.iter().map(|refused| format!("Service {}: {refused}", service.name)));
         }
         let steps = self.table.steps(plan.table(), found.as_ref());
-        if steps.is_empty() {
-            return Ok(());
-        }
-        let written = self.table.execute(&steps).await;
-        if written.is_ok() {
+        if !steps.is_empty() {
+            self.table.execute(&steps).await?;
             self.counters.written(woken.elapsed());
         }
-        written
+        // A kernel without ctnetlink translates all the same.
+        warnings.extend(self.forget_udp(&services, &slices, found.as_ref()).await.err());
+        Ok(())
+    }
+
+    /// Once the maps say who serves, forgets the UDP connections that lead to others. What fails is tried again by the next
+    /// pass.
+    async fn forget_udp(
+        &mut self,
+        services: &Services,
+        slices: &Slices,
+        found: Option<&FoundTable>,
+    ) -> Result<(), Blocked> {
+        let Some(plan) = &self.plan else { return Ok(()) };
+        if self.udp.as_ref().is_some_and(|last| last.is_of(services, slices, plan.context())) {
+            return Ok(());
+        }
+        let frontends = plan.udp_frontends();
+        let before = match &self.udp {
+            Some(last) => last.frontends.clone(),
+            None => found.map(UdpFrontends::found).unwrap_or_default(),
+        };
+        let udp = Udp {
+            services: services.clone(),
+            slices: slices.clone(),
+            context: plan.context().clone(),
+            frontends: frontends.clone(),
+        };
+        let forgotten = tokio::task::spawn_blocking(move || connections::forget(&frontends, &before)).await;
+        let forgotten = forgotten
+            .map_err(|error| error.to_string())?
+            .map_err(|error| format!("UDP connections to endpoints that are gone can't be deleted: {error}"))?;
+        if forgotten > 0 {
+            info!(connections = forgotten, "UDP connections to endpoints that don't serve were deleted");
+        }
+        self.udp = Some(udp);
+        Ok(())
     }
 
     /// A living kube-proxy: by its rules, or by its health check.

@@ -9,6 +9,7 @@
 mod chains;
 mod pools;
 mod rows;
+mod udp;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -18,6 +19,7 @@ use self::chains::Draw;
 use self::pools::{Numbers, Pools, elements};
 use self::rows::{Class, Map, Target};
 pub use self::rows::{FrontendKey, Socket};
+pub use self::udp::UdpFrontends;
 use super::choose::{Answer, Choice, Here, choose};
 use super::model::{ObjectName, Policy, Service, ServicePort};
 use super::sets::{Services, Slices, of_service};
