@@ -391,10 +391,15 @@ impl List {
             (Load::Payload(base, offset), length) if offset >= 4 => {
                 self.payload(self.key - 1, base, offset - 4, number_of_bytes(length + 4));
             }
-            _ => {
-                self.immediate(END - 2, &[0; 4]);
-                self.load(*first, END - 1);
-                self.bitwise(END - 2, self.key - 1, &[0xff; 8], &[0; 8]);
+            (_, length) => {
+                // A copy goes from lower to higher registers, so it may begin in what it is made of.
+                let at = END - registers(length);
+                self.immediate(at - 1, &[0; 4]);
+                self.load(*first, at);
+                self.bitwise(at - 1, self.key - 1, &[0xff; 8], &[0; 8]);
+                if let Some(behind) = length.checked_sub(4).filter(|bytes| *bytes > 0) {
+                    self.bitwise(at + 1, self.key + 1, &vec![0xff; behind], &vec![0; behind]);
+                }
             }
         }
         self.load_from(rest, self.key + registers(self.length(*first)));
