@@ -133,7 +133,7 @@ fn first_packet_of_a_new_pod_arrives() {
         for number in 1..=10 {
             host.add(&format!("pod-{number}"));
             for gateway in ["10.244.3.1", "fd00:10:244:3::1"] {
-                run(&format!("ip netns exec pod-{number} ping -c 1 -W 1 {gateway}"));
+                run(&format!("ip netns exec pod-{number} ping -c 1 -W 10 {gateway}"));
             }
         }
     });
