@@ -1,6 +1,7 @@
 //! What passes between the ports of a bridge, which the packet filter of the host doesn't see by itself.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::path::Path;
 
 use fabric_core::model::IfName;
@@ -17,13 +18,19 @@ const IFLA_BR_NF_CALL_IPTABLES: u16 = 36;
 const IFLA_BR_NF_CALL_IP6TABLES: u16 = 37;
 
 /// Lets the packet filter see what passes between the ports of these bridges, and of no others: `ip link set cni0 type bridge
-/// nf_call_iptables 1 nf_call_ip6tables 1`. A bridge that is not there yet is passed over.
+/// nf_call_iptables 1 nf_call_ip6tables 1`. A bridge that is not there yet is passed over, and so is one that has it: whoever
+/// listens to rtnetlink is told of each write.
 ///
 /// # Errors
 /// When the kernel can't do it, or refuses, with the way out.
 pub fn filter_bridged(bridges: &BTreeSet<IfName>, sysctl_root: &Path) -> Result<(), String> {
-    let is_there = |bridge: &&IfName| Path::new("/sys/class/net").join(bridge.as_str()).exists();
-    let bridges: Vec<&IfName> = bridges.iter().filter(is_there).collect();
+    let is_to_be_set = |bridge: &&IfName| {
+        let link = Path::new("/sys/class/net").join(bridge.as_str());
+        let is_on =
+            |setting: &str| fs::read_to_string(link.join("bridge").join(setting)).is_ok_and(|on| on.trim() == "1");
+        link.exists() && !(is_on("nf_call_iptables") && is_on("nf_call_ip6tables"))
+    };
+    let bridges: Vec<&IfName> = bridges.iter().filter(is_to_be_set).collect();
     if bridges.is_empty() {
         return Ok(());
     }
