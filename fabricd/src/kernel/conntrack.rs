@@ -6,7 +6,6 @@
 //! not asked to sift: Linux 6.18 sends those that do *not* fit (`ctnetlink_filter_match_tuple` returns 0 where
 //! `ipv6_addr_cmp` finds them equal).
 
-use std::io;
 use std::net::IpAddr;
 
 use fabric_core::model::Family;
@@ -181,8 +180,8 @@ impl Connections {
     /// # Errors
     /// When there is no netlink socket to be had.
     pub fn open() -> Result<Self, KernelError> {
-        let gone = |error: io::Error| KernelError::Disconnected(error.to_string());
-        RequestSocket::open(NETLINK_NETFILTER).map(|socket| Self { socket }).map_err(gone)
+        let failed = |source| KernelError::Dump { table: "connections", source };
+        RequestSocket::open(NETLINK_NETFILTER).map(|socket| Self { socket }).map_err(failed)
     }
 
     /// `conntrack -L`: shows each connection of a kind to `visit`. One that begins or ends meanwhile may be seen or not.

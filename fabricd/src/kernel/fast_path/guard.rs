@@ -6,39 +6,19 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use fabric_bpf::abi;
+use fabric_core::model::Family;
 use fabric_core::state::fast_path::PodSlot;
 use fabric_ebpf::Map;
-use fabric_netlink::{Frame, Request, RequestSocket, attribute};
-use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::maps::Maps;
+use crate::kernel::KernelError;
+use crate::kernel::conntrack::{Connection, Connections, Filter};
 
-/// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET`.
-const GET: u16 = 0x0101;
-/// `AF_INET`, `NFNETLINK_V0`, and no resource.
-const IPV4: [u8; 4] = [2, 0, 0, 0];
-const CTA_TUPLE_ORIG: u16 = 1;
-const CTA_TUPLE_REPLY: u16 = 2;
-const CTA_TUPLE_IP: u16 = 1;
-const CTA_TUPLE_PROTO: u16 = 2;
-const CTA_IP_V4_SRC: u16 = 1;
-const CTA_IP_V4_DST: u16 = 2;
-const CTA_PROTO_NUM: u16 = 1;
-const CTA_PROTO_SRC_PORT: u16 = 2;
-const CTA_PROTO_DST_PORT: u16 = 3;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
-
-/// One direction of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Tuple {
-    source: (IpAddr, u16),
-    destination: (IpAddr, u16),
-    udp: bool,
-}
 
 /// Marks what is translated of the connections of pods with these addresses.
 pub(super) fn seed(maps: &Maps, addresses: &BTreeMap<IpAddr, PodSlot>) -> io::Result<()> {
@@ -76,15 +56,15 @@ fn bits_in(bytes: &[u8]) -> u64 {
 /// The words for these connections. A pod that opened one is marked by the port that it sends from, and by the one that
 /// answers come to: that is another where two of its connections would have looked the same to the other end. A pod that
 /// another host was led to is marked by the port that it answers from.
-fn marks(translated: &[(Tuple, Tuple)], addresses: &BTreeMap<IpAddr, PodSlot>) -> BTreeMap<u32, u64> {
+fn marks(translated: &[Connection], addresses: &BTreeMap<IpAddr, PodSlot>) -> BTreeMap<u32, u64> {
     let mut marks: BTreeMap<u32, u64> = BTreeMap::new();
-    for (original, reply) in translated {
+    for Connection { original, reply, .. } in translated {
         let end = |(ip, port): (IpAddr, u16)| addresses.get(&ip).map(|slot| (slot.0, port));
-        let client = [original.source, reply.destination].map(end);
+        let client = [(original.source, original.source_port), (reply.target, reply.target_port)].map(end);
         // Where client and server are both here, the client's port is enough.
-        let server = if client[0].is_some() { None } else { end(reply.source) };
+        let server = if client[0].is_some() { None } else { end((reply.source, reply.source_port)) };
         for (slot, port) in client.into_iter().chain([server]).flatten() {
-            let (word, bit) = abi::nat_bit(slot, original.udp, port);
+            let (word, bit) = abi::nat_bit(slot, original.protocol == UDP, port);
             *marks.entry(word).or_default() |= bit;
         }
     }
@@ -92,49 +72,34 @@ fn marks(translated: &[(Tuple, Tuple)], addresses: &BTreeMap<IpAddr, PodSlot>) -
 }
 
 /// The connections of IPv4 that are translated: those whose answers don't go back the way that the first packet came.
-fn translated() -> io::Result<Vec<(Tuple, Tuple)>> {
-    let mut socket = match RequestSocket::open(NETLINK_NETFILTER) {
-        // No netfilter at all.
-        Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return Ok(vec![]),
-        socket => socket?,
-    };
-    match socket.dump(&Request::raw(GET, 0, IPV4.to_vec()), |frame| connection(frame).filter(is_translated)) {
-        // No connection tracking.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => Ok(vec![]),
-        found => found,
+fn translated() -> io::Result<Vec<Connection>> {
+    let mut found = vec![];
+    let filter = Filter { family: Some(Family::V4), ..Filter::default() };
+    let listed = Connections::open().and_then(|mut connections| {
+        connections.each(&filter, |connection| found.extend(Some(*connection).filter(is_translated)))
+    });
+    match listed {
+        Ok(()) => Ok(found),
+        // No netfilter at all, or no connection tracking.
+        Err(error) if matches!(error.errno(), Some(libc::EPROTONOSUPPORT | libc::EINVAL | libc::EOPNOTSUPP)) => {
+            Ok(vec![])
+        }
+        Err(KernelError::Refused { source, .. } | KernelError::Dump { source, .. }) => Err(source),
+        Err(error) => Err(io::Error::other(error.to_string())),
     }
 }
 
-fn is_translated((original, reply): &(Tuple, Tuple)) -> bool {
-    (original.source, original.destination) != (reply.destination, reply.source)
-}
-
-fn connection(frame: &Frame<'_>) -> Option<(Tuple, Tuple)> {
-    let attributes = frame.body.get(IPV4.len()..)?;
-    Some((tuple(attribute(attributes, CTA_TUPLE_ORIG)?)?, tuple(attribute(attributes, CTA_TUPLE_REPLY)?)?))
-}
-
-fn tuple(body: &[u8]) -> Option<Tuple> {
-    let (ip, proto) = (attribute(body, CTA_TUPLE_IP)?, attribute(body, CTA_TUPLE_PROTO)?);
-    let address = |kind| <[u8; 4]>::try_from(attribute(ip, kind)?).ok().map(|bytes| IpAddr::V4(Ipv4Addr::from(bytes)));
-    let port = |kind| <[u8; 2]>::try_from(attribute(proto, kind)?).ok().map(u16::from_be_bytes);
-    let udp = match *attribute(proto, CTA_PROTO_NUM)?.first()? {
-        TCP => false,
-        UDP => true,
-        _ => return None,
-    };
-    Some(Tuple {
-        source: (address(CTA_IP_V4_SRC)?, port(CTA_PROTO_SRC_PORT)?),
-        destination: (address(CTA_IP_V4_DST)?, port(CTA_PROTO_DST_PORT)?),
-        udp,
-    })
+fn is_translated(connection: &Connection) -> bool {
+    let Connection { original, reply, .. } = connection;
+    matches!(original.protocol, TCP | UDP)
+        && (original.source, original.source_port, original.target, original.target_port)
+            != (reply.target, reply.target_port, reply.source, reply.source_port)
 }
 
 #[cfg(test)]
 mod tests {
-    use fabric_netlink::Attributes;
-
     use super::*;
+    use crate::kernel::conntrack::Tuple;
 
     fn end(text: &str) -> (IpAddr, u16) {
         let (ip, port) = text.split_once(':').expect("an address and a port");
@@ -142,12 +107,14 @@ mod tests {
     }
 
     /// `A:1 > B:2, B:2 > A:1`: the first packet, and the answer to it.
-    fn pair(text: &str, udp: bool) -> (Tuple, Tuple) {
+    fn pair(text: &str, udp: bool) -> Connection {
         let mut tuples = text.split(", ").map(|tuple| {
-            let (source, destination) = tuple.split_once(" > ").expect("two ends");
-            Tuple { source: end(source), destination: end(destination), udp }
+            let (source, target) = tuple.split_once(" > ").expect("two ends");
+            let ((source, source_port), (target, target_port)) = (end(source), end(target));
+            Tuple { source, target, protocol: if udp { UDP } else { TCP }, source_port, target_port }
         });
-        (tuples.next().expect("the first"), tuples.next().expect("the second"))
+        let (original, reply) = (tuples.next().expect("the first"), tuples.next().expect("the second"));
+        Connection { original, reply, zone: 0, status: 0, mark: 0, labels: None, id: 0 }
     }
 
     #[test]
@@ -187,25 +154,8 @@ mod tests {
         // Nobody's here.
         assert_eq!(marked("10.64.3.5:4000 > 203.0.113.1:80, 10.64.4.6:8080 > 10.64.3.5:4000", false), BTreeMap::new());
         assert!(!is_translated(&pair("10.64.1.5:4000 > 10.64.2.9:80, 10.64.2.9:80 > 10.64.1.5:4000", false)));
-    }
-
-    #[test]
-    fn tuples_are_read_and_what_has_no_ports_is_passed_over() {
-        let body = |protocol: u8| {
-            Attributes::default()
-                .nested(CTA_TUPLE_IP, |ip| {
-                    ip.bytes(CTA_IP_V4_SRC, &[192, 0, 2, 1]).bytes(CTA_IP_V4_DST, &[192, 0, 2, 2])
-                })
-                .nested(CTA_TUPLE_PROTO, |proto| {
-                    let ports = proto.bytes(CTA_PROTO_NUM, &[protocol]).bytes(CTA_PROTO_SRC_PORT, &[0x0f, 0xa0]);
-                    ports.bytes(CTA_PROTO_DST_PORT, &[0, 80])
-                })
-                .into_bytes()
-        };
-        let read = Tuple { source: end("192.0.2.1:4000"), destination: end("192.0.2.2:80"), udp: false };
-        assert_eq!(tuple(&body(TCP)), Some(read));
-        assert_eq!(tuple(&body(UDP)), Some(Tuple { udp: true, ..read }));
-        assert_eq!(tuple(&body(1)), None);
-        assert_eq!(tuple(&[]), None);
+        let mut icmp = pair("10.64.1.5:7 > 198.51.100.9:0, 198.51.100.9:0 > 192.0.2.1:7", false);
+        icmp.original.protocol = 1;
+        assert!(!is_translated(&icmp), "it has no ports");
     }
 }
