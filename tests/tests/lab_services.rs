@@ -196,6 +196,8 @@ fn cluster_ips_lead_pods_host_and_outside_to_every_endpoint() -> Result<()> {
     cluster.serve("local", 14, &["c"], &json!({"internalTrafficPolicy": "Local"}));
     let (pod, client, host) = (cluster.pod("a"), cluster.pod("b").network()?, cluster.nodes[0].network()?);
     let outside = cluster.outside()?;
+    // Rules that it has no words for must not be the end of it.
+    cluster.nodes[0].run(&["nft", "list", "ruleset"])?;
     let other_client = cluster.pod("d").network()?;
     for (by, family) in EACH {
         let web = at(vip(family, 10), by);
@@ -261,8 +263,10 @@ fn changes_reach_every_node_and_a_restart_writes_nothing() -> Result<()> {
     assert!(metrics.contains("fabricd_services_changes_total 0"), "{metrics}");
 
     // What somebody else takes away is put back.
-    node.run(&["nft", "flush", "map", "inet", "fabric-services", "svc4"])?;
-    answered_by(&client, By::Tcp, at(vip(Family::V4, 10), By::Tcp), &["a", "d"])?;
+    for deed in ["flush map inet fabric-services svc4", "delete table inet fabric-services"] {
+        node.run(&["nft", deed])?;
+        answered_by(&client, By::Tcp, at(vip(Family::V4, 10), By::Tcp), &["a", "d"])?;
+    }
 
     // A Service that is deleted is gone; with the API server away all stays.
     cluster.api.stop();
