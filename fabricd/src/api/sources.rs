@@ -12,9 +12,8 @@ use crate::config::StoreSettings;
 use crate::config::log_level::LogLevel;
 use crate::diagnosis::Inspector;
 use crate::mesh::Mesh;
-use crate::policy::status::PolicyStatus;
-use crate::services::status::ServicesStatus;
 use crate::status::events::Events;
+use crate::status::section::SectionStatus;
 use crate::status::view::View;
 use crate::{lease, reconcile};
 
@@ -33,9 +32,9 @@ pub struct Sources {
     /// What the reconcile loop knows.
     pub view: watch::Receiver<Arc<View>>,
     /// How it stands with network policies, if they are in force here.
-    pub policy: Option<watch::Receiver<Arc<PolicyStatus>>>,
+    pub policy: Option<watch::Receiver<Arc<SectionStatus>>>,
     /// How it stands with Services, if they are translated here.
-    pub services: Option<watch::Receiver<Arc<ServicesStatus>>>,
+    pub services: Option<watch::Receiver<Arc<SectionStatus>>>,
     /// What happened.
     pub events: Arc<Events>,
     /// How the peers are reached.

@@ -20,8 +20,7 @@ use crate::api::Sources;
 use crate::kernel;
 use crate::mesh::Mesh;
 use crate::metrics::{Format, Metrics};
-use crate::policy::status::PolicyStatus;
-use crate::services::status::ServicesStatus;
+use crate::status::section::SectionStatus;
 use crate::status::view::View;
 
 /// Answers on `listener` until the process ends.
@@ -64,7 +63,7 @@ async fn healthz(State(view): State<watch::Receiver<Arc<View>>>) -> (StatusCode,
 }
 
 type Receiver<T> = watch::Receiver<Arc<T>>;
-type ReadySources = (Receiver<View>, Option<Receiver<PolicyStatus>>, Option<Receiver<ServicesStatus>>);
+type ReadySources = (Receiver<View>, Option<Receiver<SectionStatus>>, Option<Receiver<SectionStatus>>);
 
 async fn readyz(State((view, policy, services)): State<ReadySources>) -> (StatusCode, String) {
     let of_policy = policy.and_then(|policy| policy.borrow().ready.clone().err());

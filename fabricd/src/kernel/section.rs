@@ -1,13 +1,13 @@
 //! [`SectionTable`]: one table of the packet filter, read and written over a socket of its own, so that its section and the
 //! others never wait for each other's batches.
 //!
-//! It may have 100,000 elements, so it is read at the start and when somebody else has written to it; what we wrote ourselves
-//! is known.
+//! It may have 100,000 elements, so it is read at the start, when somebody else has written to it, and once an hour; what we
+//! wrote ourselves is known.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fabric_core::diff::nft::{Op, Transaction};
 use fabric_core::diff::{Gate, Op as AnyOp, Plan, diff};
@@ -26,6 +26,8 @@ use super::nft::{Filter, concerned};
 
 /// The largest writes take a second.
 const LIMIT: Duration = Duration::from_secs(60);
+/// How often the table is read anew though nobody has told of a change.
+const REREAD: Duration = Duration::from_secs(3600);
 /// Room for the events of a large transaction of others.
 const RECEIVE_BUFFER: usize = 8 << 20;
 /// `NFNLGRP_NFTABLES`.
@@ -45,8 +47,8 @@ struct Worker {
     filter: Filter,
     /// `None` when there is no such table.
     found: Option<FoundTable>,
-    /// Somebody else may have written to it since it was read.
-    is_stale: bool,
+    /// When it was read; `None` when it never was, or somebody else may have written to it since.
+    read: Option<Instant>,
 }
 
 impl SectionTable {
@@ -58,7 +60,7 @@ impl SectionTable {
         let gone = |error: io::Error| KernelError::Disconnected(error.to_string());
         let filter = Filter::open().map_err(gone)?;
         let (changed, port) = (Arc::new(Notify::new()), filter.port());
-        let worker = Arc::new(Mutex::new(Worker { key, filter, found: None, is_stale: true }));
+        let worker = Arc::new(Mutex::new(Worker { key, filter, found: None, read: None }));
         let listener = port.map(|port| listen(key, port, &worker, &changed)).transpose().map_err(gone)?;
         Ok(Self { key, worker, changed, listener })
     }
@@ -69,11 +71,6 @@ impl SectionTable {
     /// When it can't be read.
     pub async fn observe(&self) -> Result<Option<FoundTable>, KernelError> {
         self.work(Worker::observe).await?
-    }
-
-    /// Makes the next look read everything anew.
-    pub fn distrust(&self) {
-        lock(&self.worker).is_stale = true;
     }
 
     /// Waits until somebody else has written to the table. Cancel-safe.
@@ -162,7 +159,7 @@ fn lock(worker: &Mutex<Worker>) -> MutexGuard<'_, Worker> {
 
 impl Worker {
     fn observe(&mut self) -> Result<Option<FoundTable>, KernelError> {
-        if self.is_stale {
+        if self.read.is_none_or(|read| read.elapsed() >= REREAD) {
             let failed = |source| KernelError::Dump { table: "nftables", source };
             if let Some(mut read) = self.filter.read(self.key).map_err(failed)? {
                 if let (Some(read), Some(known)) = (&mut read, &self.found) {
@@ -170,7 +167,7 @@ impl Worker {
                 }
                 self.found = read;
             }
-            self.is_stale = false;
+            self.read = Some(Instant::now());
         }
         Ok(self.found.clone())
     }
@@ -191,7 +188,7 @@ impl Worker {
                     self.found = found.remove(&self.key);
                 }
                 Err(Refusal { error, words }) => {
-                    self.is_stale = true;
+                    self.read = None;
                     for position in positions {
                         let same = copy_of(&error);
                         results[position] = Err(KernelError::of_filter(&ops[position], same, words.clone(), None));
@@ -230,7 +227,7 @@ fn listen(
             if is_touched {
                 // The worker may be busy writing: whoever waits for it needs no runtime thread.
                 let worker = Arc::clone(&worker);
-                let _ = tokio::task::spawn_blocking(move || lock(&worker).is_stale = true).await;
+                let _ = tokio::task::spawn_blocking(move || lock(&worker).read = None).await;
                 changed.notify_one();
             }
         }

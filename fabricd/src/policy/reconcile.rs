@@ -28,7 +28,7 @@ use tracing::{info, warn};
 
 use super::connections::{self, Judged};
 use super::judged;
-use super::status::{Counts, PolicyCounters, PolicyStatus};
+use super::status::{Counts, PolicyCounters};
 use super::watch::Sources;
 use crate::files::Files;
 use crate::host::addresses::{Entry, NodePods};
@@ -37,13 +37,12 @@ use crate::kernel::bridged;
 use crate::kernel::links::HostLinks;
 use crate::kernel::section::SectionTable;
 use crate::retry::Backoff;
+use crate::status::section::SectionStatus;
 
 /// How often it is looked at what nobody announces.
 const AUDIT: Duration = Duration::from_secs(10);
 /// How long it takes at least from one judgement of open connections to the next.
 const REJUDGE: Duration = Duration::from_secs(1);
-/// How often the table is read anew though nobody has told of a change.
-const REREAD: Duration = Duration::from_secs(3600);
 /// The longest delay after the first pass that failed.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -74,7 +73,7 @@ type Attachments = BTreeMap<Owner, AttachedPod>;
 pub struct Reconciler {
     inputs: Inputs,
     table: SectionTable,
-    status: watch::Sender<Arc<PolicyStatus>>,
+    status: watch::Sender<Arc<SectionStatus>>,
     counters: PolicyCounters,
     retry: Backoff,
     /// Addresses of pods that were known after the last pass.
@@ -105,7 +104,7 @@ impl Reconciler {
 
     /// What it knows.
     #[must_use]
-    pub fn status(&self) -> watch::Receiver<Arc<PolicyStatus>> {
+    pub fn status(&self) -> watch::Receiver<Arc<SectionStatus>> {
         self.status.subscribe()
     }
 
@@ -120,12 +119,7 @@ impl Reconciler {
         if let Err(error) = self.inputs.judged.turn_on() {
             warn!(%error, "fabric-cni can't be told which pods are judged, and doesn't wait for it");
         }
-        let mut reread = Instant::now() + REREAD;
         loop {
-            if Instant::now() >= reread {
-                self.table.distrust();
-                reread = Instant::now() + REREAD;
-            }
             let mut warnings = vec![];
             let ready = self.pass(&mut warnings).await;
             let next = match &ready {
@@ -136,7 +130,7 @@ impl Reconciler {
                 Err(_) => Instant::now() + self.retry.delay(),
             };
             let next = if self.open.is_due && ready.is_ok() { next.min(self.open.not_before) } else { next };
-            self.publish(PolicyStatus { ready, warnings });
+            SectionStatus { ready, warnings }.publish("network policies", &self.status);
             let Inputs { sources, attached, .. } = &mut self.inputs;
             tokio::select! {
                 Ok(()) = sources.policies.changed() => {}
@@ -146,22 +140,6 @@ impl Reconciler {
                 () = self.table.changed() => {}
                 () = sleep_until(next) => {}
             }
-        }
-    }
-
-    fn publish(&self, status: PolicyStatus) {
-        let before = self.status.borrow().clone();
-        if before.ready != status.ready {
-            match &status.ready {
-                Ok(()) => info!("network policies are in force"),
-                Err(reason) => warn!(reason, "network policies are not up to date"),
-            }
-        }
-        for warning in status.warnings.iter().filter(|warning| !before.warnings.contains(warning)) {
-            warn!("{warning}");
-        }
-        if *before != status {
-            self.status.send_replace(Arc::new(status));
         }
     }
 

@@ -1,24 +1,8 @@
-//! [`PolicyStatus`]: how it stands with network policies on this node, as the loop saw it last.
+//! What the loop of network policies counts.
 
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
-
-/// What is known after one pass.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PolicyStatus {
-    /// Whether the kernel holds what the API server says; else why not.
-    pub ready: Result<(), String>,
-    /// What an operator should know, each with the way out.
-    pub warnings: Vec<String>,
-}
-
-impl Default for PolicyStatus {
-    /// Of a daemon that has just begun.
-    fn default() -> Self {
-        Self { ready: Err("starting".to_owned()), warnings: vec![] }
-    }
-}
 
 /// How many of this node's pods there are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

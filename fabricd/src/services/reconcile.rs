@@ -19,10 +19,10 @@ use fabric_core::state::nft::FoundTable;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
-use tracing::{info, warn};
+use tracing::info;
 
 use super::connections;
-use super::status::{ServicesCounters, ServicesStatus};
+use super::status::ServicesCounters;
 use super::watch::Sources;
 use crate::files::Files;
 use crate::host::attachments::AttachedPods;
@@ -30,6 +30,7 @@ use crate::kernel::links::HostLinks;
 use crate::kernel::section::SectionTable;
 use crate::kernel::{bridged, services};
 use crate::retry::Backoff;
+use crate::status::section::SectionStatus;
 use crate::status::view::View;
 
 /// How often it is looked at what nobody announces.
@@ -62,7 +63,7 @@ pub struct Reconciler {
     plan: Option<ServicePlan>,
     /// What UDP was last held against.
     udp: Option<Udp>,
-    status: watch::Sender<Arc<ServicesStatus>>,
+    status: watch::Sender<Arc<SectionStatus>>,
     counters: ServicesCounters,
     retry: Backoff,
 }
@@ -96,7 +97,7 @@ impl Reconciler {
 
     /// What it knows.
     #[must_use]
-    pub fn status(&self) -> watch::Receiver<Arc<ServicesStatus>> {
+    pub fn status(&self) -> watch::Receiver<Arc<SectionStatus>> {
         self.status.subscribe()
     }
 
@@ -119,7 +120,7 @@ impl Reconciler {
                 }
                 Err(_) => Instant::now() + self.retry.delay(),
             };
-            self.publish(ServicesStatus { ready, warnings });
+            SectionStatus { ready, warnings }.publish("Services", &self.status);
             let Inputs { sources, view, pods, .. } = &mut self.inputs;
             tokio::select! {
                 Ok(()) = sources.services.changed() => {}
@@ -131,22 +132,6 @@ impl Reconciler {
                 () = sleep_until(next) => {}
             }
             woken = Instant::now();
-        }
-    }
-
-    fn publish(&self, status: ServicesStatus) {
-        let before = self.status.borrow().clone();
-        if before.ready != status.ready {
-            match &status.ready {
-                Ok(()) => info!("Services are translated"),
-                Err(reason) => warn!(reason, "Services are not up to date"),
-            }
-        }
-        for warning in status.warnings.iter().filter(|warning| !before.warnings.contains(warning)) {
-            warn!("{warning}");
-        }
-        if *before != status {
-            self.status.send_replace(Arc::new(status));
         }
     }
 

@@ -1,4 +1,4 @@
-//! [`ServicesStatus`]: how it stands with Services on this node, as the loop saw it last.
+//! What the loop of Services counts.
 
 use std::time::Duration;
 
@@ -6,22 +6,6 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
-
-/// What is known after one pass.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ServicesStatus {
-    /// Whether the kernel holds what the API server says; else why not.
-    pub ready: Result<(), String>,
-    /// What an operator should know, each with the way out.
-    pub warnings: Vec<String>,
-}
-
-impl Default for ServicesStatus {
-    /// Of a daemon that has just begun.
-    fn default() -> Self {
-        Self { ready: Err("starting".to_owned()), warnings: vec![] }
-    }
-}
 
 /// What the loop counts. A clone counts into the same ones.
 #[derive(Clone, Debug)]

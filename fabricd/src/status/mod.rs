@@ -2,4 +2,5 @@
 
 pub mod counters;
 pub mod events;
+pub mod section;
 pub mod view;
