@@ -151,12 +151,14 @@ fn what_users_of_other_charts_look_for_is_there_and_in_the_readme() -> Result<()
         "dashboard.enabled",
         "extraArgs",
         "extraEnv",
+        "fastPath",
         "imagePullSecrets",
         "ipMasq",
         "network.directRouting",
         "network.mtu",
         "network.port",
         "network.vni",
+        "networkPolicy",
         "nodeSelector",
         "podAnnotations",
         "podLabels",
@@ -166,15 +168,15 @@ fn what_users_of_other_charts_look_for_is_there_and_in_the_readme() -> Result<()
         "serviceAccount.annotations",
         "serviceAccount.create",
         "serviceAccount.name",
+        "services.apiServer.host",
+        "services.apiServer.port",
+        "services.enabled",
         "tolerations",
         "updateStrategy",
     ] {
         ensure!(known.contains(value), "there is no {value}");
-        let name = if value.starts_with("network") || value.starts_with("cniConf.") {
-            value
-        } else {
-            value.split('.').next().unwrap_or(value)
-        };
+        let whole = ["network.", "cniConf.", "services."].iter().any(|group| value.starts_with(group));
+        let name = if whole { value } else { value.split('.').next().unwrap_or(value) };
         ensure!(readme.contains(&format!("`{name}`")), "the README doesn't name {name}");
     }
     assert_eq!(values()?["ipMasq"], true, "pods reach the outside unless told otherwise");

@@ -41,6 +41,18 @@ fn overlays() -> Result<Vec<(String, Vec<Value>)>> {
     Ok(overlays)
 }
 
+/// The objects of a folder with components on top, as somebody with a folder of his own would have them.
+fn with_components(folder: &str, components: &[&str]) -> Result<Vec<Value>> {
+    let own = tempfile::tempdir()?;
+    let depth = own.path().canonicalize()?.components().count() - 1;
+    let kubernetes = format!("{}{}", "../".repeat(depth), deploy().join("kubernetes").canonicalize()?.display());
+    let components: Vec<_> = components.iter().map(|name| format!("{kubernetes}/components/{name}")).collect();
+    let kustomization = json!({"resources": [format!("{kubernetes}/{folder}")], "components": components});
+    std::fs::write(own.path().join("kustomization.yaml"), kustomization.to_string())?;
+    let rendered = output(Command::new("kubectl").arg("kustomize").arg(own.path()))?;
+    Ok(serde_saphyr::from_multiple(&rendered)?)
+}
+
 fn object<'a>(objects: &'a [Value], kind: &str, name: &str) -> Result<&'a Value> {
     let found = objects.iter().find(|object| object["kind"] == kind && object["metadata"]["name"] == name);
     found.with_context(|| format!("no {kind} {name}"))
@@ -199,5 +211,83 @@ fn daemon_has_no_more_rights_than_it_needs() -> Result<()> {
     ensure!(text.matches("- NET_ADMIN").count() == 1, "one container has two back");
     ensure!(text.matches("- NET_RAW").count() == 1, "one container has two back");
     ensure!(!text.contains("nodes"), "with etcd nobody reads the API server's nodes");
+    Ok(())
+}
+
+/// The capabilities of the daemon's container.
+fn capabilities(objects: &[Value]) -> Result<Vec<&str>> {
+    let pod = &object(objects, "DaemonSet", "fabricd")?["spec"]["template"]["spec"];
+    let added = pod["containers"][0]["securityContext"]["capabilities"]["add"].as_array();
+    Ok(added.into_iter().flatten().filter_map(Value::as_str).collect())
+}
+
+/// What the daemon may do with objects of the whole cluster: `list watch nodes`.
+fn cluster_rights(objects: &[Value]) -> Vec<String> {
+    let words =
+        |list: &Value| list.as_array().into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>().join(" ");
+    let roles = objects.iter().filter(|object| object["kind"] == "ClusterRole");
+    let rules = roles.flat_map(|role| role["rules"].as_array().into_iter().flatten());
+    rules.map(|rule| format!("{} {}", words(&rule["verbs"]), words(&rule["resources"]))).collect()
+}
+
+/// Who has nothing switched on has the rights for nothing.
+#[test]
+fn each_component_gives_the_daemon_what_it_takes_and_no_more() -> Result<()> {
+    let plain = ["NET_ADMIN", "NET_RAW"];
+    let fast = ["NET_ADMIN", "NET_RAW", "BPF", "PERFMON"];
+    let policy = ["list watch networkpolicies", "list watch namespaces pods"];
+    let services = ["list watch services nodes", "list watch endpointslices"];
+    for (component, setting, capable, rights) in [
+        ("fast-path", "FABRICD_FAST_PATH", &fast[..], &[][..]),
+        ("network-policy", "FABRICD_NETWORK_POLICY", &plain[..], &policy[..]),
+        ("services", "FABRICD_SERVICES", &plain[..], &services[..]),
+    ] {
+        let (without, with) = (with_components("etcd", &[])?, with_components("etcd", &[component])?);
+        for (objects, switched, capable, rights) in
+            [(&without, &Value::Null, &plain[..], &[][..]), (&with, &json!("on"), capable, rights)]
+        {
+            assert_eq!(&object(objects, "ConfigMap", "fabricd")?["data"][setting], switched, "{component}");
+            assert_eq!(capabilities(objects)?, capable, "{component}");
+            assert_eq!(cluster_rights(objects), rights, "{component}");
+            let token = &object(objects, "ServiceAccount", "fabricd")?["automountServiceAccountToken"];
+            assert_eq!(token, !rights.is_empty(), "a token for those who ask the API server; {component}");
+        }
+    }
+    Ok(())
+}
+
+/// Nobody but the daemon, where it needs it, and the cleanup, which takes away what it left, sees pins of eBPF.
+#[test]
+fn file_system_of_ebpf_is_where_the_fast_path_is_and_where_it_is_cleaned_up() -> Result<()> {
+    for (name, objects) in overlays()? {
+        let daemons = if name == "cleanup" { "fabricd-cleanup" } else { "fabricd" };
+        let pod = &object(&objects, "DaemonSet", daemons)?["spec"]["template"]["spec"];
+        let expected = [("cleanup", "/sys/fs/bpf", false)];
+        assert_eq!(mounts(pod, "bpffs"), expected[..usize::from(name == "cleanup")], "{name}");
+    }
+    for folder in ["etcd", "kubernetes-store"] {
+        let objects = with_components(folder, &["fast-path"])?;
+        let pod = &object(&objects, "DaemonSet", "fabricd")?["spec"]["template"]["spec"];
+        assert_eq!(mounts(pod, "bpffs"), [("fabricd", "/sys/fs/bpf", false)], "{folder}");
+    }
+    Ok(())
+}
+
+/// Before the daemon translates the API server's own Service nobody does.
+#[test]
+fn without_kube_proxy_all_that_ask_the_api_server_have_its_own_address() -> Result<()> {
+    for folder in ["etcd", "kubernetes-store"] {
+        let objects = with_components(folder, &["services"])?;
+        let told = &object(&objects, "ConfigMap", "fabric-api-server")?["data"];
+        assert_eq!(told, &json!({"KUBERNETES_SERVICE_HOST": "192.0.2.1", "KUBERNETES_SERVICE_PORT": "6443"}));
+        let asking = objects.iter().filter(|object| ["DaemonSet", "Job"].iter().any(|kind| object["kind"] == *kind));
+        // The Job that writes the network config speaks to etcd alone.
+        let asking = asking.filter(|object| object["metadata"]["name"] != "fabric-network");
+        for object in asking {
+            let from = &object["spec"]["template"]["spec"]["containers"][0]["envFrom"];
+            let last = from.as_array().and_then(|from| from.last());
+            assert_eq!(last, Some(&json!({"configMapRef": {"name": "fabric-api-server"}})), "{folder}: {object}");
+        }
+    }
     Ok(())
 }

@@ -116,6 +116,10 @@ spec:
           {{- template "fabricd.pull" $ }}
           args:
             {{- toYaml .args | nindent 12 }}
+          {{- if $.Values.services.enabled }}
+          envFrom:
+            - configMapRef: {name: fabric-api-server}
+          {{- end }}
           securityContext:
             {{- include "fabricd.unprivileged" $ | nindent 12 }}
           resources:
