@@ -29,7 +29,7 @@ UNDERLAY=10.250.0 UNDERLAY6=fd00:250: # .1 is the control plane, .11 node n1, .1
 PODS=10.244.0.0/16 PODS6=fd00:244::/48
 SERVICES=10.96.0.0/16 SERVICES6=fd00:96::/112
 API_SERVICE=10.96.0.1 DNS_SERVICE=10.96.0.10
-PROXY_MODE=${PROXY_MODE:-iptables} # of kube-proxy: iptables or nftables
+PROXY_MODE=${PROXY_MODE:-iptables} # of kube-proxy: iptables or nftables; none: it isn't there
 feature_gates=
 if [ "$DUAL" = 1 ]; then
     ! is_oldest || feature_gates=--feature-gates=IPv6DualStack=true # still alpha there

@@ -39,7 +39,7 @@ kernel_state() {
 traces() {
     in_machine "$1" sh -c 'ip -brief link | cut -d" " -f1 | cut -d@ -f1 | grep -v "^veth\|^kube\|^nodelocaldns"; ip route; ip -6 route
         ip nexthop; nft list tables | grep fabric
-        find /opt/cni/bin /etc/cni/net.d /run/fabric /run/flannel /var/lib/fabric /var/lib/cni ! -type d 2>/dev/null; true' |
+        find /opt/cni/bin /etc/cni/net.d /run/fabric /run/flannel /var/lib/fabric /var/lib/cni /sys/fs/bpf/fabric ! -type d 2>/dev/null; true' |
         grep -v ^/var/lib/cni/results | sort
 }
 # Nobody adds pods meanwhile: the addresses that this folder has are those of pods.

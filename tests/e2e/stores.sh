@@ -1,6 +1,7 @@
 # What differs between the stores, for `run`: the manifest, what makes it ready, and how the store is taken away. With one
 # family it is the file that users apply; with two, the overlays that have most in them. Sourced by `run`.
 
+patches=()
 use_etcd() {
     store=etcd
     if [ "$DUAL" = 1 ]; then
@@ -16,6 +17,13 @@ use_etcd() {
     # Frozen: connections stay, and nobody answers.
     lose_store() { for_each_node signal_member STOP; }
     find_store() { for_each_node signal_member CONT; }
+}
+
+# use_component NAME: the Kubernetes store's overlay with this on top; what it has to be told of this cluster is in patches
+use_component() {
+    overlay=kubernetes-store components=("$1") patches=()
+    [ "$1" != services ] || patches=("{apiVersion: v1, kind: ConfigMap, metadata: {name: fabric-api-server, namespace: fabric-system},
+        data: {KUBERNETES_SERVICE_HOST: $UNDERLAY.1}}")
 }
 
 label_member() { kube label node "$1" fabric-etcd=$((${1#n} - 1)) >/dev/null; }
@@ -45,13 +53,15 @@ for_each_node() {
 
 # The manifest of the overlay and its components, as somebody with a folder of his own would make it.
 render() {
-    local component deploy
+    local component patch deploy
     [ -n "${overlay:-}" ] || return 0
     mkdir "$STATE/overlay"
     deploy=$(realpath --relative-to="$STATE/overlay" "$root/deploy/kubernetes")
     {
         printf 'resources: [%s]\ncomponents:\n' "$deploy/$overlay"
         for component in "${components[@]}"; do echo "  - $deploy/components/$component"; done
+        [ ${#patches[@]} = 0 ] || echo "patches:"
+        for patch in "${patches[@]}"; do printf '  - patch: |\n      %s\n' "${patch//$'\n'/}"; done
     } >"$STATE/overlay/kustomization.yaml"
     manifest=$STATE/$overlay.yaml
     kubectl kustomize "$STATE/overlay" >"$manifest"
