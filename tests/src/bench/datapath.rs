@@ -13,7 +13,7 @@ use anyhow::{Result, ensure};
 use fabric_core::model::Family;
 
 use super::Report;
-use super::fast_path::{self, FastNode, Share};
+use super::fast_path::{self, Share};
 use super::report::{quantile, sorted};
 use super::traffic::{Carried, End, Load, Whole};
 use crate::lab::spaces::Spaces;
@@ -37,7 +37,7 @@ pub(super) const LOADS: [(&str, Load); 4] = [
     ("small UDP packets", Load::SmallPackets),
 ];
 pub(super) const OFFLOADS: [Offloads; 3] = [Offloads::All, Offloads::OfTheHost, Offloads::None];
-const LIMIT: Duration = Duration::from_secs(60);
+pub(super) const LIMIT: Duration = Duration::from_secs(60);
 /// As for the fabric's pods over an underlay of 1500.
 const MTU: &str = "1450";
 
@@ -87,12 +87,12 @@ pub fn run(report: &mut Report, options: Options) -> Result<()> {
         routed(&plain)?,
         underlay(&plain)?,
     ];
-    let programs = fast_path::attach(&fast, "a", crowd::SPACE)?;
-    let mut share = Share::default();
+    fast_path::switch_on(&fast)?;
     let mut crowd = lab.crowd()?;
     for peers in BTreeSet::from([0, options.crowd]) {
         crowd.join(1..peers + 1)?;
         fast.iter().chain(&slow).try_for_each(|node| wait_for_peers(node, peers + 2))?;
+        fast.iter().try_for_each(|node| fast_path::wait_for_peers(node, peers + 3))?;
         for offloads in OFFLOADS {
             switch_offloads(&lab, &fast, &["a"], offloads)?;
             switch_offloads(&lab, &slow, &["a"], offloads)?;
@@ -101,17 +101,13 @@ pub fn run(report: &mut Report, options: Options) -> Result<()> {
                 0 => format!("pod to pod, {}", offloads.name()),
                 _ => format!("pod to pod, {}, {peers} peers", offloads.name()),
             };
+            let share = Share::since_now(&fast)?;
             compare(report, &section, &ways, options)?;
             compare_cost(report, &section, &ways, options)?;
-            took_fast_path(report, &section, &programs, &mut share)?;
+            report.number(&section, "packets that took the fast path", "%", share.check()? * 100.0);
         }
     }
     lab.destroy()
-}
-
-fn took_fast_path(report: &mut Report, section: &str, programs: &[FastNode; 2], share: &mut Share) -> Result<()> {
-    report.number(section, "packets that took the fast path", "%", share.check(programs)? * 100.0);
-    Ok(())
 }
 
 /// Each load over each way, in turns.
