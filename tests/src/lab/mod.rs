@@ -114,6 +114,9 @@ pub use vteps::Vteps;
 pub use wait::wait_until;
 pub use witness::Witness;
 
+/// Names the mode of the fast path that daemons of labs have unless a test says another.
+const FAST_PATH: &str = "FABRIC_LAB_FAST_PATH";
+
 /// What every node of a lab has to know.
 #[derive(Debug)]
 pub struct Plan {
@@ -368,7 +371,8 @@ impl Lab {
         let env = [("FABRICD_ETCD_ENDPOINTS", endpoints), ("ETCDCTL_ENDPOINTS", endpoints), ("ETCDCTL_API", "3")];
         let masquerade = ("FABRICD_IP_MASQ", self.plan.masquerade.to_string());
         let env = env.map(|(name, value)| (name, value.to_owned())).into_iter().chain([masquerade]);
-        let env = env.chain(api_certificates::environment());
+        let fast_path = std::env::var(FAST_PATH).ok().map(|mode| ("FABRICD_FAST_PATH", mode));
+        let env = env.chain(api_certificates::environment()).chain(fast_path);
         let env = env.map(|(name, value)| (name.to_owned(), value)).collect();
         let machine = Machine::new(&name, &self.dir.join(&name), self.lifetime, env);
         let node = Arc::new(Node::new(machine, index, Arc::clone(&self.plan), Arc::clone(&self.underlay)));

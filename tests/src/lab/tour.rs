@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use fabric_core::model::Family;
+use serde_json::Value;
 
 use super::addresses::{self, Families};
 use super::machine::Machine;
@@ -92,6 +93,9 @@ impl Up {
         let matrix = Matrix::of(&lab.pods()?)?;
         print!("{matrix}");
         ensure!(matrix.is_perfect(), "pods don't reach each other");
+        if !self.plain && self.nodes > 0 {
+            println!("\n{}", path_taken(&lab.node("node-1")?.status()?["fast_path"]));
+        }
         if !self.plain && self.nodes > 1 && self.pods > 0 {
             for &family in lab.families().each() {
                 prove_vxlan(lab, family)?;
@@ -228,6 +232,16 @@ fn probed(lab: &Lab, peers: u16) -> Result<()> {
         ensure!(told.contains(&format!("{peers} of {peers} reachable")), "{told}");
         Ok(())
     })
+}
+
+/// Which path these pings took, and which TCP and UDP take.
+fn path_taken(fast_path: &Value) -> String {
+    let others = match (fast_path["on"].as_bool(), fast_path["reason"].as_str().unwrap_or_default()) {
+        (Some(true), _) => "the fast path (eBPF)".to_owned(),
+        (Some(false), why) => format!("the same, as the fast path is off: {why}"),
+        (None, _) => "the same (--fast-path=off; FABRIC_LAB_FAST_PATH=on gives a lab the fast path)".to_owned(),
+    };
+    format!("Pings took the kernel's path: bridge, routes and VXLAN device. TCP and UDP take {others}.")
 }
 
 /// Catches a ping between two nodes on the underlay and shows it.
