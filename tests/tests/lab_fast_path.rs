@@ -236,6 +236,30 @@ fn translated_connections_have_the_same_answers_on_and_off_and_switched() -> Res
 }
 
 #[test]
+fn connection_that_is_idle_while_it_is_switched_on_is_whole_when_it_is_off_again() -> Result<()> {
+    let (_lab, a, b) = pods_of_two_nodes([OFF, OFF])?;
+    // As kube-proxy does.
+    let invalid = "iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP";
+    for pod in [&a, &b] {
+        pod.node.run(&invalid.split(' ').collect::<Vec<_>>())?;
+    }
+    let server = serve(&b)?;
+    let mut stream = a.network()?.run(|| Ok(TcpStream::connect_timeout(&server, SOON)?))?;
+    stream.set_read_timeout(Some(SOON))?;
+    echoes(&mut stream, "off")?;
+    for (flag, bytes) in [(ON, 16 << 20), (OFF, 1 << 20)] {
+        for pod in [&a, &b] {
+            restart(&pod.node, flag)?;
+            settled(&pod.node, flag)?;
+        }
+        // Far more than the window that connection tracking knew.
+        let word = "0123456789abcdef".repeat(4096);
+        (0..bytes / word.len()).try_for_each(|_| echoes(&mut stream, &word)).with_context(|| flag)?;
+    }
+    Ok(())
+}
+
+#[test]
 fn attacks_fail_on_the_fast_path_too() -> Result<()> {
     let field = Field::of_fabricd(Lab::builder(), &["--ip-masq", ON])?;
     settled(&field.target.node, ON)?;

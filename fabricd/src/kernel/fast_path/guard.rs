@@ -1,4 +1,5 @@
-//! The NAT guard: which ports of pods have connections that this node's connection tracking translates.
+//! The NAT guard: which ports of pods have connections that this node's connection tracking translates, and which flows it
+//! tracks already when a pod becomes fast.
 //!
 //! Programs mark a pod's port when it talks to anything that is no pod. Marks have two generations, and both are asked.
 //! Programs write to the current one, we to the other: so each has one writer. To forget, the other is filled with what
@@ -9,25 +10,55 @@ use std::io;
 use std::net::IpAddr;
 
 use fabric_bpf::abi;
-use fabric_core::model::Family;
+use fabric_core::model::{Family, Subnet};
 use fabric_core::state::fast_path::PodSlot;
 use fabric_ebpf::Map;
 
 use super::maps::Maps;
 use crate::kernel::KernelError;
-use crate::kernel::conntrack::{Connection, Connections, Filter};
+use crate::kernel::conntrack::{Connection, Connections, Filter, Tuple};
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
-/// Marks what is translated of the connections of pods with these addresses.
-pub(super) fn seed(maps: &Maps, addresses: &BTreeMap<IpAddr, PodSlot>) -> io::Result<()> {
+/// Marks what is translated of the connections of pods with these addresses, and notes those that are tracked as they are:
+/// these stay on the kernel's path to their end. One that is idle meanwhile would be noted by no packet; it would go on fast,
+/// and be called invalid when the fast path is switched off again.
+pub(super) fn seed(maps: &Maps, addresses: &BTreeMap<IpAddr, PodSlot>, network: Subnet) -> io::Result<()> {
     let (_, other) = maps.generations()?;
-    let marks = marks(&translated()?, addresses);
-    marks.into_iter().try_for_each(|(word, bits)| {
+    let (mut translated, mut flows) = (vec![], vec![]);
+    each(|connection| match is_translated(connection) {
+        true => translated.push(*connection),
+        false => flows.extend(tracked(connection, addresses, network)),
+    })?;
+    // Those that begin now have their first packet noted by programs.
+    flows.iter().try_for_each(|(slot, flow)| maps.set_slow_flow(*slot, flow))?;
+    marks(&translated, addresses).into_iter().try_for_each(|(word, bits)| {
         let had = other.get(&word.to_ne_bytes())?.map_or(0, |bytes| bits_in(&bytes));
         other.set(&word.to_ne_bytes(), &(had | bits).to_ne_bytes())
     })
+}
+
+/// The flows of a connection that is tracked and not translated, as the pods at its ends send them.
+fn tracked(
+    connection: &Connection,
+    addresses: &BTreeMap<IpAddr, PodSlot>,
+    network: Subnet,
+) -> Vec<(PodSlot, abi::Flow)> {
+    let Connection { original, reply, .. } = connection;
+    let of = |tuple: &Tuple| {
+        let slot = *addresses.get(&tuple.source).filter(|_| network.contains(tuple.target))?;
+        let flow = abi::Flow {
+            source: abi_address(tuple.source)?,
+            destination: abi_address(tuple.target)?,
+            source_port: tuple.source_port.to_be_bytes(),
+            destination_port: tuple.target_port.to_be_bytes(),
+            protocol: tuple.protocol,
+            reserved: [0; 3],
+        };
+        matches!(tuple.protocol, TCP | UDP).then_some((slot, flow))
+    };
+    [original, reply].into_iter().filter_map(of).collect()
 }
 
 /// Forgets what no connection needs any more.
@@ -47,6 +78,14 @@ fn replace(generation: &Map, marks: &BTreeMap<u32, u64>) -> io::Result<()> {
         }
     })?;
     differing.into_iter().try_for_each(|(word, bits)| generation.set(&word.to_ne_bytes(), &bits.to_ne_bytes()))
+}
+
+/// An address of IPv4 as flows have it: mapped to IPv6.
+fn abi_address(ip: IpAddr) -> Option<[u8; 16]> {
+    match ip {
+        IpAddr::V4(ip) => Some(ip.to_ipv6_mapped().octets()),
+        IpAddr::V6(_) => None,
+    }
 }
 
 fn bits_in(bytes: &[u8]) -> u64 {
@@ -71,24 +110,28 @@ fn marks(translated: &[Connection], addresses: &BTreeMap<IpAddr, PodSlot>) -> BT
     marks
 }
 
-/// The connections of IPv4 that are translated: those whose answers don't go back the way that the first packet came.
+/// The connections of IPv4 that are translated.
 fn translated() -> io::Result<Vec<Connection>> {
     let mut found = vec![];
+    each(|connection| found.extend(Some(*connection).filter(is_translated)))?;
+    Ok(found)
+}
+
+/// Shows each connection of IPv4.
+fn each(mut see: impl FnMut(&Connection)) -> io::Result<()> {
     let filter = Filter { family: Some(Family::V4), ..Filter::default() };
-    let listed = Connections::open().and_then(|mut connections| {
-        connections.each(&filter, |connection| found.extend(Some(*connection).filter(is_translated)))
-    });
+    let listed =
+        Connections::open().and_then(|mut connections| connections.each(&filter, |connection| see(connection)));
     match listed {
-        Ok(()) => Ok(found),
+        Ok(()) => Ok(()),
         // No netfilter at all, or no connection tracking.
-        Err(error) if matches!(error.errno(), Some(libc::EPROTONOSUPPORT | libc::EINVAL | libc::EOPNOTSUPP)) => {
-            Ok(vec![])
-        }
+        Err(error) if matches!(error.errno(), Some(libc::EPROTONOSUPPORT | libc::EINVAL | libc::EOPNOTSUPP)) => Ok(()),
         Err(KernelError::Refused { source, .. } | KernelError::Dump { source, .. }) => Err(source),
         Err(error) => Err(io::Error::other(error.to_string())),
     }
 }
 
+/// Its answers don't go back the way that the first packet came.
 fn is_translated(connection: &Connection) -> bool {
     let Connection { original, reply, .. } = connection;
     matches!(original.protocol, TCP | UDP)
@@ -99,7 +142,6 @@ fn is_translated(connection: &Connection) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::conntrack::Tuple;
 
     fn end(text: &str) -> (IpAddr, u16) {
         let (ip, port) = text.split_once(':').expect("an address and a port");
@@ -157,5 +199,28 @@ mod tests {
         let mut icmp = pair("10.64.1.5:7 > 198.51.100.9:0, 198.51.100.9:0 > 192.0.2.1:7", false);
         icmp.original.protocol = 1;
         assert!(!is_translated(&icmp), "it has no ports");
+    }
+
+    #[test]
+    fn connections_that_are_tracked_are_noted_as_each_pod_of_this_node_sends_them() {
+        let addresses =
+            [("10.64.1.5", 1), ("10.64.1.6", 2)].map(|(ip, slot)| (ip.parse().expect("valid"), PodSlot(slot)));
+        let addresses = addresses.into();
+        let network = "10.64.0.0/12".parse().expect("a network");
+        let noted = |text: &str| -> Vec<(u32, u16, u16)> {
+            let port = u16::from_be_bytes;
+            let flows = tracked(&pair(text, false), &addresses, network);
+            flows.iter().map(|(slot, flow)| (slot.0, port(flow.source_port), port(flow.destination_port))).collect()
+        };
+        assert_eq!(noted("10.64.1.5:4000 > 10.64.2.9:80, 10.64.2.9:80 > 10.64.1.5:4000"), [(1, 4000, 80)]);
+        assert_eq!(noted("10.64.2.9:700 > 10.64.1.6:80, 10.64.1.6:80 > 10.64.2.9:700"), [(2, 80, 700)]);
+        let of_two_here = noted("10.64.1.5:4000 > 10.64.1.6:80, 10.64.1.6:80 > 10.64.1.5:4000");
+        assert_eq!(of_two_here, [(1, 4000, 80), (2, 80, 4000)]);
+        assert_eq!(
+            noted("10.64.1.5:4000 > 198.51.100.9:80, 198.51.100.9:80 > 10.64.1.5:4000"),
+            [],
+            "no pod: it is slow"
+        );
+        assert_eq!(noted("10.64.3.5:4000 > 10.64.2.9:80, 10.64.2.9:80 > 10.64.3.5:4000"), [], "nobody's here");
     }
 }

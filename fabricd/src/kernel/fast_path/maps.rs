@@ -138,6 +138,14 @@ impl Maps {
         self.map(abi::Map::PodIndex4).set(&number.to_ne_bytes(), &slot.map_or(0, |slot| slot.0).to_ne_bytes())
     }
 
+    /// Notes a flow of a pod that takes the kernel's path: the flow before the word that tells of flows.
+    pub(super) fn set_slow_flow(&self, slot: PodSlot, flow: &abi::Flow) -> io::Result<()> {
+        // When a packet of it last came is not known; 0 would be never.
+        let time = 1_u64.to_ne_bytes();
+        self.map(abi::Map::SlowFlows).set(flow.as_bytes(), &time)?;
+        self.map(abi::Map::SlowPods).set(&slot.0.to_ne_bytes(), &time)
+    }
+
     /// The generation of the NAT guard that programs write to, and the one that only we do.
     pub(super) fn generations(&self) -> io::Result<(u32, &Map)> {
         let current = self.map(abi::Map::NatCurrent).get(&0_u32.to_ne_bytes())?.map_or(0, |bytes| number_in(&bytes));

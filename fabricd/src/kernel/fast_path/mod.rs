@@ -205,9 +205,13 @@ impl Bpf {
             Op::Index(subnet, change) => maps.set_index(*subnet, change.wanted().copied(), node)?,
             Op::Pod(slot, change) => maps.set_pod(*slot, change.wanted())?,
             Op::Address(ip, change) => maps.set_address(*ip, change.wanted().copied(), node)?,
-            Op::Seed(addresses) if node.is_some_and(|node| node.guard) => guard::seed(maps, addresses)?,
+            Op::Seed(addresses) => {
+                if let Some(node) = node.filter(|node| node.guard) {
+                    guard::seed(maps, addresses, node.network)?;
+                }
+            }
             Op::Program(Change::Create(program) | Change::Replace { now: program, .. }) => self.load(maps, *program)?,
-            Op::Seed(_) | Op::Maps(_) | Op::Program(_) | Op::Link(..) => {}
+            Op::Maps(_) | Op::Program(_) | Op::Link(..) => {}
         }
         Ok(())
     }
