@@ -331,3 +331,31 @@ fn obstacles_are_told_with_the_way_out_and_cleanup_leaves_no_pin() -> Result<()>
     ensure!(!left.success(), "it left pins: {left:?}");
     Ok(())
 }
+
+#[test]
+fn what_another_layout_has_pinned_gives_way_and_costs_no_packet() -> Result<()> {
+    let (_lab, a, b) = pods_of_two_nodes([ON, ON])?;
+    let node = &a.node;
+    let stream = Stream::start(&a, &b)?;
+    stream.wait_for(200, SOON)?;
+    let layouts = || Ok::<_, anyhow::Error>(node.run(&["ls", "/sys/fs/bpf/fabric"])?.trim().to_owned());
+    let ours = layouts()?;
+    let become_anothers = || {
+        node.stop_fabricd()?;
+        node.run(&["sh", "-ec", "cd /sys/fs/bpf/fabric && mv * 999"])
+    };
+    become_anothers()?;
+    node.start_fabricd_with(&[ON], &[])?;
+    settled(node, ON)?;
+    ensure!(layouts()? == ours, "{}", layouts()?);
+    transfer(&a, &b)?;
+    // Those of a release to come, before a downgrade that switches it off.
+    become_anothers()?;
+    node.start_fabricd_with(&[OFF], &[])?;
+    settled(node, OFF)?;
+    transfer(&a, &b)?;
+    stream.wait_for(200, SOON)?;
+    let report = stream.stop()?;
+    ensure!(report.lost == 0, "{report:?}");
+    Ok(())
+}

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use fabric_bpf::abi;
 use fabric_core::diff::Change;
 use fabric_core::diff::fast_path::Op;
-use fabric_core::state::fast_path::{FastPath, Hook, Place, Program, Role};
+use fabric_core::state::fast_path::{FastPath, Hook, MapSizes, Place, Program, Role};
 use fabric_ebpf::Object;
 
 pub use self::maps::Counts;
@@ -156,6 +156,9 @@ impl Bpf {
         if let Some(maps) = Maps::open(&self.pins)? {
             maps.read_into(&mut found)?;
             self.maps = Some(maps);
+        } else if !self.pins.other_layouts()?.is_empty() {
+            // Maps as nobody wants them: they go before ours are made, and when none are wanted.
+            found.maps = Some(MapSizes { subnets: 0, peers: 0, addresses: 0, pods: 0 });
         }
         Ok(found)
     }

@@ -41,13 +41,23 @@ impl Pins {
         self.root.join("links").join(place.to_string())
     }
 
-    /// Makes the folders. What another layout has left goes: its links first, so that packets take the kernel's path.
+    /// Makes the folders. What another layout has left goes.
     pub(super) fn prepare(&self) -> io::Result<()> {
         for folder in ["maps", "programs", "links"] {
             fs::create_dir_all(self.root.join(folder))?;
         }
-        let Some(all) = self.root.parent() else { return Ok(()) };
-        for other in entries(all)?.into_iter().filter(|other| *other != self.root) {
+        self.remove_other_layouts()
+    }
+
+    /// The folders of other layouts.
+    pub(super) fn other_layouts(&self) -> io::Result<Vec<PathBuf>> {
+        let all = self.root.parent().map_or_else(|| Ok(vec![]), entries)?;
+        Ok(all.into_iter().filter(|folder| *folder != self.root && layout_of(folder).is_some()).collect())
+    }
+
+    /// Takes away what they have: links first, so that packets take the kernel's path.
+    fn remove_other_layouts(&self) -> io::Result<()> {
+        for other in self.other_layouts()? {
             for folder in ["links", "programs", "maps"] {
                 entries(&other.join(folder))?.iter().try_for_each(|pin| remove(pin))?;
                 remove_empty(&other.join(folder))?;
@@ -57,8 +67,9 @@ impl Pins {
         Ok(())
     }
 
-    /// Takes the maps away, and the folders when nothing else is left in them.
+    /// Takes the maps away, those of other layouts too, and the folders when nothing else is left in them.
     pub(super) fn remove_maps(&self) -> io::Result<()> {
+        self.remove_other_layouts()?;
         abi::Map::ALL.iter().try_for_each(|map| remove(&self.map(*map)))?;
         for folder in ["maps", "programs", "links"] {
             remove_empty(&self.root.join(folder))?;
@@ -82,6 +93,10 @@ impl Pins {
     pub(super) fn places(&self) -> io::Result<Vec<Place>> {
         Ok(entries(&self.root.join("links"))?.iter().filter_map(|path| place_of(path)).collect())
     }
+}
+
+fn layout_of(folder: &Path) -> Option<u32> {
+    folder.file_name()?.to_str()?.parse().ok()
 }
 
 fn program_of(path: &Path) -> Option<Program> {
