@@ -103,7 +103,7 @@ async fn serve(
     };
     let mut reconciler = Reconciler::new(node, store.clone(), open_kernel(config)?, files, before);
     let (judges, translates) = (config.judges_pods(), config.translates_services());
-    let attached = (config.filter.check_pods || judges || translates || config.fast_path == Mode::On)
+    let attached = (config.filter.check_pods || judges || translates || config.fast_path != Mode::Off)
         .then(|| attachments::watch_attachments(config.cni_state_dir.clone()));
     if let Some(attached) = attached.clone() {
         reconciler.take_pods(attached);
@@ -298,7 +298,7 @@ pub(crate) fn open_kernel(config: &Config) -> anyhow::Result<Netlink> {
         sysctl_root: config.sysctl_root.clone(),
         services_apart,
         bpffs: config.bpffs.clone(),
-        fast_path: config.fast_path == Mode::On,
+        fast_path: config.fast_path != Mode::Off,
     };
     Netlink::new(options).context("cannot talk to the kernel over netlink; does fabricd have CAP_NET_ADMIN?")
 }

@@ -18,6 +18,7 @@ use fabric_core::diff::{Change, Key, Op, diff, fast_path, routing};
 use fabric_core::firewall::Firewall;
 use fabric_core::model::{Family, IfName, MacAddr, Subnet};
 use fabric_core::plan::fast_path::Port;
+use fabric_core::plan::passed_by::Shaping;
 use fabric_core::state::fast_path::{FastPath, UnderlayPath};
 use fabric_core::state::nft::FoundRuleset;
 use fabric_core::state::{
@@ -81,6 +82,8 @@ pub struct Tables {
     pub ports: BTreeMap<IfName, Port>,
     /// Why there can be no fast path.
     pub fast_path_trouble: Option<String>,
+    /// What of others shapes packets.
+    pub shaping: Shaping,
     /// Whether nexthop objects are unknown (a kernel before 5.3).
     pub without_nexthop_objects: bool,
     last_index: u32,
@@ -414,6 +417,7 @@ impl Tables {
                 trouble: self.fast_path_trouble.clone(),
                 paths: self.paths(),
                 ports: self.ports.clone(),
+                shaping: self.shaping.clone(),
                 counts: BTreeMap::new(),
             },
         }

@@ -471,6 +471,15 @@ const BROKEN: &[(&str, Breakage, Outcome, &str)] = &[
         Outcome::Warning,
         "look here",
     ),
+    (
+        "fast-path",
+        |n| {
+            (n.view.fast_path.asked, n.view.fast_path.reason) = (true, "there is no bpffs; mount it with: …".into());
+            Ok(())
+        },
+        Outcome::Warning,
+        "take the kernel's path: there is no bpffs",
+    ),
 ];
 
 #[test]

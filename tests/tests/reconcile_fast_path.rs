@@ -7,10 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::diff::Op;
+use fabric_core::firewall::{Base, Chain, Firewall, Hook, Table, TableKind};
 use fabric_core::handoff::Readiness;
 use fabric_core::model::{PerFamily, Subnet};
 use fabric_core::plan::fast_path::Port;
 use fabric_core::plan::filter::{FilterOptions, Pod};
+use fabric_core::plan::passed_by::{Qdisc, Shaping, Side};
 use fabric_core::record::Instance;
 use fabric_core::state::fast_path::FastPath;
 use fabric_tests::fake_kernel::{FakeKernel, Tables};
@@ -225,6 +227,87 @@ async fn what_programs_do_not_judge_keeps_all_packets_from_it_and_is_told() {
     stays_silent(&host.kernel).await;
 }
 
+/// A chain of somebody else that drops whatever is forwarded.
+fn closed() -> Firewall {
+    let base = Some(Base { hook: Hook::Forward, priority: 0, drops: true });
+    let chains = [("forward".to_owned(), Chain { base, rules: vec![] })].into();
+    let table = Table { kind: TableKind::Inet, name: "other".to_owned(), chains, sets: BTreeMap::new() };
+    Firewall { tables: vec![table], ..Firewall::default() }
+}
+
+#[tokio::test(start_paused = true)]
+async fn auto_leaves_it_off_while_others_would_be_passed_by_and_is_on_again() {
+    type Damage = fn(&mut Tables);
+    let qdisc = |dev: &str| Shaping {
+        qdiscs: [Qdisc { dev: v(dev), side: Side::Ingress, kind: "clsact".to_owned() }].into(),
+        ..Shaping::default()
+    };
+    let damages: [(Damage, &str); 4] = [
+        (|tables| tables.firewall = Arc::new(closed()), "inet other forward policy drop may drop packets between pods"),
+        (
+            |tables| Arc::make_mut(&mut tables.firewall).unread = ["bridge other forward".to_owned()].into(),
+            "the chain bridge other forward",
+        ),
+        (|tables| tables.shaping.ipsec_policies = 2, "2 IPsec policies"),
+        (|tables| tables.shaping.unread = Some("no answer".to_owned()), "no answer"),
+    ];
+    let host = Host::new();
+    let mut daemon = host.start(Mode::Auto);
+    let own = daemon.own().await;
+    host.add_pod("veth1", own, 5);
+    daemon.fast(2, 1).await;
+    for (damage, reason) in damages {
+        host.kernel.edit(damage);
+        let view = daemon.until(reason, |view| view.fast_path.reason.contains(reason)).await;
+        assert!(!view.fast_path.on && view.fast_path.left_off && view.readiness == Readiness::Ready, "{view:?}");
+        assert!(view.fast_path.reason.contains("--fast-path=on would"), "{}", view.fast_path.reason);
+        assert!(!view.warnings.iter().any(|warning| warning.contains("fast")), "{:?}", view.warnings);
+        assert_eq!((host.fast_path(), host.kernel.tables().routes.len()), (FastPath::new(), 2), "{reason}");
+        host.kernel.edit(|tables| (tables.firewall, tables.shaping) = Default::default());
+        sleep(Duration::from_secs(5)).await;
+        assert_eq!(host.fast_path(), FastPath::new(), "it may come back at once");
+        daemon.fast(2, 1).await;
+    }
+    // What is at interfaces that packets of pods are not led past is nobody's business.
+    host.kernel.edit(|tables| tables.shaping = qdisc("eth1"));
+    stays_silent(&host.kernel).await;
+    host.kernel.edit(|tables| tables.shaping = qdisc("eth0"));
+    daemon.until("off", |view| view.fast_path.reason.contains("eth0 has the ingress queueing discipline")).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn on_passes_by_what_auto_would_not() {
+    let host = Host::new();
+    host.kernel.edit(|tables| tables.firewall = Arc::new(closed()));
+    let mut daemon = host.start(Mode::On);
+    let own = daemon.own().await;
+    host.add_pod("veth1", own, 5);
+    daemon.fast(2, 1).await;
+    drop(daemon);
+    let view = host.start(Mode::Auto).until("left off", |view| view.fast_path.left_off).await;
+    assert!(!view.fast_path.on, "{:?}", view.fast_path);
+}
+
+#[tokio::test(start_paused = true)]
+async fn pod_whose_port_is_shaped_takes_the_kernels_path_alone() {
+    for mode in [Mode::On, Mode::Auto] {
+        let host = Host::new();
+        let mut daemon = host.start(mode);
+        let own = daemon.own().await;
+        host.add_pod("veth1", own, 5);
+        host.add_pod("veth2", own, 6);
+        daemon.fast(2, 2).await;
+        let tbf = Qdisc { dev: v("veth1"), side: Side::Egress, kind: "tbf".to_owned() };
+        host.kernel.edit(|tables| tables.shaping.qdiscs = [tbf].into());
+        let view = daemon.fast(2, 1).await;
+        assert!(view.fast_path.reason.contains("1 pods take the kernel's path"), "{}", view.fast_path.reason);
+        assert_eq!(host.fast_path().pods.values().filter(|pod| pod.fast).count(), 1);
+        stays_silent(&host.kernel).await;
+        host.kernel.edit(|tables| tables.shaping = Shaping::default());
+        daemon.fast(2, 2).await;
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn restart_with_nothing_changed_writes_nothing() {
     let host = Host::new();
@@ -241,7 +324,7 @@ async fn restart_with_nothing_changed_writes_nothing() {
 
 #[tokio::test(start_paused = true)]
 async fn every_step_may_fail_with_every_errno_and_costs_nothing_but_speed() {
-    let errnos = [libc::EPERM, libc::EINVAL, libc::ENODEV, libc::EEXIST];
+    let errnos = [libc::EPERM, libc::EINVAL, libc::ENODEV, libc::EEXIST, libc::ENOMEM];
     let reference = Host::new();
     let mut daemon = reference.start(Mode::On);
     let own = daemon.own().await;

@@ -219,6 +219,7 @@ pub fn event(event: &Event) -> v1::Event {
         Kind::Mesh => v1::EventKind::Mesh,
         Kind::Warning => v1::EventKind::Warning,
         Kind::Repaired => v1::EventKind::Repaired,
+        Kind::FastPath => v1::EventKind::FastPath,
     };
     v1::Event {
         number: event.number,

@@ -14,6 +14,7 @@ use super::{Inspector, Scene, addresses, cni_config};
 use super::{host_checks as host, manager_checks as managers, overlay_checks as overlay, pod_checks as pods};
 use crate::kernel;
 use crate::mesh::{Cause, Mesh, words};
+use crate::reconcile::fast_path::{FastPathView, fast_and_slow};
 use crate::status::view::PeerTrouble;
 use crate::store::Connection;
 
@@ -22,7 +23,7 @@ pub type Check = (&'static str, &'static str, fn(&Scene) -> Finding);
 
 /// All checks but that of the store's speed, in the order in which they are made: what others follow from comes first.
 /// A title is a noun, so that it reads well before any finding.
-pub const ALL: [Check; 32] = [
+pub const ALL: [Check; 33] = [
     ("foreign-vxlan", "other overlays", overlay::other_overlays),
     ("ready", "readiness", ready),
     ("lease", "lease", lease),
@@ -40,6 +41,7 @@ pub const ALL: [Check; 32] = [
     ("peers", "peers", peers),
     ("mesh", "reachability of peers", mesh),
     ("filter-drops", "packets dropped by the packet filter", filter_drops),
+    ("fast-path", "fast path", fast_path),
     ("forwarding", "IP forwarding", host::forwarding),
     ("rp-filter", "reverse path filter", host::rp_filter),
     ("br-netfilter", "br_netfilter", host::br_netfilter),
@@ -260,6 +262,26 @@ fn filter_drops(scene: &Scene) -> Finding {
         )
     });
     Finding::of(culprits.collect(), "none since the table was made")
+}
+
+/// Whether packets of pods take the fast path, if they are to. That `auto` leaves it off is as it was asked for.
+fn fast_path(scene: &Scene) -> Finding {
+    let FastPathView { asked, on, left_off, reason, pods, peers, counts } = &scene.view.fast_path;
+    let (fast, slow) = fast_and_slow(counts);
+    let with_reason = if reason.is_empty() { String::new() } else { format!("; {reason}") };
+    match (asked, on) {
+        (false, _) => Finding::skipped("switched off"),
+        (true, true) => Finding::fine(format!(
+            "on, {peers} peers, {pods} pod addresses, {fast} of {} packets{with_reason}",
+            fast + slow
+        )),
+        (true, false) if *left_off => Finding::fine(format!("left off: {reason}")),
+        (true, false) if reason.is_empty() => Finding::skipped("not on yet"),
+        (true, false) => Finding::warning(
+            format!("off, packets take the kernel's path: {reason}"),
+            "the message includes its fix; without one, switch it off: --fast-path=off",
+        ),
+    }
 }
 
 fn warnings(scene: &Scene) -> Finding {

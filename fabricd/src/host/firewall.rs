@@ -1,6 +1,7 @@
 //! What the firewalls of others do to this node's packets: [`fabric_core::firewall`], asked about what the loop knows.
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -20,6 +21,8 @@ use crate::status::view::{View, VtepView};
 /// Judges once, as long as nothing changes that decides.
 #[derive(Debug, Default)]
 pub struct Judge {
+    /// Whether it is asked what packets between pods would pass by on the fast path.
+    bypass: bool,
     known: Option<(JudgedFrom, Arc<Judged>)>,
 }
 
@@ -47,6 +50,12 @@ impl JudgedFrom {
 }
 
 impl Judge {
+    /// One that also tells what the fast path would pass by, if `bypass`.
+    #[must_use]
+    pub fn new(bypass: bool) -> Self {
+        Self { bypass, known: None }
+    }
+
     /// What the chains that were just seen make of packets of ours.
     pub fn judge(&mut self, view: &View, observed: &Observed) -> Arc<Judged> {
         let mut given = JudgedFrom {
@@ -83,7 +92,12 @@ impl Judge {
         obstacles.sort_by_key(|obstacle| !obstacle.is_sure());
         given.by_peer = by_peer.get();
         let unread = given.firewall.unread.iter().cloned().collect();
-        let judged = Arc::new(Judged { obstacles, judges_state, unread });
+        let bypassed: BTreeSet<_> = match self.bypass {
+            true => given.nodes.iter().flat_map(|node| node.bypassed(&given.firewall, &obstacles)).collect(),
+            false => BTreeSet::new(),
+        };
+        let bypassed = bypassed.into_iter().collect();
+        let judged = Arc::new(Judged { obstacles, judges_state, unread, bypassed });
         self.known = Some((given, Arc::clone(&judged)));
         judged
     }

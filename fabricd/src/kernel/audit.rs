@@ -9,13 +9,14 @@ use fabric_core::state::nft::TableKey;
 use super::monitor::Table;
 
 /// Read by every audit.
-const EACH: [Table; 6] = [
+const EACH: [Table; 7] = [
     Table::Links,
     Table::Addresses,
     Table::Sysctls,
     Table::Firewalls,
     Table::Rules(TableKey::Fabric),
     Table::Rules(TableKey::Bridge),
+    Table::Shaping,
 ];
 
 /// Tables that may hold 100,000 elements. Each is read once in so many audits, which is an hour: every change of them is

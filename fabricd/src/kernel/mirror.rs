@@ -22,7 +22,7 @@ use fabric_core::state::nft::TableKey;
 use fabric_core::state::{Foreign, ForeignLink, NexthopId, Routing, Sysctl, Via};
 use fabric_netlink::RequestSocket;
 
-use super::fast_path::Bpf;
+use super::fast_path::{Bpf, shaping};
 use super::firewalls::{self, bridge_nf};
 use super::monitor::{Event, Interest, Table};
 use super::nft::Filter;
@@ -52,6 +52,10 @@ pub(super) struct Mirror {
     written: Vec<nft::Op>,
     /// Reads the chains of others.
     firewalls: firewalls::Reader,
+    /// Reads what of others shapes packets.
+    shaping: shaping::Reader,
+    /// Why the chains of others can't be read.
+    firewalls_unread: Option<String>,
     /// The way to each underlay address that was asked for; `None` where programs know none.
     paths: BTreeMap<IpAddr, Option<UnderlayPath>>,
 }
@@ -112,11 +116,16 @@ impl Mirror {
         }
         self.paths.retain(|ip, path| path.is_none() || paths.contains_key(ip));
         let ports = self.stale.contains(&Table::Links).then(|| ports(&self.links));
+        if options.fast_path && [Table::Links, Table::Shaping].iter().any(|table| self.stale.contains(table)) {
+            self.shaping.read(socket, &self.links);
+        }
+        let mut shaping = self.shaping.found().clone();
+        shaping.unread = shaping.unread.or_else(|| self.firewalls_unread.clone());
         let known = &self.observed.fast_path;
-        let same = known.state == state && known.trouble == trouble && known.paths == paths;
+        let same = known.state == state && known.trouble == trouble && known.paths == paths && known.shaping == shaping;
         if !same || counts.is_some() || ports.is_some() {
             let found = &mut Arc::make_mut(&mut self.observed).fast_path;
-            (found.state, found.trouble, found.paths) = (state, trouble, paths);
+            (found.state, found.trouble, found.paths, found.shaping) = (state, trouble, paths, shaping);
             found.counts = counts.unwrap_or_else(|| std::mem::take(&mut found.counts));
             found.ports = ports.unwrap_or_else(|| std::mem::take(&mut found.ports));
         }
@@ -146,7 +155,7 @@ impl Mirror {
     /// What to listen to from now on.
     pub(super) fn interest(&self, options: &Options) -> Interest {
         let ours = self.links.values().filter(|link| link.ours.is_some()).map(|link| link.index).collect();
-        Interest { ours, every_route: options.fast_path || !options.can_reach.is_empty() }
+        Interest { ours, every_route: options.fast_path || !options.can_reach.is_empty(), shaping: options.fast_path }
     }
 
     /// The tunnel interfaces of others that use this UDP port, each with what it is. One that doesn't tell its port, as
@@ -233,6 +242,7 @@ impl Mirror {
                 }
                 self.gone.insert(row.id);
             }
+            Event::Qdisc => self.stale.extend([Table::Shaping]),
             Event::Forwarding => self.stale.extend([Sysctls]),
             Event::Unknown => self.stale.extend(Table::ON_OUR_DEVICES),
         }
@@ -268,7 +278,7 @@ impl Mirror {
 
     /// Reads what is stale.
     fn read(&mut self, socket: &mut RequestSocket, filter: &mut Filter, options: &Options) -> Result<(), KernelError> {
-        let Self { observed, stale, firewalls, touched, .. } = self;
+        let Self { observed, stale, firewalls, firewalls_unread, touched, .. } = self;
         if stale.contains(&Table::Links) {
             let links = tables::links(socket)?;
             // Whatever was said about a device before it was known to be ours has been passed over.
@@ -336,8 +346,11 @@ impl Mirror {
         if stale.contains(&Table::Firewalls) {
             // A diagnosis: that it can't be made is no reason to do nothing.
             match firewalls.read() {
-                Ok(found) => observed.firewall = found,
-                Err(error) => tracing::warn!(%error, "cannot read the firewall chains of others"),
+                Ok(found) => (observed.firewall, *firewalls_unread) = (found, None),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot read the firewall chains of others");
+                    *firewalls_unread = Some(format!("the firewall chains of others can't be read: {error}"));
+                }
             }
             let others = filter.others().map_err(tables::reading("nftables"))?;
             observed.docker_user.clone_from(&others.docker_user);

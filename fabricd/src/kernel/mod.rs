@@ -50,6 +50,7 @@ use fabric_core::diff::{Key, Op};
 use fabric_core::firewall::Firewall;
 use fabric_core::model::{Family, IfName};
 use fabric_core::plan::fast_path::Port;
+use fabric_core::plan::passed_by::Shaping;
 use fabric_core::state::docker_user::DockerUser;
 use fabric_core::state::fast_path::{FastPath, UnderlayPath};
 use fabric_core::state::nft::FoundRuleset;
@@ -108,6 +109,8 @@ pub struct FastPathFound {
     pub paths: BTreeMap<IpAddr, UnderlayPath>,
     /// The ports of bridges.
     pub ports: BTreeMap<IfName, Port>,
+    /// What of others shapes or encrypts packets on the kernel's path.
+    pub shaping: Shaping,
     /// What the programs have counted, not older than an audit.
     pub counts: fast_path::Counts,
 }

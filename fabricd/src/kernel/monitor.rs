@@ -41,14 +41,19 @@ const RTM_NEWNEIGH: u16 = 28;
 const RTM_DELNEIGH: u16 = 29;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
+const RTM_NEWQDISC: u16 = 36;
+const RTM_DELQDISC: u16 = 37;
+/// Classes, filters and actions of queueing disciplines, and chains of filters.
+const RTM_BELOW_QDISC: [std::ops::RangeInclusive<u16>; 2] = [40..=50, 100..=102];
 const RTM_NEWNETCONF: u16 = 80;
 const RTM_DELNETCONF: u16 = 81;
 /// `NETCONFA_IFINDEX` and its value for the whole host.
 const NETCONF_INDEX: u16 = 1;
 const NETCONF_ALL: i32 = -1;
 
-/// What we listen to (`RTNLGRP_*`, linux/rtnetlink.h): links, neighbours and FDB, addresses, routes, settings, nexthops.
-const GROUPS: [u32; 9] = [1, 3, 5, 7, 9, 11, 24, 25, NEXTHOP_GROUP];
+/// What we listen to (`RTNLGRP_*`, linux/rtnetlink.h): links, neighbours and FDB, queueing disciplines, addresses, routes,
+/// settings, nexthops.
+const GROUPS: [u32; 10] = [1, 3, 4, 5, 7, 9, 11, 24, 25, NEXTHOP_GROUP];
 /// Only from kernel 5.3 on.
 const NEXTHOP_GROUP: u32 = 32;
 
@@ -68,10 +73,12 @@ pub(super) enum Table {
     Rules(TableKey),
     /// Maps, programs and links of eBPF.
     FastPath,
+    /// Queueing disciplines and IPsec policies.
+    Shaping,
 }
 
 impl Table {
-    pub(super) const ALL: [Self; 14] = [
+    pub(super) const ALL: [Self; 15] = [
         Self::Links,
         Self::Addresses,
         Self::Fdb,
@@ -86,6 +93,7 @@ impl Table {
         Self::Rules(TableKey::Services),
         Self::Rules(TableKey::Policy),
         Self::FastPath,
+        Self::Shaping,
     ];
     /// What depends on our devices.
     pub(super) const ON_OUR_DEVICES: [Self; 8] = [
@@ -107,6 +115,8 @@ pub(super) struct Interest {
     pub(super) ours: BTreeSet<u32>,
     /// Whether any change of routing may change the answer to `--iface-can-reach`.
     pub(super) every_route: bool,
+    /// Whether queueing disciplines matter.
+    pub(super) shaping: bool,
 }
 
 /// The monitor's socket and the notifications that it has received.
@@ -300,6 +310,8 @@ pub(super) enum Event {
     Nexthop(NexthopRow),
     /// A nexthop object is gone.
     NexthopGone(NexthopRow),
+    /// A queueing discipline came, changed or went.
+    Qdisc,
     /// Forwarding was turned on or off for the whole host.
     Forwarding,
     /// Not understood: whatever may be meant.
@@ -317,6 +329,8 @@ impl Event {
             RTM_NEWROUTE | RTM_DELROUTE if routes::is_ours(frame) => {
                 return routes::row(frame, frame.kind == RTM_DELROUTE).map(Self::Route);
             }
+            RTM_NEWQDISC | RTM_DELQDISC => return Some(Self::Qdisc),
+            kind if RTM_BELOW_QDISC.iter().any(|below| below.contains(&kind)) => return None,
             RTM_NEWNETCONF => return netconf(frame),
             // Every pod's device takes its settings along; if one was ours, its end is told too.
             RTM_DELNETCONF => return None,
@@ -349,6 +363,7 @@ impl Interest {
         match event {
             Event::Entry(entry) => self.ours.contains(&entry.index),
             Event::AnyRoute => self.every_route,
+            Event::Qdisc => self.shaping,
             _ => true,
         }
     }

@@ -55,6 +55,9 @@ impl Netlink {
             let listener = nft::watch::start(Arc::clone(&monitor), port, options.services_apart);
             listeners.push(listener.map_err(gone)?);
         }
+        if options.fast_path {
+            listeners.extend(fast_path::shaping::watch_policies(Arc::clone(&monitor)).map_err(gone)?);
+        }
         let worker = Worker {
             socket: RequestSocket::open(NETLINK_ROUTE).map_err(gone)?,
             filter,

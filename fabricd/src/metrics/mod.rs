@@ -3,6 +3,7 @@
 //! [`Counters`] are raised by the reconcile loop and the mesh. What the [`View`] says already (peers, readiness, lease, store)
 //! is read from it at the moment of asking, so that the two can't differ.
 
+mod fast_path;
 mod format;
 mod paths;
 mod process;
@@ -19,6 +20,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use tokio::time::Instant;
 
+use self::fast_path::FastPath;
 pub use self::format::Format;
 use self::paths::Paths;
 use self::process::Process;
@@ -44,6 +46,7 @@ pub struct Metrics {
     age: Gauge,
     paths: Paths,
     traffic: Traffic,
+    fast_path: FastPath,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -71,6 +74,7 @@ impl Metrics {
             age: Gauge::default(),
             paths: Paths::default(),
             traffic: Traffic::default(),
+            fast_path: FastPath::default(),
         };
         metrics.registered(counters)
     }
@@ -99,6 +103,7 @@ impl Metrics {
         );
         self.paths.register(all);
         self.traffic.register(all);
+        self.fast_path.register(all);
         self.registry.register_collector(Box::new(Process));
         self
     }
@@ -123,6 +128,7 @@ impl Metrics {
         self.show(view, now);
         self.paths.show(mesh, drops);
         self.traffic.show(view);
+        self.fast_path.show(view);
         let mut text = String::new();
         encode(&mut text, &self.registry).expect("writing to a string does not fail");
         text

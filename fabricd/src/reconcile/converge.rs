@@ -70,7 +70,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let states_decide = view.firewall.judges_state.is_some();
         let docker_user = &self.filter.docker_user(network, observed);
         let filter = self.filter.wanted(network, own, observed, leases, refused, turned, states_decide);
-        let fast_path = self.fast_path.wanted(network, own, &vteps, underlays, &desired, observed);
+        let fast_path = self.fast_path.wanted(network, own, &vteps, underlays, &desired, observed, &view.firewall);
         let wanted = kernel_state(state, filter, docker_user, fast_path, &self.apart);
         // Routes that stand where ours should be are looked for among all.
         let dirty =

@@ -3,26 +3,36 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::ValueEnum;
 use fabric_core::diff::Op;
-use fabric_core::model::PerFamily;
+use fabric_core::firewall::Judged;
+use fabric_core::model::{IfName, PerFamily};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::fast_path::{FastPathInputs, fast_path};
+use fabric_core::plan::passed_by::{passed_by, shaped};
 use fabric_core::plan::{Desired, Vtep};
 use fabric_core::state::fast_path::{FastPath, Program};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::host::attachments::AttachedPods;
 use crate::host::underlay::Underlay;
 use crate::kernel::{Observed, fast_path as kernel};
 use crate::lease::Own;
 
+/// For so long nothing of others may have stood in the way, until `auto` is on again: who loads a firewall rule by rule, or
+/// anew every few seconds, does not switch it each time.
+const CLEAR: Duration = Duration::from_secs(30);
+
 /// Whether pods' packets take the fast path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Mode {
-    /// Where the programs know all of it.
+    /// Where the programs know all of it, whatever rules of others that passes by.
     On,
+    /// The same, as long as it passes by nothing of others.
+    Auto,
     /// Never: what an earlier daemon made goes.
     #[default]
     Off,
@@ -34,6 +44,8 @@ pub struct FastPathPlan {
     mode: Mode,
     /// Why there must be none, though it is asked for.
     refused: Option<&'static str>,
+    /// When something of others was last in the way, and what.
+    in_the_way: Option<(Instant, String)>,
     programs: BTreeSet<Program>,
     pods: watch::Receiver<Arc<AttachedPods>>,
     wanted: FastPath,
@@ -48,6 +60,8 @@ pub struct FastPathView {
     pub asked: bool,
     /// Packets take it.
     pub on: bool,
+    /// It is off for as long as something of others would be passed by, as `auto` has it.
+    pub left_off: bool,
     /// Why it is off, or what doesn't take it, with the way out. Empty when there is nothing to say.
     pub reason: String,
     /// Pods that it knows.
@@ -64,7 +78,7 @@ impl FastPathPlan {
     pub fn new(mode: Mode) -> Self {
         let (_, pods) = watch::channel(Arc::default());
         let programs = if mode == Mode::Off { BTreeSet::new() } else { kernel::programs() };
-        Self { mode, refused: None, programs, pods, wanted: FastPath::new(), lacks: None }
+        Self { mode, refused: None, in_the_way: None, programs, pods, wanted: FastPath::new(), lacks: None }
     }
 
     /// Wants nothing, whatever is asked for, and says why.
@@ -84,7 +98,8 @@ impl FastPathPlan {
         }
     }
 
-    /// What should be there now.
+    /// What should be there now. `judged` is what the chains of others make of pods' packets.
+    #[expect(clippy::too_many_arguments, reason = "all that a pass knows, each used once")]
     pub fn wanted(
         &mut self,
         network: &NetworkConfig,
@@ -93,6 +108,7 @@ impl FastPathPlan {
         underlays: &PerFamily<Underlay>,
         desired: &Desired,
         observed: &Observed,
+        judged: &Judged,
     ) -> &FastPath {
         (self.wanted, self.lacks) = (FastPath::new(), None);
         let pods = Arc::clone(&self.pods.borrow_and_update());
@@ -110,6 +126,18 @@ impl FastPathPlan {
             .map(|link| link.index)
             .chain(found.paths.values().map(|path| path.ifindex))
             .collect();
+        if self.mode == Mode::Auto {
+            let named =
+                |index: &u32| observed.host.links.iter().find(|link| link.index == *index).map(|link| link.name);
+            let uplinks: BTreeSet<IfName> = uplinks.iter().filter_map(named).collect();
+            let through = pods.bridges.iter().chain(desired.devices.values()).copied().collect();
+            let now = passed_by(judged, &found.shaping, &through, &uplinks).map(|found| found.to_string());
+            if let Some(why) = self.leaves_off(now) {
+                self.lacks = Some(why);
+                return &self.wanted;
+            }
+        }
+        let shaped = shaped(&found.shaping, &found.ports);
         let inputs = FastPathInputs {
             network,
             own: own.key.subnets(),
@@ -120,23 +148,32 @@ impl FastPathPlan {
             uplinks: &uplinks,
             pods: &pods.ports,
             ports: &found.ports,
+            shaped: &shaped,
             programs: &self.programs,
             tracked: observed.tracked,
             have: &found.state,
         };
         match fast_path(&inputs) {
             Ok(wanted) => {
-                let others = desired.peers.saturating_sub(wanted.index.len());
-                self.lacks = (others > 0).then(|| {
-                    format!(
-                        "{others} peers take the kernel's path: see fabricctl peers, and ip route get to their address"
-                    )
-                });
+                self.lacks = lacks(&wanted, desired);
                 self.wanted = wanted;
             }
             Err(why) => self.lacks = Some(why.to_string()),
         }
         &self.wanted
+    }
+
+    /// Why `auto` leaves it off: for what is in the way `now`, or was until a moment ago.
+    fn leaves_off(&mut self, now: Option<String>) -> Option<String> {
+        if let Some(why) = now {
+            self.in_the_way = Some((Instant::now(), why));
+        }
+        match &self.in_the_way {
+            Some((since, why)) if since.elapsed() < CLEAR => {
+                Some(format!("{why}, and would be passed by; --fast-path=on would do so all the same"))
+            }
+            _ => None,
+        }
     }
 
     /// What was last wanted.
@@ -151,21 +188,39 @@ impl FastPathPlan {
         let failed = failures.iter().find(|(op, _)| matches!(op, Op::FastPath(_)));
         let reason = match (self.mode, failed, &self.lacks) {
             (Mode::Off, ..) => "it is switched off (--fast-path=off)".to_owned(),
-            (Mode::On, Some((_, why)), _) => why.clone(),
-            (Mode::On, None, lacks) => lacks.clone().unwrap_or_default(),
+            (_, Some((_, why)), _) => why.clone(),
+            (_, None, lacks) => lacks.clone().unwrap_or_default(),
         };
         let (asked, counts) = (self.mode != Mode::Off, observed.fast_path.counts.clone());
         let on = !self.wanted.links.is_empty() && failed.is_none();
-        let (pods, peers) = (self.wanted.addresses.len(), self.wanted.index.len());
-        FastPathView { asked, on, reason, pods, peers, counts }
+        let fast = |slot| self.wanted.pods.get(slot).is_some_and(|pod| pod.fast);
+        let pods = self.wanted.addresses.values().filter(|slot| fast(slot)).count();
+        let left_off =
+            self.mode == Mode::Auto && self.in_the_way.as_ref().is_some_and(|(since, _)| since.elapsed() < CLEAR);
+        FastPathView { asked, on, left_off, reason, pods, peers: self.wanted.index.len(), counts }
     }
 }
 
+/// What doesn't take the fast path, though it is on.
+fn lacks(wanted: &FastPath, desired: &Desired) -> Option<String> {
+    let peers = desired.peers.saturating_sub(wanted.index.len());
+    let peers = (peers > 0).then(|| {
+        format!("{peers} peers take the kernel's path: see fabricctl peers, and ip route get to their address")
+    });
+    let shaped = wanted.pods.values().filter(|pod| !pod.fast).count();
+    let shaped = (shaped > 0).then(|| {
+        format!("{shaped} pods take the kernel's path, since their ports have queueing disciplines: see tc qdisc show")
+    });
+    let all: Vec<String> = peers.into_iter().chain(shaped).collect();
+    (!all.is_empty()).then(|| all.join("; "))
+}
+
 impl FastPathView {
-    /// What an operator should know: that it is asked for, and packets take the kernel's path.
+    /// What an operator should know: that it is asked for, and packets take the kernel's path. That `auto` leaves it off is as
+    /// it was asked for.
     #[must_use]
     pub fn warning(&self) -> Option<String> {
-        (self.asked && !self.on && !self.reason.is_empty())
+        (self.asked && !self.on && !self.left_off && !self.reason.is_empty())
             .then(|| format!("pods' packets take the kernel's path, not the fast one: {}", self.reason))
     }
 }

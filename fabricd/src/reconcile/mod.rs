@@ -178,7 +178,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             fast_path: FastPathPlan::new(node.fast_path),
             underlays: Steady::default(),
             sources: PerFamily::default(),
-            firewall: Judge::default(),
+            firewall: Judge::new(node.fast_path == Mode::Auto),
             node,
             store,
             kernel,

@@ -37,6 +37,8 @@ pub enum Kind {
     Warning,
     /// What another program changed of ours, and was restored.
     Repaired,
+    /// Whether packets take the fast path.
+    FastPath,
 }
 
 /// Something that happened.
@@ -125,6 +127,7 @@ fn tell_changes(events: &Events, was: &View, now: &View) {
         }
     }
     tell_peers(events, was, now);
+    tell_fast_path(events, was, now);
     for warning in now.warnings.iter().filter(|warning| !was.warnings.contains(warning)) {
         events.tell(Kind::Warning, "", warning, true);
     }
@@ -134,6 +137,21 @@ fn tell_changes(events: &Events, was: &View, now: &View) {
     }
     for warning in was.warnings.iter().filter(|warning| !now.warnings.contains(warning)) {
         events.tell(Kind::Warning, "", format!("over: {warning}"), false);
+    }
+}
+
+/// That it is on, and why it is off. What doesn't take it though it is on shows in the status.
+fn tell_fast_path(events: &Events, was: &View, now: &View) {
+    let told = |view: &View| {
+        let fast_path = &view.fast_path;
+        match (fast_path.asked, fast_path.on, fast_path.reason.is_empty()) {
+            (true, true, _) => "on".to_owned(),
+            (true, false, false) => format!("off: {}", fast_path.reason),
+            _ => String::new(),
+        }
+    };
+    if told(was) != told(now) && !told(now).is_empty() {
+        events.tell(Kind::FastPath, "", told(now), false);
     }
 }
 
@@ -197,6 +215,7 @@ fn name(lease: &Lease) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reconcile::fast_path::FastPathView;
     use crate::reconcile::repairs::Repair;
 
     #[test]
@@ -213,15 +232,24 @@ mod tests {
         tell_changes(&events, &now, &now);
         tell_changes(&events, &now, &View { warnings: vec![], ..now.clone() });
         let repair = Repair { number: 1, message: "link fabric.1 was deleted".into() };
+        let fast_path = |on, reason: &str| {
+            let fast_path = FastPathView { asked: true, on, reason: reason.to_owned(), ..FastPathView::default() };
+            View { warnings: vec![], fast_path, ..now.clone() }
+        };
         let repaired = View { warnings: vec![], repairs: Arc::new([repair].into()), ..now.clone() };
         tell_changes(&events, &View { warnings: vec![], ..now.clone() }, &repaired);
         tell_changes(&events, &repaired, &repaired);
+        tell_changes(&events, &repaired, &fast_path(true, "1 peers take the kernel's path"));
+        tell_changes(&events, &fast_path(true, ""), &fast_path(true, "1 peers take the kernel's path"));
+        tell_changes(&events, &fast_path(true, ""), &fast_path(false, "policy drop"));
         let said = |events: &Events| events.read().0.into_iter().map(|event| event.message).collect::<Vec<_>>();
-        assert_eq!(said(&events), ["the store answers", "ready", "look", "over: look", "link fabric.1 was deleted"]);
+        let told =
+            ["the store answers", "ready", "look", "over: look", "link fabric.1 was deleted", "on", "off: policy drop"];
+        assert_eq!(said(&events), told);
         for _ in 0..REMEMBERED {
             events.tell(Kind::Peer, "node-2", "lease updated", false);
         }
         let (past, _) = events.read();
-        assert_eq!((past.len(), past[0].number, past[499].number), (500, 6, 505));
+        assert_eq!((past.len(), past[0].number, past[499].number), (500, 8, 507));
     }
 }

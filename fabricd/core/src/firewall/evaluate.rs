@@ -80,12 +80,30 @@ pub fn state_decides(firewall: &Firewall, packet: &Packet) -> Option<Blocked> {
     doubts.into_iter().find(|doubt| doubt.because == Unknown::State).map(|doubt| doubt.by)
 }
 
+/// What the rules may do to a packet, whatever is left open of it.
+pub(super) struct Effects {
+    /// What drops it, or may.
+    pub(super) drops: Vec<Blocked>,
+    /// What changes it, or may.
+    pub(super) changes: Vec<Blocked>,
+}
+
+/// What the rules may do to a packet.
+#[must_use]
+pub(super) fn effects(firewall: &Firewall, packet: &Packet) -> Effects {
+    let Walk { dropped, doubts, changes, .. } = Walk::through(firewall, packet);
+    let drops = dropped.into_iter().chain(doubts.into_iter().map(|doubt| doubt.by)).collect();
+    Effects { drops, changes }
+}
+
 /// A packet on its way through the chains.
 struct Walk<'a> {
     packet: &'a Packet,
     carried: Carried,
     dropped: Vec<Blocked>,
     doubts: Vec<Doubt>,
+    /// Rules that change it, or may.
+    changes: Vec<Blocked>,
     /// Why it may have passed the base chain that it is in.
     may_have_passed: Option<Unknown>,
 }
@@ -115,7 +133,7 @@ const DEPTH: usize = 64;
 impl<'a> Walk<'a> {
     fn new(packet: &'a Packet) -> Self {
         let carried = Carried { mark: Bits::known([0; 4]), tracking: Tracking::NotYet };
-        Self { packet, carried, dropped: vec![], doubts: vec![], may_have_passed: None }
+        Self { packet, carried, dropped: vec![], doubts: vec![], changes: vec![], may_have_passed: None }
     }
 
     fn through(firewall: &'a Firewall, packet: &'a Packet) -> Self {
@@ -211,6 +229,9 @@ impl<'a> Walk<'a> {
                 (Some(doubt), Some(why)) => Some(doubt.clone().min(why)),
             };
             let blocked = || at.blocked(Some((number, rule)));
+            if rule.changes_packets() {
+                self.changes.push(blocked());
+            }
             match decision {
                 Decision::Continue => {}
                 Decision::Accept => match open {
@@ -343,6 +364,7 @@ impl<'a> Walk<'a> {
                     self.mark(mark, &applies, certain);
                     Truth::Yes
                 }
+                Step::Change(_) => Truth::Yes,
                 Step::Notrack => {
                     if self.carried.tracking == Tracking::NotYet {
                         self.carried.tracking = match &applies {

@@ -1,6 +1,7 @@
 //! [`Judged`]: what was found of a node's own traffic.
 
 use super::Blocked;
+use super::bypass::Bypassed;
 use super::packet::Flow;
 use super::traffic::Obstacle;
 
@@ -13,6 +14,8 @@ pub struct Judged {
     pub judges_state: Option<Blocked>,
     /// Base chains that nobody judges: those of bridges and devices.
     pub unread: Vec<String>,
+    /// What packets between pods would pass by on the fast path; empty unless that was asked.
+    pub bypassed: Vec<Bypassed>,
 }
 
 impl Judged {

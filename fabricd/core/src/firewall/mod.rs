@@ -16,12 +16,14 @@
 //! | [`packet`] | a packet, of which some bits may be open, and where it passes |
 //! | [`traffic`] | the packets of ours that are judged |
 //! | [`evaluate`] | rules applied to a packet |
+//! | [`bypass`] | what judges or changes the packets between pods, whatever these are |
 //! | [`remedy`] | the commands that let it through, in the words of the firewall's owner |
 //! | `text` | rules as `nft` would write them |
 //!
 //! Chains of type nat are left out: they translate, and see the first packet of a connection alone.
 
 mod bits;
+pub mod bypass;
 pub mod evaluate;
 mod fields;
 mod judged;
@@ -143,6 +145,18 @@ pub struct Rule {
     pub steps: Vec<Step>,
 }
 
+impl Rule {
+    /// Whether packets may leave it other than they came. What can't be read and decides nothing is taken for such a rule.
+    fn changes_packets(&self) -> bool {
+        let decides = self.steps.iter().any(|step| matches!(step, Step::Decide(_)));
+        self.steps.iter().any(|step| match step {
+            Step::SetMark(_) | Step::ChangeMark { .. } | Step::Change(_) => true,
+            Step::Opaque(_) => !decides,
+            _ => false,
+        })
+    }
+}
+
 /// The registers: 64 bytes, named by their offset.
 pub type Register = u8;
 
@@ -236,6 +250,8 @@ pub enum Step {
         /// Bits that are turned.
         xor: u32,
     },
+    /// The packet, or how it is queued, becomes another than rules look at. The words are those of its tool.
+    Change(String),
     /// No connection is remembered for the packet.
     Notrack,
     /// Ends the rule with a decision.

@@ -64,6 +64,10 @@ pub enum Content {
         /// Destination port.
         to: u16,
     },
+    /// TCP with any ports and flags.
+    AnyTcp,
+    /// UDP with any ports.
+    AnyUdp,
     /// An echo request, or its reply.
     Icmp {
         /// Whether it is the reply.
@@ -146,8 +150,8 @@ impl Packet {
     #[must_use]
     pub fn protocol(&self) -> u8 {
         match (self.content, self.family()) {
-            (Content::Vxlan { .. } | Content::Udp { .. }, _) => 17,
-            (Content::Tcp { .. }, _) => 6,
+            (Content::Vxlan { .. } | Content::Udp { .. } | Content::AnyUdp, _) => 17,
+            (Content::Tcp { .. } | Content::AnyTcp, _) => 6,
             (Content::Icmp { .. }, Family::V4) => 1,
             (Content::Icmp { .. }, Family::V6) => 58,
         }
@@ -203,6 +207,7 @@ impl Packet {
                 let flags = if self.connection == Connection::Established { ACK } else { SYN };
                 bytes.put(13, &Bits::known([flags]));
             }
+            Content::AnyTcp | Content::AnyUdp => {}
             Content::Icmp { reply } => {
                 let kind = match (self.family(), reply) {
                     (Family::V4, false) => 8,

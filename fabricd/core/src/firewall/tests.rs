@@ -424,3 +424,72 @@ fn rules_are_shown_in_the_words_of_nft() {
     ];
     assert_eq!(shown(&rule([matches], drop())), "-d 10.244.0.0/16 -p udp --dport 8472 --ctstate NEW drop");
 }
+
+fn bypassed(firewall: &Firewall) -> Vec<String> {
+    node().bypassed(firewall, &[]).iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn whatever_may_drop_some_packet_between_pods_is_told_though_most_pass() {
+    let reaches_ssh = [equals(Field::Protocol, &[6]), equals(Field::Transport { offset: 2 }, &22_u16.to_be_bytes())];
+    let one_pod = [to_net("10.244.30.7/32")];
+    let invalid = [ct_state(state::INVALID)];
+    for (rules, want) in [
+        (rule(reaches_ssh, drop()), "tcp dport 22 drop"),
+        (rule(one_pod, Decision::Drop("reject")), "ip daddr 10.244.30.7 reject"),
+        (rule(invalid, drop()), "ct state invalid drop"),
+    ] {
+        let found = bypassed(&firewall([("forward", chain(Hook::Forward, false, vec![rules]))]));
+        let [only] = found.as_slice() else { panic!("{want}: {found:?}") };
+        assert!(only.starts_with("inet fw forward rule 1 (handle 7): ") && only.contains("may drop"), "{want}: {only}");
+    }
+    assert_eq!(node().obstacles(&firewall([("forward", chain(Hook::Forward, false, vec![]))]), Vec::new), []);
+    let closed = bypassed(&firewall([("forward", chain(Hook::Forward, true, vec![]))]));
+    assert_eq!(closed, ["inet fw forward policy drop may drop packets between pods"]);
+}
+
+#[test]
+fn what_is_about_other_packets_is_not_told() {
+    let not_pods = [
+        rule([to_net("172.17.0.0/16")], drop()),
+        rule([equals(Field::InName, b"docker0\0\0\0\0\0\0\0\0\0")], drop()),
+        rule([equals(Field::Protocol, &[132])], drop()),
+        rule([from_net("10.244.0.0/16")], Decision::Accept),
+    ];
+    assert_eq!(bypassed(&firewall([("forward", chain(Hook::Forward, true, not_pods.to_vec()))])), Vec::<String>::new());
+    let input = chain(Hook::Input, true, vec![]);
+    let found = firewall([("input", input)]);
+    assert_eq!(bypassed(&found), Vec::<String>::new(), "pods' packets are not for the host");
+    // But what carries them is.
+    let obstacles = node().obstacles(&found, Vec::new);
+    let of_tunnel = node().bypassed(&found, &obstacles);
+    assert_eq!(of_tunnel.iter().map(|by| by.by.chain.as_str()).collect::<Vec<_>>(), ["input"]);
+}
+
+#[test]
+fn packets_that_are_changed_are_told_and_those_that_are_counted_are_not() {
+    let changes = |steps: Vec<Step>| {
+        let rule = Rule { handle: Some(7), comment: None, steps };
+        bypassed(&firewall([("mangle", chain(Hook::Forward, false, vec![rule]))]))
+    };
+    assert_eq!(changes(vec![]), Vec::<String>::new());
+    let mark = changes(vec![Step::ChangeMark { clear: 0, xor: 1 }]);
+    assert_eq!(mark, ["inet fw mangle rule 1 (handle 7): meta mark set may change packets between pods"]);
+    let clamp =
+        changes(vec![Step::Test { test: Test::Protocol(6), inverted: false }, Step::Change("TCPMSS".to_owned())]);
+    assert_eq!(clamp.len(), 1, "{clamp:?}");
+    assert_eq!(changes(vec![Step::Opaque("payload".to_owned())]).len(), 1, "it may be a write");
+}
+
+#[test]
+fn kube_proxys_rules_are_no_judgement_and_kube_routers_are() {
+    let forward = |name: &str, rules| {
+        let jump = rule([], Decision::Jump(name.to_owned()));
+        let mut found = firewall([("FORWARD", chain(Hook::Forward, false, vec![jump]))]);
+        found.tables[0].chains.insert(name.to_owned(), Chain { base: None, rules });
+        bypassed(&found)
+    };
+    assert_eq!(forward("KUBE-FORWARD", vec![rule([ct_state(state::INVALID)], drop())]), Vec::<String>::new());
+    let policy = vec![rule([to_net("10.244.30.7/32")], Decision::Drop("reject"))];
+    assert_eq!(forward("KUBE-POD-FW-ABC", policy).len(), 1);
+}

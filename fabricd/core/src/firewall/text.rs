@@ -97,7 +97,7 @@ impl fmt::Display for Rule {
                 Step::Test { test, inverted } => {
                     words.extend(test.words().map(|test| if *inverted { format!("! {test}") } else { test }));
                 }
-                Step::Opaque(text) => words.push(text.clone()),
+                Step::Opaque(text) | Step::Change(text) => words.push(text.clone()),
                 Step::SetMark(_) | Step::ChangeMark { .. } => words.push("meta mark set".to_owned()),
                 Step::Notrack => words.push("notrack".to_owned()),
                 Step::Decide(decision) => words.push(decision.to_string()),

@@ -157,6 +157,12 @@ impl Node {
         }
     }
 
+    /// The same packet of a peer that is reached without encapsulation.
+    pub(super) fn without_tunnel(&self, packet: &Packet) -> Packet {
+        let over = |side: Option<Interface>| side.map(|side| if side == self.tunnel { self.underlay } else { side });
+        Packet { input: over(packet.input), output: over(packet.output), ..packet.clone() }
+    }
+
     /// All packets that are judged, as classes.
     #[must_use]
     pub fn packets(&self) -> Vec<(Flow, Packet)> {
@@ -169,10 +175,7 @@ impl Node {
             for (content, connection) in kinds {
                 let packet = self.forwarded(source, target, content, connection);
                 if self.direct {
-                    let over =
-                        |side: Option<Interface>| side.filter(|side| *side == self.tunnel).map(|_| self.underlay);
-                    let (input, output) = (over(packet.input).or(packet.input), over(packet.output).or(packet.output));
-                    packets.push((Flow::Pods, Packet { input, output, ..packet.clone() }));
+                    packets.push((Flow::Pods, self.without_tunnel(&packet)));
                 }
                 packets.push((Flow::Pods, packet));
             }

@@ -48,6 +48,8 @@ pub struct FastPathInputs<'a> {
     pub pods: &'a BTreeMap<IfName, AttachedPod>,
     /// The ports of the bridges.
     pub ports: &'a BTreeMap<IfName, Port>,
+    /// Ports whose packets somebody shapes, by index: these take the kernel's path.
+    pub shaped: &'a BTreeSet<u32>,
     /// The programs, as they were built.
     pub programs: &'a BTreeSet<Program>,
     /// Connections are translated on this node, or were.
@@ -153,7 +155,8 @@ fn pods(inputs: &FastPathInputs<'_>, own: Subnet) -> BTreeMap<IpAddr, Pod> {
     for (name, pod) in inputs.pods {
         let Some(Port { ifindex, mtu, bridge_mac }) = inputs.ports.get(name).copied() else { continue };
         for ip in pod.ips.iter().filter(|ip| own.contains(**ip) && !is_shared(inputs, ip)) {
-            pods.insert(*ip, Pod { ifindex, mac: pod.mac, gateway_mac: bridge_mac, mtu, fast: true });
+            let fast = !inputs.shaped.contains(&ifindex);
+            pods.insert(*ip, Pod { ifindex, mac: pod.mac, gateway_mac: bridge_mac, mtu, fast });
         }
     }
     pods

@@ -14,6 +14,7 @@ struct World {
     paths: BTreeMap<IpAddr, UnderlayPath>,
     pods: BTreeMap<IfName, AttachedPod>,
     ports: BTreeMap<IfName, Port>,
+    shaped: BTreeSet<u32>,
     have: FastPath,
 }
 
@@ -30,6 +31,7 @@ impl World {
             paths: BTreeMap::new(),
             pods: BTreeMap::new(),
             ports: BTreeMap::new(),
+            shaped: BTreeSet::new(),
             have: FastPath::new(),
         };
         (2..=4).for_each(|n| world.add_peer(n, n));
@@ -70,6 +72,7 @@ impl World {
             uplinks: &[2].into(),
             pods: &self.pods,
             ports: &self.ports,
+            shaped: &self.shaped,
             programs: &Role::ALL.map(program).into(),
             tracked: true,
             have: &self.have,

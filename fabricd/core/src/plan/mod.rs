@@ -8,6 +8,7 @@
 pub mod fast_path;
 pub mod filter;
 mod own_device;
+pub mod passed_by;
 mod peers;
 
 use std::collections::BTreeMap;

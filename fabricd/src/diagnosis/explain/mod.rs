@@ -2,11 +2,12 @@
 //! packets that this node sends on it.
 //!
 //! ```text
-//!   the node of the source:  bridge ▸ veth ▸ lease ▸ route ▸ nexthop ▸ neighbour ▸ fdb ▸ filter ▸ underlay
-//!   the node of the target:  filter ▸ device ▸ bridge ▸ veth, and the same path back
+//!   the node of the source:  bridge ▸ veth ▸ path ▸ lease ▸ route ▸ nexthop ▸ neighbour ▸ fdb ▸ filter ▸ underlay
+//!   the node of the target:  filter ▸ device ▸ path ▸ bridge ▸ veth, and the same path back
 //!   out of the network:      bridge ▸ veth ▸ address ▸ route ▸ filter ▸ masquerade
 //! ```
 
+mod fast_path;
 mod outside;
 mod pod;
 mod probes;
@@ -138,12 +139,19 @@ pub fn explain(scene: &Scene, question: &Question) -> Vec<Hop> {
         hops.extend(pod::hops(scene, *source, &probes));
         let from_pod = FromPod { ip: *source, bridge: bridge_of(scene, *source) };
         match to {
-            Some(_) if ours(to) => hops.extend(pod::hops(scene, *target, &probes)),
-            Some(lease) => hops.extend(towards(scene, from_pod, *target, lease, &probes)),
+            Some(_) if ours(to) => {
+                hops.extend(fast_path::hop(scene, &[*source, *target], None));
+                hops.extend(pod::hops(scene, *target, &probes));
+            }
+            Some(lease) => {
+                hops.extend(fast_path::hop(scene, &[*source], Some(*target)));
+                hops.extend(towards(scene, from_pod, *target, lease, &probes));
+            }
             None => hops.extend(outside::hops(scene, from_pod, *target)),
         }
     } else {
         hops.extend(arrival(scene, question));
+        hops.extend(from.is_some().then(|| fast_path::hop(scene, &[*target], Some(*source))).flatten());
         let bridge = bridge_of(scene, *target);
         hops.extend(not_fine(foreign(scene, Asked::Between { source: *source, target: *target, bridge })));
         hops.extend(pod::hops(scene, *target, &probes));

@@ -13,6 +13,7 @@ mod encode;
 mod guard;
 mod maps;
 mod pins;
+pub(super) mod shaping;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;

@@ -49,6 +49,7 @@ fn one(name: &str, data: &Values<'_>, v6: bool) -> Option<Vec<Step>> {
         "meta" => match (data.number(1), data.number(3)) {
             (Some(to), _) => meta(data.number(2)?, to)?,
             (None, Some(from)) if data.number(2)? == 3 => Step::SetMark(register(from)?),
+            (None, Some(_)) if data.number(2)? == 2 => Step::Change("meta priority set".to_owned()),
             (None, _) => return Some(vec![]),
         },
         "ct" => match data.number(1) {

@@ -11,29 +11,12 @@ const BY_ALIAS: u16 = 1 << 13;
 const TRANSLATED: u32 = 1 << 6 | 1 << 7;
 const UNTRACKED: u32 = 1 << 8;
 
-/// Targets behind which the next rule follows.
-const CONTINUING: [&str; 20] = [
-    "AUDIT",
-    "CHECKSUM",
-    "CLASSIFY",
-    "CONNSECMARK",
-    "DSCP",
-    "ECN",
-    "HL",
-    "IDLETIMER",
-    "LED",
-    "LOG",
-    "NFLOG",
-    "RATEEST",
-    "SECMARK",
-    "SET",
-    "TCPMSS",
-    "TCPOPTSTRIP",
-    "TEE",
-    "TOS",
-    "TRACE",
-    "TTL",
-];
+/// Targets behind which the next rule follows, and the packet is as it was.
+const CONTINUING: [&str; 10] =
+    ["AUDIT", "CONNSECMARK", "IDLETIMER", "LED", "LOG", "NFLOG", "RATEEST", "SET", "TEE", "TRACE"];
+/// Those behind which it is another, or is queued in another way.
+const CHANGING: [&str; 10] =
+    ["CHECKSUM", "CLASSIFY", "DSCP", "ECN", "HL", "SECMARK", "TCPMSS", "TCPOPTSTRIP", "TOS", "TTL"];
 
 /// The conditions of a match; one that can't be read may hold or not.
 pub(super) fn conditions(name: &str, revision: u32, info: &[u8], v6: bool) -> Vec<Step> {
@@ -180,6 +163,7 @@ pub(super) fn target(name: &str, revision: u32, info: &[u8]) -> Vec<Step> {
         }
         ("CONNMARK", _) => vec![],
         (name, _) if CONTINUING.contains(&name) => vec![],
+        (name, _) if CHANGING.contains(&name) => vec![Step::Change(name.to_owned())],
         _ => elsewhere(),
     }
 }

@@ -1,0 +1,82 @@
+//! The fast path in numbers: whether it is on, and which path the packets took that its programs saw.
+
+use std::sync::atomic::Ordering;
+
+use fabric_bpf::Path;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+use crate::reconcile::fast_path::FastPathView;
+use crate::status::view::View;
+
+/// The numbers.
+#[derive(Debug, Default)]
+pub(super) struct FastPath {
+    state: Family<State, Gauge>,
+    packets: Family<Seen, Counter>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct State {
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Seen {
+    program: &'static str,
+    path: &'static str,
+    reason: &'static str,
+}
+
+impl FastPath {
+    pub(super) fn register(&self, all: &mut Registry) {
+        let help = "1 for the state that the fast path is in, 0 for the others";
+        all.register("fast_path", help, self.state.clone());
+        let help =
+            "Packets that programs of the fast path saw, by the path they took and why; since its maps were made";
+        all.register("fast_path_packets", help, self.packets.clone());
+    }
+
+    pub(super) fn show(&self, view: &View) {
+        let now = state(&view.fast_path);
+        for state in ["on", "left_off", "failed", "off"] {
+            self.state.get_or_create(&State { state }).set(i64::from(state == now));
+        }
+        self.packets.clear();
+        for ((program, reason), packets) in &view.fast_path.counts {
+            let path = match reason.path() {
+                Path::Fast => "fast",
+                Path::Slow => "slow",
+                Path::Dropped => "dropped",
+            };
+            let program = program.name().trim_start_matches("fabric_");
+            let seen = Seen { program, path, reason: reason.label() };
+            self.packets.get_or_create(&seen).inner().store(*packets, Ordering::Relaxed);
+        }
+    }
+}
+
+fn state(view: &FastPathView) -> &'static str {
+    match view {
+        FastPathView { asked: false, .. } => "off",
+        FastPathView { on: true, .. } => "on",
+        FastPathView { left_off: true, .. } => "left_off",
+        _ => "failed",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fast_path_is_in_one_state() {
+        let view = |asked, on, left_off| FastPathView { asked, on, left_off, ..FastPathView::default() };
+        let found =
+            [view(false, false, false), view(true, true, false), view(true, false, true), view(true, false, false)];
+        assert_eq!(found.map(|view| state(&view)), ["off", "on", "left_off", "failed"]);
+    }
+}
