@@ -249,7 +249,7 @@ fn with_the_rights_of_the_package_alone_both_daemons_send() -> Result<()> {
     let lab = Lab::builder().nodes(2).start()?;
     let (here, there) = (lab.node("node-1")?, lab.node("node-2")?);
     for node in [here, there] {
-        let pid = node.service("fabricd").context("it runs")?.pid;
+        let pid = node.running_service("fabricd")?.pid;
         let args = std::fs::read_to_string(format!("/proc/{pid}/cmdline"))?;
         node.stop_fabricd()?;
         let few = ["setpriv", "--bounding-set=-all,+net_admin,+dac_override", "--"];

@@ -243,6 +243,39 @@ fn a_rebooted_node_keeps_its_disk_and_address_but_not_its_memory() -> Result<()>
 }
 
 #[test]
+fn a_service_that_has_ended_is_told_with_its_exit_status_or_signal() -> Result<()> {
+    let lab = Lab::builder().plain().start()?;
+    let node = lab.node("node-1")?;
+    for (name, last, how) in [("failed", "exit 3", "exit status 3"), ("killed", "kill -BUS $$", "killed by SIGBUS")] {
+        let script = format!("until [ -e /run/{name} ]; do sleep 0.05; done; echo it has run; {last}");
+        let process = node.start_service(name, &["sh", "-c", &script], &[])?;
+        node.running_service(name)?;
+        fs::write(node.path(&format!("/run/{name}"))?, "")?;
+        process.wait_gone(Duration::from_secs(20))?;
+        let told = node.running_service(name).map_or_else(|error| error.to_string(), |_| "it runs".into());
+        assert!(told.contains(&format!("{name} has ended on node-1 ({how})")) && told.contains("it has run"), "{told}");
+    }
+    Ok(())
+}
+
+#[test]
+fn environment_of_a_service_is_not_that_of_the_shell_that_starts_it() -> Result<()> {
+    let lab = Lab::builder().plain().start()?;
+    let node = lab.node("node-1")?;
+    // A library that can't be loaded is complained about by every program that is to load it.
+    let env = [("LD_PRELOAD", "/run/none.so"), ("WORD", "two words")];
+    node.start_service("one", &["sh", "-c", "echo $WORD; exec sleep 60"], &env)?;
+    wait_until("it says both", Duration::from_secs(20), || {
+        let log = node.log("one");
+        ensure!(log.contains("two words"), "{log}");
+        Ok(())
+    })?;
+    let log = node.log("one");
+    assert!(log.contains("/run/none.so") && !log.contains("setsid") && !log.contains("timeout"), "{log}");
+    Ok(())
+}
+
+#[test]
 fn a_pod_that_can_not_be_attached_is_an_error_with_the_code_of_the_plugin() -> Result<()> {
     let lab = Lab::builder().plain().start()?;
     let node = lab.node("node-1")?;

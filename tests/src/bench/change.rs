@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 use super::crowded::LIMIT;
 use super::report::{ms, quantile, sorted};
@@ -74,7 +74,7 @@ pub fn run(report: &mut Report, options: Options<'_>) -> Result<()> {
 
 fn measure(node: &Node, crowd: &mut Crowd, options: Options<'_>, cost: &mut Cost) -> Result<()> {
     let witness = Witness::of(node)?;
-    let process = node.service("fabricd").context("fabricd has ended")?;
+    let process = node.running_service("fabricd")?;
     for (what, gone) in [(Watch::Put, false), (Watch::Delete, true)] {
         let peers = (options.peers + 1..=options.peers + options.changes).map(Peer::new);
         let (cpu, mut programmed) = (usage::cpu(&process)?, vec![]);

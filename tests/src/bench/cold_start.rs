@@ -97,7 +97,7 @@ fn daemon(lab: &Lab, node: &Node, peers: u32, name: &str, start: impl Fn(&Node) 
     let began = Instant::now();
     start(node)?;
     let last = witness.wait_for_routes(peers as usize, false, LIMIT)?;
-    let process = node.service(name).ok_or_else(|| anyhow::anyhow!("{name} has ended"))?;
+    let process = node.running_service(name)?;
     let cpu = usage::cpu(&process)?;
     if name == "fabricd" {
         node.wait_ready()?;

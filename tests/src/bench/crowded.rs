@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 use crate::lab::process::Process;
 use crate::lab::{Crowd, Lab, Node, Vteps, Witness, crowd};
@@ -43,7 +43,7 @@ impl Crowded {
         node.start_fabricd()?;
         node.wait_ready()?;
         witness.wait_for_routes(peers as usize, false, LIMIT)?;
-        let process = node.service("fabricd").context("fabricd has ended")?;
+        let process = node.running_service("fabricd")?;
         Ok(Self { lab, crowd, vteps, node, witness, process })
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread::sleep;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 
 use super::datapath::{LOADS, OFFLOADS, Options, Way, fabric, switch_offloads, unit, wait_for_peers};
 use super::report::{quantile, sorted};
@@ -75,7 +75,7 @@ fn switch_filter(node: &Node, args: &[&str]) -> Result<()> {
     wait_until("the filter is as wanted", LIMIT, || {
         let tables = node.run(&["nft", "list", "tables"])?;
         ensure!(tables.contains("inet fabric") == args.is_empty(), "{tables}");
-        let process = node.service("fabricd").context("fabricd has ended")?;
+        let process = node.running_service("fabricd")?;
         let before = usage::cpu(&process)?;
         sleep(WATCHED);
         let used = usage::cpu(&process)? - before;

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 use super::report::ms;
 use super::{Report, usage};
@@ -52,7 +52,7 @@ pub fn run(report: &mut Report, options: Options) -> Result<()> {
         report.number(&section, "a rule a second: CPU, of one core", "%", share(busy));
         let one = ms(busy.saturating_sub(rest)) / f64::from(options.seconds);
         report.number(&section, "a rule a second: CPU for one", "ms", one);
-        let (resident, peak) = usage::resident(&node.service("fabricd").context("fabricd has ended")?)?;
+        let (resident, peak) = usage::resident(&node.running_service("fabricd")?)?;
         report.number(&section, "resident", "MiB", resident);
         report.number(&section, "resident, at its most since the start", "MiB", peak);
         node.run(&["nft", "delete", "table", "ip", table])?;
@@ -62,7 +62,7 @@ pub fn run(report: &mut Report, options: Options) -> Result<()> {
 
 /// CPU time of the daemon in so many seconds, in each of which something is done.
 fn cpu_of(node: &Node, seconds: u32, each: impl Fn(u32) -> Result<()>) -> Result<Duration> {
-    let process = node.service("fabricd").context("fabricd has ended")?;
+    let process = node.running_service("fabricd")?;
     let (cpu, began) = (usage::cpu(&process)?, Instant::now());
     for number in 1..=seconds {
         each(number)?;

@@ -294,7 +294,7 @@ fn starved(trial: &mut Trial) -> Result<()> {
     let there = lab.node("node-2")?.add_pod("there")?;
     let runtime = Runtime::on(lab, trial.slack)?;
     let stream = Stream::start(&there, &runtime.bystander)?;
-    let daemon = runtime.node.service("fabricd").context("fabricd does not run")?.pid.to_string();
+    let daemon = runtime.node.running_service("fabricd")?.pid.to_string();
     let limit = |files: u32| {
         let status = Command::new("prlimit").args(["--pid", &daemon, &format!("--nofile={files}:1024")]).status()?;
         ensure!(status.success(), "prlimit: {status}");

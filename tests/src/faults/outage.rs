@@ -4,7 +4,7 @@ use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 
 use crate::bench::usage;
 use crate::lab::Node;
@@ -37,7 +37,7 @@ struct Use {
 impl Outage {
     /// It begins for the daemon that runs on this node now.
     pub(super) fn begins(node: &Arc<Node>) -> Result<Self> {
-        let process = node.service("fabricd").context("fabricd has ended")?;
+        let process = node.running_service("fabricd")?;
         let before = Use::of(node, &process)?;
         Ok(Self { node: Arc::clone(node), process, began: Instant::now(), before })
     }

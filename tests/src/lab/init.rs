@@ -15,7 +15,7 @@
 //! machine and frees mounts and network: nothing has to be cleaned up, and nothing can be forgotten.
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Write as _};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -30,6 +30,10 @@ use nix::unistd::{sethostname, setsid};
 
 /// What the first process is told on its standard input to outlive the process that started it.
 pub const STAY: &str = "stay";
+
+/// The file in the machine's folder that tells how each of its orphans ended, a line each: its number inside the machine,
+/// then `exit status 1` or `killed by SIGBUS`.
+pub(super) const ENDED: &str = "ended";
 
 /// What the first process has to know.
 #[derive(Args, Debug)]
@@ -54,6 +58,7 @@ impl Init {
         let pid = fs::read_link("/proc/self")?; // the host's /proc still, so the host's number
         ensure!(std::process::id() == 1, "`lab init` is for the Lab itself");
         setsid().ok();
+        let mut ended = File::create(self.dir.join(ENDED))?;
         self.mount_files()?;
         sethostname(&self.name)?;
         fs::write("/etc/hostname", format!("{}\n", self.name))?;
@@ -75,7 +80,16 @@ impl Init {
         });
         println!("{}", pid.display());
         loop {
-            while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive) {}
+            while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                let line = match status {
+                    WaitStatus::Exited(pid, code) => format!("{pid} exit status {code}\n"),
+                    WaitStatus::Signaled(pid, signal, _) => format!("{pid} killed by {signal}\n"),
+                    WaitStatus::StillAlive => break,
+                    _ => continue,
+                };
+                // A full disk, say, is no reason to end the machine.
+                ended.write_all(line.as_bytes()).ok();
+            }
             child_ended.wait()?;
         }
     }

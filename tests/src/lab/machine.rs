@@ -7,8 +7,8 @@
 //! ```
 //!
 //! All that is known about it lies in its folder, so that a later process (`lab exec`, `lab down`) finds
-//! the same machine: `machine.json` the first process, `NAME.service` the long-running ones, `var-log` the
-//! logs. [`Machine::power_off`] is pulling the plug: one SIGKILL, and the kernel frees the rest.
+//! the same machine: `machine.json` the first process, `NAME.service` the long-running ones, `ended` how they ended,
+//! `var-log` the logs. [`Machine::power_off`] is pulling the plug: one SIGKILL, and the kernel frees the rest.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -25,9 +25,10 @@ use serde::{Deserialize, Serialize};
 
 use super::binaries;
 use super::exec::{Exec, Output};
-use super::init::STAY;
+use super::init::{ENDED, STAY};
 use super::process::Process;
 use super::spaces::Spaces;
+use super::wait_until;
 
 /// How long a machine may take to end; killing hundreds of processes takes the kernel a moment.
 const POWER_OFF: Duration = Duration::from_secs(20);
@@ -39,6 +40,14 @@ pub enum Lifetime {
     OfTheTest,
     /// Until it is stopped: what `lab up` starts.
     Stays,
+}
+
+/// A long-running process, as its file has it.
+#[derive(Debug, Serialize, Deserialize)]
+struct Service {
+    process: Process,
+    /// Its number inside the machine.
+    inner_pid: i32,
 }
 
 /// A machine, on or off.
@@ -200,27 +209,32 @@ impl Machine {
     /// `/var/log/NAME.log`.
     ///
     /// # Errors
-    /// It runs already, or has ended already: the error shows its log.
+    /// It runs already, or has ended already: the error shows how, and its log.
     pub fn start_service(&self, name: &str, argv: &[&str], env: &[(&str, &str)]) -> Result<Process> {
         ensure!(self.service(name).is_none(), "{name} runs on {} already", self.name);
         let script = format!("setsid \"$@\" >>/var/log/{name}.log 2>&1 </dev/null & echo $!");
-        let argv = [&["sh", "-c", script.as_str(), "sh"], argv].concat();
-        let command = env.iter().fold(self.command(&argv)?, |command, (name, value)| command.env(name, value));
-        let inner_pid = command.run()?;
-        let process = self
-            .adopted(inner_pid.trim())
-            .with_context(|| format!("{name} ended at once on {}:\n{}", self.name, self.log_tail(name)))?;
-        fs::write(self.service_path(name), serde_json::to_string(&process)?)?;
-        Ok(process)
+        // By env(1), not for the shell too: a library of LD_PRELOAD is the service's alone. What libfaketime shares with
+        // the processes that it finds itself in goes with the shell, and whoever has just opened it dies of SIGBUS.
+        let env: Vec<String> = env.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let env = std::iter::once("env").filter(|_| !env.is_empty()).chain(env.iter().map(String::as_str));
+        let argv: Vec<&str> = ["sh", "-c", &script, "sh"].into_iter().chain(env).chain(argv.iter().copied()).collect();
+        let inner_pid: i32 = self.run(&argv)?.trim().parse()?;
+        let process = self.adopted(inner_pid).with_context(|| {
+            format!("{name} ended at once on {} ({}):\n{}", self.name, self.how_ended(inner_pid), self.log_tail(name))
+        })?;
+        let service = Service { process, inner_pid };
+        fs::write(self.service_path(name), serde_json::to_string(&service)?)?;
+        Ok(service.process)
     }
 
     /// The child of the first process that has this number inside the machine.
-    fn adopted(&self, inner_pid: &str) -> Result<Process> {
+    fn adopted(&self, inner_pid: i32) -> Result<Process> {
         let init = self.pid()?;
+        let inner_pid = inner_pid.to_string();
         let is_it = |pid: &&str| {
             let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
             let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap_or_default();
-            numbers.split_whitespace().last() == Some(inner_pid)
+            numbers.split_whitespace().last() == Some(inner_pid.as_str())
         };
         let pid = loop {
             // Asked for first: the list leaves out children while others end (proc(5)).
@@ -238,8 +252,42 @@ impl Machine {
     /// A process started by [`Machine::start_service`], while it lives.
     #[must_use]
     pub fn service(&self, name: &str) -> Option<Process> {
-        let process: Process = serde_json::from_slice(&fs::read(self.service_path(name)).ok()?).ok()?;
-        process.is_alive().then_some(process)
+        self.started(name).map(|service| service.process).filter(Process::is_alive)
+    }
+
+    /// The same, or an error that says how it ended.
+    ///
+    /// # Errors
+    /// It doesn't run.
+    pub fn running_service(&self, name: &str) -> Result<Process> {
+        let Some(Service { process, inner_pid }) = self.started(name) else {
+            bail!("{name} does not run on {}", self.name);
+        };
+        ensure!(
+            process.is_alive(),
+            "{name} has ended on {} ({}):\n{}",
+            self.name,
+            self.how_ended(inner_pid),
+            self.log_tail(name)
+        );
+        Ok(process)
+    }
+
+    fn started(&self, name: &str) -> Option<Service> {
+        serde_json::from_slice(&fs::read(self.service_path(name)).ok()?).ok()
+    }
+
+    /// The exit status or the signal of a process that has ended, by its number inside the machine.
+    fn how_ended(&self, inner_pid: i32) -> String {
+        let number = inner_pid.to_string();
+        // The first process writes it down when it has reaped it.
+        let noted = wait_until("it is reaped", Duration::from_secs(5), || {
+            let ended = fs::read_to_string(self.dir.join(ENDED))?;
+            let of_it =
+                |line: &str| line.split_once(' ').filter(|(pid, _)| *pid == number).map(|(_, how)| how.to_owned());
+            ended.lines().filter_map(of_it).next_back().context("not yet")
+        });
+        noted.unwrap_or_else(|_| "nobody saw how".into())
     }
 
     /// All long-running processes by name, those that have ended as `None`.
@@ -262,7 +310,7 @@ impl Machine {
     /// # Errors
     /// It doesn't run.
     pub fn signal(&self, name: &str, signal: Signal) -> Result<()> {
-        self.service(name).with_context(|| format!("{name} does not run on {}", self.name))?.signal(signal)
+        self.running_service(name)?.signal(signal)
     }
 
     /// Sends a signal that ends a long-running process and waits for that end.
@@ -270,7 +318,7 @@ impl Machine {
     /// # Errors
     /// It doesn't run, or doesn't end: the error shows its log.
     pub fn end(&self, name: &str, signal: Signal) -> Result<()> {
-        let process = self.service(name).with_context(|| format!("{name} does not run on {}", self.name))?;
+        let process = self.running_service(name)?;
         process.signal(signal)?;
         process
             .wait_gone(Duration::from_secs(15))

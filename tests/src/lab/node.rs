@@ -6,7 +6,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use fabric_core::model::Family;
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -157,18 +157,14 @@ impl Node {
     /// It isn't after a minute: the error shows why, and its log.
     pub fn wait_ready(&self) -> Result<()> {
         let ready = wait_until(&format!("fabricd is ready on {}", self.name), Duration::from_secs(60), || {
-            if self.service(FABRICD).is_none() {
-                return Ok(false); // no use waiting
+            if let ended @ Err(_) = self.running_service(FABRICD) {
+                return Ok(ended.map(drop)); // no use waiting
             }
             let reply = self.http_get(9472, "/readyz")?;
             ensure!(reply.status == 200, "not ready: {}", reply.body);
-            Ok(true)
+            Ok(Ok(()))
         });
-        match ready {
-            Ok(true) => Ok(()),
-            Ok(false) => bail!("fabricd has ended on {}:\n{}", self.name, self.log_tail(FABRICD)),
-            Err(error) => Err(error.context(self.log_tail(FABRICD))),
-        }
+        ready.map_err(|error| error.context(self.log_tail(FABRICD)))?
     }
 
     /// `GET http://127.0.0.1:PORT/PATH` on the node.
