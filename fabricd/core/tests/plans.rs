@@ -53,9 +53,13 @@ impl Node {
         Self { network, own: LeaseKey::new(own).expect("a family"), vteps, facts, foreign: Foreign::default() }
     }
 
-    fn desired(&self, leases: &LeaseSet, have: &Routing) -> Desired {
+    fn inputs<'a>(&'a self, leases: &'a LeaseSet, have: &'a Routing) -> Inputs<'a> {
         let Self { network, own, vteps, facts, foreign } = self;
-        desired(&Inputs { network, own, vteps, leases, facts, have, foreign })
+        Inputs { network, own, vteps, leases, facts, have, foreign }
+    }
+
+    fn desired(&self, leases: &LeaseSet, have: &Routing) -> Desired {
+        desired(&self.inputs(leases, have))
     }
 
     fn plan(&self, leases: &LeaseSet, have: &Routing) -> String {
@@ -256,6 +260,26 @@ fn restart_with_nothing_changed_plans_nothing_and_keeps_nexthop_ids() {
     assert!(have.nexthops.contains_key(&NexthopId(NEXTHOP_ID_BASE + 1)));
     node.foreign.nexthop_ids.clear();
     assert_eq!(node.plan(&leases(&[node_2()]), &have), "");
+}
+
+#[test]
+fn nexthops_that_went_with_their_device_come_back_with_their_ids_whatever_else_has_changed() {
+    let mut node = Node::new(V4);
+    node.foreign.nexthop_ids.insert(NexthopId(NEXTHOP_ID_BASE));
+    let leases = Arc::new(leases(&[node_2()]));
+    let nothing = Routing::default();
+    let mut plan = PeerPlan::new(&node.inputs(&leases, &nothing));
+    let before = Arc::clone(plan.desired());
+    assert!(before.state.nexthops.contains_key(&NexthopId(NEXTHOP_ID_BASE + 1)));
+    // Another context: all is planned anew, and a lower id is free.
+    node.foreign.nexthop_ids.clear();
+    plan.update(&node.inputs(&leases, &nothing), &leases, &Dirty::Everything);
+    assert!(plan.turned().is_none());
+    assert_eq!(plan.desired().state, before.state);
+    // Unless somebody has taken it meanwhile.
+    node.foreign.nexthop_ids.insert(NexthopId(NEXTHOP_ID_BASE + 1));
+    plan.update(&node.inputs(&leases, &nothing), &leases, &Dirty::Everything);
+    assert!(plan.desired().state.nexthops.keys().eq([&NexthopId(NEXTHOP_ID_BASE)]));
 }
 
 #[test]

@@ -32,10 +32,11 @@ impl PeerPlan {
     /// Of all leases.
     #[must_use]
     pub fn new(inputs: &Inputs<'_>) -> Self {
-        Self::of(inputs, Arc::new(inputs.leases.clone()), own(inputs))
+        Self::of(inputs, Arc::new(inputs.leases.clone()), own(inputs), &Routing::default())
     }
 
-    fn of(inputs: &Inputs<'_>, leases: Arc<LeaseSet>, own: Own) -> Self {
+    /// `before` is what was desired until now.
+    fn of(inputs: &Inputs<'_>, leases: Arc<LeaseSet>, own: Own, before: &Routing) -> Self {
         let Own { links, addresses, sysctls, devices, conflicts } = own;
         let state = Routing { links, addresses, sysctls, ..Routing::default() };
         let context = Context::of(inputs, devices);
@@ -45,7 +46,7 @@ impl PeerPlan {
             derived,
             desired: Arc::new(Desired { state, devices, conflicts, ..Desired::default() }),
             leases: Arc::clone(&leases),
-            nexthop_ids: NexthopIds::of(inputs.have),
+            nexthop_ids: NexthopIds::of(inputs.have, before),
             turned: Turned::default(),
             is_anew: true,
         };
@@ -60,14 +61,14 @@ impl PeerPlan {
     pub fn update(&mut self, inputs: &Inputs<'_>, leases: &Arc<LeaseSet>, touched: &Dirty<Key>) -> Dirty<Key> {
         let own = own(inputs);
         if !self.derived.planner().decides_as(inputs, &own.devices) || !own.is_in(&self.desired) {
-            let anew = Self::of(inputs, Arc::clone(leases), own);
+            let anew = Self::of(inputs, Arc::clone(leases), own, &self.desired.state);
             let is_same = anew.desired == self.desired;
             *self = anew;
             // Most of what the host's links and routes do changes nothing.
             return if is_same { Dirty::default() } else { Dirty::Everything };
         }
         self.is_anew = false;
-        self.nexthop_ids.take_over(inputs.have, touched);
+        self.nexthop_ids.take_over(inputs.have, &self.desired.state, touched);
         let context = self.derived.planner();
         let (went, came): (Vec<_>, Vec<_>) = leases.changes(&self.leases).unzip();
         let [went, came] = [went, came].map(|some| {
@@ -321,25 +322,25 @@ impl Rows<'_> {
     }
 }
 
-/// Gives every nexthop an id: the one it has, else the lowest that nobody uses.
+/// Gives every nexthop an id: the one it has or is to have, else the lowest that nobody uses.
 #[derive(Debug)]
 struct NexthopIds {
     /// What the kernel has, by IPv4 gateway, as only those are planned. Of doubles (another daemon's doing) the lowest id
-    /// stays, the others are swept.
+    /// stays, the others are swept. Of what it doesn't have, since it went with its device, what it is to have.
     held: HashMap<u32, NexthopId>,
     /// All lower ids are in use.
     next: u32,
 }
 
 impl NexthopIds {
-    fn of(have: &Routing) -> Self {
-        let held = have.nexthops.iter().rev().filter_map(|(id, nexthop)| Some((gateway(nexthop)?, *id))).collect();
-        Self { held, next: NEXTHOP_ID_BASE }
+    fn of(have: &Routing, desired: &Routing) -> Self {
+        let all = desired.nexthops.iter().rev().chain(have.nexthops.iter().rev());
+        Self { held: all.filter_map(|(id, nexthop)| Some((gateway(nexthop)?, *id))).collect(), next: NEXTHOP_ID_BASE }
     }
 
     /// Takes over what has changed in what the kernel has.
-    fn take_over(&mut self, have: &Routing, touched: &Dirty<Key>) {
-        let Dirty::Keys(keys) = touched else { return *self = Self::of(have) };
+    fn take_over(&mut self, have: &Routing, desired: &Routing, touched: &Dirty<Key>) {
+        let Dirty::Keys(keys) = touched else { return *self = Self::of(have, desired) };
         for key in keys {
             let Key::Nexthop(id) = key else { continue };
             match have.nexthops.get(id) {
@@ -361,6 +362,7 @@ impl NexthopIds {
 
     fn give(&mut self, nexthop: &Nexthop, planned: &BTreeMap<NexthopId, Nexthop>, inputs: &Inputs<'_>) -> NexthopId {
         let have = &inputs.have.nexthops;
+        let used = |id| have.contains_key(&id) || planned.contains_key(&id) || inputs.foreign.nexthop_ids.contains(&id);
         if let Some(id) = gateway(nexthop).and_then(|gateway| self.held.get(&gateway)) {
             if have.get(id) == Some(nexthop) {
                 return *id;
@@ -369,8 +371,10 @@ impl NexthopIds {
             if let Some((id, _)) = have.iter().find(|(_, other)| *other == nexthop) {
                 return *id;
             }
+            if !used(*id) {
+                return *id;
+            }
         }
-        let used = |id| have.contains_key(&id) || planned.contains_key(&id) || inputs.foreign.nexthop_ids.contains(&id);
         while used(NexthopId(self.next)) {
             self.next += 1;
         }
