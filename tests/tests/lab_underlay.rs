@@ -1,11 +1,13 @@
 //! The underlay address stays what it is while virtual addresses come, go and move between nodes, in the Lab.
 
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use fabric_core::model::Family;
-use fabric_tests::lab::{Families, Lab, Node, Stream, addresses, wait_until};
+use fabric_tests::lab::{Capture, Families, Lab, Node, Stream, addresses, wait_until};
+use serde_json::Value;
 
 /// How long a change may take on a busy machine.
 const SOON: Duration = Duration::from_secs(40);
@@ -26,7 +28,8 @@ fn own(node: &Node, family: Family) -> String {
 fn used(node: &Node) -> Result<Vec<String>> {
     let status = node.status_or_not()?;
     let vteps = status["vteps"].as_array().context("no VTEPs")?;
-    Ok(vteps.iter().filter_map(|vtep| Some(vtep["underlayAddress"].as_str()?.to_owned())).collect())
+    let address = |vtep: &Value| Some(vtep["underlay_address"].as_str()?.to_owned());
+    vteps.iter().map(|vtep| address(vtep).with_context(|| format!("no address in {vtep}"))).collect()
 }
 
 /// Waits until the daemon has looked at everything anew: what it didn't do by then it doesn't do.
@@ -47,7 +50,7 @@ fn after_a_look(node: &Node) -> Result<()> {
 fn streams(here: &Arc<Node>, there: &Arc<Node>, name: &str) -> Result<Vec<Stream>> {
     let (a, b) = (here.add_pod(name)?, there.add_pod(name)?);
     let both = |family| [Stream::start_with(&a, &b, family, 200), Stream::start_with(&b, &a, family, 200)];
-    Family::ALL.into_iter().flat_map(both).collect()
+    Family::ALL.into_iter().filter(|family| a.ip(*family).is_ok()).flat_map(both).collect()
 }
 
 fn lost_nothing(streams: Vec<Stream>) -> Result<()> {
@@ -120,6 +123,87 @@ fn own_address_that_goes_and_comes_back_behind_a_virtual_one_stays_the_nodes() -
         ensure!(used(one)? == before, "after {forget}: {:?}", used(one)?);
     }
     lost_nothing(streams(one, two, "b")?)
+}
+
+/// Lays a second cable from one node to the other: `eth1` on both, with these addresses.
+fn second_cable(ends: [(&Node, &str); 2]) -> Result<()> {
+    let link = format!("link add eth1 type veth peer name eth1 netns {}", ends[1].0.pid()?);
+    let made = ends[0].0.network()?.run(|| Ok(Command::new("ip").args(link.split(' ')).output()?))?;
+    ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    for (node, address) in ends {
+        node.run(&["ip", "address", "add", address, "dev", "eth1"])?;
+        node.run(&["ip", "link", "set", "eth1", "up"])?;
+    }
+    Ok(())
+}
+
+/// With `rp_filter` 1 the kernel drops what comes in by another interface than an answer would leave by (RFC 3704).
+#[test]
+fn underlay_beside_the_default_route_carries_pods_past_strict_reverse_path_filters() -> Result<()> {
+    const OWN: [&str; 2] = ["198.51.100.11", "198.51.100.12"];
+    let lab = Lab::builder().nodes(2).start()?;
+    let nodes = [lab.node("node-1")?, lab.node("node-2")?];
+    nodes.iter().try_for_each(|node| node.stop_fabricd())?;
+    let [one, two] = OWN.map(|ip| format!("{ip}/24"));
+    second_cable([(nodes[0], &one), (nodes[1], &two)])?;
+    for node in nodes {
+        // `default` is what devices get that are made from now on: cni0 and the veths.
+        node.run(&["sh", "-ec", "for file in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 1 >$file; done"])?;
+        node.start_fabricd_with(&["--iface", "eth1"], &[])?;
+    }
+    nodes.iter().try_for_each(|node| node.wait_ready())?;
+    ensure!(used(nodes[0])? == [OWN[0]] && used(nodes[1])? == [OWN[1]], "{:?} {:?}", used(nodes[0])?, used(nodes[1])?);
+
+    let captured = ["eth0", "eth1"].map(|dev| Capture::start(&nodes[1].network()?, dev));
+    let [by_default, by_underlay] = captured;
+    let (by_default, by_underlay) = (by_default?, by_underlay?);
+    let (a, b) = (nodes[0].add_pod("a")?, nodes[1].add_pod("b")?);
+    let streams = vec![Stream::start(&a, &b)?, Stream::start(&b, &a)?];
+    let packet = by_underlay.wait_for("a packet of a pod", SOON, |packet| {
+        packet.inner().is_some_and(|inner| Some(inner.source) == a.ip(Family::V4).ok())
+    })?;
+    ensure!((packet.source.to_string(), packet.target.to_string()) == (OWN[0].into(), OWN[1].into()), "{packet}");
+    ensure!(
+        by_default.stop().iter().all(|packet| packet.vxlan.is_none()),
+        "some went by the default route's interface"
+    );
+    lost_nothing(streams)
+}
+
+#[test]
+fn default_route_of_a_vpn_moves_nothing_while_the_nodes_own_stands() -> Result<()> {
+    let lab = Lab::builder().nodes(2).start()?;
+    let (one, two) = (lab.node("node-1")?, lab.node("node-2")?);
+    let streams = streams(one, two, "a")?;
+    let (before, written) = (used(one)?, lab.revision()?);
+    // Metrics as NetworkManager has them.
+    let gateway = addresses::gateway(Family::V4);
+    let script = format!(
+        "ip link add vpn0 type veth peer name vpn0-peer; ip link set vpn0-peer up; ip link set vpn0 up
+         ip address add 192.0.2.9/32 dev vpn0
+         ip route add default via {gateway} dev eth0 metric 100; ip route del default via {gateway} dev eth0 metric 0
+         ip route add default dev vpn0 metric 50"
+    );
+    one.run(&["sh", "-ec", &script])?;
+    let way = one.run(&["ip", "route", "get", "203.0.113.1"])?;
+    ensure!(way.contains("dev vpn0 src 192.0.2.9"), "not a case in point: {way}");
+    after_a_look(one)?;
+    ensure!(used(one)? == before && lab.revision()? == written, "{:?}", used(one)?);
+
+    // A restart finds both.
+    one.stop_fabricd()?;
+    one.start_fabricd()?;
+    one.wait_ready()?;
+    after_a_look(one)?;
+    ensure!(used(one)? == before && lab.revision()? == written, "{:?}", used(one)?);
+    lost_nothing(streams)?;
+
+    // The operator moves the node.
+    one.run(&["ip", "route", "del", "default", "dev", "eth0"])?;
+    wait_until("it has moved", SOON, || {
+        ensure!(used(one)? == ["192.0.2.9"], "{:?}", used(one)?);
+        Ok(())
+    })
 }
 
 #[test]

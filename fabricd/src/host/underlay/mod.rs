@@ -172,8 +172,9 @@ pub enum UnderlayError {
 
 /// Chooses the underlay of one family.
 ///
-/// The interface: by the first selector that fits, without any by the default route with the smallest metric. Of its
-/// addresses the first of
+/// The interface: by the first selector that fits. Without any by a default route: one whose interface has an address of
+/// `in_use`, then that with the smallest metric. So what a VPN client makes its default route while it runs, or
+/// a second uplink, moves nothing while the default route in use stands. Of the interface's addresses the first of
 /// 1. those in `in_use`, in that order: the address in the lease, then the VXLAN device's;
 /// 2. the preferred source of the default route that chose the interface;
 /// 3. lasting ones before passing before virtual ones ([`Standing`]), and of these first the one that the kernel would
@@ -187,7 +188,11 @@ pub enum UnderlayError {
 pub fn choose(selectors: &[Selector], host: &Host, family: Family, in_use: &[IpAddr]) -> Result<Choice, UnderlayError> {
     let found = if selectors.is_empty() {
         let routes = host.default_routes.iter().filter(|route| route.family == family);
-        let route = routes.min_by_key(|route| route.metric);
+        let has = |dev: &IfName, ip: &IpAddr| {
+            link_named(host, dev).is_some_and(|link| addresses(link).any(|(of, _)| of == *ip))
+        };
+        let used = |route: &DefaultRoute| in_use.iter().position(|ip| has(&route.dev, ip)).unwrap_or(usize::MAX);
+        let route = routes.min_by_key(|route| (used(route), route.metric));
         let found = route.and_then(|route| Some(Found::of_route(link_named(host, &route.dev)?, route)));
         found.ok_or_else(|| UnderlayError::NoDefaultRoute { family, present: present(host) })?
     } else {

@@ -62,6 +62,23 @@ fn default_route_with_the_smallest_metric_decides_in_each_family() {
 }
 
 #[test]
+fn default_route_of_the_address_in_use_counts_while_it_stands() {
+    let mut host = host();
+    let chosen = |host: &Host, in_use: &[&str]| {
+        let in_use: Vec<IpAddr> = in_use.iter().map(|ip| ip.parse().expect("ip")).collect();
+        local(choose(&[], host, Family::V4, &in_use))
+    };
+    // eth0's metric is the smaller one.
+    assert_eq!(chosen(&host, &["192.0.2.8"]), "192.0.2.8");
+    assert_eq!(chosen(&host, &["203.0.113.1", "192.0.2.8"]), "192.0.2.8", "the lease's is gone, the device's is there");
+    assert_eq!(chosen(&host, &["10.0.2.15", "192.0.2.8"]), "10.0.2.15", "the lease's comes before the device's");
+    assert_eq!(chosen(&host, &["203.0.113.1"]), "10.0.2.15");
+    // It no longer leads outside.
+    host.default_routes.retain(|route| route.dev.as_str() != "eth1");
+    assert_eq!(chosen(&host, &["192.0.2.8"]), "10.0.2.15");
+}
+
+#[test]
 fn interface_is_named_in_every_way() {
     let iface = |name: &str| Selector::Iface(name.into());
     for (selector, v4, v6) in &[
