@@ -157,6 +157,61 @@ fn doctor_finds_what_was_broken_and_nothing_before() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn state_of_dual_stack_peers_and_leases_is_seen_on_a_terminal_of_80_columns() -> Result<()> {
+    let lab = Lab::builder().nodes(2).families(Families::Dual).start()?;
+    let node = lab.node("node-1")?;
+    wait_until("node-1 has programmed node-2", SOON, || node.run(&["fabricctl", "peers"]).map(drop))?;
+    for (command, state) in [
+        (&["status"][..], "programmed"),
+        (&["peers"], "programmed"),
+        (&["leases"], "held"),
+        (&["lease", "list"], "held"),
+        (&["mesh"], "fine"),
+    ] {
+        wait_until("it is seen", SOON, || {
+            let shown = node.command(&[&["fabricctl"], command].concat())?.env("COLUMNS", "80").output()?.stdout;
+            let mut table = shown.lines().skip_while(|line| !line.contains("SUBNET") && !line.contains("VERDICT"));
+            let table: Vec<&str> = table.by_ref().take_while(|line| !line.is_empty()).collect();
+            anyhow::ensure!(table.iter().all(|line| line.chars().count() <= 80), "{command:?}:\n{shown}");
+            let of_peer = table.iter().find(|line| line.starts_with("node-2 ")).copied().unwrap_or_default();
+            anyhow::ensure!(of_peer.split_whitespace().any(|word| word == state), "{command:?}: {state}:\n{shown}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn support_bundle_shows_routes_rules_firewalls_settings_log_and_versions() -> Result<()> {
+    let lab = Lab::builder().nodes(1).start()?;
+    let node = lab.node("node-1")?;
+    let by_hand = "ip route add 198.51.100.0/24 dev lo table 77; ip rule add priority 777 lookup 77
+        nft add table inet by_hand; iptables -A OUTPUT -s 198.51.100.7; mkdir -p /etc/fabric
+        echo 'etcd_endpoints = [\"http://root:hunter2@192.0.2.1:2379\"]' >/etc/fabric/fabricd.toml";
+    node.run(&["sh", "-ec", by_hand])?;
+    node.exec(&["fabricctl", "doctor", "--quiet", "--bundle", "/tmp/bundle.tar"])?;
+    for (file, holds) in [
+        ("host/ip-link.txt", "fabric.1"),
+        ("host/ip-route-4.txt", "198.51.100.0/24 dev lo table 77"),
+        ("host/ip-rule-4.txt", "777:\tfrom all lookup 77"),
+        ("host/nft-ruleset.txt", "table inet by_hand"),
+        ("host/iptables-save.txt", "-A OUTPUT -s 198.51.100.7/32"),
+        ("host/sysctl.txt", "net.ipv4.ip_forward = 1"),
+        ("host/log.txt", "fabricd starts"),
+        ("host/kernel.txt", "Linux"),
+        ("files/settings.toml", "etcd_endpoints = [\"http://(left out)@192.0.2.1:2379\"]"),
+        ("files/process", "FABRICD_ETCD_ENDPOINTS="),
+        ("files/os-release", "NAME="),
+        ("version", concat!("fabricctl ", env!("CARGO_PKG_VERSION"))),
+    ] {
+        let shown = node.run(&["tar", "xfO", "/tmp/bundle.tar", &format!("fabricd/{file}")])?;
+        assert!(shown.contains(holds), "{holds:?} in {file}:\n{shown}");
+    }
+    node.run(&["rm", "/tmp/bundle.tar"])?;
+    Ok(())
+}
+
 /// Nobody has set anything up for it: neither an address nor certificates.
 #[test]
 fn all_nodes_can_be_asked_out_of_the_box_in_every_family() -> Result<()> {
