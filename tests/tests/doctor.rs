@@ -539,6 +539,28 @@ fn of_several_routes_into_the_network_those_that_hide_a_subnet_come_first() -> R
     Ok(())
 }
 
+/// As that of a VPN client whose other end announces a network that the pods' is a part of.
+#[test]
+fn shorter_route_hides_a_subnet_where_a_policy_rule_has_its_table_looked_up_first() -> Result<()> {
+    let mut node = Node::well()?;
+    let space = node.view.network.as_mut().and_then(|network| network.spaces.slot(Family::V4).as_mut());
+    space.context("a network")?.network = "127.0.0.0/8".parse()?;
+    node.fib.routes.push(Route { table: 52, ..route("127.1.0.0/16", "tun0", false) });
+    node.fib.rules.push(rule(32767, 52));
+    let found = node.check("overlap")?;
+    assert!(found.outcome == Outcome::Warning && found.evidence.contains("which ours hides"), "{found:?}");
+
+    node.fib.rules.push(rule(5270, 52));
+    let found = node.check("overlap")?;
+    assert_eq!(found.outcome, Outcome::Failed, "{found:?}");
+    assert!(
+        found.evidence.contains("127.1.0.0/16 dev tun0 proto bird table 52 hides 127.1.2.0/24 of node-2"),
+        "{found:?}"
+    );
+    assert_eq!(found.fix, "ip route del 127.1.0.0/16 dev tun0 table 52");
+    Ok(())
+}
+
 #[test]
 fn without_a_device_or_a_table_nothing_is_said_of_them() -> Result<()> {
     let mut node = Node::well()?;

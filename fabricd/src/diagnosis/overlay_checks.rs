@@ -5,7 +5,7 @@ use fabric_core::model::{Family, MacAddr, Subnet};
 use super::Scene;
 use super::finding::{Culprit, Finding};
 use super::host_checks::read;
-use crate::kernel::routing::fib::Action;
+use crate::kernel::routing::fib::{Action, Packet, Route};
 
 /// Whose a VXLAN device is, by its name.
 const OVERLAYS: [(&str, &str, &str); 7] = [
@@ -136,18 +136,28 @@ pub(super) fn overlap(scene: &Scene) -> Finding {
         let of_the_host = ["local", "broadcast", "anycast", "multicast"].contains(&route.kind.as_str());
         inside(&route.dst) && !ours && !of_the_host && consulted(route.table)
     });
+    // A policy rule may have its table looked up before ours: then a shorter prefix wins too.
+    let hides = |route: &Route, subnet: Subnet| {
+        let own = scene.view.holding.own.as_ref().and_then(|own| own.key.subnets().get(subnet.family()));
+        let iif = bridges.first().map_or("lo", |bridge| bridge.as_str());
+        let packet = Packet { from: own.unwrap_or(&subnet).base(), to: subnet.base(), iif };
+        let decides = || scene.fib.decide(&packet).is_some_and(|decision| decision.route == Some(route));
+        // Before the first pod there is no route to this node's own subnet.
+        subnet.covers(route.dst) || own != Some(&subnet) && decides()
+    };
     let mut culprits: Vec<(u8, Culprit)> = others
         .map(|route| {
             let leases = scene.view.leases.iter().flat_map(|leases| leases.iter());
-            let hidden = leases.filter_map(|lease| {
+            let met = leases.filter_map(|lease| {
                 let subnet = lease.key.subnets().get(route.dst.family()).copied()?;
                 (subnet.covers(route.dst) || route.dst.covers(subnet)).then(|| (subnet, lease.holder()))
             });
-            match hidden.into_iter().max_by_key(|(subnet, _)| subnet.covers(route.dst)) {
-                Some((subnet, node)) if subnet.covers(route.dst) => {
+            let met = met.map(|(subnet, node)| (hides(route, subnet), subnet, node));
+            match met.max_by_key(|(hides, ..)| *hides) {
+                Some((true, subnet, node)) => {
                     (0, Culprit::hurts(format!("{route} hides {subnet} of {node}"), route.delete()))
                 }
-                Some((subnet, node)) => (
+                Some((false, subnet, node)) => (
                     1,
                     Culprit::may_hurt(format!("{route} covers {subnet} of {node}, which ours hides"), route.delete()),
                 ),
