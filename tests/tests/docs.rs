@@ -1,12 +1,15 @@
-//! The documentation leads somewhere: links, headings, and the pages and files that text and programs name.
+//! The documentation leads somewhere: links, headings, the pages and files that text and programs name, and the commands that
+//! it gives.
 
 use std::{
     collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::{Context, Result, ensure};
+use fabric_tests::lab::binaries;
 use regex::Regex;
 
 fn root() -> PathBuf {
@@ -159,5 +162,53 @@ fn modules_of_the_errors_are_loaded_by_the_package_and_explained() -> Result<()>
     for module in loaded.iter().filter(|module| !["bridge", "veth"].contains(module)) {
         ensure!(named.contains(module), "no error names {module}");
     }
+    Ok(())
+}
+
+/// Our commands in a page: in spans of code, and the lines of blocks.
+fn commands(markdown: &str) -> Result<BTreeSet<String>> {
+    let span = Regex::new("`((?:fabricctl|fabricd) [^`\n]+)`")?;
+    let mut found: BTreeSet<String> = span.captures_iter(markdown).map(|found| found[1].to_owned()).collect();
+    let mut in_block = false;
+    for line in markdown.lines() {
+        in_block ^= line.trim_start().starts_with("```");
+        if in_block && (line.starts_with("fabricctl ") || line.starts_with("fabricd ")) {
+            found.insert(line.to_owned());
+        }
+    }
+    Ok(found)
+}
+
+/// Whether the program understands a command. It answers `--help` once it has understood all that stands before; nothing
+/// is done.
+fn is_understood(command: &str) -> Result<bool> {
+    let behind = ["#", "&", "&&", "|"];
+    let words = command.split_whitespace().take_while(|word| !behind.contains(word));
+    // `explain A B` is of two addresses.
+    let words = words.map(|word| if matches!(word, "A" | "B") { "192.0.2.1" } else { word });
+    let words: Vec<&str> = words.collect();
+    let (program, arguments) = words.split_first().context("a command")?;
+    let output = Command::new(binaries::folder()?.join(program)).args(arguments).arg("--help").output()?;
+    // A flag is named without its value.
+    Ok(output.status.success() || String::from_utf8_lossy(&output.stderr).contains("a value is required for"))
+}
+
+#[test]
+fn programs_understand_the_commands_in_the_documentation() -> Result<()> {
+    let mut pages = vec![root().join("README.md")];
+    for page in fs::read_dir(root().join("docs"))? {
+        pages.push(page?.path());
+    }
+    let mut tried = BTreeSet::new();
+    for page in pages.iter().filter(|page| page.extension().is_some_and(|end| end == "md")) {
+        // What is left out or may be left out is the reader's to say.
+        for command in commands(&fs::read_to_string(page)?)?.into_iter().filter(|text| !text.contains(['…', '[', '|']))
+        {
+            ensure!(is_understood(&command)?, "{}: {command}", page.display());
+            tried.insert(command);
+        }
+    }
+    ensure!(tried.len() > 40, "only {} commands were found: {tried:?}", tried.len());
+    ensure!(!is_understood("fabricctl no-such-command")? && !is_understood("fabricctl status --no-such-flag")?);
     Ok(())
 }
