@@ -1,14 +1,53 @@
 //! What happens to a machine's hardware.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use fabric_core::model::Family;
 use fabric_tests::lab::{Families, Lab, wait_until};
-use fabric_tests::machines::{Machines, Plugin, Spec, Vm};
+use fabric_tests::machines::{Machines, Plugin, Spec, Vm, VmPod};
 
 /// What a machine may take to see a change, and to act on it.
 const SOON: Duration = Duration::from_secs(180);
+
+/// Five pings a second from a pod, each answer a line.
+struct Pings<'a>(&'a Vm);
+
+impl<'a> Pings<'a> {
+    fn start(vm: &'a Vm, pod: &VmPod, to: IpAddr) -> Result<Self> {
+        pod.exec(&format!("ping -i 0.2 -W 10 {to} >/run/pings 2>&1 </dev/null & echo $! >/run/pings.pid"))?;
+        Ok(Self(vm))
+    }
+
+    /// The numbers of those that were answered.
+    fn answered(&self) -> Result<Vec<u32>> {
+        let shown = self.0.run("cat /run/pings")?;
+        let number = |line: &str| line.split_once("seq=")?.1.split(' ').next()?.parse().ok();
+        Ok(shown.lines().filter_map(number).collect())
+    }
+
+    /// Waits for so many answers more.
+    fn go_on(&self, more: usize) -> Result<()> {
+        let before = self.answered()?.len();
+        wait_until("pings are answered", SOON, || {
+            let now = self.answered()?.len();
+            ensure!(now >= before + more, "{} more", now - before);
+            Ok(())
+        })
+    }
+
+    /// Ends it. What was lost was lost at one moment, and is counted.
+    fn lost_at_most_once(self) -> Result<()> {
+        self.0.run("kill -INT $(cat /run/pings.pid)")?;
+        let answered = self.answered()?;
+        let gaps: Vec<u32> =
+            answered.windows(2).map(|two| two[1].saturating_sub(two[0] + 1)).filter(|gap| *gap > 0).collect();
+        println!("{} pings were answered; lost one after the other: {gaps:?}", answered.len());
+        ensure!(gaps.len() <= 1, "lost at {} moments: {answered:?}", gaps.len());
+        Ok(())
+    }
+}
 
 #[test]
 fn a_vlan_on_a_bond_fails_over_and_pods_reach_each_other_again() -> Result<()> {
@@ -42,11 +81,15 @@ fn a_vlan_on_a_bond_fails_over_and_pods_reach_each_other_again() -> Result<()> {
     pods[0].reaches(pods[1].ip(Family::V4)?)?;
     let active = || bonded.run("cat /sys/class/net/bond0/bonding/active_slave");
     let before = active()?;
+    let pings = Pings::start(bonded, &pods[0], pods[1].ip(Family::V4)?)?;
+    pings.go_on(10)?;
     bonded.set_cable(before.trim().trim_start_matches("eth").parse()?, false)?;
     wait_until("the bond uses its other cable", SOON, || {
         ensure!(active()? != before, "it uses {before}");
         Ok(())
     })?;
+    pings.go_on(20)?;
+    pings.lost_at_most_once()?;
     pods[0].reaches(pods[1].ip(Family::V4)?)?;
     pods[1].reaches(pods[0].ip(Family::V4)?)
 }
