@@ -4,14 +4,28 @@
 //! A [`World`] is a kernel under test together with the other programs of its host, which act behind fabricd's back.
 //! Every world begins with `lo` and with `eth0`, up, with [`HOST`]'s addresses.
 
+mod drift;
+mod others;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::diff::routing::Op;
-use fabric_core::diff::{self, Change, Gate, Key, diff};
+use fabric_core::diff::{self, Change, Gate, diff};
 use fabric_core::model::{Family, IfName, MacAddr, Subnet};
 use fabric_core::state::{NEXTHOP_ID_BASE, Nexthop, NexthopId, Routing, State, Sysctl, Via, VxlanLink};
 use fabricd::kernel::{AUDITS, Kernel, KernelError, Observed, Touched};
+
+pub use self::drift::{
+    deleted_device_is_noticed_with_all_that_hung_on_it, deleted_fdb_entry_and_neighbour_are_noticed,
+    deleted_nexthop_is_noticed_with_its_route, device_set_down_is_noticed_with_what_it_lost,
+    route_of_ours_in_a_strange_shape_is_put_right, underlay_set_down_is_noticed_with_its_direct_routes,
+};
+pub use self::others::{
+    direct_route_of_flannels_kind_is_replaced_in_place, place_that_others_took_is_refused,
+    plain_route_of_others_is_replaced_in_place, vxlan_of_others_with_our_vni_stays, what_others_made_stays_theirs,
+    wider_route_of_others_is_no_obstacle,
+};
 
 /// The host's addresses on `eth0`.
 pub const HOST: [&str; 2] = ["192.0.2.1/24", "2001:db8:ff::1/64"];
@@ -325,206 +339,6 @@ pub async fn device_nexthop_or_route_that_is_there_is_not_made_again(world: &mut
     ops.extend(want.routes.iter().map(|(dst, via)| Op::Route(*dst, Change::Create(via.clone()))));
     let refused = refusals(&apply(kernel, &ops).await);
     assert_eq!(refused, (0..ops.len()).map(|at| (at, libc::EEXIST)).collect::<Vec<_>>());
-}
-
-/// A deleted device takes all along, and it comes back.
-pub async fn deleted_device_is_noticed_with_all_that_hung_on_it(world: &mut impl World, family: Family) {
-    let want = wanted(family, 4);
-    settles(world.kernel(), &want).await;
-    world.act(&Act::DeleteLink(device(family)));
-    woken(world.kernel()).await;
-    let left = look(world.kernel()).await.ours.clone();
-    assert_eq!((left.links.len(), left.fdb.len(), left.neighbours.len(), left.nexthops.len()), (0, 0, 0, 0));
-    assert_eq!(left.routes.keys().collect::<Vec<_>>(), [&subnet(family, 4)], "the direct route alone");
-    settles(world.kernel(), &want).await;
-}
-
-/// A device set down loses routes, nexthop objects and neighbours in silence.
-pub async fn device_set_down_is_noticed_with_what_it_lost(world: &mut impl World, family: Family) {
-    let want = wanted(family, 4);
-    settles(world.kernel(), &want).await;
-    world.act(&Act::LinkDown(device(family)));
-    woken(world.kernel()).await;
-    let left = look(world.kernel()).await.ours.clone();
-    assert!(!left.links[&device(family)].up);
-    assert_eq!((left.fdb.len(), left.neighbours.len(), left.nexthops.len()), (3, 0, 0), "FDB entries stay");
-    assert_eq!(left.routes.keys().collect::<Vec<_>>(), [&subnet(family, 4)], "the direct route alone");
-    settles(world.kernel(), &want).await;
-}
-
-/// The underlay interface set down takes the direct routes in silence.
-pub async fn underlay_set_down_is_noticed_with_its_direct_routes(world: &mut impl World, family: Family) {
-    let want = wanted(family, 3);
-    settles(world.kernel(), &want).await;
-    world.act(&Act::LinkDown(v("eth0")));
-    woken(world.kernel()).await;
-    let left = look(world.kernel()).await.ours.clone();
-    assert!(!left.routes.contains_key(&subnet(family, 3)));
-    assert_eq!(left.routes.len(), 2, "those over the VTEP stay");
-}
-
-/// A deleted nexthop object takes its route in silence.
-pub async fn deleted_nexthop_is_noticed_with_its_route(world: &mut impl World, family: Family) {
-    if family == Family::V6 {
-        return; // IPv6 needs no nexthop objects.
-    }
-    let want = wanted(family, 3);
-    settles(world.kernel(), &want).await;
-    world.act(&Act::DeleteNexthop(nexthop_id(1)));
-    woken(world.kernel()).await;
-    let steps = settles(world.kernel(), &want).await;
-    assert_eq!(
-        steps,
-        format!(
-            "+ ip nexthop add id {id} via 10.64.1.0 dev fabric.1 onlink proto 250\n\
-             + ip route add 10.64.1.0/24 nhid {id} proto 250\n",
-            id = nexthop_id(1)
-        )
-    );
-}
-
-/// An FDB entry or neighbour that somebody deleted comes back.
-pub async fn deleted_fdb_entry_and_neighbour_are_noticed(world: &mut impl World, family: Family) {
-    let want = wanted(family, 3);
-    let dev = device(family);
-    settles(world.kernel(), &want).await;
-    for act in [Act::DeleteFdb(dev, mac(1), underlay(family, 1)), Act::DeleteNeighbour(dev, subnet(family, 2).base())] {
-        world.act(&act);
-        woken(world.kernel()).await;
-        let steps = settles(world.kernel(), &want).await;
-        assert_eq!(steps.lines().count(), 1, "{steps}");
-    }
-}
-
-/// A route with our mark that somebody bent is seen as ours and put right.
-pub async fn route_of_ours_in_a_strange_shape_is_put_right(world: &mut impl World, family: Family) {
-    let want = wanted(family, 3);
-    settles(world.kernel(), &want).await;
-    world.act(&Act::SpoilRoute(subnet(family, 1)));
-    woken(world.kernel()).await;
-    let bent = look(world.kernel()).await.ours.routes[&subnet(family, 1)].clone();
-    assert!(matches!(&bent, Via::Other(words) if words.contains("blackhole")), "{bent:?}");
-    let steps = settles(world.kernel(), &want).await;
-    assert!(steps.starts_with("~ ip route replace"), "{steps}");
-    world.act(&Act::SpoilRoute(subnet(family, 1)));
-    settles(world.kernel(), &Routing::default()).await;
-}
-
-/// What others made is seen as theirs and is still there after all of ours is gone.
-pub async fn what_others_made_stays_theirs(world: &mut impl World, family: Family) {
-    let want = wanted(family, 3);
-    let dev = device(family);
-    settles(world.kernel(), &want).await;
-    let elsewhere: IfName = v("vxlan7");
-    let (route, foreign_id) = (subnet(family, 200), NexthopId(7));
-    let over_eth0 = Nexthop { gateway: underlay(family, 200), dev: v("eth0") };
-    world.act(&Act::AddVxlan { name: elsewhere, vni: 7, port: 8472 });
-    world.act(&Act::AddVxlan { name: v("fabric.2"), vni: 3, port: 8472 });
-    world.act(&Act::AddFdb(elsewhere, mac(150), underlay(Family::V4, 50)));
-    world.act(&Act::AddNexthop(foreign_id, over_eth0));
-    world.act(&Act::AddNexthop(nexthop_id(99), over_eth0));
-    world.act(&Act::AddRoute(route, Nexthop { gateway: subnet(family, 1).base(), dev }));
-    woken(world.kernel()).await;
-    assert_eq!(ours(world.kernel(), &want).await, want);
-    let foreign = look(world.kernel()).await.foreign.clone();
-    assert!(foreign.routes.contains_key(&route), "{foreign:?}");
-    assert!(foreign.nexthop_ids.contains(&foreign_id) && foreign.nexthop_ids.contains(&nexthop_id(99)));
-    assert_eq!(foreign.links[&elsewhere].vxlan, Some((7, 8472, Family::V4)));
-    assert_eq!(foreign.links[&v::<IfName>("fabric.2")].vxlan, Some((3, 8472, Family::V4)), "not its own VNI");
-    assert_eq!(foreign.links[&v::<IfName>("eth0")].kind, "veth");
-
-    // The route leads over our device, so that it stays only as long as this does.
-    let mut bare = wanted(family, 0);
-    bare.routes.clear();
-    settles(world.kernel(), &bare).await;
-    let left = look(world.kernel()).await.foreign.clone();
-    assert_eq!(left, foreign);
-    assert_eq!(world.fdb_entries(&elsewhere), 1);
-    settles(world.kernel(), &Routing::default()).await;
-    assert_eq!(world.fdb_entries(&elsewhere), 1);
-}
-
-/// A route or a nexthop object of somebody else where ours should be is not overwritten.
-pub async fn place_that_others_took_is_refused(world: &mut impl World, family: Family) {
-    let want = wanted(family, 3);
-    let over_eth0 = Nexthop { gateway: underlay(family, 200), dev: v("eth0") };
-    world.act(&Act::AddRoute(subnet(family, 1), over_eth0));
-    let plan = diff(&want, &look(world.kernel()).await.ours);
-    let mut refused = vec![];
-    for stage in plan.stages() {
-        for (op, result) in stage.iter().zip(world.kernel().apply(stage).await) {
-            refused.extend(result.err().map(|error| (op.key(), error.errno())));
-        }
-    }
-    assert_eq!(refused, [(Key::Route(subnet(family, 1)), Some(libc::EEXIST))]);
-}
-
-/// A route over our device to a peer's overlay address, as flannel makes it, gives way to ours; one beyond what is wanted
-/// stays.
-pub async fn plain_route_of_others_is_replaced_in_place(world: &mut impl World, family: Family) {
-    let want = wanted(family, 3);
-    let mut without = want.clone();
-    let dst = subnet(family, 1);
-    without.routes.remove(&dst);
-    settles(world.kernel(), &without).await;
-    let stays = subnet(family, 200);
-    for dst in [dst, stays] {
-        world.act(&Act::AddRoute(dst, Nexthop { gateway: dst.base(), dev: device(family) }));
-    }
-    woken(world.kernel()).await;
-    let observed = look(world.kernel()).await;
-    assert!(observed.foreign.plain.contains_key(&dst) && observed.foreign.plain.contains_key(&stays));
-    let plan = diff(&want, observed.found(&want));
-    assert_eq!(plan.ops().len(), 1, "{plan}");
-    assert_eq!(refusals(&world.kernel().apply(plan.ops()).await), []);
-    assert_eq!(ours(world.kernel(), &want).await, want);
-    assert_eq!(look(world.kernel()).await.foreign.plain.keys().collect::<Vec<_>>(), [&stays]);
-}
-
-/// A route to a peer over the underlay, as flannel's `DirectRouting` makes it, gives way to ours, direct or encapsulated.
-pub async fn direct_route_of_flannels_kind_is_replaced_in_place(world: &mut impl World, family: Family) {
-    let want = wanted(family, 3);
-    let mut without = want.clone();
-    let (dst, other) = (subnet(family, 1), subnet(family, 200));
-    without.routes.remove(&dst);
-    settles(world.kernel(), &without).await;
-    let gateway = underlay(family, 200);
-    for dst in [dst, other] {
-        world.act(&Act::AddBootRoute(dst, Nexthop { gateway, dev: v("eth0") }));
-    }
-    woken(world.kernel()).await;
-    let observed = look(world.kernel()).await;
-    assert_eq!(observed.foreign.direct, [(dst, gateway), (other, gateway)].into());
-    assert!(observed.foreign.routes.contains_key(&dst), "not of the peer's for all that the kernel knows");
-    let plan = diff(&want, observed.found(&want));
-    assert_eq!(plan.ops().len(), 1, "{plan}");
-    assert_eq!(refusals(&world.kernel().apply(plan.ops()).await), []);
-    assert_eq!(ours(world.kernel(), &want).await, want);
-    assert_eq!(look(world.kernel()).await.foreign.direct, [(other, gateway)].into());
-}
-
-/// A wider route of somebody else, under which all of the overlay lies, is no obstacle.
-pub async fn wider_route_of_others_is_no_obstacle(world: &mut impl World, family: Family) {
-    let wide: Subnet = v(if family == Family::V4 { "10.0.0.0/8" } else { "2001:db8::/32" });
-    world.act(&Act::AddRoute(wide, Nexthop { gateway: underlay(family, 200), dev: v("eth0") }));
-    settles(world.kernel(), &wanted(family, 4)).await;
-    assert!(look(world.kernel()).await.foreign.routes.contains_key(&wide));
-}
-
-/// A VXLAN device of somebody else with our VNI and port makes ours impossible, and nothing else is tried on it.
-pub async fn vxlan_of_others_with_our_vni_stays(world: &mut impl World, family: Family) {
-    if family == Family::V6 {
-        return; // The two families don't collide.
-    }
-    let want = wanted(family, 2);
-    let taken: IfName = v("flannel.1");
-    world.act(&Act::AddVxlan { name: taken, vni: 1, port: 8472 });
-    let observed = look(world.kernel()).await;
-    assert!(observed.ours.links.is_empty());
-    assert_eq!(observed.foreign.links[&taken].vxlan, Some((1, 8472, Family::V4)));
-    let dev = device(family);
-    let create = Op::Link(dev, Change::Create(want.links[&dev]));
-    assert_eq!(refusals(&apply(world.kernel(), &[create]).await), [(0, libc::EEXIST)]);
 }
 
 /// Steps on a device that isn't there, on a nexthop object that isn't there, or without a way to the gateway.
