@@ -125,6 +125,35 @@ fn package_is_installed_started_killed_upgraded_removed_and_purged() -> Result<(
     Ok(())
 }
 
+/// The unit grants what everybody needs, the example what the fast path takes beside it. Programs of a daemon that had it
+/// are taken away by one that hasn't: nobody else would keep them up to date.
+#[test]
+fn fast_path_is_there_with_the_units_drop_in_and_goes_with_it() -> Result<()> {
+    let host = node()?;
+    let log = || host.run("journalctl --no-pager --unit fabricd").unwrap_or_default();
+    host.run("mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf")?;
+    add_pod(&host, "a", "fabric-bridge")?;
+    let restarted = |capabilities: &str, line: &str| -> Result<()> {
+        host.run("systemctl daemon-reload && systemctl restart fabricd")?;
+        let settled = wait_until(line, SOON, || {
+            let status = host.run("fabricctl status")?;
+            ensure!(status.contains("State     ready") && status.contains(line), "{status}");
+            Ok(())
+        });
+        settled.with_context(log)?;
+        let pid = "$(systemctl show --property MainPID --value fabricd)";
+        host.run(&format!("grep 'CapEff:.*{capabilities}' /proc/{pid}/status"))?;
+        Ok(())
+    };
+    host.run("install -D -t /etc/systemd/system/fabricd.service.d /usr/share/doc/fabricd/examples/fast-path.conf")?;
+    restarted("000000c000003000", "FastPath  on")?;
+    host.run("ls /sys/fs/bpf/fabric/*/links/*_ingress")?;
+    host.run("rm -r /etc/systemd/system/fabricd.service.d")?;
+    restarted("0000000000003000", "State     ready")?;
+    wait_until("no program", SOON, || host.run("! ls -d /sys/fs/bpf/fabric")).with_context(log)?;
+    Ok(())
+}
+
 /// Attaches a pod, by the plugin that makes the bridge's port, and gives the port's name.
 fn add_pod(host: &PlainHost, name: &str, delegate: &str) -> Result<String> {
     host.run(&format!("ip netns add {name}"))?;

@@ -41,9 +41,7 @@ impl KernelError {
     #[must_use]
     pub fn of_fast_path(op: &fast_path::Op, source: io::Error, words: Option<String>) -> Self {
         let advice = match (op, source.raw_os_error().unwrap_or_default()) {
-            (_, libc::EPERM | libc::EACCES) if words.is_none() => {
-                "does fabricd have CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN? See: grep CapEff /proc/$(pidof fabricd)/status"
-            }
+            (_, libc::EPERM | libc::EACCES) if words.is_none() => super::fast_path::RIGHTS,
             (fast_path::Op::Link(..), libc::EINVAL) => "does the kernel have tcx (Linux 6.6)? See: uname -r",
             (fast_path::Op::Program(_), libc::EINVAL) => "the kernel is too old for it (before 5.13); see: uname -r",
             (_, libc::EEXIST) => "something else is pinned there; see: ls -R /sys/fs/bpf/fabric",

@@ -34,6 +34,10 @@ use self::pins::Pins;
 /// How long a mark of the NAT guard lasts at least, and at most twice that: the tables of connections may be long.
 const RENEWAL: Duration = Duration::from_secs(300);
 
+/// What to look at when the kernel lets nothing of eBPF be made or opened.
+pub(super) const RIGHTS: &str =
+    "does fabricd have CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN? See: grep CapEff /proc/$(pidof fabricd)/status";
+
 /// What the object file has.
 static OBJECT: LazyLock<Result<Object, fabric_ebpf::ObjectError>> = LazyLock::new(|| Object::parse(fabric_bpf::OBJECT));
 
@@ -97,10 +101,17 @@ impl Bpf {
             match self.read() {
                 Ok(found) if found == *self.found => {}
                 Ok(found) => self.found = Arc::new(found),
-                // A short cut that can't be read is none: the kernel's path is there.
+                // A short cut that can't be read is none: the kernel's path is there. Nor may it stay as it is, since
+                // nobody could change it: what may not be opened is known by its name, and that is enough to take it away.
                 Err(refused) => {
-                    self.trouble = Some(refused.words.unwrap_or_else(|| refused.error.to_string()));
-                    (self.found, self.maps) = (Arc::default(), None);
+                    let denied = is_denied(&refused.error);
+                    let found = if denied { self.pins.by_name().unwrap_or_default() } else { FastPath::new() };
+                    self.trouble = Some(match refused.words {
+                        Some(words) => words,
+                        None if denied => format!("cannot open what is pinned: {}; {RIGHTS}", refused.error),
+                        None => refused.error.to_string(),
+                    });
+                    (self.found, self.maps) = (Arc::new(found), None);
                 }
             }
         }
@@ -171,10 +182,8 @@ impl Bpf {
         for place in self.pins.places()? {
             let link = pins::owned(&self.pins.link(place), fabric_ebpf::Link::open)?;
             let (program, ifindex) = link.program_and_interface()?;
-            let unknown =
-                Program { role: if place.hook == Hook::Egress { Role::PodIn } else { Role::PodOut }, fingerprint: 0 };
             let known = programs.get(&program).filter(|_| ifindex == place.ifindex);
-            links.insert(place, known.copied().unwrap_or(unknown));
+            links.insert(place, known.copied().unwrap_or_else(|| pins::unknown(place)));
         }
         Ok(links)
     }
@@ -251,12 +260,19 @@ impl Bpf {
     }
 }
 
-/// Takes a link away, at once: what is attached in its place next must not meet it there.
+/// Whether rights are missing: CAP_BPF, or a seccomp filter without bpf(2), as runtimes have it for those without CAP_BPF.
+fn is_denied(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::PermissionDenied
+}
+
+/// Takes a link away, at once: what is attached in its place next must not meet it there. One that may not be opened goes
+/// with its pin, as soon as the kernel gets to it.
 fn detach(path: &Path) -> io::Result<()> {
     match fabric_ebpf::Link::open(path) {
         // That its interface is gone is no error.
         Ok(link) => drop(link.detach()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if is_denied(&error) => {}
         Err(error) => return Err(pins::foreign(path, &error)),
     }
     pins::remove(path)

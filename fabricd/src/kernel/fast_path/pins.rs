@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use fabric_bpf::abi;
-use fabric_core::state::fast_path::{Hook, Place, Program, Role};
+use fabric_core::state::fast_path::{FastPath, Hook, MapSizes, Place, Program, Role};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 /// The folder of this layout.
@@ -89,6 +89,15 @@ impl Pins {
         Ok(found)
     }
 
+    /// All that is pinned, as far as names tell: what maps hold, and which program is attached where, does not show.
+    pub(super) fn by_name(&self) -> io::Result<FastPath> {
+        let programs = entries(&self.root.join("programs"))?.iter().filter_map(|path| program_of(path)).collect();
+        let links = self.places()?.into_iter().map(|place| (place, unknown(place))).collect();
+        let maps = abi::Map::ALL.iter().any(|map| self.map(*map).exists());
+        let maps = maps.then_some(MapSizes { subnets: 0, peers: 0, addresses: 0, pods: 0 });
+        Ok(FastPath { maps, programs, links, ..FastPath::new() })
+    }
+
     /// Where something is attached.
     pub(super) fn places(&self) -> io::Result<Vec<Place>> {
         Ok(entries(&self.root.join("links"))?.iter().filter_map(|path| place_of(path)).collect())
@@ -109,6 +118,11 @@ fn place_of(path: &Path) -> Option<Place> {
     let (ifindex, hook) = path.file_name()?.to_str()?.split_once('_')?;
     let hook = [Hook::Ingress, Hook::Egress].into_iter().find(|known| known.as_str() == hook)?;
     Some(Place { ifindex: ifindex.parse().ok()?, hook })
+}
+
+/// A program that nobody wants at this place.
+pub(super) fn unknown(place: Place) -> Program {
+    Program { role: if place.hook == Hook::Egress { Role::PodIn } else { Role::PodOut }, fingerprint: 0 }
 }
 
 /// Opens a pin of ours. What lies there and is something else is not touched, and named.
