@@ -69,7 +69,7 @@ pub enum ApiError {
     Refused {
         /// What was asked for, by the word that rights are granted by: `list`, `watch`, `patch`.
         verb: &'static str,
-        /// What it said.
+        /// What it said, and where a right is missing, what gives it.
         reason: String,
     },
 }
@@ -79,6 +79,9 @@ impl ApiError {
     #[must_use]
     pub fn new(verb: &'static str, error: &kube::Error) -> Self {
         match error {
+            kube::Error::Api(status) if status.code == 403 => {
+                Self::Refused { verb, reason: with_way_out(verb, &status.message) }
+            }
             kube::Error::Api(status) if status.code < 500 && status.code != 429 => {
                 Self::Refused { verb, reason: status.message.clone() }
             }
@@ -92,6 +95,21 @@ impl ApiError {
     pub fn silent() -> Self {
         Self::Unreachable("it does not answer".to_owned())
     }
+}
+
+/// The words of RBAC, `User "u" cannot list resource "nodes" in API group "" at the cluster scope`, with the commands by
+/// which the right is given back, and by which one sees that it is there. Words of others stay as they are.
+fn with_way_out(verb: &str, message: &str) -> String {
+    let quoted = |before: &str| message.split_once(before)?.1.split_once('"').map(|(value, _)| value);
+    let (Some(user), Some(resource), Some(group)) = (quoted("User \""), quoted("resource \""), quoted("API group \""))
+    else {
+        return message.to_owned();
+    };
+    let group = if group.is_empty() { String::new() } else { format!(".{group}") };
+    format!(
+        "{message}; apply the manifests or the chart that fabricd was installed with again, then see: \
+         kubectl auth can-i {verb} {resource}{group} --as={user}"
+    )
 }
 
 /// What an error says at its root: `Connection refused (os error 111)` lies three causes deep.
@@ -136,5 +154,37 @@ impl ApiServer {
 
     fn held(&self) -> MutexGuard<'_, Option<Client>> {
         self.client.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::core::Status;
+
+    use super::*;
+
+    /// As the API server of Kubernetes 1.37 says it.
+    fn forbidden(message: &str) -> ApiError {
+        let status = Status::failure(message, "Forbidden").with_code(403);
+        ApiError::new("list", &kube::Error::Api(Box::new(status)))
+    }
+
+    #[test]
+    fn right_that_is_missing_is_told_with_the_command_that_shows_it() {
+        let user = "system:serviceaccount:fabric-system:fabricd";
+        for (resource, group, asked) in
+            [("nodes", "", "nodes"), ("endpointslices", "discovery.k8s.io", "endpointslices.discovery.k8s.io")]
+        {
+            let said = format!(
+                "{resource} is forbidden: User \"{user}\" cannot list resource \"{resource}\" in API group \"{group}\" at \
+                 the cluster scope"
+            );
+            let told = forbidden(&said).to_string();
+            assert!(
+                told.contains(&said) && told.ends_with(&format!("kubectl auth can-i list {asked} --as={user}")),
+                "{told}"
+            );
+        }
+        assert_eq!(forbidden("quota").to_string(), "the API server of Kubernetes refused to list: quota");
     }
 }
