@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::{Context as _, bail};
-use fabric_core::handoff::{BOOT_ID, Readiness};
+use fabric_core::handoff::BOOT_ID;
 use fabric_core::record::Instance;
 use fabric_core::state::nft::{Section, TableKey};
 use futures::FutureExt as _;
@@ -173,7 +173,7 @@ async fn serve(
     let mut seen = view.clone();
     tasks.spawn(async move {
         while seen.changed().await.is_ok() {
-            store.announce(seen.borrow_and_update().readiness == Readiness::Ready);
+            store.announce(&seen.borrow_and_update().readiness);
         }
         "the reconcile loop has ended".to_owned()
     });

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use fabric_core::handoff::{NotReady, Readiness};
 use fabric_core::leases::LeaseSet;
 use fabric_tests::conformance::store::{claim, flannel_value, key, leases, now, shows};
 use fabric_tests::fake_api::{Fault, NODES};
@@ -109,11 +110,11 @@ async fn condition_and_taint_tell_when_the_network_works_and_tell_it_again_when_
     let (store, _) = joined(&cluster, "10.244.1.0-24").await;
     let taints = json!([{"key": "other", "effect": "NoSchedule"}, {"key": TAINT, "effect": "NoSchedule"}]);
     cluster.api.change(NODES, "node-1", &json!({"spec": {"taints": taints}}));
-    store.announce(false);
+    store.announce(&not_ready("starting"));
     settled(&cluster, &store).await;
     assert_eq!(cluster.api.writes().len(), 1, "nothing is told of a node that is not ready");
 
-    store.announce(true);
+    store.announce(&Readiness::Ready);
     let is_told = |node: &Value| is_available(node) && node["spec"]["taints"].as_array().is_some_and(|t| t.len() == 1);
     let node = node_shows(&cluster, "node-1", "condition and taint", is_told).await;
     assert_eq!(node["spec"]["taints"][0]["key"], "other", "what others set stays");
@@ -128,11 +129,72 @@ async fn condition_and_taint_tell_when_the_network_works_and_tell_it_again_when_
     assert_eq!(cluster.api.writes().len(), 5, "and then it is silent");
 }
 
+fn not_ready(reason: &str) -> Readiness {
+    Readiness::NotReady { code: NotReady::Starting, reason: reason.to_owned() }
+}
+
+/// Lets the time pass in which nothing is said of a node that is on its way.
+async fn some_time_passes() {
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_secs(11)).await;
+    tokio::time::resume();
+}
+
+/// `kubectl describe node` says why, and nobody is scheduled there, until it works; then nothing is taken back.
+#[tokio::test]
+async fn node_whose_network_does_not_come_says_why() {
+    let cluster = Cluster::start();
+    cluster.api.add_node("node-1", &[]);
+    let store = cluster.store(1);
+    shows(&mut store.connection(), "the connection", |state| *state == Connection::Up).await;
+    let says = |why: &'static str| {
+        move |node: &Value| {
+            let conditions = node["status"]["conditions"].as_array();
+            conditions.into_iter().flatten().any(|condition| {
+                condition["type"] == "NetworkUnavailable"
+                    && condition["status"] == "True"
+                    && condition["message"] == why
+            })
+        }
+    };
+    store.announce(&not_ready("no IPv4 subnet is assigned to this node"));
+    some_time_passes().await;
+    let node = node_shows(&cluster, "node-1", "the reason", says("no IPv4 subnet is assigned to this node")).await;
+    assert_eq!(node["status"]["conditions"][0]["reason"], "FabricIsNotReady");
+    let since = node["status"]["conditions"][0]["lastTransitionTime"].clone();
+    store.announce(&not_ready("its network is another"));
+    let node = node_shows(&cluster, "node-1", "the other reason", says("its network is another")).await;
+    assert_eq!(node["status"]["conditions"][0]["lastTransitionTime"], since, "it was so before");
+
+    store.announce(&Readiness::Ready);
+    node_shows(&cluster, "node-1", "that it works", is_available).await;
+    let writes = cluster.api.writes().len();
+    store.announce(&not_ready("broken"));
+    some_time_passes().await;
+    store.probe().await.expect("it answers");
+    assert_eq!(cluster.api.writes().len(), writes, "its pods may well go on");
+}
+
+/// A cloud's controller manager says what it knows, and takes it back itself.
+#[tokio::test]
+async fn what_others_say_of_a_nodes_network_stays_while_it_is_not_ready() {
+    let cluster = Cluster::start();
+    cluster.api.add_node("node-1", &[]);
+    let unavailable = json!([{"type": "NetworkUnavailable", "status": "True", "reason": "NoRouteCreated"}]);
+    cluster.api.change(NODES, "node-1", &json!({"status": {"conditions": unavailable}}));
+    let store = cluster.store(1);
+    shows(&mut store.connection(), "the connection", |state| *state == Connection::Up).await;
+    store.announce(&not_ready("no IPv4 subnet is assigned to this node"));
+    some_time_passes().await;
+    store.probe().await.expect("it answers");
+    assert!(cluster.api.writes().is_empty(), "{:?}", cluster.api.writes());
+}
+
 #[tokio::test]
 async fn kubelets_reports_cause_no_write_and_wake_nobody() {
     let cluster = Cluster::start();
     let (store, _) = joined(&cluster, "10.244.1.0-24").await;
-    store.announce(true);
+    store.announce(&Readiness::Ready);
     node_shows(&cluster, "node-1", "the condition", is_available).await;
     let writes = cluster.api.writes().len();
     let mut seen = store.leases();
@@ -316,9 +378,9 @@ fn nobody_spins_while_there_is_no_node_to_announce() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
         runtime.expect("a runtime").block_on(async {
             let store = Cluster::start().store(1);
-            for ready in [true, false, true] {
-                store.announce(ready);
-                sleep(Duration::from_secs(5)).await;
+            for readiness in [Readiness::Ready, not_ready("broken"), Readiness::Ready] {
+                store.announce(&readiness);
+                sleep(Duration::from_secs(15)).await;
             }
         });
         done.send(())

@@ -11,6 +11,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use fabric_core::handoff::Readiness;
 use fabric_core::inquiry::Inquiry;
 pub use fabric_core::lease::{Assigned, Expect, ExpiredLease};
 use fabric_core::leases::LeaseSet;
@@ -172,8 +173,9 @@ pub trait LeaseStore: Send + Sync + 'static {
         None
     }
 
-    /// Tells the cluster whether the data plane of this node is ready. Where nobody asks for that, nothing happens.
-    fn announce(&self, _ready: bool) {}
+    /// Tells the cluster whether the data plane of this node is ready, or why it isn't. Where nobody asks for that, nothing
+    /// happens.
+    fn announce(&self, _readiness: &Readiness) {}
 
     /// An address that connections to the store may be from has gone: those are given up at once, and what is under way is
     /// sent again. A store that finds out by itself, soon, does nothing.

@@ -23,6 +23,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use fabric_core::handoff::{NotReady, Readiness};
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::NodeName;
 use fabric_core::record::{LeaseKey, Record};
@@ -72,7 +73,7 @@ struct Shared {
     assigned: Sender<Assigned>,
     /// This node's Node as it was seen last.
     own: Sender<Option<Arc<Node>>>,
-    ready: Sender<bool>,
+    readiness: Sender<Readiness>,
     /// Of the annotations; held while they are written.
     pace: tokio::sync::Mutex<Pace>,
 }
@@ -93,7 +94,7 @@ impl Kubernetes {
             replaced: Sender::new(0),
             assigned: Sender::new(Assigned::default()),
             own: Sender::new(None),
-            ready: Sender::new(false),
+            readiness: Sender::new(Readiness::NotReady { code: NotReady::Starting, reason: String::new() }),
             pace: tokio::sync::Mutex::default(),
         });
         let mut tasks = JoinSet::new();
@@ -132,8 +133,8 @@ impl LeaseStore for Kubernetes {
         Some(self.shared.assigned.subscribe())
     }
 
-    fn announce(&self, ready: bool) {
-        self.shared.ready.send_if_modified(|known| std::mem::replace(known, ready) != ready);
+    fn announce(&self, readiness: &Readiness) {
+        publish(&self.shared.readiness, readiness.clone());
     }
 
     fn connection(&self) -> Receiver<Connection> {

@@ -80,6 +80,12 @@ pub struct Condition {
     pub kind: String,
     /// `True`, `False` or `Unknown`.
     pub status: String,
+    /// Why, in one word.
+    #[serde(default)]
+    pub reason: String,
+    /// Why, for people.
+    #[serde(default)]
+    pub message: String,
 }
 
 impl Node {
@@ -111,11 +117,10 @@ impl Node {
         PerFamily { v4: first(Family::V4), v6: first(Family::V6) }
     }
 
-    /// The status of a condition.
+    /// A condition.
     #[must_use]
-    pub fn condition(&self, kind: &str) -> Option<&str> {
-        let mut conditions = self.status.conditions.iter().flatten();
-        conditions.find(|condition| condition.kind == kind).map(|condition| condition.status.as_str())
+    pub fn condition(&self, kind: &str) -> Option<&Condition> {
+        self.status.conditions.iter().flatten().find(|condition| condition.kind == kind)
     }
 }
 

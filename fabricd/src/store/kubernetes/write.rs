@@ -4,17 +4,18 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use fabric_core::handoff::Readiness;
 use fabric_core::record::LeaseKey;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Patch, PatchParams};
 use kube::core::Request;
 use serde_json::{Value, json};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{info, warn};
 
 use super::Shared;
-use super::node::Node;
+use super::node::{Condition, Node};
 use crate::kubernetes::client::ApiError;
 use crate::kubernetes::reflector::Object as _;
 use crate::retry::Backoff;
@@ -35,6 +36,12 @@ const MANAGER: &str = "fabricd";
 /// Says that no pod of this Node can be reached. A cloud's controller manager sets it when the Node is made, and takes
 /// care that nothing is scheduled there until it is `False`.
 const CONDITION: &str = "NetworkUnavailable";
+
+/// The reason of the condition while it is `True` and ours.
+const NOT_READY: &str = "FabricIsNotReady";
+
+/// How long a node may be on its way to being ready before its Node says why it isn't yet.
+const ON_ITS_WAY: Duration = Duration::from_secs(10);
 
 /// Writes that come soon after each other are spaced out: somebody undoes them.
 #[derive(Debug)]
@@ -100,15 +107,8 @@ pub(super) fn annotations(node: &Node, wanted: BTreeMap<String, Option<String>>)
 
 /// What tells the cluster that this Node's network works, as far as it isn't said: first the condition, then the taint.
 pub(super) fn readiness(node: &Node, startup_taint: Option<&str>) -> Option<Change> {
-    if node.condition(CONDITION) != Some("False") {
-        let now = Time(Timestamp::now());
-        let condition = json!({
-            "type": CONDITION, "status": "False", "reason": "FabricIsUp", "message": "fabricd is running on this node",
-            "lastHeartbeatTime": now, "lastTransitionTime": now,
-        });
-        return Some(Change::Status(
-            json!({"metadata": {"uid": node.metadata.uid}, "status": {"conditions": [condition]}}),
-        ));
+    if node.condition(CONDITION).is_none_or(|condition| condition.status != "False") {
+        return Some(condition(node, "False", "FabricIsUp", "fabricd is running on this node"));
     }
     let is_ours = |taint: &&Value| startup_taint.is_some_and(|key| taint["key"] == key);
     let taints = node.spec.taints.as_deref().unwrap_or_default();
@@ -116,6 +116,24 @@ pub(super) fn readiness(node: &Node, startup_taint: Option<&str>) -> Option<Chan
     // Whoever sets another taint meanwhile is not to be overwritten.
     let seen = json!({"uid": node.metadata.uid, "resourceVersion": node.metadata.resource_version});
     (others.len() < taints.len()).then(|| Change::Taints(json!({"metadata": seen, "spec": {"taints": others}})))
+}
+
+/// What tells the cluster why this Node's network doesn't work yet, unless it is said already. What was said of a network
+/// that did work is not taken back, since its pods may well go on; nor is what somebody else said.
+pub(super) fn trouble(node: &Node, why: &str) -> Option<Change> {
+    let is_open = |known: &Condition| known.status == "True" && known.reason == NOT_READY && known.message != why;
+    node.condition(CONDITION).is_none_or(is_open).then(|| condition(node, "True", NOT_READY, why))
+}
+
+/// The condition, as a patch.
+fn condition(node: &Node, status: &str, reason: &str, message: &str) -> Change {
+    let now = Time(Timestamp::now());
+    let mut condition =
+        json!({"type": CONDITION, "status": status, "reason": reason, "message": message, "lastHeartbeatTime": now});
+    if node.condition(CONDITION).is_none_or(|known| known.status != status) {
+        condition["lastTransitionTime"] = json!(now);
+    }
+    Change::Status(json!({"metadata": {"uid": node.metadata.uid}, "status": {"conditions": [condition]}}))
 }
 
 /// Sends a change; gives the Node as it is then.
@@ -175,19 +193,32 @@ impl Shared {
         }
     }
 
-    /// Says that this node's network works, while it does, and says it again when somebody takes it back.
+    /// Says that this node's network works, while it does, and says it again when somebody takes it back; of one that has not
+    /// worked yet, why.
     pub(super) async fn keep_announcing(&self) {
-        let (mut ready, mut own) = (self.ready.subscribe(), self.own.subscribe());
+        let (mut now, mut own) = (self.readiness.subscribe(), self.own.subscribe());
         let (mut pace, mut retry, mut told) = (Pace::default(), Backoff::new(RETRY.0, RETRY.1), false);
+        let mut not_ready_since = None;
         loop {
             // Both are looked at in any case: what is not would be news for ever.
-            let is_ready = *ready.borrow_and_update();
-            let node = own.borrow_and_update().clone().filter(|_| is_ready);
-            if let Some(change) = node.and_then(|node| readiness(&node, self.startup_taint.as_deref())) {
+            let is = now.borrow_and_update().clone();
+            let node = own.borrow_and_update().clone();
+            let since = match is {
+                Readiness::Ready => None,
+                Readiness::NotReady { .. } => not_ready_since.or_else(|| Some(Instant::now())),
+            };
+            not_ready_since = since;
+            let patient = since.map(|since| since + ON_ITS_WAY).filter(|end| *end > Instant::now());
+            let change = node.and_then(|node| match &is {
+                Readiness::Ready => readiness(&node, self.startup_taint.as_deref()),
+                Readiness::NotReady { reason, .. } if patient.is_none() => trouble(&node, reason),
+                Readiness::NotReady { .. } => None,
+            });
+            if let Some(change) = change {
                 sleep(pace.delay()).await;
                 match send(self, change).await {
                     Ok(node) => {
-                        info!("the cluster is told that this node's network works");
+                        info!(ready = is == Readiness::Ready, "the cluster is told whether this node's network works");
                         pace.wrote();
                         retry.reset();
                         told = false;
@@ -197,7 +228,7 @@ impl Shared {
                     Err(SendError::Outdated) => {}
                     Err(SendError::Store(error)) => {
                         if !std::mem::replace(&mut told, true) {
-                            warn!(%error, "cannot tell the cluster that this node's network works, trying again");
+                            warn!(%error, "cannot tell the cluster whether this node's network works, trying again");
                         }
                         sleep(retry.delay()).await;
                         continue;
@@ -205,7 +236,8 @@ impl Shared {
                 }
             }
             tokio::select! {
-                changed = ready.changed() => if changed.is_err() { return },
+                changed = now.changed() => if changed.is_err() { return },
+                () = sleep_until(patient.unwrap_or_else(Instant::now)), if patient.is_some() => {}
                 changed = own.changed() => if changed.is_err() { return },
             }
         }
