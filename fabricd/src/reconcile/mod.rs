@@ -386,7 +386,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             for warning in view.warnings.iter().filter(|warning| !current.warnings.contains(warning)) {
                 warn!(warning, "needs attention");
             }
-            if current.firewall.judges_state != view.firewall.judges_state {
+            // Who writes rules often, as kube-proxy does, gives the same rule another handle each time.
+            if current.firewall.judges_state.is_some() != view.firewall.judges_state.is_some() {
                 match &view.firewall.judges_state {
                     Some(rule) => info!(%rule, "encapsulated packets are tracked: a rule of others judges states"),
                     None => info!("no rule of others judges the state of encapsulated packets any more"),

@@ -161,7 +161,12 @@ impl Bits {
             }
             all_known &= *known == 0xff;
         }
-        if all_known { Truth::Yes } else { self.maybe() }
+        match self.maybe() {
+            _ if all_known => Truth::Yes,
+            // No packet that comes from another machine or goes to one has a loopback address (RFC 1122 section 3.2.1.3).
+            Truth::Maybe(Unknown::Address) if self.known.first() == Some(&0) && with.first() == Some(&127) => Truth::No,
+            maybe => maybe,
+        }
     }
 
     pub(super) fn compare(&self, how: Comparison, with: &[u8]) -> Truth {
@@ -217,6 +222,10 @@ mod tests {
         assert_eq!(net.compare(Comparison::Greater, &[10, 244, 255, 255]), Truth::No);
         assert_eq!(net.bitwise(&[0, 0, 255, 0], &[]).equals(&[0, 0, 1, 0]), maybe);
         assert_eq!(net.part(0, 2).equals(&[10, 244]), Truth::Yes);
+        let anybody = Bits::open(4, Unknown::Address);
+        assert_eq!(anybody.masked(&[255, 0, 0, 0], &[10, 0, 0, 0]), maybe);
+        assert_eq!(anybody.masked(&[255, 0, 0, 0], &[127, 0, 0, 0]), Truth::No);
+        assert_eq!(Bits::open(4, Unknown::State).equals(&[127, 0, 0, 0]), Truth::Maybe(Unknown::State));
     }
 
     #[test]

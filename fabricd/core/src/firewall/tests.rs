@@ -315,12 +315,23 @@ fn kube_proxys_chains_are_no_reason_to_track() {
     // KUBE-PROXY-FIREWALL and its like: new connections go to a chain that is about other addresses.
     let called = Chain { base: None, rules: vec![rule([to_net("203.0.113.7/32")], drop())] };
     let invalid = Chain { base: None, rules: vec![rule([ct_state(state::INVALID)], drop())] };
+    // No connection to the host's own loopback addresses from outside, but for those that were let in.
+    let loopback = Chain { base: None, rules: vec![rule([to_net("127.0.0.0/8"), ct_state(state::NEW)], drop())] };
     let jump = |chain: &str, conditions: Vec<Step>| rule([conditions], Decision::Jump(chain.to_owned()));
     let firewall = firewall([
-        ("INPUT", chain(Hook::Input, false, vec![jump("KUBE-PROXY-FIREWALL", ct_state(state::NEW))])),
+        (
+            "INPUT",
+            chain(
+                Hook::Input,
+                false,
+                vec![jump("KUBE-PROXY-FIREWALL", ct_state(state::NEW)), jump("KUBE-FIREWALL", vec![])],
+            ),
+        ),
+        ("OUTPUT", chain(Hook::Output, false, vec![jump("KUBE-FIREWALL", vec![])])),
         ("FORWARD", chain(Hook::Forward, false, vec![jump("KUBE-FORWARD", vec![])])),
         ("KUBE-PROXY-FIREWALL", called),
         ("KUBE-FORWARD", invalid),
+        ("KUBE-FIREWALL", loopback),
     ]);
     assert_eq!(node().needs_tracking(&firewall), None);
     assert_eq!(node().obstacles(&firewall, Vec::new), []);
