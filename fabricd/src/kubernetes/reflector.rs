@@ -82,6 +82,15 @@ pub trait Fold: Sized + Send + Sync + 'static {
     /// What all objects of a list that was taken at `revision` amount to, after what is known. Tells nobody.
     fn listed(&self, objects: Vec<Self::Object>, revision: i64) -> Self;
 
+    /// An empty one, into which the objects of a list are folded one by one, page by page: of kinds of which all objects at
+    /// once take much memory. `None` where a list depends on what is known: [`Fold::listed`] gets it as a whole.
+    fn begin_list(&self) -> Option<Self> {
+        None
+    }
+
+    /// The list that it began with is whole.
+    fn end_list(&mut self) {}
+
     /// Takes in that an object was created or changed; true when there is something to publish.
     fn applied(&mut self, object: Self::Object) -> bool;
 
@@ -189,23 +198,24 @@ impl<F: Fold> Reflector<F> {
 
     /// All objects, folded, and the revision that they are of.
     async fn look(&self, client: &Client) -> Result<Look<(F, i64)>, Interrupted> {
-        let (objects, at) = self.pages(client).await?;
-        let left = objects.len();
-        let listed = self.fold.listed(objects, at);
-        let loses_most = listed.would_lose_most();
-        Ok(Look { kind: kind::<F::Object>(), found: (listed, at), left, loses_most })
-    }
-
-    async fn pages(&self, client: &Client) -> Result<(Vec<F::Object>, i64), Interrupted> {
-        let (mut all, mut params) = (Vec::new(), ListParams { limit: Some(PAGE), ..self.selected() });
-        loop {
+        let (mut by_page, mut all, mut left) = (self.fold.begin_list(), vec![], 0);
+        let mut params = ListParams { limit: Some(PAGE), ..self.selected() };
+        let at = loop {
             let page: ObjectList<F::Object> = self.page(client, &params).await?;
-            all.extend(page.items);
+            left += page.items.len();
+            match &mut by_page {
+                Some(fold) => page.items.into_iter().for_each(|object| _ = fold.applied(object)),
+                None => all.extend(page.items),
+            }
             match page.metadata.continue_.filter(|token| !token.is_empty()) {
                 Some(token) => params.continue_token = Some(token),
-                None => return Ok((all, revision(page.metadata.resource_version.as_deref()))),
+                None => break revision(page.metadata.resource_version.as_deref()),
             }
-        }
+        };
+        let mut listed = by_page.unwrap_or_else(|| self.fold.listed(all, at));
+        listed.end_list();
+        let loses_most = listed.would_lose_most();
+        Ok(Look { kind: kind::<F::Object>(), found: (listed, at), left, loses_most })
     }
 
     /// The store's revision now, linearizably.

@@ -26,6 +26,15 @@ pub trait Set: Sized + Send + Sync + 'static {
     #[must_use]
     fn listed(&self, objects: &[Self::Object]) -> Self;
 
+    /// An empty one, where a list is each of its objects by itself; `None` where it depends on what is known.
+    #[must_use]
+    fn begin_list(&self) -> Option<Self> {
+        None
+    }
+
+    /// The list that it began with is whole: from now on it changes little.
+    fn end_list(&mut self) {}
+
     /// Takes in that one was created or changed; true when that matters.
     fn apply(&mut self, object: &Self::Object) -> bool;
 
@@ -58,6 +67,15 @@ impl<S: Set, C: Send + Sync + 'static> Fold for SetFold<S, C> {
 
     fn listed(&self, objects: Vec<S::Object>, _revision: i64) -> Self {
         Self { set: self.set.listed(&objects), published: self.published.clone(), told: self.told.clone() }
+    }
+
+    fn begin_list(&self) -> Option<Self> {
+        let set = self.set.begin_list()?;
+        Some(Self { set, published: self.published.clone(), told: self.told.clone() })
+    }
+
+    fn end_list(&mut self) {
+        self.set.end_list();
     }
 
     fn applied(&mut self, object: S::Object) -> bool {

@@ -202,6 +202,14 @@ impl Set for ServiceSet {
         Self::listed(objects)
     }
 
+    fn begin_list(&self) -> Option<Self> {
+        Some(Self::default())
+    }
+
+    fn end_list(&mut self) {
+        self.compact();
+    }
+
     fn apply(&mut self, object: &ServiceObject) -> bool {
         self.apply(object)
     }
@@ -263,6 +271,14 @@ impl<V: Version> Set for SlicesOf<V> {
 
     fn listed(&self, objects: &[SliceOf<V>]) -> Self {
         Self(SliceSet::listed(objects.iter().map(|object| &object.slice)), PhantomData)
+    }
+
+    fn begin_list(&self) -> Option<Self> {
+        Some(Self(SliceSet::default(), PhantomData))
+    }
+
+    fn end_list(&mut self) {
+        self.0.compact();
     }
 
     fn apply(&mut self, object: &SliceOf<V>) -> bool {

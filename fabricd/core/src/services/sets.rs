@@ -44,6 +44,11 @@ impl ServiceSet {
         self.services.remove(&metadata.into()).is_some()
     }
 
+    /// Takes as little memory as it can, after many changes.
+    pub fn compact(&mut self) {
+        self.services = self.services.iter().map(|(name, service)| (name.clone(), Arc::clone(service))).collect();
+    }
+
     /// The Services.
     #[must_use]
     pub fn services(&self) -> &Services {
@@ -99,6 +104,12 @@ impl SliceSet {
         let slice = ObjectName::from(metadata);
         let Some(service) = self.services.remove(&slice) else { return false };
         self.slices.remove(&SliceKey { service, slice }).is_some()
+    }
+
+    /// Takes as little memory as it can, after many changes.
+    pub fn compact(&mut self) {
+        self.slices = self.slices.iter().map(|(key, slice)| (key.clone(), Arc::clone(slice))).collect();
+        self.services.shrink_to_fit();
     }
 
     /// The slices.

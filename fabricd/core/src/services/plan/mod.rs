@@ -16,7 +16,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use self::chains::Draw;
-use self::pools::{Numbers, Pools, elements};
+use self::pools::{Content, Numbers, Pools, elements};
 use self::rows::{Class, Map, Target};
 pub use self::rows::{FrontendKey, Socket};
 pub use self::udp::UdpFrontends;
@@ -77,7 +77,7 @@ struct Planned {
     claims: Vec<FrontendKey>,
     /// Claims of frontends that another one has.
     lost: Vec<FrontendKey>,
-    pools: Vec<(Family, Box<[Socket]>, bool)>,
+    pools: Vec<(Family, Content, bool)>,
     local: Vec<IpAddr>,
     draws: Vec<Draw>,
 }
@@ -418,9 +418,10 @@ impl PortPlan<'_, '_> {
         let affinity = self.service.affinity;
         let most = affinity.map_or(usize::MAX, |_| Class::MOST_STICKY);
         let sockets: Box<[Socket]> = list.iter().take(most).map(Backend::socket).collect();
-        let pool = self.plan.pools[self.family as usize].take(&sockets, affinity.is_some(), &mut self.plan.table);
+        let pools = &mut self.plan.pools[self.family as usize];
+        let (pool, content) = pools.take(&sockets, affinity.is_some(), &mut self.plan.table);
         let class = Class { endpoints: u32::try_from(sockets.len()).unwrap_or(u32::MAX), affinity };
-        self.planned.pools.push((self.family, sockets, affinity.is_some()));
+        self.planned.pools.push((self.family, content, affinity.is_some()));
         let draw = (self.family, map, class);
         *self.plan.draws.entry(draw).or_default() += 1;
         self.planned.draws.push(draw);

@@ -13,7 +13,7 @@ use crate::model::Family;
 use crate::state::nft::{Element, Table};
 
 /// Endpoints, by address and port.
-type Content = Arc<[Socket]>;
+pub(super) type Content = Arc<[Socket]>;
 
 /// The pools of one family.
 #[derive(Debug)]
@@ -50,17 +50,20 @@ impl Pools {
         Self { family, known: HashMap::new(), remembered: contents.collect(), numbers }
     }
 
-    /// The number of a pool with these endpoints, which are in order. It has one user more.
-    pub(super) fn take(&mut self, sockets: &[Socket], is_sticky: bool, table: &mut Table) -> u32 {
-        if !self.known.contains_key(sockets) {
-            let number = self.remembered.remove(sockets);
+    /// The number of a pool with these endpoints, which are in order, and the endpoints as all its users have them. It has
+    /// one user more.
+    pub(super) fn take(&mut self, sockets: &[Socket], is_sticky: bool, table: &mut Table) -> (u32, Content) {
+        let known = self.known.get_key_value(sockets).map(|(content, _)| Content::clone(content));
+        let content = known.unwrap_or_else(|| {
+            let (content, number) = (Content::from(sockets), self.remembered.remove(sockets));
             let number = self.numbers.take(number);
-            self.known.insert(sockets.into(), Pool { number, users: 0, sticky: 0 });
+            self.known.insert(Content::clone(&content), Pool { number, users: 0, sticky: 0 });
             let slots = elements(table, Map::Pools, self.family);
             for (slot, socket) in (0..).zip(sockets) {
                 slots.insert(rows::slot(number, slot, *socket), ());
             }
-        }
+            content
+        });
         let pool = self.known.get_mut(sockets).expect("known by now");
         pool.users += 1;
         if is_sticky {
@@ -70,7 +73,7 @@ impl Pools {
                 live_of(pool.number, sockets).for_each(|element| _ = live.insert(element, ()));
             }
         }
-        pool.number
+        (pool.number, content)
     }
 
     /// One user less. With the last one the pool goes.
