@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use fabric_tests::bench::{Report, change, changes, cni, cold_start, datapath, filter, firewalls, rest};
+use fabric_tests::bench::{Report, change, changes, cni, cold_start, datapath, filter, firewalls, rest, services};
 use fabric_tests::lab::binaries;
 
 #[test]
@@ -67,6 +67,15 @@ fn the_firewalls_of_others_are_measured() -> Result<()> {
         ensure!(value(&report, name)? >= 0.0, "{name}: {}", value(&report, name)?);
     }
     ensure!(report.figures.iter().filter(|figure| figure.name == "resident" && figure.median > 1.0).count() == 2);
+    Ok(())
+}
+
+#[test]
+fn services_are_measured_and_a_restart_writes_nothing() -> Result<()> {
+    let mut report = Report::default();
+    services::run(&mut report, services::Options { services: 20, endpoints: 2, changes: 3 })?;
+    assert!(value(&report, "restart: changes that were written")?.abs() < f64::EPSILON);
+    assert!(value(&report, "kube-proxy's layout, by nft -f: one more Service, median")? > 0.0);
     Ok(())
 }
 

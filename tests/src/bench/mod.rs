@@ -9,6 +9,7 @@
 //! | [`datapath`] | what pods get of the network with the fast path and without, beside a VXLAN made by hand, plain routes and the bare underlay |
 //! | [`filter`] | what the packet filter takes of that |
 //! | [`firewalls`] | what reading and judging the firewalls of others takes, beside thousands of their chains |
+//! | [`services`] | what Services cost: memory, a start, one change among many, beside kube-proxy's layout of nftables |
 //! | [`cni`] | how long a pod's ADD and DEL take, beside `bridge` and `host-local` |
 //!
 //! [`report`] prints and keeps the figures, [`usage`] reads what a process used, [`traffic`] makes traffic, [`crowded`] a
@@ -26,6 +27,7 @@ pub mod filter;
 pub mod firewalls;
 pub mod report;
 pub mod rest;
+pub mod services;
 pub mod traffic;
 pub mod usage;
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
-use fabric_tests::bench::{Report, change, changes, cni, cold_start, datapath, filter, firewalls, rest};
+use fabric_tests::bench::{Report, change, changes, cni, cold_start, datapath, filter, firewalls, rest, services};
 use fabric_tests::lab::binaries;
 
 /// Measure fabricd beside iproute2, a VXLAN made by hand, and flanneld
@@ -33,6 +33,12 @@ struct Cli {
     /// How long rest is watched, in seconds
     #[arg(long, default_value_t = 60)]
     rest: u64,
+    /// Services of `services`
+    #[arg(long, default_value_t = 10_000)]
+    services: u16,
+    /// Endpoints of each of them
+    #[arg(long, default_value_t = 15)]
+    endpoints: u8,
     /// Pods that come and go for each way to attach one
     #[arg(long, default_value_t = 200)]
     pods: usize,
@@ -56,6 +62,7 @@ enum Part {
     Datapath,
     Filter,
     Firewalls,
+    Services,
     Cni,
 }
 
@@ -99,6 +106,10 @@ fn run(cli: &Cli) -> Result<()> {
     }
     if wanted(Part::Firewalls) {
         firewalls::run(&mut report, firewalls::Options { chains: 10_000, seconds: 20 })?;
+    }
+    if wanted(Part::Services) {
+        let Cli { services, endpoints, .. } = *cli;
+        services::run(&mut report, services::Options { services, endpoints, changes: 200.min(services) })?;
     }
     if wanted(Part::Cni) {
         cni::run(&mut report, &binaries::folder()?, cli.pods)?;
