@@ -1,7 +1,7 @@
 //! Generates the code from the protocol files, without protoc.
 
 /// The enums, by the fields that hold one: in JSON they are words.
-const ENUMS: [(&str, &str); 8] = [
+const ENUMS: [(&str, &str); 9] = [
     ("Peer.state", "PeerState"),
     ("Peer.mesh", "MeshCause"),
     ("PeerEvent.type", "ChangeType"),
@@ -10,10 +10,11 @@ const ENUMS: [(&str, &str); 8] = [
     ("MeshPeer.cause", "MeshCause"),
     ("Check.result", "CheckResult"),
     ("Hop.result", "CheckResult"),
+    ("ServiceFrontend.kind", "ServiceAddressKind"),
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let protos = ["diagnosis", "events", "fabric", "kernel", "leases", "mesh", "service"];
+    let protos = ["diagnosis", "events", "fabric", "kernel", "leases", "mesh", "service", "services"];
     let protos = protos.map(|name| format!("fabric/v1/{name}.proto"));
     let mut compiler = protox::Compiler::new(["."])?;
     compiler.include_imports(true).open_files(&protos)?;

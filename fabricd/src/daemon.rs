@@ -20,7 +20,7 @@ use crate::api::{Controls, Remote, Sources, Tls};
 use crate::config::log_level::LogLevel;
 use crate::config::policy_args::{OpenConnections, OwnNode};
 use crate::config::{Config, StoreKind};
-use crate::diagnosis::{Inspector, Places, Probe};
+use crate::diagnosis::{Inspector, Places, Probe, Sections};
 use crate::files::Files;
 use crate::files::state_dir::{self, Disk, Uptime};
 use crate::host::addresses::NodePods;
@@ -157,8 +157,8 @@ async fn serve(
             "the loop of network policies has ended".to_owned()
         });
     }
-    let (services_status, services_counters) =
-        services.as_ref().map(|services| (services.status(), services.counters())).unzip();
+    let (services_handle, services_counters) =
+        services.as_ref().map(|services| (services.handle(), services.counters())).unzip();
     if let Some(services) = services {
         tasks.spawn(async {
             services.run().await;
@@ -193,13 +193,22 @@ async fn serve(
         mesh::run(probed, told, seen).await;
         "the reconcile loop has ended".to_owned()
     });
-    let inspector = Arc::new(Inspector { store: Some(probe), mesh: mesh.clone(), places: Places::of(config) });
+    let (policy, services) = (policy_status, services_handle);
+    let sections = Sections { policy: policy.clone(), services: services.as_ref().map(|of| of.status.clone()) };
+    for (name, section) in sections.iter() {
+        let told = events.clone();
+        tasks.spawn(async move {
+            events::watch_section(told, name, section).await;
+            format!("the loop of {name} has ended")
+        });
+    }
+    let inspector = Inspector { store: Some(probe), mesh: mesh.clone(), places: Places::of(config), sections };
+    let inspector = Arc::new(inspector);
     let access = remote.as_ref().and_then(|(_, tls)| Some((tls.clone(), config.api_addr.0?.port())));
     let remote_access = Remote { access };
     let store = Arc::new(config.store_settings());
-    let (policy, services) = (policy_status, services_status);
     let sources =
-        Sources { view, policy, services, events, mesh, inspector, remote: remote_access, log_level, controls, store };
+        Sources { view, services, events, mesh, inspector, remote: remote_access, log_level, controls, store };
     if let Some(listener) = health {
         let mut metrics = Metrics::new(&counters);
         if let Some(policies) = &policy_counters {
@@ -262,11 +271,16 @@ fn services(
     let api = Arc::new(ApiServer::new(config.kubernetes.kubeconfig.clone()));
     let inputs = services::reconcile::Inputs {
         node: config.node().clone(),
-        sources: services::watch::Sources::watch(api, config.node()),
+        sources: services::watch::Sources::watch(api.clone(), config.node()),
+        api,
         view,
         files: Files::new(&config.run_dir, &config.subnet_file),
         pods,
         sysctl_root: config.sysctl_root.clone(),
+        health_addr: config.services.services_health_addr.0,
+        replaces_kube_proxy: config.services.replace_kube_proxy,
+        node_ports_at: config.services.node_port_addresses.clone(),
+        service_cidrs: config.services.service_cidr.clone(),
     };
     let table = SectionTable::open(TableKey::Services);
     let table = table.context("cannot talk to the kernel over netlink; does fabricd have CAP_NET_ADMIN?")?;

@@ -29,7 +29,8 @@ words!(
     ChangeType "CHANGE_TYPE_",
     EventKind "EVENT_KIND_",
     MeshCause "MESH_CAUSE_",
-    CheckResult "CHECK_RESULT_"
+    CheckResult "CHECK_RESULT_",
+    ServiceAddressKind "SERVICE_ADDRESS_KIND_"
 );
 
 /// In JSON an enum is its word; a number that this version doesn't know is `unspecified`.

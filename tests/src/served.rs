@@ -14,7 +14,7 @@ use fabricd::api::{Controls, Remote, Sources};
 use fabricd::commands::command_line;
 use fabricd::config::log_level::LogLevel;
 use fabricd::config::{Config, LogFormat};
-use fabricd::diagnosis::{Inspector, Places};
+use fabricd::diagnosis::{Inspector, Places, Sections};
 use fabricd::lease::{self, Holding, Own};
 use fabricd::mesh::Mesh;
 use fabricd::reconcile;
@@ -54,9 +54,13 @@ impl Served {
         let sources = Sources {
             services: None,
             view: seen,
-            policy: None,
             events: Arc::new(Events::default()),
-            inspector: Arc::new(Inspector { store: None, mesh: mesh.clone(), places: nowhere() }),
+            inspector: Arc::new(Inspector {
+                store: None,
+                mesh: mesh.clone(),
+                places: nowhere(),
+                sections: Sections::default(),
+            }),
             remote: Remote { access: None },
             mesh,
             log_level: log_level.map_err(anyhow::Error::msg)?,

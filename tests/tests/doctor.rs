@@ -18,14 +18,16 @@ use fabric_tests::certificates::Certificates;
 use fabric_tests::served::view;
 use fabricd::diagnosis::checks;
 use fabricd::diagnosis::finding::Finding;
-use fabricd::diagnosis::{Outcome, Places, Scene};
+use fabricd::diagnosis::{Outcome, Places, Scene, Sections};
 use fabricd::host::underlay::{DefaultRoute, HostLink};
 use fabricd::kernel::Observed;
 use fabricd::kernel::routing::fib::{Action, Fib, PolicyRule, Route};
 use fabricd::mesh::Mesh;
 use fabricd::reconcile::Snapshot;
+use fabricd::status::section::SectionStatus;
 use fabricd::status::view::{PeerTrouble, View};
 use tempfile::TempDir;
+use tokio::sync::watch;
 
 /// A node that is well, to be broken.
 struct Node {
@@ -35,6 +37,7 @@ struct Node {
     observed: Observed,
     fib: Fib,
     certificates: Vec<PathBuf>,
+    sections: Sections,
 }
 
 impl Node {
@@ -68,7 +71,15 @@ impl Node {
             FoundTable { chains: [("postrouting".to_owned(), Arc::default())].into(), ..FoundTable::default() },
         );
         let fib = Fib { rules: vec![rule(32766, 254)], routes: vec![route("127.1.2.0/24", "fabric.1", true)] };
-        let node = Self { root: tempfile::tempdir()?, view, wanted, observed, fib, certificates: vec![] };
+        let node = Self {
+            root: tempfile::tempdir()?,
+            view,
+            wanted,
+            observed,
+            fib,
+            certificates: vec![],
+            sections: Sections::default(),
+        };
         for (file, content) in [
             ("proc/sys/kernel/osrelease", "6.1.0-amd64"),
             ("proc/sys/net/ipv4/ip_forward", "1"),
@@ -107,6 +118,11 @@ impl Node {
         Ok(fs::remove_file(self.root.path().join(file))?)
     }
 
+    /// It is switched on, and stands like this.
+    fn section(status: SectionStatus) -> Option<watch::Receiver<Arc<SectionStatus>>> {
+        Some(watch::channel(Arc::new(status)).1)
+    }
+
     fn check(&self, id: &str) -> Result<Finding> {
         let wanted = Desired { state: self.wanted.clone(), ..Desired::default() };
         let places = Places {
@@ -125,7 +141,8 @@ impl Node {
             blocked: String::new(),
         };
         let (view, mesh, fib) = (Arc::new(self.view.clone()), Arc::new(Mesh::default()), Arc::new(self.fib.clone()));
-        let scene = Scene { view, snapshot, mesh, places, fib };
+        let sections = self.sections.clone();
+        let scene = Scene { view, snapshot, mesh, places, fib, sections };
         let (_, _, check) = checks::ALL.iter().find(|(name, ..)| *name == id).context("no such check")?;
         Ok(check(&scene))
     }
@@ -163,6 +180,26 @@ type Breakage = fn(&mut Node) -> Result<()>;
 
 /// Each check, how it is broken, and what it says then.
 const BROKEN: &[(&str, Breakage, Outcome, &str)] = &[
+    (
+        "services",
+        |n| {
+            let ready = Err("kube-proxy runs on this node".to_owned());
+            n.sections.services = Node::section(SectionStatus { ready, warnings: vec![] });
+            Ok(())
+        },
+        Outcome::Failed,
+        "kube-proxy runs on this node",
+    ),
+    (
+        "network-policies",
+        |n| {
+            let warnings = vec!["the API server is away".to_owned()];
+            n.sections.policy = Node::section(SectionStatus { ready: Ok(()), warnings });
+            Ok(())
+        },
+        Outcome::Warning,
+        "the API server is away",
+    ),
     (
         "ready",
         |n| {

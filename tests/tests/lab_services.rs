@@ -2,16 +2,17 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use fabric_core::model::Family;
 use fabric_tests::fake_api::{FakeApi, NODES};
 use fabric_tests::kubernetes::Nodes as _;
 use fabric_tests::lab::spaces::Spaces;
-use fabric_tests::lab::{Answer, By, Families, Lab, Node, Pod, Server, ask, wait_until};
+use fabric_tests::lab::{Answer, By, Families, Lab, Node, Pod, Server, ask, http, wait_until};
 use fabric_tests::services::{SERVICES, V1, endpoint, service, slice, slices_of};
 use serde_json::{Value, json};
 
@@ -486,4 +487,339 @@ fn services_that_are_switched_off_and_cleanup_leave_no_table() -> Result<()> {
     cleanup.run()?;
     assert!(!has_table(cleaned)?);
     Ok(())
+}
+
+/// What `fabricctl service` says of Services, with its exit code.
+fn told(node: &Node, name: &str) -> Result<(Option<i32>, Value)> {
+    let shown = node.exec(&["fabricctl", "service", name, "-o", "json"])?;
+    let told = serde_json::from_str(&shown.stdout).with_context(|| format!("{shown:?}"))?;
+    Ok((shown.status.code(), told))
+}
+
+#[test]
+fn fabricctl_shows_who_takes_connections_why_others_do_not_and_what_the_kernel_holds() -> Result<()> {
+    let cluster = Cluster::start()?;
+    let node = &cluster.nodes[0];
+    cluster.serve("web", 10, &["a", "c"], &json!({"internalTrafficPolicy": "Local"}));
+    cluster.serve("late", 11, &["b"], &json!({}));
+    let mut endpoints = cluster.endpoints(Family::V4, &["a", "b", "c"]);
+    endpoints[1]["conditions"] = json!({"ready": false});
+    cluster.api.change(&slices_of(V1), "web-v4", &json!({"endpoints": endpoints}));
+    let web = at(vip(Family::V4, 10), By::Tcp);
+    let service = wait_until("three endpoints are known, and written", SOON, || {
+        let (code, told) = told(node, "web")?;
+        let service = told["services"][0].clone();
+        ensure!(service["endpoint_list"].as_array().is_some_and(|all| all.len() == 10), "{service}");
+        ensure!(code == Some(0) && told["ready"] == true, "{code:?} {told}");
+        Ok(service)
+    })?;
+    let of = |list: &str, address: String| {
+        let all = service[list].as_array().expect("a list");
+        all.iter().find(|one| one["address"] == address).cloned().unwrap_or_default()
+    };
+    let ip = |name: &str| cluster.pod(name).ip(Family::V4).map(|ip| SocketAddr::new(ip, 8080).to_string());
+    let (frontend, local) = (of("frontends", web.to_string()), ip("a")?);
+    assert_eq!(frontend["kind"], "cluster_ip");
+    assert_eq!((&frontend["programmed"], &frontend["inside"]), (&json!(true), &json!(format!("to {local}"))));
+    for (name, takes, why) in [("a", true, ""), ("b", false, "not ready"), ("c", false, "on another node")] {
+        let endpoint = of("endpoint_list", ip(name)?);
+        assert_eq!(endpoint["takes_inside"], takes, "{endpoint}");
+        assert!(endpoint["reason"].as_str().is_some_and(|reason| reason.starts_with(why)), "{endpoint}");
+    }
+    let by_address = told(node, "10.96.0.11")?.1;
+    assert_eq!(by_address["services"][0]["name"], "default/late");
+    let all = node.run(&["fabricctl", "service"])?;
+    assert!(all.contains("default/late") && all.contains("default/web"), "{all}");
+    assert_eq!(node.exec(&["fabricctl", "service", "nobody"])?.status.code(), Some(1));
+
+    // The path of a packet, and the checks.
+    let from = cluster.pod("b").ip(Family::V4)?.to_string();
+    let explained = node.exec(&["fabricctl", "explain", &from, "10.96.0.10"])?.stdout;
+    assert!(explained.contains(&format!("10.96.0.10:80/tcp is default/web's: to {local}")), "{explained}");
+    let checks = node.exec(&["fabricctl", "doctor", "-o", "json"])?.stdout;
+    let checks = checks.lines().map(serde_json::from_str::<Value>).collect::<Result<Vec<_>, _>>()?;
+    let check = checks.iter().find(|check| check["id"] == "services").context("no such check")?;
+    assert_eq!(check["result"], "ok", "{check}");
+
+    // Nobody serves.
+    cluster.change("late", &[]);
+    wait_until("the end of the endpoints is told", SOON, || {
+        let explained = node.exec(&["fabricctl", "explain", &from, "10.96.0.11"])?.stdout;
+        ensure!(explained.contains("rejected, as nobody serves"), "{explained}");
+        Ok(())
+    })
+}
+
+#[test]
+fn load_balancers_ask_each_node_whether_it_has_endpoints() -> Result<()> {
+    let cluster = Cluster::start()?;
+    let outside = cluster.outside()?;
+    let spec = json!({
+        "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 32000,
+        "ports": [{"name": "http", "port": 80, "protocol": "TCP", "nodePort": 30080}],
+    });
+    cluster.serve("web", 10, &["a"], &spec);
+    let says = |node: usize, family, status: u16, body: &str| {
+        wait_until(&format!("node-{} says {status} {body}", node + 1), SOON, || {
+            let reply = http::get(&outside, (cluster.nodes[node].underlay_ip(family), 32000).into(), "/any/path")?;
+            ensure!(reply.status == status && reply.body.contains(body), "{reply:?}");
+            Ok(())
+        })
+    };
+    for family in Family::ALL {
+        says(0, family, 200, "\t\"localEndpoints\": 1,\n\t\"serviceProxyHealthy\": true\n")?;
+        says(1, family, 503, "\"name\": \"web\"\n\t},\n\t\"localEndpoints\": 0")?;
+    }
+    // The last endpoint leaves a node: the balancer is told, and by the other one that it may come.
+    cluster.change("web", &["c"]);
+    for family in Family::ALL {
+        says(0, family, 503, "\"localEndpoints\": 0")?;
+        says(1, family, 200, "\"localEndpoints\": 1")?;
+    }
+
+    // A node that is about to go is eligible no more, and lives all the same.
+    let node = &cluster.nodes[0];
+    let of_node = |path: &str, status: u16, body: &str| {
+        wait_until(&format!("{path} says {status} {body}"), SOON, || {
+            let reply = node.http_get(10256, path)?;
+            ensure!(reply.status == status && reply.body.contains(body), "{reply:?}");
+            Ok(())
+        })
+    };
+    of_node("/healthz", 200, "\"nodeEligible\":true")?;
+    let taints = json!({"spec": {"taints": [{"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]}});
+    cluster.api.change(NODES, &node.name, &taints);
+    of_node("/healthz", 503, "\"nodeEligible\":false")?;
+    of_node("/livez", 200, "lastUpdated")?;
+    Ok(())
+}
+
+#[test]
+fn what_is_wrong_with_a_service_is_told_on_it_and_the_rest_of_it_works() -> Result<()> {
+    let cluster = Cluster::start()?;
+    let node = &cluster.nodes[0];
+    let taken = node.network()?.run(|| Ok(TcpListener::bind((node.underlay_ip(Family::V4), 32001))?))?;
+    let spec = json!({
+        "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 32001,
+        "externalIPs": ["10.96.0.11"], "loadBalancerSourceRanges": ["everybody"],
+        "ports": [{"name": "http", "port": 80, "protocol": "TCP", "nodePort": 30080}],
+    });
+    cluster.serve("web", 10, &["a"], &spec);
+    cluster.serve("other", 11, &["c"], &json!({}));
+    let events = "/api/v1/namespaces/default/events";
+    let is_told = |reason: &str, words: &str, count: usize| {
+        wait_until(&format!("{count} events {reason}"), SOON, || {
+            let all = cluster.api.all(events);
+            let is_so = |event: &&Value| {
+                event["reason"] == reason
+                    && event["involvedObject"]["name"] == "web"
+                    && event["message"].as_str().is_some_and(|message| message.contains(words))
+            };
+            ensure!(all.iter().filter(is_so).count() == count, "{all:?}");
+            Ok(())
+        })
+    };
+    // Two nodes see the same, and say it once; of one node's port that node tells.
+    is_told("FieldRefused", "\"everybody\" in loadBalancerSourceRanges", 1)?;
+    is_told("FrontendConflict", "default/other has 10.96.0.11:80/tcp too", 1)?;
+    is_told("FailedToStartServiceHealthcheck", "32001 of this node: Address already in use", 1)?;
+    let warnings = node.status()?["warnings"].to_string();
+    assert!(warnings.contains("Service default/web: ") && warnings.contains("everybody"), "{warnings}");
+    let (code, told) = told(node, "web")?;
+    assert!(code == Some(4) && told["services"][0]["problems"].to_string().contains("everybody"), "{told}");
+    // What is well of both works, and the port is listened on once it is free.
+    let client = cluster.pod("b").network()?;
+    answered_by(&client, By::Tcp, at(vip(Family::V4, 10), By::Tcp), &["a"])?;
+    answered_by(&client, By::Tcp, at(vip(Family::V4, 11), By::Tcp), &["c"])?;
+    drop(taken);
+    let health = SocketAddr::new(node.underlay_ip(Family::V4), 32001);
+    wait_until("the health check is answered", SOON, || {
+        let reply = http::get(&node.network()?, health, "/")?;
+        ensure!(reply.status == 200, "{reply:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn address_that_no_service_has_is_not_sent_to_the_default_route() -> Result<()> {
+    let mut cluster = Cluster::start()?;
+    cluster.env.push(("FABRICD_SERVICE_CIDR", "10.96.0.0/16,fd00:96::/64".to_owned()));
+    let node = cluster.nodes[0].clone();
+    node.stop_fabricd()?;
+    cluster.start_fabricd(&node)?;
+    node.wait_ready()?;
+    cluster.serve("web", 10, &["a"], &json!({}));
+    // Who is beyond the node has all addresses, and knows the way back.
+    let machine = &cluster.lab.underlay().machine;
+    let (stranger, beyond) = (vip(Family::V4, 99), IpAddr::from([203, 0, 113, 99]));
+    for ip in [stranger, beyond] {
+        machine.run(&["ip", "address", "add", &ip.to_string(), "dev", "lo"])?;
+    }
+    machine.run(&["ip", "route", "add", "10.244.1.0/24", "via", &node.underlay_ip(Family::V4).to_string()])?;
+    let any = IpAddr::from([0; 4]);
+    let _server = Server::start(&machine.network()?, "outside", (any, 80).into(), (any, 53).into())?;
+    let client = cluster.pod("b").network()?;
+    answered_by(&client, By::Tcp, at(vip(Family::V4, 10), By::Tcp), &["a"])?;
+    answered_by(&client, By::Tcp, at(beyond, By::Tcp), &["outside"])?;
+    for place in [client, node.network()?] {
+        ends(&place, By::Tcp, at(stranger, By::Tcp), &Answer::Nothing)?;
+    }
+    Ok(())
+}
+
+/// One line after the other over one connection of TCP.
+struct Talk(BufReader<TcpStream>);
+
+impl Talk {
+    fn new(place: &Spaces, target: SocketAddr) -> Result<Self> {
+        let stream = place.run(|| Ok(TcpStream::connect_timeout(&target, Duration::from_secs(5))?))?;
+        stream.set_read_timeout(Some(SOON))?;
+        Ok(Self(BufReader::new(stream)))
+    }
+
+    /// Says something, and is told the same.
+    fn goes_on(&mut self) -> Result<()> {
+        let mut line = String::new();
+        self.0.get_mut().write_all(b"still there?\n")?;
+        self.0.read_line(&mut line)?;
+        ensure!(line == "still there?\n", "{line:?}");
+        Ok(())
+    }
+}
+
+/// Answers each line with itself until the test ends.
+fn echo(place: &Spaces, at: SocketAddr) -> Result<()> {
+    let listener = place.run(|| Ok(TcpListener::bind(at)?))?;
+    std::thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            std::thread::spawn(move || -> std::io::Result<()> {
+                let mut lines = BufReader::new(stream);
+                let mut line = String::new();
+                while lines.read_line(&mut line)? > 0 {
+                    lines.get_mut().write_all(line.as_bytes())?;
+                    line.clear();
+                }
+                Ok(())
+            });
+        }
+    });
+    Ok(())
+}
+
+/// As kube-proxy's nftables mode has it, but for the number of chains.
+const KUBE_PROXY: &str = "
+table ip kube-proxy {
+    chain services {
+        ip daddr 10.96.0.10 tcp dport 80 dnat to TARGET:8080
+        ip daddr 10.96.0.10 tcp dport 7 dnat to TARGET:7
+        ip daddr 10.96.0.10 udp dport 53 dnat to TARGET:5353
+    }
+    chain nat-prerouting { type nat hook prerouting priority dstnat; jump services; }
+    chain nat-output { type nat hook output priority -100; jump services; }
+}
+table ip kube-filter {
+    chain keep { ip daddr 192.0.2.1 accept; }
+}";
+
+/// Rules of the iptables mode beside those of others, among them kubelet's.
+const IPTABLES: &str = "
+*nat
+:KUBE-SERVICES - [0:0]
+:KUBE-SVC-ERIFXISQEP7F7OF4 - [0:0]
+:KUBE-SEP-1 - [0:0]
+:OTHER - [0:0]
+-A PREROUTING -m comment --comment \"KUBE-SERVICES of others\" -j OTHER
+-A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES
+-A OUTPUT -j KUBE-SERVICES
+-A KUBE-SERVICES -d 10.96.0.77/32 -j KUBE-SVC-ERIFXISQEP7F7OF4
+-A KUBE-SVC-ERIFXISQEP7F7OF4 -j KUBE-SEP-1
+-A KUBE-SEP-1 -j RETURN
+-A OTHER -d 192.0.2.1/32 -j RETURN
+COMMIT
+*filter
+:KUBE-FIREWALL - [0:0]
+:KUBE-FORWARD - [0:0]
+-A INPUT -j KUBE-FIREWALL
+-A FORWARD -j KUBE-FORWARD
+-A KUBE-FORWARD -j RETURN
+COMMIT
+";
+
+#[test]
+fn kube_proxy_is_replaced_under_connections_of_which_none_is_lost_and_comes_back() -> Result<()> {
+    let cluster = Cluster::start()?;
+    let (node, client) = (&cluster.nodes[0], cluster.pod("b").network()?);
+    let pod = cluster.pod("c").ip(Family::V4)?;
+    echo(&cluster.pod("c").network()?, SocketAddr::new(pod, 7))?;
+    let ports = json!([
+        {"name": "http", "port": 80, "protocol": "TCP"}, {"name": "dns", "port": 53, "protocol": "UDP"},
+        {"name": "echo", "port": 7, "protocol": "TCP"},
+    ]);
+    cluster.serve("web", 10, &["c"], &json!({"ports": ports}));
+    let of_slice = json!([
+        {"name": "http", "port": 8080, "protocol": "TCP"}, {"name": "dns", "port": 5353, "protocol": "UDP"},
+        {"name": "echo", "port": 7, "protocol": "TCP"},
+    ]);
+    cluster.api.change(&slices_of(V1), "web-v4", &json!({"ports": of_slice}));
+    let (web, dns) = (at(vip(Family::V4, 10), By::Tcp), at(vip(Family::V4, 10), By::Udp));
+    let echoed = SocketAddr::new(web.ip(), 7);
+    let start = |args: &[&str]| {
+        let env: Vec<(&str, &str)> = cluster.env.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        node.start_fabricd_with(args, &env)?;
+        node.wait_ready()
+    };
+    let kube_proxy_comes = || {
+        fs::write(cluster.lab.dir().join("kube-proxy.nft"), KUBE_PROXY.replace("TARGET", &pod.to_string()))?;
+        node.run(&["nft", "-f", &cluster.lab.dir().join("kube-proxy.nft").display().to_string()])
+    };
+    // kube-proxy alone.
+    node.stop_fabricd()?;
+    start(&["--services", "off"])?;
+    node.stop_fabricd()?;
+    kube_proxy_comes()?;
+    fs::write(cluster.lab.dir().join("iptables"), IPTABLES)?;
+    let file = cluster.lab.dir().join("iptables").display().to_string();
+    node.run(&["iptables-nft-restore", "--noflush", &file])?;
+    let mut open = (0..100).map(|_| Talk::new(&client, echoed)).collect::<Result<Vec<_>>>()?;
+    let stream = UdpClient::new(&client, dns)?;
+    let all_go_on = |open: &mut Vec<Talk>| -> Result<()> {
+        open.iter_mut().try_for_each(Talk::goes_on)?;
+        stream.is_answered_by("c")
+    };
+    all_go_on(&mut open)?;
+
+    // fabricd takes its place, and all that is its goes: nothing of others.
+    start(&["--services", "on", "--replace-kube-proxy"])?;
+    wait_until("kube-proxy's rules are gone", SOON, || {
+        let rules = node.run(&["nft", "list", "tables"])?;
+        ensure!(!rules.contains("kube-proxy"), "{rules}");
+        Ok(())
+    })?;
+    all_go_on(&mut open)?;
+    answered_by(&client, By::Tcp, web, &["c"])?;
+    Talk::new(&client, echoed)?.goes_on()?;
+    let left = node.run(&["iptables-nft-save"])?;
+    let rules: Vec<&str> = left.lines().filter(|line| line.starts_with("-A ")).collect();
+    let others = [
+        "-A INPUT -j KUBE-FIREWALL",
+        "-A PREROUTING -m comment --comment \"KUBE-SERVICES of others\" -j OTHER",
+        "-A OTHER -d 192.0.2.1/32 -j RETURN",
+    ];
+    assert!(others.iter().all(|rule| rules.contains(rule)) && rules.len() == others.len(), "{left}");
+    let chains: Vec<&str> = left.lines().filter(|line| line.starts_with(":KUBE-")).collect();
+    assert_eq!(chains.len(), 1, "kubelet's alone: {left}");
+    assert!(node.run(&["nft", "list", "tables"])?.contains("kube-filter"));
+
+    // And back: first no more replacing, then kube-proxy, then no more Services.
+    node.stop_fabricd()?;
+    kube_proxy_comes()?;
+    start(&["--services", "off"])?;
+    wait_until("our table is gone", SOON, || {
+        let tables = node.run(&["nft", "list", "tables"])?;
+        ensure!(!tables.contains("fabric-services"), "{tables}");
+        Ok(())
+    })?;
+    all_go_on(&mut open)?;
+    answered_by(&client, By::Tcp, web, &["c"])?;
+    Talk::new(&client, echoed)?.goes_on()
 }

@@ -12,7 +12,7 @@ use fabric_core::model::{Family, PerFamily, Subnet};
 use fabric_core::services::model::{
     Endpoint, ObjectName, Policy, Protocol, Service, ServicePort, ServiceType, Slice, SlicePort, SourceRanges,
 };
-use fabric_core::services::plan::{Context, ServicePlan, Socket, UdpFrontends};
+use fabric_core::services::plan::{Context, ServicePlan, Socket, UdpFrontends, Unused};
 use fabric_core::services::sets::{Services, SliceKey, Slices};
 use fabric_core::services::{Answer, Frontend, Here, Origin, backends, choose};
 use fabric_core::state::nft::{FoundTable, Reject, Table, ct_state, ct_status};
@@ -53,7 +53,14 @@ fn context() -> Context {
         v4: Some(Subnet::holding(ip(Family::V4, 0, 0), 20).unwrap()),
         v6: Some(Subnet::holding(ip(Family::V6, 0, 0), 60).unwrap()),
     };
-    Context { node: "here".into(), zone: None, own: of(24, 64, 1), network, node_ips: Family::ALL.map(node).into() }
+    Context {
+        node: "here".into(),
+        zone: None,
+        own: of(24, 64, 1),
+        network,
+        node_ips: Family::ALL.map(node).into(),
+        service_cidrs: vec![],
+    }
 }
 
 /// What a Service is made from: endpoints (where, what about them), policies, affinity, type.
@@ -354,6 +361,16 @@ proptest! {
     }
 
     #[test]
+    fn table_that_is_as_planned_is_described_as_such(seeds in vec(seed(), 5)) {
+        let plan = plan(&(0..).zip(seeds).collect());
+        for service in plan.find("") {
+            let described = plan.describe(&service, &plan.table().found());
+            let differences: Vec<_> = described.differences().collect();
+            prop_assert!(differences.is_empty(), "{:?}", differences);
+        }
+    }
+
+    #[test]
     fn restarted_daemon_plans_what_is_there(
         first in vec(seed(), 4), then in vec(seed(), 4),
     ) {
@@ -526,4 +543,84 @@ fn udp_connection_is_forgotten_when_no_endpoint_that_serves_answers_it() {
         assert!(UdpFrontends::default().forget(&found, target, ready), "it went while nobody looked");
         assert!(!UdpFrontends::default().forget(&found, (vip(family, 1), 80), ready));
     }
+}
+
+#[test]
+fn service_is_described_with_why_endpoints_take_nothing_and_with_what_the_kernel_lacks() {
+    // Ready here, ready elsewhere, terminating, not ready.
+    let endpoints = vec![(0, 0, 0), (1, 1, 0), (1, 2, 4), (1, 3, 5)];
+    let plan = plan(&BTreeMap::from([(1, (endpoints, true, false, false, 0)), (2, (vec![], false, false, false, 0))]));
+    let names = |what: &str| plan.find(what).iter().map(|service| service.name.to_string()).collect::<Vec<_>>();
+    assert_eq!(names("s1"), ["default/s1"]);
+    assert_eq!(names("default/s2"), ["default/s2"]);
+    assert_eq!(names(&vip(Family::V6, 2).to_string()), ["default/s2"]);
+    assert!(names("other/s1").is_empty() && names("192.0.2.1").is_empty());
+    let service = &plan.find("s1")[0];
+    let described = plan.describe(service, &plan.table().found());
+    assert_eq!(described.ports.len(), 4, "two ports in two families");
+    for port in &described.ports {
+        let unused: Vec<_> = port.endpoints.iter().map(|endpoint| endpoint.unused).collect();
+        assert_eq!(unused, [None, Some(Unused::OtherNode), Some(Unused::Terminating), Some(Unused::NotReady)]);
+        assert!(port.endpoints[0].takes_inside && !port.endpoints[1].takes_inside);
+    }
+    let nothing = plan.describe(service, &FoundTable::default());
+    assert_eq!(nothing.differences().count(), 4);
+    assert_eq!(nothing.differences().next().unwrap().kernel, [None, None]);
+}
+
+#[test]
+fn sctp_is_translated_as_tcp_is() {
+    let seed: Seed = (vec![(0, 1, 0)], false, false, false, 0);
+    for family in Family::ALL {
+        let (mut services, mut slices) = sets(&BTreeMap::from([(1, seed.clone())]));
+        let (mut service, mut slice) = (service(1, &seed), slice(1, family, &seed));
+        (service.ports[0].protocol, slice.ports[0].protocol) = (Protocol::Sctp, Protocol::Sctp);
+        let key = SliceKey { service: slice.service.clone(), slice: slice.name.clone() };
+        services.insert(service.name.clone(), Arc::new(service));
+        slices.insert(key, Arc::new(slice));
+        let plan = ServicePlan::new(context(), &services, &slices, &FoundTable::default());
+        let mut machine = Machine::new(plan.table(), |_| 0);
+        let from_pod =
+            Question { service: 1, is_udp: false, from: From::Pod(10), to: To::ClusterIp, family, wrong_port: false };
+        let sctp = Packet { protocol: Protocol::Sctp.number(), ..from_pod.packet() };
+        assert_eq!(machine.run("prerouting", &sctp), Outcome::Translated(ip(family, 1, 11), 8080));
+        assert_eq!(from_pod.fate(&mut machine), Fate::Rejected, "it has no such port of TCP");
+    }
+}
+
+#[test]
+fn address_that_no_service_has_is_dropped_where_the_prefixes_of_services_are_known() {
+    let (services, slices) = sets(&BTreeMap::from([(1, (vec![(0, 1, 0)], false, false, false, 0))]));
+    for family in Family::ALL {
+        let of = |cidrs: Vec<Subnet>, service, from| {
+            let context = Context { service_cidrs: cidrs, ..context() };
+            let plan = ServicePlan::new(context, &services, &slices, &FoundTable::default());
+            let question = Question { service, is_udp: false, from, to: To::ClusterIp, family, wrong_port: false };
+            question.fate(&mut Machine::new(plan.table(), |_| 0))
+        };
+        let prefix = Subnet::holding(vip(family, 0), if family == Family::V4 { 24 } else { 64 }).unwrap();
+        for from in [From::Pod(10), From::Host, From::Outside] {
+            assert_eq!(of(vec![prefix], 9, from), Fate::Dropped);
+            assert_eq!(of(vec![], 9, from), Fate::Passes);
+            assert!(matches!(of(vec![prefix], 1, from), Fate::To(..)));
+        }
+    }
+}
+
+/// Of two Services with one port the older one is told of; the other one's load balancer gets no answer of its own.
+#[test]
+fn health_checks_count_ready_endpoints_of_this_node_by_family() {
+    let seed = |endpoints: &[(u8, u8, u8)]| (endpoints.to_vec(), false, true, false, 2);
+    // Two ready here, one elsewhere, one terminating.
+    let seeds = BTreeMap::from([(1, seed(&[(0, 0, 0), (0, 1, 0), (1, 2, 0), (0, 3, 4)])), (2, seed(&[(0, 0, 0)]))]);
+    let (mut services, slices) = sets(&seeds);
+    for (number, seed) in &seeds {
+        let service = Service { health_check_port: Some(32_000), ..service(*number, seed) };
+        services.insert(service.name.clone(), Arc::new(service));
+    }
+    let plan = ServicePlan::new(context(), &services, &slices, &FoundTable::default());
+    let (checks, late) = plan.health_checks();
+    let told: Vec<_> = checks.iter().map(|(at, check)| (at.ip(), check.service.name(), check.endpoints)).collect();
+    assert_eq!(told, [(node(Family::V4), "s1", 2), (node(Family::V6), "s1", 2)]);
+    assert_eq!(late, BTreeSet::from([ObjectName::new("default", "s2")]));
 }

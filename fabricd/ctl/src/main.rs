@@ -16,6 +16,7 @@ mod network_set;
 mod output;
 mod peers;
 mod plan;
+mod service;
 mod settings;
 mod status;
 mod table;
@@ -125,6 +126,13 @@ enum Command {
         #[command(flatten)]
         form: OutputArg,
     },
+    /// Services of Kubernetes as fabricd translates them here: frontends, endpoints and why not, what the kernel holds
+    Service {
+        /// In full: namespace/name, a name in any namespace, or an address of one
+        name: Option<String>,
+        #[command(flatten)]
+        form: OutputArg,
+    },
     /// Test connectivity with real traffic: gateway, other nodes, Services, DNS, outside
     Test(Box<test::TestArgs>),
     /// Node, mesh and events, live until Ctrl-C
@@ -226,6 +234,7 @@ async fn run(command: Command, socket: &Path) -> anyhow::Result<Answer> {
         Command::Mesh { form, peers, probe, .. } => mesh::show(socket, form.output, peers, probe).await,
         Command::Doctor { form, what, .. } => doctor::show(socket, form.output, &what).await,
         Command::Explain { source, target, form } => explain::show(socket, form.output, source, target).await,
+        Command::Service { name, form } => service::show(socket, form.output, name).await,
         Command::Top { once, form, .. } if once || form.output.is_data() => top::once(socket, form.output).await,
         Command::Top { every, .. } => top::run(socket, Duration::from_secs(every)).await,
         Command::Events { form, follow } => events::show(socket, form.output, follow).await,

@@ -279,7 +279,7 @@ fn tables(state: &Routing, entries: bool) -> v1::KernelTables {
     }
 }
 
-fn number(count: usize) -> u32 {
+pub(super) fn number(count: usize) -> u32 {
     count.try_into().unwrap_or(u32::MAX)
 }
 

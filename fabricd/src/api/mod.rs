@@ -6,6 +6,7 @@
 //! | [`service`] | the methods |
 //! | [`sources`] | what they answer from, and where they send what a person wants |
 //! | [`convert`] | the daemon's types in the API's words |
+//! | [`services`] | Services in the API's words |
 //! | [`changes`] | what `Watch…` methods tell |
 //! | [`questions`] | methods whose answers take a while |
 //! | [`remote`] | other daemons, asked through the fabric |
@@ -18,6 +19,7 @@ pub mod convert;
 pub mod questions;
 pub mod remote;
 pub mod service;
+pub mod services;
 pub mod sources;
 pub mod tls;
 

@@ -78,7 +78,10 @@ pub async fn explain_all(sources: &Sources, request: v1::ExplainRequest) -> Resu
     };
     let (source, target) = (parse(&request.source)?, parse(&request.target)?);
     let scene = look(sources).await?;
-    let question = Question::new(&scene, source, target);
+    let mut question = Question::new(&scene, source, target);
+    if let Some(services) = &sources.services {
+        question.services = services.describe(&target.to_string()).await.unwrap_or_default();
+    }
     let own = scene.view.holding.own.as_ref().map(|own| own.key);
     let mut response = v1::ExplainResponse::default();
     let mut asked: BTreeSet<LeaseKey> = BTreeSet::new();

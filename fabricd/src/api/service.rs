@@ -14,6 +14,7 @@ use tonic::{Request, Response, Status};
 use super::changes::{self, Changes};
 use super::convert;
 use super::questions::{self, Answers};
+use super::services;
 use super::sources::{Controls, Sources};
 use crate::status::view::View;
 use crate::{lease, reconcile};
@@ -119,6 +120,16 @@ impl Fabric for Service {
         self.sources.controls.network.send(look).await.map_err(|_| ending())?;
         let looked = answer.await.map_err(|_| ending())?;
         Ok(Response::new(convert::kernel_state(&looked, request.into_inner().entries)))
+    }
+
+    async fn list_services(&self, request: Request<v1::ListServicesRequest>) -> Answer<v1::ListServicesResponse> {
+        let off =
+            "fabricd does not translate Services on this node; it does with --services on, in the place of kube-proxy";
+        let handle = self.sources.services.as_ref().ok_or_else(|| Status::failed_precondition(off))?;
+        let name = request.into_inner().name;
+        let described = handle.describe(&name).await.ok_or_else(ending)?;
+        let status = handle.status.borrow().clone();
+        Ok(Response::new(services::answer(&status, &described, !name.is_empty())))
     }
 
     type WatchEventsStream = Pin<Box<dyn Stream<Item = Result<v1::Event, Status>> + Send>>;

@@ -13,9 +13,8 @@ use crate::config::log_level::LogLevel;
 use crate::diagnosis::Inspector;
 use crate::mesh::Mesh;
 use crate::status::events::Events;
-use crate::status::section::SectionStatus;
 use crate::status::view::View;
-use crate::{lease, reconcile};
+use crate::{lease, reconcile, services};
 
 /// Where a person's commands go.
 #[derive(Clone, Debug)]
@@ -31,10 +30,8 @@ pub struct Controls {
 pub struct Sources {
     /// What the reconcile loop knows.
     pub view: watch::Receiver<Arc<View>>,
-    /// How it stands with network policies, if they are in force here.
-    pub policy: Option<watch::Receiver<Arc<SectionStatus>>>,
-    /// How it stands with Services, if they are translated here.
-    pub services: Option<watch::Receiver<Arc<SectionStatus>>>,
+    /// The loop of Services, if they are translated here.
+    pub services: Option<services::handle::Handle>,
     /// What happened.
     pub events: Arc<Events>,
     /// How the peers are reached.
@@ -56,6 +53,8 @@ impl Sources {
     #[must_use]
     pub fn status(&self) -> v1::GetStatusResponse {
         let view = self.view.borrow().clone();
-        convert::whole_status(&view, &self.mesh, &self.inspector.places.addresses, Instant::now())
+        let mut status = convert::whole_status(&view, &self.mesh, &self.inspector.places.addresses, Instant::now());
+        status.warnings.extend(self.inspector.sections.warnings());
+        status
     }
 }

@@ -2,11 +2,13 @@
 //! in [`super::host_checks`].
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::firewall::packet::Flow;
 use fabric_core::handoff::{NotReady, Readiness};
 use fabric_core::state::nft::TableKey;
+use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
 use super::finding::{Culprit, Finding, all};
@@ -15,6 +17,7 @@ use super::{host_checks as host, manager_checks as managers, overlay_checks as o
 use crate::kernel;
 use crate::mesh::{Cause, Mesh, words};
 use crate::reconcile::fast_path::{FastPathView, fast_and_slow};
+use crate::status::section::SectionStatus;
 use crate::status::view::PeerTrouble;
 use crate::store::Connection;
 
@@ -23,7 +26,7 @@ pub type Check = (&'static str, &'static str, fn(&Scene) -> Finding);
 
 /// All checks but that of the store's speed, in the order in which they are made: what others follow from comes first.
 /// A title is a noun, so that it reads well before any finding.
-pub const ALL: [Check; 33] = [
+pub const ALL: [Check; 35] = [
     ("foreign-vxlan", "other overlays", overlay::other_overlays),
     ("ready", "readiness", ready),
     ("lease", "lease", lease),
@@ -56,6 +59,8 @@ pub const ALL: [Check; 33] = [
     ("clock", "clock", host::clock),
     ("certificates", "certificates", host::certificates),
     ("disk", "disk space", host::disk),
+    ("services", "Services of Kubernetes", services),
+    ("network-policies", "network policies", policies),
     ("warnings", "warnings of the daemon", warnings),
 ];
 
@@ -281,6 +286,27 @@ fn fast_path(scene: &Scene) -> Finding {
             format!("off, packets take the kernel's path: {reason}"),
             "the message includes its fix; without one, switch it off: --fast-path=off",
         ),
+    }
+}
+
+fn services(scene: &Scene) -> Finding {
+    let off = "fabricd doesn't translate them here (--services is off); kube-proxy or another program does";
+    section(scene.sections.services.as_ref(), off, "fabricctl service shows each, and what the kernel holds of it")
+}
+
+fn policies(scene: &Scene) -> Finding {
+    let off = "fabricd doesn't put them in force here (--network-policy is off)";
+    section(scene.sections.policy.as_ref(), off, "each warning includes its fix")
+}
+
+/// How it stands with a section that has a loop of its own.
+fn section(status: Option<&watch::Receiver<Arc<SectionStatus>>>, off: &str, more: &str) -> Finding {
+    let Some(status) = status else { return Finding::skipped(off) };
+    let SectionStatus { ready, warnings } = &**status.borrow();
+    match ready {
+        Err(reason) => Finding::failed(format!("not up to date: {reason}"), more),
+        Ok(()) if warnings.is_empty() => Finding::fine("the kernel holds what the API server says"),
+        Ok(()) => Finding::warning(all(warnings.iter().cloned()), more),
     }
 }
 

@@ -40,6 +40,7 @@ use crate::kernel::links::HostLinks;
 use crate::kernel::routing::fib::Fib;
 use crate::mesh::Mesh;
 use crate::reconcile::{self, Snapshot};
+pub use crate::status::section::Sections;
 use crate::status::view::View;
 use crate::store::StoreError;
 
@@ -115,6 +116,8 @@ pub struct Inspector {
     pub mesh: Arc<Mesh>,
     /// Files of the node.
     pub places: Places,
+    /// Services and network policies.
+    pub sections: Sections,
 }
 
 /// All that is known at one moment.
@@ -130,6 +133,8 @@ pub struct Scene {
     pub places: Places,
     /// Routes and policy rules of the host; empty when they can't be read.
     pub fib: Arc<Fib>,
+    /// How it stands with Services and network policies.
+    pub sections: Sections,
 }
 
 impl Scene {
@@ -166,7 +171,7 @@ impl Inspector {
         network.send(reconcile::Command::Snapshot { reply }).await.ok()?;
         let snapshot = answer.await.ok()?;
         let fib = tokio::task::spawn_blocking(kernel::fib).await.ok().and_then(Result::ok).unwrap_or_default();
-        let (mesh, places) = (Arc::clone(&self.mesh), self.places.clone());
-        Some(Scene { view, snapshot, mesh, places, fib: Arc::new(fib) })
+        let (mesh, places, sections) = (Arc::clone(&self.mesh), self.places.clone(), self.sections.clone());
+        Some(Scene { view, snapshot, mesh, places, fib: Arc::new(fib), sections })
     }
 }

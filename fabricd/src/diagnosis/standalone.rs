@@ -18,7 +18,7 @@ use tokio::time::timeout;
 
 use super::checks::{ALL, Check};
 use super::finding::{Culprit, Finding};
-use super::{Places, Scene, overlay_checks};
+use super::{Places, Scene, Sections, overlay_checks};
 use crate::config::{Config, StoreKind};
 use crate::host::addresses;
 use crate::host::firewall::Judge;
@@ -273,6 +273,7 @@ async fn scene(config: &Result<Config, String>, node: Option<NodeFile>) -> Resul
         mesh: Arc::new(Mesh::default()),
         places,
         fib: Arc::new(fib.map_err(|error| error.to_string())?),
+        sections: Sections::default(),
     })
 }
 

@@ -17,10 +17,10 @@ use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use crate::api::Sources;
+use crate::diagnosis::Sections;
 use crate::kernel;
 use crate::mesh::Mesh;
 use crate::metrics::{Format, Metrics};
-use crate::status::section::SectionStatus;
 use crate::status::view::View;
 
 /// Answers on `listener` until the process ends.
@@ -33,7 +33,7 @@ use crate::status::view::View;
 /// When the listener breaks.
 pub async fn serve(listener: TcpListener, sources: Sources, metrics: Arc<Metrics>) -> std::io::Result<()> {
     let (view, mesh) = (sources.view.clone(), sources.mesh.clone());
-    let sections = (view.clone(), sources.policy.clone(), sources.services.clone());
+    let sections = (view.clone(), sources.inspector.sections.clone());
     let ready = Router::new().route("/readyz", get(readyz)).with_state(sections);
     let probes = Router::new().route("/healthz", get(healthz)).with_state(view.clone()).merge(ready);
     let numbers = Router::new().route("/metrics", get(numbers)).with_state((view, mesh, metrics));
@@ -62,17 +62,13 @@ async fn healthz(State(view): State<watch::Receiver<Arc<View>>>) -> (StatusCode,
     }
 }
 
-type Receiver<T> = watch::Receiver<Arc<T>>;
-type ReadySources = (Receiver<View>, Option<Receiver<SectionStatus>>, Option<Receiver<SectionStatus>>);
+type ReadySources = (watch::Receiver<Arc<View>>, Sections);
 
-async fn readyz(State((view, policy, services)): State<ReadySources>) -> (StatusCode, String) {
-    let of_policy = policy.and_then(|policy| policy.borrow().ready.clone().err());
-    let of_services = services.and_then(|services| services.borrow().ready.clone().err());
-    let reason = match (&view.borrow().readiness, of_policy, of_services) {
-        (Readiness::NotReady { reason, .. }, ..) => reason.clone(),
-        (Readiness::Ready, Some(reason), _) => format!("network policies: {reason}"),
-        (Readiness::Ready, None, Some(reason)) => format!("Services: {reason}"),
-        (Readiness::Ready, None, None) => return (StatusCode::OK, "ready\n".into()),
+async fn readyz(State((view, sections)): State<ReadySources>) -> (StatusCode, String) {
+    let reason = match (&view.borrow().readiness, sections.not_ready()) {
+        (Readiness::NotReady { reason, .. }, _) => reason.clone(),
+        (Readiness::Ready, Some(reason)) => reason,
+        (Readiness::Ready, None) => return (StatusCode::OK, "ready\n".into()),
     };
     (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {reason}\n"))
 }

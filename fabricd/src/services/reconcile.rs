@@ -5,30 +5,36 @@
 //! Nothing is written before Services, slices and the own Node were listed whole; until then the kernel goes on with what it
 //! has. See decision 0062.
 
-use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fabric_core::model::{NodeName, PerFamily, Subnet};
+use fabric_core::model::{Family, NodeName, PerFamily, Subnet};
+use fabric_core::services::ObjectName;
 use fabric_core::services::model::NodeFacts;
 use fabric_core::services::plan::{Context, ServicePlan, UdpFrontends};
 use fabric_core::services::sets::{Services, Slices};
 use fabric_core::state::nft::FoundTable;
 use tokio::net::TcpStream;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::info;
 
 use super::connections;
+use super::handle::{Handle, Question};
+use super::health::{HealthServer, Progress};
+use super::notices::{Notice, Notices, Reason};
 use super::status::ServicesCounters;
 use super::watch::Sources;
+use crate::config::services_args::NodePortAddresses;
 use crate::files::Files;
 use crate::host::attachments::AttachedPods;
 use crate::kernel::links::HostLinks;
 use crate::kernel::section::SectionTable;
 use crate::kernel::{bridged, services};
+use crate::kubernetes::client::ApiServer;
 use crate::retry::Backoff;
 use crate::status::section::SectionStatus;
 use crate::status::view::View;
@@ -37,13 +43,17 @@ use crate::status::view::View;
 const AUDIT: Duration = Duration::from_secs(10);
 /// The longest delay after the first pass that failed.
 const RETRY: Duration = Duration::from_millis(500);
+/// As many questions may wait.
+const QUESTIONS: usize = 4;
 /// Where kube-proxy answers health checks.
-const KUBE_PROXY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 10_256);
+const KUBE_PROXY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10_256);
 
 /// What the loop has to know.
 pub struct Inputs {
     /// This node's name in Kubernetes.
     pub node: NodeName,
+    /// The API server, for Events.
+    pub api: Arc<ApiServer>,
     /// Services, slices, the own Node.
     pub sources: Sources,
     /// What the loop of peers knows: this node's subnets.
@@ -54,6 +64,14 @@ pub struct Inputs {
     pub pods: watch::Receiver<Arc<AttachedPods>>,
     /// Where the settings are: `/proc/sys/net`.
     pub sysctl_root: PathBuf,
+    /// Where load balancers ask whether this node takes connections; `None` nowhere.
+    pub health_addr: Option<SocketAddr>,
+    /// Whether a kube-proxy that is there is replaced; else Services stay off beside it.
+    pub replaces_kube_proxy: bool,
+    /// Which addresses take NodePorts.
+    pub node_ports_at: NodePortAddresses,
+    /// The prefixes that ClusterIPs are from, beside those that the API server says.
+    pub service_cidrs: Vec<Subnet>,
 }
 
 /// The loop.
@@ -66,6 +84,10 @@ pub struct Reconciler {
     status: watch::Sender<Arc<SectionStatus>>,
     counters: ServicesCounters,
     retry: Backoff,
+    health: HealthServer,
+    progress: Progress,
+    notices: Notices,
+    questions: (mpsc::Sender<Question>, mpsc::Receiver<Question>),
 }
 
 /// UDP as it was after a pass.
@@ -74,6 +96,21 @@ struct Udp {
     slices: Slices,
     context: Context,
     frontends: UdpFrontends,
+}
+
+/// What is there of kube-proxy.
+#[derive(Clone, Copy, Debug)]
+struct KubeProxy {
+    /// Its rules.
+    has_rules: bool,
+    /// Somebody answers where it answers health checks.
+    is_alive: bool,
+}
+
+impl KubeProxy {
+    fn is_here(self) -> bool {
+        self.has_rules || self.is_alive
+    }
 }
 
 /// Why a pass wrote nothing, or not all.
@@ -87,18 +124,22 @@ impl Udp {
 }
 
 impl Reconciler {
-    /// A loop that has not looked at anything yet.
+    /// A loop that has not looked at anything yet. Must be called within a tokio runtime.
     #[must_use]
     pub fn new(inputs: Inputs, table: SectionTable) -> Self {
         let status = watch::Sender::new(Arc::default());
         let (counters, retry) = (ServicesCounters::default(), Backoff::new(RETRY, AUDIT));
-        Self { inputs, table, plan: None, udp: None, status, counters, retry }
+        let progress = Progress::default();
+        let health = HealthServer::new(progress.clone());
+        let notices = Notices::start(inputs.api.clone(), inputs.node.clone());
+        let questions = mpsc::channel(QUESTIONS);
+        Self { inputs, table, plan: None, udp: None, status, counters, retry, health, progress, notices, questions }
     }
 
-    /// What it knows.
+    /// How others watch it, and ask what it knows.
     #[must_use]
-    pub fn status(&self) -> watch::Receiver<Arc<SectionStatus>> {
-        self.status.subscribe()
+    pub fn handle(&self) -> Handle {
+        Handle { status: self.status.subscribe(), questions: self.questions.0.clone() }
     }
 
     /// What it counts.
@@ -113,6 +154,7 @@ impl Reconciler {
         loop {
             let mut warnings = vec![];
             let ready = self.pass(&mut warnings, woken).await;
+            self.progress.passed(ready.is_ok());
             let next = match &ready {
                 Ok(()) => {
                     self.retry.reset();
@@ -122,27 +164,57 @@ impl Reconciler {
             };
             SectionStatus { ready, warnings }.publish("Services", &self.status);
             let Inputs { sources, view, pods, .. } = &mut self.inputs;
+            let mut asked = None;
             tokio::select! {
+                question = self.questions.1.recv() => asked = question,
                 Ok(()) = sources.services.changed() => {}
                 Ok(()) = sources.slices.changed() => {}
                 Ok(()) = sources.node.changed() => {}
+                Ok(()) = sources.cidrs.changed() => {}
                 Ok(()) = view.changed() => {}
                 Ok(()) = pods.changed() => {}
                 () = self.table.changed() => {}
                 () = sleep_until(next) => {}
             }
+            if let Some(question) = asked {
+                self.answer(question).await;
+            }
             woken = Instant::now();
         }
     }
 
+    /// Tells what this node makes of some Services, beside what the kernel holds of them.
+    async fn answer(&self, Question { what, reply }: Question) {
+        let found = self.table.observe().await.ok().flatten().unwrap_or_default();
+        let services = self.plan.iter().flat_map(|plan| plan.find(&what).into_iter().map(move |of| (plan, of)));
+        // Whoever asked may be gone.
+        let _ = reply.send(services.map(|(plan, service)| plan.describe(&service, &found)).collect());
+    }
+
     async fn pass(&mut self, warnings: &mut Vec<String>, woken: Instant) -> Result<(), Blocked> {
-        if self.has_kube_proxy().await {
+        let kube_proxy = self.kube_proxy().await;
+        if kube_proxy.is_here() && !self.inputs.replaces_kube_proxy {
+            self.health.close();
             return Err(
                 "kube-proxy runs on this node, and two must not translate the same Services; remove it from the \
                         cluster (kubectl -n kube-system delete daemonset kube-proxy), then its rules with kube-proxy \
-                        --cleanup or a reboot, or turn --services off"
+                        --cleanup or a reboot, or let fabricd do that (--replace-kube-proxy), or turn --services off"
                     .to_owned(),
             );
+        }
+        if kube_proxy.is_alive {
+            warnings.push(
+                "kube-proxy runs on this node still; Services are translated before it. Remove it from the cluster \
+                 (kubectl -n kube-system delete daemonset kube-proxy): then its rules are removed here"
+                    .to_owned(),
+            );
+        } else if let Some(address) = self.inputs.health_addr
+            && let Err(error) = self.health.open_node_port(address).await
+        {
+            warnings.push(format!(
+                "load balancers that ask on {address} get no answer: {error}; end what listens there, or choose another \
+                 address with --services-health-addr"
+            ));
         }
         let sources = &mut self.inputs.sources;
         if let Some(missing) = sources.missing() {
@@ -156,8 +228,9 @@ impl Reconciler {
         let services = sources.services.borrow_and_update().clone().unwrap_or_default();
         let slices = sources.slices.borrow_and_update().clone().unwrap_or_default();
         let facts = sources.node.borrow_and_update().clone().unwrap_or_default();
+        self.progress.node_is_going(facts.going);
         self.prepare_host(warnings);
-        let context = self.context(&facts, warnings);
+        let context = self.context(&facts, &services, warnings);
         let found = self.table.observe().await.map_err(|error| error.to_string())?;
         match &mut self.plan {
             Some(plan) if *plan.context() == context => plan.update(&services, &slices),
@@ -171,20 +244,26 @@ impl Reconciler {
         }
         let Some(plan) = &self.plan else { return Ok(()) };
         self.counters.planned(plan.counts());
-        for conflict in plan.conflicts() {
-            warnings.push(format!(
-                "the Services {} and {} both have {}; it is {}'s, which is older or has it as ClusterIP; change the other one",
-                conflict.owner, conflict.other, conflict.frontend, conflict.owner
-            ));
-        }
-        for service in services.values() {
-            warnings.extend(service.refused.iter().map(|refused| format!("Service {}: {refused}", service.name)));
-        }
+        let (checks, late) = plan.health_checks();
         let steps = self.table.steps(plan.table(), found.as_ref());
         if !steps.is_empty() {
             self.table.execute(&steps).await?;
             self.counters.written(woken.elapsed());
         }
+        if kube_proxy.has_rules && !kube_proxy.is_alive {
+            // All that it did is done by now, before its rules are asked.
+            warnings.extend(remove_kube_proxy().await.err());
+        }
+        let mut notices = troubles(plan, &services);
+        notices.extend(late.into_iter().map(|service| {
+            health_check_refused(service, "another Service, which is older, has this healthCheckNodePort")
+        }));
+        let unanswered = self.health.answer(checks).await;
+        notices.extend(unanswered.into_iter().map(|(address, check, error)| {
+            health_check_refused(check.service, &format!("cannot listen on {address} of this node: {error}"))
+        }));
+        warnings.extend(notices.iter().map(|notice| format!("Service {}: {}", notice.service, notice.message)));
+        self.notices.are(&notices);
         // A kernel without ctnetlink translates all the same.
         warnings.extend(self.forget_udp(&services, &slices, found.as_ref()).await.err());
         Ok(())
@@ -224,13 +303,13 @@ impl Reconciler {
         Ok(())
     }
 
-    /// A living kube-proxy: by its rules, or by its health check.
-    async fn has_kube_proxy(&self) -> bool {
+    /// Looks for kube-proxy, by its rules and by its health check.
+    async fn kube_proxy(&self) -> KubeProxy {
         let has_rules = tokio::task::spawn_blocking(services::has_kube_proxy).await;
-        if matches!(has_rules, Ok(Ok(true))) {
-            return true;
-        }
-        matches!(timeout(Duration::from_secs(1), TcpStream::connect(KUBE_PROXY)).await, Ok(Ok(_)))
+        // Once the port is ours nobody else answers there.
+        let is_alive = !self.health.has_node_port()
+            && matches!(timeout(Duration::from_secs(1), TcpStream::connect(KUBE_PROXY)).await, Ok(Ok(_)));
+        KubeProxy { has_rules: matches!(has_rules, Ok(Ok(true))), is_alive }
     }
 
     /// What of the host must be so that Services work.
@@ -243,7 +322,7 @@ impl Reconciler {
     }
 
     /// What is known of this node. Its subnets are known by the lease, or by what the daemon before this one left.
-    fn context(&mut self, facts: &NodeFacts, warnings: &mut Vec<String>) -> Context {
+    fn context(&mut self, facts: &NodeFacts, services: &Services, warnings: &mut Vec<String>) -> Context {
         let view = self.inputs.view.borrow_and_update().clone();
         let (mut own, mut network) = (PerFamily::<Subnet>::default(), PerFamily::<Subnet>::default());
         if let Some(file) = self.inputs.files.read() {
@@ -259,14 +338,127 @@ impl Reconciler {
         }
         let node_ips = match HostLinks::ask() {
             Ok(links) => {
-                let is_here = |ip: &&std::net::IpAddr| links.addresses.values().flatten().any(|(of, _)| of == *ip);
-                facts.internal_ips.iter().filter(is_here).copied().collect()
+                let all = links.addresses.values().flatten().map(|(ip, _)| *ip).collect();
+                node_port_ips(&self.inputs.node_ports_at, &all, &facts.internal_ips, services)
             }
             Err(error) => {
                 warnings.push(format!("cannot read this host's addresses, so no NodePort is added: {error}"));
                 self.plan.as_ref().map(|plan| plan.context().node_ips.clone()).unwrap_or_default()
             }
         };
-        Context { node: self.inputs.node.as_str().into(), zone: facts.zone.clone(), own, network, node_ips }
+        let of_api = self.inputs.sources.cidrs.borrow_and_update().clone();
+        let mut service_cidrs: Vec<Subnet> = of_api.into_iter().chain(self.inputs.service_cidrs.clone()).collect();
+        service_cidrs.sort_unstable();
+        service_cidrs.dedup();
+        let in_use = |cidr: &Subnet| {
+            let pods = own.get(cidr.family()).into_iter().chain(network.get(cidr.family()));
+            pods.copied().any(|pods| pods.overlaps(*cidr)) || node_ips.iter().any(|ip| cidr.contains(*ip))
+        };
+        for cidr in service_cidrs.extract_if(.., |cidr| in_use(cidr)) {
+            warnings.push(format!(
+                "the ServiceCIDR {cidr} has addresses of pods or of this node in it, so what is sent to addresses of it that \
+                 no Service has is not dropped; give Services a prefix of their own"
+            ));
+        }
+        Context {
+            node: self.inputs.node.as_str().into(),
+            zone: facts.zone.clone(),
+            own,
+            network,
+            node_ips,
+            service_cidrs,
+        }
+    }
+}
+
+/// Removes the rules of a kube-proxy that has ended.
+async fn remove_kube_proxy() -> Result<(), String> {
+    let removed = tokio::task::spawn_blocking(services::remove_kube_proxy).await.map_err(|error| error.to_string())?;
+    let removed = removed.map_err(|error| {
+        format!("kube-proxy's rules can't be removed, and may refuse what Services take: {error}; it is tried again")
+    })?;
+    if !removed.is_empty() {
+        info!(removed = removed.join(", "), "kube-proxy's rules were removed");
+    }
+    Ok(())
+}
+
+/// The addresses of this host that take NodePorts. One that a Service has too, since somebody has put a load balancer's
+/// address on an interface, is none of them.
+fn node_port_ips(
+    at: &NodePortAddresses,
+    here: &BTreeSet<IpAddr>,
+    internal: &[IpAddr],
+    services: &Services,
+) -> Vec<IpAddr> {
+    let is_a_services =
+        |ip: &IpAddr| services.values().any(|service| service.addresses(Family::of(*ip)).any(|of| of == *ip));
+    match at {
+        NodePortAddresses::Primary => internal.iter().filter(|ip| here.contains(ip)).copied().collect(),
+        NodePortAddresses::All => here.iter().filter(|ip| !is_a_services(ip)).copied().collect(),
+        NodePortAddresses::Within(prefixes) => {
+            let is_within = |ip: &&IpAddr| prefixes.iter().any(|prefix| prefix.contains(**ip));
+            here.iter().filter(is_within).filter(|ip| !is_a_services(ip)).copied().collect()
+        }
+    }
+}
+
+/// What is wrong with Services, whichever node looks at them.
+fn troubles(plan: &ServicePlan, services: &Services) -> Vec<Notice> {
+    let mut conflicts: BTreeMap<(&ObjectName, &ObjectName), Vec<String>> = BTreeMap::new();
+    for conflict in plan.conflicts() {
+        conflicts.entry((conflict.other, conflict.owner)).or_default().push(conflict.frontend.to_string());
+    }
+    let conflicts = conflicts.into_iter().map(|((service, owner), frontends)| Notice {
+        service: service.clone(),
+        reason: Reason::Conflict,
+        message: format!(
+            "the Service {owner} has {} too, and keeps it, as it is older or has it as ClusterIP; change this one",
+            frontends.join(", ")
+        ),
+    });
+    let refused = services.values().flat_map(|service| {
+        let notice = |message: &String| Notice {
+            service: service.name.clone(),
+            reason: Reason::Refused,
+            message: message.clone(),
+        };
+        service.refused.iter().map(notice)
+    });
+    conflicts.chain(refused).collect()
+}
+
+fn health_check_refused(service: ObjectName, why: &str) -> Notice {
+    let message = format!("its load balancer gets no answer from this node's health check: {why}; it is tried again");
+    Notice { service, reason: Reason::HealthCheck, message }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fabric_core::services::ServiceSet;
+    use fabric_core::services::objects::ServiceObject;
+    use serde_json::json;
+
+    #[test]
+    fn node_ports_are_taken_at_addresses_of_this_host_that_no_service_has() {
+        let ip = |text: &str| text.parse::<IpAddr>().expect("an address");
+        let here = BTreeSet::from([ip("192.0.2.11"), ip("198.51.100.7"), ip("2001:db8::11")]);
+        let object: ServiceObject = serde_json::from_value(json!({
+            "metadata": {"name": "web", "namespace": "default"},
+            "spec": {"clusterIP": "10.96.0.10", "type": "LoadBalancer"},
+            "status": {"loadBalancer": {"ingress": [{"ip": "198.51.100.7"}]}},
+        }))
+        .expect("a Service");
+        let services = ServiceSet::listed([&object]);
+        let at = |at: &str| {
+            let at: NodePortAddresses = at.parse().expect("a value");
+            let ips = node_port_ips(&at, &here, &[ip("192.0.2.11"), ip("203.0.113.9")], services.services());
+            ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(at("primary"), "192.0.2.11", "the Node may say an address that isn't here (yet)");
+        assert_eq!(at("all"), "192.0.2.11 2001:db8::11");
+        assert_eq!(at("198.51.100.0/24,2001:db8::/32"), "2001:db8::11");
+        assert_eq!(at("203.0.113.0/24"), "");
     }
 }

@@ -5,7 +5,7 @@
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use fabric_core::model::NodeName;
+use fabric_core::model::{NodeName, Subnet};
 use fabric_core::services::model::NodeFacts;
 use fabric_core::services::objects::{NodeObject, ServiceObject, SliceObject};
 use fabric_core::services::sets::{Services, SliceKey, Slices};
@@ -18,6 +18,7 @@ use tokio::sync::watch::{Receiver, Sender};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::cidrs;
 use crate::kubernetes::client::{ApiError, ApiServer};
 use crate::kubernetes::reflector::{Fold, Object, Reflector, revision};
 use crate::kubernetes::sets::{Set, SetFold, State, Told};
@@ -36,6 +37,8 @@ pub struct Sources {
     pub slices: Receiver<Option<Slices>>,
     /// This node's Node; without one nothing is known of it.
     pub node: Receiver<Option<NodeFacts>>,
+    /// The prefixes that ClusterIPs are from; none where that isn't known.
+    pub cidrs: Receiver<Vec<Subnet>>,
     /// How it stands with each watch.
     pub connection: Receiver<Connections>,
     _tasks: JoinSet<()>,
@@ -71,9 +74,12 @@ impl Sources {
         let told = Told::new(&connection, |all: &mut Connections| &mut all.node);
         let fold = NodeFold { facts: NodeFacts::default(), published: facts, told };
         tasks.spawn(Reflector::new(api.clone(), fold).fields(&format!("metadata.name={node}")).run());
-        tasks.spawn(watch_slices(api, slices, connection));
+        tasks.spawn(watch_slices(api.clone(), slices, connection));
+        let known = Sender::default();
+        let cidrs = known.subscribe();
+        tasks.spawn(cidrs::poll(api, known));
         let (services, slices, node, connection) = receivers;
-        Self { services, slices, node, connection, _tasks: tasks }
+        Self { services, slices, node, cidrs, connection, _tasks: tasks }
     }
 
     /// What has not been listed yet, if anything.

@@ -10,6 +10,7 @@ use fabric_core::leases::Lease;
 use tokio::sync::{broadcast, watch};
 use tokio_stream::wrappers::BroadcastStream;
 
+use crate::status::section::SectionStatus;
 use crate::status::view::{PeerTrouble, View};
 use crate::store::Connection;
 
@@ -105,6 +106,27 @@ pub async fn watch_view(events: Arc<Events>, mut view: watch::Receiver<Arc<View>
     while view.changed().await.is_ok() {
         let now = view.borrow_and_update().clone();
         tell_changes(&events, &was, &now);
+        was = now;
+    }
+}
+
+/// Tells whether a section of its own is up to date, and its warnings, until its loop ends. `name` is what people call it.
+pub async fn watch_section(events: Arc<Events>, name: &'static str, mut section: watch::Receiver<Arc<SectionStatus>>) {
+    let mut was = section.borrow_and_update().clone();
+    while section.changed().await.is_ok() {
+        let now = section.borrow_and_update().clone();
+        if was.ready != now.ready {
+            match &now.ready {
+                Ok(()) => events.tell(Kind::Readiness, name, "up to date", false),
+                Err(reason) => events.tell(Kind::Readiness, name, format!("not up to date: {reason}"), true),
+            }
+        }
+        for warning in now.warnings.iter().filter(|warning| !was.warnings.contains(warning)) {
+            events.tell(Kind::Warning, name, warning, true);
+        }
+        for warning in was.warnings.iter().filter(|warning| !now.warnings.contains(warning)) {
+            events.tell(Kind::Warning, name, format!("over: {warning}"), false);
+        }
         was = now;
     }
 }

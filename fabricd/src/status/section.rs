@@ -14,6 +14,46 @@ pub struct SectionStatus {
     pub warnings: Vec<String>,
 }
 
+/// As many warnings of a section are told in a status; of more the rest is counted.
+const TOLD: usize = 20;
+
+/// The sections that have a loop of their own, those that are switched on.
+#[derive(Clone, Debug, Default)]
+pub struct Sections {
+    /// Network policies.
+    pub policy: Option<watch::Receiver<Arc<SectionStatus>>>,
+    /// Services.
+    pub services: Option<watch::Receiver<Arc<SectionStatus>>>,
+}
+
+impl Sections {
+    /// Those that are on, by what people call them.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, watch::Receiver<Arc<SectionStatus>>)> {
+        let all = [("network policies", &self.policy), ("Services", &self.services)];
+        all.into_iter().filter_map(|(name, section)| Some((name, section.clone()?)))
+    }
+
+    /// Why the first that isn't is not up to date.
+    #[must_use]
+    pub fn not_ready(&self) -> Option<String> {
+        self.iter().find_map(|(name, section)| Some(format!("{name}: {}", section.borrow().ready.clone().err()?)))
+    }
+
+    /// What an operator should know of them, each with the way out.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        let of = |(name, section): (&str, watch::Receiver<Arc<SectionStatus>>)| {
+            let status = section.borrow().clone();
+            let reason = status.ready.as_ref().err().map(|reason| format!("{name} are not up to date: {reason}"));
+            let warnings = status.warnings.iter().take(TOLD).cloned();
+            let more = status.warnings.len().checked_sub(TOLD + 1);
+            let more = more.map(|more| format!("{} more warnings of {name}: see the log", more + 1));
+            reason.into_iter().chain(warnings).chain(more).collect::<Vec<_>>()
+        };
+        self.iter().flat_map(of).collect()
+    }
+}
+
 impl Default for SectionStatus {
     /// Of a daemon that has just begun.
     fn default() -> Self {

@@ -12,6 +12,7 @@ mod outside;
 mod pod;
 mod probes;
 mod route;
+mod service;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -23,6 +24,7 @@ use fabric_core::firewall::Verdict;
 use fabric_core::leases::Lease;
 use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::plan::filter::senders;
+use fabric_core::services::plan::Described;
 use fabric_core::state::nft::TableKey;
 use fabric_core::state::{Routing, Via, VxlanLink};
 
@@ -79,6 +81,8 @@ pub struct Question {
     pub from: Option<Arc<Lease>>,
     /// The lease that has the target.
     pub to: Option<Arc<Lease>>,
+    /// The Services that have the target as their address, if fabricd translates them.
+    pub services: Vec<Described>,
 }
 
 impl Question {
@@ -89,7 +93,7 @@ impl Question {
             let mut leases = scene.view.leases.iter().flat_map(|leases| leases.iter());
             leases.find(|lease| lease.key.subnets().values().any(|subnet| subnet.contains(ip))).cloned()
         };
-        Self { source, target, from: lease(source), to: lease(target) }
+        Self { source, target, from: lease(source), to: lease(target), services: vec![] }
     }
 }
 
@@ -109,12 +113,12 @@ pub struct Sender {
 /// The pod of this node that can send on this path: the source's, else, the other way round, the target's.
 #[must_use]
 pub fn sender(scene: &Scene, question: &Question) -> Option<Sender> {
-    let Question { source, target, from, to } = question;
+    let Question { source, target, from, to, services } = question;
     let own = scene.view.holding.own.as_ref().map(|own| own.key)?;
     let ours = |lease: &Option<Arc<Lease>>| lease.as_ref().is_some_and(|lease| lease.key == own);
-    let place = to.is_none().then(|| Place::of(scene, *target));
+    let place = to.is_none().then(|| if services.is_empty() { Place::of(scene, *target) } else { Place::Service });
     let (pod, other) = match (ours(from), ours(to)) {
-        // kube-proxy answers no pings in its Services' place.
+        // Nobody answers pings in a Service's place.
         (true, _) if !matches!(place, Some(Place::Service | Place::Nobodys)) => (*source, *target),
         (false, true) if from.is_some() => (*target, *source),
         _ => return None,
@@ -126,7 +130,7 @@ pub fn sender(scene: &Scene, question: &Question) -> Option<Sender> {
 /// The hops on this node. Reads files, asks the kernel, and sends packets: for a thread that may wait.
 #[must_use]
 pub fn explain(scene: &Scene, question: &Question) -> Vec<Hop> {
-    let Question { source, target, from, to } = question;
+    let Question { source, target, from, to, services } = question;
     let own = scene.view.holding.own.as_ref().map(|own| own.key);
     let ours = |lease: &Option<Arc<Lease>>| lease.as_ref().is_some_and(|lease| Some(lease.key) == own);
     if !ours(from) && !ours(to) {
@@ -146,6 +150,9 @@ pub fn explain(scene: &Scene, question: &Question) -> Vec<Hop> {
             Some(lease) => {
                 hops.extend(fast_path::hop(scene, &[*source], Some(*target)));
                 hops.extend(towards(scene, from_pod, *target, lease, &probes));
+            }
+            None if !services.is_empty() => {
+                hops.extend(services.iter().flat_map(|of| service::hops(of, *source, *target)));
             }
             None => hops.extend(outside::hops(scene, from_pod, *target)),
         }

@@ -1,5 +1,4 @@
-//! Chains of others: the one that is there for rules of ours, read and written (see
-//! [`fabric_core::state::docker_user`]), and those that show who else is at work here.
+//! The chain of others that is there for rules of ours, read and written: see [`fabric_core::state::docker_user`].
 
 use std::io;
 
@@ -23,12 +22,6 @@ pub(super) fn chains(socket: &mut RequestSocket) -> io::Result<Vec<DockerUser>> 
         }
     }
     Ok(chains)
-}
-
-/// Whether kube-proxy is here, by a chain that it makes with iptables-nft, or with nftables.
-pub(super) fn has_kube_proxy(socket: &mut RequestSocket) -> bool {
-    let known = [("nat", "KUBE-SERVICES"), ("kube-proxy", "services")];
-    Family::ALL.into_iter().any(|family| known.iter().any(|(table, chain)| has_chain(socket, family, table, chain)))
 }
 
 /// Whatever the kernel has against a chain, it isn't there.

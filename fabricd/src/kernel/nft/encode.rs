@@ -54,7 +54,7 @@ pub(super) fn transactions(ops: &[&Op]) -> Vec<Vec<Request>> {
 }
 
 /// Messages as one transaction.
-fn batch(mut messages: Vec<Request>) -> Vec<Request> {
+pub(super) fn batch(mut messages: Vec<Request>) -> Vec<Request> {
     if let Some(last) = messages.last_mut() {
         last.add_flags(NLM_F_ACK);
     }

@@ -12,6 +12,7 @@ mod docker_user;
 pub(super) mod drops;
 mod encode;
 mod expr;
+mod kube_proxy;
 mod read;
 mod rule;
 pub(super) mod service;
@@ -109,7 +110,7 @@ impl Filter {
         if now.is_none() || now != self.others.read_at {
             self.others = Others {
                 docker_user: docker_user::chains(socket)?,
-                kube_proxy: docker_user::has_kube_proxy(socket),
+                kube_proxy: kube_proxy::is_here(socket),
                 read_at: now,
             };
         }
@@ -118,7 +119,12 @@ impl Filter {
 
     /// Whether kube-proxy's rules are here.
     pub(super) fn has_kube_proxy(&mut self) -> bool {
-        self.socket.as_mut().is_some_and(docker_user::has_kube_proxy)
+        self.socket.as_mut().is_some_and(kube_proxy::is_here)
+    }
+
+    /// Removes kube-proxy's rules, and says in words which there were.
+    pub(super) fn remove_kube_proxy(&mut self) -> io::Result<Vec<String>> {
+        self.socket.as_mut().map_or_else(|| Ok(vec![]), kube_proxy::remove)
     }
 
     /// Who else owns one of our tables (`flags owner`), in words with the way out.

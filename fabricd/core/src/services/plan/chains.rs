@@ -76,7 +76,7 @@ pub(super) fn add(table: &mut Table, context: &Context) {
         table.called(translate(family)).extend(twice(Map::Services, Map::Picks));
     }
     guard(table, context);
-    refuse(table);
+    refuse(table, context);
     masquerade(table, context);
 }
 
@@ -113,8 +113,9 @@ fn guard(table: &mut Table, context: &Context) {
     }
 }
 
-/// What nobody can serve. A packet with a ClusterIP that comes as far as this is translated by nobody.
-fn refuse(table: &mut Table) {
+/// What nobody can serve. A packet with a ClusterIP that comes as far as this is translated by nobody; one with an address
+/// that no Service has would leave by the default route, and may come back by it.
+fn refuse(table: &mut Table, context: &Context) {
     for (name, place) in [("input", Place::Input), ("forward", Place::Forward), ("refuse-output", Place::Output)] {
         let chain = table.at(name, ChainKind::Filter, place, BEFORE_FILTERS);
         let state = |bits| Match::new(Field::CtState, Test::AnyBit(bits));
@@ -143,6 +144,10 @@ fn refuse(table: &mut Table) {
         rules.push(reject(to(Map::Rejected), "the Service has no endpoint"));
         let vip = Match::all_in(&[Field::Target(family)], Map::ClusterIps.name(family));
         rules.push(reject([Match::family(family), vip], "the Service has no such port, or no endpoint"));
+        for cidr in context.service_cidrs.iter().filter(|cidr| cidr.family() == family) {
+            let within = Match::new(Field::Target(family), Test::Within(*cidr));
+            rules.push(Rule::drop([Match::family(family), within], "no Service has this address"));
+        }
     }
 }
 

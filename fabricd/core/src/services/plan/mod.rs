@@ -4,9 +4,12 @@
 //! the older has it, and a ClusterIP goes before any other address; the other one keeps the rest of its frontends. When
 //! frontend or owner go, the next one has it. So what is planned depends on the objects alone.
 //!
-//! [`rows`] says what the maps are, [`chains`] what the rules do with them, [`pools`] which numbers endpoints have.
+//! [`rows`] says what the maps are, [`chains`] what the rules do with them, [`pools`] which numbers endpoints have,
+//! [`describe`] what people are told of a Service, [`health`] what load balancers are.
 
 mod chains;
+mod describe;
+mod health;
 mod pools;
 mod rows;
 mod udp;
@@ -16,6 +19,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use self::chains::Draw;
+pub use self::describe::{AddressKind, Described, DescribedEndpoint, DescribedFrontend, DescribedPort, Fate, Unused};
+pub use self::health::{HealthCheck, HealthChecks};
 use self::pools::{Content, Numbers, Pools, elements};
 use self::rows::{Class, Map, Target};
 pub use self::rows::{FrontendKey, Socket};
@@ -40,6 +45,8 @@ pub struct Context {
     pub network: PerFamily<Subnet>,
     /// Its addresses that take NodePorts.
     pub node_ips: Vec<IpAddr>,
+    /// The prefixes that ClusterIPs are from, where they are known.
+    pub service_cidrs: Vec<Subnet>,
 }
 
 impl Context {
@@ -416,8 +423,7 @@ impl PortPlan<'_, '_> {
 
     fn leads_to(&mut self, map: Map, key: FrontendKey, list: &[Backend<'_>]) {
         let affinity = self.service.affinity;
-        let most = affinity.map_or(usize::MAX, |_| Class::MOST_STICKY);
-        let sockets: Box<[Socket]> = list.iter().take(most).map(Backend::socket).collect();
+        let sockets = drawn(self.service, list);
         let pools = &mut self.plan.pools[self.family as usize];
         let (pool, content) = pools.take(&sockets, affinity.is_some(), &mut self.plan.table);
         let class = Class { endpoints: u32::try_from(sockets.len()).unwrap_or(u32::MAX), affinity };
@@ -438,4 +444,10 @@ impl PortPlan<'_, '_> {
             }
         }
     }
+}
+
+/// The endpoints that a connection's one is drawn from, in order.
+fn drawn(service: &Service, list: &[Backend<'_>]) -> Box<[Socket]> {
+    let most = service.affinity.map_or(usize::MAX, |_| Class::MOST_STICKY);
+    list.iter().take(most).map(Backend::socket).collect()
 }

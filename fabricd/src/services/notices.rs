@@ -1,0 +1,218 @@
+//! [`Notices`]: what is wrong with a Service, told as an Event of Kubernetes on it, where its owner looks
+//! (`kubectl describe service`).
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::http;
+use fabric_core::model::{NodeName, stable_hash};
+use fabric_core::services::ObjectName;
+use jiff::Timestamp;
+use kube::api::{ListParams, PostParams};
+use kube::core::Request;
+use serde::Deserialize;
+use serde::de::{DeserializeOwned, IgnoredAny};
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+use tokio::time::{sleep, timeout};
+use tracing::{debug, warn};
+
+use crate::kubernetes::client::{ApiError, ApiServer};
+use crate::retry::Backoff;
+
+/// As many wait to be told; more are told once some are.
+const WAITING: usize = 64;
+/// How long one request may take.
+const LIMIT: Duration = Duration::from_secs(10);
+/// The first delay after the API server didn't answer, and the longest.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+
+/// Something that is wrong with a Service.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Notice {
+    /// The Service.
+    pub service: ObjectName,
+    /// What it is, for programs.
+    pub reason: Reason,
+    /// What it is, and what to do.
+    pub message: String,
+}
+
+/// What is wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reason {
+    /// A member that can't be used.
+    Refused,
+    /// Another Service has the address and port.
+    Conflict,
+    /// The port of its health check is taken on this node.
+    HealthCheck,
+}
+
+impl Reason {
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Refused => "FieldRefused",
+            Self::Conflict => "FrontendConflict",
+            Self::HealthCheck => "FailedToStartServiceHealthcheck",
+        }
+    }
+
+    /// Whether other nodes may not have it: then each tells of itself. All else is told once, by whichever node is first.
+    const fn is_of_one_node(self) -> bool {
+        matches!(self, Self::HealthCheck)
+    }
+}
+
+/// Who tells.
+pub struct Notices {
+    queue: mpsc::Sender<Notice>,
+    /// What there was to tell last.
+    known: BTreeSet<Notice>,
+    task: AbortHandle,
+}
+
+impl Drop for Notices {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Notices {
+    /// Begins to tell, as this node. Must be called within a tokio runtime.
+    #[must_use]
+    pub fn start(api: Arc<ApiServer>, node: NodeName) -> Self {
+        let (queue, waiting) = mpsc::channel(WAITING);
+        let task = tokio::spawn(tell_all(api, node, waiting)).abort_handle();
+        Self { queue, known: BTreeSet::new(), task }
+    }
+
+    /// Says what is wrong by now. Each is told once, and again when it was over meanwhile.
+    pub fn are(&mut self, notices: &[Notice]) {
+        self.known.retain(|known| notices.contains(known));
+        for notice in notices {
+            if !self.known.contains(notice) && self.queue.try_send(notice.clone()).is_ok() {
+                self.known.insert(notice.clone());
+            }
+        }
+    }
+}
+
+async fn tell_all(api: Arc<ApiServer>, node: NodeName, mut waiting: mpsc::Receiver<Notice>) {
+    let mut retry = Backoff::new(RETRY.0, RETRY.1);
+    let mut has_warned = false;
+    while let Some(notice) = waiting.recv().await {
+        loop {
+            match tell(&api, &node, &notice).await {
+                Ok(()) => break,
+                // Another node was first, or the Service is gone.
+                Err(ApiError::Refused { reason, .. }) if has_warned || !reason.contains("forbidden") => {
+                    debug!(service = %notice.service, reason, "event was not taken");
+                    break;
+                }
+                Err(ApiError::Refused { reason, .. }) => {
+                    has_warned = true;
+                    let rights = "what is wrong with a Service isn't told as an Event; grant create of events";
+                    warn!(reason, "{rights}");
+                    break;
+                }
+                Err(error @ ApiError::Unreachable(_)) => {
+                    debug!(service = %notice.service, %error, "event waits for the API server");
+                    sleep(retry.delay()).await;
+                }
+            }
+        }
+        retry.reset();
+    }
+}
+
+async fn tell(api: &ApiServer, node: &NodeName, notice: &Notice) -> Result<(), ApiError> {
+    let Notice { service, .. } = notice;
+    let (namespace, name) = (service.namespace(), service.name());
+    // By a list of one: that takes no right but those that Services take anyway.
+    let one = ListParams::default().fields(&format!("metadata.name={name}"));
+    let list = Request::new(format!("/api/v1/namespaces/{namespace}/services")).list(&one);
+    let List { items } = ask(api, "list", list).await?;
+    let Some(Named { metadata }) = items.first() else { return Ok(()) };
+    let event = event(notice, &metadata.uid, node, Timestamp::now());
+    let bytes = serde_json::to_vec(&event).map_err(|error| ApiError::Unreachable(error.to_string()))?;
+    let post = Request::new(format!("/api/v1/namespaces/{namespace}/events")).create(&PostParams::default(), bytes);
+    ask::<IgnoredAny>(api, "create", post).await.map(drop)
+}
+
+#[derive(Deserialize)]
+struct List {
+    items: Vec<Named>,
+}
+
+#[derive(Deserialize)]
+struct Named {
+    metadata: Uid,
+}
+
+#[derive(Deserialize)]
+struct Uid {
+    #[serde(default)]
+    uid: String,
+}
+
+async fn ask<T: DeserializeOwned>(
+    api: &ApiServer,
+    verb: &'static str,
+    request: Result<http::Request<Vec<u8>>, kube::core::request::Error>,
+) -> Result<T, ApiError> {
+    let request = request.map_err(|error| ApiError::new(verb, &kube::Error::BuildRequest(error)))?;
+    let client = api.client().await?;
+    match timeout(LIMIT, client.request(request)).await {
+        Ok(answer) => answer.map_err(|error| ApiError::new(verb, &error)),
+        Err(_) => Err(ApiError::silent()),
+    }
+}
+
+/// The Event. Its name says what it is, so that of many nodes that would tell the same one does.
+fn event(notice: &Notice, uid: &str, node: &NodeName, now: Timestamp) -> Value {
+    let Notice { service, reason, message } = notice;
+    let (namespace, name) = (service.namespace(), service.name());
+    let of_node = if reason.is_of_one_node() { node.as_str() } else { "" };
+    let number = stable_hash(format!("{uid} {of_node} {reason:?} {message}").as_bytes());
+    let object = json!({"apiVersion": "v1", "kind": "Service", "namespace": namespace, "name": name, "uid": uid});
+    json!({
+        "apiVersion": "v1", "kind": "Event",
+        "metadata": {"name": format!("{name}.{number:016x}"), "namespace": namespace},
+        "involvedObject": object, "type": "Warning", "reason": reason.word(), "message": message,
+        "source": {"component": "fabricd", "host": node.as_str()},
+        "reportingComponent": "fabricd", "reportingInstance": node.as_str(),
+        "firstTimestamp": seconds(now), "lastTimestamp": seconds(now), "count": 1,
+    })
+}
+
+/// As the API has times: in whole seconds.
+fn seconds(time: Timestamp) -> String {
+    Timestamp::from_second(time.as_second()).unwrap_or(time).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_all_nodes_see_has_one_name_and_what_one_sees_has_its_own() {
+        let name = |reason, node: &str| {
+            let service = ObjectName::new("default", "web");
+            let notice = Notice { service, reason, message: "words".to_owned() };
+            let event = event(&notice, "uid-1", &node.parse().expect("a name"), Timestamp::UNIX_EPOCH);
+            event["metadata"]["name"].as_str().expect("text").to_owned()
+        };
+        assert_eq!(name(Reason::Refused, "node-1"), name(Reason::Refused, "node-2"));
+        assert_ne!(name(Reason::HealthCheck, "node-1"), name(Reason::HealthCheck, "node-2"));
+        assert_ne!(name(Reason::Refused, "node-1"), name(Reason::Conflict, "node-1"));
+        assert!(name(Reason::Refused, "node-1").starts_with("web."));
+    }
+
+    #[test]
+    fn times_are_in_whole_seconds() {
+        assert_eq!(seconds(Timestamp::new(0, 5_000_000).expect("a time")), "1970-01-01T00:00:00Z");
+    }
+}
