@@ -236,7 +236,7 @@ fn each_component_gives_the_daemon_what_it_takes_and_no_more() -> Result<()> {
     let plain = ["NET_ADMIN", "NET_RAW"];
     let fast = ["NET_ADMIN", "NET_RAW", "BPF", "PERFMON"];
     let policy = ["list watch networkpolicies", "list watch namespaces pods"];
-    let services = ["list watch services nodes", "list watch endpointslices"];
+    let services = ["list watch services nodes", "list watch endpointslices", "list servicecidrs", "create events"];
     for (component, setting, capable, rights) in [
         ("fast-path", "FABRICD_FAST_PATH", &fast[..], &[][..]),
         ("network-policy", "FABRICD_NETWORK_POLICY", &plain[..], &policy[..]),
