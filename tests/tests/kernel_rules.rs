@@ -75,7 +75,7 @@ fn nft_shows_what_was_written_and_it_is_found_again() {
         assert!(
             written.ends_with(
                 "~ nft replace chains of table inet fabric: forward, input, output, pods, postrouting, prerouting, senders\n\
-                 ~ nft replace chains of table bridge fabric: advertised, pods, prerouting\n"
+                 ~ nft replace chains of table bridge fabric: advertised, forward, pods, prerouting\n"
             ),
             "{written}"
         );

@@ -9,11 +9,13 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use fabric_core::model::Family;
 use fabric_core::policy::objects::{NamespaceObject, PodObject, PolicyObject};
 use fabric_core::policy::sets::{NamespaceSet, PodSet, PolicySet};
 use fabric_core::policy::{Cluster as Judge, Conn, State};
 use fabric_tests::fake_api::FakeApi;
 use fabric_tests::kubernetes::Nodes as _;
+use fabric_tests::lab::attack::frame_reaches;
 use fabric_tests::lab::{Connection, Families, Lab, Node, Pod, wait_until};
 use fabric_tests::policies::{NAMESPACES, namespace, pod, pods_of, policies_of, policy};
 use serde_json::{Value, json};
@@ -43,8 +45,7 @@ impl Cluster {
 
     /// Starts the daemon of a node, and waits until policies are in force.
     fn start_fabricd(&self, node: &Node) -> Result<()> {
-        let env: Vec<(&str, &str)> = self.env.iter().map(|(name, value)| (*name, value.as_str())).collect();
-        node.start_fabricd_with(&["--network-policy", "on"], &env)?;
+        start_fabricd(node, &self.env)?;
         wait_until("policies are in force", SOON, || {
             let reply = node.http_get(9472, "/readyz")?;
             ensure!(reply.status == 200, "{}", reply.body);
@@ -69,6 +70,12 @@ impl Cluster {
     fn object(&self, space: &str, name: &str) -> Result<Value> {
         self.api.get(&pods_of(space), name).with_context(|| format!("no pod {space}/{name}"))
     }
+}
+
+/// Starts the daemon of a node.
+fn start_fabricd(node: &Node, env: &[(&'static str, String)]) -> Result<()> {
+    let env: Vec<(&str, &str)> = env.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    node.start_fabricd_with(&["--network-policy", "on"], &env)
 }
 
 /// What a pod listens on: ports of TCP, and of UDP where it sends back what comes.
@@ -429,5 +436,59 @@ fn open_connection_that_a_policy_forbids_is_cut_and_others_go_on() -> Result<()>
     })?;
     let report = kept.stop()?;
     assert!(report.broken.is_none() && report.echoed > 0, "{report:?}");
+    Ok(())
+}
+
+#[test]
+fn frame_with_vlan_tags_reaches_no_pod() -> Result<()> {
+    let cluster = open_and_closed()?;
+    let node = &cluster.nodes[0];
+    let (web, target) = (cluster.add_pod(node, "open", "web")?, cluster.add_pod(node, "open", "target")?);
+    let closed = cluster.add_pod(node, "closed", "closed")?;
+    let (priority, service) = (0x8100, 0x88a8);
+    for family in [Family::V4, Family::V6] {
+        let source = web.ip(family)?;
+        let reaches = |to: &Pod, tags: &[u16]| frame_reaches(&web, source, to, tags);
+        wait_until("a frame without tags gets where policies let it", SOON, || {
+            ensure!(reaches(&target, &[])?, "it doesn't");
+            Ok(())
+        })?;
+        for tags in [&[][..], &[priority], &[service], &[priority, priority], &[service, priority]] {
+            assert!(!reaches(&closed, tags)?, "{family} {tags:x?}: nothing may reach it");
+            assert_eq!(reaches(&target, tags)?, tags.is_empty(), "{family} {tags:x?}: not even where all may");
+        }
+    }
+    let dropped = node.http_get(9472, "/metrics")?.body;
+    let counted = |line: &&str| line.contains("pods send each other no VLAN tags") && !line.ends_with(" 0");
+    assert!(dropped.lines().any(|line| counted(&line)), "{dropped}");
+    Ok(())
+}
+
+#[test]
+fn pod_reaches_nothing_by_the_address_of_another_or_by_fragments() -> Result<()> {
+    let cluster = open_and_closed()?;
+    let node = &cluster.nodes[0];
+    let (web, target) = (cluster.add_pod(node, "open", "web")?, cluster.add_pod(node, "open", "target")?);
+    let closed = cluster.add_pod(node, "closed", "closed")?;
+    for family in [Family::V4, Family::V6] {
+        wait_until("the pod itself gets there", SOON, || {
+            ensure!(frame_reaches(&web, web.ip(family)?, &target, &[])?, "it doesn't");
+            Ok(())
+        })?;
+        assert!(!frame_reaches(&closed, web.ip(family)?, &target, &[])?, "{family}: another's address");
+        let sink = target.network()?.run(|| Ok(UdpSocket::bind((target.ip(family)?, 0))?))?;
+        sink.set_read_timeout(Some(PATIENCE / 8))?;
+        let to = sink.local_addr()?;
+        // Larger than any packet here: the pod's kernel makes three of it.
+        for (from, is_allowed) in [(&web, true), (&closed, false)] {
+            let socket = from.network()?.run(|| Ok(UdpSocket::bind((from.ip(family)?, 0))?))?;
+            let arrives = || -> Result<bool> {
+                socket.send_to(&[7; 4000], to)?;
+                Ok(sink.recv(&mut [0; 4096]).is_ok())
+            };
+            let tries = (0..5).map(|_| arrives()).collect::<Result<Vec<_>>>()?;
+            assert_eq!(tries.contains(&true), is_allowed, "{family}: fragments");
+        }
+    }
     Ok(())
 }

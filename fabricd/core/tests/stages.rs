@@ -99,7 +99,7 @@ fn sets_and_chains_come_before_devices_and_tables_go_after_them() {
 + nft add set bridge fabric pods6 { type ifname . ether_addr . ipv6_addr; }
 + nft add set bridge fabric ports { type ifname; }
 ~ nft replace chains of table inet fabric: forward, input, pods, senders
-~ nft replace chains of table bridge fabric: advertised, pods, prerouting
+~ nft replace chains of table bridge fabric: advertised, forward, pods, prerouting
 + nft insert rule ip filter DOCKER-USER ip saddr 10.64.0.0/12 accept
 + nft insert rule ip filter DOCKER-USER ip daddr 10.64.0.0/12 accept
 + ip link add fabric.7 address 02:42:c0:00:02:01 mtu 1450 up type vxlan id 7 dstport 8472 local 192.0.2.1 nolearning

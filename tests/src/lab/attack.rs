@@ -1,4 +1,4 @@
-//! What an attacker sends: encapsulated packets that no node made, and messages that only a router may send.
+//! What an attacker sends: encapsulated packets that no node made, messages that only a router may send, frames with tags.
 //!
 //! A packet to a pod is built whole, inner Ethernet header included, and sent as what UDP carries: so it comes from
 //! wherever the sender is, and is cut into fragments where the sender's MTU says so.
@@ -69,36 +69,82 @@ impl Forged {
         packet.extend((self.vni << 8).to_be_bytes());
         packet.extend(self.vtep.octets());
         packet.extend([2, 0, 0, 0, 0, 1]);
-        let length = u16::try_from(8 + self.size)?;
-        let mut udp = [7_u16, target.port(), length, 0].iter().flat_map(|n| n.to_be_bytes()).collect::<Vec<u8>>();
-        udp.resize(8 + self.size, 0);
-        match (self.source, target.ip()) {
-            (IpAddr::V4(source), IpAddr::V4(target)) => {
-                packet.extend([8, 0]);
-                let mut header = vec![0x45, 0];
-                header.extend((20 + length).to_be_bytes());
-                header.extend([0, 0, 0, 0, 64, 17, 0, 0]);
-                header.extend(source.octets());
-                header.extend(target.octets());
-                let sum = checksum(&header);
-                header[10..12].copy_from_slice(&sum.to_be_bytes());
-                packet.extend(header);
-            }
-            (IpAddr::V6(source), IpAddr::V6(target)) => {
-                packet.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
-                packet.extend(length.to_be_bytes());
-                packet.extend([17, 64]);
-                packet.extend(source.octets());
-                packet.extend(target.octets());
-                let pseudo = [&source.octets()[..], &target.octets(), &[0, 0], &length.to_be_bytes(), &[0, 0, 0, 17]];
-                let sum = checksum(&[&pseudo.concat()[..], &udp].concat());
-                udp[6..8].copy_from_slice(&sum.to_be_bytes());
-            }
-            _ => bail!("{} and {target} are of two families", self.source),
-        }
-        packet.extend(udp);
+        packet.extend(behind_the_addresses(self.source, target, self.size)?);
         Ok(packet)
     }
+}
+
+/// What stands behind the addresses of a frame with a UDP packet: Ethernet type, IP header, UDP header, zeros.
+fn behind_the_addresses(source: IpAddr, target: SocketAddr, size: usize) -> Result<Vec<u8>> {
+    let mut packet = vec![];
+    let length = u16::try_from(8 + size)?;
+    let mut udp = [7_u16, target.port(), length, 0].iter().flat_map(|n| n.to_be_bytes()).collect::<Vec<u8>>();
+    udp.resize(8 + size, 0);
+    match (source, target.ip()) {
+        (IpAddr::V4(source), IpAddr::V4(target)) => {
+            packet.extend([8, 0]);
+            let mut header = vec![0x45, 0];
+            header.extend((20 + length).to_be_bytes());
+            header.extend([0, 0, 0, 0, 64, 17, 0, 0]);
+            header.extend(source.octets());
+            header.extend(target.octets());
+            let sum = checksum(&header);
+            header[10..12].copy_from_slice(&sum.to_be_bytes());
+            packet.extend(header);
+        }
+        (IpAddr::V6(source), IpAddr::V6(target)) => {
+            packet.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
+            packet.extend(length.to_be_bytes());
+            packet.extend([17, 64]);
+            packet.extend(source.octets());
+            packet.extend(target.octets());
+            let pseudo = [&source.octets()[..], &target.octets(), &[0, 0], &length.to_be_bytes(), &[0, 0, 0, 17]];
+            let sum = checksum(&[&pseudo.concat()[..], &udp].concat());
+            udp[6..8].copy_from_slice(&sum.to_be_bytes());
+        }
+        _ => bail!("{source} and {target} are of two families"),
+    }
+    packet.extend(udp);
+    Ok(packet)
+}
+
+/// Sends a UDP packet that claims to be from `source` from a pod to another on its bridge, in a frame with these tags (`ETH_P_8021Q`, `ETH_P_8021AD`), and tells
+/// whether it got there. The tags are of VLAN 0, which is none: whoever gets such a frame takes the packet behind them.
+///
+/// # Errors
+/// A socket can't be opened.
+pub fn frame_reaches(from: &Pod, source: IpAddr, to: &Pod, tags: &[u16]) -> Result<bool> {
+    use nix::ifaddrs::getifaddrs;
+    use nix::sys::socket::{AddressFamily, LinkAddr, MsgFlags, SockFlag, SockType, sendto, socket};
+    use std::os::fd::AsRawFd as _;
+
+    let family = Family::of(source);
+    let sink = udp_socket(to, family)?;
+    sink.set_read_timeout(Some(PATIENCE))?;
+    let eth0 = |pod: &Pod| {
+        pod.network()?.run(|| {
+            let of_link = |link: nix::ifaddrs::InterfaceAddress| link.address?.as_link_addr().copied();
+            let mut links = getifaddrs()?.filter(|link| link.interface_name == "eth0").filter_map(of_link);
+            let eth0: LinkAddr = links.next().context("no eth0")?;
+            Ok(eth0)
+        })
+    };
+    let (own, other) = (eth0(from)?, eth0(to)?);
+    let mut frame = [other.addr().context("no MAC address")?, own.addr().context("no MAC address")?].concat();
+    tags.iter().for_each(|tag| frame.extend([tag.to_be_bytes(), [0, 0]].concat()));
+    let target = SocketAddr::new(to.ip(family)?, sink.local_addr()?.port());
+    frame.extend(behind_the_addresses(source, target, 9)?);
+    let open = || Ok(socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)?);
+    let socket = from.network()?.run(open)?;
+    for _ in 0..3 {
+        sendto(socket.as_raw_fd(), &frame, &own, MsgFlags::empty())?;
+        match sink.recv_from(&mut [0; 64]) {
+            Ok(_) => return Ok(true),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+            Err(error) => bail!("the pod's socket: {error}"),
+        }
+    }
+    Ok(false)
 }
 
 /// RFC 1071.

@@ -4,7 +4,7 @@
 //! the bridge, and holds from a pod's first packet: on input and forward, since a chain on prerouting would be entered
 //! by every encapsulated packet too, twice. In the bridge's table it is by port: a port is known a moment after it is
 //! made, and whose it is a moment later, when the CNI plugin has saved it. From then on only the pod's own MAC address
-//! and addresses pass there; until then, all of this node.
+//! and addresses pass there; until then, all of this node. Frames with VLAN tags don't pass between ports at all.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -29,9 +29,13 @@ const ARP: u32 = 0x0806;
 /// Sets of ports.
 const PORTS: SetKind = SetKind::of(&[Datatype::Interface]);
 
+/// `ETH_P_8021Q`, `ETH_P_8021AD`.
+const TAGS: [u32; 2] = [0x8100, 0x88a8];
+
 const ROUTERS: &str = "a pod is no router";
 const SPOOFED: &str = "a pod's source is not in this node's subnet";
 const FORGED: &str = "a pod claims an address that is not its own";
+const TAGGED: &str = "pods send each other no VLAN tags";
 
 pub(super) fn add(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>) {
     on_the_host(ruleset, inputs);
@@ -97,6 +101,14 @@ fn on_the_bridge(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>) {
         Verdict::Jump("pods".into()),
         "from a pod",
     ));
+    // What has a tag goes past the host's hooks (`bridge-nf-filter-vlan-tagged`, and two tags whatever that says), and who
+    // gets a tag of VLAN 0 takes the packet behind it.
+    let forward = table.at("forward", ChainKind::Filter, Place::Forward, senders::FILTER);
+    for tag in TAGS {
+        for port in [Field::InInterface, Field::OutInterface] {
+            forward.push(Rule::drop([Match::is(Field::FrameType, tag), Match::all_in(&[port], "ports")], TAGGED));
+        }
+    }
     let pods = table.called("pods");
     for (family, protocol, kinds) in
         [(Family::V4, ICMP, [REDIRECT, ADVERTISEMENT]), (Family::V6, ICMPV6, [V6_ADVERTISEMENT, V6_REDIRECT])]

@@ -222,6 +222,13 @@ chain advertised {
   iifname @known counter drop comment "a pod claims an address that is not its own"
   @th,64,128 != 2001:db8:0:1::/64 counter drop comment "a pod's source is not in this node's subnet"
 }
+chain forward {
+  type filter hook forward priority 0; policy accept;
+  ether type 0x8100 iifname @ports counter drop comment "pods send each other no VLAN tags"
+  ether type 0x8100 oifname @ports counter drop comment "pods send each other no VLAN tags"
+  ether type 0x88a8 iifname @ports counter drop comment "pods send each other no VLAN tags"
+  ether type 0x88a8 oifname @ports counter drop comment "pods send each other no VLAN tags"
+}
 chain pods {
   meta protocol 0x0800 meta l4proto 1 @th,0,8 5 counter drop comment "a pod is no router"
   meta protocol 0x0800 meta l4proto 1 @th,0,8 9 counter drop comment "a pod is no router"

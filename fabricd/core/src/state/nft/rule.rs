@@ -161,8 +161,10 @@ pub enum Field {
     Mark,
     /// Its address family, in a table that sees both.
     NetworkFamily,
-    /// Its Ethernet type, in a table that sees frames.
+    /// Its Ethernet type, in a table that sees frames; of a frame with a VLAN tag that behind the tag.
     EtherType,
+    /// The Ethernet type that stands behind the addresses of a frame: of one with a VLAN tag that of the tag.
+    FrameType,
     /// The Ethernet address that it claims to come from.
     SourceMac,
     /// The address that an ARP message claims.
@@ -177,6 +179,8 @@ pub enum Field {
     Source(Family),
     /// Destination address.
     Target(Family),
+    /// Hop limit of an IPv6 packet.
+    HopLimit,
     /// Source port.
     SourcePort,
     /// Destination port.

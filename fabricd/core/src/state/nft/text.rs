@@ -242,7 +242,7 @@ impl fmt::Display for Spelled {
             (Some(Field::SourceType | Field::TargetType), super::LOCAL) => f.write_str("local"),
             (Some(Field::CtDirection), 0) => f.write_str("original"),
             (Some(Field::CtDirection), 1) => f.write_str("reply"),
-            (Some(Field::EtherType | Field::InnerType), number) => write!(f, "{number:#06x}"),
+            (Some(Field::EtherType | Field::FrameType | Field::InnerType), number) => write!(f, "{number:#06x}"),
             (_, number) => number.fmt(f),
         }
     }
@@ -293,6 +293,7 @@ impl fmt::Display for Field {
             Self::Mark => "meta mark",
             Self::NetworkFamily => "meta nfproto",
             Self::EtherType => "meta protocol",
+            Self::FrameType => "ether type",
             Self::SourceMac => "ether saddr",
             Self::ArpSource => "arp saddr ip",
             Self::AdvertisedAddress => "@th,64,128",
@@ -302,6 +303,7 @@ impl fmt::Display for Field {
             Self::Source(Family::V6) => "ip6 saddr",
             Self::Target(Family::V4) => "ip daddr",
             Self::Target(Family::V6) => "ip6 daddr",
+            Self::HopLimit => "ip6 hoplimit",
             Self::SourcePort => "th sport",
             Self::TargetPort => "th dport",
             Self::IcmpType => "@th,0,8",
