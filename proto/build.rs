@@ -14,7 +14,7 @@ const ENUMS: [(&str, &str); 9] = [
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let protos = ["diagnosis", "events", "fabric", "kernel", "leases", "mesh", "service", "services"];
+    let protos = ["diagnosis", "events", "fabric", "kernel", "leases", "mesh", "policy", "service", "services"];
     let protos = protos.map(|name| format!("fabric/v1/{name}.proto"));
     let mut compiler = protox::Compiler::new(["."])?;
     compiler.include_imports(true).open_files(&protos)?;

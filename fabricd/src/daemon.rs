@@ -149,9 +149,13 @@ async fn serve(
         reconciler.run(holding).await;
         "the reconcile loop has ended".to_owned()
     });
-    let (policy_status, policy_counters) =
-        policies.as_ref().map(|policies| (policies.status(), policies.counters())).unzip();
+    let (policy, policy_counters) = policies.as_ref().map(|policies| (policies.view(), policies.counters())).unzip();
     if let Some(policies) = policies {
+        let view = policies.view();
+        tasks.spawn(async move {
+            view.drops.run(view.in_force).await;
+            "the task that reads what network policies drop has ended".to_owned()
+        });
         tasks.spawn(async {
             policies.run().await;
             "the loop of network policies has ended".to_owned()
@@ -193,8 +197,11 @@ async fn serve(
         mesh::run(probed, told, seen).await;
         "the reconcile loop has ended".to_owned()
     });
-    let (policy, services) = (policy_status, services_handle);
-    let sections = Sections { policy: policy.clone(), services: services.as_ref().map(|of| of.status.clone()) };
+    let services = services_handle;
+    let sections = Sections {
+        policy: policy.as_ref().map(|of| of.status.clone()),
+        services: services.as_ref().map(|of| of.status.clone()),
+    };
     for (name, section) in sections.iter() {
         let told = events.clone();
         tasks.spawn(async move {
@@ -202,13 +209,19 @@ async fn serve(
             format!("the loop of {name} has ended")
         });
     }
-    let inspector = Inspector { store: Some(probe), mesh: mesh.clone(), places: Places::of(config), sections };
+    let inspector = Inspector {
+        store: Some(probe),
+        mesh: mesh.clone(),
+        places: Places::of(config),
+        sections,
+        policy: policy.clone(),
+    };
     let inspector = Arc::new(inspector);
     let access = remote.as_ref().and_then(|(_, tls)| Some((tls.clone(), config.api_addr.0?.port())));
     let remote_access = Remote { access };
     let store = Arc::new(config.store_settings());
     let sources =
-        Sources { view, services, events, mesh, inspector, remote: remote_access, log_level, controls, store };
+        Sources { view, policy, services, events, mesh, inspector, remote: remote_access, log_level, controls, store };
     if let Some(listener) = health {
         let mut metrics = Metrics::new(&counters);
         if let Some(policies) = &policy_counters {

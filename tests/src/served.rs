@@ -53,6 +53,7 @@ impl Served {
         let mesh = Arc::new(mesh);
         let sources = Sources {
             services: None,
+            policy: None,
             view: seen,
             events: Arc::new(Events::default()),
             inspector: Arc::new(Inspector {
@@ -60,6 +61,7 @@ impl Served {
                 mesh: mesh.clone(),
                 places: nowhere(),
                 sections: Sections::default(),
+                policy: None,
             }),
             remote: Remote { access: None },
             mesh,

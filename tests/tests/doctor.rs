@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use fabric_core::diff::diff;
+use fabric_core::firewall::{self, TableKind};
 use fabric_core::handoff::{NotReady, Readiness};
 use fabric_core::leases::{Entry, LeaseSet};
 use fabric_core::model::{Family, Vni};
@@ -23,6 +24,8 @@ use fabricd::host::underlay::{DefaultRoute, HostLink};
 use fabricd::kernel::Observed;
 use fabricd::kernel::routing::fib::{Action, Fib, PolicyRule, Route};
 use fabricd::mesh::Mesh;
+use fabricd::policy::drops::DropLog;
+use fabricd::policy::status::PolicyView;
 use fabricd::reconcile::Snapshot;
 use fabricd::status::section::SectionStatus;
 use fabricd::status::view::{PeerTrouble, View};
@@ -38,6 +41,7 @@ struct Node {
     fib: Fib,
     certificates: Vec<PathBuf>,
     sections: Sections,
+    policy: Option<PolicyView>,
 }
 
 impl Node {
@@ -79,6 +83,7 @@ impl Node {
             fib,
             certificates: vec![],
             sections: Sections::default(),
+            policy: None,
         };
         for (file, content) in [
             ("proc/sys/kernel/osrelease", "6.1.0-amd64"),
@@ -142,10 +147,25 @@ impl Node {
         };
         let (view, mesh, fib) = (Arc::new(self.view.clone()), Arc::new(Mesh::default()), Arc::new(self.fib.clone()));
         let sections = self.sections.clone();
-        let scene = Scene { view, snapshot, mesh, places, fib, sections };
+        let scene = Scene { view, snapshot, mesh, places, fib, sections, policy: self.policy.clone() };
         let (_, _, check) = checks::ALL.iter().find(|(name, ..)| *name == id).context("no such check")?;
         Ok(check(&scene))
     }
+}
+
+/// Network policies that are put in force, as they stand.
+fn policies(ready: Result<(), String>, warnings: &[&str]) -> PolicyView {
+    let warnings = warnings.iter().map(|warning| (*warning).to_owned()).collect();
+    let status = watch::channel(Arc::new(SectionStatus { ready, warnings })).1;
+    PolicyView { status, in_force: watch::channel(None).1, drops: DropLog::default() }
+}
+
+/// The chains that kube-router makes with iptables.
+fn kube_router() -> firewall::Firewall {
+    let chains = ["FORWARD", "KUBE-ROUTER-FORWARD"].map(|name| (name.to_owned(), firewall::Chain::default())).into();
+    let (kind, name) = (TableKind::Iptables, "filter".to_owned());
+    let table = firewall::Table { kind, name, chains, sets: Default::default() };
+    firewall::Firewall { tables: vec![table], ..firewall::Firewall::default() }
 }
 
 fn rule(priority: u32, table: u32) -> PolicyRule {
@@ -490,6 +510,16 @@ const BROKEN: &[(&str, Breakage, Outcome, &str)] = &[
         "10.244.9.0/24 dev eth1 proto bird leads into the network",
     ),
     (
+        "policy-controllers",
+        |n| {
+            n.policy = Some(policies(Ok(()), &[]));
+            n.observed.firewall = Arc::new(kube_router());
+            Ok(())
+        },
+        Outcome::Warning,
+        "kube-router has rules for NetworkPolicies here",
+    ),
+    (
         "certificates",
         |n| {
             let file = n.root.path().join("ca.pem");
@@ -604,6 +634,15 @@ fn without_a_device_or_a_table_nothing_is_said_of_them() -> Result<()> {
     node.observed.filter.clear();
     assert_eq!(node.check("filter-drops")?.outcome, Outcome::Skipped);
     assert_eq!(node.check("egress")?.outcome, Outcome::Skipped, "there is no way out at all");
+    Ok(())
+}
+
+#[test]
+fn program_that_puts_policies_in_force_where_fabricd_does_not_is_named_and_fine() -> Result<()> {
+    let mut node = Node::well()?;
+    node.observed.firewall = Arc::new(kube_router());
+    let found = node.check("policy-controllers")?;
+    assert_eq!(found, Finding::fine("NetworkPolicies are put in force by kube-router"));
     Ok(())
 }
 

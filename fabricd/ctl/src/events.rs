@@ -40,7 +40,7 @@ pub fn line(screen: &Screen, event: &Event, now: SystemTime) -> String {
 }
 
 /// When something was, by the clock, in UTC: as logs have it.
-fn clock(unix_millis: i64) -> String {
+pub fn clock(unix_millis: i64) -> String {
     let Ok(then) = OffsetDateTime::from_unix_timestamp(unix_millis.div_euclid(1000)) else { return String::new() };
     format!("{}T{:02}:{:02}:{:02}Z", then.date(), then.hour(), then.minute(), then.second())
 }

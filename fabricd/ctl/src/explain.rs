@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
+use clap::ValueEnum;
 use fabric_proto::v1::{CheckResult, ExplainRequest, ExplainResponse, Hop, PacketSender};
 use fabricd::diagnosis::explain::PACKET;
 use fabricd::diagnosis::packet::{self, Seen};
@@ -18,13 +19,48 @@ use crate::output::{Output, Screen, Tone};
 use crate::table::{Cell, render};
 use crate::{Answer, NOT_ALL_WELL, daemon};
 
+/// The protocol of a port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Protocol {
+    #[default]
+    Tcp,
+    Udp,
+    Sctp,
+}
+
+impl Protocol {
+    /// As the API has it.
+    fn word(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Sctp => "sctp",
+        }
+    }
+}
+
 /// Shows it; exit code 4 when something on the path is wrong, or was not seen.
-pub async fn show(socket: &Path, output: Output, source: IpAddr, target: IpAddr) -> anyhow::Result<Answer> {
-    let request = ExplainRequest { source: source.to_string(), target: target.to_string(), local_only: false };
+pub async fn show(
+    socket: &Path,
+    output: Output,
+    (source, target): (IpAddr, IpAddr),
+    to: Option<(Protocol, u16)>,
+) -> anyhow::Result<Answer> {
+    let request = ExplainRequest {
+        source: source.to_string(),
+        target: target.to_string(),
+        local_only: false,
+        port: to.map_or(0, |(_, port)| port.into()),
+        protocol: to.map_or("", |(protocol, _)| protocol.word()).into(),
+    };
     let answer = daemon::connect(socket).await?.explain(request).await;
     let mut path = answer.map_err(|status| daemon::told(&status))?.into_inner();
     let sent = match path.sender.clone() {
-        Some(sender) => spawn_blocking(move || send(&sender)).await?,
+        // Policies may allow one direction and not the other.
+        Some(sender) if to.is_some() && sender.from != source.to_string() => {
+            Err(format!("only the pod with {source} can connect: explain it on its node"))
+        }
+        Some(sender) => spawn_blocking(move || send(&sender, to)).await?,
         None => Err("neither end is a pod of this node that can send one".to_owned()),
     };
     let well = conclude(&mut path, sent);
@@ -38,19 +74,27 @@ struct Sent {
     from: String,
     to: String,
     outside: bool,
+    /// Where it was sent to; `None` for a ping.
+    port: Option<(Protocol, u16)>,
     pod: Seen,
     host: Option<Seen>,
 }
 
-fn send(sender: &PacketSender) -> Result<Sent, String> {
+fn send(sender: &PacketSender, port: Option<(Protocol, u16)>) -> Result<Sent, String> {
     let parse = |ip: &str| ip.parse::<IpAddr>().map_err(|error| error.to_string());
     let (from, to) = (parse(&sender.from)?, parse(&sender.to)?);
-    let pod = packet::ping_in(Path::new(&sender.netns), from, to)
-        .map_err(|error| format!("the pod's network namespace {} can't be entered: {error}", sender.netns))?;
+    let attempt = move || match port {
+        None => packet::ping(from, to),
+        Some((Protocol::Tcp, port)) => packet::connect(from, to, port),
+        Some((Protocol::Udp, port)) => packet::knock(from, to, port),
+        Some((Protocol::Sctp, _)) => Err(std::io::Error::other("nothing is sent by SCTP")),
+    };
+    let pod = packet::inside(Path::new(&sender.netns), attempt)
+        .map_err(|error| format!("nothing can be sent from the pod's network namespace {}: {error}", sender.netns))?;
     let any = if to.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
-    let host = (sender.outside && !pod.answered()).then(|| packet::ping(any, to).ok()).flatten();
+    let host = (sender.outside && port.is_none() && !pod.answered()).then(|| packet::ping(any, to).ok()).flatten();
     let (node, from, to) = (sender.node.clone(), sender.from.clone(), sender.to.clone());
-    Ok(Sent { node, from, to, outside: sender.outside, pod, host })
+    Ok(Sent { node, from, to, outside: sender.outside, port, pod, host })
 }
 
 /// Adds the packet to the path, and judges all of it: what is wrong, what was not seen, and what contradicts it.
@@ -64,10 +108,11 @@ fn conclude(path: &mut ExplainResponse, sent: Result<Sent, String>) -> bool {
                 hop.expected = where_to_look(&sent);
             }
             if hop.result() == CheckResult::Skipped {
-                add(
-                    &mut path.missing,
-                    "whether packets get there: the other end answers no pings, not even this node's",
-                );
+                let why = match sent.port {
+                    None => "the other end answers no pings, not even this node's",
+                    Some(_) => "a program that takes a packet of UDP need not answer",
+                };
+                add(&mut path.missing, &format!("whether packets get there: {why}"));
             }
             // A pod may answer a ping and nothing else: the daemons' own packets count for what they are then.
             path.hops.push(hop);
@@ -92,10 +137,14 @@ fn conclude(path: &mut ExplainResponse, sent: Result<Sent, String>) -> bool {
 }
 
 fn hop_of(sent: &Sent) -> Hop {
-    let Sent { node, from, to, outside, pod, host } = sent;
-    let mut found = format!("ping from the pod, {from} to {to}: {pod}");
+    let Sent { node, from, to, outside, port, pod, host } = sent;
+    let mut found = match port {
+        None => format!("ping from the pod, {from} to {to}: {pod}"),
+        Some((protocol, port)) => format!("{} from the pod, {from} to {to} port {port}: {pod}", protocol.word()),
+    };
     let (result, expected) = match (pod, outside, host) {
         (Seen::Answered(_), ..) => (CheckResult::Ok, String::new()),
+        (Seen::Nothing, ..) if matches!(port, Some((Protocol::Udp, _))) => (CheckResult::Skipped, String::new()),
         (Seen::Nothing, true, Some(host)) if !host.answered() => {
             let _ = write!(found, "; nor was this node's own");
             (CheckResult::Skipped, String::new())
@@ -164,7 +213,7 @@ fn describe(screen: &Screen, path: &ExplainResponse) -> String {
         if rows.is_empty() { String::new() } else { render(screen, ["", "NODE", "LAYER", "STATE", "FOUND"], &rows) };
     if let Some(hop) = marked.and_then(|place| path.hops.get(place)) {
         let said = match arrived {
-            true => screen.paint("The ping was answered, though this is wrong", Tone::Doubtful),
+            true => screen.paint("The packet was answered, though this is wrong", Tone::Doubtful),
             false => screen.paint("Here packets are lost", Tone::Bad),
         };
         let _ = writeln!(text, "\n{said}: {} of {}: {}", hop.layer, hop.node, hop.found);
@@ -200,7 +249,8 @@ mod tests {
 
     fn sent(pod: Seen, host: Option<Seen>) -> Result<Sent, String> {
         let outside = host.is_some();
-        Ok(Sent { node: "node-1".into(), from: "10.244.1.2".into(), to: "10.244.2.2".into(), outside, pod, host })
+        let (from, to) = ("10.244.1.2".into(), "10.244.2.2".into());
+        Ok(Sent { node: "node-1".into(), from, to, outside, port: None, pod, host })
     }
 
     #[test]

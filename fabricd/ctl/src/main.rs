@@ -16,6 +16,7 @@ mod network_set;
 mod output;
 mod peers;
 mod plan;
+mod policy;
 mod service;
 mod settings;
 mod status;
@@ -123,6 +124,12 @@ enum Command {
         source: IpAddr,
         /// Destination address
         target: IpAddr,
+        /// Destination port: whether network policies allow it, and an attempt to connect instead of a ping
+        #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+        port: Option<u16>,
+        /// Protocol of the port
+        #[arg(long, value_enum, default_value_t, requires = "port")]
+        protocol: explain::Protocol,
         #[command(flatten)]
         form: OutputArg,
     },
@@ -132,6 +139,19 @@ enum Command {
         name: Option<String>,
         #[command(flatten)]
         form: OutputArg,
+    },
+    /// Network policies: which pods of this node they isolate, and what each rule has counted
+    Policy {
+        #[command(flatten)]
+        form: OutputArg,
+    },
+    /// What network policies drop from now on, with names of pods and policies: of each cause up to 100 packets a second
+    Drops {
+        #[command(flatten)]
+        form: OutputArg,
+        /// Follow, as it does anyway
+        #[arg(short, long)]
+        follow: bool,
     },
     /// Test connectivity with real traffic: gateway, other nodes, Services, DNS, outside
     Test(Box<test::TestArgs>),
@@ -233,7 +253,11 @@ async fn run(command: Command, socket: &Path) -> anyhow::Result<Answer> {
         Command::Leases { form, watch: true } => peers::watch_leases(socket, form.output).await,
         Command::Mesh { form, peers, probe, .. } => mesh::show(socket, form.output, peers, probe).await,
         Command::Doctor { form, what, .. } => doctor::show(socket, form.output, &what).await,
-        Command::Explain { source, target, form } => explain::show(socket, form.output, source, target).await,
+        Command::Explain { source, target, port, protocol, form } => {
+            explain::show(socket, form.output, (source, target), port.map(|port| (protocol, port))).await
+        }
+        Command::Policy { form } => policy::show(socket, form.output).await,
+        Command::Drops { form, .. } => policy::drops(socket, form.output).await,
         Command::Service { name, form } => service::show(socket, form.output, name).await,
         Command::Top { once, form, .. } if once || form.output.is_data() => top::once(socket, form.output).await,
         Command::Top { every, .. } => top::run(socket, Duration::from_secs(every)).await,

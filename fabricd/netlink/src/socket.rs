@@ -64,6 +64,12 @@ impl RequestSocket {
         self.port
     }
 
+    /// From now on it hears what the kernel sends to it by itself, as some of its parts do when they are asked to.
+    #[must_use]
+    pub fn into_events(self) -> EventSocket {
+        EventSocket { socket: self.socket, received: self.received }
+    }
+
     /// Sends writes that happen as one or not at all, one of which asks for an acknowledgement. They have to be in one
     /// datagram, however large.
     ///
@@ -231,14 +237,24 @@ impl EventSocket {
     /// # Errors
     /// What the system says.
     pub fn wait(&mut self, timeout: Duration) -> io::Result<bool> {
+        match self.hear(timeout, |_| ()) {
+            Err(error) if is_overrun(&error) => Ok(true),
+            heard => heard,
+        }
+    }
+
+    /// Waits for a datagram, so long, and gives each of its frames to `read`. False when there was none.
+    ///
+    /// # Errors
+    /// What the system says; see [`is_overrun`] for what is to be expected.
+    pub fn hear(&mut self, timeout: Duration, read: impl FnMut(Frame<'_>)) -> io::Result<bool> {
         let timeout = Timespec::try_from(timeout).map_err(io::Error::other)?;
-        if poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&timeout))? == 0 {
-            return Ok(false);
-        }
-        match receive(&self.socket, &mut self.received) {
-            Err(error) if !is_overrun(&error) => Err(error),
-            _ => Ok(true),
-        }
+        match poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&timeout)) {
+            Ok(0) | Err(Errno::INTR) => return Ok(false),
+            polled => polled?,
+        };
+        frames(receive(&self.socket, &mut self.received)?).for_each(read);
+        Ok(true)
     }
 }
 

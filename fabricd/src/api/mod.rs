@@ -8,6 +8,7 @@
 //! | [`convert`] | the daemon's types in the API's words |
 //! | [`services`] | Services in the API's words |
 //! | [`changes`] | what `Watch…` methods tell |
+//! | [`policies`] | network policies |
 //! | [`questions`] | methods whose answers take a while |
 //! | [`remote`] | other daemons, asked through the fabric |
 //! | [`tls`] | certificates for TCP |
@@ -16,6 +17,7 @@
 
 pub mod changes;
 pub mod convert;
+pub mod policies;
 pub mod questions;
 pub mod remote;
 pub mod service;

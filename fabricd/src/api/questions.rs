@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::leases::Lease;
+use fabric_core::policy::model::Protocol;
 use fabric_core::record::LeaseKey;
 use fabric_proto::v1;
 use fabric_proto::v1::ask_nodes_request::Question as Asked;
@@ -77,8 +78,9 @@ pub async fn explain_all(sources: &Sources, request: v1::ExplainRequest) -> Resu
         text.parse().map_err(|_| Status::invalid_argument(format!("{text:?} is no IP address, as in 10.244.3.7")))
     };
     let (source, target) = (parse(&request.source)?, parse(&request.target)?);
+    let to = destination(&request)?;
     let scene = look(sources).await?;
-    let mut question = Question::new(&scene, source, target);
+    let mut question = Question::new(&scene, source, target, to);
     if let Some(services) = &sources.services {
         question.services = services.describe(&target.to_string()).await.unwrap_or_default();
     }
@@ -117,6 +119,19 @@ pub async fn explain_all(sources: &Sources, request: v1::ExplainRequest) -> Resu
     // What was read comes first, on the path's order: packets show that something is wrong, not what.
     response.hops.sort_by_key(|hop| hop.layer == PACKET);
     Ok(response)
+}
+
+/// Protocol and port that are asked about; `None` when it is about a ping.
+fn destination(request: &v1::ExplainRequest) -> Result<Option<(Protocol, u16)>, Status> {
+    let port = u16::try_from(request.port)
+        .map_err(|_| Status::invalid_argument(format!("port {} is not from 1 to 65535", request.port)))?;
+    let protocol = match request.protocol.as_str() {
+        "" | "tcp" => Protocol::Tcp,
+        "udp" => Protocol::Udp,
+        "sctp" => Protocol::Sctp,
+        other => return Err(Status::invalid_argument(format!("protocol {other:?} is none of tcp, udp, sctp"))),
+    };
+    Ok((port > 0).then_some((protocol, port)))
 }
 
 fn add(text: &mut String, more: &str) {

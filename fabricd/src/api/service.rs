@@ -13,6 +13,7 @@ use tonic::{Request, Response, Status};
 
 use super::changes::{self, Changes};
 use super::convert;
+use super::policies::{self, Drops};
 use super::questions::{self, Answers};
 use super::services;
 use super::sources::{Controls, Sources};
@@ -181,6 +182,18 @@ impl Fabric for Service {
         // Or questions would go round.
         self.controls()?;
         Ok(Response::new(questions::ask_nodes(self.sources.clone(), request.into_inner())?))
+    }
+
+    async fn get_policies(&self, _: Request<v1::GetPoliciesRequest>) -> Answer<v1::GetPoliciesResponse> {
+        Ok(Response::new(policies::all(self.sources.policy.clone()).await?))
+    }
+
+    type WatchDropsStream = Drops;
+
+    async fn watch_drops(&self, _: Request<v1::WatchDropsRequest>) -> Answer<Self::WatchDropsStream> {
+        // Rules change as long as somebody listens.
+        self.controls()?;
+        Ok(Response::new(policies::drops(self.sources.policy.as_ref())?))
     }
 
     async fn set_log_level(&self, request: Request<v1::SetLogLevelRequest>) -> Answer<v1::SetLogLevelResponse> {

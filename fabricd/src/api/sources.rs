@@ -12,6 +12,7 @@ use crate::config::StoreSettings;
 use crate::config::log_level::LogLevel;
 use crate::diagnosis::Inspector;
 use crate::mesh::Mesh;
+use crate::policy::status::PolicyView;
 use crate::status::events::Events;
 use crate::status::view::View;
 use crate::{lease, reconcile, services};
@@ -32,6 +33,8 @@ pub struct Sources {
     pub view: watch::Receiver<Arc<View>>,
     /// The loop of Services, if they are translated here.
     pub services: Option<services::handle::Handle>,
+    /// What there is to see of network policies, if they are put in force here.
+    pub policy: Option<PolicyView>,
     /// What happened.
     pub events: Arc<Events>,
     /// How the peers are reached.

@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
 use super::finding::{Culprit, Finding, all};
+use super::policy_checks::controllers;
 use super::{Inspector, Scene, addresses, cni_config};
 use super::{host_checks as host, manager_checks as managers, overlay_checks as overlay, pod_checks as pods};
 use crate::kernel;
@@ -26,7 +27,7 @@ pub type Check = (&'static str, &'static str, fn(&Scene) -> Finding);
 
 /// All checks but that of the store's speed, in the order in which they are made: what others follow from comes first.
 /// A title is a noun, so that it reads well before any finding.
-pub const ALL: [Check; 35] = [
+pub const ALL: [Check; 36] = [
     ("foreign-vxlan", "other overlays", overlay::other_overlays),
     ("ready", "readiness", ready),
     ("lease", "lease", lease),
@@ -41,6 +42,7 @@ pub const ALL: [Check; 35] = [
     ("overlap", "routes into the network", overlay::overlap),
     ("foreign-input", "input chains of other firewalls", foreign_input),
     ("foreign-forward", "forward chains of other firewalls", foreign_forward),
+    ("policy-controllers", "programs that put NetworkPolicies in force", controllers),
     ("peers", "peers", peers),
     ("mesh", "reachability of peers", mesh),
     ("filter-drops", "packets dropped by the packet filter", filter_drops),

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`checks`] | the list of checks, and those that need no more than what the daemon knows |
 //! | `overlay_checks` | the VTEP, and what stands beside it: other overlays, other routes |
+//! | `policy_checks` | network policies, and who else puts them in force |
 //! | `pod_checks`, [`addresses`] | the bridge, the pods that are attached to it, and their addresses |
 //! | [`host_checks`], `manager_checks`, [`cni_config`] | the host's files; programs that manage interfaces; CNI configurations |
 //! | [`standalone`] | what can be checked without a daemon |
@@ -22,6 +23,7 @@ mod manager_checks;
 mod overlay_checks;
 pub mod packet;
 mod pod_checks;
+mod policy_checks;
 pub mod standalone;
 
 use std::collections::BTreeSet;
@@ -39,6 +41,7 @@ use crate::kernel;
 use crate::kernel::links::HostLinks;
 use crate::kernel::routing::fib::Fib;
 use crate::mesh::Mesh;
+use crate::policy::status::PolicyView;
 use crate::reconcile::{self, Snapshot};
 pub use crate::status::section::Sections;
 use crate::status::view::View;
@@ -118,6 +121,8 @@ pub struct Inspector {
     pub places: Places,
     /// Services and network policies.
     pub sections: Sections,
+    /// Network policies, if they are put in force here.
+    pub policy: Option<PolicyView>,
 }
 
 /// All that is known at one moment.
@@ -135,6 +140,8 @@ pub struct Scene {
     pub fib: Arc<Fib>,
     /// How it stands with Services and network policies.
     pub sections: Sections,
+    /// Network policies, if they are put in force here.
+    pub policy: Option<PolicyView>,
 }
 
 impl Scene {
@@ -171,7 +178,8 @@ impl Inspector {
         network.send(reconcile::Command::Snapshot { reply }).await.ok()?;
         let snapshot = answer.await.ok()?;
         let fib = tokio::task::spawn_blocking(kernel::fib).await.ok().and_then(Result::ok).unwrap_or_default();
-        let (mesh, places, sections) = (Arc::clone(&self.mesh), self.places.clone(), self.sections.clone());
-        Some(Scene { view, snapshot, mesh, places, fib: Arc::new(fib), sections })
+        let (mesh, places, policy) = (Arc::clone(&self.mesh), self.places.clone(), self.policy.clone());
+        let sections = self.sections.clone();
+        Some(Scene { view, snapshot, mesh, places, fib: Arc::new(fib), sections, policy })
     }
 }

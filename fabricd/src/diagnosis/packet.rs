@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 use std::thread;
@@ -98,32 +98,53 @@ pub fn ping(from: IpAddr, to: IpAddr) -> io::Result<Seen> {
     Ok(Seen::Nothing)
 }
 
-/// Pings from within another network namespace.
+/// Sends from within another network namespace.
 ///
 /// # Errors
-/// When that can't be entered (`CAP_SYS_ADMIN`, a path of the host), or no raw socket opened there.
-pub fn ping_in(netns: &Path, from: IpAddr, to: IpAddr) -> io::Result<Seen> {
+/// When that can't be entered (`CAP_SYS_ADMIN`, a path of the host), and those of `send`.
+pub fn inside(netns: &Path, send: impl FnOnce() -> io::Result<Seen> + Send + 'static) -> io::Result<Seen> {
     let netns = File::open(netns)?;
     // A thread has the namespace for itself, and ends with it.
-    let pinging = thread::spawn(move || {
+    let sending = thread::spawn(move || {
         setns(netns, CloneFlags::CLONE_NEWNET)?;
-        ping(from, to)
+        send()
     });
-    pinging.join().map_err(|_| io::Error::other("the thread that pings has ended"))?
+    sending.join().map_err(|_| io::Error::other("the thread that sends has ended"))?
+}
+
+/// Begins a connection of TCP to a port, from whichever address of this network namespace leads there. That nobody listens is
+/// an answer, too; so says a firewall that rejects by a reset.
+///
+/// # Errors
+/// None: what the system says is what is seen.
+pub fn connect(from: IpAddr, to: IpAddr, port: u16) -> io::Result<Seen> {
+    let begin = Instant::now();
+    Ok(match TcpStream::connect_timeout(&SocketAddr::new(to, port), PATIENCE) {
+        Ok(connected) if connected.local_addr().is_ok_and(|own| own.ip() != from) => {
+            Seen::Unsent(format!("it goes out from another address than {from}"))
+        }
+        Ok(_) => Seen::Answered(begin.elapsed()),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Seen::Answered(begin.elapsed()),
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => Seen::Nothing,
+        Err(error) => unsent(&error),
+    })
 }
 
 /// A ping, or where no raw socket may be opened a UDP packet to a closed port.
 #[must_use]
 pub fn probe(from: IpAddr, to: IpAddr) -> Seen {
     let seen = match ping(from, to) {
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => knock(from, to),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => knock(from, to, CLOSED_PORT),
         seen => seen,
     };
     seen.unwrap_or_else(|error| unsent(&error))
 }
 
-/// Sends UDP packets to a port where nobody listens.
-fn knock(from: IpAddr, to: IpAddr) -> io::Result<Seen> {
+/// Sends UDP packets to a port. Where nobody listens the other end's kernel says so, which is an answer.
+///
+/// # Errors
+/// When no socket can be opened.
+pub fn knock(from: IpAddr, to: IpAddr, port: u16) -> io::Result<Seen> {
     let socket = match UdpSocket::bind(SocketAddr::new(from, 0)) {
         Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
             return Ok(Seen::Unsent(format!("{from} is not an address there")));
@@ -134,7 +155,7 @@ fn knock(from: IpAddr, to: IpAddr) -> io::Result<Seen> {
         IpAddr::V4(_) => setsockopt(&socket, sockopt::Ipv4RecvErr, &true)?,
         IpAddr::V6(_) => setsockopt(&socket, sockopt::Ipv6RecvErr, &true)?,
     }
-    socket.connect(SocketAddr::new(to, CLOSED_PORT))?;
+    socket.connect(SocketAddr::new(to, port))?;
     socket.set_read_timeout(Some(AGAIN))?;
     let begin = Instant::now();
     while begin.elapsed() < PATIENCE {
@@ -331,8 +352,8 @@ mod tests {
     fn closed_port_of_the_other_end_is_an_answer_in_both_families() {
         for ip in ["127.0.0.1", "::1"] {
             let ip: IpAddr = ip.parse().unwrap();
-            assert!(knock(ip, ip).unwrap().answered(), "{ip}");
+            assert!(knock(ip, ip, CLOSED_PORT).unwrap().answered(), "{ip}");
         }
-        assert!(matches!(knock("192.0.2.77".parse().unwrap(), "127.0.0.1".parse().unwrap()), Ok(Seen::Unsent(_))));
+        assert!(matches!(knock("192.0.2.77".parse().unwrap(), "127.0.0.1".parse().unwrap(), 9), Ok(Seen::Unsent(_))));
     }
 }

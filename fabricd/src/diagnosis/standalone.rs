@@ -274,6 +274,7 @@ async fn scene(config: &Result<Config, String>, node: Option<NodeFile>) -> Resul
         places,
         fib: Arc::new(fib.map_err(|error| error.to_string())?),
         sections: Sections::default(),
+        policy: None,
     })
 }
 

@@ -25,6 +25,7 @@ pub mod links;
 mod mirror;
 mod monitor;
 pub mod netlink;
+pub mod nflog;
 mod nft;
 mod options;
 mod refusal;
@@ -33,7 +34,7 @@ pub mod section;
 pub mod services;
 mod sysctl;
 
-pub use self::nft::drops::{Drops, drops};
+pub use self::nft::drops::{Counted, Drops, counted, drops};
 pub use self::nft::service::is_service;
 pub use self::options::Options;
 pub use self::routing::fib::fib;

@@ -6,10 +6,13 @@
 //!                                                               ▼      ▼
 //!                                        reconcile: Cluster ─► plan ─► diff ─► the table fabric-policy
 //!                                                               ├─► judged: fabric-cni may go on
-//!                                                               └─► connections: those that are open are judged again
+//!                                                               ├─► connections: those that are open are judged again
+//!                                                               └─► status: who is isolated, and by which rules
+//!   packets that are dropped ── drops: while somebody listens ──► the API
 //! ```
 
 mod connections;
+pub mod drops;
 pub mod judged;
 pub mod reconcile;
 pub mod status;

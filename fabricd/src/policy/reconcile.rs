@@ -27,8 +27,9 @@ use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
 
 use super::connections::{self, Judged};
+use super::drops::DropLog;
 use super::judged;
-use super::status::{Counts, PolicyCounters};
+use super::status::{Counts, InForce, PolicyCounters, PolicyView};
 use super::watch::Sources;
 use crate::files::Files;
 use crate::host::addresses::{Entry, NodePods};
@@ -74,6 +75,8 @@ pub struct Reconciler {
     inputs: Inputs,
     table: SectionTable,
     status: watch::Sender<Arc<SectionStatus>>,
+    in_force: watch::Sender<Option<Arc<InForce>>>,
+    drops: DropLog,
     counters: PolicyCounters,
     retry: Backoff,
     /// Addresses of pods that were known after the last pass.
@@ -99,13 +102,15 @@ impl Reconciler {
         // What has changed while no daemon was here is not known.
         let open = Open { is_due: inputs.judges_open, not_before: Instant::now(), gone: BTreeSet::new() };
         let (counters, known) = (PolicyCounters::default(), BTreeSet::new());
-        Self { inputs, table, status, counters, retry, known, open }
+        let (in_force, drops) = (watch::Sender::new(None), DropLog::default());
+        Self { inputs, table, status, in_force, drops, counters, retry, known, open }
     }
 
     /// What it knows.
     #[must_use]
-    pub fn status(&self) -> watch::Receiver<Arc<SectionStatus>> {
-        self.status.subscribe()
+    pub fn view(&self) -> PolicyView {
+        let (status, in_force) = (self.status.subscribe(), self.in_force.subscribe());
+        PolicyView { status, in_force, drops: self.drops.clone() }
     }
 
     /// What it counts.
@@ -120,8 +125,8 @@ impl Reconciler {
             warn!(%error, "fabric-cni can't be told which pods are judged, and doesn't wait for it");
         }
         loop {
-            let mut warnings = vec![];
-            let ready = self.pass(&mut warnings).await;
+            let (mut warnings, shows_drops) = (vec![], self.drops.is_wanted());
+            let ready = self.pass(shows_drops, &mut warnings).await;
             let next = match &ready {
                 Ok(()) => {
                     self.retry.reset();
@@ -138,12 +143,13 @@ impl Reconciler {
                 Ok(()) = sources.pods.changed() => {}
                 Ok(()) = attached.changed() => {}
                 () = self.table.changed() => {}
+                () = self.drops.changed(shows_drops) => {}
                 () = sleep_until(next) => {}
             }
         }
     }
 
-    async fn pass(&mut self, warnings: &mut Vec<String>) -> Result<(), String> {
+    async fn pass(&mut self, shows_drops: bool, warnings: &mut Vec<String>) -> Result<(), String> {
         let found = self.table.observe().await.map_err(|error| error.to_string())?;
         let (attachments, bridges, local) = self.local(warnings).await?;
         // Without it the rest holds all the same.
@@ -166,7 +172,9 @@ impl Reconciler {
             local,
             now: now(),
         };
+        let mut unreadable = 0;
         for (policy, problems) in problems(&state.policies) {
+            unreadable += 1;
             warnings.extend(problems.iter().map(|problem| format!("NetworkPolicy {policy}: {problem}")));
         }
         let policies = state.policies.len();
@@ -174,8 +182,14 @@ impl Reconciler {
         let state = Arc::new(state);
         let of = Arc::clone(&state);
         let planned = spawn_blocking(move || plan(&Cluster::new(&of), &bridges)).await;
-        let planned = planned.map_err(|error| error.to_string())?;
-        let is_changed = self.write(&planned, found.as_ref()).await?;
+        let mut planned = planned.map_err(|error| error.to_string())?;
+        planned.show_drops(shows_drops);
+        let written = self.write(&planned, found.as_ref()).await;
+        if let (Err(reason), true) = (&written, shows_drops) {
+            // It may be that which the kernel refuses: all else comes first.
+            self.drops.refuse(reason.clone());
+        }
+        let is_changed = written?;
         let known: BTreeSet<IpAddr> = planned.pods.keys().copied().collect();
         if self.inputs.judges_open {
             self.open.gone.extend(self.known.difference(&known));
@@ -184,7 +198,9 @@ impl Reconciler {
         }
         self.known = known;
         let counts = self.judged(&attachments, &planned, warnings);
-        self.counters.counted(Counts { policies, ..counts });
+        self.counters.counted(Counts { policies, unreadable, ..counts });
+        let PolicyPlan { pods, chains, .. } = planned;
+        self.in_force.send_replace(Some(Arc::new(InForce { state: Arc::clone(&state), pods, chains })));
         if self.open.is_due && Instant::now() >= self.open.not_before {
             self.judge_open(state, warnings).await;
         }
@@ -207,7 +223,9 @@ impl Reconciler {
         let gone = std::mem::take(&mut self.open.gone);
         (self.open.is_due, self.open.not_before) = (false, Instant::now() + REJUDGE);
         let judged = spawn_blocking(move || connections::judge(&state, &gone)).await;
-        match judged.map_err(|error| error.to_string()).and_then(|judged| judged.map_err(|error| error.to_string())) {
+        let judged = judged.map_err(|error| error.to_string()).and_then(|it| it.map_err(|error| error.to_string()));
+        judged.iter().for_each(|judged| self.counters.judged(judged));
+        match judged {
             Ok(Judged { failed, why: Some(why), .. }) => warnings.push(format!(
                 "{failed} open connections are not allowed any more and go on, as they can't be labelled: {why}"
             )),
@@ -249,7 +267,7 @@ impl Reconciler {
         }
         let isolated = planned.pods.values().filter(|pod| !pod.ingress.is_empty() || !pod.egress.is_empty());
         let isolated: BTreeSet<_> = isolated.map(|isolation| &isolation.pod).collect();
-        Counts { policies: 0, isolated: isolated.len(), not_judged: waiting.len() }
+        Counts { policies: 0, unreadable: 0, isolated: isolated.len(), not_judged: waiting.len() }
     }
 
     /// Lets the packet filter see what passes between pods of this node.

@@ -229,9 +229,19 @@ impl<'a> Cluster<'a> {
     }
 
     fn allows(&self, rule: &Rule, conn: &Conn, other: IpAddr) -> bool {
+        self.is_peer_of(rule, other) && self.is_port_of(rule, conn)
+    }
+
+    /// Whether the other end is one that a rule allows.
+    pub(super) fn is_peer_of(&self, rule: &Rule, other: IpAddr) -> bool {
+        rule.peers.as_ref().is_none_or(|peers| self.is_peer(peers, other))
+    }
+
+    /// Whether a connection goes to a port that a rule allows.
+    pub(super) fn is_port_of(&self, rule: &Rule, conn: &Conn) -> bool {
         let named = self.named_ports(conn.dst);
         let to_a_port = |ports: &BTreeSet<PortMatch>| ports.iter().any(|port| port.matches(conn, named));
-        rule.peers.as_ref().is_none_or(|peers| self.is_peer(peers, other)) && rule.ports.as_ref().is_none_or(to_a_port)
+        rule.ports.as_ref().is_none_or(to_a_port)
     }
 
     fn named_ports(&self, ip: IpAddr) -> &'a [NamedPort] {
@@ -239,6 +249,12 @@ impl<'a> Cluster<'a> {
             Some(Who::Pod(_, pod)) => &pod.ports,
             _ => &[],
         }
+    }
+
+    /// The labels of a namespace.
+    #[must_use]
+    pub fn namespace(&self, name: &str) -> Option<&'a Labels> {
+        self.namespaces.get(name).copied()
     }
 
     /// Whether pods of this namespace, with these labels, are meant.

@@ -14,7 +14,8 @@
 //! | [`decode`] | a policy's JSON, item by item: what can't be understood matches nothing |
 //! | [`evaluate`] | the rules of Kubernetes to the letter |
 //! | [`combos`], [`groups`], [`cover`] | the same for many: what pods and rules have in common, by number |
-//! | [`plan`] | the table of the packet filter |
+//! | [`plan`], [`drops`] | the table of the packet filter; what becomes there of what isn't allowed |
+//! | [`reasons`] | what a person is told of it |
 //!
 //! Isolation is each direction's own: a pod that at least one policy selects for a direction may have only those
 //! connections that a rule of at least one of these policies allows. Both ends must agree. What is judged is connections,
@@ -24,12 +25,14 @@
 pub mod combos;
 pub mod cover;
 pub mod decode;
+pub mod drops;
 pub mod evaluate;
 pub mod groups;
 pub mod labels;
 pub mod model;
 pub mod objects;
 pub mod plan;
+pub mod reasons;
 pub mod selector;
 pub mod sets;
 

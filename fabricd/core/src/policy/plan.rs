@@ -7,6 +7,7 @@
 //!     from or to a port of the bridge, by an address that is not known ..... drop
 //!     who began it: eg4 ─► chain of this pod: returns where a rule allows it, drops at its end
 //!     who answers it: in4 ─► likewise
+//! drop: goto the chain of the cause, which may show it first
 //! ```
 //!
 //! Rules ask the connection, not the packet: its original source, and who answers and at which port. So one rule holds in
@@ -23,13 +24,14 @@ use std::net::IpAddr;
 
 use super::combos::{Allowance, Combo, PeerTest, PortTest};
 use super::cover::cover;
+use super::drops::DropCause;
 use super::evaluate::{Cluster, Who};
 use super::groups::{BlockGroup, Classes, NamedGroup, Numbers, PodGroup, PortGroup};
 use super::model::{Direction, ObjectName};
 use crate::model::{Family, IfName};
 use crate::state::nft::{
     ChainKind, CtField, Datatype, Direction as Tuple, Element, Field, LOCAL, Match, Name, Order, Part, Place, Rule,
-    SetKind, Table, Test, Verdict, ct_state,
+    SetKind, Step, Table, Test, Verdict, ct_state,
 };
 
 /// The label of connections that were allowed once and are not any more (`ct label`). Our own bit: others count from 0.
@@ -45,6 +47,19 @@ pub struct PolicyPlan {
     pub table: Table,
     /// Pods of this node by their addresses: those that are known, with the policies that isolate them.
     pub pods: BTreeMap<IpAddr, Isolation>,
+    /// What the rules of the pods' chains are made of.
+    pub chains: BTreeMap<Name, Origin>,
+}
+
+/// What the rules of a chain are made of, in their order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// The direction that it judges.
+    pub direction: Direction,
+    /// The policies that isolate its pods: those whom the drop at its end is for.
+    pub policies: Vec<ObjectName>,
+    /// The policy and the index of its rule that each of the rules before is for.
+    pub rules: Vec<(ObjectName, usize)>,
 }
 
 /// What isolates a pod. Without any policy it isn't isolated.
@@ -84,13 +99,13 @@ pub fn plan(cluster: &Cluster<'_>, bridges: &BTreeSet<IfName>) -> PolicyPlan {
     }
     let combos: Vec<Planned> = numbered(combos, cluster);
     let numbers = Groups::of(&combos);
-    let mut table = Table::default();
+    let (mut table, mut chains) = (Table::default(), BTreeMap::new());
     for (name, place) in [("forward", Place::Forward), ("input", Place::Input)] {
         table.at(name, ChainKind::Filter, place, FILTER).extend(entrance());
     }
     judge(&mut table);
     // Nothing jumps here: connections have room for labels only while a rule sets one (nf_connlabels_get).
-    let steps = vec![crate::state::nft::Step::SetCtLabel(DENIED_LABEL)];
+    let steps = vec![Step::SetCtLabel(DENIED_LABEL)];
     table.called("labels").push(Rule { steps, why: "so that connections have room for labels".into() });
     let bridge = |name: &IfName| Element::from([Part::Interface(*name)]);
     table.set("bridges", SetKind::of(&[Datatype::Interface]), Order::BeforeChains, bridges.iter().map(bridge));
@@ -118,10 +133,13 @@ pub fn plan(cluster: &Cluster<'_>, bridges: &BTreeSet<IfName>) -> PolicyPlan {
         }
         for planned in combos.iter().filter(|planned| planned.pods(family).next().is_some()) {
             table.called(planned.chain(family)).extend(planned.rules(&sets, &numbers));
+            chains.insert(planned.chain(family), planned.origin());
         }
         numbers.fill(&mut table, &sets, &classes);
     }
-    PolicyPlan { table, pods }
+    let mut plan = PolicyPlan { table, pods, chains };
+    plan.show_drops(false);
+    plan
 }
 
 /// Every packet that is forwarded or comes in meets these.
@@ -129,7 +147,7 @@ fn entrance() -> Vec<Rule> {
     let denied = Match::new(Field::CtLabels, Test::AnyBit(1 << DENIED_LABEL));
     let established = Match::new(Field::CtState, Test::AnyBit(ct_state::ESTABLISHED | ct_state::RELATED));
     vec![
-        Rule::drop([denied], "NetworkPolicy: a connection that is not allowed any more"),
+        DropCause::NotAnyMore.rule([denied], "NetworkPolicy: a connection that is not allowed any more"),
         Rule::new([established], Verdict::Accept, "judged when it began"),
         Rule::new([], Verdict::Jump("judge".into()), "a new connection, or none"),
     ]
@@ -162,20 +180,22 @@ fn judge_family(table: &mut Table, sets: &Sets, own_node_allowed: bool) {
     let mut rules = vec![];
     for address in [source, target] {
         let matches = [lost.clone(), Match::all_in(&[address], sets.isolated)];
-        rules.push(Rule::drop(matches, "NetworkPolicy: of no known connection, and a pod is isolated"));
+        rules.push(
+            DropCause::NoConnection.rule(matches, "NetworkPolicy: of no known connection, and a pod is isolated"),
+        );
     }
     let both = Match::all_in(&[sets.began(), sets.answers()], sets.itself);
     rules.push(Rule::new([both], Verdict::Accept, "a pod to itself, through a Service"));
     for (interface, address) in [(Field::InInterface, source), (Field::OutInterface, target)] {
         let matches = [bridge(interface), not_known(address)];
-        rules.push(Rule::drop(matches, "NetworkPolicy: a pod that is not judged yet"));
+        rules.push(DropCause::NotJudged.rule(matches, "NetworkPolicy: a pod that is not judged yet"));
     }
     if own_node_allowed {
         let own_node = Match::is(Field::TargetType, LOCAL);
         rules.push(Rule::new([own_node], Verdict::Accept, "to the pod's own node"));
     }
     let look_up = |address, map: Name| {
-        let steps = vec![crate::state::nft::Step::VerdictMap { key: vec![address], map }];
+        let steps = vec![Step::VerdictMap { key: vec![address], map }];
         Rule { steps, why: "the policies of its pod".into() }
     };
     rules.push(look_up(sets.began(), sets.egress));
@@ -297,11 +317,19 @@ impl Planned {
                 }),
             };
             let why = format!("NetworkPolicy {policy} {direction} rule {rule}");
-            rules.push(Rule::new(peers.into_iter().chain(ports), Verdict::Return, why));
+            let matches = peers.into_iter().chain(ports).map(Step::Match);
+            let steps = matches.chain([Step::Count, Verdict::Return.into()]).collect();
+            rules.push(Rule { steps, why: why.into() });
         }
         let policies: Vec<String> = self.combo.policies.iter().map(ToString::to_string).collect();
-        rules.push(Rule::drop([], format!("NetworkPolicy: no {direction} rule of {}", policies.join(", "))));
+        let why = format!("NetworkPolicy: no {direction} rule of {}", policies.join(", "));
+        rules.push(DropCause::NoRule.rule([], why));
         rules
+    }
+
+    fn origin(&self) -> Origin {
+        let rules = self.allowances.iter().map(|allowance| (allowance.policy.clone(), allowance.rule)).collect();
+        Origin { direction: self.combo.direction, policies: self.combo.policies.clone(), rules }
     }
 }
 

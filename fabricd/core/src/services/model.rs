@@ -136,6 +136,12 @@ impl Protocol {
     pub const fn number(self) -> u8 {
         self as u8
     }
+
+    /// The one of this number; `None` for one without ports that Kubernetes knows.
+    #[must_use]
+    pub fn of(number: u8) -> Option<Self> {
+        [Self::Tcp, Self::Udp, Self::Sctp].into_iter().find(|protocol| protocol.number() == number)
+    }
 }
 
 impl fmt::Display for Protocol {

@@ -59,7 +59,7 @@ impl<'a> Interpreter<'a> {
                         Some(verdict) => verdict,
                         None => continue 'rules,
                     },
-                    Step::Count => continue,
+                    Step::Count | Step::Limit { .. } | Step::Log { .. } => continue,
                     Step::Verdict(verdict) => *verdict,
                     other => panic!("not interpreted: {other}"),
                 };

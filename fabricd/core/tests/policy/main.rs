@@ -3,6 +3,7 @@
 mod interpreter;
 mod objects;
 mod planned;
+mod reasons;
 mod semantics;
 mod unreadable;
 mod world;

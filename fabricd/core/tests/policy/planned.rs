@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use fabric_core::model::Family;
 use fabric_core::policy::plan::{DENIED_LABEL, PolicyPlan, plan};
 use fabric_core::policy::{Cluster, Conn};
-use fabric_core::state::nft::{CtField, Direction, Field, LOCAL, Place, ct_state};
+use fabric_core::state::nft::{CtField, Direction, Field, LOCAL, Name, Place, ct_state};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
@@ -373,4 +373,45 @@ fn equal_pods_share_chains_and_equal_expressions_share_groups() {
     assert_eq!(many.table.sets["ports"].elements.len(), 1);
     let isolation = &many.pods[&"192.0.2.1".parse::<IpAddr>().expect("valid")];
     assert_eq!((&isolation.ingress, &isolation.egress), (&vec![name("shop/p")], &vec![name("shop/p")]));
+}
+
+#[test]
+fn showing_what_is_dropped_changes_no_verdict_and_no_chain_of_a_pod() {
+    let world = closed();
+    let (plan, mut shown) = (planned(&world), planned(&world));
+    shown.show_drops(true);
+    let differ: Vec<&str> = plan
+        .table
+        .chains
+        .keys()
+        .filter(|name| plan.table.chains[*name] != shown.table.chains[*name])
+        .map(Name::as_str)
+        .collect();
+    assert_eq!(differ, ["drop-no-connection", "drop-no-rule", "drop-not-any-more", "drop-not-judged"]);
+    for conn in [tcp(WEB, DB), tcp(DB, WEB), tcp(WEB, WEB)] {
+        let passes = |plan: &PolicyPlan| Seen::first(&world, conn).passes(&Interpreter::new(&plan.table));
+        assert_eq!(passes(&plan), passes(&shown), "{conn:?}");
+    }
+    shown.show_drops(false);
+    assert_eq!(plan, shown);
+}
+
+#[test]
+fn rules_of_each_chain_are_those_that_its_origin_names() {
+    let spec = json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"],
+        "ingress": [{"from": [{"podSelector": {}}, {"ipBlock": {"cidr": "203.0.113.0/24"}}]}, {"ports": [{"port": 80}]}],
+        "egress": [{"to": [{"podSelector": {}}], "ports": [{"port": 80}, {"port": "http"}]}]});
+    let world = World::default()
+        .namespace("shop", "")
+        .pod("shop/web", "", "app=web")
+        .attached("shop/web", "192.0.2.1 2001:db8::1");
+    let plan = planned(&world.policy("shop/p", &spec));
+    assert_eq!(plan.chains.len(), 4, "both directions of both families");
+    for (name, origin) in &plan.chains {
+        let rules = plan.table.chains[name].rules();
+        assert_eq!(rules.len(), origin.rules.len() + 1, "{name}");
+        for (rule, (policy, index)) in rules.iter().zip(&origin.rules) {
+            assert_eq!(rule.why, format!("NetworkPolicy {policy} {} rule {index}", origin.direction));
+        }
+    }
 }

@@ -2,14 +2,15 @@
 //! packets that this node sends on it.
 //!
 //! ```text
-//!   the node of the source:  bridge ▸ veth ▸ path ▸ lease ▸ route ▸ nexthop ▸ neighbour ▸ fdb ▸ filter ▸ underlay
-//!   the node of the target:  filter ▸ device ▸ path ▸ bridge ▸ veth, and the same path back
-//!   out of the network:      bridge ▸ veth ▸ address ▸ route ▸ filter ▸ masquerade
+//!   the node of the source:  bridge ▸ veth ▸ policy ▸ path ▸ lease ▸ route ▸ nexthop ▸ neighbour ▸ fdb ▸ filter ▸ underlay
+//!   the node of the target:  filter ▸ device ▸ path ▸ policy ▸ bridge ▸ veth, and the same path back
+//!   out of the network:      bridge ▸ veth ▸ policy ▸ address ▸ route ▸ filter ▸ masquerade
 //! ```
 
 mod fast_path;
 mod outside;
 mod pod;
+mod policy;
 mod probes;
 mod route;
 mod service;
@@ -24,6 +25,8 @@ use fabric_core::firewall::Verdict;
 use fabric_core::leases::Lease;
 use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::plan::filter::senders;
+use fabric_core::policy::Direction;
+use fabric_core::policy::model::Protocol;
 use fabric_core::services::plan::Described;
 use fabric_core::state::nft::TableKey;
 use fabric_core::state::{Routing, Via, VxlanLink};
@@ -35,6 +38,10 @@ use super::{Outcome, Scene};
 use crate::host::firewall::{self, Asked};
 use crate::mesh::{Cause, words};
 use crate::status::view::PeerTrouble;
+
+/// `IPPROTO_ICMP`, `IPPROTO_ICMPV6`.
+const ICMP: u8 = 1;
+const ICMPV6: u8 = 58;
 
 /// The layer of hops that are packets which were sent.
 pub const PACKET: &str = "packet";
@@ -83,17 +90,25 @@ pub struct Question {
     pub to: Option<Arc<Lease>>,
     /// The Services that have the target as their address, if fabricd translates them.
     pub services: Vec<Described>,
+    /// Protocol over IP: of pings, unless it is said.
+    pub protocol: u8,
+    /// The target's port; 0 for protocols without.
+    pub port: u16,
 }
 
 impl Question {
-    /// Looks for the leases of both addresses.
+    /// Looks for the leases of both addresses. `to` is protocol and port; without these it is about a ping.
     #[must_use]
-    pub fn new(scene: &Scene, source: IpAddr, target: IpAddr) -> Self {
+    pub fn new(scene: &Scene, source: IpAddr, target: IpAddr, to: Option<(Protocol, u16)>) -> Self {
         let lease = |ip: IpAddr| {
             let mut leases = scene.view.leases.iter().flat_map(|leases| leases.iter());
             leases.find(|lease| lease.key.subnets().values().any(|subnet| subnet.contains(ip))).cloned()
         };
-        Self { source, target, from: lease(source), to: lease(target), services: vec![] }
+        let (protocol, port) = match to {
+            Some((protocol, port)) => (protocol.number(), port),
+            None => (if target.is_ipv4() { ICMP } else { ICMPV6 }, 0),
+        };
+        Self { source, target, from: lease(source), to: lease(target), protocol, port, services: vec![] }
     }
 }
 
@@ -113,7 +128,7 @@ pub struct Sender {
 /// The pod of this node that can send on this path: the source's, else, the other way round, the target's.
 #[must_use]
 pub fn sender(scene: &Scene, question: &Question) -> Option<Sender> {
-    let Question { source, target, from, to, services } = question;
+    let Question { source, target, from, to, services, .. } = question;
     let own = scene.view.holding.own.as_ref().map(|own| own.key)?;
     let ours = |lease: &Option<Arc<Lease>>| lease.as_ref().is_some_and(|lease| lease.key == own);
     let place = to.is_none().then(|| if services.is_empty() { Place::of(scene, *target) } else { Place::Service });
@@ -130,7 +145,7 @@ pub fn sender(scene: &Scene, question: &Question) -> Option<Sender> {
 /// The hops on this node. Reads files, asks the kernel, and sends packets: for a thread that may wait.
 #[must_use]
 pub fn explain(scene: &Scene, question: &Question) -> Vec<Hop> {
-    let Question { source, target, from, to, services } = question;
+    let Question { source, target, from, to, services, .. } = question;
     let own = scene.view.holding.own.as_ref().map(|own| own.key);
     let ours = |lease: &Option<Arc<Lease>>| lease.as_ref().is_some_and(|lease| Some(lease.key) == own);
     if !ours(from) && !ours(to) {
@@ -141,9 +156,11 @@ pub fn explain(scene: &Scene, question: &Question) -> Vec<Hop> {
     let mut hops = vec![];
     if ours(from) {
         hops.extend(pod::hops(scene, *source, &probes));
+        hops.extend(policy::hop(scene, question, Direction::Egress));
         let from_pod = FromPod { ip: *source, bridge: bridge_of(scene, *source) };
         match to {
             Some(_) if ours(to) => {
+                hops.extend(policy::hop(scene, question, Direction::Ingress));
                 hops.extend(fast_path::hop(scene, &[*source, *target], None));
                 hops.extend(pod::hops(scene, *target, &probes));
             }
@@ -161,6 +178,7 @@ pub fn explain(scene: &Scene, question: &Question) -> Vec<Hop> {
         hops.extend(from.is_some().then(|| fast_path::hop(scene, &[*target], Some(*source))).flatten());
         let bridge = bridge_of(scene, *target);
         hops.extend(not_fine(foreign(scene, Asked::Between { source: *source, target: *target, bridge })));
+        hops.extend(policy::hop(scene, question, Direction::Ingress));
         hops.extend(pod::hops(scene, *target, &probes));
         // What is answered goes back.
         if let Some(lease) = from {

@@ -24,6 +24,34 @@ pub struct Drops {
     pub packets: u64,
 }
 
+/// A rule of a table of ours, and what it has counted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Counted {
+    /// Its chain.
+    pub chain: String,
+    /// Its comment.
+    pub comment: String,
+    /// How many packets it was applied to; `None` for one without a counter.
+    pub packets: Option<u64>,
+}
+
+/// Reads all rules of a table in their order, with their counters, over a socket of its own: `nft list table`.
+///
+/// # Errors
+/// When the kernel can't be asked. Without the table there are none.
+pub fn counted(table: TableKey) -> io::Result<Vec<Counted>> {
+    let mut socket = RequestSocket::open(NETLINK_NETFILTER)?;
+    let request = Request::raw(message(GET_RULE), 0, start(table).into_bytes());
+    let read = |frame: &Frame<'_>| {
+        let RuleFound { chain, comment, counter, .. } = rule(frame, table)?;
+        Some(Counted { chain, comment: comment.unwrap_or_default(), packets: counter.map(|count| count.packets) })
+    };
+    match socket.dump(&request, read) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(vec![]),
+        rules => rules,
+    }
+}
+
 /// Reads the counters of the rules that drop, over a socket of its own: nobody who writes waits for it.
 ///
 /// # Errors
@@ -54,8 +82,9 @@ fn by_reason(rules: Vec<Drops>) -> Vec<Drops> {
 }
 
 fn count(frame: &Frame<'_>, table: TableKey) -> Option<Drops> {
-    let RuleFound { chain, comment, counter } = rule(frame, table)?;
+    let RuleFound { chain, comment, counter, lets_pass } = rule(frame, table)?;
     let why = comment.as_deref().and_then(reason)?.to_owned();
+    (!lets_pass).then_some(())?;
     Some(Drops { table, chain, why, packets: counter?.packets })
 }
 

@@ -130,6 +130,8 @@ pub(super) struct RuleFound {
     pub(super) chain: String,
     pub(super) comment: Option<String>,
     pub(super) counter: Option<Count>,
+    /// What it counts isn't thrown away.
+    pub(super) lets_pass: bool,
 }
 
 impl RuleFound {
@@ -147,11 +149,17 @@ pub(super) fn rule(frame: &Frame<'_>, table: TableKey) -> Option<RuleFound> {
     let values = Values::of(frame);
     let chain = values.is_of(table).then(|| values.text(2))??.to_owned();
     let comment = comment(&values);
-    Some(RuleFound {
-        chain,
-        comment: comment.map(str::to_owned),
-        counter: values.nested(4).and_then(|list| counter(&list)),
-    })
+    let list = values.nested(4).unwrap_or_else(Values::none);
+    let (counter, lets_pass) = (counter(&list), lets_pass(&list));
+    Some(RuleFound { chain, comment: comment.map(str::to_owned), counter, lets_pass })
+}
+
+/// Whether a rule's expressions end with `accept` or `return`.
+fn lets_pass(list: &Values<'_>) -> bool {
+    // NFTA_IMMEDIATE_DATA
+    let verdict_of = |expression: Values<'_>| verdict(&expression.nested(2)?.nested(2)?.nested(DATA_VERDICT)?);
+    let immediates = list.list().filter(|expression| expression.text(1) == Some("immediate"));
+    immediates.filter_map(verdict_of).any(|verdict| matches!(verdict, Verdict::Accept | Verdict::Return))
 }
 
 /// The counter among a rule's expressions.

@@ -1,0 +1,200 @@
+//! What a person is told of a connection that policies drop: what each rule allows instead, and a rule that would allow it.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use serde_json::{Map, Value, json};
+
+use super::evaluate::{Cluster, Who};
+use super::labels::Labels;
+use super::model::{Conn, Direction, IpBlock, Namespaces, ObjectName, PodPeer, PortMatch, Protocol, Rule};
+
+/// How many peers or ports of a rule are told.
+const TOLD: usize = 6;
+/// The label that every namespace has since Kubernetes 1.21.
+const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
+
+/// A rule that isolates one end of a connection with others, and doesn't allow it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Miss {
+    /// The policy.
+    pub policy: ObjectName,
+    /// The index of the rule in its list.
+    pub rule: usize,
+    /// What it allows.
+    pub allows: String,
+    /// The other end is one that it allows.
+    pub is_peer: bool,
+    /// The port is one that it allows.
+    pub is_port: bool,
+}
+
+impl fmt::Display for Miss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { policy, rule, allows, is_peer, is_port } = self;
+        let other = match (is_peer, is_port) {
+            (false, true) => "another peer",
+            (true, false) => "another port",
+            _ => "another peer and port",
+        };
+        write!(f, "rule {rule} of NetworkPolicy {policy} allows {allows}: this is {other}")
+    }
+}
+
+/// A rule that would allow a connection at one end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Remedy {
+    /// One of the policies that isolate the pod.
+    pub policy: ObjectName,
+    /// In which list the rule belongs.
+    pub direction: Direction,
+    /// The rule.
+    pub rule: Value,
+    /// Whether the list has rules already; `None` where not all of the policy is understood.
+    pub has_rules: Option<bool>,
+}
+
+impl Remedy {
+    /// The patch (RFC 6902) that adds the rule.
+    #[must_use]
+    pub fn patch(&self) -> Option<Value> {
+        let (direction, rule) = (self.direction, &self.rule);
+        Some(match self.has_rules? {
+            true => json!([{"op": "add", "path": format!("/spec/{direction}/-"), "value": rule}]),
+            false => json!([{"op": "add", "path": format!("/spec/{direction}"), "value": [rule]}]),
+        })
+    }
+}
+
+impl fmt::Display for Remedy {
+    /// A command of kubectl, or the rule.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { policy, direction, rule, .. } = self;
+        let (namespace, name) = (policy.namespace(), policy.name());
+        // What comes from the API server has no quotes; what has some is no command.
+        match self.patch().map(|patch| patch.to_string()).filter(|patch| !patch.contains('\'')) {
+            Some(patch) => write!(f, "kubectl -n {namespace} patch networkpolicy {name} --type=json -p '{patch}'"),
+            None => write!(f, "this {direction} rule in NetworkPolicy {policy}: {rule}"),
+        }
+    }
+}
+
+impl Cluster<'_> {
+    /// The rules at one end of a connection, none of which allows it.
+    #[must_use]
+    pub fn misses(&self, direction: Direction, conn: &Conn) -> Vec<Miss> {
+        let (own, other) = ends(direction, conn);
+        let Some(Who::Pod(name, pod)) = self.member(own).map(|member| member.who) else { return vec![] };
+        let rules = self.policies_of(name, pod).flat_map(|(policy, said)| {
+            said.rules(direction).unwrap_or_default().iter().map(move |rule| (policy, rule))
+        });
+        let miss = |(policy, rule): (&ObjectName, &Rule)| Miss {
+            policy: policy.clone(),
+            rule: rule.index,
+            allows: words(direction, rule),
+            is_peer: self.is_peer_of(rule, other),
+            is_port: self.is_port_of(rule, conn),
+        };
+        rules.map(miss).filter(|miss| !(miss.is_peer && miss.is_port)).collect()
+    }
+
+    /// A rule for one of the policies that isolate one end of a connection, with which it is allowed there.
+    #[must_use]
+    pub fn remedy(&self, direction: Direction, conn: &Conn) -> Option<Remedy> {
+        let (own, other) = ends(direction, conn);
+        let Some(Who::Pod(name, pod)) = self.member(own).map(|member| member.who) else { return None };
+        let (policy, said) = self.policies_of(name, pod).find(|(_, said)| said.rules(direction).is_some())?;
+        let mut rule = Map::new();
+        let peers = match direction {
+            Direction::Ingress => "from",
+            Direction::Egress => "to",
+        };
+        rule.insert(peers.into(), json!([self.peer(policy.namespace(), other)]));
+        if let Some(protocol) = Protocol::of(conn.protocol) {
+            rule.insert("ports".into(), json!([{"protocol": protocol.to_string().to_uppercase(), "port": conn.port}]));
+        }
+        let understood = said.problems.is_empty();
+        let has_rules = understood.then(|| said.rules(direction).is_some_and(|rules| !rules.is_empty()));
+        Some(Remedy { policy: policy.clone(), direction, rule: rule.into(), has_rules })
+    }
+
+    /// An address as a policy of this namespace names it.
+    fn peer(&self, namespace: &str, ip: IpAddr) -> Value {
+        let block = || json!({"ipBlock": {"cidr": format!("{ip}/{}", if ip.is_ipv4() { 32 } else { 128 })}});
+        let Some(Who::Pod(name, pod)) = self.member(ip).map(|member| member.who) else { return block() };
+        let pods = json!({"matchLabels": labels(&pod.labels)});
+        if name.namespace() == namespace {
+            return json!({"podSelector": pods});
+        }
+        let Some(all) = self.namespace(name.namespace()) else { return block() };
+        let namespaces = match all.get(NAMESPACE_NAME) {
+            Some(name) => json!({"matchLabels": {NAMESPACE_NAME: name}}),
+            None => json!({"matchLabels": labels(all)}),
+        };
+        json!({"namespaceSelector": namespaces, "podSelector": pods})
+    }
+}
+
+/// The pod that is judged, and the other end.
+fn ends(direction: Direction, conn: &Conn) -> (IpAddr, IpAddr) {
+    match direction {
+        Direction::Ingress => (conn.dst, conn.src),
+        Direction::Egress => (conn.src, conn.dst),
+    }
+}
+
+fn labels(all: &Labels) -> Map<String, Value> {
+    all.iter().map(|(key, value)| (key.to_owned(), value.into())).collect()
+}
+
+/// What a rule allows: `tcp 8080 from pods app=web of namespace shop`.
+fn words(direction: Direction, rule: &Rule) -> String {
+    let ports = match &rule.ports {
+        None => "everything".to_owned(),
+        Some(ports) if ports.is_empty() => "nothing".to_owned(),
+        Some(ports) => first_few(ports.iter().map(port)),
+    };
+    let way = match direction {
+        Direction::Ingress => "from",
+        Direction::Egress => "to",
+    };
+    let peers = match &rule.peers {
+        None => "anybody".to_owned(),
+        Some(peers) => {
+            let all = peers.pods.iter().map(pods).chain(peers.blocks.iter().map(block));
+            let all = first_few(all);
+            if all.is_empty() { "nobody".to_owned() } else { all }
+        }
+    };
+    format!("{ports} {way} {peers}")
+}
+
+fn first_few(all: impl Iterator<Item = String>) -> String {
+    let all: Vec<String> = all.collect();
+    let more = all.len().saturating_sub(TOLD);
+    let text = all.iter().take(TOLD).map(String::as_str).collect::<Vec<_>>().join(", ");
+    if more == 0 { text } else { format!("{text} and {more} more") }
+}
+
+fn port(port: &PortMatch) -> String {
+    match port {
+        PortMatch::Range(protocol, 0, u16::MAX) => format!("all of {protocol}"),
+        PortMatch::Range(protocol, first, last) if first == last => format!("{protocol} {first}"),
+        PortMatch::Range(protocol, first, last) => format!("{protocol} {first}-{last}"),
+        PortMatch::Named(protocol, name) => format!("{protocol} port {name:?}"),
+    }
+}
+
+fn pods(peer: &PodPeer) -> String {
+    let pods = if peer.pods.is_everything() { "all pods".to_owned() } else { format!("pods {}", peer.pods) };
+    match &peer.namespaces {
+        Namespaces::Named(name) => format!("{pods} of namespace {name}"),
+        Namespaces::Selected(selector) if selector.is_everything() => format!("{pods} of all namespaces"),
+        Namespaces::Selected(selector) => format!("{pods} of namespaces {selector}"),
+    }
+}
+
+fn block(block: &IpBlock) -> String {
+    let except: Vec<String> = block.except.iter().map(ToString::to_string).collect();
+    if except.is_empty() { block.cidr.to_string() } else { format!("{} but {}", block.cidr, except.join(", ")) }
+}
