@@ -20,7 +20,7 @@
 //! Chains come and go with combos, and elements with pods. Sets are few, whatever there is.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use super::combos::{Allowance, Combo, PeerTest, PortTest};
 use super::cover::cover;
@@ -28,7 +28,7 @@ use super::drops::DropCause;
 use super::evaluate::{Cluster, Who};
 use super::groups::{BlockGroup, Classes, NamedGroup, Numbers, PodGroup, PortGroup};
 use super::model::{Direction, ObjectName};
-use crate::model::{Family, IfName};
+use crate::model::{Family, IfName, Subnet};
 use crate::state::nft::{
     ChainKind, CtField, Datatype, Direction as Tuple, Element, Field, LOCAL, Match, Name, Order, Part, Place, Rule,
     SetKind, Step, Table, Test, Verdict, ct_state,
@@ -154,8 +154,11 @@ fn entrance() -> Vec<Rule> {
 }
 
 /// ICMPv6 that keeps a link working: neighbour discovery (RFC 4861: solicitations and advertisements of routers and
-/// neighbours) and multicast listeners (RFC 2710, RFC 3810).
-const LINK: [u32; 8] = [133, 134, 135, 136, 130, 131, 132, 143];
+/// neighbours), whose hop limit shows that no router has passed it on (section 3.1), and multicast listeners (RFC 2710, RFC
+/// 3810), which talk to groups.
+const NEIGHBOURS: [u32; 4] = [133, 134, 135, 136];
+const LISTENERS: [u32; 4] = [130, 131, 132, 143];
+const NOT_ROUTED: u32 = 255;
 /// `IPPROTO_ICMPV6`.
 const ICMPV6: u32 = 58;
 
@@ -168,8 +171,14 @@ fn judge(table: &mut Table) {
         }),
     );
     table.called("judge").extend(rules);
-    let accept = |kind: u32| Rule::new([Match::is(Field::IcmpType, kind)], Verdict::Accept, "neighbour discovery");
-    table.called("icmpv6").extend(LINK.map(accept));
+    let accept = |kind: u32, on_the_link: Match, why: &'static str| {
+        Rule::new([Match::is(Field::IcmpType, kind), on_the_link], Verdict::Accept, why)
+    };
+    let neighbour = |kind| accept(kind, Match::is(Field::HopLimit, NOT_ROUTED), "neighbour discovery");
+    let groups = Subnet::holding(Ipv6Addr::from_bits(0xff << 120).into(), 8).expect("8 is at most 128");
+    let target = || Match::new(Field::Target(Family::V6), Test::Within(groups));
+    let listener = |kind| accept(kind, target(), "multicast listeners");
+    table.called("icmpv6").extend(NEIGHBOURS.map(neighbour).into_iter().chain(LISTENERS.map(listener)));
 }
 
 fn judge_family(table: &mut Table, sets: &Sets, own_node_allowed: bool) {

@@ -85,6 +85,10 @@ impl<'a> Interpreter<'a> {
         match &condition.test {
             Test::Is(wanted) => number() == *wanted,
             Test::AnyBit(bits) => number() & bits != 0,
+            Test::Within(prefix) => prefix.contains(match <[u8; 16]>::try_from(&parts[0][..]) {
+                Ok(bytes) => bytes.into(),
+                Err(_) => <[u8; 4]>::try_from(&parts[0][..]).expect("an address").into(),
+            }),
             Test::In(set) => self.contains(*set, &parts),
             Test::NotIn(set) => !self.contains(*set, &parts),
             other => panic!("not interpreted: {other:?}"),

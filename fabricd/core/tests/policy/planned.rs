@@ -18,6 +18,7 @@ use crate::world::{ICMP, SCTP, TCP, UDP, World, name};
 const HOST: [&str; 2] = ["203.0.113.1", "2001:db8:ff::1"];
 
 /// A packet of a connection, as this node's hooks see it.
+#[derive(Clone, Copy)]
 struct Seen {
     conn: Conn,
     state: u32,
@@ -69,6 +70,7 @@ impl Packet for Seen {
             Field::OutInterface => (*place == Place::Forward).then(|| interface(*to_a_pod)),
             Field::TargetType => Some(vec![if *place == Place::Input { LOCAL as u8 } else { 1 }]),
             Field::IcmpType => (conn.protocol == 58).then(|| vec![128]),
+            Field::HopLimit => Some(vec![64]),
             Field::CtState => Some(state.to_be_bytes().into()),
             Field::CtLabels => is_tracked.then(|| labels.to_be_bytes().into()),
             Field::Ct(..) if !is_tracked => None,
@@ -330,17 +332,36 @@ fn packet_without_a_connection_never_slips_past_an_isolated_pod() {
 fn neighbour_discovery_passes_from_addresses_of_nobody() {
     let world = closed();
     let plan = planned(&world);
-    struct Solicitation(Seen);
-    impl Packet for Solicitation {
+    struct Message {
+        seen: Seen,
+        kind: u8,
+        hop_limit: u8,
+    }
+    impl Packet for Message {
         fn read(&self, field: Field) -> Option<Vec<u8>> {
-            if field == Field::IcmpType { Some(vec![135]) } else { self.0.read(field) }
+            match field {
+                Field::IcmpType => Some(vec![self.kind]),
+                Field::HopLimit => Some(vec![self.hop_limit]),
+                field => self.seen.read(field),
+            }
         }
     }
     let conn = Conn { protocol: 58, ..tcp("fe80::1", "ff02::1:ff00:1") };
     let seen = Seen { from_a_pod: true, place: Place::Input, ..Seen::first(&world, conn) };
     let interpreter = Interpreter::new(&plan.table);
     assert!(!seen.passes(&interpreter), "an echo request");
-    assert!(interpreter.passes(Place::Input, &Solicitation(seen)));
+    for kind in [133, 134, 135, 136, 130, 131, 132, 143] {
+        assert!(interpreter.passes(Place::Input, &Message { seen, kind, hop_limit: 255 }), "type {kind}");
+    }
+    let solicitation = |hop_limit| Message { seen, kind: 135, hop_limit };
+    assert!(!interpreter.passes(Place::Input, &solicitation(254)), "a router has passed it on");
+    let report = |dst: &str| Message {
+        seen: Seen { conn: Conn { dst: dst.parse().expect("valid"), ..seen.conn }, ..seen },
+        kind: 143,
+        hop_limit: 1,
+    };
+    assert!(interpreter.passes(Place::Input, &report("ff02::16")));
+    assert!(!interpreter.passes(Place::Input, &report("2001:db8::1")), "to one alone");
 }
 
 #[test]
