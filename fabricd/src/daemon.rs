@@ -270,9 +270,11 @@ fn policies(
         judges_open: config.policy.policy_open_connections == OpenConnections::Judge,
         sysctl_root: config.sysctl_root.clone(),
     };
-    let table = SectionTable::open(TableKey::Policy);
-    let table = table.context("cannot talk to the kernel over netlink; does fabricd have CAP_NET_ADMIN?")?;
-    Ok(policy::reconcile::Reconciler::new(inputs, table))
+    let open = |table| {
+        SectionTable::open(table).context("cannot talk to the kernel over netlink; does fabricd have CAP_NET_ADMIN?")
+    };
+    let tables = [open(TableKey::Policy)?, open(TableKey::PolicyBridge)?];
+    Ok(policy::reconcile::Reconciler::new(inputs, tables))
 }
 
 /// The loop of Services.

@@ -598,3 +598,53 @@ fn pod_reaches_nothing_by_the_address_of_another_or_by_fragments() -> Result<()>
     }
     Ok(())
 }
+
+#[test]
+fn without_br_netfilter_pods_that_a_policy_isolates_are_cut_off_from_those_of_their_node() -> Result<()> {
+    let cluster = open_and_closed()?;
+    let (node, elsewhere) = (&cluster.nodes[0], "/run/net");
+    node.kill_fabricd()?;
+    let settings = ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"];
+    for setting in settings {
+        node.run(&["sysctl", "-w", &format!("net.bridge.{setting}=0")])?;
+    }
+    // As where the module is missing: no such folder.
+    node.run(&["mkdir", elsewhere])?;
+    for folder in ["core", "ipv4", "ipv6", "netfilter"] {
+        node.run(&["ln", "-s", &format!("/proc/sys/net/{folder}"), elsewhere])?;
+    }
+    let without: Vec<(&str, String)> = [&cluster.env[..], &[("FABRICD_SYSCTL_ROOT", elsewhere.to_owned())]].concat();
+    start_fabricd(node, &without)?;
+    let (web, target) = (cluster.add_pod(node, "open", "web")?, cluster.add_pod(node, "open", "target")?);
+    let closed = cluster.add_pod(node, "closed", "closed")?;
+    let _servers = [Server::start(&target)?, Server::start(&closed)?];
+    let conn =
+        |from: &Pod, to: &Pod, at: usize| Conn { src: from.ips()[at], dst: to.ips()[at], protocol: 6, port: PORTS[0] };
+    wait_until("the node says that it has no br_netfilter", SOON, || {
+        let reply = node.http_get(9472, "/readyz")?;
+        ensure!(
+            reply.body.contains("cut off from the others here") && reply.body.contains("br_netfilter"),
+            "{}",
+            reply.body
+        );
+        Ok(())
+    })?;
+    for at in [0, 1] {
+        wait_until("what no policy isolates connects", SOON, || {
+            ensure!(connects(&web, &conn(&web, &target, at))?, "it doesn't");
+            Ok(())
+        })?;
+        assert!(!connects(&web, &conn(&web, &closed, at))?, "nothing gets to an isolated pod");
+        assert!(!connects(&closed, &conn(&closed, &target, at))?, "nor from there");
+    }
+    // With the module all is as ever.
+    node.kill_fabricd()?;
+    cluster.start_fabricd(node)?;
+    wait_until("nothing judges frames any more", SOON, || {
+        let tables = node.run(&["nft", "list", "tables"])?;
+        ensure!(!tables.contains("bridge fabric-policy"), "{tables}");
+        Ok(())
+    })?;
+    assert!(!connects(&web, &conn(&web, &closed, 0))?);
+    Ok(())
+}

@@ -9,13 +9,14 @@ use fabric_core::state::nft::TableKey;
 use super::monitor::Table;
 
 /// Read by every audit.
-const EACH: [Table; 7] = [
+const EACH: [Table; 8] = [
     Table::Links,
     Table::Addresses,
     Table::Sysctls,
     Table::Firewalls,
     Table::Rules(TableKey::Fabric),
     Table::Rules(TableKey::Bridge),
+    Table::Rules(TableKey::PolicyBridge),
     Table::Shaping,
 ];
 

@@ -78,7 +78,7 @@ pub(super) enum Table {
 }
 
 impl Table {
-    pub(super) const ALL: [Self; 15] = [
+    pub(super) const ALL: [Self; 16] = [
         Self::Links,
         Self::Addresses,
         Self::Fdb,
@@ -92,6 +92,7 @@ impl Table {
         Self::Rules(TableKey::Bridge),
         Self::Rules(TableKey::Services),
         Self::Rules(TableKey::Policy),
+        Self::Rules(TableKey::PolicyBridge),
         Self::FastPath,
         Self::Shaping,
     ];

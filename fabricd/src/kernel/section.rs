@@ -78,10 +78,10 @@ impl SectionTable {
         self.changed.notified().await;
     }
 
-    /// The steps from what is there to what is wanted.
+    /// The steps from what is there to what is wanted, which may be no table.
     #[must_use]
-    pub fn steps(&self, want: &Table, found: Option<&FoundTable>) -> Plan {
-        let want = Ruleset::from([(self.key, want.clone())]);
+    pub fn steps<'a>(&self, want: impl Into<Option<&'a Table>>, found: Option<&FoundTable>) -> Plan {
+        let want: Ruleset = want.into().cloned().map(|table| (self.key, table)).into_iter().collect();
         let found: FoundRuleset = found.cloned().map(|table| (self.key, table)).into_iter().collect();
         let state = State { services: None, policy: None, ..State::default() };
         let state = match self.key.section() {

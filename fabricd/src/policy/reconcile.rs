@@ -17,10 +17,11 @@ use fabric_core::model::IfName;
 use fabric_core::policy::model::{Local, LocalPod, PodIdentity};
 use fabric_core::policy::objects::uid;
 use fabric_core::policy::plan::{PolicyPlan, plan};
+use fabric_core::policy::separation::separate;
 use fabric_core::policy::sets::problems;
 use fabric_core::policy::{Cluster, State};
 use fabric_core::services::ObjectName;
-use fabric_core::state::nft::FoundTable;
+use fabric_core::state::nft::{FoundTable, Table};
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep_until};
@@ -74,6 +75,8 @@ type Attachments = BTreeMap<Owner, AttachedPod>;
 pub struct Reconciler {
     inputs: Inputs,
     table: SectionTable,
+    /// What holds between pods of this node where the table doesn't see them.
+    frames: SectionTable,
     status: watch::Sender<Arc<SectionStatus>>,
     in_force: watch::Sender<Option<Arc<InForce>>>,
     drops: DropLog,
@@ -97,13 +100,13 @@ struct Open {
 impl Reconciler {
     /// A loop that has not looked at anything yet.
     #[must_use]
-    pub fn new(inputs: Inputs, table: SectionTable) -> Self {
+    pub fn new(inputs: Inputs, [table, frames]: [SectionTable; 2]) -> Self {
         let (status, retry) = (watch::Sender::new(Arc::default()), Backoff::new(RETRY, AUDIT));
         // What has changed while no daemon was here is not known.
         let open = Open { is_due: inputs.judges_open, not_before: Instant::now(), gone: BTreeSet::new() };
         let (counters, known) = (PolicyCounters::default(), BTreeSet::new());
         let (in_force, drops) = (watch::Sender::new(None), DropLog::default());
-        Self { inputs, table, status, in_force, drops, counters, retry, known, open }
+        Self { inputs, table, frames, status, in_force, drops, counters, retry, known, open }
     }
 
     /// What it knows.
@@ -143,6 +146,7 @@ impl Reconciler {
                 Ok(()) = sources.pods.changed() => {}
                 Ok(()) = attached.changed() => {}
                 () = self.table.changed() => {}
+                () = self.frames.changed() => {}
                 () = self.drops.changed(shows_drops) => {}
                 () = sleep_until(next) => {}
             }
@@ -190,6 +194,11 @@ impl Reconciler {
             self.drops.refuse(reason.clone());
         }
         let is_changed = written?;
+        let apart = bridged.is_err().then(|| separate(&planned.pods, &state.local));
+        let bridged = match (bridged, self.separate(apart.as_ref()).await) {
+            (Err(reason), Err(error)) => Err(format!("{reason}; nor can these pods be kept apart: {error}")),
+            (bridged, separated) => bridged.and(separated),
+        };
         let known: BTreeSet<IpAddr> = planned.pods.keys().copied().collect();
         if self.inputs.judges_open {
             self.open.gone.extend(self.known.difference(&known));
@@ -205,6 +214,13 @@ impl Reconciler {
             self.judge_open(state, warnings).await;
         }
         bridged
+    }
+
+    /// Keeps pods of this node apart, or doesn't any more.
+    async fn separate(&self, want: Option<&Table>) -> Result<(), String> {
+        let found = self.frames.observe().await.map_err(|error| error.to_string())?;
+        let steps = self.frames.steps(want, found.as_ref());
+        if steps.is_empty() { Ok(()) } else { self.frames.execute(&steps).await }
     }
 
     /// Writes what differs. False when nothing does.
@@ -275,7 +291,9 @@ impl Reconciler {
         let (bridges, sysctl_root) = (bridges.clone(), self.inputs.sysctl_root.clone());
         let set = spawn_blocking(move || bridged::filter_bridged(&bridges, &sysctl_root));
         let set = set.await.map_err(|error| error.to_string())?;
-        set.map_err(|reason| format!("no policy holds between pods of this node: {reason}"))
+        set.map_err(|reason| {
+            format!("pods of this node that a policy isolates are cut off from the others here, whatever it allows: {reason}")
+        })
     }
 
     /// This node's pods and its own addresses.

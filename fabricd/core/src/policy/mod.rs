@@ -15,6 +15,7 @@
 //! | [`evaluate`] | the rules of Kubernetes to the letter |
 //! | [`combos`], [`groups`], [`cover`] | the same for many: what pods and rules have in common, by number |
 //! | [`plan`], [`drops`] | the table of the packet filter; what becomes there of what isn't allowed |
+//! | [`separation`] | what holds between pods of one node where that table doesn't see them |
 //! | [`reasons`] | what a person is told of it |
 //!
 //! Isolation is each direction's own: a pod that at least one policy selects for a direction may have only those
@@ -34,6 +35,7 @@ pub mod objects;
 pub mod plan;
 pub mod reasons;
 pub mod selector;
+pub mod separation;
 pub mod sets;
 
 pub use self::evaluate::{Cluster, Side, Verdict, Who};

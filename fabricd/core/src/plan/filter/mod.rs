@@ -128,7 +128,7 @@ pub fn ruleset(inputs: &FilterInputs<'_>) -> Ruleset {
 }
 
 /// `ETH_P_IP`, `ETH_P_IPV6`.
-const fn ether_type(family: Family) -> u32 {
+pub(crate) const fn ether_type(family: Family) -> u32 {
     match family {
         Family::V4 => 0x0800,
         Family::V6 => 0x86dd,

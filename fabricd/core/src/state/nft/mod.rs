@@ -42,6 +42,8 @@ pub enum TableKey {
     Services,
     /// `inet fabric-policy`.
     Policy,
+    /// `bridge fabric-policy`: only where the table above doesn't see what passes between pods of this node.
+    PolicyBridge,
 }
 
 /// Tables that are planned together. Those of one section are read, compared and written without the others.
@@ -71,14 +73,14 @@ pub enum TableFamily {
 
 impl TableKey {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Fabric, Self::Bridge, Self::Services, Self::Policy];
+    pub const ALL: [Self; 5] = [Self::Fabric, Self::Bridge, Self::Services, Self::Policy, Self::PolicyBridge];
 
     /// The packets that it sees.
     #[must_use]
     pub const fn family(self) -> TableFamily {
         match self {
             Self::Fabric | Self::Services | Self::Policy => TableFamily::Inet,
-            Self::Bridge => TableFamily::Bridge,
+            Self::Bridge | Self::PolicyBridge => TableFamily::Bridge,
         }
     }
 
@@ -88,7 +90,7 @@ impl TableKey {
         match self {
             Self::Fabric | Self::Bridge => "fabric",
             Self::Services => "fabric-services",
-            Self::Policy => "fabric-policy",
+            Self::Policy | Self::PolicyBridge => "fabric-policy",
         }
     }
 
@@ -98,7 +100,7 @@ impl TableKey {
         match self {
             Self::Fabric | Self::Bridge => Section::Filter,
             Self::Services => Section::Services,
-            Self::Policy => Section::Policy,
+            Self::Policy | Self::PolicyBridge => Section::Policy,
         }
     }
 
