@@ -16,6 +16,7 @@ use fabric_core::policy::{Cluster as Judge, Conn, State};
 use fabric_tests::fake_api::FakeApi;
 use fabric_tests::kubernetes::Nodes as _;
 use fabric_tests::lab::attack::frame_reaches;
+use fabric_tests::lab::spaces::Spaces;
 use fabric_tests::lab::{Connection, Families, Lab, Node, Pod, wait_until};
 use fabric_tests::policies::{NAMESPACES, namespace, pod, pods_of, policies_of, policy};
 use nix::sys::signal::Signal;
@@ -599,6 +600,59 @@ fn pod_reaches_nothing_by_the_address_of_another_or_by_fragments() -> Result<()>
     Ok(())
 }
 
+/// A Service as kube-proxy translates it: connections to port 80 of an address reach port 8080 of a pod.
+fn translate(node: &Node, service: IpAddr, pod: IpAddr) -> Result<()> {
+    let (family, target) = if pod.is_ipv4() { ("ip", pod.to_string()) } else { ("ip6", format!("[{pod}]")) };
+    // A pod that reaches itself gets the node's address, or it would answer itself past the node.
+    let rules = format!(
+        "table {family} service {{\nchain pre {{\ntype nat hook prerouting priority -100;\n\
+         {family} daddr {service} tcp dport 80 dnat to {target}:8080\n}}\n\
+         chain post {{\ntype nat hook postrouting priority 100;\n\
+         {family} saddr {pod} {family} daddr {pod} masquerade\n}}\n}}\n"
+    );
+    node.command(&["nft", "-f", "-"])?.stdin(rules).run().map(drop)
+}
+
+#[test]
+fn policies_see_the_endpoint_of_a_service_that_others_translate_and_never_its_address() -> Result<()> {
+    let cluster = Cluster::start(2)?;
+    cluster.api.create(NAMESPACES, namespace("x", &json!({})));
+    let only = |name: &str| json!({"matchLabels": {"pod": name}});
+    let services: [IpAddr; 2] = ["203.0.113.10".parse()?, "2001:db8::10".parse()?];
+    let blocks =
+        services.map(|ip| json!({"ipBlock": {"cidr": format!("{ip}/{}", if ip.is_ipv4() { 32 } else { 128 })}}));
+    let welcome = ["web", "far", "vip"].map(|name| json!({"podSelector": only(name)}));
+    for (name, subject, spec) in [
+        ("db", "db", json!({"ingress": [{"from": welcome}]})),
+        ("far", "far", json!({"policyTypes": ["Egress"], "egress": [{"to": [{"podSelector": only("db")}]}]})),
+        ("web", "web", json!({"policyTypes": ["Egress"], "egress": [{"ports": [{"port": 8080}]}]})),
+        ("vip", "vip", json!({"policyTypes": ["Egress"], "egress": [{"to": blocks}]})),
+    ] {
+        let mut spec = spec;
+        spec["podSelector"] = only(subject);
+        cluster.api.create(&policies_of("x"), policy("x", name, &spec));
+    }
+    cluster.nodes.iter().try_for_each(|node| cluster.start_fabricd(node))?;
+    let add = |node: usize, name: &str| cluster.add_pod(&cluster.nodes[node], "x", name);
+    let (db, web, near) = (add(0, "db")?, add(0, "web")?, add(0, "near")?);
+    let (far, other, vip) = (add(1, "far")?, add(1, "other")?, add(1, "vip")?);
+    let _server = Server::start(&db)?;
+    for (at, service) in services.into_iter().enumerate() {
+        cluster.nodes.iter().try_for_each(|node| translate(node, service, db.ips()[at]))?;
+        let conn = |from: &Pod| Conn { src: from.ips()[at], dst: service, protocol: 6, port: 80 };
+        for (from, is_allowed) in
+            [(&web, true), (&far, true), (&db, true), (&near, false), (&other, false), (&vip, false)]
+        {
+            wait_until("it is as policies say", SOON, || {
+                let seen = connects(from, &conn(from))?;
+                ensure!(seen == is_allowed, "{} to {service}: {seen}", from.name());
+                Ok(())
+            })?;
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn without_br_netfilter_pods_that_a_policy_isolates_are_cut_off_from_those_of_their_node() -> Result<()> {
     let cluster = open_and_closed()?;
@@ -646,5 +700,87 @@ fn without_br_netfilter_pods_that_a_policy_isolates_are_cut_off_from_those_of_th
         Ok(())
     })?;
     assert!(!connects(&web, &conn(&web, &closed, 0))?);
+    Ok(())
+}
+
+/// How many pods are started: `POD_STARTS=1000` takes the better part of an hour.
+fn starts() -> usize {
+    std::env::var("POD_STARTS").ok().and_then(|count| count.parse().ok()).unwrap_or(8)
+}
+
+/// Sends from a pod as soon as it has a network namespace, before its ADD ends.
+fn send_early(node: &Arc<Node>, pod: &str, to: SocketAddr) -> Sender {
+    let stop = Arc::new(AtomicBool::new(false));
+    let (stopped, node, netns) = (Arc::clone(&stop), Arc::clone(node), format!("/run/netns/{pod}"));
+    thread::spawn(move || {
+        let any: IpAddr = if to.is_ipv4() { [0, 0, 0, 0].into() } else { [0_u16; 8].into() };
+        let open = || Spaces::of_network(&node.path(&netns)?)?.run(|| Ok(UdpSocket::bind((any, 0))?));
+        let mut socket = None;
+        while !stopped.load(Ordering::Relaxed) {
+            match &socket {
+                None => socket = open().ok(),
+                // Without an address it is refused.
+                Some(socket) => drop(socket.send_to(b"!", to)),
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    });
+    Sender(stop)
+}
+
+#[test]
+fn pods_that_start_while_the_daemon_is_stopped_slow_or_crashing_send_nothing_that_is_forbidden() -> Result<()> {
+    let cluster = open_and_closed()?;
+    let node = &cluster.nodes[0];
+    let conflist = "/etc/cni/net.d/10-fabric.conflist";
+    node.run(&["sed", "-i", r#"s/"type": *"fabric-cni"/&, "policyTimeout": 1/"#, conflist])?;
+    let target = cluster.add_pod(node, "open", "target")?;
+    let server = Server::start(&target)?;
+    let [allowed, forbidden] = PORTS.map(|port| SocketAddr::new(target.ips()[0], port));
+    for start in 0..starts() {
+        let name = format!("web-{start}");
+        match start % 4 {
+            0 => node.kill_fabricd()?,
+            1 => node.freeze_fabricd()?,
+            _ => {}
+        }
+        let sender = send_early(node, &format!("closed-{name}"), forbidden);
+        // … or crashes while the pod is added.
+        let (crashing, env) = (Arc::clone(node), cluster.env.clone());
+        let crash = (start % 4 == 2).then(|| {
+            thread::spawn(move || {
+                (0..3).try_for_each(|_| {
+                    crashing.kill_fabricd()?;
+                    start_fabricd(&crashing, &env)
+                })
+            })
+        });
+        let closed = cluster.add_pod(node, "closed", &name)?;
+        crash.map_or(Ok(()), |crash| crash.join().expect("it does not panic"))?;
+        assert_eq!(server.heard()[1], 0, "start {start}: forbidden packets");
+        match start % 4 {
+            0 => cluster.start_fabricd(node)?,
+            1 => node.thaw_fabricd()?,
+            _ => {}
+        }
+        // It is judged, and then gone: the next one may have its address.
+        let judged = format!("/run/fabric/judged/closed-{name}-");
+        wait_until("the pod is judged", SOON, || {
+            node.run(&["sh", "-c", &format!("ls {judged}*")])?;
+            Ok(())
+        })?;
+        assert_eq!(server.heard()[1], 0, "start {start}: forbidden packets");
+        drop(sender);
+        closed.del()?;
+        cluster.api.delete(&pods_of("closed"), &name);
+    }
+    // The same by a pod that may: else nothing has been shown.
+    let sender = send_early(node, "open-web", allowed);
+    let _web = cluster.add_pod(node, "open", "web")?;
+    wait_until("what is allowed arrives", SOON, || {
+        ensure!(server.heard()[0] > 0, "it doesn't");
+        Ok(())
+    })?;
+    drop(sender);
     Ok(())
 }
