@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use fabric_tests::bench::{Report, change, changes, cni, cold_start, datapath, filter, firewalls, rest, services};
+use fabric_tests::bench::{
+    Report, change, changes, cni, cold_start, datapath, filter, firewalls, policy, rest, services,
+};
 use fabric_tests::lab::binaries;
 
 #[test]
@@ -56,6 +58,15 @@ fn the_datapath_and_its_filter_are_measured() -> Result<()> {
     ] {
         ensure!(value(&report, name)? > 0.0, "{name}: {}", value(&report, name)?);
     }
+    Ok(())
+}
+
+#[test]
+fn policies_of_a_cluster_are_measured() -> Result<()> {
+    let mut report = Report::default();
+    policy::run(&mut report, policy::Options { pods: 600, policies: 20, local: 10, changes: 2 })?;
+    ensure!(value(&report, "elements of all sets")? > 0.0);
+    ensure!(value(&report, "one label changes: planned anew")? > 0.0);
     Ok(())
 }
 

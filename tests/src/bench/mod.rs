@@ -10,6 +10,7 @@
 //! | [`filter`] | what the packet filter takes of that |
 //! | [`firewalls`] | what reading and judging the firewalls of others takes, beside thousands of their chains |
 //! | [`services`] | what Services cost: memory, a start, one change among many, beside kube-proxy's layout of nftables |
+//! | [`policy`] | what network policies of a large cluster take of memory, and one label that changes |
 //! | [`cni`] | how long a pod's ADD and DEL take, beside `bridge` and `host-local` |
 //!
 //! [`report`] prints and keeps the figures, [`usage`] reads what a process used, [`traffic`] makes traffic, [`crowded`] a
@@ -25,6 +26,7 @@ pub mod datapath;
 mod fast_path;
 pub mod filter;
 pub mod firewalls;
+pub mod policy;
 pub mod report;
 pub mod rest;
 pub mod services;

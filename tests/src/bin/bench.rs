@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
-use fabric_tests::bench::{Report, change, changes, cni, cold_start, datapath, filter, firewalls, rest, services};
+use fabric_tests::bench::{
+    Report, change, changes, cni, cold_start, datapath, filter, firewalls, policy, rest, services,
+};
 use fabric_tests::lab::binaries;
 
 /// Measure fabricd beside iproute2, a VXLAN made by hand, and flanneld
@@ -63,6 +65,7 @@ enum Part {
     Filter,
     Firewalls,
     Services,
+    Policy,
     Cni,
 }
 
@@ -110,6 +113,10 @@ fn run(cli: &Cli) -> Result<()> {
     if wanted(Part::Services) {
         let Cli { services, endpoints, .. } = *cli;
         services::run(&mut report, services::Options { services, endpoints, changes: 200.min(services) })?;
+    }
+    if wanted(Part::Policy) {
+        let options = policy::Options { pods: 150_000, policies: 1000, local: 30, changes: 20 };
+        policy::run(&mut report, options)?;
     }
     if wanted(Part::Cni) {
         cni::run(&mut report, &binaries::folder()?, cli.pods)?;
