@@ -520,3 +520,22 @@ fn without_capabilities_the_node_is_ready_and_says_which_it_lacks() -> Result<()
     restart(node, ON)?;
     settled(node, ON)
 }
+
+#[test]
+fn pods_that_come_and_go_beside_a_stream_cost_it_no_packet() -> Result<()> {
+    let (_lab, a, b) = pods_of_two_nodes([ON, ON])?;
+    let stream = Stream::start(&a, &b)?;
+    for round in 0..10 {
+        let added = (0..5).map(|n| b.node.add_pod(&format!("c{round}-{n}"))).collect::<Result<Vec<_>>>()?;
+        transfer(&a, &added[0])?;
+        added.into_iter().try_for_each(Pod::del)?;
+    }
+    stream.wait_for(200, SOON)?;
+    let report = stream.stop()?;
+    ensure!(report.lost == 0, "{report:?}");
+    wait_until("the pod that stays, alone", SOON, || {
+        let status = b.node.status()?;
+        ensure!(status["fast_path"]["pods"] == 1, "{}", status["fast_path"]);
+        Ok(())
+    })
+}
