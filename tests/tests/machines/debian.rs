@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use fabric_tests::lab::{Families, Lab, wait_until};
-use fabric_tests::machines::debian::IMAGE;
+use fabric_tests::machines::debian::{IMAGE, UPGRADE};
 use fabric_tests::machines::{Machines, Spec, Vm};
 use serde_json::Value;
 
@@ -17,9 +17,10 @@ const ETCD: &str = "192.168.56.11";
 const OUTSIDE: &str = "10.0.2.2";
 /// It exits by another code where something needs attention, as a peer that starts.
 const STATUS: &str = "fabricctl status || true";
+const BOOT_ID: &str = "cat /proc/sys/kernel/random/boot_id";
 
 #[test]
-fn vagrants_nodes_are_provisioned_and_run_pods() -> Result<()> {
+fn vagrants_nodes_run_pods_reboot_upgrade_and_remove_the_package() -> Result<()> {
     let began = Instant::now();
     let shown = |what: &str| println!("{:>4} s  {what}", began.elapsed().as_secs());
     let mut machines = Machines::start(Lab::builder().nodes(0).families(Families::V4))?;
@@ -31,18 +32,26 @@ fn vagrants_nodes_are_provisioned_and_run_pods() -> Result<()> {
     each(&nodes, Node::provision)?;
     each(&nodes, Node::is_ready)?;
     shown("all are provisioned, by their addresses on eth1");
-    each(&nodes, |node| node.run(&format!("ctr image import /media/busybox.tar >/dev/null; {}", run_pod())).map(drop))?;
+    each(&nodes, |node| {
+        node.run(&format!("ctr image import /media/busybox.tar >/dev/null; {}", run_pod("pod"))).map(drop)
+    })?;
     pods_reach_each_other_and_the_outside(&nodes)?;
     nodes[0].vagrantfiles_container_pings(&nodes[1].pod_ip()?)?;
     shown("pods of containerd reach each other, and the outside");
     each(&nodes, Node::is_as_it_should_be)?;
     shown("nothing has failed, and networkd leaves our devices alone");
+    reboots_without_network_and_without_etcd(&nodes)?;
+    shown("node-1 has rebooted, node-2 lost its power and booted without network and etcd");
+    pods_do_not_notice_an_upgrade(&nodes[2], &nodes[1])?;
+    shown("the package is upgraded");
+    the_network_outlives_the_package(&nodes[2], &nodes[1])?;
+    shown("the package is removed and purged");
     Ok(())
 }
 
 /// Detached, so that it runs until it is killed.
-fn run_pod() -> String {
-    format!("ctr run --detach --cni {IMAGE} pod")
+fn run_pod(name: &str) -> String {
+    format!("ctr run --detach --cni {IMAGE} {name}")
 }
 
 /// One of Vagrant's machines.
@@ -112,6 +121,10 @@ impl Node {
         self.with_log(ready.map(drop))
     }
 
+    fn subnets(&self) -> Result<Value> {
+        Ok(self.vm.status()?["lease"]["subnets"].clone())
+    }
+
     fn in_pod(&self, command: &str) -> Result<String> {
         self.run(&format!(
             "nsenter --net --target $(ctr task ls | sed -n 's/^[^ ]* *\\([0-9]*\\) *RUNNING/\\1/p') -- {command}"
@@ -177,6 +190,20 @@ impl Node {
         ensure!(repaired.is_empty(), "it has repaired what nobody of ours changed: {repaired}");
         Ok(())
     }
+
+    /// After the network, and after the modules, which systemd loads.
+    fn has_started_in_order(&self) -> Result<()> {
+        let at = |unit: &str, property: &str| -> Result<u64> {
+            let shown = self.run(&format!("systemctl show --value --property {property}TimestampMonotonic {unit}"))?;
+            shown.trim().parse().with_context(|| format!("when {unit} had its {property}: {shown:?}"))
+        };
+        let started = at("fabricd.service", "ExecMainStart")?;
+        for unit in ["systemd-modules-load.service", "network-online.target"] {
+            let active = at(unit, "ActiveEnter")?;
+            ensure!(active > 0 && active < started, "fabricd started at {started} us, {unit} at {active} us");
+        }
+        Ok(())
+    }
 }
 
 fn pods_reach_each_other_and_the_outside(nodes: &[Node]) -> Result<()> {
@@ -190,4 +217,79 @@ fn pods_reach_each_other_and_the_outside(nodes: &[Node]) -> Result<()> {
         // The NAT knows no route to pods: it answers who asks by the node's address.
         node.in_pod(&format!("ping -q -c 1 -W 30 {OUTSIDE}")).map(drop)
     })
+}
+
+/// node-1 has etcd. It is told to reboot; node-2's plug is pulled, and it boots before its cable is in and etcd is there.
+fn reboots_without_network_and_without_etcd(nodes: &[Node]) -> Result<()> {
+    let (first, second) = (&nodes[0], &nodes[1]);
+    let before = [first, second].map(|node| Ok::<_, anyhow::Error>((node.run(BOOT_ID)?, node.subnets()?)));
+    // systemd waits 90 s for what doesn't end by SIGTERM, and the first process of a container doesn't.
+    first.run("ctr task kill --signal KILL pod; (sleep 1; systemctl reboot) >/dev/null 2>&1 &")?;
+    second.vm.power_off()?;
+    second.vm.switch_on()?;
+    // Before its kernel looks.
+    wait_until("QEMU answers", PATIENCE, || second.vm.set_cable(1, false))?;
+    first.vm.wait_off()?;
+    // The agent answers before anything waits for the network.
+    wait_until("node-2 runs commands", PATIENCE, || second.run("systemctl is-active basic.target"))?;
+    let states = second.vm.exec("systemctl is-active network-online.target fabricd.service")?.stdout;
+    ensure!(states == "inactive\ninactive\n", "without network, network-online.target and fabricd are {states}");
+
+    second.vm.set_cable(1, true)?;
+    second.vm.wait_up()?;
+    let told = wait_until("node-2 says that there is no etcd", PATIENCE, || {
+        let status = second.run(STATUS)?;
+        ensure!(status.contains(&format!("cannot reach the store at http://{ETCD}:2379")), "{status}");
+        Ok(status)
+    });
+    second.with_log(told)?;
+    first.vm.boot()?;
+    for (node, before) in [first, second].into_iter().zip(before) {
+        let (boot, subnets) = before?;
+        node.is_ready()?;
+        ensure!(node.run(BOOT_ID)? != boot, "node-{} has the boot id of before", node.number);
+        ensure!(node.subnets()? == subnets, "node-{} had {subnets}: {}", node.number, node.subnets()?);
+        node.has_started_in_order()?;
+        // The pod died with the boot, and nobody has called DEL: its id can't be used again.
+        node.run(&run_pod("another"))?;
+    }
+    pods_reach_each_other_and_the_outside(nodes)?;
+    each(&nodes[..2], Node::is_as_it_should_be)
+}
+
+fn pods_do_not_notice_an_upgrade(node: &Node, other: &Node) -> Result<()> {
+    let units = "systemctl show --property MainPID --value fabricd fabric-cni";
+    let device = "cat /sys/class/net/fabric.1/ifindex /sys/class/net/fabric.1/address";
+    let (running, before) = (node.run(units)?, node.run(device)?);
+    let ip = other.pod_ip()?;
+    node.in_pod(&format!("sh -c 'ping -i 0.5 -W 30 {ip} >/run/pinged 2>&1 & echo $! >/run/ping.pid'"))?;
+    node.run("DEBIAN_FRONTEND=noninteractive apt-get install -q=2 -y /media/upgrade/*.deb")?;
+    node.is_ready()?;
+    let pinged = node.run(
+        "kill -INT $(cat /run/ping.pid); until grep -q received /run/pinged; do sleep 0.2; done; cat /run/pinged",
+    )?;
+    // Those still on their way when ping ended are missing at the end.
+    let answered = |line: &str| line.split_once("icmp_seq=")?.1.split(' ').next()?.parse::<usize>().ok();
+    let answered: Vec<usize> = pinged.lines().filter_map(answered).collect();
+    ensure!(answered.last() == Some(&answered.len()), "lost meanwhile:\n{pinged}");
+    let version = node.run("dpkg-query --show --showformat '${Version}' fabricd")?;
+    ensure!(version == UPGRADE, "{version}");
+    let now = node.run(units)?;
+    let (mut then, mut now) = (running.split_whitespace(), now.split_whitespace());
+    ensure!(then.clone().count() == 2 && then.all(|pid| now.next().is_some_and(|now| now != pid && now != "0")));
+    ensure!(node.run(device)? == before, "fabric.1 was made anew");
+    Ok(())
+}
+
+fn the_network_outlives_the_package(node: &Node, other: &Node) -> Result<()> {
+    let ip = other.pod_ip()?;
+    node.run("DEBIAN_FRONTEND=noninteractive apt-get remove -q=2 -y fabricd")?;
+    node.run("! pidof fabricd; ls /run/fabric/node.json /etc/fabric/fabricd.toml /var/lib/fabric/lease.state")?;
+    node.pod_reaches(&ip)?;
+    node.run("DEBIAN_FRONTEND=noninteractive apt-get purge -q=2 -y fabricd")?;
+    node.run("! ls -d /etc/fabric /etc/default/fabricd /var/lib/fabric /usr/lib/fabricd 2>/dev/null")?;
+    let failed =
+        node.run("systemctl --failed --no-legend --plain; systemctl list-unit-files --no-legend 'fabric*' || true")?;
+    ensure!(failed.is_empty(), "the package leaves units: {failed}");
+    node.pod_reaches(&ip)
 }
