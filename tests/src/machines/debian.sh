@@ -40,7 +40,8 @@ rm -rf "$root"/var/lib/apt/lists/*
 : >"$root/etc/machine-id" # each machine makes its own at its first boot
 printf '127.0.0.1 localhost\n::1 localhost\n' >"$root/etc/hosts"
 : >"$root/etc/resolv.conf" # this machine's
-echo '/dev/vdc /media ext4 ro 0 0' >"$root/etc/fstab"
+# systemd gives a device 90 s to be seen by udev; beside others an emulated processor takes longer.
+echo '/dev/vdc /media ext4 ro,x-systemd.device-timeout=10min 0 0' >"$root/etc/fstab"
 
 # eth0 is Vagrant's NAT. What Vagrant adds to a machine, eth1 and the host name, comes later, as it does there.
 printf '[Match]\nName=eth0\n\n[Network]\nDHCP=ipv4\n' >"$root/etc/systemd/network/10-eth0.network"
