@@ -70,9 +70,9 @@ fn datastore_is_found_by_the_daemon_else_by_its_settings_files_and_flags_win() -
     fs::write(&file, "etcd_endpoint = 'x'\n")?;
     let told = refusal(node, &["lease", "list"])?;
     ensure!(told.contains("/etc/fabric/fabricd.toml: there is no setting \"etcd_endpoint\""), "{told}");
-    let named = node.path("/tmp/other.toml")?;
+    let named = node.path("/run/other.toml")?;
     fs::write(&named, format!("etcd_endpoints = ['{endpoints}']\nsocket = '/run/other.sock'\n"))?;
-    ensure!(says(node, &["lease", "list", "--config", "/tmp/other.toml"])?.contains("node-1"));
+    ensure!(says(node, &["lease", "list", "--config", "/run/other.toml"])?.contains("node-1"));
     // The socket is found the same way.
     fs::copy(&named, &file)?;
     ensure!(refusal(node, &["status"])?.contains("/run/other.sock"));

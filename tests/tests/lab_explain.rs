@@ -10,8 +10,8 @@ use serde_json::Value;
 const SOON: Duration = Duration::from_secs(40);
 
 fn bundle_has_no_secret(node: &Node) -> Result<()> {
-    node.exec(&["fabricctl", "doctor", "--quiet", "--bundle", "/tmp/bundle.tar"])?;
-    let names = node.run(&["tar", "tf", "/tmp/bundle.tar"])?;
+    node.exec(&["fabricctl", "doctor", "--quiet", "--bundle", "/run/bundle.tar"])?;
+    let names = node.run(&["tar", "tf", "/run/bundle.tar"])?;
     for name in
         ["checks.json", "status.json", "leases.json", "mesh.json", "kernel.json", "events.json", "files/process"]
     {
@@ -21,8 +21,8 @@ fn bundle_has_no_secret(node: &Node) -> Result<()> {
     {
         assert!(names.contains(&format!("fabricd/host/{command}.txt")), "{command} in {names}");
     }
-    let all = node.run(&["tar", "xfO", "/tmp/bundle.tar"])?;
-    node.run(&["rm", "/tmp/bundle.tar"])?;
+    let all = node.run(&["tar", "xfO", "/run/bundle.tar"])?;
+    node.run(&["rm", "/run/bundle.tar"])?;
     assert!(all.contains("/var/lib/fabric-api/node.crt"), "the check of certificates is in it");
     let secret = node.run(&["cat", "/var/lib/fabric-api/node.key"])?;
     let mut lines = secret.lines().filter(|line| !line.starts_with("---"));

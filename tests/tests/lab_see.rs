@@ -190,7 +190,7 @@ fn support_bundle_shows_routes_rules_firewalls_settings_log_and_versions() -> Re
         nft add table inet by_hand; iptables -A OUTPUT -s 198.51.100.7; mkdir -p /etc/fabric
         echo 'etcd_endpoints = [\"http://root:hunter2@192.0.2.1:2379\"]' >/etc/fabric/fabricd.toml";
     node.run(&["sh", "-ec", by_hand])?;
-    node.exec(&["fabricctl", "doctor", "--quiet", "--bundle", "/tmp/bundle.tar"])?;
+    node.exec(&["fabricctl", "doctor", "--quiet", "--bundle", "/run/bundle.tar"])?;
     for (file, holds) in [
         ("host/ip-link.txt", "fabric.1"),
         ("host/ip-route-4.txt", "198.51.100.0/24 dev lo table 77"),
@@ -205,10 +205,10 @@ fn support_bundle_shows_routes_rules_firewalls_settings_log_and_versions() -> Re
         ("files/os-release", "NAME="),
         ("version", concat!("fabricctl ", env!("CARGO_PKG_VERSION"))),
     ] {
-        let shown = node.run(&["tar", "xfO", "/tmp/bundle.tar", &format!("fabricd/{file}")])?;
+        let shown = node.run(&["tar", "xfO", "/run/bundle.tar", &format!("fabricd/{file}")])?;
         assert!(shown.contains(holds), "{holds:?} in {file}:\n{shown}");
     }
-    node.run(&["rm", "/tmp/bundle.tar"])?;
+    node.run(&["rm", "/run/bundle.tar"])?;
     Ok(())
 }
 
@@ -329,6 +329,7 @@ fn without_a_daemon_doctor_says_what_stands_and_what_to_do() -> Result<()> {
     let lab = Lab::builder().nodes(2).start()?;
     let node = lab.node("node-1")?;
     let pod = node.add_pod("a")?;
+    wait_until("node-1 has programmed node-2", SOON, || node.run(&["fabricctl", "peers"]).map(drop))?;
     node.kill_fabricd()?;
     let (code, found) = checks(node, &[])?;
     assert_eq!(code, Some(4), "{found:#?}");
@@ -342,12 +343,12 @@ fn without_a_daemon_doctor_says_what_stands_and_what_to_do() -> Result<()> {
     node.run(&["ip", "link", "set", &veth(&pod)?, "nomaster"])?;
     node.run(&["ip", "link", "set", "fabric.1", "down"])?;
     lab.etcd().stop()?;
-    let (_, found) = checks(node, &["--bundle", "/tmp/bundle.tar"])?;
+    let (_, found) = checks(node, &["--bundle", "/run/bundle.tar"])?;
     is(&found, "pod-ports", "failed", "is not on cni0")?;
     is(&found, "kernel-state", "failed", "fabric.1 is down")?;
     is(&found, "store", "failed", "etcd")?;
-    let names = node.run(&["tar", "tf", "/tmp/bundle.tar"])?;
-    node.run(&["rm", "/tmp/bundle.tar"])?;
+    let names = node.run(&["tar", "tf", "/run/bundle.tar"])?;
+    node.run(&["rm", "/run/bundle.tar"])?;
     for name in
         ["checks.json", "host/nft-ruleset.txt", "host/ip-route-4.txt", "host/log.txt", "files/node.json", "version"]
     {
@@ -429,7 +430,10 @@ fn networkd_that_takes_the_pods_veths_off_the_bridge_is_named_with_its_file() ->
         let (_, found) = checks(node, &[])?;
         is(&found, "pod-ports", "failed", "is not on cni0")?;
         is(&found, "networkd", "failed", "/run/systemd/network/zz-default.network")?;
-        is(&found, "networkd", "failed", &veth(&a)?)
+        is(&found, "networkd", "failed", &veth(&a)?).with_context(|| {
+            let seen = node.exec(&["sh", "-c", "ip -d link; for f in /run/systemd/netif/links/*; do echo $f; cat $f; done; tail -50 /var/log/networkd*"]);
+            format!("{} {seen:#?}", veth(&a).unwrap_or_default())
+        })
     })?;
     assert!(!a.exec(&["ping", "-c1", "-W1", &to])?.success(), "the pods are cut off");
 
