@@ -1,0 +1,78 @@
+//! Changes and restarts: any course of them leads to one plan, and connections that nobody answers are forgotten.
+
+use std::collections::BTreeMap;
+
+use fabric_core::model::Family;
+use fabric_core::services::plan::{ServicePlan, UdpFrontends};
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use crate::cluster::{Seed, context, described, ip, node, plan, seed, sets, vip};
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_course_of_changes_leads_to_the_plan_of_all_at_once(
+        courses in vec(vec((0..5_u8, prop::option::weighted(0.8, seed())), 1..5), 1..8),
+    ) {
+        let mut seeds = BTreeMap::new();
+        let mut changed = plan(&seeds);
+        for changes in courses {
+            for (number, seed) in changes {
+                match seed {
+                    Some(seed) => drop(seeds.insert(number, seed)),
+                    None => drop(seeds.remove(&number)),
+                }
+            }
+            let (services, slices) = sets(&seeds);
+            changed.update(&services, &slices);
+            prop_assert_eq!(described(changed.table()), described(plan(&seeds).table()));
+        }
+    }
+
+    #[test]
+    fn restarted_daemon_plans_what_is_there(
+        first in vec(seed(), 4), then in vec(seed(), 4),
+    ) {
+        let seeds = |of: &[Seed]| -> BTreeMap<u8, Seed> { (0..).zip(of.iter().cloned()).collect() };
+        let mut before = plan(&seeds(&first));
+        let (services, slices) = sets(&seeds(&then));
+        before.update(&services, &slices);
+        let after = ServicePlan::new(context(), &services, &slices, &before.table().found());
+        prop_assert_eq!(after.table(), before.table());
+    }
+}
+
+#[test]
+fn udp_connection_is_forgotten_when_no_endpoint_that_serves_answers_it() {
+    // One of this node that is ready, one elsewhere that is going, one that neither is ready nor serves.
+    let endpoints = vec![(0, 0, 0), (1, 1, 4), (1, 2, 5)];
+    for family in Family::ALL {
+        let socket = |net: u8, host: u8| (ip(family, net + 1, 10 + host), 5353);
+        let [ready, leaving, gone] = [socket(0, 0), socket(1, 1), socket(1, 2)];
+        let (target, of_node) = ((vip(family, 1), 53), (node(family), 30_014));
+        for internal_is_local in [false, true] {
+            let seeds =
+                [(1, (endpoints.clone(), internal_is_local, false, false, 1)), (2, (vec![], false, false, false, 0))];
+            let now = plan(&BTreeMap::from(seeds)).udp_frontends();
+            let nothing = UdpFrontends::default();
+            let forgets = |target, answers| now.forget(&nothing, target, answers);
+            assert!(!forgets(target, ready));
+            assert_eq!(forgets(target, leaving), internal_is_local, "it serves, elsewhere");
+            assert!(forgets(target, gone));
+            assert!(forgets(target, target), "translated by nobody");
+            assert!(forgets(target, (ready.0, 53)), "another port of an endpoint's address");
+            assert!(!forgets((vip(family, 1), 54), gone), "no frontend");
+            assert!(!forgets((vip(family, 1), 80), gone), "TCP's");
+            assert!(forgets((vip(family, 2), 53), gone), "nobody serves");
+            assert!(!forgets(of_node, leaving), "the local policy is that of the ClusterIP");
+            assert!(nothing.forget(&now, target, ready), "the Service is gone");
+            assert!(!nothing.forget(&nothing, target, ready));
+        }
+        let seeds = BTreeMap::from([(1, (endpoints.clone(), false, false, false, 0))]);
+        let found = UdpFrontends::found(&plan(&seeds).table().found());
+        assert!(UdpFrontends::default().forget(&found, target, ready), "it went while nobody looked");
+        assert!(!UdpFrontends::default().forget(&found, (vip(family, 1), 80), ready));
+    }
+}
