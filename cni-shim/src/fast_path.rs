@@ -33,14 +33,18 @@ fn clear(maps: &Path, ips: &[IpAddr]) -> IoResult<()> {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     };
-    let (Some(config), Some(index)) = (open(abi::Map::Config)?, open(abi::Map::PodIndex4)?) else { return Ok(()) };
+    let maps = (open(abi::Map::Config)?, open(abi::Map::PodIndex4)?, open(abi::Map::PodIndex6)?);
+    let (Some(config), Some(index4), Some(index6)) = maps else { return Ok(()) };
     let config = config.get(&0_u32.to_ne_bytes())?.unwrap_or_default();
     let Ok(abi::Config { own4, own4_mask, .. }) = abi::Config::read_from_bytes(&config) else { return Ok(()) };
     for ip in ips {
-        let IpAddr::V4(ip) = ip else { continue };
-        if ip.to_bits() & own4_mask == own4 && own4_mask != 0 {
-            let number = ip.to_bits() - own4;
-            index.set(&number.to_ne_bytes(), &0_u32.to_ne_bytes())?;
+        match ip {
+            IpAddr::V4(ip) if ip.to_bits() & own4_mask == own4 && own4_mask != 0 => {
+                let number = ip.to_bits() - own4;
+                index4.set(&number.to_ne_bytes(), &0_u32.to_ne_bytes())?;
+            }
+            IpAddr::V4(_) => {}
+            IpAddr::V6(ip) => drop(index6.remove(&ip.octets())?),
         }
     }
     Ok(())

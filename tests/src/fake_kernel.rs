@@ -240,7 +240,7 @@ impl Tables {
             let (dev, ..) = self.addresses.iter().find(|(_, _, prefix)| prefix.contains(*ip))?;
             Some((*ip, UnderlayPath { ifindex: self.links.get(dev)?.index, gateway: *ip }))
         };
-        self.fdb.values().filter(|ip| ip.is_ipv4()).filter_map(path).collect()
+        self.fdb.values().filter_map(path).collect()
     }
 
     /// One write of routing, as the kernel takes it. Deleting what is gone is fine.
@@ -417,6 +417,7 @@ impl Tables {
                 trouble: self.fast_path_trouble.clone(),
                 paths: self.paths(),
                 ports: self.ports.clone(),
+                devices: self.links.iter().map(|(name, link)| (*name, link.index)).collect(),
                 shaping: self.shaping.clone(),
                 counts: BTreeMap::new(),
             },

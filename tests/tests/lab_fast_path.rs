@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use fabric_core::model::Family;
 use fabric_tests::faults::rules::Field;
-use fabric_tests::lab::{Connection, Lab, Node, Pod, Stream, wait_until};
+use fabric_tests::lab::{Connection, Families, Lab, Node, Pod, Stream, wait_until};
 
 const SOON: Duration = Duration::from_secs(60);
 const ON: &str = "--fast-path=on";
@@ -18,10 +18,16 @@ const OFF: &str = "--fast-path=off";
 const AUTO: &str = "--fast-path=auto";
 /// An address that is nobody's, and translated to a pod's: as that of a Service of Kubernetes.
 const SERVICE: &str = "198.51.100.10";
+/// The same of IPv6.
+const SERVICE6: &str = "2001:db8:5::10";
 
 /// Two nodes with these flags, and a pod on each.
 fn pods_of_two_nodes(flags: [&str; 2]) -> Result<(Lab, Pod, Pod)> {
-    let lab = Lab::builder().nodes(2).start()?;
+    pods_with(Families::V4, flags)
+}
+
+fn pods_with(families: Families, flags: [&str; 2]) -> Result<(Lab, Pod, Pod)> {
+    let lab = Lab::builder().nodes(2).families(families).start()?;
     let (a, b) = (lab.node("node-1")?.add_pod("a")?, lab.node("node-2")?.add_pod("b")?);
     for (pod, flag) in [(&a, flags[0]), (&b, flags[1])] {
         restart(&pod.node, flag)?;
@@ -61,9 +67,24 @@ fn counts(node: &Node, reason: &str) -> Result<(u64, u64)> {
     Ok((of(&status["fast_path"]["fast_packets"]), slow))
 }
 
+/// Packets of a program that had this reason.
+fn count(node: &Node, program: &str, reason: &str) -> Result<u64> {
+    let status = node.status()?;
+    let each = status["fast_path"]["counts"].as_array().cloned().unwrap_or_default();
+    let count = each.iter().find(|count| count["program"] == program && count["reason"] == reason);
+    Ok(count.map_or(0, |count| {
+        let packets = &count["packets"];
+        packets.as_u64().or_else(|| packets.as_str()?.parse().ok()).unwrap_or_default()
+    }))
+}
+
 /// Sends eight megabytes by TCP, and fails unless they arrive as they were.
 fn transfer(from: &Pod, to: &Pod) -> Result<()> {
-    let listener = to.network()?.run(|| Ok(TcpListener::bind((to.ip(Family::V4)?, 0))?))?;
+    transfer_over(Family::V4, from, to)
+}
+
+fn transfer_over(family: Family, from: &Pod, to: &Pod) -> Result<()> {
+    let listener = to.network()?.run(|| Ok(TcpListener::bind((to.ip(family)?, 0))?))?;
     let target = listener.local_addr()?;
     let sent: Vec<u8> = (0..8 << 20).map(|_| fastrand::u8(..)).collect();
     let expected = sent.clone();
@@ -108,6 +129,55 @@ fn transfers_arrive_as_they_were_sent_and_take_the_fast_path() -> Result<()> {
 }
 
 #[test]
+fn ipv6_beside_ipv4_takes_the_fast_path_and_what_is_not_ordinary_the_kernels() -> Result<()> {
+    let (_lab, a, b) = pods_with(Families::Dual, [ON, ON])?;
+    let c = a.node.add_pod("c")?;
+    let addresses = |node: &Node, count: u64| {
+        wait_until("all addresses of pods on the fast path", SOON, || {
+            ensure!(node.status()?["fast_path"]["pods"] == count, "{}", node.status()?["fast_path"]);
+            Ok(())
+        })
+    };
+    addresses(&a.node, 4)?;
+    addresses(&b.node, 2)?;
+    let stream = Stream::start_with(&a, &b, Family::V6, 200)?;
+    for (from, to) in [(&a, &b), (&b, &a), (&a, &c)] {
+        transfer_over(Family::V6, from, to)?;
+        transfer(from, to)?;
+    }
+    wait_until("packets of both families on the fast path", SOON, || {
+        for node in [&a.node, &b.node] {
+            // By the device, which IPv6 alone needs; by the program; and what came by either. Segments travel together.
+            for (program, reason) in [("pod_out", "device"), ("pod_out", "tunnel"), ("wire_in", "tunnel")] {
+                let packets = count(node, program, reason)?;
+                ensure!(packets > 50, "{packets} of {program} {reason} on {}", node.name);
+            }
+        }
+        Ok(())
+    })?;
+    // Neighbours are looked for anew; pings, fragments and what is too large are the kernel's.
+    a.run(&["ip", "-6", "neighbour", "flush", "dev", "eth0"])?;
+    a.node.run(&["ip", "-6", "neighbour", "flush", "dev", "cni0"])?;
+    let there = b.ip(Family::V6)?.to_string();
+    for ping in [["-c1", "-W5", "-s56"], ["-c1", "-W5", "-s4000"]] {
+        a.run(&[&["ping"], &ping[..], &[&there]].concat())?;
+    }
+    transfer_over(Family::V6, &a, &b)?;
+    restart(&b.node, OFF)?;
+    settled(&b.node, OFF)?;
+    [(&a, &b), (&b, &a)].into_iter().try_for_each(|(from, to)| transfer_over(Family::V6, from, to))?;
+    a.node.kill_fabricd()?;
+    stream.wait_for(200, SOON)?;
+    let report = stream.stop()?;
+    ensure!(report.lost == 0, "{report:?}");
+    // Its addresses are given to nobody's port, though no daemon runs.
+    c.del()?;
+    let d = a.node.add_pod("d")?;
+    transfer_over(Family::V6, &b, &d)?;
+    transfer_over(Family::V6, &d, &a)
+}
+
+#[test]
 fn a_node_without_it_understands_one_with_it() -> Result<()> {
     let (_lab, a, b) = pods_of_two_nodes([ON, OFF])?;
     transfer(&a, &b)?;
@@ -142,23 +212,25 @@ fn switching_it_amid_a_flow_and_killing_the_daemon_lose_nothing() -> Result<()> 
 
 /// What translates the service's address to the pod's on the client's node, by both programs that people use.
 fn translate(node: &Node, by: &str, to: SocketAddr) -> Result<()> {
+    let (nft, iptables, service) =
+        if to.is_ipv4() { ("ip", "iptables", SERVICE) } else { ("ip6", "ip6tables", SERVICE6) };
     let rules = match by {
         "nft" => vec![
-            "nft add table ip service".to_owned(),
-            "nft add chain ip service prerouting { type nat hook prerouting priority dstnat ; }".to_owned(),
-            format!("nft add rule ip service prerouting ip daddr {SERVICE} tcp dport 80 dnat to {to}"),
-            format!("nft add rule ip service prerouting ip daddr {SERVICE} udp dport 53 dnat to {to}"),
+            format!("nft add table {nft} service"),
+            format!("nft add chain {nft} service prerouting {{ type nat hook prerouting priority dstnat ; }}"),
+            format!("nft add rule {nft} service prerouting {nft} daddr {service} tcp dport 80 dnat to {to}"),
+            format!("nft add rule {nft} service prerouting {nft} daddr {service} udp dport 53 dnat to {to}"),
         ],
         _ => ["tcp --dport 80", "udp --dport 53"]
-            .map(|what| format!("iptables -t nat -A PREROUTING -d {SERVICE} -p {what} -j DNAT --to-destination {to}"))
+            .map(|what| format!("{iptables} -t nat -A PREROUTING -d {service} -p {what} -j DNAT --to-destination {to}"))
             .to_vec(),
     };
     rules.iter().try_for_each(|rule| node.run(&rule.split(' ').collect::<Vec<_>>()).map(drop))
 }
 
 /// A service of the pod that answers with what it is sent, by TCP and UDP.
-fn serve(pod: &Pod) -> Result<SocketAddr> {
-    let ip = pod.ip(Family::V4)?;
+fn serve(pod: &Pod, family: Family) -> Result<SocketAddr> {
+    let ip = pod.ip(family)?;
     let listener = pod.network()?.run(|| Ok(TcpListener::bind((ip, 0))?))?;
     let address = listener.local_addr()?;
     let socket = pod.network()?.run(|| Ok(UdpSocket::bind(address)?))?;
@@ -191,7 +263,8 @@ fn echoes(stream: &mut TcpStream, word: &str) -> Result<()> {
 
 /// One socket talks to the pod and to the service in turns: the answers come from whom they were asked of.
 fn asks_both(socket: &UdpSocket, direct: SocketAddr) -> Result<()> {
-    for target in [direct, (SERVICE.parse::<IpAddr>()?, 53).into()] {
+    let service = if direct.is_ipv4() { SERVICE } else { SERVICE6 };
+    for target in [direct, (service.parse::<IpAddr>()?, 53).into()] {
         socket.send_to(b"who", target)?;
         let mut packet = [0; 64];
         let (_, from) = socket.recv_from(&mut packet).with_context(|| format!("no answer from {target}"))?;
@@ -202,17 +275,21 @@ fn asks_both(socket: &UdpSocket, direct: SocketAddr) -> Result<()> {
 
 #[test]
 fn translated_connections_have_the_same_answers_on_and_off_and_switched() -> Result<()> {
-    for by in ["nft", "iptables"] {
-        let (_lab, a, b) = pods_of_two_nodes([OFF, ON])?;
-        let direct = serve(&b)?;
+    for (by, families, family, service) in [
+        ("nft", Families::V4, Family::V4, SERVICE),
+        ("iptables", Families::V4, Family::V4, SERVICE),
+        ("nft", Families::Dual, Family::V6, SERVICE6),
+    ] {
+        let (_lab, a, b) = pods_with(families, [OFF, ON])?;
+        let direct = serve(&b, family)?;
         translate(&a.node, by, direct)?;
-        let service: SocketAddr = (SERVICE.parse::<IpAddr>()?, 80).into();
+        let service: SocketAddr = (service.parse::<IpAddr>()?, 80).into();
         let open = |target: SocketAddr| -> Result<TcpStream> {
             let stream = a.network()?.run(|| Ok(TcpStream::connect_timeout(&target, SOON)?))?;
             stream.set_read_timeout(Some(SOON))?;
             Ok(stream)
         };
-        let ip = a.ip(Family::V4)?;
+        let ip = a.ip(family)?;
         let socket = a.network()?.run(|| Ok(UdpSocket::bind((ip, 0))?))?;
         socket.set_read_timeout(Some(Duration::from_secs(20)))?;
         let mut streams = vec![open(service)?, open(direct)?];
@@ -244,7 +321,7 @@ fn connection_that_is_idle_while_it_is_switched_on_is_whole_when_it_is_off_again
     for pod in [&a, &b] {
         pod.node.run(&invalid.split(' ').collect::<Vec<_>>())?;
     }
-    let server = serve(&b)?;
+    let server = serve(&b, Family::V4)?;
     let mut stream = a.network()?.run(|| Ok(TcpStream::connect_timeout(&server, SOON)?))?;
     stream.set_read_timeout(Some(SOON))?;
     echoes(&mut stream, "off")?;

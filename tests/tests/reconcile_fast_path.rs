@@ -43,6 +43,19 @@ fn lease(n: u8, underlay: &str) -> (String, String) {
     (format!("subnets/10.244.{n}.0-24"), value)
 }
 
+const DUAL: &str =
+    r#"{"EnableIPv6":true,"Network":"10.244.0.0/16","IPv6Network":"2001:db8:1::/48","Backend":{"Type":"vxlan"}}"#;
+
+/// The same of a peer with both families.
+fn dual_lease(n: u8) -> (String, String) {
+    let value = format!(
+        r#"{{"PublicIP":"192.0.2.{n}","PublicIPv6":"2001:db8:ff::{n}","BackendType":"vxlan",
+            "BackendData":{{"VNI":1,"VtepMAC":"02:42:c0:00:02:{n:02x}"}},
+            "BackendV6Data":{{"VNI":1,"VtepMAC":"02:42:c0:00:06:{n:02x}"}}}}"#
+    );
+    (format!("subnets/10.244.{n}.0-24&2001:db8:1:{n}::-64"), value)
+}
+
 /// A host with two peers, whose own subnet is 10.244.1.0/24.
 struct Host {
     cluster: MemoryCluster,
@@ -59,13 +72,22 @@ struct Daemon {
 
 impl Host {
     fn new() -> Self {
+        Self::of(CONFIG, [2, 3].map(|n| lease(n, &format!("192.0.2.{n}"))))
+    }
+
+    /// One whose network has both families.
+    fn dual() -> Self {
+        Self::of(DUAL, [2, 3].map(dual_lease))
+    }
+
+    fn of(config: &str, leases: [(String, String); 2]) -> Self {
         let cluster = MemoryCluster::default();
-        cluster.put("config", CONFIG.as_bytes());
-        for n in [2, 3] {
-            let (key, value) = lease(n, &format!("192.0.2.{n}"));
+        cluster.put("config", config.as_bytes());
+        for (key, value) in leases {
             cluster.put(&key, value.as_bytes());
         }
-        let kernel = FakeKernel::new(Tables::host(&[(v("192.0.2.1"), v("192.0.2.0/24"))]));
+        let addresses = [(v("192.0.2.1"), v("192.0.2.0/24")), (v("2001:db8:ff::1"), v("2001:db8:ff::/64"))];
+        let kernel = FakeKernel::new(Tables::host(&addresses));
         Self {
             cluster,
             kernel,
@@ -117,6 +139,13 @@ impl Host {
         let ip = IpAddr::from((base.to_bits() + u32::from(host)).to_be_bytes());
         self.pods.send_modify(|pods| {
             Arc::make_mut(pods).ports.insert(v(port), Pod { mac, ips: [ip].into() });
+        });
+    }
+
+    /// It has this address too.
+    fn add_address(&self, port: &str, ip: IpAddr) {
+        self.pods.send_modify(|pods| {
+            Arc::make_mut(pods).ports.get_mut(&v(port)).expect("there").ips.insert(ip);
         });
     }
 
@@ -174,7 +203,10 @@ async fn pods_and_peers_become_fast_once_the_kernels_path_is_there_and_go_again(
     let view = daemon.fast(2, 2).await;
     assert_eq!(view.fast_path.reason, "");
     let there = host.fast_path();
-    assert!(there.pods.values().all(|pod| pod.fast) && there.node.is_some_and(|node| node.subnet == own));
+    assert!(
+        there.pods.values().all(|pod| pod.fast)
+            && there.node.and_then(|node| node.ends.v4).is_some_and(|end| end.subnet == own)
+    );
     let steps = host.kernel.writes();
     let first_fast = steps.iter().position(|write| is_fast_path(&write.op)).expect("there are some");
     let routes = steps.iter().position(|write| write.op.to_string().contains("ip route")).expect("there are some");
@@ -188,6 +220,37 @@ async fn pods_and_peers_become_fast_once_the_kernels_path_is_there_and_go_again(
     host.cluster.delete(&lease(3, "").0);
     daemon.fast(1, 1).await;
     assert_eq!(host.fast_path().peers.len(), 1);
+    stays_silent(&host.kernel).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn pods_and_peers_of_two_families_are_fast_in_both() {
+    let host = Host::dual();
+    let mut daemon = host.start(Mode::On);
+    let own = daemon.own().await;
+    host.add_pod("veth1", own, 5);
+    let view = daemon.until("ready", |view| view.readiness == Readiness::Ready).await;
+    let own6 = view.holding.own.as_ref().expect("held").key.subnets().v6.expect("IPv6");
+    host.add_address("veth1", own6.gateway());
+    let view = daemon.fast(2, 2).await;
+    assert_eq!(view.fast_path.reason, "");
+    let there = host.fast_path();
+    let ends = there.node.expect("its own end").ends;
+    assert_eq!(ends.map(|_, end| end.subnet), PerFamily { v4: Some(own), v6: Some(own6) });
+    let devices = host.kernel.tables().links;
+    let peer = |subnet: &str| there.peers[&there.index[&v(subnet)]];
+    let (peer4, peer6) = (peer("10.244.2.0/24"), peer("2001:db8:1:2::/64"));
+    assert_eq!(peer6.path.ifindex, devices[&v("fabric6.1")].index, "the device makes the checksum");
+    assert_eq!(peer4.path.ifindex, devices[&v("eth0")].index);
+    stays_silent(&host.kernel).await;
+
+    // Another device has another index.
+    host.kernel.edit(|tables| tables.delete_link(&v("fabric6.1")));
+    sleep(Duration::from_secs(30)).await;
+    let index = host.kernel.tables().links[&v("fabric6.1")].index;
+    assert_ne!(index, peer6.path.ifindex);
+    let there = host.fast_path();
+    assert_eq!(there.peers[&there.index[&v("2001:db8:1:2::/64")]].path.ifindex, index);
     stays_silent(&host.kernel).await;
 }
 

@@ -20,7 +20,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub use crate::reason::{Program, Reason};
 
 /// The number of this layout: a part of the path that the maps are pinned at.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 /// What the programs are under, as the kernel asks when it loads them. None of their helpers needs one of the GPL.
 pub const LICENSE: &std::ffi::CStr = c"Apache-2.0";
 /// Bytes that encapsulation over IPv4 adds: IPv4, UDP, VXLAN and the Ethernet header inside (RFC 7348 section 5).

@@ -108,24 +108,31 @@ impl Mirror {
         let counts = self.stale.contains(&Table::Sysctls).then(|| bpf.counts().unwrap_or_default());
         let mut paths = BTreeMap::new();
         if options.fast_path {
-            let local = self.observed.ours.links.values().map(|link| link.local).find(IpAddr::is_ipv4);
-            for ip in self.observed.ours.fdb.values().filter(|ip| Family::of(**ip) == Family::V4) {
-                let ask = || routes::path(socket, &self.links, *ip, local);
+            let locals = self.observed.ours.links.values().map(|link| (Family::of(link.local), link.local));
+            let locals: BTreeMap<Family, IpAddr> = locals.collect();
+            for ip in self.observed.ours.fdb.values() {
+                let ask = || routes::path(socket, &self.links, *ip, locals.get(&Family::of(*ip)).copied());
                 paths.extend(self.paths.entry(*ip).or_insert_with(ask).map(|path| (*ip, path)));
             }
         }
         self.paths.retain(|ip, path| path.is_none() || paths.contains_key(ip));
         let ports = self.stale.contains(&Table::Links).then(|| ports(&self.links));
+        let devices = our_names(&self.links).into_iter().map(|(index, name)| (name, index)).collect();
         if options.fast_path && [Table::Links, Table::Shaping].iter().any(|table| self.stale.contains(table)) {
             self.shaping.read(socket, &self.links);
         }
         let mut shaping = self.shaping.found().clone();
         shaping.unread = shaping.unread.or_else(|| self.firewalls_unread.clone());
         let known = &self.observed.fast_path;
-        let same = known.state == state && known.trouble == trouble && known.paths == paths && known.shaping == shaping;
+        let same = known.state == state
+            && known.trouble == trouble
+            && known.paths == paths
+            && known.shaping == shaping
+            && known.devices == devices;
         if !same || counts.is_some() || ports.is_some() {
             let found = &mut Arc::make_mut(&mut self.observed).fast_path;
             (found.state, found.trouble, found.paths, found.shaping) = (state, trouble, paths, shaping);
+            found.devices = devices;
             found.counts = counts.unwrap_or_else(|| std::mem::take(&mut found.counts));
             found.ports = ports.unwrap_or_else(|| std::mem::take(&mut found.ports));
         }

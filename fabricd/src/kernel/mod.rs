@@ -110,6 +110,8 @@ pub struct FastPathFound {
     pub paths: BTreeMap<IpAddr, UnderlayPath>,
     /// The ports of bridges.
     pub ports: BTreeMap<IfName, Port>,
+    /// Indexes of our VXLAN devices.
+    pub devices: BTreeMap<IfName, u32>,
     /// What of others shapes or encrypts packets on the kernel's path.
     pub shaping: Shaping,
     /// What the programs have counted, not older than an audit.

@@ -8,9 +8,9 @@ use std::time::Duration;
 use clap::ValueEnum;
 use fabric_core::diff::Op;
 use fabric_core::firewall::Judged;
-use fabric_core::model::{IfName, PerFamily};
+use fabric_core::model::{IfName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
-use fabric_core::plan::fast_path::{FastPathInputs, fast_path};
+use fabric_core::plan::fast_path::{FastPathInputs, Planned, fast_path};
 use fabric_core::plan::passed_by::{passed_by, shaped};
 use fabric_core::plan::{Desired, Vtep};
 use fabric_core::state::fast_path::{FastPath, Program};
@@ -64,9 +64,9 @@ pub struct FastPathView {
     pub left_off: bool,
     /// Why it is off, or what doesn't take it, with the way out. Empty when there is nothing to say.
     pub reason: String,
-    /// Pods that it knows.
+    /// Addresses of pods that it takes packets of.
     pub pods: usize,
-    /// Peers that it knows.
+    /// Peers that it knows, in the family in which it knows most.
     pub peers: usize,
     /// Packets that the programs saw, by program and reason.
     pub counts: kernel::Counts,
@@ -120,7 +120,7 @@ impl FastPathPlan {
             self.lacks = Some(trouble);
             return &self.wanted;
         }
-        let chosen = underlays.v4.iter().map(|underlay| underlay.dev);
+        let chosen = underlays.values().map(|underlay| underlay.dev);
         let uplinks: BTreeSet<u32> = chosen
             .filter_map(|dev| observed.host.links.iter().find(|link| link.name == dev))
             .map(|link| link.index)
@@ -143,6 +143,7 @@ impl FastPathPlan {
             own: own.key.subnets(),
             vteps,
             devices: &desired.devices,
+            indexes: &found.devices,
             routing: &desired.state,
             paths: &found.paths,
             uplinks: &uplinks,
@@ -154,9 +155,9 @@ impl FastPathPlan {
             have: &found.state,
         };
         match fast_path(&inputs) {
-            Ok(wanted) => {
-                self.lacks = lacks(&wanted, desired);
-                self.wanted = wanted;
+            Ok(planned) => {
+                self.lacks = lacks(&planned, desired);
+                self.wanted = planned.state;
             }
             Err(why) => self.lacks = Some(why.to_string()),
         }
@@ -197,22 +198,38 @@ impl FastPathPlan {
         let pods = self.wanted.addresses.values().filter(|slot| fast(slot)).count();
         let left_off =
             self.mode == Mode::Auto && self.in_the_way.as_ref().is_some_and(|(since, _)| since.elapsed() < CLEAR);
-        FastPathView { asked, on, left_off, reason, pods, peers: self.wanted.index.len(), counts }
+        FastPathView { asked, on, left_off, reason, pods, peers: peers(&self.wanted), counts }
     }
 }
 
 /// What doesn't take the fast path, though it is on.
-fn lacks(wanted: &FastPath, desired: &Desired) -> Option<String> {
-    let peers = desired.peers.saturating_sub(wanted.index.len());
+fn lacks(Planned { state: wanted, without }: &Planned, desired: &Desired) -> Option<String> {
+    let without = without.iter().map(|(family, why)| format!("{family} pods take the kernel's path: {why}"));
+    let is_lacking = |subnet: &&Subnet| {
+        let in_use = wanted.node.is_some_and(|node| node.ends.get(subnet.family()).is_some());
+        in_use && !wanted.index.contains_key(*subnet)
+    };
+    let peers = of_most(desired.state.routes.keys().filter(is_lacking));
     let peers = (peers > 0).then(|| {
         format!("{peers} peers take the kernel's path: see fabricctl peers, and ip route get to their address")
     });
-    let shaped = wanted.pods.values().filter(|pod| !pod.fast).count();
-    let shaped = (shaped > 0).then(|| {
+    let shaped: BTreeSet<u32> = wanted.pods.values().filter(|pod| !pod.fast).map(|pod| pod.ifindex).collect();
+    let shaped = Some(shaped.len()).filter(|count| *count > 0).map(|shaped| {
         format!("{shaped} pods take the kernel's path, since their ports have queueing disciplines: see tc qdisc show")
     });
-    let all: Vec<String> = peers.into_iter().chain(shaped).collect();
+    let all: Vec<String> = without.chain(peers).chain(shaped).collect();
     (!all.is_empty()).then(|| all.join("; "))
+}
+
+fn peers(wanted: &FastPath) -> usize {
+    of_most(wanted.index.keys())
+}
+
+/// How many subnets there are of the family that has most: each peer has one of each.
+fn of_most<'a>(subnets: impl Iterator<Item = &'a Subnet>) -> usize {
+    let mut counts = PerFamily::<usize>::default();
+    subnets.for_each(|subnet| *counts.slot(subnet.family()).get_or_insert_default() += 1);
+    counts.values().copied().max().unwrap_or_default()
 }
 
 impl FastPathView {

@@ -14,7 +14,9 @@ use std::net::IpAddr;
 
 use super::{Change, Key, Stage, Verb};
 use crate::model::Subnet;
-use crate::state::fast_path::{FastPath, MapSizes, OwnEnd, Peer, PeerSlot, Place, Pod, PodSlot, Program, UnderlayPath};
+use crate::state::fast_path::{
+    End, FastPath, MapSizes, OwnEnd, Peer, PeerSlot, Place, Pod, PodSlot, Program, UnderlayPath,
+};
 
 /// One write to the fast path.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -270,17 +272,17 @@ impl fmt::Display for Op {
         match self {
             Self::Maps(Change::Delete(_)) => f.write_str("maps"),
             Self::Maps(c) => {
-                let Some(MapSizes { subnets, peers, addresses, pods }) = c.wanted() else { return Ok(()) };
-                write!(f, "maps for {subnets} subnets, {peers} peers, {addresses} addresses, {pods} pods")
+                let Some(MapSizes { subnets4, subnets6, peers, addresses4, pods }) = c.wanted() else { return Ok(()) };
+                write!(f, "maps for {subnets4} subnets of IPv4 and {subnets6} of IPv6, {peers} peers, ")?;
+                write!(f, "{addresses4} addresses of IPv4, {pods} pods")
             }
             Self::Node(Change::Delete(_)) => f.write_str("this node's own end"),
             Self::Node(Change::Create(own) | Change::Replace { now: own, .. }) => {
-                let OwnEnd { vni, port, vtep_mac, local, network, subnet, guard } = own;
-                let guard = if *guard { " nat guard" } else { "" };
-                write!(
-                    f,
-                    "own subnet {subnet} of {network}, vni {vni} port {port} local {local} lladdr {vtep_mac}{guard}"
-                )
+                let OwnEnd { vni, port, guard, ends } = own;
+                for End { vtep_mac, local, network, subnet } in ends.values() {
+                    write!(f, "own subnet {subnet} of {network} local {local} lladdr {vtep_mac}, ")?;
+                }
+                write!(f, "vni {vni} port {port}{}", if *guard { " nat guard" } else { "" })
             }
             Self::Peer(slot, Change::Delete(peer)) => write!(f, "peer {}, {}", slot.0, peer.underlay),
             Self::Peer(slot, Change::Create(peer) | Change::Replace { now: peer, .. }) => {

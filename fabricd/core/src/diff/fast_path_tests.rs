@@ -1,5 +1,6 @@
 use super::*;
 use crate::diff::{Gate, Plan, diff as plan};
+use crate::model::PerFamily;
 use crate::state::fast_path::{Hook, Role};
 
 fn v<T: std::str::FromStr>(text: &str) -> T {
@@ -22,19 +23,21 @@ fn program(role: Role) -> Program {
 
 /// A node with one peer and one pod.
 fn whole() -> FastPath {
-    let own = OwnEnd {
-        vni: 1_u32.try_into().expect("a VNI"),
-        port: 8472,
+    let end = |network, subnet, local| End {
         vtep_mac: v("02:42:c0:00:02:01"),
-        local: v("192.0.2.1"),
-        network: v("10.64.0.0/12"),
-        subnet: v("10.64.1.0/24"),
-        guard: true,
+        local: v(local),
+        network: v(network),
+        subnet: v(subnet),
     };
+    let ends = PerFamily {
+        v4: Some(end("10.64.0.0/12", "10.64.1.0/24", "192.0.2.1")),
+        v6: Some(end("2001:db8::/48", "2001:db8:0:1::/64", "2001:db8:ff::1")),
+    };
+    let own = OwnEnd { vni: 1_u32.try_into().expect("a VNI"), port: 8472, guard: true, ends };
     let pod =
         Pod { ifindex: 7, mac: v("02:42:0a:40:01:05"), gateway_mac: v("02:42:0a:40:01:01"), mtu: 1450, fast: true };
     FastPath {
-        maps: Some(MapSizes { subnets: 4096, peers: 1024, addresses: 256, pods: 128 }),
+        maps: Some(MapSizes { subnets4: 4096, subnets6: 65_536, peers: 1024, addresses4: 256, pods: 128 }),
         node: Some(own),
         peers: [(PeerSlot(1), peer(2))].into(),
         index: [(v("10.64.2.0/24"), PeerSlot(1))].into(),
@@ -65,8 +68,10 @@ fn a_fast_path_is_made_from_the_data_up_and_a_pod_is_taken_last() {
     let made = plan(&want, &nothing);
     assert_eq!(
         made.to_string(),
-        "+ fast path: maps for 4096 subnets, 1024 peers, 256 addresses, 128 pods\n\
-         + fast path: own subnet 10.64.1.0/24 of 10.64.0.0/12, vni 1 port 8472 local 192.0.2.1 lladdr 02:42:c0:00:02:01 nat guard\n\
+        "+ fast path: maps for 4096 subnets of IPv4 and 65536 of IPv6, 1024 peers, 256 addresses of IPv4, 128 pods\n\
+         + fast path: own subnet 10.64.1.0/24 of 10.64.0.0/12 local 192.0.2.1 lladdr 02:42:c0:00:02:01, \
+         own subnet 2001:db8:0:1::/64 of 2001:db8::/48 local 2001:db8:ff::1 lladdr 02:42:c0:00:02:01, \
+         vni 1 port 8472 nat guard\n\
          + fast path: peer 1, 192.0.2.2 lladdr 02:42:c0:00:02:02 vxlan via 192.0.2.2 interface 2 mtu 1450\n\
          + fast path: 10.64.2.0/24 is of peer 1\n\
          + fast path: program pod_out_0000000000000fab\n\
@@ -106,7 +111,7 @@ fn it_goes_from_the_other_end_with_the_links_first() {
 fn another_own_end_or_other_maps_take_everything_away_first() {
     let have = whole();
     let mut moved = whole();
-    moved.node.as_mut().expect("there").local = v("192.0.2.9");
+    moved.node.as_mut().expect("there").ends.v4.as_mut().expect("IPv4").local = v("192.0.2.9");
     let first = plan(&moved, &have);
     assert!(first.ops().iter().all(super::super::Op::is_delete), "{first}");
     let there = taken(&first, &have);
@@ -114,7 +119,7 @@ fn another_own_end_or_other_maps_take_everything_away_first() {
     assert_eq!(taken(&plan(&moved, &there), &there), moved);
 
     let mut larger = whole();
-    larger.maps.as_mut().expect("there").subnets = 65_536;
+    larger.maps.as_mut().expect("there").subnets4 = 65_536;
     let there = taken(&plan(&larger, &have), &have);
     assert_eq!(there, FastPath::new());
     assert_eq!(taken(&plan(&larger, &there), &there), larger);

@@ -12,13 +12,13 @@ use crate::model::{Family, IfName, MacAddr, PerFamily, Subnet};
 use crate::network::NetworkConfig;
 use crate::plan::filter::Pod as AttachedPod;
 use crate::state::fast_path::{
-    FastPath, MapSizes, OwnEnd, Peer, PeerSlot, Place, Pod, PodSlot, Program, Role, UnderlayPath,
+    End, FastPath, MapSizes, OwnEnd, Peer, PeerSlot, Place, Pod, PodSlot, Program, Role, UnderlayPath,
 };
 use crate::state::{Routing, Via};
 
 /// The index is an array over all subnets of the network: that many fit into half a megabyte.
 const MOST_SUBNETS: u32 = 1 << 16;
-/// So is the one over all addresses of this node's subnet.
+/// So is the one over all addresses of this node's IPv4 subnet.
 const MOST_ADDRESSES: u32 = 1 << 16;
 /// No map has more entries.
 const MOST_ENTRIES: u32 = 1 << 17;
@@ -38,6 +38,8 @@ pub struct FastPathInputs<'a> {
     pub vteps: &'a PerFamily<Vtep>,
     /// Its VXLAN devices.
     pub devices: &'a PerFamily<IfName>,
+    /// Indexes of those that are there.
+    pub indexes: &'a BTreeMap<IfName, u32>,
     /// What the kernel should hold.
     pub routing: &'a Routing,
     /// The way to each underlay address, as far as the kernel was asked.
@@ -69,12 +71,9 @@ pub struct Port {
     pub bridge_mac: MacAddr,
 }
 
-/// Why a network can't have a fast path. Its packets take the kernel's path.
+/// Why a network, or one family of it, can't have a fast path. Its packets take the kernel's path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoFastPath {
-    /// The programs know IPv4 pods.
-    #[error("the network has no IPv4, and IPv6 pods take the kernel's path")]
-    NoIpv4,
     /// Group policy is a part of VXLAN's header that programs don't write.
     #[error("the network config has GBP")]
     Gbp,
@@ -90,40 +89,41 @@ pub enum NoFastPath {
 }
 
 /// What should be there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Planned {
+    /// All of it.
+    pub state: FastPath,
+    /// Families that are in use and take the kernel's path.
+    pub without: PerFamily<NoFastPath>,
+}
+
+/// What should be there.
 ///
 /// # Errors
 /// See [`NoFastPath`].
-pub fn fast_path(inputs: &FastPathInputs<'_>) -> Result<FastPath, NoFastPath> {
-    let family = Family::V4;
-    let space = inputs.network.spaces.get(family).ok_or(NoFastPath::NoIpv4)?;
-    let network = space.network;
-    let own = *inputs.own.get(family).ok_or(NoFastPath::NoIpv4)?;
+pub fn fast_path(inputs: &FastPathInputs<'_>) -> Result<Planned, NoFastPath> {
     if inputs.network.vxlan.gbp {
         return Err(NoFastPath::Gbp);
     }
-    let (Some(device), Some(vtep)) = (inputs.devices.get(family), inputs.vteps.get(family)) else {
-        return Err(NoFastPath::NoDevice);
-    };
-    let count = |bits: u8| 1_u32.checked_shl(u32::from(bits));
-    let subnets = count(own.prefix_len().saturating_sub(network.prefix_len())).filter(|count| *count <= MOST_SUBNETS);
-    let subnets = subnets.ok_or(NoFastPath::TooManySubnets(network, own.prefix_len()))?;
-    let addresses = count(32 - own.prefix_len()).filter(|count| *count <= MOST_ADDRESSES);
-    let addresses = addresses.ok_or(NoFastPath::TooManyAddresses(own))?;
-    let node = OwnEnd {
-        vni: inputs.network.vxlan.vni,
-        port: inputs.network.vxlan.port,
-        vtep_mac: vtep.mac,
-        local: vtep.local,
-        network,
-        subnet: own,
-        guard: inputs.tracked,
-    };
-    let (peers, pods) = (peers(inputs, device, own, vtep), pods(inputs, own));
+    let (mut ends, mut without) = (PerFamily::default(), PerFamily::default());
+    for family in Family::ALL {
+        match end(inputs, family) {
+            Some(Ok(end)) => *ends.slot(family) = Some(end),
+            Some(Err(why)) => *without.slot(family) = Some(why),
+            None => {}
+        }
+    }
+    if ends.is_empty() {
+        return Err(without.values().next().copied().unwrap_or(NoFastPath::NoDevice));
+    }
+    let node = OwnEnd { vni: inputs.network.vxlan.vni, port: inputs.network.vxlan.port, guard: inputs.tracked, ends };
+    let (peers, pods) = (peers(inputs, &ends), pods(inputs, &ends));
     let had = inputs.have.maps;
     let sizes = MapSizes {
-        subnets,
+        subnets4: ends.v4.and_then(|end| subnets(&end)).unwrap_or(1),
+        subnets6: ends.v6.and_then(|end| subnets(&end)).unwrap_or(1),
         peers: room(peers.len(), FEWEST_PEERS, had.map(|sizes| sizes.peers)),
-        addresses,
+        addresses4: ends.v4.and_then(|end| addresses4(&end)).unwrap_or(1),
         pods: room(pods.len(), FEWEST_PODS, had.map(|sizes| sizes.pods)),
     };
     let mut state =
@@ -145,16 +145,48 @@ pub fn fast_path(inputs: &FastPathInputs<'_>) -> Result<FastPath, NoFastPath> {
         attach(Role::PodOut, port.ifindex);
         attach(Role::PodIn, port.ifindex);
     }
-    Ok(state)
+    Ok(Planned { state, without })
+}
+
+/// This node's end of one family, `None` where the network has none of it.
+fn end(inputs: &FastPathInputs<'_>, family: Family) -> Option<Result<End, NoFastPath>> {
+    let network = inputs.network.spaces.get(family)?.network;
+    let (Some(subnet), Some(vtep), Some(_)) =
+        (inputs.own.get(family), inputs.vteps.get(family), inputs.devices.get(family))
+    else {
+        return Some(Err(NoFastPath::NoDevice));
+    };
+    let end = End { vtep_mac: vtep.mac, local: vtep.local, network, subnet: *subnet };
+    if subnets(&end).is_none() {
+        return Some(Err(NoFastPath::TooManySubnets(network, subnet.prefix_len())));
+    }
+    // The addresses of IPv6 are in a hash.
+    if family == Family::V4 && addresses4(&end).is_none() {
+        return Some(Err(NoFastPath::TooManyAddresses(*subnet)));
+    }
+    Some(Ok(end))
+}
+
+/// How many subnets the network has, `None` for too many.
+fn subnets(end: &End) -> Option<u32> {
+    let bits = end.subnet.prefix_len().saturating_sub(end.network.prefix_len());
+    1_u32.checked_shl(u32::from(bits)).filter(|count| *count <= MOST_SUBNETS)
+}
+
+/// How many addresses this node's IPv4 subnet has, `None` for too many.
+fn addresses4(end: &End) -> Option<u32> {
+    let bits = Family::V4.bits().saturating_sub(end.subnet.prefix_len());
+    1_u32.checked_shl(u32::from(bits)).filter(|count| *count <= MOST_ADDRESSES)
 }
 
 /// The pods by their address. An address that several ports say is theirs is nobody's: whose it is the kernel's path has to
 /// find out.
-fn pods(inputs: &FastPathInputs<'_>, own: Subnet) -> BTreeMap<IpAddr, Pod> {
+fn pods(inputs: &FastPathInputs<'_>, ends: &PerFamily<End>) -> BTreeMap<IpAddr, Pod> {
     let mut pods = BTreeMap::new();
+    let is_own = |ip: &IpAddr| ends.values().any(|end| end.subnet.contains(*ip));
     for (name, pod) in inputs.pods {
         let Some(Port { ifindex, mtu, bridge_mac }) = inputs.ports.get(name).copied() else { continue };
-        for ip in pod.ips.iter().filter(|ip| own.contains(**ip) && !is_shared(inputs, ip)) {
+        for ip in pod.ips.iter().filter(|ip| is_own(ip) && !is_shared(inputs, ip)) {
             let fast = !inputs.shaped.contains(&ifindex);
             pods.insert(*ip, Pod { ifindex, mac: pod.mac, gateway_mac: bridge_mac, mtu, fast });
         }
@@ -169,10 +201,12 @@ fn is_shared(inputs: &FastPathInputs<'_>, ip: &IpAddr) -> bool {
 
 /// The peers that the kernel is to reach, and whose way is known. Those of another size than our own subnet have no place
 /// in the index.
-fn peers(inputs: &FastPathInputs<'_>, device: &IfName, own: Subnet, vtep: &Vtep) -> BTreeMap<Subnet, Peer> {
+fn peers(inputs: &FastPathInputs<'_>, ends: &PerFamily<End>) -> BTreeMap<Subnet, Peer> {
     let Routing { routes, neighbours, fdb, .. } = inputs.routing;
     let peer = |(subnet, via): (&Subnet, &Via)| {
-        if subnet.family() != Family::V4 || subnet.prefix_len() != own.prefix_len() {
+        let family = subnet.family();
+        let (end, device, vtep) = (ends.get(family)?, inputs.devices.get(family)?, inputs.vteps.get(family)?);
+        if subnet.prefix_len() != end.subnet.prefix_len() {
             return None;
         }
         let direct = match via {
@@ -182,7 +216,12 @@ fn peers(inputs: &FastPathInputs<'_>, device: &IfName, own: Subnet, vtep: &Vtep)
         };
         let vtep_mac = *neighbours.get(&(*device, subnet.base()))?;
         let underlay = *fdb.get(&(*device, vtep_mac))?;
+        // Also where our device finds the way by itself: what comes from there is fast only if programs are there.
         let path = *inputs.paths.get(&underlay)?;
+        let path = match (family, direct) {
+            (Family::V6, false) => UnderlayPath { ifindex: *inputs.indexes.get(device)?, gateway: underlay },
+            _ => path,
+        };
         Some((*subnet, Peer { underlay, vtep_mac, path, direct, mtu: vtep.mtu }))
     };
     routes.iter().filter_map(peer).collect()

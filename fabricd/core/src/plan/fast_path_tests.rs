@@ -15,6 +15,7 @@ struct World {
     pods: BTreeMap<IfName, AttachedPod>,
     ports: BTreeMap<IfName, Port>,
     shaped: BTreeSet<u32>,
+    indexes: BTreeMap<IfName, u32>,
     have: FastPath,
 }
 
@@ -32,6 +33,7 @@ impl World {
             pods: BTreeMap::new(),
             ports: BTreeMap::new(),
             shaped: BTreeSet::new(),
+            indexes: [(v("fabric.1"), 30), (v("fabric6.1"), 36)].into(),
             have: FastPath::new(),
         };
         (2..=4).for_each(|n| world.add_peer(n, n));
@@ -40,11 +42,29 @@ impl World {
         world
     }
 
+    /// The same with IPv6 beside.
+    fn dual() -> Self {
+        let config =
+            r#"{"Network":"10.64.0.0/12","EnableIPv6":true,"IPv6Network":"2001:db8::/48","Backend":{"Type":"vxlan"}}"#;
+        let mut world = Self { network: network(config), ..Self::new() };
+        (2..=3).for_each(|n| world.add_peer_at(Family::V6, n, n));
+        world.pods.get_mut(&v::<IfName>("veth7")).expect("there").ips.insert(v("2001:db8:0:1::5"));
+        world
+    }
+
     /// The peer `n`, at the underlay address of `at`.
     fn add_peer(&mut self, n: u8, at: u8) {
-        let (dev, subnet): (IfName, Subnet) = (v("fabric.1"), v(&format!("10.64.{n}.0/24")));
+        self.add_peer_at(Family::V4, n, at);
+    }
+
+    fn add_peer_at(&mut self, family: Family, n: u8, at: u8) {
+        let (dev, subnet, underlay) = match family {
+            Family::V4 => ("fabric.1", format!("10.64.{n}.0/24"), format!("192.0.2.{at}")),
+            Family::V6 => ("fabric6.1", format!("2001:db8:0:{n}::/64"), format!("2001:db8:ff::{at}")),
+        };
+        let (dev, subnet): (IfName, Subnet) = (v(dev), v(&subnet));
         let mac = v(&format!("02:42:c0:00:02:{n:02x}"));
-        let underlay = v(&format!("192.0.2.{at}"));
+        let underlay = v(&underlay);
         self.routing.routes.insert(subnet, Via::Gateway(Nexthop { gateway: subnet.base(), dev }));
         self.routing.neighbours.insert((dev, subnet.base()), mac);
         self.routing.fdb.insert((dev, mac), underlay);
@@ -58,15 +78,20 @@ impl World {
     }
 
     fn plan(&self) -> Result<FastPath, NoFastPath> {
+        self.planned().map(|planned| planned.state)
+    }
+
+    fn planned(&self) -> Result<Planned, NoFastPath> {
         let program = |role| Program { role, fingerprint: 1 };
         fast_path(&FastPathInputs {
             network: &self.network,
-            own: &PerFamily { v4: Some(v("10.64.1.0/24")), v6: None },
+            own: &PerFamily { v4: Some(v("10.64.1.0/24")), v6: Some(v("2001:db8:0:1::/64")) },
             vteps: &PerFamily {
                 v4: Some(Vtep { mac: v("02:42:c0:00:02:01"), local: v("192.0.2.1"), mtu: 1450 }),
-                v6: None,
+                v6: Some(Vtep { mac: v("02:42:c0:00:06:01"), local: v("2001:db8:ff::1"), mtu: 1430 }),
             },
-            devices: &PerFamily { v4: Some(v("fabric.1")), v6: None },
+            devices: &PerFamily { v4: Some(v("fabric.1")), v6: Some(v("fabric6.1")) },
+            indexes: &self.indexes,
             routing: &self.routing,
             paths: &self.paths,
             uplinks: &[2].into(),
@@ -104,7 +129,7 @@ fn peers_are_those_that_the_kernel_is_led_to() {
     assert_eq!(subnets(&state), ["10.64.2.0/24", "10.64.3.0/24", "10.64.4.0/24"]);
     let peer = state.peers[&state.index[&v("10.64.3.0/24")]];
     assert_eq!((peer.underlay, peer.vtep_mac, peer.direct), (v("192.0.2.3"), v("02:42:c0:00:02:03"), false));
-    assert_eq!(state.maps, Some(MapSizes { subnets: 4096, peers: 256, addresses: 256, pods: 128 }));
+    assert_eq!(state.maps, Some(MapSizes { subnets4: 4096, subnets6: 1, peers: 256, addresses4: 256, pods: 128 }));
 
     let direct = Via::Direct(Nexthop { gateway: v("192.0.2.2"), dev: v("eth0") });
     world.routing.routes.insert(v("10.64.2.0/24"), direct);
@@ -181,9 +206,51 @@ fn networks_that_programs_do_not_know_have_no_fast_path() {
         world.plan().expect_err("refused").to_string()
     };
     assert!(refused(r#"{"Network":"10.64.0.0/12","Backend":{"Type":"vxlan","GBP":true}}"#).contains("GBP"));
-    let v6 = r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"2001:db8::/48","Backend":{"Type":"vxlan"}}"#;
-    assert!(refused(v6).contains("no IPv4"));
     let mut wide = World::new();
     wide.network = network(r#"{"Network":"10.0.0.0/7","SubnetLen":24,"Backend":{"Type":"vxlan"}}"#);
     assert!(matches!(wide.plan(), Err(NoFastPath::TooManySubnets(..))), "{:?}", wide.plan());
+}
+
+#[test]
+fn ipv6_peers_are_sent_to_by_the_device_and_direct_ones_by_the_uplink() {
+    let mut world = World::dual();
+    let direct = Via::Direct(Nexthop { gateway: v("2001:db8:ff::3"), dev: v("eth0") });
+    world.routing.routes.insert(v("2001:db8:0:3::/64"), direct);
+    let state = world.settle();
+    let peer = |state: &FastPath, subnet: &str| state.peers[&state.index[&v::<Subnet>(subnet)]];
+    let (tunnelled, direct) = (peer(&state, "2001:db8:0:2::/64"), peer(&state, "2001:db8:0:3::/64"));
+    assert_eq!((tunnelled.path.ifindex, tunnelled.direct, tunnelled.mtu), (36, false, 1430));
+    assert_eq!((direct.path.ifindex, direct.direct), (2, true));
+    assert_eq!(state.maps, Some(MapSizes { subnets4: 4096, subnets6: 65_536, peers: 256, addresses4: 256, pods: 128 }));
+    let slots = [v::<IpAddr>("10.64.1.5"), v("2001:db8:0:1::5")].map(|ip| state.addresses[&ip]);
+    assert_ne!(slots[0], slots[1], "its ports are marked in each family by itself");
+    assert_eq!(state.links.len(), 5);
+
+    world.paths.remove(&v::<IpAddr>("2001:db8:ff::2"));
+    world.indexes.clear();
+    let state = world.settle();
+    assert_eq!(
+        subnets(&state),
+        ["10.64.2.0/24", "10.64.3.0/24", "10.64.4.0/24", "2001:db8:0:3::/64"],
+        "what comes from there may come by an interface without programs"
+    );
+    world.paths.insert(v("2001:db8:ff::2"), UnderlayPath { ifindex: 2, gateway: v("fe80::1") });
+    assert_eq!(subnets(&world.settle()).len(), 4, "the device is not there yet");
+}
+
+#[test]
+fn a_family_that_programs_do_not_know_leaves_the_other_fast() {
+    let only6 = r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"2001:db8::/48","Backend":{"Type":"vxlan"}}"#;
+    let world = World { network: network(only6), ..World::dual() };
+    let planned = world.planned().expect("possible");
+    assert_eq!(planned.without, PerFamily::default());
+    assert_eq!(subnets(&planned.state), ["2001:db8:0:2::/64", "2001:db8:0:3::/64"]);
+    assert_eq!(planned.state.addresses.keys().collect::<Vec<_>>(), [&v::<IpAddr>("2001:db8:0:1::5")]);
+
+    let wide6 =
+        r#"{"Network":"10.64.0.0/12","EnableIPv6":true,"IPv6Network":"2001:db8::/32","Backend":{"Type":"vxlan"}}"#;
+    let world = World { network: network(wide6), ..World::dual() };
+    let planned = world.planned().expect("possible");
+    assert!(matches!(planned.without.v6, Some(NoFastPath::TooManySubnets(..))), "{:?}", planned.without);
+    assert_eq!((planned.state.index.len(), planned.state.addresses.len()), (3, 2), "all of IPv4, and nothing else");
 }

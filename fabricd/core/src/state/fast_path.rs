@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 
-use crate::model::{MacAddr, Subnet, Vni};
+use crate::model::{Family, MacAddr, PerFamily, Subnet, Vni};
 
 /// All of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,16 +33,19 @@ pub struct FastPath {
     pub links: BTreeMap<Place, Program>,
 }
 
-/// How large the maps are that depend on the network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How large the maps are that depend on the network. No map has no entry: what a family has that is not in use is 1. All
+/// are 0 of maps that nobody knows and that go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MapSizes {
-    /// How many subnets the network has.
-    pub subnets: u32,
-    /// How many peers there may be.
+    /// How many subnets the IPv4 network has.
+    pub subnets4: u32,
+    /// How many the IPv6 network has.
+    pub subnets6: u32,
+    /// How many peers there may be. One of two families counts twice.
     pub peers: u32,
-    /// How many addresses this node's subnet has.
-    pub addresses: u32,
-    /// How many pods there may be.
+    /// How many addresses this node's IPv4 subnet has.
+    pub addresses4: u32,
+    /// How many pods there may be. One of two families counts twice.
     pub pods: u32,
 }
 
@@ -53,6 +56,15 @@ pub struct OwnEnd {
     pub vni: Vni,
     /// UDP destination port.
     pub port: u16,
+    /// Whether connections are translated here: then pods' ports are marked in the NAT guard.
+    pub guard: bool,
+    /// Of each family whose pods take the fast path.
+    pub ends: PerFamily<End>,
+}
+
+/// This node's end of one family's tunnels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End {
     /// Address of our VXLAN device.
     pub vtep_mac: MacAddr,
     /// Source address of the outer packets.
@@ -61,8 +73,14 @@ pub struct OwnEnd {
     pub network: Subnet,
     /// The slice of it that is this node's. All slices are of one size.
     pub subnet: Subnet,
-    /// Whether connections are translated here: then pods' ports are marked in the NAT guard.
-    pub guard: bool,
+}
+
+impl OwnEnd {
+    /// Whether an address is of one of the networks: a pod's, somewhere.
+    #[must_use]
+    pub fn has(&self, ip: IpAddr) -> bool {
+        self.ends.values().any(|end| end.network.contains(ip))
+    }
 }
 
 /// Number of a peer's entry. 0 is nobody's: an empty index entry says that.
@@ -80,7 +98,7 @@ pub struct Peer {
     pub underlay: IpAddr,
     /// Address of its VXLAN device.
     pub vtep_mac: MacAddr,
-    /// The way there.
+    /// The way there. Over IPv6 that is our VXLAN device, which makes the UDP checksum, and finds the way itself.
     pub path: UnderlayPath,
     /// Its packets go without encapsulation (`DirectRouting`).
     pub direct: bool,
@@ -95,6 +113,14 @@ pub struct UnderlayPath {
     pub ifindex: u32,
     /// The next hop: the address itself on a link that reaches it.
     pub gateway: IpAddr,
+}
+
+impl Peer {
+    /// Of which family its pods and its underlay address are.
+    #[must_use]
+    pub fn family(&self) -> Family {
+        Family::of(self.underlay)
+    }
 }
 
 /// A pod that is attached to this node.

@@ -10,8 +10,7 @@ use std::io;
 use std::net::IpAddr;
 
 use fabric_bpf::abi;
-use fabric_core::model::{Family, Subnet};
-use fabric_core::state::fast_path::PodSlot;
+use fabric_core::state::fast_path::{OwnEnd, PodSlot};
 use fabric_ebpf::Map;
 
 use super::maps::Maps;
@@ -24,12 +23,12 @@ const UDP: u8 = 17;
 /// Marks what is translated of the connections of pods with these addresses, and notes those that are tracked as they are:
 /// these stay on the kernel's path to their end. One that is idle meanwhile would be noted by no packet; it would go on fast,
 /// and be called invalid when the fast path is switched off again.
-pub(super) fn seed(maps: &Maps, addresses: &BTreeMap<IpAddr, PodSlot>, network: Subnet) -> io::Result<()> {
+pub(super) fn seed(maps: &Maps, addresses: &BTreeMap<IpAddr, PodSlot>, node: &OwnEnd) -> io::Result<()> {
     let (_, other) = maps.generations()?;
     let (mut translated, mut flows) = (vec![], vec![]);
     each(|connection| match is_translated(connection) {
         true => translated.push(*connection),
-        false => flows.extend(tracked(connection, addresses, network)),
+        false => flows.extend(tracked(connection, addresses, node)),
     })?;
     // Those that begin now have their first packet noted by programs.
     flows.iter().try_for_each(|(slot, flow)| maps.set_slow_flow(*slot, flow))?;
@@ -40,17 +39,13 @@ pub(super) fn seed(maps: &Maps, addresses: &BTreeMap<IpAddr, PodSlot>, network: 
 }
 
 /// The flows of a connection that is tracked and not translated, as the pods at its ends send them.
-fn tracked(
-    connection: &Connection,
-    addresses: &BTreeMap<IpAddr, PodSlot>,
-    network: Subnet,
-) -> Vec<(PodSlot, abi::Flow)> {
+fn tracked(connection: &Connection, addresses: &BTreeMap<IpAddr, PodSlot>, node: &OwnEnd) -> Vec<(PodSlot, abi::Flow)> {
     let Connection { original, reply, .. } = connection;
     let of = |tuple: &Tuple| {
-        let slot = *addresses.get(&tuple.source).filter(|_| network.contains(tuple.target))?;
+        let slot = *addresses.get(&tuple.source).filter(|_| node.has(tuple.target))?;
         let flow = abi::Flow {
-            source: abi_address(tuple.source)?,
-            destination: abi_address(tuple.target)?,
+            source: abi_address(tuple.source),
+            destination: abi_address(tuple.target),
             source_port: tuple.source_port.to_be_bytes(),
             destination_port: tuple.target_port.to_be_bytes(),
             protocol: tuple.protocol,
@@ -80,11 +75,11 @@ fn replace(generation: &Map, marks: &BTreeMap<u32, u64>) -> io::Result<()> {
     differing.into_iter().try_for_each(|(word, bits)| generation.set(&word.to_ne_bytes(), &bits.to_ne_bytes()))
 }
 
-/// An address of IPv4 as flows have it: mapped to IPv6.
-fn abi_address(ip: IpAddr) -> Option<[u8; 16]> {
+/// An address as flows have it: of IPv4 mapped to IPv6.
+fn abi_address(ip: IpAddr) -> [u8; 16] {
     match ip {
-        IpAddr::V4(ip) => Some(ip.to_ipv6_mapped().octets()),
-        IpAddr::V6(_) => None,
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+        IpAddr::V6(ip) => ip.octets(),
     }
 }
 
@@ -110,16 +105,16 @@ fn marks(translated: &[Connection], addresses: &BTreeMap<IpAddr, PodSlot>) -> BT
     marks
 }
 
-/// The connections of IPv4 that are translated.
+/// The connections that are translated.
 fn translated() -> io::Result<Vec<Connection>> {
     let mut found = vec![];
     each(|connection| found.extend(Some(*connection).filter(is_translated)))?;
     Ok(found)
 }
 
-/// Shows each connection of IPv4.
+/// Shows each connection.
 fn each(mut see: impl FnMut(&Connection)) -> io::Result<()> {
-    let filter = Filter { family: Some(Family::V4), ..Filter::default() };
+    let filter = Filter::default();
     let listed =
         Connections::open().and_then(|mut connections| connections.each(&filter, |connection| see(connection)));
     match listed {
@@ -141,11 +136,14 @@ fn is_translated(connection: &Connection) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use fabric_core::model::PerFamily;
+    use fabric_core::state::fast_path::End;
+
     use super::*;
 
     fn end(text: &str) -> (IpAddr, u16) {
-        let (ip, port) = text.split_once(':').expect("an address and a port");
-        (ip.parse().expect("an address"), port.parse().expect("a port"))
+        let (ip, port) = text.rsplit_once(':').expect("an address and a port");
+        (ip.trim_matches(['[', ']']).parse().expect("an address"), port.parse().expect("a port"))
     }
 
     /// `A:1 > B:2, B:2 > A:1`: the first packet, and the answer to it.
@@ -161,8 +159,8 @@ mod tests {
 
     #[test]
     fn translated_connections_mark_the_port_of_the_pod() {
-        let addresses =
-            [("10.64.1.5", 1), ("10.64.1.6", 2)].map(|(ip, slot)| (ip.parse().expect("valid"), PodSlot(slot)));
+        let addresses = [("10.64.1.5", 1), ("10.64.1.6", 2), ("2001:db8:1:1::5", 3)]
+            .map(|(ip, slot)| (ip.parse().expect("valid"), PodSlot(slot)));
         let addresses = addresses.into();
         let marked = |text: &str, udp| {
             let pair = pair(text, udp);
@@ -193,6 +191,9 @@ mod tests {
         // Two connections to one server, one of them by a service's address: the port was translated as well.
         let both = marked("10.64.1.5:4000 > 203.0.113.1:53, 10.64.2.9:8053 > 10.64.1.5:1027", true);
         assert_eq!(both, [abi::nat_bit(1, true, 4000), abi::nat_bit(1, true, 1027)].into());
+        // IPv6, masqueraded.
+        let (client, reply) = ("[2001:db8:1:1::5]:4000", "[2001:db8:ff::9]:53 > [2001:db8:ff::1]:61000");
+        assert_eq!(marked(&format!("{client} > [2001:db8:ff::9]:53, {reply}"), true), bit(3, true, 4000));
         // Nobody's here.
         assert_eq!(marked("10.64.3.5:4000 > 203.0.113.1:80, 10.64.4.6:8080 > 10.64.3.5:4000", false), BTreeMap::new());
         assert!(!is_translated(&pair("10.64.1.5:4000 > 10.64.2.9:80, 10.64.2.9:80 > 10.64.1.5:4000", false)));
@@ -203,13 +204,23 @@ mod tests {
 
     #[test]
     fn connections_that_are_tracked_are_noted_as_each_pod_of_this_node_sends_them() {
-        let addresses =
-            [("10.64.1.5", 1), ("10.64.1.6", 2)].map(|(ip, slot)| (ip.parse().expect("valid"), PodSlot(slot)));
+        let addresses = [("10.64.1.5", 1), ("10.64.1.6", 2), ("2001:db8:1:1::5", 3)]
+            .map(|(ip, slot)| (ip.parse().expect("valid"), PodSlot(slot)));
         let addresses = addresses.into();
-        let network = "10.64.0.0/12".parse().expect("a network");
+        let end = |network: &str, local: &str| End {
+            vtep_mac: "02:42:c0:00:02:01".parse().expect("valid"),
+            local: local.parse().expect("valid"),
+            network: network.parse().expect("valid"),
+            subnet: network.parse().expect("valid"),
+        };
+        let ends = PerFamily {
+            v4: Some(end("10.64.0.0/12", "192.0.2.1")),
+            v6: Some(end("2001:db8:1::/48", "2001:db8:ff::1")),
+        };
+        let node = OwnEnd { vni: 1_u32.try_into().expect("a VNI"), port: 8472, guard: true, ends };
         let noted = |text: &str| -> Vec<(u32, u16, u16)> {
             let port = u16::from_be_bytes;
-            let flows = tracked(&pair(text, false), &addresses, network);
+            let flows = tracked(&pair(text, false), &addresses, &node);
             flows.iter().map(|(slot, flow)| (slot.0, port(flow.source_port), port(flow.destination_port))).collect()
         };
         assert_eq!(noted("10.64.1.5:4000 > 10.64.2.9:80, 10.64.2.9:80 > 10.64.1.5:4000"), [(1, 4000, 80)]);
@@ -222,5 +233,7 @@ mod tests {
             "no pod: it is slow"
         );
         assert_eq!(noted("10.64.3.5:4000 > 10.64.2.9:80, 10.64.2.9:80 > 10.64.3.5:4000"), [], "nobody's here");
+        let (pod, other) = ("[2001:db8:1:1::5]:4000", "[2001:db8:1:2::9]:80");
+        assert_eq!(noted(&format!("{pod} > {other}, {other} > {pod}")), [(3, 4000, 80)]);
     }
 }

@@ -6,8 +6,8 @@ use std::net::IpAddr;
 
 use fabric_bpf::abi::{self, MapKind};
 use fabric_bpf::{Program, Reason};
-use fabric_core::model::{Subnet, to_bits};
-use fabric_core::state::fast_path::{FastPath, MapSizes, OwnEnd, Peer, PeerSlot, Pod, PodSlot};
+use fabric_core::model::{Family, Subnet, from_bits, to_bits};
+use fabric_core::state::fast_path::{End, FastPath, MapSizes, OwnEnd, Peer, PeerSlot, Pod, PodSlot};
 use fabric_ebpf::{Kind, Map, Shape};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -70,9 +70,10 @@ impl Maps {
     fn sizes(&self) -> MapSizes {
         let entries = |map| self.map(map).shape().max_entries;
         MapSizes {
-            subnets: entries(abi::Map::PeerIndex4),
+            subnets4: entries(abi::Map::PeerIndex4),
+            subnets6: entries(abi::Map::PeerIndex6),
             peers: entries(abi::Map::Peers),
-            addresses: entries(abi::Map::PodIndex4),
+            addresses4: entries(abi::Map::PodIndex4),
             pods: entries(abi::Map::Pods),
         }
     }
@@ -87,20 +88,34 @@ impl Maps {
             let peer = abi::Peer::read_from_bytes(bytes).ok().and_then(|peer| encode::found_peer(&peer, &node));
             found.peers.extend(peer.map(|peer| (PeerSlot(slot), peer)));
         })?;
-        self.map(abi::Map::PeerIndex4).each_value(|number, slot| {
-            let subnet = nth_subnet(&node, number).filter(|_| number_in(slot) != 0);
-            found.index.extend(subnet.map(|subnet| (subnet, PeerSlot(number_in(slot)))));
-        })?;
+        for (family, end) in node.ends.iter() {
+            self.map(index_of_peers(family)).each_value(|number, slot| {
+                let subnet = nth_subnet(end, number).filter(|_| number_in(slot) != 0);
+                found.index.extend(subnet.map(|subnet| (subnet, PeerSlot(number_in(slot)))));
+            })?;
+        }
         self.map(abi::Map::Pods).each_value(|slot, bytes| {
             let pod = abi::Pod::read_from_bytes(bytes).ok().and_then(|pod| encode::found_pod(&pod));
             found.pods.extend(pod.map(|pod| (PodSlot(slot), pod)));
         })?;
-        self.map(abi::Map::PodIndex4).each_value(|number, slot| {
-            if number_in(slot) != 0 {
-                let ip = IpAddr::from(v4_bits(node.subnet.base()).wrapping_add(number).to_be_bytes());
-                found.addresses.insert(ip, PodSlot(number_in(slot)));
-            }
-        })
+        if let Some(end) = &node.ends.v4 {
+            let base = to_bits(end.subnet.base());
+            self.map(abi::Map::PodIndex4).each_value(|number, slot| {
+                if number_in(slot) != 0 {
+                    let ip = from_bits(Family::V4, base + u128::from(number));
+                    found.addresses.insert(ip, PodSlot(number_in(slot)));
+                }
+            })?;
+        }
+        let index6 = self.map(abi::Map::PodIndex6);
+        for key in index6.keys()? {
+            let (Ok(abi::Address6 { bytes }), Some(slot)) = (abi::Address6::read_from_bytes(&key), index6.get(&key)?)
+            else {
+                continue;
+            };
+            found.addresses.insert(IpAddr::from(bytes), PodSlot(number_in(&slot)));
+        }
+        Ok(())
     }
 
     pub(super) fn set_node(&self, node: Option<&OwnEnd>) -> io::Result<()> {
@@ -110,7 +125,7 @@ impl Maps {
 
     pub(super) fn set_peer(&self, slot: PeerSlot, peer: Option<&Peer>, node: Option<&OwnEnd>) -> io::Result<()> {
         let value = match (peer, node) {
-            (Some(peer), Some(node)) => encode::peer(peer, node),
+            (Some(peer), Some(node)) => encode::peer(peer, node).ok_or_else(no_node)?,
             (Some(_), None) => return Err(no_node()),
             (None, _) => abi::Peer::new_zeroed(),
         };
@@ -118,13 +133,14 @@ impl Maps {
     }
 
     pub(super) fn set_index(&self, subnet: Subnet, slot: Option<PeerSlot>, node: Option<&OwnEnd>) -> io::Result<()> {
-        let node = node.ok_or_else(no_node)?;
-        let (network, shift) = (to_bits(node.network.base()), 32 - u32::from(node.subnet.prefix_len()));
+        let family = subnet.family();
+        let end = node.and_then(|node| node.ends.get(family)).ok_or_else(no_node)?;
+        let (network, shift) = (to_bits(end.network.base()), shift(end));
         let number = to_bits(subnet.base())
             .checked_sub(network)
             .and_then(|_| abi::subnet_number(network, to_bits(subnet.base()), shift));
-        let number = number.ok_or_else(|| io::Error::other(format!("{subnet} is no part of {}", node.network)))?;
-        self.map(abi::Map::PeerIndex4).set(&number.to_ne_bytes(), &slot.map_or(0, |slot| slot.0).to_ne_bytes())
+        let number = number.ok_or_else(|| io::Error::other(format!("{subnet} is no part of {}", end.network)))?;
+        self.map(index_of_peers(family)).set(&number.to_ne_bytes(), &slot.map_or(0, |slot| slot.0).to_ne_bytes())
     }
 
     pub(super) fn set_pod(&self, slot: PodSlot, pod: Option<&Pod>) -> io::Result<()> {
@@ -133,9 +149,22 @@ impl Maps {
     }
 
     pub(super) fn set_address(&self, ip: IpAddr, slot: Option<PodSlot>, node: Option<&OwnEnd>) -> io::Result<()> {
-        let node = node.ok_or_else(no_node)?;
-        let number = v4_bits(ip).wrapping_sub(v4_bits(node.subnet.base()));
-        self.map(abi::Map::PodIndex4).set(&number.to_ne_bytes(), &slot.map_or(0, |slot| slot.0).to_ne_bytes())
+        let end = node.and_then(|node| node.ends.get(Family::of(ip))).ok_or_else(no_node)?;
+        match ip {
+            IpAddr::V4(ip) => {
+                let number = u128::from(ip.to_bits()).checked_sub(to_bits(end.subnet.base()));
+                let number = number.and_then(|number| u32::try_from(number).ok());
+                let number = number.ok_or_else(|| io::Error::other(format!("{ip} is no part of {}", end.subnet)))?;
+                self.map(abi::Map::PodIndex4).set(&number.to_ne_bytes(), &slot.map_or(0, |slot| slot.0).to_ne_bytes())
+            }
+            IpAddr::V6(ip) => {
+                let (index, key) = (self.map(abi::Map::PodIndex6), ip.octets());
+                match slot {
+                    Some(slot) => index.set(&key, &slot.0.to_ne_bytes()),
+                    None => index.remove(&key).map(drop),
+                }
+            }
+        }
     }
 
     /// Notes a flow of a pod that takes the kernel's path: the flow before the word that tells of flows.
@@ -188,11 +217,11 @@ fn shape(map: abi::Map, sizes: MapSizes) -> Shape {
     let per_slot = map.entries_per_slot().unwrap_or(1);
     let max_entries = match map {
         abi::Map::Config | abi::Map::NatCurrent => 1,
-        // IPv6 pods take the kernel's path.
-        abi::Map::PeerIndex6 | abi::Map::PodIndex6 => 1,
-        abi::Map::PeerIndex4 => sizes.subnets,
+        abi::Map::PeerIndex4 => sizes.subnets4,
+        abi::Map::PeerIndex6 => sizes.subnets6,
         abi::Map::Peers | abi::Map::PeerCounters => sizes.peers,
-        abi::Map::PodIndex4 => sizes.addresses,
+        abi::Map::PodIndex4 => sizes.addresses4,
+        abi::Map::PodIndex6 => sizes.pods,
         abi::Map::Pods | abi::Map::SlowPods | abi::Map::NatBits0 | abi::Map::NatBits1 => sizes.pods * per_slot,
         abi::Map::SlowFlows => SLOW_FLOWS,
         abi::Map::Counters => abi::COUNTERS,
@@ -201,17 +230,21 @@ fn shape(map: abi::Map, sizes: MapSizes) -> Shape {
     Shape { kind, key_size: size(map.key_size()), value_size: size(map.value_size()), max_entries, flags: 0 }
 }
 
-fn nth_subnet(node: &OwnEnd, number: u32) -> Option<Subnet> {
-    let shift = 32 - u32::from(node.subnet.prefix_len());
-    let base = v4_bits(node.network.base()).wrapping_add(number.checked_shl(shift)?);
-    Subnet::holding(IpAddr::from(base.to_be_bytes()), node.subnet.prefix_len()).ok()
+fn index_of_peers(family: Family) -> abi::Map {
+    match family {
+        Family::V4 => abi::Map::PeerIndex4,
+        Family::V6 => abi::Map::PeerIndex6,
+    }
 }
 
-fn v4_bits(ip: IpAddr) -> u32 {
-    match ip {
-        IpAddr::V4(ip) => ip.to_bits(),
-        IpAddr::V6(_) => 0,
-    }
+/// Bits of an address that are no part of its subnet's number.
+fn shift(end: &End) -> u32 {
+    u32::from(end.subnet.family().bits() - end.subnet.prefix_len())
+}
+
+fn nth_subnet(end: &End, number: u32) -> Option<Subnet> {
+    let base = to_bits(end.network.base()) + u128::from(number).checked_shl(shift(end))?;
+    Subnet::holding(from_bits(end.subnet.family(), base), end.subnet.prefix_len()).ok()
 }
 
 fn number_in(bytes: &[u8]) -> u32 {
@@ -219,5 +252,5 @@ fn number_in(bytes: &[u8]) -> u32 {
 }
 
 fn no_node() -> io::Error {
-    io::Error::other("this node's own end isn't there; the next pass looks again")
+    io::Error::other("this node's own end of that family isn't there; the next pass looks again")
 }

@@ -170,7 +170,7 @@ impl Bpf {
             self.maps = Some(maps);
         } else if !self.pins.other_layouts()?.is_empty() {
             // Maps as nobody wants them: they go before ours are made, and when none are wanted.
-            found.maps = Some(MapSizes { subnets: 0, peers: 0, addresses: 0, pods: 0 });
+            found.maps = Some(MapSizes::default());
         }
         Ok(found)
     }
@@ -220,7 +220,7 @@ impl Bpf {
             Op::Address(ip, change) => maps.set_address(*ip, change.wanted().copied(), node)?,
             Op::Seed(addresses) => {
                 if let Some(node) = node.filter(|node| node.guard) {
-                    guard::seed(maps, addresses, node.network)?;
+                    guard::seed(maps, addresses, node)?;
                 }
             }
             Op::Program(Change::Create(program) | Change::Replace { now: program, .. }) => self.load(maps, *program)?,

@@ -94,7 +94,7 @@ impl Pins {
         let programs = entries(&self.root.join("programs"))?.iter().filter_map(|path| program_of(path)).collect();
         let links = self.places()?.into_iter().map(|place| (place, unknown(place))).collect();
         let maps = abi::Map::ALL.iter().any(|map| self.map(*map).exists());
-        let maps = maps.then_some(MapSizes { subnets: 0, peers: 0, addresses: 0, pods: 0 });
+        let maps = maps.then(MapSizes::default);
         Ok(FastPath { maps, programs, links, ..FastPath::new() })
     }
 
