@@ -182,6 +182,18 @@ impl<K: Ord + Clone, V: Clone> CowMap<K, V> {
         }
     }
 
+    /// Takes as little memory as it can, after many changes: full chunks with no room for more.
+    pub fn compact(&mut self) {
+        let mut chunks: Vec<Chunk<K, V>> = Vec::with_capacity(self.len.div_ceil(MOST));
+        let mut entries = self.chunks.iter().flat_map(|chunk| chunk.iter()).cloned();
+        for first in (0..self.len).step_by(MOST) {
+            let mut chunk = Vec::with_capacity(MOST.min(self.len - first));
+            chunk.extend(entries.by_ref().take(MOST));
+            chunks.push(Arc::new(chunk));
+        }
+        self.chunks = Arc::new(chunks);
+    }
+
     /// Removes a key; gives its value.
     pub fn remove(&mut self, key: &K) -> Option<V> {
         let (at, within) = self.place(key);
@@ -284,12 +296,16 @@ mod tests {
         #[test]
         fn behaves_as_a_btree_map_and_tells_what_differs_from_a_copy(
             first in prop::collection::vec((0..400_u16, 0..4_u8), 0..400), before in steps(), after in steps(),
+            compacts in any::<bool>(),
         ) {
             let (mut map, mut model): (CowMap<u16, u8>, BTreeMap<u16, u8>) =
                 (first.iter().copied().collect(), first.into_iter().collect());
             take(&mut map, &mut model, &before);
             let (copy, model_of_copy) = (map.clone(), model.clone());
             take(&mut map, &mut model, &after);
+            if compacts {
+                map.compact();
+            }
             for (map, model) in [(&map, &model), (&copy, &model_of_copy)] {
                 prop_assert!(map.iter().eq(model.iter()) && map.len() == model.len());
                 prop_assert!(map.chunks.iter().all(|chunk| !chunk.is_empty() && chunk.len() <= MOST));

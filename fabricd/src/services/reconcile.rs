@@ -15,7 +15,7 @@ use fabric_core::model::{Family, NodeName, PerFamily, Subnet};
 use fabric_core::services::ObjectName;
 use fabric_core::services::model::NodeFacts;
 use fabric_core::services::plan::{Context, ServicePlan, UdpFrontends};
-use fabric_core::services::sets::{Services, Slices};
+use fabric_core::services::sets::Services;
 use fabric_core::state::nft::FoundTable;
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
@@ -80,7 +80,7 @@ pub struct Reconciler {
     table: SectionTable,
     plan: Option<ServicePlan>,
     /// What UDP was last held against.
-    udp: Option<Udp>,
+    udp: Option<UdpFrontends>,
     status: watch::Sender<Arc<SectionStatus>>,
     counters: ServicesCounters,
     retry: Backoff,
@@ -88,14 +88,6 @@ pub struct Reconciler {
     progress: Progress,
     notices: Notices,
     questions: (mpsc::Sender<Question>, mpsc::Receiver<Question>),
-}
-
-/// UDP as it was after a pass.
-struct Udp {
-    services: Services,
-    slices: Slices,
-    context: Context,
-    frontends: UdpFrontends,
 }
 
 /// What is there of kube-proxy.
@@ -115,13 +107,6 @@ impl KubeProxy {
 
 /// Why a pass wrote nothing, or not all.
 type Blocked = String;
-
-impl Udp {
-    fn is_of(&self, services: &Services, slices: &Slices, context: &Context) -> bool {
-        let same = services.changes(&self.services, |was, is| was == is).next().is_none();
-        same && slices.changes(&self.slices, |was, is| was == is).next().is_none() && self.context == *context
-    }
-}
 
 impl Reconciler {
     /// A loop that has not looked at anything yet. Must be called within a tokio runtime.
@@ -254,7 +239,7 @@ impl Reconciler {
             // All that it did is done by now, before its rules are asked.
             warnings.extend(remove_kube_proxy().await.err());
         }
-        let mut notices = troubles(plan, &services);
+        let mut notices = troubles(plan);
         notices.extend(late.into_iter().map(|service| {
             health_check_refused(service, "another Service, which is older, has this healthCheckNodePort")
         }));
@@ -265,41 +250,29 @@ impl Reconciler {
         warnings.extend(notices.iter().map(|notice| format!("Service {}: {}", notice.service, notice.message)));
         self.notices.are(&notices);
         // A kernel without ctnetlink translates all the same.
-        warnings.extend(self.forget_udp(&services, &slices, found.as_ref()).await.err());
+        warnings.extend(self.forget_udp(found.as_ref()).await.err());
         Ok(())
     }
 
     /// Once the maps say who serves, forgets the UDP connections that lead to others. What fails is tried again by the next
     /// pass.
-    async fn forget_udp(
-        &mut self,
-        services: &Services,
-        slices: &Slices,
-        found: Option<&FoundTable>,
-    ) -> Result<(), Blocked> {
+    async fn forget_udp(&mut self, found: Option<&FoundTable>) -> Result<(), Blocked> {
         let Some(plan) = &self.plan else { return Ok(()) };
-        if self.udp.as_ref().is_some_and(|last| last.is_of(services, slices, plan.context())) {
-            return Ok(());
-        }
-        let frontends = plan.udp_frontends();
+        let frontends = plan.udp_frontends().clone();
         let before = match &self.udp {
-            Some(last) => last.frontends.clone(),
+            Some(last) if *last == frontends => return Ok(()),
+            Some(last) => last.clone(),
             None => found.map(UdpFrontends::found).unwrap_or_default(),
         };
-        let udp = Udp {
-            services: services.clone(),
-            slices: slices.clone(),
-            context: plan.context().clone(),
-            frontends: frontends.clone(),
-        };
-        let forgotten = tokio::task::spawn_blocking(move || connections::forget(&frontends, &before)).await;
+        let now = frontends.clone();
+        let forgotten = tokio::task::spawn_blocking(move || connections::forget(&now, &before)).await;
         let forgotten = forgotten
             .map_err(|error| error.to_string())?
             .map_err(|error| format!("UDP connections to endpoints that are gone can't be deleted: {error}"))?;
         if forgotten > 0 {
             info!(connections = forgotten, "UDP connections to endpoints that don't serve were deleted");
         }
-        self.udp = Some(udp);
+        self.udp = Some(frontends);
         Ok(())
     }
 
@@ -404,7 +377,7 @@ fn node_port_ips(
 }
 
 /// What is wrong with Services, whichever node looks at them.
-fn troubles(plan: &ServicePlan, services: &Services) -> Vec<Notice> {
+fn troubles(plan: &ServicePlan) -> Vec<Notice> {
     let mut conflicts: BTreeMap<(&ObjectName, &ObjectName), Vec<String>> = BTreeMap::new();
     for conflict in plan.conflicts() {
         conflicts.entry((conflict.other, conflict.owner)).or_default().push(conflict.frontend.to_string());
@@ -417,7 +390,7 @@ fn troubles(plan: &ServicePlan, services: &Services) -> Vec<Notice> {
             frontends.join(", ")
         ),
     });
-    let refused = services.values().flat_map(|service| {
+    let refused = plan.refused().flat_map(|service| {
         let notice = |message: &String| Notice {
             service: service.name.clone(),
             reason: Reason::Refused,

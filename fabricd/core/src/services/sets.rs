@@ -46,7 +46,7 @@ impl ServiceSet {
 
     /// Takes as little memory as it can, after many changes.
     pub fn compact(&mut self) {
-        self.services = self.services.iter().map(|(name, service)| (name.clone(), Arc::clone(service))).collect();
+        self.services.compact();
     }
 
     /// The Services.
@@ -108,7 +108,7 @@ impl SliceSet {
 
     /// Takes as little memory as it can, after many changes.
     pub fn compact(&mut self) {
-        self.slices = self.slices.iter().map(|(key, slice)| (key.clone(), Arc::clone(slice))).collect();
+        self.slices.compact();
         self.services.shrink_to_fit();
     }
 
@@ -120,10 +120,10 @@ impl SliceSet {
 }
 
 /// The slices of a Service.
-pub fn of_service<'a>(slices: &'a Slices, service: &ObjectName) -> impl Iterator<Item = &'a Slice> {
+pub fn of_service<'a>(slices: &'a Slices, service: &ObjectName) -> impl Iterator<Item = &'a Arc<Slice>> {
     let first = SliceKey { service: service.clone(), slice: ObjectName::new("", "") };
     let service = service.clone();
-    slices.starting_at(&first).take_while(move |(key, _)| key.service == service).map(|(_, slice)| &**slice)
+    slices.starting_at(&first).take_while(move |(key, _)| key.service == service).map(|(_, slice)| slice)
 }
 
 /// True when more than half of what was known is gone; of a few, any number may go.

@@ -62,7 +62,7 @@ fn decisions(services: &ServiceSet, slices: &SliceSet) -> String {
     for (name, service) in services.services().iter() {
         for port in &service.ports {
             for family in Family::ALL {
-                let of: Vec<_> = of_service(slices.slices(), name).collect();
+                let of = of_service(slices.slices(), name).map(AsRef::as_ref);
                 let backends = backends(service, port, family, of);
                 let choice = choose(&backends, here);
                 text += &format!("{service:?} {port:?} {choice:?}\n");

@@ -55,7 +55,8 @@ fn udp_connection_is_forgotten_when_no_endpoint_that_serves_answers_it() {
         for internal_is_local in [false, true] {
             let seeds =
                 [(1, (endpoints.clone(), internal_is_local, false, false, 1)), (2, (vec![], false, false, false, 0))];
-            let now = plan(&BTreeMap::from(seeds)).udp_frontends();
+            let plan = plan(&BTreeMap::from(seeds));
+            let now = plan.udp_frontends();
             let nothing = UdpFrontends::default();
             let forgets = |target, answers| now.forget(&nothing, target, answers);
             assert!(!forgets(target, ready));
@@ -67,7 +68,7 @@ fn udp_connection_is_forgotten_when_no_endpoint_that_serves_answers_it() {
             assert!(!forgets((vip(family, 1), 80), gone), "TCP's");
             assert!(forgets((vip(family, 2), 53), gone), "nobody serves");
             assert!(!forgets(of_node, leaving), "the local policy is that of the ClusterIP");
-            assert!(nothing.forget(&now, target, ready), "the Service is gone");
+            assert!(nothing.forget(now, target, ready), "the Service is gone");
             assert!(!nothing.forget(&nothing, target, ready));
         }
         let seeds = BTreeMap::from([(1, (endpoints.clone(), false, false, false, 0))]);

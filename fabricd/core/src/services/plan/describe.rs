@@ -9,8 +9,6 @@ use super::{ServicePlan, drawn};
 use crate::model::Family;
 use crate::services::choose::{Answer, Choice, Frontend, Here, Origin, choose};
 use crate::services::model::{Endpoint, ObjectName, Policy, Protocol, Service};
-use crate::services::sets::of_service;
-use crate::services::slices::backends;
 use crate::state::nft::{Element, FoundTable, Part};
 
 /// A Service as this node translates it.
@@ -170,11 +168,12 @@ impl ServicePlan {
         let mut ports = vec![];
         for port in &service.ports {
             for family in Family::ALL {
-                let keys: Vec<_> = self.frontends(service, port).filter(|(key, _)| key.family() == family).collect();
+                let keys: Vec<_> =
+                    self.context.frontends(service, port).filter(|(key, _)| key.family() == family).collect();
                 if keys.is_empty() {
                     continue;
                 }
-                let backends = backends(service, port, family, of_service(&self.slices, &service.name));
+                let backends = self.backends(service, port, family);
                 let (here, choice) = (self.context.here(), choose(&backends, self.context.here()));
                 let frontends = keys.into_iter().map(|(key, _)| self.frontend(service, key, &choice, found));
                 let frontends: Vec<DescribedFrontend> = frontends.collect();

@@ -6,8 +6,6 @@ use std::net::{IpAddr, SocketAddr};
 use super::ServicePlan;
 use crate::model::Family;
 use crate::services::model::{ObjectName, Service};
-use crate::services::sets::of_service;
-use crate::services::slices::backends;
 
 /// What is told, by where it is asked.
 pub type HealthChecks = BTreeMap<SocketAddr, HealthCheck>;
@@ -28,10 +26,8 @@ impl ServicePlan {
     #[must_use]
     pub fn health_checks(&self) -> (HealthChecks, BTreeSet<ObjectName>) {
         let (mut checks, mut late) = (HealthChecks::new(), BTreeSet::new());
-        let asked = self.services.values().filter_map(|service| Some((service.health_check_port?, service)));
-        let mut asked: Vec<_> = asked.collect();
-        asked.sort_by_key(|(_, service)| (service.created, &service.name));
-        for (port, service) in asked {
+        let asked = self.asked.iter().filter_map(|(_, name)| self.services.get(name));
+        for (port, service) in asked.filter_map(|service| Some((service.health_check_port?, service))) {
             for ip in self.context.node_ips.iter().filter(|ip| service.addresses(Family::of(**ip)).next().is_some()) {
                 let check = || HealthCheck {
                     service: service.name.clone(),
@@ -48,8 +44,7 @@ impl ServicePlan {
 
     /// The addresses of a Service's endpoints on this node that are ready, whichever of its ports they serve.
     fn ready_here(&self, service: &Service, family: Family) -> BTreeSet<IpAddr> {
-        let of_port = |port| backends(service, port, family, of_service(&self.slices, &service.name));
-        let all = service.ports.iter().flat_map(of_port);
+        let all = service.ports.iter().flat_map(|port| self.backends(service, port, family));
         let ready = all.filter(|backend| backend.endpoint.ready && self.context.here().has(backend.endpoint));
         ready.map(|backend| backend.endpoint.ip).collect()
     }

@@ -5,7 +5,6 @@
 //! the kernel has for these endpoints, so nothing is written.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::Arc;
 
 use super::rows::{self, Map, Socket};
 use crate::cow_map::CowSet;
@@ -13,7 +12,7 @@ use crate::model::Family;
 use crate::state::nft::{Element, Table};
 
 /// Endpoints, by address and port.
-pub(super) type Content = Arc<[Socket]>;
+type Content = Box<[Socket]>;
 
 /// The pools of one family.
 #[derive(Debug)]
@@ -50,20 +49,17 @@ impl Pools {
         Self { family, known: HashMap::new(), remembered: contents.collect(), numbers }
     }
 
-    /// The number of a pool with these endpoints, which are in order, and the endpoints as all its users have them. It has
-    /// one user more.
-    pub(super) fn take(&mut self, sockets: &[Socket], is_sticky: bool, table: &mut Table) -> (u32, Content) {
-        let known = self.known.get_key_value(sockets).map(|(content, _)| Content::clone(content));
-        let content = known.unwrap_or_else(|| {
-            let (content, number) = (Content::from(sockets), self.remembered.remove(sockets));
+    /// The number of a pool with these endpoints, which are in order. It has one user more.
+    pub(super) fn take(&mut self, sockets: &[Socket], is_sticky: bool, table: &mut Table) -> u32 {
+        if !self.known.contains_key(sockets) {
+            let number = self.remembered.remove(sockets);
             let number = self.numbers.take(number);
-            self.known.insert(Content::clone(&content), Pool { number, users: 0, sticky: 0 });
+            self.known.insert(sockets.into(), Pool { number, users: 0, sticky: 0 });
             let slots = elements(table, Map::Pools, self.family);
             for (slot, socket) in (0..).zip(sockets) {
                 slots.insert(rows::slot(number, slot, *socket), ());
             }
-            content
-        });
+        }
         let pool = self.known.get_mut(sockets).expect("known by now");
         pool.users += 1;
         if is_sticky {
@@ -73,12 +69,12 @@ impl Pools {
                 live_of(pool.number, sockets).for_each(|element| _ = live.insert(element, ()));
             }
         }
-        (pool.number, content)
+        pool.number
     }
 
-    /// One user less. With the last one the pool goes.
-    pub(super) fn leave(&mut self, sockets: &[Socket], is_sticky: bool, table: &mut Table) {
-        let Some(pool) = self.known.get_mut(sockets) else { return };
+    /// The same, with one user less. With the last one the pool goes.
+    pub(super) fn leave(&mut self, sockets: &[Socket], is_sticky: bool, table: &mut Table) -> u32 {
+        let pool = self.known.get_mut(sockets).expect("who leaves it has taken it");
         pool.users -= 1;
         pool.sticky -= u32::from(is_sticky);
         let Pool { number, users, sticky } = *pool;
@@ -94,11 +90,13 @@ impl Pools {
             self.known.remove(sockets);
             self.numbers.give_back(number);
         }
+        number
     }
 
     /// Forgets the numbers of before the start: from now on a pool that nobody has is gone.
     pub(super) fn forget_remembered(&mut self) {
         self.remembered = HashMap::new();
+        self.known.shrink_to_fit();
     }
 }
 
