@@ -29,7 +29,6 @@ use crate::host::lock::{Holder, Lock};
 use crate::kernel::Options;
 use crate::kernel::netlink::Netlink;
 use crate::kernel::section::SectionTable;
-use crate::kubernetes::client::ApiServer;
 use crate::lease::{Hosts, Keeper, LeaseOptions};
 use crate::mesh::Mesh;
 use crate::metrics::Metrics;
@@ -259,7 +258,7 @@ fn policies(
     attached: watch::Receiver<Arc<AttachedPods>>,
     judged: Judged,
 ) -> anyhow::Result<policy::reconcile::Reconciler> {
-    let api = Arc::new(ApiServer::new(config.kubernetes.kubeconfig.clone()));
+    let api = Arc::new(config.api_server());
     let inputs = Inputs {
         sources: policy::watch::Sources::watch(&api),
         attached,
@@ -283,7 +282,7 @@ fn services(
     view: watch::Receiver<Arc<View>>,
     pods: watch::Receiver<Arc<AttachedPods>>,
 ) -> anyhow::Result<services::reconcile::Reconciler> {
-    let api = Arc::new(ApiServer::new(config.kubernetes.kubeconfig.clone()));
+    let api = Arc::new(config.api_server());
     let inputs = services::reconcile::Inputs {
         node: config.node().clone(),
         sources: services::watch::Sources::watch(api.clone(), config.node()),

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use fabric_core::record::LeaseKey;
+use fabricd::kubernetes::addresses::Addresses;
 use fabricd::store::kubernetes::{Kubernetes, Options};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -89,6 +90,7 @@ impl<A: Nodes> Cluster<A> {
         Kubernetes::start(Options {
             node: format!("node-{number}").parse().expect("a name"),
             kubeconfig: Some(self.dir.path().join("kubeconfig")),
+            addresses: Addresses::default(),
             config: self.config(),
             startup_taint: Some(TAINT.to_owned()),
         })

@@ -823,3 +823,63 @@ fn kube_proxy_is_replaced_under_connections_of_which_none_is_lost_and_comes_back
     answered_by(&client, By::Tcp, web, &["c"])?;
     Talk::new(&client, echoed)?.goes_on()
 }
+
+/// A node whose lease is in an etcd that is away, and whose kubeconfig names the API server's ClusterIP, which nobody
+/// translates but this daemon.
+#[test]
+fn services_wait_for_no_lease_and_the_api_server_is_found_without_its_cluster_ip() -> Result<()> {
+    let mut lab = Lab::builder().create()?;
+    let api = lab.underlay().machine.network()?.run(|| FakeApi::start(([10, 99, 0, 2], 6443).into()))?;
+    let node = lab.boot_node()?;
+    api.add_node(&node.name, &[]);
+    let kubeconfig = api.kubeconfig(lab.dir())?;
+    let text = fs::read_to_string(&kubeconfig)?.replace("10.99.0.2:6443", "10.96.0.1:80");
+    fs::write(&kubeconfig, text)?;
+    let ports = json!({"ports": [{"name": "https", "port": 80, "protocol": "TCP"}]});
+    api.create(SERVICES, service("kubernetes", &["10.96.0.1"], &ports));
+    let mut own = slice("kubernetes", "kubernetes", &[("10.99.0.2", "control-plane")]);
+    own["ports"] = json!([{"name": "https", "port": 6443, "protocol": "TCP"}]);
+    api.create(&slices_of(V1), own);
+    let start = |given: &[&str]| {
+        let kubeconfig = kubeconfig.display().to_string();
+        let env = [
+            ("FABRICD_ETCD_ENDPOINTS", "http://192.0.2.1:2379"),
+            ("FABRICD_SERVICES", "on"),
+            ("FABRICD_KUBECONFIG", &kubeconfig),
+        ];
+        node.start_fabricd_with(given, &env)
+    };
+    let holds = |what: &str| {
+        wait_until("the kernel holds the Services", SOON, || {
+            let map = node.run(&["nft", "list", "map", "inet", "fabric-services", "svc4"])?;
+            ensure!(map.contains(what), "{map}");
+            Ok(())
+        })
+    };
+    let is_without_lease = || -> Result<()> {
+        let ready = node.http_get(9472, "/readyz")?;
+        ensure!(ready.status == 503, "{}", ready.body);
+        Ok(())
+    };
+
+    start(&["--api-server", "http://10.99.0.2:6443"])?;
+    holds("10.96.0.1 . ")?;
+    is_without_lease()?;
+    wait_until("the addresses are kept", SOON, || {
+        let kept = node.run(&["cat", "/var/lib/fabric/api-servers.json"])?;
+        ensure!(kept.contains("10.99.0.2:6443"), "{kept}");
+        Ok(())
+    })?;
+
+    // Without the flag, and without rules that would lead to the ClusterIP.
+    node.stop_fabricd()?;
+    node.run(&["nft", "delete", "table", "inet", "fabric-services"])?;
+    start(&[])?;
+    holds("10.96.0.1 . ")?;
+    api.create(SERVICES, service("web", &["10.96.0.20"], &json!({"ports": [{"port": 80}]})));
+    let mut web = slice("web", "web", &[("10.99.0.7", "elsewhere")]);
+    web["ports"] = json!([{"port": 8080}]);
+    api.create(&slices_of(V1), web);
+    holds("10.96.0.20 . ")?;
+    is_without_lease()
+}

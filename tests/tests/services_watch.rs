@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use fabric_core::services::ObjectName;
 use fabric_core::services::sets::{Services, Slices};
@@ -10,6 +11,7 @@ use fabric_tests::fake_api::{FakeApi, NODES};
 use fabric_tests::kubernetes::Nodes;
 use fabric_tests::real_api::RealApi;
 use fabric_tests::services::{SERVICES, V1, V1BETA1, Writes, endpoint, service, slice, slices_of};
+use fabricd::kubernetes::addresses::{Addresses, FILE, parse_url};
 use fabricd::kubernetes::client::{ApiError, ApiServer};
 use fabricd::services::watch::{Connections, Sources};
 use serde_json::json;
@@ -154,4 +156,41 @@ async fn before_a_real_api_server() {
     let api = RealApi::start(Path::new(&program)).await.expect("it starts");
     let version = if api.ask("GET", V1, None).is_ok() { V1 } else { V1BETA1 };
     service_comes_changes_and_goes(&api, version).await;
+}
+
+/// The kubeconfig names an address at which nobody answers, as the API server's ClusterIP is before anybody translates it.
+#[tokio::test]
+async fn api_server_is_found_at_an_address_that_is_given_or_was_kept_and_its_endpoints_are_kept() {
+    let (api, nobody, dir) = (fake(), fake(), tempfile::tempdir().expect("a folder"));
+    nobody.stop();
+    let (kubeconfig, file) = (nobody.kubeconfig(dir.path()).expect("written"), dir.path().join(FILE));
+    let watch = |given: &[&str]| {
+        let given = given.iter().map(|url| parse_url(url).expect("a URL")).collect();
+        let server = ApiServer::new(Some(kubeconfig.clone())).at(Addresses::new(given, dir.path()));
+        Sources::watch(Arc::new(server), &"node-1".parse().expect("a name"))
+    };
+    let here = api.address().to_string();
+    api.make(SERVICES, service("web", &["10.96.0.20"], &json!({})));
+    api.make(&slices_of(V1), slice("web-1", "web", &[("192.0.2.1", "node-1")]));
+
+    let mut sources = watch(&["http://127.0.0.1:1"]);
+    let is_told = |all: &Connections| all.trouble().is_some_and(|error| error.to_string().contains("127.0.0.1:1"));
+    shows(&mut sources.connection, "which addresses don't answer", is_told).await;
+    let mut sources = watch(&["http://127.0.0.1:1", &format!("http://{here}")]);
+    knows(&mut sources, &["web"], &["192.0.2.1"]).await;
+    assert!(!file.exists(), "the Service kubernetes has no endpoints yet");
+
+    std::fs::write(&file, json!([here]).to_string()).expect("written");
+    let mut sources = watch(&[]);
+    knows(&mut sources, &["web"], &["192.0.2.1"]).await;
+    let mut own = slice("kubernetes", "kubernetes", &[("192.0.2.10", "node-1"), ("192.0.2.11", "node-2")]);
+    own["ports"] = json!([{"name": "https", "port": 6443, "protocol": "TCP"}]);
+    api.make(&slices_of(V1), own);
+    let kept = || std::fs::read_to_string(&file).unwrap_or_default();
+    let written = async {
+        while kept() != r#"["192.0.2.10:6443","192.0.2.11:6443"]"# {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), written).await.unwrap_or_else(|_| panic!("{}", kept()));
 }

@@ -15,6 +15,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use axum::http::Uri;
 use clap::{ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use fabric_core::model::{Family, NodeName, PerFamily};
 use jiff::SignedDuration;
@@ -26,6 +27,8 @@ use self::policy_args::{PolicyArgs, PolicySwitch};
 use self::services_args::{ServicesArgs, Switch};
 use crate::host::addresses::CniDirs;
 use crate::host::underlay::Selector;
+use crate::kubernetes::addresses::{self, Addresses};
+use crate::kubernetes::client::ApiServer;
 use crate::reconcile::fast_path::Mode;
 use crate::store::etcd::{Options, Tls, User, complete};
 use crate::store::kubernetes;
@@ -235,6 +238,16 @@ pub struct KubernetesArgs {
     /// With --store kubernetes or --network-policy on or --services on: kubeconfig file [default: the pod's service account]
     #[arg(long, env = "FABRICD_KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
+
+    /// Addresses of the API server that are tried before that of kubeconfig or pod, such as https://192.0.2.10:6443
+    #[arg(
+        long,
+        env = "FABRICD_API_SERVER",
+        value_name = "URL,…",
+        value_delimiter = ',',
+        value_parser = addresses::parse_url
+    )]
+    pub api_server: Vec<Uri>,
 
     /// With --store kubernetes: flannel's net-conf.json from a ConfigMap; changes are followed
     #[arg(
@@ -474,8 +487,19 @@ impl Config {
     /// The settings of a store in Kubernetes.
     #[must_use]
     pub fn kubernetes(&self) -> kubernetes::Options {
-        let KubernetesArgs { kubeconfig, net_config_path, startup_taint } = self.kubernetes.clone();
-        kubernetes::Options { node: self.node().clone(), kubeconfig, config: net_config_path, startup_taint }
+        let KubernetesArgs { kubeconfig, net_config_path, startup_taint, .. } = self.kubernetes.clone();
+        let (node, addresses) = (self.node().clone(), self.api_addresses());
+        kubernetes::Options { node, kubeconfig, addresses, config: net_config_path, startup_taint }
+    }
+
+    /// The API server of Kubernetes.
+    #[must_use]
+    pub fn api_server(&self) -> ApiServer {
+        ApiServer::new(self.kubernetes.kubeconfig.clone()).at(self.api_addresses())
+    }
+
+    fn api_addresses(&self) -> Addresses {
+        Addresses::new(self.kubernetes.api_server.clone(), &self.state_dir)
     }
 
     /// How the underlay interface is chosen.

@@ -37,6 +37,7 @@ use tokio::time::{Instant, sleep_until};
 use tracing::{error, warn};
 
 use crate::files::{FileError, replace};
+use crate::kubernetes::addresses;
 use crate::lease::{Holding, Mark, Own, Remembered};
 use crate::status::view::View;
 
@@ -250,7 +251,7 @@ impl Disk {
     /// # Errors
     /// [`FileError`].
     pub fn remove(&self) -> Result<(), FileError> {
-        for file in [LEASE, PEERS].map(|name| self.dir.join(name)) {
+        for file in [LEASE, PEERS, addresses::FILE].map(|name| self.dir.join(name)) {
             match fs::remove_file(&file) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(FileError { file, source }),
                 _ => {}

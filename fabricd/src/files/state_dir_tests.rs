@@ -127,6 +127,7 @@ async fn disk_has_what_the_loop_sees_and_not_what_came_from_it() {
     assert!(disk.load(&Uptime::now().unwrap()).lease.is_some());
     drop(sender);
     watching.await.unwrap();
+    fs::write(dir.path().join(addresses::FILE), "[]").unwrap();
     disk.remove().unwrap();
     disk.remove().unwrap();
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);

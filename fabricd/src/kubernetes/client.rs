@@ -9,10 +9,16 @@ use anyhow::Context as _;
 use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use kube::api::GetParams;
 use kube::client::ConfigExt as _;
 use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::core::Request;
 use kube::{Client, Config};
+use serde::de::IgnoredAny;
+use tokio::time::timeout;
 use tower::ServiceBuilder;
+
+use super::addresses::Addresses;
 
 /// How long a connection may be silent before the other end's machine is asked whether it is there, how often then, and
 /// how many times. A watch has nothing to say for minutes, and nobody tells that a router has forgotten it.
@@ -23,23 +29,36 @@ const PROBES: u32 = 3;
 /// How long connecting may take.
 const CONNECT: Duration = Duration::from_secs(3);
 
+/// How long one of several addresses may take to answer before the next is tried.
+const ANSWER: Duration = Duration::from_secs(5);
+
 /// A client, by a kubeconfig or else as a pod of the cluster. A pod's token and the authority's certificate are read
 /// again as they change. Connects when it is used.
 ///
 /// # Errors
 /// When kubeconfig or service account can't be read.
 pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
-    let config = match kubeconfig {
+    connect(config(kubeconfig, false).await?)
+}
+
+/// Who we are, and where the API server is. A pod needs no address of it where others are known.
+async fn config(kubeconfig: Option<&Path>, others_are_known: bool) -> anyhow::Result<Config> {
+    match kubeconfig {
         Some(file) => {
             let read = Kubeconfig::read_from(file);
             let read = read.with_context(|| format!("cannot read the kubeconfig {}", file.display()))?;
             let config = Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await;
-            config.with_context(|| format!("cannot use the kubeconfig {}", file.display()))?
+            config.with_context(|| format!("cannot use the kubeconfig {}", file.display()))
         }
-        None => Config::incluster().context(
-            "cannot use this pod's service account; outside of a cluster, say with --kubeconfig how to reach it",
-        )?,
-    };
+        None => match Config::incluster() {
+            Err(_) if others_are_known => Config::incluster_dns(),
+            other => other,
+        }
+        .context("cannot use this pod's service account; outside of a cluster, say with --kubeconfig how to reach it"),
+    }
+}
+
+fn connect(config: Config) -> anyhow::Result<Client> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
@@ -121,30 +140,78 @@ fn root_of(error: &dyn std::error::Error) -> String {
     root.to_string()
 }
 
+/// Asks for the version, which everybody may see. Whatever else is said, somebody is there.
+async fn answer(client: &Client) -> Result<(), ApiError> {
+    let request = Request::new("").get("version", &GetParams::default());
+    let request = request.map_err(|error| ApiError::new("get", &kube::Error::BuildRequest(error)))?;
+    match timeout(ANSWER, client.request::<IgnoredAny>(request)).await {
+        Err(_) => Err(ApiError::silent()),
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) => match ApiError::new("get", &error) {
+            ApiError::Refused { .. } => Ok(()),
+            unreachable => Err(unreachable),
+        },
+    }
+}
+
 /// The API server, for all that read and write there over one connection.
 pub struct ApiServer {
     kubeconfig: Option<PathBuf>,
+    addresses: Addresses,
     client: Mutex<Option<Client>>,
+    /// Held by who looks for an address that answers: the others wait for what it finds.
+    looking: tokio::sync::Mutex<()>,
 }
 
 impl ApiServer {
     /// The one that a kubeconfig names, or else the one of the cluster that this pod is in.
     #[must_use]
     pub fn new(kubeconfig: Option<PathBuf>) -> Self {
-        Self { kubeconfig, client: Mutex::default() }
+        Self { kubeconfig, addresses: Addresses::default(), client: Mutex::default(), looking: Default::default() }
     }
 
-    /// The client, made when it is first needed: a service account may come later than the daemon.
+    /// The same, which may be reached at other addresses too.
+    #[must_use]
+    pub fn at(self, addresses: Addresses) -> Self {
+        Self { addresses, ..self }
+    }
+
+    /// Where else it may be reached.
+    #[must_use]
+    pub fn addresses(&self) -> &Addresses {
+        &self.addresses
+    }
+
+    /// The client, made when it is first needed: a service account may come later than the daemon. Of several addresses
+    /// the first that answers is taken.
     ///
     /// # Errors
-    /// [`ApiError::Unreachable`] when kubeconfig or service account can't be read.
+    /// [`ApiError::Unreachable`] when kubeconfig or service account can't be read, or none of several addresses answers.
     pub async fn client(&self) -> Result<Client, ApiError> {
+        let _looking = self.looking.lock().await;
         if let Some(client) = self.held().clone() {
             return Ok(client);
         }
-        let made = client(self.kubeconfig.as_deref()).await;
-        let made = made.map_err(|error| ApiError::Unreachable(format!("{error:#}")))?;
+        let made = self.find().await.map_err(|error| ApiError::Unreachable(format!("{error:#}")))?;
         Ok(self.held().insert(made).clone())
+    }
+
+    async fn find(&self) -> anyhow::Result<Client> {
+        let config = config(self.kubeconfig.as_deref(), self.addresses.are_some()).await?;
+        let mut all = self.addresses.all(&config);
+        if all.len() <= 1 {
+            return connect(all.pop().unwrap_or(config));
+        }
+        let mut silent = vec![];
+        for config in all {
+            let url = config.cluster_url.to_string();
+            let client = connect(config)?;
+            match answer(&client).await {
+                Ok(()) => return Ok(client),
+                Err(error) => silent.push(format!("{url}: {error}")),
+            }
+        }
+        anyhow::bail!("none of its addresses answers: {}", silent.join(", "))
     }
 
     /// Reads anew how the API server is reached, before the next request. What is under way goes on.

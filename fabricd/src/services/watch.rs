@@ -74,6 +74,7 @@ impl Sources {
         let told = Told::new(&connection, |all: &mut Connections| &mut all.node);
         let fold = NodeFold { facts: NodeFacts::default(), published: facts, told };
         tasks.spawn(Reflector::new(api.clone(), fold).fields(&format!("metadata.name={node}")).run());
+        tasks.spawn(api.addresses().clone().remember(receivers.1.clone()));
         tasks.spawn(watch_slices(api.clone(), slices, connection));
         let known = Sender::default();
         let cidrs = known.subscribe();

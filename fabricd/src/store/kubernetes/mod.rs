@@ -35,6 +35,7 @@ use self::fold::LeaseFold;
 use self::node::Node;
 use self::write::{PATCH, Pace};
 use super::{Assigned, Claim, ConfigPlace, Connection, ExpiredLease, Grant, LeaseStore, Network, StoreError, publish};
+use crate::kubernetes::addresses::Addresses;
 use crate::kubernetes::client::{ApiError, ApiServer};
 use crate::kubernetes::reflector::{Object as _, Reflector};
 
@@ -48,6 +49,8 @@ pub struct Options {
     pub node: NodeName,
     /// Who we are; without it the pod's service account.
     pub kubeconfig: Option<PathBuf>,
+    /// Where else the API server may be reached.
+    pub addresses: Addresses,
     /// flannel's `net-conf.json`.
     pub config: PathBuf,
     /// A taint of the Node that goes when the network works.
@@ -83,11 +86,11 @@ impl Kubernetes {
     /// [`LeaseStore::connection`]. Must be called within a tokio runtime.
     #[must_use]
     pub fn start(options: Options) -> Self {
-        let Options { node, kubeconfig, config, startup_taint } = options;
+        let Options { node, kubeconfig, addresses, config, startup_taint } = options;
         let shared = Arc::new(Shared {
             node,
             startup_taint,
-            api: Arc::new(ApiServer::new(kubeconfig)),
+            api: Arc::new(ApiServer::new(kubeconfig).at(addresses)),
             network: Sender::new(Network::Unknown),
             leases: Sender::new(None),
             connection: Sender::new(Connection::Unknown),
