@@ -48,7 +48,7 @@ image: ## Build the container image, without Docker, into target/image/fabricd.t
 deb: ## Build a Debian package into target/debian
 	@deploy/deb/build
 
-e2e: root ## Run the manifests on a real Kubernetes of today, or VERSION=1.20, built on first use (SCENARIO=conformance, network-policy, no-kube-proxy: upstream's tests)
+e2e: root ## Run the manifests on a real Kubernetes of today, or VERSION=1.20, built on first use (SCENARIO=conformance, network-policy, no-kube-proxy, or with -dual: upstream's tests)
 	@tests/deps e2e
 	tests/e2e/kubernetes
 	PROFILE=$(PROFILE) deploy/image/build

@@ -1,7 +1,7 @@
 # What differs between the stores, for `run`: the manifest, what makes it ready, and how the store is taken away. With one
 # family it is the file that users apply; with two, the overlays that have most in them. Sourced by `run`.
 
-patches=()
+components=() patches=()
 use_etcd() {
     store=etcd
     if [ "$DUAL" = 1 ]; then
@@ -21,7 +21,7 @@ use_etcd() {
 
 # use_component NAME: the Kubernetes store's overlay with this on top; what it has to be told of this cluster is in patches
 use_component() {
-    overlay=kubernetes-store components=("$1") patches=()
+    overlay=kubernetes-store components+=("$1") patches=()
     [ "$1" != services ] || patches=("{apiVersion: v1, kind: ConfigMap, metadata: {name: fabric-api-server, namespace: fabric-system},
         data: {KUBERNETES_SERVICE_HOST: $UNDERLAY.1}}")
 }
