@@ -7,7 +7,6 @@ pub mod conformance;
 pub mod deb;
 pub mod etcd;
 pub mod fake_api;
-pub mod fake_filter;
 pub mod fake_kernel;
 pub mod faults;
 pub mod hosts;
