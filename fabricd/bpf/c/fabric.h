@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Keys and values of the maps, as programs and fabricd share them. src/abi.rs says the same in Rust and has the words for
+ * Keys and values of the maps, as programs and fabricd share them. src/abi/ says the same in Rust and has the words for
  * each field; a test compares the two line by line. Whoever changes anything here, names and order included, raises
  * LAYOUT there.
  *

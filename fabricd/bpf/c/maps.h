@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The maps, by the names that src/abi.rs describes. */
+/* The maps, by the names that src/abi/ describes. */
 #ifndef MAPS_H
 #define MAPS_H
 
