@@ -9,7 +9,7 @@ use fabric_core::diff::{Op, diff, diff_of};
 use fabric_core::leases::{Entry, Event, LeaseSet};
 use fabric_core::model::{Family, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
-use fabric_core::plan::{Conflict, Desired, Facts, Inputs, PeerPlan, Refusal, Vtep, desired};
+use fabric_core::plan::{Conflict, Desired, Facts, PeerInputs, PeerPlan, Refusal, Vtep, desired};
 use fabric_core::record::LeaseKey;
 use fabric_core::state::{Foreign, ForeignLink, NEXTHOP_ID_BASE, NexthopId, Routing, Via};
 use proptest::collection::{btree_map, vec};
@@ -53,9 +53,9 @@ impl Node {
         Self { network, own: LeaseKey::new(own).expect("a family"), vteps, facts, foreign: Foreign::default() }
     }
 
-    fn inputs<'a>(&'a self, leases: &'a LeaseSet, have: &'a Routing) -> Inputs<'a> {
+    fn inputs<'a>(&'a self, leases: &'a LeaseSet, have: &'a Routing) -> PeerInputs<'a> {
         let Self { network, own, vteps, facts, foreign } = self;
-        Inputs { network, own, vteps, leases, facts, have, foreign }
+        PeerInputs { network, own, vteps, leases, facts, have, foreign }
     }
 
     fn desired(&self, leases: &LeaseSet, have: &Routing) -> Desired {
@@ -467,7 +467,7 @@ fn update_and_compare(config: &str, batches: &[(Vec<Step>, Option<Change>)]) -> 
         let has_changed = was != (node.foreign.clone(), node.facts.clone());
         let Node { network, own, vteps, facts, foreign } = &node;
         let leases = Arc::new(set.clone());
-        let inputs = Inputs { network, own, vteps, leases: &leases, facts, have: &have, foreign };
+        let inputs = PeerInputs { network, own, vteps, leases: &leases, facts, have: &have, foreign };
         let anew = desired(&inputs);
         let Some(plan) = &mut plan else {
             plan = Some(PeerPlan::new(&inputs));

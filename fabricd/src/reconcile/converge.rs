@@ -8,7 +8,7 @@ use fabric_core::diff::{Op, TableName, diff, diff_of, nft};
 use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::{Family, PerFamily};
 use fabric_core::network::NetworkConfig;
-use fabric_core::plan::{Conflict, Desired, Facts, Inputs, PeerPlan, Vtep};
+use fabric_core::plan::{Conflict, Desired, Facts, PeerInputs, PeerPlan, Vtep};
 use fabric_core::state::Sysctl;
 
 use super::prepare::{Prepared, on_link};
@@ -39,7 +39,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             on_link: on_link(observed, underlays).collect(),
         };
         let (have, foreign) = (&observed.ours, &*observed.foreign.yielding_to(leases));
-        let inputs = Inputs { network, own: &own.key, vteps: &vteps, leases, facts: &facts, have, foreign };
+        let inputs = PeerInputs { network, own: &own.key, vteps: &vteps, leases, facts: &facts, have, foreign };
         let (plan, changed) = match self.plan.take() {
             Some(mut plan) => {
                 let changed = plan.update(&inputs, leases, &self.dirty);

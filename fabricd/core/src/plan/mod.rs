@@ -45,9 +45,9 @@ pub struct Facts {
     pub on_link: Vec<(Subnet, IfName)>,
 }
 
-/// All that decides what the kernel should hold.
+/// All that decides which entries of peers, and which devices, the kernel should hold.
 #[derive(Clone, Copy, Debug)]
-pub struct Inputs<'a> {
+pub struct PeerInputs<'a> {
     /// The cluster's config.
     pub network: &'a NetworkConfig,
     /// The subnets that this node holds.
@@ -141,6 +141,6 @@ pub enum Conflict {
 
 /// What the kernel should hold. [`PeerPlan`] keeps it up to date.
 #[must_use]
-pub fn desired(inputs: &Inputs<'_>) -> Desired {
+pub fn desired(inputs: &PeerInputs<'_>) -> Desired {
     PeerPlan::new(inputs).into_desired()
 }

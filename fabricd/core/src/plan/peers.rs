@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::own_device::own_device;
-use super::{Conflict, Desired, Facts, Inputs, Refusal, Vtep};
+use super::{Conflict, Desired, Facts, PeerInputs, Refusal, Vtep};
 use crate::derived::{self, Derived, Dirty, Planner, Turned};
 use crate::diff::Key;
 use crate::leases::{Lease, LeaseSet};
@@ -31,12 +31,12 @@ pub struct PeerPlan {
 impl PeerPlan {
     /// Of all leases.
     #[must_use]
-    pub fn new(inputs: &Inputs<'_>) -> Self {
+    pub fn new(inputs: &PeerInputs<'_>) -> Self {
         Self::of(inputs, Arc::new(inputs.leases.clone()), own(inputs), &Routing::default())
     }
 
     /// `before` is what was desired until now.
-    fn of(inputs: &Inputs<'_>, leases: Arc<LeaseSet>, own: Own, before: &Routing) -> Self {
+    fn of(inputs: &PeerInputs<'_>, leases: Arc<LeaseSet>, own: Own, before: &Routing) -> Self {
         let Own { links, addresses, sysctls, devices, conflicts } = own;
         let state = Routing { links, addresses, sysctls, ..Routing::default() };
         let context = Context::of(inputs, devices);
@@ -58,7 +58,7 @@ impl PeerPlan {
 
     /// Takes over what has changed: `leases` are those of `inputs`, `touched` what may have changed in what the kernel has
     /// since the last time. Gives the entries whose desired value may be another.
-    pub fn update(&mut self, inputs: &Inputs<'_>, leases: &Arc<LeaseSet>, touched: &Dirty<Key>) -> Dirty<Key> {
+    pub fn update(&mut self, inputs: &PeerInputs<'_>, leases: &Arc<LeaseSet>, touched: &Dirty<Key>) -> Dirty<Key> {
         let own = own(inputs);
         if !self.derived.planner().decides_as(inputs, &own.devices) || !own.is_in(&self.desired) {
             let anew = Self::of(inputs, Arc::clone(leases), own, &self.desired.state);
@@ -83,7 +83,7 @@ impl PeerPlan {
     }
 
     /// Takes the entries of leases out that are not in force any more, and puts those in that are now.
-    fn turn(&mut self, inputs: &Inputs<'_>, turned: &Turned<Lease>) -> Dirty<Key> {
+    fn turn(&mut self, inputs: &PeerInputs<'_>, turned: &Turned<Lease>) -> Dirty<Key> {
         let mut dirty = BTreeSet::new();
         let has_refused = self.derived.refused().next().is_some();
         if turned.is_empty() && !has_refused && self.desired.refused.is_empty() {
@@ -136,8 +136,8 @@ pub struct Context {
 }
 
 impl Context {
-    fn of(inputs: &Inputs<'_>, devices: PerFamily<IfName>) -> Self {
-        let Inputs { network, own, vteps, facts, foreign, leases: _, have: _ } = inputs;
+    fn of(inputs: &PeerInputs<'_>, devices: PerFamily<IfName>) -> Self {
+        let PeerInputs { network, own, vteps, facts, foreign, leases: _, have: _ } = inputs;
         let Foreign { routes, nexthop_ids, plain: _, direct: _, links: _ } = foreign;
         Self {
             network: **network,
@@ -151,7 +151,7 @@ impl Context {
     }
 
     /// Whether these inputs make the same context.
-    fn decides_as(&self, inputs: &Inputs<'_>, devices: &PerFamily<IfName>) -> bool {
+    fn decides_as(&self, inputs: &PeerInputs<'_>, devices: &PerFamily<IfName>) -> bool {
         let Self { network, own, vteps, facts, devices: with, foreign_routes, foreign_nexthops } = self;
         (network, own, vteps, facts, with) == (inputs.network, inputs.own, inputs.vteps, inputs.facts, devices)
             && (foreign_routes, foreign_nexthops) == (&inputs.foreign.routes, &inputs.foreign.nexthop_ids)
@@ -256,7 +256,7 @@ impl Context {
 struct Rows<'a> {
     context: &'a Context,
     nexthop_ids: &'a mut NexthopIds,
-    inputs: &'a Inputs<'a>,
+    inputs: &'a PeerInputs<'a>,
     desired: &'a mut Desired,
     dirty: &'a mut BTreeSet<Key>,
 }
@@ -360,7 +360,12 @@ impl NexthopIds {
         self.next = self.next.min(id.0).max(NEXTHOP_ID_BASE);
     }
 
-    fn give(&mut self, nexthop: &Nexthop, planned: &BTreeMap<NexthopId, Nexthop>, inputs: &Inputs<'_>) -> NexthopId {
+    fn give(
+        &mut self,
+        nexthop: &Nexthop,
+        planned: &BTreeMap<NexthopId, Nexthop>,
+        inputs: &PeerInputs<'_>,
+    ) -> NexthopId {
         let have = &inputs.have.nexthops;
         let used = |id| have.contains_key(&id) || planned.contains_key(&id) || inputs.foreign.nexthop_ids.contains(&id);
         if let Some(id) = gateway(nexthop).and_then(|gateway| self.held.get(&gateway)) {
@@ -409,7 +414,7 @@ impl Own {
     }
 }
 
-fn own(inputs: &Inputs<'_>) -> Own {
+fn own(inputs: &PeerInputs<'_>) -> Own {
     let (mut state, mut conflicts, mut devices) = (Routing::default(), vec![], vec![]);
     for (family, vtep) in inputs.vteps.iter() {
         let (Some(own), Some(_)) = (inputs.own.subnets().get(family), inputs.network.spaces.get(family)) else {
