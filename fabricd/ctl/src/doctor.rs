@@ -120,8 +120,8 @@ pub fn line(screen: &Screen, check: &Check) -> String {
         CheckResult::Skipped | CheckResult::Unspecified => ("skipped", Tone::Plain),
     };
     let padding = " ".repeat(8 - word.len());
-    let indent = format!("\n{}", " ".repeat(8 + 17 + check.title.chars().count() + 2));
-    let told = format!("{:16} {}: {}", check.id, check.title, check.evidence);
+    let indent = format!("\n{}", " ".repeat(8 + 19 + check.title.chars().count() + 2));
+    let told = format!("{:18} {}: {}", check.id, check.title, check.evidence);
     // Of what is wrong everything is said; what isn't takes a line.
     let told = told.replace('\n', &indent);
     let told = if check.fix.is_empty() {

@@ -11,7 +11,7 @@ use fabric_core::state::nft::TableKey;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
-use super::finding::{Culprit, Finding, all};
+use super::finding::{Finding, Problem, all};
 use super::policy_checks::controllers;
 use super::{Inspector, Scene, addresses, cni_config};
 use super::{host_checks as host, manager_checks as managers, overlay_checks as overlay, pod_checks as pods};
@@ -165,12 +165,12 @@ fn kernel_state(scene: &Scene) -> Finding {
 
 fn duplicates(scene: &Scene) -> Finding {
     let mut seen: BTreeMap<String, String> = BTreeMap::new();
-    let mut culprits = vec![];
+    let mut problems = vec![];
     for lease in scene.view.leases.iter().flat_map(|leases| leases.iter()) {
         for endpoint in lease.record.endpoints().values() {
             for what in [format!("address {}", endpoint.public_ip), format!("MAC {}", endpoint.vtep_mac)] {
                 if let Some(other) = seen.insert(what.clone(), lease.holder()) {
-                    culprits.push(Culprit::hurts(
+                    problems.push(Problem::failure(
                         format!("{} and {other} both have the {what}", lease.holder()),
                         format!(
                             "cloned hosts, or NAT: give each its own with --iface or --public-ip; if one is gone:\n\
@@ -181,20 +181,20 @@ fn duplicates(scene: &Scene) -> Finding {
             }
         }
     }
-    Finding::of(culprits, format!("{} addresses, each of one node", seen.len()))
+    Finding::of(problems, format!("{} addresses, each of one node", seen.len()))
 }
 
 /// Those refused first: the others are retried.
 fn peers(scene: &Scene) -> Finding {
     let mut troubles: Vec<_> = scene.view.troubles.iter().collect();
     troubles.sort_by_key(|(_, trouble)| !matches!(trouble, PeerTrouble::Refused(_)));
-    let culprits = troubles.into_iter().map(|(key, trouble)| {
+    let problems = troubles.into_iter().map(|(key, trouble)| {
         let lease = scene.view.leases.as_ref().and_then(|leases| leases.get(key));
         let name = lease.map_or_else(|| key.to_string(), |lease| lease.holder());
         let word = if matches!(trouble, PeerTrouble::Refused(_)) { "refused" } else { "pending" };
-        Culprit::hurts(format!("{name} {word}: {trouble}"), "fabricctl peers")
+        Problem::failure(format!("{name} {word}: {trouble}"), "fabricctl peers")
     });
-    Finding::of(culprits.collect(), format!("{} peers, all programmed", scene.view.peers().count()))
+    Finding::of(problems.collect(), format!("{} peers, all programmed", scene.view.peers().count()))
 }
 
 fn mesh(scene: &Scene) -> Finding {
@@ -205,7 +205,7 @@ fn mesh(scene: &Scene) -> Finding {
             let (name, verdict) = (path.target.name(), words::verdict(path));
             // In a large cluster there may be thousands.
             let fix = if bad.len() < FIXES { verdict.fix } else { "the others: fabricctl mesh".into() };
-            bad.push(Culprit::hurts(format!("{name}: {}: {}", verdict.cause.word(), verdict.evidence), fix));
+            bad.push(Problem::failure(format!("{name}: {}: {}", verdict.cause.word(), verdict.evidence), fix));
         }
     });
     match (probed, bad.len()) {
@@ -234,7 +234,7 @@ fn foreign(scene: &Scene, flows: &[Flow], fine: &str) -> Finding {
         return Finding::skipped("there is no VTEP yet");
     }
     let judged = &scene.view.firewall;
-    let culprits = judged.of(flows).map(|obstacle| Culprit {
+    let problems = judged.of(flows).map(|obstacle| Problem {
         hurts: obstacle.is_sure(),
         what: obstacle.to_string(),
         fix: obstacle.remedy.join("\n"),
@@ -243,7 +243,7 @@ fn foreign(scene: &Scene, flows: &[Flow], fine: &str) -> Finding {
         [] => String::new(),
         chains => format!("; not judged: {}", chains.join(", ")),
     };
-    Finding::of(culprits.collect(), format!("{fine}{unread}"))
+    Finding::of(problems.collect(), format!("{fine}{unread}"))
 }
 
 fn filter_drops(scene: &Scene) -> Finding {
@@ -259,8 +259,8 @@ fn filter_drops(scene: &Scene) -> Finding {
     drops.retain(|drops| drops.chain == "senders" && drops.packets > 0);
     drops.sort_by_key(|drops| std::cmp::Reverse(drops.packets));
     let port = scene.view.network.map_or(8472, |network| network.vxlan.port);
-    let culprits = drops.iter().map(|drops| {
-        Culprit::may_hurt(
+    let problems = drops.iter().map(|drops| {
+        Problem::warning(
             format!("{} encapsulated packets: {}", drops.packets, drops.why),
             format!(
                 "look who sends them; for a node behind NAT set --public-ip there, --allow-sender here\n\
@@ -268,7 +268,7 @@ fn filter_drops(scene: &Scene) -> Finding {
             ),
         )
     });
-    Finding::of(culprits.collect(), "none since the table was made")
+    Finding::of(problems.collect(), "none since the table was made")
 }
 
 /// Whether packets of pods take the fast path, if they are to. That `auto` leaves it off is as it was asked for.

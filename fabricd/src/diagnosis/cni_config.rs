@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::Scene;
-use super::finding::{Culprit, Finding};
+use super::finding::{Finding, Problem};
 
 /// The plugin by which our configuration is known.
 const OURS: &str = "fabric-cni";
@@ -55,22 +55,22 @@ pub(super) fn check(scene: &Scene) -> Finding {
             "fabricd install-cni",
         );
     };
-    let culprits = before(&all, ours).into_iter().map(|file| {
-        Culprit::hurts(
+    let problems = before(&all, ours).into_iter().map(|file| {
+        Problem::failure(
             format!("{} sorts before {}: new pods get that network", file.display(), name(ours)),
             move_away(file),
         )
     });
-    Finding::of(culprits.chain(missing_plugin(&scene.places.root)).collect(), ours.display().to_string())
+    Finding::of(problems.chain(missing_plugin(&scene.places.root)).collect(), ours.display().to_string())
 }
 
 /// That the plugin is in none of the usual folders. A runtime may have another one, and the daemon's container sees none.
-fn missing_plugin(root: &Path) -> Option<Culprit> {
+fn missing_plugin(root: &Path) -> Option<Problem> {
     let visible: Vec<&str> = PLUGINS.into_iter().filter(|folder| root.join(folder).is_dir()).collect();
     let missing = !visible.is_empty() && !visible.iter().any(|folder| root.join(folder).join(OURS).exists());
     missing.then(|| {
         let folders: Vec<String> = visible.iter().map(|folder| format!("/{folder}")).collect();
-        Culprit::may_hurt(
+        Problem::warning(
             format!("the plugin {OURS} is not in {}: a runtime that looks there attaches no pod", folders.join(" or ")),
             "fabricd install-cni --only plugins",
         )

@@ -2,7 +2,7 @@
 
 use super::Outcome;
 
-/// How many culprits are named; of more the rest is counted.
+/// How many problems are named; of more the rest is counted.
 const NAMED: usize = 8;
 
 /// What a check found.
@@ -37,25 +37,25 @@ impl Finding {
         Self { outcome: Outcome::Skipped, evidence: why.into(), fix: String::new() }
     }
 
-    /// All culprits with their fixes, those that hurt first; `fine` when there are none.
-    pub fn of(mut culprits: Vec<Culprit>, fine: impl Into<String>) -> Self {
-        culprits.sort_by_key(|culprit| !culprit.hurts);
-        let Some(worst) = culprits.first() else { return Self::fine(fine) };
+    /// All problems with their fixes, those that hurt first; `fine` when there are none.
+    pub fn of(mut problems: Vec<Problem>, fine: impl Into<String>) -> Self {
+        problems.sort_by_key(|problem| !problem.hurts);
+        let Some(worst) = problems.first() else { return Self::fine(fine) };
         let outcome = if worst.hurts { Outcome::Failed } else { Outcome::Warning };
         let mut fixes: Vec<&str> = vec![];
-        for line in culprits.iter().flat_map(|culprit| culprit.fix.lines()) {
+        for line in problems.iter().flat_map(|problem| problem.fix.lines()) {
             if !fixes.contains(&line) {
                 fixes.push(line);
             }
         }
         let fix = fixes.join("\n");
-        Self { outcome, evidence: all(culprits.into_iter().map(|culprit| culprit.what)), fix }
+        Self { outcome, evidence: all(problems.into_iter().map(|problem| problem.what)), fix }
     }
 }
 
 /// One of several things that are wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Culprit {
+pub struct Problem {
     /// Whether it hurts now, or only may.
     pub hurts: bool,
     /// What was seen.
@@ -64,14 +64,14 @@ pub struct Culprit {
     pub fix: String,
 }
 
-impl Culprit {
+impl Problem {
     /// One that hurts.
-    pub fn hurts(what: impl Into<String>, fix: impl Into<String>) -> Self {
+    pub fn failure(what: impl Into<String>, fix: impl Into<String>) -> Self {
         Self { hurts: true, what: what.into(), fix: fix.into() }
     }
 
     /// One that may hurt.
-    pub fn may_hurt(what: impl Into<String>, fix: impl Into<String>) -> Self {
+    pub fn warning(what: impl Into<String>, fix: impl Into<String>) -> Self {
         Self { hurts: false, what: what.into(), fix: fix.into() }
     }
 }
@@ -94,14 +94,14 @@ mod tests {
     fn all_culprits_are_named_the_worst_first_and_each_fix_once() {
         let found = Finding::of(
             vec![
-                Culprit::may_hurt("a", "do this"),
-                Culprit::hurts("b", "do that\ndo this"),
-                Culprit::hurts("c", "do that"),
+                Problem::warning("a", "do this"),
+                Problem::failure("b", "do that\ndo this"),
+                Problem::failure("c", "do that"),
             ],
             "none",
         );
         assert_eq!(found, Finding::failed("3: b; c; a", "do that\ndo this"));
-        assert_eq!(Finding::of(vec![Culprit::may_hurt("a", "do this")], "none"), Finding::warning("a", "do this"));
+        assert_eq!(Finding::of(vec![Problem::warning("a", "do this")], "none"), Finding::warning("a", "do this"));
         assert_eq!(Finding::of(vec![], "none"), Finding::fine("none"));
         assert_eq!(all((0..10).map(|n| n.to_string())), "10: 0; 1; 2; 3; 4; 5; 6; 7; and 2 more");
     }

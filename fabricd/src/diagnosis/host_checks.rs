@@ -9,7 +9,7 @@ use fabric_core::model::Family;
 
 use super::Scene;
 use super::certificates::not_after;
-use super::finding::{Culprit, Finding};
+use super::finding::{Finding, Problem};
 
 /// A certificate should last longer than that, in seconds: 14 days.
 const SOON: i64 = 14 * 24 * 3600;
@@ -48,8 +48,8 @@ pub(super) fn forwarding(scene: &Scene) -> Finding {
     let off = settings
         .into_iter()
         .filter(|(family, file, _)| network.spaces.get(*family).is_some() && number(scene, file) == Some(0));
-    let culprits = off.map(|(family, _, setting)| {
-        Culprit::hurts(
+    let problems = off.map(|(family, _, setting)| {
+        Problem::failure(
             format!("{family} is not forwarded"),
             format!(
                 "fabricd sets it again; this shows who may unset it\nsysctl -w {setting}=1\ngrep -rs forward \
@@ -57,7 +57,7 @@ pub(super) fn forwarding(scene: &Scene) -> Finding {
             ),
         )
     });
-    Finding::of(culprits.collect(), "on for every family of the network")
+    Finding::of(problems.collect(), "on for every family of the network")
 }
 
 /// Strict filtering (1) drops what comes in where answers would not go out: the highest of `all` and the device counts.
@@ -122,7 +122,7 @@ fn judge_clock(error: Option<Option<f64>>) -> Finding {
         Some(None) => Finding::fine("synchronised"),
         Some(Some(error)) => Finding::warning(
             format!("not synchronised, wrong by up to {error:.1} s"),
-            "leases don't mind (their clock is monotonic), certificates do: run chrony or systemd-timesyncd",
+            "leases are not affected (they use the monotonic clock), certificates are: run chrony or systemd-timesyncd",
         ),
     }
 }
@@ -158,26 +158,26 @@ pub(super) fn certificates(scene: &Scene) -> Finding {
         return Finding::skipped("none are used");
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs().try_into().unwrap_or(0));
-    let mut culprits = vec![];
+    let mut problems = vec![];
     let mut first: Option<(i64, &Path)> = None;
     for file in &scene.places.certificates {
         let ends = fs::read_to_string(file).map_err(|error| error.to_string());
         let ends = ends.and_then(|pem| not_after(&pem).ok_or_else(|| "no certificate in it".to_owned()));
         let shown = file.display();
         match ends.map(|ends| ends - now) {
-            Err(why) => culprits.push(Culprit::hurts(format!("{shown}: {why}"), RENEW)),
+            Err(why) => problems.push(Problem::failure(format!("{shown}: {why}"), RENEW)),
             Ok(left @ ..0) => {
-                culprits.push(Culprit::hurts(format!("{shown} expired {} ago", days(-left)), RENEW));
+                problems.push(Problem::failure(format!("{shown} expired {} ago", days(-left)), RENEW));
             }
             Ok(left @ 0..SOON) => {
-                culprits.push(Culprit::may_hurt(format!("{shown} expires in {}", days(left)), RENEW));
+                problems.push(Problem::warning(format!("{shown} expires in {}", days(left)), RENEW));
             }
             Ok(left) if first.is_none_or(|(before, _)| left < before) => first = Some((left, file)),
             Ok(_) => {}
         }
     }
     let fine = first.map(|(left, file)| format!("the first to expire is {}, in {}", file.display(), days(left)));
-    Finding::of(culprits, fine.unwrap_or_default())
+    Finding::of(problems, fine.unwrap_or_default())
 }
 
 pub(super) fn disk(scene: &Scene) -> Finding {

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::Scene;
-use super::finding::{Culprit, Finding, all};
+use super::finding::{Finding, Problem, all};
 use super::host_checks::{number, read};
 
 /// systemd reads them in the order of the files' names; of two with one name that in the first folder counts.
@@ -68,10 +68,10 @@ pub(super) fn networkd(scene: &Scene) -> Finding {
         manages.then(|| (value("NETWORK_FILE").unwrap_or("a file that it doesn't name").to_owned(), name.clone()))
     });
     let managed = by_file(managed);
-    let mut culprits: Vec<Culprit> = managed
+    let mut problems: Vec<Problem> = managed
         .iter()
         .map(|(file, names)| {
-            Culprit::hurts(format!("it manages {} by {file}", all(names.iter().cloned())), unmanage(scene, names))
+            Problem::failure(format!("it manages {} by {file}", all(names.iter().cloned())), unmanage(scene, names))
         })
         .collect();
     // What it will do when it is restarted, or when the next pod comes.
@@ -89,12 +89,12 @@ pub(super) fn networkd(scene: &Scene) -> Finding {
             let mut names: Vec<String> = names.into_iter().map(word).collect();
             names.dedup();
             let names = all(names);
-            culprits
-                .push(Culprit::may_hurt(format!("{file} matches {names}: it takes them over"), unmanage(scene, &[])));
+            problems
+                .push(Problem::warning(format!("{file} matches {names}: it takes them over"), unmanage(scene, &[])));
         }
     }
-    culprits.extend(foreign_routes(root));
-    Finding::of(culprits, "it leaves our devices and foreign routes alone")
+    problems.extend(foreign_routes(root));
+    Finding::of(problems, "it leaves our devices and foreign routes alone")
 }
 
 /// The commands that keep it away, and put ports back that it took off the bridge.
@@ -229,7 +229,7 @@ fn unmanaged(text: &str) -> bool {
 }
 
 /// At its restart networkd deletes routes and nexthop objects that it doesn't know, unless it is told not to.
-fn foreign_routes(root: &Path) -> Option<Culprit> {
+fn foreign_routes(root: &Path) -> Option<Problem> {
     let tops = ["etc", "run", "usr/lib", "lib"];
     let settings = tops.map(|top| root.join(top).join("systemd/networkd.conf"));
     let folders = tops.map(|top| root.join(top).join("systemd/networkd.conf.d"));
@@ -241,7 +241,7 @@ fn foreign_routes(root: &Path) -> Option<Culprit> {
             .any(|(key, value)| key.trim() == name && ["no", "false", "0", "off"].contains(&value.trim()))
     };
     let name = ["ManageForeignRoutes", "ManageForeignNextHops"].into_iter().find(|name| !says_no(name))?;
-    Some(Culprit::may_hurt(
+    Some(Problem::warning(
         format!("{name} is on, as by default: when it restarts, it deletes our routes (they are repaired)"),
         "mkdir -p /etc/systemd/networkd.conf.d\n\
          printf '[Network]\\nManageForeignRoutes=no\\nManageForeignNextHops=no\\n' > \
@@ -280,14 +280,14 @@ pub(super) fn udev(scene: &Scene) -> Finding {
     let names_ours = |text: &str| ["fabric", "Driver=vxlan", "Kind=vxlan"].iter().any(|word| text.contains(word));
     let sets = |text: &str| ["persistent", "random"].iter().any(|by| text.contains(&format!("MACAddressPolicy={by}")));
     let first = systemd_files(root, ".link").into_iter().find(|(_, text)| names_ours(text));
-    let culprits = first.filter(|(_, text)| sets(text)).map(|(file, _)| {
-        Culprit::hurts(
+    let problems = first.filter(|(_, text)| sets(text)).map(|(file, _)| {
+        Problem::failure(
             format!("{} gives our devices other MAC addresses", shown(root, &file)),
             "printf '[Match]\\nOriginalName=fabric* fab.* fab6.*\\n\\n[Link]\\nMACAddressPolicy=none\\n' > \
              /etc/systemd/network/00-fabric.link",
         )
     });
-    Finding::of(culprits.into_iter().collect(), "no link file gives our devices other MAC addresses")
+    Finding::of(problems.into_iter().collect(), "no link file gives our devices other MAC addresses")
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use fabric_core::model::{Family, MacAddr, Subnet};
 
 use super::Scene;
-use super::finding::{Culprit, Finding};
+use super::finding::{Finding, Problem};
 use super::host_checks::read;
 use crate::kernel::routing::fib::{Action, Packet, Route};
 
@@ -23,7 +23,7 @@ pub(super) fn other_overlays(scene: &Scene) -> Finding {
     let Some(observed) = &scene.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
     let ours = scene.view.network.map(|network| (network.vxlan.port, network.vxlan.vni.get()));
     let standing = ours.is_some_and(|(port, _)| observed.ours.links.values().any(|link| link.up && link.port == port));
-    let culprits = observed.foreign.links.iter().filter_map(|(name, link)| {
+    let problems = observed.foreign.links.iter().filter_map(|(name, link)| {
         let (vni, port, _) = link.vxlan?;
         let owner = OVERLAYS.iter().find(|(prefix, ..)| name.as_str().starts_with(prefix));
         let whose = owner.map_or(String::new(), |(_, whose, _)| format!(" ({whose})"));
@@ -31,18 +31,18 @@ pub(super) fn other_overlays(scene: &Scene) -> Finding {
         Some(match ours {
             Some((our_port, our_vni)) if port == our_port && !standing => {
                 let keeps = if vni == our_vni { "VNI and UDP port" } else { "UDP port" };
-                Culprit::hurts(
+                Problem::failure(
                     format!("{name}{whose} has our {keeps} ({vni}, {port}): fabricd can't make its device"),
                     fix,
                 )
             }
-            _ => Culprit::may_hurt(
+            _ => Problem::warning(
                 format!("{name}{whose} with VNI {vni} on UDP port {port}"),
                 format!("if nobody uses it any more:\n{fix}"),
             ),
         })
     });
-    Finding::of(culprits.collect(), "no VXLAN device but fabricd's")
+    Finding::of(problems.collect(), "no VXLAN device but fabricd's")
 }
 
 /// The kernel opens the port with the first device that is up: nobody else can have it then, and it can't be had while
@@ -84,17 +84,17 @@ pub(super) fn socket_at(scene: &Scene, port: u16) -> bool {
 
 pub(super) fn underlay_mtu(scene: &Scene) -> Finding {
     let Some(observed) = &scene.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
-    let culprits = scene.view.vteps.iter().filter_map(|end| {
+    let problems = scene.view.vteps.iter().filter_map(|end| {
         let link = observed.host.links.iter().find(|link| link.name == end.underlay)?;
         let needs = end.vtep.mtu + Family::of(end.vtep.local).vxlan_overhead();
         (link.mtu < needs).then(|| {
-            Culprit::hurts(
+            Problem::failure(
                 format!("packets of {} become {needs} bytes long, {} takes {}", end.device, link.name, link.mtu),
                 format!("ip link set {} mtu {needs}", link.name),
             )
         })
     });
-    Finding::of(culprits.collect(), "with what VXLAN adds")
+    Finding::of(problems.collect(), "packets fit with the headers of VXLAN")
 }
 
 pub(super) fn mac(scene: &Scene) -> Finding {
@@ -102,7 +102,7 @@ pub(super) fn mac(scene: &Scene) -> Finding {
         return Finding::skipped("there is no VTEP yet");
     };
     let mut seen = 0;
-    let mut culprits = vec![];
+    let mut problems = vec![];
     for end in &scene.view.vteps {
         // Without a device there is nothing to compare; why there is none, others say.
         let Some(there) = observed.ours.links.get(&end.device).map(|link| link.mac) else { continue };
@@ -110,7 +110,7 @@ pub(super) fn mac(scene: &Scene) -> Finding {
         let published = own.endpoints.get(Family::of(end.vtep.local)).map(|endpoint| endpoint.vtep_mac);
         if Some(there) != published {
             let published = published.map_or("none".to_owned(), |mac: MacAddr| mac.to_string());
-            culprits.push(Culprit::hurts(
+            problems.push(Problem::failure(
                 format!("{} has {there}, {published} is published", end.device),
                 "fabricd sets it again; the checks udev and networkd look for who changes it",
             ));
@@ -118,7 +118,7 @@ pub(super) fn mac(scene: &Scene) -> Finding {
     }
     match seen {
         0 => Finding::skipped("there is no VTEP yet"),
-        _ => Finding::of(culprits, format!("{seen} devices")),
+        _ => Finding::of(problems, "as published in this node's lease"),
     }
 }
 
@@ -145,7 +145,7 @@ pub(super) fn overlap(scene: &Scene) -> Finding {
         // Before the first pod there is no route to this node's own subnet.
         subnet.covers(route.dst) || own != Some(&subnet) && decides()
     };
-    let mut culprits: Vec<(u8, Culprit)> = others
+    let mut problems: Vec<(u8, Problem)> = others
         .map(|route| {
             let leases = scene.view.leases.iter().flat_map(|leases| leases.iter());
             let met = leases.filter_map(|lease| {
@@ -155,18 +155,18 @@ pub(super) fn overlap(scene: &Scene) -> Finding {
             let met = met.map(|(subnet, node)| (hides(route, subnet), subnet, node));
             match met.max_by_key(|(hides, ..)| *hides) {
                 Some((true, subnet, node)) => {
-                    (0, Culprit::hurts(format!("{route} hides {subnet} of {node}"), route.delete()))
+                    (0, Problem::failure(format!("{route} hides {subnet} of {node}"), route.delete()))
                 }
                 Some((false, subnet, node)) => (
                     1,
-                    Culprit::may_hurt(format!("{route} covers {subnet} of {node}, which ours hides"), route.delete()),
+                    Problem::warning(format!("{route} covers {subnet} of {node}, which ours hides"), route.delete()),
                 ),
-                None => (2, Culprit::may_hurt(format!("{route} leads into the network"), route.delete())),
+                None => (2, Problem::warning(format!("{route} leads into the network"), route.delete())),
             }
         })
         .collect();
-    culprits.sort_by_key(|(rank, _)| *rank);
-    Finding::of(culprits.into_iter().map(|(_, culprit)| culprit).collect(), "no foreign route leads into the network")
+    problems.sort_by_key(|(rank, _)| *rank);
+    Finding::of(problems.into_iter().map(|(_, problem)| problem).collect(), "no foreign route leads into the network")
 }
 
 fn is_vtep(scene: &Scene, device: &str) -> bool {

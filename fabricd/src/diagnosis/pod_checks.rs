@@ -6,7 +6,7 @@ use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::state::nft::TableKey;
 
 use super::Scene;
-use super::finding::{Culprit, Finding, all};
+use super::finding::{Finding, Problem, all};
 use super::host_checks::read;
 use crate::host::addresses::Pod;
 use crate::host::underlay::HostLink;
@@ -26,27 +26,27 @@ pub(super) fn bridge(scene: &Scene) -> Finding {
         return Finding::skipped(format!("there is no {names}: no pod has been added yet"));
     }
     let Some(own) = &scene.view.holding.own else { return Finding::skipped("no lease is held") };
-    let culprits = there.into_iter().flat_map(|link| bridge_troubles(scene, link, own.key.subnets().values().copied()));
-    Finding::of(culprits.collect(), own.key.to_string())
+    let problems = there.into_iter().flat_map(|link| bridge_troubles(scene, link, own.key.subnets().values().copied()));
+    Finding::of(problems.collect(), own.key.to_string())
 }
 
 /// What is wrong with a bridge that should have the gateway's address of these subnets.
-pub(super) fn bridge_troubles(scene: &Scene, link: &HostLink, subnets: impl Iterator<Item = Subnet>) -> Vec<Culprit> {
+pub(super) fn bridge_troubles(scene: &Scene, link: &HostLink, subnets: impl Iterator<Item = Subnet>) -> Vec<Problem> {
     let name = link.name;
-    let mut culprits = vec![];
+    let mut problems = vec![];
     if !link.up {
-        culprits.push(Culprit::hurts(format!("{name} is down"), format!("ip link set {name} up")));
+        problems.push(Problem::failure(format!("{name} is down"), format!("ip link set {name} up")));
     }
     for subnet in subnets.filter(|subnet| !link.addresses.iter().any(|(_, prefix)| prefix == subnet)) {
         let network = scene.view.network.and_then(|network| Some(network.spaces.get(subnet.family())?.network));
         let within = |(ip, _): &&(std::net::IpAddr, Subnet)| network.is_some_and(|network| network.contains(*ip));
         let earlier: Vec<String> = link.addresses.iter().filter(within).map(|(_, prefix)| prefix.to_string()).collect();
-        culprits.push(match earlier.is_empty() {
-            true => Culprit::hurts(
+        problems.push(match earlier.is_empty() {
+            true => Problem::failure(
                 format!("{name} has no address of {subnet}"),
                 format!("ip address add {}/{} dev {name}", subnet.gateway(), subnet.prefix_len()),
             ),
-            false => Culprit::hurts(
+            false => Problem::failure(
                 format!("{name} has addresses of {}, this node's subnet is {subnet}", all(earlier)),
                 format!(
                     "it is of an earlier subnet: recreate this node's pods; when the old ones are gone:\n\
@@ -55,7 +55,7 @@ pub(super) fn bridge_troubles(scene: &Scene, link: &HostLink, subnets: impl Iter
             ),
         });
     }
-    culprits
+    problems
 }
 
 /// Every attached pod's port is on the bridge, up, and the pod's end as well.
@@ -70,7 +70,7 @@ pub(super) fn ports(scene: &Scene) -> Finding {
 }
 
 /// What is wrong with a pod's veth; `None` when nothing is, or when it has none.
-pub(super) fn port_trouble(scene: &Scene, pod: &Pod) -> Option<Culprit> {
+pub(super) fn port_trouble(scene: &Scene, pod: &Pod) -> Option<Problem> {
     let observed = scene.snapshot.observed.as_ref()?;
     let (bridge, attached) = (pod.saved.bridge?, pod.saved.attached.as_ref()?);
     let there = |port: &IfName| observed.host.links.iter().find(|link| link.name == *port);
@@ -81,22 +81,22 @@ pub(super) fn port_trouble(scene: &Scene, pod: &Pod) -> Option<Culprit> {
         let port = attached.ports.first()?;
         let what =
             format!("{port} of container {container} ({ips}) is gone, though the pod's network namespace is there");
-        return Some(Culprit::hurts(what, "recreate this pod"));
+        return Some(Problem::failure(what, "recreate this pod"));
     };
     let (port, has) = (link.name, format!("{} of container {container} ({ips})", link.name));
     if !observed.bridges.get(&bridge).is_some_and(|ports| ports.contains(&port)) {
-        return Some(Culprit::hurts(
+        return Some(Problem::failure(
             format!("{has} is not on {bridge}"),
             format!("ip link set {port} master {bridge} up"),
         ));
     }
     if !link.up {
-        return Some(Culprit::hurts(format!("{has} is down"), format!("ip link set {port} up")));
+        return Some(Problem::failure(format!("{has} is down"), format!("ip link set {port} up")));
     }
     // A veth has carrier while its other end is up.
     let carrier = read(scene, &format!("sys/class/net/{port}/carrier"));
     (carrier.as_deref() == Some("0"))
-        .then(|| Culprit::hurts(format!("{has} has no carrier: the pod's {interface} is down"), up_again(scene, pod)))
+        .then(|| Problem::failure(format!("{has} has no carrier: the pod's {interface} is down"), up_again(scene, pod)))
 }
 
 /// The commands that bring a pod's interface up with its routes. IPv6 addresses are gone with the link.
@@ -123,13 +123,13 @@ pub(super) fn bridge_mtu(scene: &Scene) -> Finding {
         return Finding::skipped("there is no VTEP yet");
     }
     let large = observed.host.links.iter().filter(|link| ports.contains(&link.name));
-    let culprits = large.filter(|link| link.mtu > mtu).map(|link| {
-        Culprit::hurts(
+    let problems = large.filter(|link| link.mtu > mtu).map(|link| {
+        Problem::failure(
             format!("{} takes {} bytes, the tunnel {mtu}", link.name, link.mtu),
             "these pods were added before the MTU became smaller: recreate them",
         )
     });
-    Finding::of(culprits.collect(), format!("at most {mtu} bytes"))
+    Finding::of(problems.collect(), format!("at most {mtu} bytes"))
 }
 
 /// Whether what pods send beyond the network gets an address that answers find back to.

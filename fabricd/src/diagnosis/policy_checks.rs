@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use fabric_core::firewall::Firewall;
 
 use super::Scene;
-use super::finding::{Culprit, Finding};
+use super::finding::{Finding, Problem};
 
 /// Programs that put NetworkPolicies in force, by what their chains or their table are called.
 const CONTROLLERS: [(&str, &str); 8] = [
@@ -27,13 +27,13 @@ pub(super) fn controllers(scene: &Scene) -> Finding {
     if scene.policy.is_none() && !names.is_empty() {
         return Finding::fine(format!("NetworkPolicies are put in force by {}", list(names)));
     }
-    let culprits = names.into_iter().map(|name| {
-        Culprit::may_hurt(
+    let problems = names.into_iter().map(|name| {
+        Problem::warning(
             format!("{name} has rules for NetworkPolicies here, as fabricd has"),
             format!("let one of them do it: end {name} and remove its rules, or set --network-policy off"),
         )
     });
-    Finding::of(culprits.collect(), "no other program has rules for NetworkPolicies")
+    Finding::of(problems.collect(), "no other program has rules for NetworkPolicies")
 }
 
 fn list(names: BTreeSet<&str>) -> String {

@@ -17,7 +17,7 @@ use fabric_core::record::LeaseKey;
 use tokio::time::timeout;
 
 use super::checks::{ALL, Check};
-use super::finding::{Culprit, Finding};
+use super::finding::{Finding, Problem};
 use super::{Places, Scene, Sections, overlay_checks};
 use crate::config::{Config, StoreKind};
 use crate::host::addresses;
@@ -319,7 +319,7 @@ fn standing(scene: &Scene) -> Finding {
         .links
         .iter()
         .filter(|(_, link)| !link.up)
-        .map(|(name, _)| Culprit::hurts(format!("{name} is down"), format!("ip link set {name} up")));
+        .map(|(name, _)| Problem::failure(format!("{name} is down"), format!("ip link set {name} up")));
     match names.is_empty() {
         true => Finding::failed(
             "there is no VXLAN device of fabricd: pods reach no other node",
@@ -362,21 +362,21 @@ fn port(scene: &Scene) -> Finding {
     let others = observed.flat_map(|observed| &observed.foreign.links);
     let device = others.filter(|(_, link)| link.vxlan.is_some_and(|(_, port, _)| port == USUAL)).map(|(name, _)| name);
     let choose = "or choose another Port in the network config";
-    let mut culprits: Vec<Culprit> = device
+    let mut problems: Vec<Problem> = device
         .map(|name| {
-            Culprit::hurts(
+            Problem::failure(
                 format!("the VXLAN device {name} has UDP port {USUAL}"),
                 format!("remove what made it and the device, {choose}:\nip link del {name}"),
             )
         })
         .collect();
-    if culprits.is_empty() && overlay_checks::socket_at(scene, USUAL) && scene.view.vteps.is_empty() {
-        culprits.push(Culprit::hurts(
+    if problems.is_empty() && overlay_checks::socket_at(scene, USUAL) && scene.view.vteps.is_empty() {
+        problems.push(Problem::failure(
             format!("a program has UDP port {USUAL}"),
             format!("end it, {choose}:\nss -ulpn sport = :{USUAL}"),
         ));
     }
-    Finding::of(culprits, format!("UDP port {USUAL} is free for fabricd"))
+    Finding::of(problems, format!("UDP port {USUAL} is free for fabricd"))
 }
 
 fn interface(scene: &Scene, config: &Config) -> Finding {
@@ -404,7 +404,7 @@ fn modules(root: &Path) -> Finding {
     let missing = MODULES.iter().filter(|(name, ..)| !there(name)).map(|(name, what, needed)| {
         let words = format!("the kernel has no module {name}, for {what}");
         let fix = "install the modules of this kernel: linux-modules-extra on Ubuntu, kernel-modules-extra on Fedora";
-        if *needed { Culprit::hurts(words, fix) } else { Culprit::may_hurt(words, fix) }
+        if *needed { Problem::failure(words, fix) } else { Problem::warning(words, fix) }
     });
     Finding::of(missing.collect(), "all are there, or are loaded when they are needed")
 }

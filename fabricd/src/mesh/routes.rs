@@ -22,9 +22,9 @@ pub fn look(fib: &Fib, to: &Target) -> (Vec<Override>, Option<String>) {
     let mut found = vec![];
     let mut add = |decision: Option<Decision<'_>>| {
         let Some(decision) = decision else { return };
-        let culprit = culprit(&decision);
-        if !found.contains(&culprit) {
-            found.push(culprit);
+        let one = override_of(&decision);
+        if !found.contains(&one) {
+            found.push(one);
         }
     };
     let ours = &to.ours;
@@ -56,7 +56,7 @@ fn astray<'a>(fib: &'a Fib, packet: &Packet<'_>, subnet: Subnet) -> Option<Decis
     })
 }
 
-fn culprit(decision: &Decision<'_>) -> Override {
+fn override_of(decision: &Decision<'_>) -> Override {
     match decision.route {
         Some(route) if decision.rule.is_usual() => Override { line: route.to_string(), remedy: route.delete() },
         Some(route) => {
