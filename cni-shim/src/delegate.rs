@@ -277,7 +277,7 @@ impl<'a> Delegate<'a> {
     fn versions(&self, plugin: &Path, cache: &Path) -> Result<Vec<String>, CniError> {
         let cache = cache.join(format!("{}.json", self.kind));
         let binary = Binary::of(plugin);
-        if let Some(known) = binary.as_ref().and_then(|binary| Known::load(&cache, binary)) {
+        if let Some(known) = binary.as_ref().and_then(|binary| CachedVersions::load(&cache, binary)) {
             return Ok(known);
         }
         #[derive(Deserialize)]
@@ -290,7 +290,7 @@ impl<'a> Delegate<'a> {
         let Answer { supported_versions } =
             serde_json::from_slice(&answer).map_err(|e| self.failed(Verb::Version, &answer, &e))?;
         if let Some(binary) = binary {
-            Known { binary, supported_versions: supported_versions.clone() }.save(&cache);
+            CachedVersions { binary, supported_versions: supported_versions.clone() }.save(&cache);
         }
         Ok(supported_versions)
     }
@@ -314,12 +314,12 @@ impl Binary {
 
 /// A delegate's answer to VERSION, in the cache.
 #[derive(Debug, Serialize, Deserialize)]
-struct Known {
+struct CachedVersions {
     binary: Binary,
     supported_versions: Vec<String>,
 }
 
-impl Known {
+impl CachedVersions {
     fn load(cache: &Path, binary: &Binary) -> Option<Vec<String>> {
         let known: Self = serde_json::from_slice(&fs::read(cache).ok()?).ok()?;
         (known.binary == *binary).then_some(known.supported_versions)

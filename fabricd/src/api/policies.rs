@@ -13,7 +13,7 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::Status;
 
 use crate::kernel::{self, Counted};
-use crate::policy::drops::{Dropped, Told};
+use crate::policy::drops::{DropEvent, Dropped};
 use crate::policy::status::{InForce, PolicyView};
 
 /// A stream of what is dropped.
@@ -48,11 +48,11 @@ pub async fn all(policy: Option<PolicyView>) -> Result<v1::GetPoliciesResponse, 
 pub fn drops(policy: Option<&PolicyView>) -> Result<Drops, Status> {
     let policy = policy.ok_or_else(|| Status::failed_precondition(OFF))?;
     Ok(Box::pin(policy.drops.listen().map(|told| match told {
-        Told::Dropped(dropped) => Ok(drop_of(&dropped)),
-        Told::Missed(packets) => {
+        DropEvent::Dropped(dropped) => Ok(drop_of(&dropped)),
+        DropEvent::Missed(packets) => {
             Ok(v1::Drop { missed: true, missed_packets: packets.unwrap_or(0), ..v1::Drop::default() })
         }
-        Told::Failed(reason) => Err(Status::unavailable(reason)),
+        DropEvent::Failed(reason) => Err(Status::unavailable(reason)),
     })))
 }
 

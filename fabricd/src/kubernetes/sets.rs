@@ -52,12 +52,12 @@ pub type All<S> = CowMap<<S as Set>::Key, Arc<<S as Set>::Value>>;
 pub struct SetFold<S: Set, C> {
     set: S,
     published: Sender<Option<All<S>>>,
-    told: Told<C>,
+    told: WatchStatus<C>,
 }
 
 impl<S: Set, C> SetFold<S, C> {
     /// A set that nothing is known of yet.
-    pub fn new(set: S, published: Sender<Option<All<S>>>, told: Told<C>) -> Self {
+    pub fn new(set: S, published: Sender<Option<All<S>>>, told: WatchStatus<C>) -> Self {
         Self { set, published, told }
     }
 }
@@ -100,20 +100,20 @@ impl<S: Set, C: Send + Sync + 'static> Fold for SetFold<S, C> {
 }
 
 /// Who is told how it stands with a watch: one of several in a `C`.
-pub struct Told<C> {
+pub struct WatchStatus<C> {
     connections: Sender<C>,
     state: fn(&mut C) -> &mut State,
     /// Who decides when the API server refuses.
     refused: Option<Arc<Notify>>,
 }
 
-impl<C> Clone for Told<C> {
+impl<C> Clone for WatchStatus<C> {
     fn clone(&self) -> Self {
         Self { connections: self.connections.clone(), state: self.state, refused: self.refused.clone() }
     }
 }
 
-impl<C> Told<C> {
+impl<C> WatchStatus<C> {
     /// Who reads this state among those of `connections`.
     pub fn new(connections: &Sender<C>, state: fn(&mut C) -> &mut State) -> Self {
         Self { connections: connections.clone(), state, refused: None }

@@ -31,7 +31,7 @@ const PATIENCE: Duration = Duration::from_millis(200);
 #[derive(Clone, Debug)]
 pub struct DropLog {
     listeners: watch::Sender<Listeners>,
-    coming: broadcast::Sender<Told>,
+    coming: broadcast::Sender<DropEvent>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -43,7 +43,7 @@ struct Listeners {
 
 /// What a listener hears.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Told {
+pub enum DropEvent {
     /// A packet was dropped.
     Dropped(Arc<Dropped>),
     /// Some were, and were not seen; how many, if that is known.
@@ -92,14 +92,14 @@ impl Default for DropLog {
 
 impl DropLog {
     /// What is dropped from now on, as long as this is held.
-    pub fn listen(&self) -> impl Stream<Item = Told> + Send + use<> {
+    pub fn listen(&self) -> impl Stream<Item = DropEvent> + Send + use<> {
         let told = BroadcastStream::new(self.coming.subscribe());
         self.listeners.send_modify(|listeners| listeners.count += 1);
         let listener = Listener(self.listeners.clone());
         told.map(move |told| {
             let _ = &listener;
             told.unwrap_or_else(|tokio_stream::wrappers::errors::BroadcastStreamRecvError::Lagged(missed)| {
-                Told::Missed(Some(missed))
+                DropEvent::Missed(Some(missed))
             })
         })
     }
@@ -120,7 +120,7 @@ impl DropLog {
     pub(super) fn refuse(&self, reason: String) {
         self.listeners.send_modify(|listeners| listeners.refused = true);
         // Nobody may be listening any more.
-        let _ = self.coming.send(Told::Failed(reason));
+        let _ = self.coming.send(DropEvent::Failed(reason));
     }
 
     /// Reads what the rules show, whenever somebody listens. Runs until the task is dropped.
@@ -145,10 +145,10 @@ impl DropLog {
                     let in_force = in_force.borrow().clone();
                     let now = unix_millis(SystemTime::now());
                     for dropped in named(&shown, in_force.as_deref(), now) {
-                        let _ = self.coming.send(Told::Dropped(dropped.into()));
+                        let _ = self.coming.send(DropEvent::Dropped(dropped.into()));
                     }
                 }
-                Err(error) if is_overrun(&error) => drop(self.coming.send(Told::Missed(None))),
+                Err(error) if is_overrun(&error) => drop(self.coming.send(DropEvent::Missed(None))),
                 Err(error) => return Err(format!("what is dropped can't be read any more: {error}")),
             }
         }
@@ -311,7 +311,7 @@ mod tests {
         let log = DropLog::default();
         let mut told = Box::pin(log.listen());
         log.refuse("why".to_owned());
-        assert_eq!(told.next().await, Some(Told::Failed("why".to_owned())));
+        assert_eq!(told.next().await, Some(DropEvent::Failed("why".to_owned())));
         assert!(!log.is_wanted());
         drop(told);
         let _again = log.listen();

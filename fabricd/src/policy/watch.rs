@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 
 use crate::kubernetes::client::{ApiError, ApiServer};
 use crate::kubernetes::reflector::{Object, Reflector, revision};
-use crate::kubernetes::sets::{Set, SetFold, State, Told};
+use crate::kubernetes::sets::{Set, SetFold, State, WatchStatus};
 
 /// Pods that have ended have no address. The API server keeps such by the thousand.
 const RUNNING: &str = "status.phase!=Succeeded,status.phase!=Failed";
@@ -56,11 +56,11 @@ impl Sources {
         let connections = Sender::new(Connections::default());
         let mut tasks = JoinSet::new();
         let receivers = (policies.subscribe(), namespaces.subscribe(), pods.subscribe(), connections.subscribe());
-        let told = Told::new(&connections, |all: &mut Connections| &mut all.policies);
+        let told = WatchStatus::new(&connections, |all: &mut Connections| &mut all.policies);
         tasks.spawn(Reflector::new(api.clone(), SetFold::new(PolicySet::default(), policies, told)).run());
-        let told = Told::new(&connections, |all: &mut Connections| &mut all.namespaces);
+        let told = WatchStatus::new(&connections, |all: &mut Connections| &mut all.namespaces);
         tasks.spawn(Reflector::new(api.clone(), SetFold::new(NamespaceSet::default(), namespaces, told)).run());
-        let told = Told::new(&connections, |all: &mut Connections| &mut all.pods);
+        let told = WatchStatus::new(&connections, |all: &mut Connections| &mut all.pods);
         let fold = SetFold::new(PodSet::default(), pods, told);
         tasks.spawn(Reflector::new(api.clone(), fold).fields(RUNNING).run());
         let (policies, namespaces, pods, connection) = receivers;

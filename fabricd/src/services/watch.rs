@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use super::cidrs;
 use crate::kubernetes::client::{ApiError, ApiServer};
 use crate::kubernetes::reflector::{Fold, Object, Reflector, revision};
-use crate::kubernetes::sets::{Set, SetFold, State, Told};
+use crate::kubernetes::sets::{Set, SetFold, State, WatchStatus};
 use crate::retry::{Interrupted, Outage};
 
 /// Services that another proxy handles are never asked for (KEP-2447).
@@ -68,10 +68,10 @@ impl Sources {
         let connection = Sender::new(Connections::default());
         let mut tasks = JoinSet::new();
         let receivers = (services.subscribe(), slices.subscribe(), facts.subscribe(), connection.subscribe());
-        let told = Told::new(&connection, |all: &mut Connections| &mut all.services);
+        let told = WatchStatus::new(&connection, |all: &mut Connections| &mut all.services);
         let fold = SetFold::new(ServiceSet::default(), services, told);
         tasks.spawn(Reflector::new(api.clone(), fold).labels(OF_SERVICES).run());
-        let told = Told::new(&connection, |all: &mut Connections| &mut all.node);
+        let told = WatchStatus::new(&connection, |all: &mut Connections| &mut all.node);
         let fold = NodeFold { facts: NodeFacts::default(), published: facts, told };
         tasks.spawn(Reflector::new(api.clone(), fold).fields(&format!("metadata.name={node}")).run());
         tasks.spawn(api.addresses().clone().remember(receivers.1.clone()));
@@ -102,7 +102,7 @@ async fn watch_slices(api: Arc<ApiServer>, published: Sender<Option<Slices>>, co
     let mut outage = Outage::new("endpointslices");
     loop {
         let began = Instant::now();
-        let told = Told::new(&connection, |all: &mut Connections| &mut all.slices).refused(&refused);
+        let told = WatchStatus::new(&connection, |all: &mut Connections| &mut all.slices).refused(&refused);
         let (from, seen) = (api.clone(), published.clone());
         let failed = match has_version_1(&api).await {
             Ok(true) => watch_version::<V1>(from, seen, told, &refused).await,
@@ -121,7 +121,7 @@ async fn watch_slices(api: Arc<ApiServer>, published: Sender<Option<Slices>>, co
 async fn watch_version<V: Version>(
     api: Arc<ApiServer>,
     published: Sender<Option<Slices>>,
-    told: Told<Connections>,
+    told: WatchStatus<Connections>,
     refused: &Notify,
 ) -> ApiError {
     let connection = told.subscribe();
@@ -150,7 +150,7 @@ async fn has_version_1(api: &ApiServer) -> Result<bool, ApiError> {
 struct NodeFold {
     facts: NodeFacts,
     published: Sender<Option<NodeFacts>>,
-    told: Told<Connections>,
+    told: WatchStatus<Connections>,
 }
 
 impl Fold for NodeFold {
