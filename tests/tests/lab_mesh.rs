@@ -217,7 +217,7 @@ fn peer_that_goes_and_comes_is_never_told_as_anything_else() -> Result<()> {
     })?;
     watched(&node, || lab.add_node())?;
     let log = node.log("fabricd");
-    let told: Vec<&str> = log.lines().filter(|line| line.contains("peer not reached well")).collect();
+    let told: Vec<&str> = log.lines().filter(|line| line.contains("path to peer is broken or lossy")).collect();
     assert!(told.iter().any(|line| line.contains("peer_down")), "the log doesn't say so:\n{log}");
     assert!(told.len() < 6, "it is said more than once: {told:#?}");
     Ok(())

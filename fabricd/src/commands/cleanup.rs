@@ -63,7 +63,7 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
     print!("{}", leftovers.remove().await?);
 
     if is_without_store(&config).await {
-        println!("no datastore is named: a lease, if there is one, ends by itself");
+        println!("no datastore is named: a lease, if there is one, expires");
     } else {
         give_lease_back(&config, leaver).await;
     }
@@ -102,7 +102,7 @@ async fn give_lease_back(config: &Config, leaver: Leaver) {
             "{key} is leased to {node} at {there}, not to this machine; if that one is gone: fabricctl lease release {node}",
             node = config.node()
         ),
-        Ok(Err(error)) => warn!(%error, "lease not given back, it ends by itself"),
-        Err(_) => warn!(store = ?config.store, "store not reached, the lease ends by itself"),
+        Ok(Err(error)) => warn!(%error, "lease not given back, it expires"),
+        Err(_) => warn!(store = ?config.store, "store not reached, the lease expires"),
     }
 }

@@ -20,7 +20,7 @@ use crate::retry::Backoff;
 use crate::store::{Claim, Connection, Grant, LeaseStore, Network, StoreError};
 
 /// How long nothing is looked at when only a change can help; changes wake the keeper at once.
-const REST: Duration = Duration::from_secs(3600);
+const IDLE: Duration = Duration::from_secs(3600);
 
 /// The delay after the first attempt that failed; each next one is twice as long.
 const FIRST: Duration = Duration::from_millis(100);
@@ -259,7 +259,7 @@ impl<S: LeaseStore> Keeper<S> {
             }
             // Who was faster shows in the watch, which wakes us; the delay is for the case that it has come already.
             Err(StoreError::Lost { key }) => {
-                debug!(subnet = %key, "somebody else was faster, deciding anew");
+                debug!(subnet = %key, "another node was faster, deciding again");
                 false
             }
             Err(StoreError::Guarded { key }) => {
@@ -309,7 +309,7 @@ impl<S: LeaseStore> Keeper<S> {
             Obstacle::Occupied { .. } | Obstacle::Unfit(_) | Obstacle::Moved { .. } | Obstacle::Astray { .. } => {
                 now + PODS
             }
-            _ => now + REST,
+            _ => now + IDLE,
         }
     }
 
@@ -346,7 +346,7 @@ impl<S: LeaseStore> Keeper<S> {
         let answer = match self.in_the_way.or(self.previous.as_ref().map(|previous| previous.key)) {
             None => Err("this node has no subnet to leave".to_owned()),
             Some(key) if self.is_assigned(&key) => Err(format!(
-                "{key} is what the cluster assigns to this node; it takes another one when its Node is made anew with \
+                "{key} is what the cluster assigns to this node; it takes another one when its Node is created again with \
                  other podCIDRs"
             )),
             Some(key) => match self.options.pods.in_subnets(&key) {
@@ -360,7 +360,7 @@ impl<S: LeaseStore> Keeper<S> {
             },
         };
         if let Ok(key) = answer {
-            warn!(subnet = %key, force, "told to take another subnet");
+            warn!(subnet = %key, force, "asked to take another subnet (fabricctl lease renumber)");
             self.leave = Some(key);
             if force {
                 self.left.extend(self.pod_subnets());
@@ -518,10 +518,10 @@ impl<S: LeaseStore> Keeper<S> {
             Some(end) if end <= Instant::now() => {
                 self.unconfirmed = None;
                 self.lose("its time has run out, and the store can't be reached to keep it alive");
-                Instant::now() + REST
+                Instant::now() + IDLE
             }
             Some(end) => end,
-            None => Instant::now() + REST,
+            None => Instant::now() + IDLE,
         }
     }
 

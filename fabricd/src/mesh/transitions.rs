@@ -66,7 +66,7 @@ impl Transitions {
             let Line { subject, cause, message, warning } = line;
             let (peer, cause) = (if subject.is_empty() { "several" } else { &subject }, cause.word());
             match warning {
-                true => warn!(peer, cause, evidence = %message, "peer not reached well"),
+                true => warn!(peer, cause, evidence = %message, "path to peer is broken or lossy"),
                 false => info!(peer, cause, "{message}"),
             }
             events.tell(Kind::Mesh, subject, message, warning);

@@ -342,7 +342,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     fn migrate(&mut self, reply: oneshot::Sender<Vec<String>>) {
         let pending = self.view.borrow().pending.clone();
         if !pending.is_empty() {
-            warn!(changes = pending.join(", "), "told to apply the network config");
+            warn!(changes = pending.join(", "), "asked to apply the network config");
             self.applied = None;
         }
         // Whoever asked may have gone.

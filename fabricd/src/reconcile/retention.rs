@@ -65,7 +65,7 @@ impl Retention {
         }
         if self.until.is_none_or(|end| end <= Instant::now()) {
             if self.until.take().is_some() {
-                info!(peers = set.len(), "peers that have not claimed their subnets again are let go of");
+                info!(peers = set.len(), "peers that have not claimed their subnets again are removed");
             }
             self.before = None;
         }

@@ -76,9 +76,9 @@ impl Outage {
     fn relisting(&self, reason: &str) {
         let (kind, attempts) = (self.kind, self.retry.attempts());
         if attempts == 0 {
-            info!(kind, reason, "listing everything anew");
+            info!(kind, reason, "listing everything again");
         } else {
-            debug!(kind, reason, attempts, "listing everything anew");
+            debug!(kind, reason, attempts, "listing everything again");
         }
     }
 }

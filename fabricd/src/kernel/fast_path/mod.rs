@@ -209,7 +209,7 @@ impl Bpf {
             }
             _ => {}
         }
-        let gone = || io::Error::other("its maps are gone; the next pass makes them anew");
+        let gone = || io::Error::other("its maps are gone; the next pass recreates them");
         let maps = self.maps.as_ref().ok_or_else(gone)?;
         let node = self.found.node.as_ref();
         match op {

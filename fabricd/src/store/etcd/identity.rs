@@ -68,7 +68,7 @@ impl Identity {
                 revision,
                 seen_cluster = format_args!("{:x}", before.cluster.unwrap_or_default()),
                 seen_revision = before.revision,
-                "store was replaced; reading it anew"
+                "store was replaced; reading it again"
             );
             *seen = Seen { generation: before.generation + 1, cluster: Some(cluster), revision };
             self.replaced.send_replace(seen.generation);

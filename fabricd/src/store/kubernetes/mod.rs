@@ -172,7 +172,7 @@ impl LeaseStore for Kubernetes {
     }
 
     async fn expired_leases(&self, _grace: Duration) -> Result<Vec<ExpiredLease>, StoreError> {
-        Err(assigned_here("tell which subnets rest"))
+        Err(assigned_here("tell which subnets are in their grace period"))
     }
 
     async fn hold_place(&self, _key: &LeaseKey, _placeholder: &Record) -> Result<(), StoreError> {

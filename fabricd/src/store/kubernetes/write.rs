@@ -84,7 +84,7 @@ impl Pace {
             self.rest = self.backoff.delay();
         }
         if self.in_a_row == 2 * Self::AT_ONCE {
-            warn!("somebody undoes what is written on this Node; it is written again, but ever more slowly");
+            warn!("another program reverts what is written on this Node; it is written again, with growing delays");
         }
     }
 }
@@ -218,7 +218,7 @@ impl Shared {
                 sleep(pace.delay()).await;
                 match send(self, change).await {
                     Ok(node) => {
-                        info!(ready = is == Readiness::Ready, "the cluster is told whether this node's network works");
+                        info!(ready = is == Readiness::Ready, "condition NetworkUnavailable written");
                         pace.wrote();
                         retry.reset();
                         told = false;
@@ -228,7 +228,7 @@ impl Shared {
                     Err(SendError::Outdated) => {}
                     Err(SendError::Store(error)) => {
                         if !std::mem::replace(&mut told, true) {
-                            warn!(%error, "cannot tell the cluster whether this node's network works, trying again");
+                            warn!(%error, "cannot write the condition NetworkUnavailable, trying again");
                         }
                         sleep(retry.delay()).await;
                         continue;
