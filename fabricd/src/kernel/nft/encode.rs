@@ -1,5 +1,7 @@
 //! From steps to the messages of transactions. Each function gives the command of `nft` that would do the same.
 
+use std::iter;
+
 use fabric_core::diff::nft::{ChainsChange, ElementChange, Op, Removal};
 use fabric_core::state::nft::{Chain, Data, Datatype, Element, Fields, Name, Order, Rule, SetKind, TableKey};
 use fabric_netlink::Request;
@@ -21,36 +23,27 @@ const IN_A_MESSAGE: usize = 400;
 const IN_A_TRANSACTION: usize = 1000;
 
 /// Messages that have to be in one transaction.
-#[derive(Default)]
 struct Piece {
     messages: Vec<Request>,
     /// Elements in them.
     elements: usize,
 }
 
-impl Piece {
-    fn of(messages: impl Into<Vec<Request>>) -> Self {
-        Self { messages: messages.into(), elements: 0 }
-    }
-}
-
 /// The messages of one transaction or, with many elements, of several, each in the order in which the kernel has to take
-/// them.
-pub(super) fn transactions(ops: &[&Op]) -> Vec<Vec<Request>> {
+/// them, and none before it is asked for: those of 100,000 elements take more memory than the elements.
+pub(super) fn transactions<'a>(ops: &[&'a Op]) -> impl Iterator<Item = Vec<Request>> + use<'a> {
     let is_reset = |op: &&Op| matches!(op, Op::ResetTable(_) | Op::DeleteTable(_));
     let (resets, others): (Vec<&Op>, Vec<&Op>) = ops.iter().copied().partition(is_reset);
     let mut id = 0;
-    let mut transactions: Vec<Piece> = vec![];
-    for piece in resets.into_iter().chain(others).flat_map(|op| pieces(op, &mut id)) {
-        match transactions.last_mut() {
-            Some(last) if last.elements + piece.elements <= IN_A_TRANSACTION => {
-                last.messages.extend(piece.messages);
-                last.elements += piece.elements;
-            }
-            _ => transactions.push(piece),
+    let mut pieces = resets.into_iter().chain(others).flat_map(move |op| pieces(op, &mut id)).peekable();
+    iter::from_fn(move || {
+        let Piece { mut messages, mut elements } = pieces.next()?;
+        while let Some(piece) = pieces.next_if(|piece| elements + piece.elements <= IN_A_TRANSACTION) {
+            messages.extend(piece.messages);
+            elements += piece.elements;
         }
-    }
-    transactions.into_iter().map(|piece| batch(piece.messages)).collect()
+        Some(batch(messages))
+    })
 }
 
 /// Messages as one transaction.
@@ -64,61 +57,69 @@ pub(super) fn batch(mut messages: Vec<Request>) -> Vec<Request> {
     messages
 }
 
+/// Pieces that are made when they are asked for.
+type Pieces<'a> = Box<dyn Iterator<Item = Piece> + 'a>;
+
 /// The messages of one step; `id` is that of the last set that was made.
-fn pieces(op: &Op, id: &mut u32) -> Vec<Piece> {
+fn pieces<'a>(op: &'a Op, id: &mut u32) -> Pieces<'a> {
+    let one = |messages: Vec<Request>| -> Pieces<'a> { Box::new(iter::once(Piece { messages, elements: 0 })) };
     match op {
-        Op::ResetTable(table) | Op::DeleteTable(table) => vec![Piece::of(remove_table(*table))],
+        Op::ResetTable(table) | Op::DeleteTable(table) => one(remove_table(*table).into()),
         Op::Set(table, name, set) => {
             *id += 1;
-            let mut pieces = vec![Piece::of([make_table(*table), make_set(*table, *name, set.kind, *id)])];
+            let made = one(vec![make_table(*table), make_set(*table, *name, set.kind, *id)]);
             // A map of verdicts or of frontends is filled once there is what it leads to.
-            if set.order != Order::AfterChains && set.kind.data != Data::Verdict {
-                let elements: Vec<&Element> = set.elements.keys().collect();
-                pieces.extend(element_pieces(*table, *name, set.kind, &[], &elements));
+            if set.order == Order::AfterChains || set.kind.data == Data::Verdict {
+                return made;
             }
-            pieces
+            let elements: Vec<&Element> = set.elements.keys().collect();
+            Box::new(made.chain(element_pieces(*table, *name, set.kind, vec![], elements)))
         }
         Op::Elements(ElementChange { table, set, kind, removed, added, .. }) => {
-            let (removed, added): (Vec<_>, Vec<_>) = (removed.iter().collect(), added.iter().collect());
-            element_pieces(*table, *set, *kind, &removed, &added)
+            element_pieces(*table, *set, *kind, removed.iter().collect(), added.iter().collect())
         }
-        Op::Chains(table, change) => vec![Piece::of(replace_chains(*table, change, id))],
-        Op::Remove(table, removal) => vec![Piece::of(remove(*table, removal))],
-        Op::DockerUser(change) => vec![Piece::of(docker_user::messages(change))],
+        Op::Chains(table, change) => one(replace_chains(*table, change, id)),
+        Op::Remove(table, removal) => one(remove(*table, removal)),
+        Op::DockerUser(change) => one(docker_user::messages(change)),
     }
 }
 
-/// Elements that go and come. One whose data changes goes and comes in the same piece.
-fn element_pieces(table: TableKey, set: Name, kind: SetKind, removed: &[&Element], added: &[&Element]) -> Vec<Piece> {
-    let piece = |removed: &[&Element], added: &[&Element]| {
-        let mut messages = elements(table, set, kind, removed, DELETE_ELEMENTS);
-        messages.extend(elements(table, set, kind, added, NEW_ELEMENTS));
-        Piece { messages, elements: removed.len() + added.len() }
-    };
-    if removed.len() + added.len() <= IN_A_TRANSACTION {
-        return vec![piece(removed, added)];
-    }
-    if kind.ranges {
-        // One that comes may overlap any that goes.
-        let gone = removed.chunks(IN_A_TRANSACTION).map(|some| piece(some, &[]));
-        return gone.chain(added.chunks(IN_A_TRANSACTION).map(|some| piece(&[], some))).collect();
-    }
-    let mut pieces = vec![];
-    let (mut removed, mut added) = (removed, added);
-    let key = |element: &Element| element.split(kind).0.to_vec();
-    while !removed.is_empty() || !added.is_empty() {
-        // Both are in the order of their keys: up to one key, all that go and all that come.
-        let half = IN_A_TRANSACTION / 2;
-        let last = [removed.get(half - 1), added.get(half - 1)].into_iter().flatten().map(|element| key(element)).min();
-        let until = |some: &[&Element]| match &last {
-            Some(last) => some.partition_point(|element| element.split(kind).0 <= last.as_slice()),
-            None => some.len(),
+/// Elements that go and come, in their order. One whose data changes goes and comes in the same piece.
+fn element_pieces<'a>(
+    table: TableKey,
+    set: Name,
+    kind: SetKind,
+    removed: Vec<&'a Element>,
+    added: Vec<&'a Element>,
+) -> Pieces<'a> {
+    let (mut gone, mut come) = (0, 0);
+    Box::new(iter::from_fn(move || {
+        let (removed, added) = (&removed[gone..], &added[come..]);
+        let (goes, comes) = match (removed, added) {
+            ([], []) => return None,
+            _ if removed.len() + added.len() <= IN_A_TRANSACTION => (removed.len(), added.len()),
+            // One that comes may overlap any that goes.
+            _ if kind.ranges && !removed.is_empty() => (removed.len().min(IN_A_TRANSACTION), 0),
+            _ if kind.ranges => (0, added.len().min(IN_A_TRANSACTION)),
+            _ => half_each(kind, removed, added),
         };
-        let (gone, come) = (until(removed), until(added));
-        pieces.push(piece(&removed[..gone], &added[..come]));
-        (removed, added) = (&removed[gone..], &added[come..]);
-    }
-    pieces
+        (gone, come) = (gone + goes, come + comes);
+        let mut messages = elements(table, set, kind, &removed[..goes], DELETE_ELEMENTS);
+        messages.extend(elements(table, set, kind, &added[..comes], NEW_ELEMENTS));
+        Some(Piece { messages, elements: goes + comes })
+    }))
+}
+
+/// How many of those that go and of those that come are in a transaction: all up to one key.
+fn half_each(kind: SetKind, removed: &[&Element], added: &[&Element]) -> (usize, usize) {
+    let half = IN_A_TRANSACTION / 2;
+    let key = |element: &&Element| element.split(kind).0.to_vec();
+    let last = [removed.get(half - 1), added.get(half - 1)].into_iter().flatten().map(key).min();
+    let until = |some: &[&Element]| match &last {
+        Some(last) => some.partition_point(|element| element.split(kind).0 <= last.as_slice()),
+        None => some.len(),
+    };
+    (until(removed), until(added))
 }
 
 /// `nft add table TABLE; nft delete table TABLE`: gone, whether it was there or not.

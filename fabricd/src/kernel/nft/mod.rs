@@ -143,7 +143,7 @@ impl Filter {
     /// refused is the last.
     pub(super) fn write(&mut self, ops: &[&Op]) -> Result<(), Refusal> {
         match &mut self.socket {
-            Some(socket) => encode::transactions(ops).iter().try_for_each(|batch| socket.transact(batch)),
+            Some(socket) => encode::transactions(ops).try_for_each(|batch| socket.transact(&batch)),
             None => Err(io::Error::from_raw_os_error(libc::EPROTONOSUPPORT).into()),
         }
     }

@@ -219,21 +219,33 @@ enum To {
 
 fn elements(socket: &mut RequestSocket, table: TableKey, name: &str, kind: SetKind) -> io::Result<FoundSet> {
     let listing = ask(GET_ELEMENTS, start(table).text(2, name));
-    let listed = socket.dump(&listing, |frame| {
-        let list = Values::of(frame).nested(3)?;
-        Some(list.list().map(|element| listed(&element, kind)).collect::<Vec<_>>())
-    })?;
-    let listed: Option<Vec<Listed>> = listed.into_iter().flatten().collect();
-    let several = kind.key.as_slice().len() > 1;
-    let all = listed.and_then(|listed| match kind.ranges && !several {
-        true => ranges(listed, kind),
-        false => Some(listed.into_iter().map(|one| element(&one.first, one.last.as_deref(), one.data, kind)).collect()),
-    });
+    let all = if kind.ranges && kind.key.as_slice().len() == 1 {
+        list(socket, &listing, |element| listed(element, kind))?.and_then(|listed| ranges(listed, kind))
+    } else {
+        // There may be 100,000: each is packed as it comes.
+        list(socket, &listing, |one| {
+            let one = listed(one, kind)?;
+            Some(element(&one.first, one.last.as_deref(), one.data, kind))
+        })?
+    };
     // With an element that we don't make it is not a set that we make.
-    Ok(all.map_or_else(FoundSet::default, |elements: Vec<Element>| FoundSet {
+    Ok(all.map_or_else(FoundSet::default, |elements| FoundSet {
         kind: Some(kind),
         elements: elements.into_iter().collect(),
     }))
+}
+
+/// What `decode` makes of all elements of a set; `None` when it can't make anything of one.
+fn list<T>(
+    socket: &mut RequestSocket,
+    listing: &Request,
+    mut decode: impl FnMut(&Values<'_>) -> Option<T>,
+) -> io::Result<Option<Vec<T>>> {
+    let listed = socket.dump(listing, |frame| {
+        let list = Values::of(frame).nested(3)?;
+        Some(list.list().map(|element| decode(&element)).collect::<Option<Vec<T>>>())
+    })?;
+    Ok(listed.into_iter().collect::<Option<Vec<_>>>().map(|parts| parts.into_iter().flatten().collect()))
 }
 
 fn listed(element: &Values<'_>, kind: SetKind) -> Option<Listed> {
