@@ -43,7 +43,7 @@ async fn policies_namespaces_and_pods_are_watched() {
     let (mut sources, _dir) = watch(&api);
     all_are_known(&mut sources).await;
     let web = ObjectName::new("shop", "web");
-    assert_eq!(sources.pods.borrow().as_ref().expect("known").get(&web).expect("there").ports[0].port, 8080);
+    assert_eq!(sources.pods.borrow().as_ref().expect("known").get(&web).expect("there").ports()[0].port, 8080);
 
     api.change(NAMESPACES, "shop", &json!({"metadata": {"labels": {"team": "b"}}}));
     let team = |team: &'static str| {

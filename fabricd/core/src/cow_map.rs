@@ -99,9 +99,14 @@ impl<K, V> CowMap<K, V> {
 impl<K: Ord, V> CowMap<K, V> {
     /// The chunk that has `key`, or would have it, and where in it.
     fn place(&self, key: &K) -> (usize, Result<usize, usize>) {
-        let after = self.chunks.partition_point(|chunk| chunk[0].0 <= *key);
+        self.place_where(|other| other.cmp(key))
+    }
+
+    /// The same of a key that is told by how others compare with it.
+    fn place_where(&self, order: impl Fn(&K) -> Ordering) -> (usize, Result<usize, usize>) {
+        let after = self.chunks.partition_point(|chunk| order(&chunk[0].0).is_le());
         let chunk = after.saturating_sub(1);
-        let within = self.chunks.get(chunk).map_or(Err(0), |chunk| chunk.binary_search_by(|(other, _)| other.cmp(key)));
+        let within = self.chunks.get(chunk).map_or(Err(0), |chunk| chunk.binary_search_by(|(other, _)| order(other)));
         (chunk, within)
     }
 
@@ -119,9 +124,31 @@ impl<K: Ord, V> CowMap<K, V> {
         self.place(key).1.is_ok()
     }
 
+    /// The entry whose key `order` calls equal: it says how a key compares with the one that is looked for.
+    pub fn find(&self, order: impl Fn(&K) -> Ordering) -> Option<Entry<'_, K, V>> {
+        let (chunk, within) = self.place_where(order);
+        let within = within.ok()?;
+        let (key, value) = &self.chunks[chunk][within];
+        Some((key, value))
+    }
+
     /// The entries from `key` on, in the order of their keys.
     pub fn starting_at<'a>(&'a self, key: &K) -> impl Iterator<Item = (&'a K, &'a V)> + use<'a, K, V> {
-        let (chunk, within) = self.place(key);
+        self.entries_at(self.place(key))
+    }
+
+    /// The entries from a key on, in order: `order` says how a key compares with that.
+    pub fn starting_where<F: Fn(&K) -> Ordering>(
+        &self,
+        order: F,
+    ) -> impl Iterator<Item = Entry<'_, K, V>> + use<'_, K, V, F> {
+        self.entries_at(self.place_where(order))
+    }
+
+    fn entries_at(
+        &self,
+        (chunk, within): (usize, Result<usize, usize>),
+    ) -> impl Iterator<Item = Entry<'_, K, V>> + use<'_, K, V> {
         let (Ok(skipped) | Err(skipped)) = within;
         let entries = self.chunks[chunk..].iter().flat_map(|chunk| chunk.iter()).skip(skipped);
         entries.map(|(key, value)| (key, value))
@@ -133,6 +160,15 @@ impl<K: Ord, V> CowMap<K, V> {
         &'a self,
         before: &'a Self,
         same: impl Fn(&V, &V) -> bool,
+    ) -> impl Iterator<Item = Change<'a, K, V>> {
+        self.changes_where(before, move |(_, was), (_, is)| same(was, is))
+    }
+
+    /// The same where keys that compare as equal may differ.
+    pub fn changes_where<'a>(
+        &'a self,
+        before: &'a Self,
+        same: impl Fn(Entry<'_, K, V>, Entry<'_, K, V>) -> bool,
     ) -> impl Iterator<Item = Change<'a, K, V>> {
         let (mut was, mut is) = (Cursor::new(before), Cursor::new(self));
         std::iter::from_fn(move || {
@@ -148,9 +184,9 @@ impl<K: Ord, V> CowMap<K, V> {
                     Ordering::Less => return Some((was.next(), None)),
                     Ordering::Greater => return Some((None, is.next())),
                     Ordering::Equal => {
-                        let ((key, was), (_, is)) = (was.next()?, is.next()?);
+                        let (was, is) = (was.next()?, is.next()?);
                         if !same(was, is) {
-                            return Some((Some((key, was)), Some((key, is))));
+                            return Some((Some(was), Some(is)));
                         }
                     }
                 }
@@ -169,14 +205,24 @@ impl<K: Ord + Clone, V: Clone> CowMap<K, V> {
         }
         let chunk = Arc::make_mut(&mut chunks[at]);
         match within {
-            Ok(within) => Some(std::mem::replace(&mut chunk[within].1, value)),
-            Err(within) => {
+            Ok(within) => Some(std::mem::replace(&mut chunk[within], (key, value)).1),
+            Err(within) if chunk.len() < MOST => {
                 chunk.insert(within, (key, value));
                 self.len += 1;
-                if chunk.len() > MOST {
-                    let rest = Arc::new(chunk.split_off(MOST / 2));
-                    chunks.insert(at + 1, rest);
+                None
+            }
+            Err(within) => {
+                // Keys that come in their order leave whole chunks behind.
+                let kept = if within == MOST { MOST } else { MOST / 2 };
+                let mut rest = chunk.split_off(kept);
+                chunk.shrink_to_fit();
+                if within < kept {
+                    chunk.insert(within, (key, value));
+                } else {
+                    rest.insert(within - kept, (key, value));
                 }
+                chunks.insert(at + 1, Arc::new(rest));
+                self.len += 1;
                 None
             }
         }

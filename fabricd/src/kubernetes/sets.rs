@@ -17,10 +17,8 @@ pub type State = Option<Result<(), ApiError>>;
 pub trait Set: Sized + Send + Sync + 'static {
     /// The kind.
     type Object: Object;
-    /// What one is found by.
-    type Key: Ord + Clone + Send + Sync + 'static;
-    /// What it says.
-    type Value: Send + Sync + 'static;
+    /// What is published of them.
+    type All: Published;
 
     /// Those of a list, after what is known.
     #[must_use]
@@ -42,22 +40,31 @@ pub trait Set: Sized + Send + Sync + 'static {
     fn remove(&mut self, object: &Self::Object) -> bool;
 
     /// All of them.
-    fn all(&self) -> &All<Self>;
+    fn all(&self) -> &Self::All;
 }
 
-/// What a set publishes.
-pub type All<S> = CowMap<<S as Set>::Key, Arc<<S as Set>::Value>>;
+/// All objects of a kind, as others see them. Cheap to clone.
+pub trait Published: Clone + Send + Sync + 'static {
+    /// Whether more than half of what was known is gone.
+    fn lacks_most_of(&self, before: &Self) -> bool;
+}
+
+impl<K: Ord + Send + Sync + 'static, V: Send + Sync + 'static> Published for CowMap<K, V> {
+    fn lacks_most_of(&self, before: &Self) -> bool {
+        lacks_most_of(self, before)
+    }
+}
 
 /// A set, and who is told of it.
 pub struct SetFold<S: Set, C> {
     set: S,
-    published: Sender<Option<All<S>>>,
+    published: Sender<Option<S::All>>,
     told: WatchStatus<C>,
 }
 
 impl<S: Set, C> SetFold<S, C> {
     /// A set that nothing is known of yet.
-    pub fn new(set: S, published: Sender<Option<All<S>>>, told: WatchStatus<C>) -> Self {
+    pub fn new(set: S, published: Sender<Option<S::All>>, told: WatchStatus<C>) -> Self {
         Self { set, published, told }
     }
 }
@@ -87,7 +94,7 @@ impl<S: Set, C: Send + Sync + 'static> Fold for SetFold<S, C> {
     }
 
     fn would_lose_most(&self) -> bool {
-        self.published.borrow().as_ref().is_some_and(|published| lacks_most_of(self.set.all(), published))
+        self.published.borrow().as_ref().is_some_and(|published| self.set.all().lacks_most_of(published))
     }
 
     fn publish(&mut self) {

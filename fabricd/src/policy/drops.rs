@@ -180,7 +180,8 @@ fn named(shown: &[Shown], in_force: Option<&InForce>, now: i64) -> Vec<Dropped> 
     let all = shown.iter().filter_map(|shown| {
         let (cause, packet) = (DropCause::of(&shown.prefix)?, Headers::read(&shown.packet)?);
         let pod = |ip| match cluster.as_ref()?.member(ip)?.who {
-            Who::Pod(name, _) | Who::Unknown(name) => Some(name.clone()),
+            Who::Pod(pod) => Some(pod.name.clone()),
+            Who::Unknown(name) => Some(name.clone()),
             Who::Other => None,
         };
         let (source, target) = (pod(packet.source), pod(packet.target));

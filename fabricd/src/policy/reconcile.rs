@@ -16,7 +16,7 @@ use fabric_core::attachments::{Owner, SavedPod};
 use fabric_core::model::IfName;
 use fabric_core::policy::model::{Local, LocalPod, PodIdentity};
 use fabric_core::policy::objects::uid;
-use fabric_core::policy::plan::{PolicyPlan, plan};
+use fabric_core::policy::plan::{Planner, PolicyPlan, plan};
 use fabric_core::policy::separation::separate;
 use fabric_core::policy::sets::problems;
 use fabric_core::policy::{Cluster, State};
@@ -85,6 +85,7 @@ pub struct Reconciler {
     /// Addresses of pods that were known after the last pass.
     known: BTreeSet<IpAddr>,
     open: Open,
+    planner: Planner,
 }
 
 /// Connections that are open, and have to be judged again.
@@ -106,7 +107,19 @@ impl Reconciler {
         let open = Open { is_due: inputs.judges_open, not_before: Instant::now(), gone: BTreeSet::new() };
         let (counters, known) = (PolicyCounters::default(), BTreeSet::new());
         let (in_force, drops) = (watch::Sender::new(None), DropLog::default());
-        Self { inputs, table, frames, status, in_force, drops, counters, retry, known, open }
+        Self {
+            inputs,
+            table,
+            frames,
+            status,
+            in_force,
+            drops,
+            counters,
+            retry,
+            known,
+            open,
+            planner: Planner::default(),
+        }
     }
 
     /// What it knows.
@@ -185,8 +198,13 @@ impl Reconciler {
         // Some milliseconds with thousands of pods.
         let state = Arc::new(state);
         let of = Arc::clone(&state);
-        let planned = spawn_blocking(move || plan(&Cluster::new(&of), &bridges)).await;
-        let mut planned = planned.map_err(|error| error.to_string())?;
+        let mut planner = std::mem::take(&mut self.planner);
+        let planned_by = spawn_blocking(move || {
+            let planned = planner.plan(&Cluster::new(&of), &bridges);
+            (planner, planned)
+        });
+        let mut planned;
+        (self.planner, planned) = planned_by.await.map_err(|error| error.to_string())?;
         planned.show_drops(shows_drops);
         let written = self.write(&planned, found.as_ref()).await;
         if let (Err(reason), true) = (&written, shows_drops) {

@@ -4,17 +4,15 @@
 
 use std::sync::Arc;
 
-use fabric_core::policy::labels::Labels;
-use fabric_core::policy::model::{Pod, Policy};
 use fabric_core::policy::objects::{NamespaceObject, PodObject, PolicyObject};
-use fabric_core::policy::sets::{NamespaceSet, Namespaces, PodSet, Pods, Policies, PolicySet};
-use fabric_core::services::ObjectName;
+use fabric_core::policy::pods::Pods;
+use fabric_core::policy::sets::{NamespaceSet, Namespaces, PodSet, Policies, PolicySet};
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::task::JoinSet;
 
 use crate::kubernetes::client::{ApiError, ApiServer};
 use crate::kubernetes::reflector::{Object, Reflector, revision};
-use crate::kubernetes::sets::{Set, SetFold, State, WatchStatus};
+use crate::kubernetes::sets::{Published, Set, SetFold, State, WatchStatus};
 
 /// Pods that have ended have no address. The API server keeps such by the thousand.
 const RUNNING: &str = "status.phase!=Succeeded,status.phase!=Failed";
@@ -104,10 +102,15 @@ impl Object for PodObject {
     }
 }
 
+impl Published for Pods {
+    fn lacks_most_of(&self, before: &Self) -> bool {
+        self.lacks_most_of(before)
+    }
+}
+
 impl Set for PolicySet {
     type Object = PolicyObject;
-    type Key = ObjectName;
-    type Value = Policy;
+    type All = Policies;
 
     fn listed(&self, objects: &[PolicyObject]) -> Self {
         self.listed(objects)
@@ -128,8 +131,7 @@ impl Set for PolicySet {
 
 impl Set for NamespaceSet {
     type Object = NamespaceObject;
-    type Key = Arc<str>;
-    type Value = Labels;
+    type All = Namespaces;
 
     fn listed(&self, objects: &[NamespaceObject]) -> Self {
         Self::listed(objects)
@@ -150,11 +152,18 @@ impl Set for NamespaceSet {
 
 impl Set for PodSet {
     type Object = PodObject;
-    type Key = ObjectName;
-    type Value = Pod;
+    type All = Pods;
 
     fn listed(&self, objects: &[PodObject]) -> Self {
         Self::listed(objects)
+    }
+
+    fn begin_list(&self) -> Option<Self> {
+        Some(Self::default())
+    }
+
+    fn end_list(&mut self) {
+        self.compact();
     }
 
     fn apply(&mut self, object: &PodObject) -> bool {

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use fabric_core::model::{NodeName, Subnet};
 use fabric_core::services::model::NodeFacts;
 use fabric_core::services::objects::{NodeObject, ServiceObject, SliceObject};
-use fabric_core::services::sets::{Services, SliceKey, Slices};
-use fabric_core::services::{ObjectName, Service, ServiceSet, Slice, SliceSet};
+use fabric_core::services::sets::{Services, Slices};
+use fabric_core::services::{ServiceSet, SliceSet};
 use kube::core::Request;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
@@ -202,8 +202,7 @@ impl Object for NodeObject {
 
 impl Set for ServiceSet {
     type Object = ServiceObject;
-    type Key = ObjectName;
-    type Value = Service;
+    type All = Services;
 
     fn listed(&self, objects: &[ServiceObject]) -> Self {
         Self::listed(objects)
@@ -273,8 +272,7 @@ struct SlicesOf<V>(SliceSet, PhantomData<V>);
 
 impl<V: Version> Set for SlicesOf<V> {
     type Object = SliceOf<V>;
-    type Key = SliceKey;
-    type Value = Slice;
+    type All = Slices;
 
     fn listed(&self, objects: &[SliceOf<V>]) -> Self {
         Self(SliceSet::listed(objects.iter().map(|object| &object.slice)), PhantomData)

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 use fabric_core::model::IfName;
 use fabric_core::policy::model::{LocalPod, PodIdentity};
 use fabric_core::policy::objects::{NamespaceObject, PodObject, PolicyObject};
-use fabric_core::policy::plan::{PolicyPlan, plan};
+use fabric_core::policy::plan::{Planner, PolicyPlan};
 use fabric_core::policy::sets::{NamespaceSet, PodSet, PolicySet};
 use fabric_core::policy::{Cluster, State};
 use serde_json::{Value, json};
@@ -47,6 +47,7 @@ pub fn run(report: &mut Report, options: Options) -> Result<()> {
     for number in 0..options.pods {
         pods.apply(&serde_json::from_value::<PodObject>(object(number, 0))?);
     }
+    pods.compact();
     let with_pods = resident()?;
     report.number(&section, "pods as they are known", "MiB", with_pods - before);
     let team = |number: u32| json!({"team": (number % 20).to_string()});
@@ -55,8 +56,9 @@ pub fn run(report: &mut Report, options: Options) -> Result<()> {
         namespaces.map(|object| Ok(serde_json::from_value(object)?)).collect::<Result<_>>()?;
     let policies = (0..options.policies).map(|number| Ok(serde_json::from_value(rules(number))?));
     let policies: Vec<PolicyObject> = policies.collect::<Result<_>>()?;
+    let mut policy_set = PolicySet::default().listed(&policies);
     let mut state = State {
-        policies: PolicySet::default().listed(&policies).policies().clone(),
+        policies: policy_set.policies().clone(),
         namespaces: NamespaceSet::listed(&namespaces).namespaces().clone(),
         pods: pods.pods().clone(),
         ..State::default()
@@ -64,27 +66,38 @@ pub fn run(report: &mut Report, options: Options) -> Result<()> {
     // This node's are spread over the namespaces.
     let step = (options.pods / options.local.max(1)).max(1);
     let local = state.pods.iter().step_by(usize::try_from(step)?).take(usize::try_from(options.local)?);
-    let local = local.flat_map(|(name, pod)| {
-        let identity = PodIdentity { name: name.clone(), uid: Some(pod.uid) };
-        pod.ips.values().map(move |ip| (*ip, LocalPod { identity: Some(identity.clone()) })).collect::<Vec<_>>()
+    let local = local.flat_map(|pod| {
+        let identity = PodIdentity { name: pod.name.clone(), uid: Some(pod.uid) };
+        pod.ips().map(move |ip| (ip, LocalPod { identity: Some(identity.clone()) })).collect::<Vec<_>>()
     });
     state.local.pods = local.collect();
     let bridges: BTreeSet<IfName> = ["cni0".parse()?].into();
-    let planned = plan(&Cluster::new(&state), &bridges);
+    let (mut planner, began) = (Planner::default(), Instant::now());
+    let planned = planner.plan(&Cluster::new(&state), &bridges);
+    report.number(&section, "planned for the first time", "ms", ms(began.elapsed()));
     let elements = |plan: &PolicyPlan| plan.table.sets.values().map(|set| set.elements.len()).sum::<usize>();
     report.number(&section, "elements of all sets", "", f64::from(u32::try_from(elements(&planned))?));
     report.number(&section, "chains", "", f64::from(u32::try_from(planned.table.chains.len())?));
     report.number(&section, "with the plan", "MiB", resident()? - before);
-    let mut took = vec![];
+    let (mut labels, mut rules_of) = (vec![], vec![]);
     for round in 1..=options.changes {
-        let number = u32::try_from(round)? % options.pods;
-        pods.apply(&serde_json::from_value::<PodObject>(object(number, u32::try_from(round)?))?);
-        state.pods = pods.pods().clone();
+        let round = u32::try_from(round)?;
+        let changed = serde_json::from_value::<PodObject>(object(round % options.pods, round))?;
         let began = Instant::now();
-        black_box(plan(&Cluster::new(&state), &bridges));
-        took.push(ms(began.elapsed()));
+        pods.apply(&changed);
+        state.pods = pods.pods().clone();
+        black_box(planner.plan(&Cluster::new(&state), &bridges));
+        labels.push(ms(began.elapsed()));
+        // The first namespace has a pod of this node.
+        let began = Instant::now();
+        let changed = serde_json::from_value::<PolicyObject>(versioned(round))?;
+        policy_set.apply(&changed);
+        state.policies = policy_set.policies().clone();
+        black_box(planner.plan(&Cluster::new(&state), &bridges));
+        rules_of.push(ms(began.elapsed()));
     }
-    report.figure(&section, "one label changes: planned anew", "ms", took);
+    report.figure(&section, "one label changes", "ms", labels);
+    report.figure(&section, "one policy changes, for pods of all namespaces", "ms", rules_of);
     report.number(&section, "resident, at its most since the start", "MiB", peak()?);
     black_box(&planned);
     Ok(())
@@ -113,6 +126,15 @@ fn object(number: u32, version: u32) -> Value {
         "pod-template-hash": format!("{deployment:x}"), "version": version.to_string(),
     });
     pod(&space, &name, &[&v4, &v6], &labels)
+}
+
+/// The first policy, which allows pods of a version of all namespaces instead.
+fn versioned(version: u32) -> Value {
+    let mut policy = rules(0);
+    let labels = json!({"version": version.to_string()});
+    let peer = json!({"namespaceSelector": {}, "podSelector": {"matchLabels": labels}});
+    policy["spec"]["ingress"][1] = json!({"from": [peer]});
+    policy
 }
 
 /// One of a namespace: its pods for each other, and one port for those of another team.

@@ -57,14 +57,14 @@ pub enum PortTest {
 impl Combo {
     /// That of a pod; `None` when no policy isolates it in this direction.
     #[must_use]
-    pub fn of(cluster: &Cluster<'_>, direction: Direction, name: &ObjectName, pod: &Pod) -> Option<Self> {
+    pub fn of(cluster: &Cluster<'_>, direction: Direction, pod: &Pod) -> Option<Self> {
         let mut combo = Self { direction, policies: vec![], named: BTreeSet::new() };
-        for (policy_name, policy) in cluster.policies_of(name, pod) {
+        for (policy_name, policy) in cluster.policies_of(pod) {
             let Some(rules) = policy.rules(direction) else { continue };
             combo.policies.push(policy_name.clone());
             if direction == Direction::Ingress {
                 let names: BTreeSet<(Protocol, &Arc<str>)> = rules.iter().flat_map(named_ports).collect();
-                let meant = pod.ports.iter().filter(|port| names.contains(&(port.protocol, &port.name)));
+                let meant = pod.ports().iter().filter(|port| names.contains(&(port.protocol, &port.name)));
                 combo.named.extend(meant.cloned());
             }
         }

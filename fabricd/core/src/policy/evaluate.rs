@@ -10,13 +10,20 @@ use super::model::{
     Conn, Direction, NamedPort, Namespaces, ObjectName, Peers, Pod, PodPeer, Policy, PortMatch, Rule, State,
 };
 
-/// The state with its pods by their addresses and its policies by their namespaces: what looking at many connections needs.
+/// The state with its policies by their namespaces and this node's pods by their names: what looking at many connections
+/// needs. However many pods the cluster has, this costs nothing more.
 #[derive(Debug)]
 pub struct Cluster<'a> {
     state: &'a State,
-    pods: BTreeMap<IpAddr, Member<'a>>,
+    locals: BTreeMap<&'a ObjectName, Attached>,
     policies: BTreeMap<&'a str, Vec<(&'a ObjectName, &'a Policy)>>,
-    namespaces: BTreeMap<&'a str, &'a Labels>,
+}
+
+/// A pod of this node, as `fabric-cni` attached it.
+#[derive(Debug, Default)]
+struct Attached {
+    uid: Option<u64>,
+    ips: Vec<IpAddr>,
 }
 
 /// Whose an address is, as far as policies are concerned.
@@ -32,7 +39,7 @@ pub struct Member<'a> {
 #[derive(Clone, Copy, Debug)]
 pub enum Who<'a> {
     /// A pod that policies can select.
-    Pod(&'a ObjectName, &'a Pod),
+    Pod(&'a Pod),
     /// A pod of this node that isn't Kubernetes'.
     Other,
     /// A pod of this node of which the API server has not told yet.
@@ -109,55 +116,27 @@ impl fmt::Display for Side {
 }
 
 impl<'a> Cluster<'a> {
-    /// Finds whose each address is.
+    /// Sorts the policies.
     #[must_use]
     pub fn new(state: &'a State) -> Self {
-        let mut pods: BTreeMap<IpAddr, Member<'a>> = BTreeMap::new();
-        // A pod of this node has the addresses that fabric-cni saved, and no others.
-        let locals = state.local.pods.values().filter_map(|pod| pod.identity.as_ref());
-        let locals: BTreeMap<&ObjectName, Option<u64>> = locals.map(|pod| (&pod.name, pod.uid)).collect();
-        let is_local =
-            |name: &ObjectName, pod: &Pod| locals.get(name).is_some_and(|uid| uid.is_none_or(|uid| uid == pod.uid));
-        for (name, pod) in state.pods.iter().filter(|(_, pod)| pod.is_live(state.now)) {
-            if is_local(name, pod) {
-                continue;
-            }
-            for ip in pod.ips.values() {
-                let newer = Member { is_local: false, who: Who::Pod(name, pod) };
-                let known = pods.entry(*ip).or_insert(newer);
-                if let Who::Pod(known_name, known_pod) = known.who
-                    && age(name, pod) > age(known_name, known_pod)
-                {
-                    *known = newer;
-                }
-            }
-        }
-        for (ip, local) in &state.local.pods {
-            let who = match &local.identity {
-                // Attached by another plugin or an earlier release: the API server may know whose the address is.
-                None => match pods.get(ip).map(|member| member.who) {
-                    Some(who @ Who::Pod(..)) => who,
-                    _ => Who::Other,
-                },
-                Some(identity) => match state.pods.get(&identity.name) {
-                    Some(pod) if identity.uid.is_none_or(|uid| uid == pod.uid) => Who::Pod(&identity.name, pod),
-                    _ => Who::Unknown(&identity.name),
-                },
-            };
-            pods.insert(*ip, Member { is_local: true, who });
+        let mut locals: BTreeMap<&ObjectName, Attached> = BTreeMap::new();
+        for (ip, pod) in &state.local.pods {
+            let Some(identity) = &pod.identity else { continue };
+            let attached = locals.entry(&identity.name).or_default();
+            attached.uid = identity.uid;
+            attached.ips.push(*ip);
         }
         let mut policies: BTreeMap<&str, Vec<_>> = BTreeMap::new();
         for (name, policy) in state.policies.iter() {
             policies.entry(name.namespace()).or_default().push((name, &**policy));
         }
-        let namespaces = state.namespaces.iter().map(|(name, labels)| (&**name, &**labels)).collect();
-        Self { state, pods, policies, namespaces }
+        Self { state, locals, policies }
     }
 
     /// The policies that select a pod, in the order of their names.
-    pub fn policies_of(&self, name: &ObjectName, pod: &Pod) -> impl Iterator<Item = (&'a ObjectName, &'a Policy)> {
-        let of_namespace = self.policies.get(name.namespace()).into_iter().flatten();
-        of_namespace.filter(|(_, policy)| policy.subject.matches(&pod.labels)).copied()
+    pub fn policies_of(&self, pod: &Pod) -> impl Iterator<Item = (&'a ObjectName, &'a Policy)> {
+        let of_namespace = self.policies.get(pod.name.namespace()).into_iter().flatten();
+        of_namespace.filter(|(_, policy)| policy.subject.matches(pod.labels())).copied()
     }
 
     /// The state that it is of.
@@ -166,15 +145,44 @@ impl<'a> Cluster<'a> {
         self.state
     }
 
-    /// All addresses that are a pod's.
-    pub fn members(&self) -> impl Iterator<Item = (IpAddr, Member<'a>)> + '_ {
-        self.pods.iter().map(|(ip, member)| (*ip, *member))
+    /// All addresses of pods of this node.
+    pub fn locals(&self) -> impl Iterator<Item = (IpAddr, Member<'a>)> + '_ {
+        self.state.local.pods.keys().filter_map(|ip| Some((*ip, self.member(*ip)?)))
     }
 
     /// Whose an address is.
     #[must_use]
     pub fn member(&self, ip: IpAddr) -> Option<Member<'a>> {
-        self.pods.get(&ip).copied()
+        let told = || self.told(ip).map(Who::Pod);
+        let Some(local) = self.state.local.pods.get(&ip) else {
+            return told().map(|who| Member { is_local: false, who });
+        };
+        let who = match &local.identity {
+            // Attached by another plugin or an earlier release: the API server may know whose the address is.
+            None => told().unwrap_or(Who::Other),
+            Some(identity) => match self.state.pods.get(&identity.name) {
+                Some(pod) if identity.uid.is_none_or(|uid| uid == pod.uid) => Who::Pod(pod),
+                _ => Who::Unknown(&identity.name),
+            },
+        };
+        Some(Member { is_local: true, who })
+    }
+
+    /// Whose an address is as the API server tells it. A pod of this node has the addresses that fabric-cni saved, and no
+    /// others.
+    fn told(&self, ip: IpAddr) -> Option<&'a Pod> {
+        let all = self.state.pods.with_address(ip).map(|pod| &**pod);
+        all.filter(|pod| pod.is_live(self.state.now) && !self.is_attached(pod)).max_by_key(|pod| age(pod))
+    }
+
+    fn is_attached(&self, pod: &Pod) -> bool {
+        self.locals.get(&pod.name).is_some_and(|attached| attached.uid.is_none_or(|uid| uid == pod.uid))
+    }
+
+    /// The addresses that may be those of a pod of this name.
+    pub(super) fn candidates(&self, name: &ObjectName) -> impl Iterator<Item = IpAddr> {
+        let saved = self.locals.get(name).into_iter().flat_map(|attached| attached.ips.iter().copied());
+        saved.chain(self.state.pods.get(name).into_iter().flat_map(|pod| pod.ips()))
     }
 
     /// What both ends say, wherever they are.
@@ -206,8 +214,8 @@ impl<'a> Cluster<'a> {
         if is_own_node && direction == Direction::Ingress {
             return Side::OwnNode;
         }
-        let (name, pod) = match member.who {
-            Who::Pod(name, pod) => (name, pod),
+        let pod = match member.who {
+            Who::Pod(pod) => pod,
             Who::Other => return Side::NoPod,
             Who::Unknown(name) => return Side::NotYetKnown(name.clone()),
         };
@@ -218,7 +226,7 @@ impl<'a> Cluster<'a> {
             return Side::Itself;
         }
         let mut isolated_by = vec![];
-        for (policy_name, policy) in self.policies_of(name, pod) {
+        for (policy_name, policy) in self.policies_of(pod) {
             let Some(rules) = policy.rules(direction) else { continue };
             if let Some(rule) = rules.iter().find(|rule| self.allows(rule, conn, other)) {
                 return Side::Allowed { policy: policy_name.clone(), rule: rule.index };
@@ -246,7 +254,7 @@ impl<'a> Cluster<'a> {
 
     fn named_ports(&self, ip: IpAddr) -> &'a [NamedPort] {
         match self.member(ip).map(|member| member.who) {
-            Some(Who::Pod(_, pod)) => &pod.ports,
+            Some(Who::Pod(pod)) => pod.ports(),
             _ => &[],
         }
     }
@@ -254,7 +262,7 @@ impl<'a> Cluster<'a> {
     /// The labels of a namespace.
     #[must_use]
     pub fn namespace(&self, name: &str) -> Option<&'a Labels> {
-        self.namespaces.get(name).copied()
+        self.state.namespaces.find(|other| (**other).cmp(name)).map(|(_, labels)| &**labels)
     }
 
     /// Whether pods of this namespace, with these labels, are meant.
@@ -263,18 +271,19 @@ impl<'a> Cluster<'a> {
         let in_namespace = match &peer.namespaces {
             Namespaces::Named(name) => **name == *namespace,
             // Of a namespace that is not known nothing can be said.
-            Namespaces::Selected(selector) => {
-                self.namespaces.get(namespace).is_some_and(|labels| selector.matches(labels))
-            }
+            Namespaces::Selected(selector) => self.namespace(namespace).is_some_and(|labels| selector.matches(labels)),
         };
         in_namespace && peer.pods.matches(labels)
     }
 
-    fn is_peer(&self, peers: &Peers, ip: IpAddr) -> bool {
+    /// Whether a pod is one of these.
+    pub(super) fn is_any_of(&self, peers: &BTreeSet<PodPeer>, pod: &Pod) -> bool {
+        peers.iter().any(|peer| self.is_selected(peer, pod.name.namespace(), pod.labels()))
+    }
+
+    pub(super) fn is_peer(&self, peers: &Peers, ip: IpAddr) -> bool {
         let is_pod = || match self.member(ip).map(|member| member.who) {
-            Some(Who::Pod(name, pod)) => {
-                peers.pods.iter().any(|peer| self.is_selected(peer, name.namespace(), &pod.labels))
-            }
+            Some(Who::Pod(pod)) => self.is_any_of(&peers.pods, pod),
             _ => false,
         };
         peers.blocks.iter().any(|block| block.contains(ip)) || is_pod()
@@ -282,6 +291,6 @@ impl<'a> Cluster<'a> {
 }
 
 /// The order of two pods that say the same address: the one that was made last has it.
-fn age<'a>(name: &'a ObjectName, pod: &Pod) -> (bool, i64, &'a ObjectName) {
-    (pod.ends.is_none(), pod.created, name)
+fn age(pod: &Pod) -> (bool, u32, &ObjectName) {
+    (pod.ends.is_none(), pod.created, &pod.name)
 }

@@ -7,12 +7,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
-use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::evaluate::{Cluster, Who};
-use super::labels::Labels;
-use super::model::{IpBlock, NamedPort, Peers, PodPeer, Protocol};
+use super::model::{IpBlock, Peers, PodPeer, Protocol};
 use crate::model::stable_hash;
 
 /// Pods that a rule names by labels: any of these expressions.
@@ -66,71 +63,6 @@ impl<K: Ord + Debug> Numbers<K> {
 /// The upper half of its hash.
 fn first_choice(key: &impl Debug) -> u32 {
     (stable_hash(format!("{key:?}").as_bytes()) >> 32) as u32
-}
-
-/// The pods of a cluster by what selectors can tell of them: namespace and labels.
-#[derive(Debug)]
-pub struct Classes<'a> {
-    cluster: &'a Cluster<'a>,
-    /// By namespace, and by where the labels lie: those of equal pods lie at one place.
-    classes: BTreeMap<(&'a str, usize), Class<'a>>,
-}
-
-/// Pods that no selector can tell apart.
-#[derive(Debug)]
-struct Class<'a> {
-    namespace: &'a str,
-    labels: &'a Labels,
-    pods: Vec<(IpAddr, &'a [NamedPort])>,
-}
-
-impl<'a> Classes<'a> {
-    /// Sorts the pods.
-    #[must_use]
-    pub fn of(cluster: &'a Cluster<'a>) -> Self {
-        let mut classes: BTreeMap<(&str, usize), Class<'a>> = BTreeMap::new();
-        for (ip, member) in cluster.members() {
-            let Who::Pod(name, pod) = member.who else { continue };
-            let class = classes.entry((name.namespace(), Arc::as_ptr(&pod.labels).addr())).or_insert_with(|| Class {
-                namespace: name.namespace(),
-                labels: &pod.labels,
-                pods: vec![],
-            });
-            class.pods.push((ip, &pod.ports));
-        }
-        Self { cluster, classes }
-    }
-
-    /// The addresses of a group.
-    pub fn members<'b>(&'b self, group: &'b PodGroup) -> impl Iterator<Item = IpAddr> + 'b {
-        self.selected(group).flat_map(|class| class.pods.iter().map(|(ip, _)| *ip))
-    }
-
-    /// Where the pods of a group have the ports.
-    #[must_use]
-    pub fn ports(&self, group: &NamedGroup) -> BTreeSet<(IpAddr, Protocol, u16)> {
-        let mut all = BTreeSet::new();
-        for class in self.classes.values() {
-            let is_peer = group.peers.as_ref().is_none_or(|peers| self.is_meant(class, &peers.pods));
-            for (ip, named) in &class.pods {
-                let in_a_block = || group.peers.iter().flat_map(|peers| &peers.blocks).any(|block| block.contains(*ip));
-                if !is_peer && !in_a_block() {
-                    continue;
-                }
-                let meant = named.iter().filter(|port| group.ports.contains(&(port.protocol, port.name.clone())));
-                all.extend(meant.map(|port| (*ip, port.protocol, port.port)));
-            }
-        }
-        all
-    }
-
-    fn selected<'b>(&'b self, group: &'b PodGroup) -> impl Iterator<Item = &'b Class<'a>> {
-        self.classes.values().filter(|class| self.is_meant(class, group))
-    }
-
-    fn is_meant(&self, class: &Class<'_>, group: &PodGroup) -> bool {
-        group.iter().any(|peer| self.cluster.is_selected(peer, class.namespace, class.labels))
-    }
 }
 
 /// Ports as ranges that don't overlap.

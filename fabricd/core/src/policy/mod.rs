@@ -9,11 +9,13 @@
 //! | module | what |
 //! |---|---|
 //! | [`model`] | policies, rules, peers, ports, pods: the [`State`] |
+//! | [`pods`] | all pods, by name and by address |
 //! | [`objects`], [`sets`] | what the API server tells of them |
 //! | [`labels`], [`selector`] | labels, kept once each, and what selects by them |
 //! | [`decode`] | a policy's JSON, item by item: what can't be understood matches nothing |
 //! | [`evaluate`] | the rules of Kubernetes to the letter |
 //! | [`combos`], [`groups`], [`cover`] | the same for many: what pods and rules have in common, by number |
+//! | [`members`] | who is in each group, kept up to date pod by pod |
 //! | [`plan`], [`drops`] | the table of the packet filter; what becomes there of what isn't allowed |
 //! | [`separation`] | what holds between pods of one node where that table doesn't see them |
 //! | [`reasons`] | what a person is told of it |
@@ -30,9 +32,11 @@ pub mod drops;
 pub mod evaluate;
 pub mod groups;
 pub mod labels;
+pub mod members;
 pub mod model;
 pub mod objects;
 pub mod plan;
+pub mod pods;
 pub mod reasons;
 pub mod selector;
 pub mod separation;

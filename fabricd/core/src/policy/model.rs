@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use super::labels::Labels;
+use super::pods::Pods;
 use super::selector::Selector;
 use crate::cow_map::CowMap;
-use crate::model::{PerFamily, Subnet};
+use crate::model::Subnet;
 pub use crate::services::{ObjectName, Protocol};
 
 /// Which way a connection goes, as seen from the pod that is judged.
@@ -154,32 +155,83 @@ pub struct NamedPort {
     pub port: u16,
 }
 
-/// A pod, as the API server has it.
+/// A pod, as the API server has it. There may be 150,000, so one takes 72 bytes, its name and template aside.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
+    /// Its name.
+    pub name: ObjectName,
     /// Tells it from an earlier pod of the same name: the hash of its uid.
     pub uid: u64,
-    /// Its labels.
-    pub labels: Arc<Labels>,
-    /// Its addresses.
-    pub ips: PerFamily<IpAddr>,
-    /// The ports that its containers name.
-    pub ports: Arc<[NamedPort]>,
+    /// What it has in common with others.
+    pub template: Arc<Template>,
+    /// Its IPv4 address.
+    pub v4: Option<Ipv4Addr>,
+    /// Its IPv6 address.
+    pub v6: Option<Ipv6Addr>,
     /// When it was made, in seconds since 1970.
-    pub created: i64,
+    pub created: u32,
     /// When its addresses are nobody's any more, in seconds since 1970: the end of its grace period, once it is to go.
-    pub ends: Option<i64>,
+    pub ends: Option<u32>,
     /// It has ended (`Succeeded`, `Failed`), so its addresses are nobody's.
     pub completed: bool,
     /// It is in the network of its node: neither subject nor peer.
     pub host_network: bool,
 }
 
+/// What the pods of one owner have in common, as a ReplicaSet's template says it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Template {
+    /// Their labels.
+    pub labels: Labels,
+    /// The ports that their containers name.
+    pub ports: Box<[NamedPort]>,
+}
+
 impl Pod {
+    /// One that says nothing but its name.
+    #[must_use]
+    pub fn named(name: ObjectName) -> Self {
+        let template = Arc::default();
+        Self {
+            name,
+            uid: 0,
+            template,
+            v4: None,
+            v6: None,
+            created: 0,
+            ends: None,
+            completed: false,
+            host_network: false,
+        }
+    }
+
+    /// Its labels.
+    #[must_use]
+    pub fn labels(&self) -> &Labels {
+        &self.template.labels
+    }
+
+    /// The ports that its containers name.
+    #[must_use]
+    pub fn ports(&self) -> &[NamedPort] {
+        &self.template.ports
+    }
+
+    /// Its addresses.
+    pub fn ips(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        self.v4.map(IpAddr::V4).into_iter().chain(self.v6.map(IpAddr::V6))
+    }
+
+    /// Whether it may have addresses of its own.
+    #[must_use]
+    pub fn has_own_network(&self) -> bool {
+        !self.completed && !self.host_network
+    }
+
     /// Whether its addresses are its own at this moment.
     #[must_use]
     pub fn is_live(&self, now: i64) -> bool {
-        !self.completed && !self.host_network && self.ends.is_none_or(|ends| now <= ends)
+        self.has_own_network() && self.ends.is_none_or(|ends| now <= ends.into())
     }
 }
 
@@ -218,7 +270,7 @@ pub struct State {
     /// The namespaces' labels.
     pub namespaces: CowMap<Arc<str>, Arc<Labels>>,
     /// The pods.
-    pub pods: CowMap<ObjectName, Arc<Pod>>,
+    pub pods: Pods,
     /// This node.
     pub local: Local,
     /// The time, in seconds since 1970: a pod whose grace period is over has no address.

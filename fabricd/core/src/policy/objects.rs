@@ -11,8 +11,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::labels::{Labels, Pool};
-use super::model::{NamedPort, Pod, Protocol};
-use crate::model::{Family, PerFamily, stable_hash};
+use super::model::{NamedPort, Pod, Protocol, Template};
+use crate::model::stable_hash;
 use crate::services::objects::Metadata;
 
 /// A NetworkPolicy (`networking.k8s.io/v1`).
@@ -103,22 +103,19 @@ pub struct PodIp {
 pub struct Shared {
     names: Pool<str>,
     labels: Pool<Labels>,
-    ports: Pool<[NamedPort]>,
+    templates: Pool<Template>,
 }
 
 impl Shared {
     /// The labels of an object.
     pub fn labels(&mut self, metadata: &Metadata) -> Arc<Labels> {
-        let labels = metadata.labels.iter().flatten();
-        let labels: Labels =
-            labels.map(|(key, value)| (self.names.share(key.as_str()), self.names.share(value.as_str()))).collect();
+        let labels = self.read_labels(metadata);
         self.labels.share(labels)
     }
 
-    /// How many sets of labels there are.
-    #[must_use]
-    pub fn label_sets(&self) -> usize {
-        self.labels.len()
+    fn read_labels(&mut self, metadata: &Metadata) -> Labels {
+        let labels = metadata.labels.iter().flatten();
+        labels.map(|(key, value)| (self.names.share(key.as_str()), self.names.share(value.as_str()))).collect()
     }
 }
 
@@ -136,8 +133,9 @@ impl Pod {
         let PodObject { metadata, spec, status } = object;
         let hash = metadata.annotations.as_ref().and_then(|all| all.get("kubernetes.io/config.hash"));
         let seconds = |text: &str| text.parse::<Timestamp>().ok().map(Timestamp::as_second);
-        let addresses = status.pod_ips.iter().flatten().filter_map(|it| it.ip.parse::<IpAddr>().ok());
-        let ips: PerFamily<IpAddr> = addresses.map(|ip| (Family::of(ip), ip)).collect();
+        // Those that have been since 1970, and will be till 2106.
+        let time = |text: &str| seconds(text).and_then(|time| time.try_into().ok());
+        let ips: Vec<IpAddr> = status.pod_ips.iter().flatten().filter_map(|it| it.ip.parse().ok()).collect();
         let sidecars = spec.init_containers.iter().flatten();
         let sidecars = sidecars.filter(|container| container.restart_policy.as_deref() == Some("Always"));
         let containers = spec.containers.iter().flatten().chain(sidecars);
@@ -153,13 +151,15 @@ impl Pod {
             .collect();
         ports.sort();
         ports.dedup();
+        let template = Template { labels: shared.read_labels(metadata), ports: ports.into() };
         Self {
+            name: metadata.into(),
             uid: uid(hash.unwrap_or(&metadata.uid)),
-            labels: shared.labels(metadata),
-            ips,
-            ports: shared.ports.share(ports),
-            created: seconds(&metadata.creation_timestamp).unwrap_or_default(),
-            ends: metadata.deletion_timestamp.as_deref().and_then(seconds),
+            template: shared.templates.share(template),
+            v4: ips.iter().find_map(|ip| if let IpAddr::V4(ip) = ip { Some(*ip) } else { None }),
+            v6: ips.iter().find_map(|ip| if let IpAddr::V6(ip) = ip { Some(*ip) } else { None }),
+            created: time(&metadata.creation_timestamp).unwrap_or_default(),
+            ends: metadata.deletion_timestamp.as_deref().and_then(time),
             completed: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
             host_network: spec.host_network.unwrap_or_default(),
         }

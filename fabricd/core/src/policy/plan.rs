@@ -26,12 +26,14 @@ use super::combos::{Allowance, Combo, PeerTest, PortTest};
 use super::cover::cover;
 use super::drops::DropCause;
 use super::evaluate::{Cluster, Who};
-use super::groups::{BlockGroup, Classes, NamedGroup, Numbers, PodGroup, PortGroup};
+use super::groups::{BlockGroup, NamedGroup, Numbers, PodGroup, PortGroup};
+use super::members::Members;
 use super::model::{Direction, ObjectName};
+use crate::cow_map::CowSet;
 use crate::model::{Family, IfName, Subnet};
 use crate::state::nft::{
     ChainKind, CtField, Datatype, Direction as Tuple, Element, Field, LOCAL, Match, Name, Order, Part, Place, Rule,
-    SetKind, Step, Table, Test, Verdict, ct_state,
+    Set, SetKind, Step, Table, Test, Verdict, ct_state,
 };
 
 /// The label of connections that were allowed once and are not any more (`ct label`). Our own bit: others count from 0.
@@ -73,20 +75,38 @@ pub struct Isolation {
     pub egress: Vec<ObjectName>,
 }
 
-/// Plans the table. `bridges` are those of this node's pods.
+/// Plans tables, one after the other: what differs from one cluster to the next costs itself.
+#[derive(Debug, Default)]
+pub struct Planner {
+    members: Members,
+}
+
+/// Plans a table, once. `bridges` are those of this node's pods.
 #[must_use]
 pub fn plan(cluster: &Cluster<'_>, bridges: &BTreeSet<IfName>) -> PolicyPlan {
+    Planner::default().plan(cluster, bridges)
+}
+
+impl Planner {
+    /// The table for a cluster: the same whatever there was before.
+    #[must_use]
+    pub fn plan(&mut self, cluster: &Cluster<'_>, bridges: &BTreeSet<IfName>) -> PolicyPlan {
+        plan_with(&mut self.members, cluster, bridges)
+    }
+}
+
+fn plan_with(members: &mut Members, cluster: &Cluster<'_>, bridges: &BTreeSet<IfName>) -> PolicyPlan {
     let mut pods = BTreeMap::new();
     let mut combos: BTreeMap<Combo, BTreeSet<IpAddr>> = BTreeMap::new();
-    for (ip, member) in cluster.members().filter(|(_, member)| member.is_local) {
+    for (ip, member) in cluster.locals() {
         let mut isolation = Isolation::default();
         match member.who {
             Who::Unknown(_) => continue,
             Who::Other => {}
-            Who::Pod(name, pod) => {
-                isolation.pod = Some(name.clone());
+            Who::Pod(pod) => {
+                isolation.pod = Some(pod.name.clone());
                 for direction in Direction::ALL {
-                    let Some(combo) = Combo::of(cluster, direction, name, pod) else { continue };
+                    let Some(combo) = Combo::of(cluster, direction, pod) else { continue };
                     match direction {
                         Direction::Ingress => isolation.ingress.clone_from(&combo.policies),
                         Direction::Egress => isolation.egress.clone_from(&combo.policies),
@@ -110,7 +130,7 @@ pub fn plan(cluster: &Cluster<'_>, bridges: &BTreeSet<IfName>) -> PolicyPlan {
     let bridge = |name: &IfName| Element::from([Part::Interface(*name)]);
     table.set("bridges", SetKind::of(&[Datatype::Interface]), Order::BeforeChains, bridges.iter().map(bridge));
     table.set("ports", PORTS, Order::AroundChains, numbers.port_elements());
-    let classes = Classes::of(cluster);
+    members.update(cluster, &numbers.pods, &numbers.named);
     for family in Family::ALL {
         let sets = Sets::of(family);
         judge_family(&mut table, &sets, cluster.state().local.own_node_allowed);
@@ -135,7 +155,7 @@ pub fn plan(cluster: &Cluster<'_>, bridges: &BTreeSet<IfName>) -> PolicyPlan {
             table.called(planned.chain(family)).extend(planned.rules(&sets, &numbers));
             chains.insert(planned.chain(family), planned.origin());
         }
-        numbers.fill(&mut table, &sets, &classes);
+        numbers.fill(&mut table, &sets, members);
     }
     let mut plan = PolicyPlan { table, pods, chains };
     plan.show_drops(false);
@@ -383,22 +403,12 @@ impl Groups {
     }
 
     /// Who is in each group.
-    fn fill(&self, table: &mut Table, sets: &Sets, classes: &Classes<'_>) {
-        let of_family = |ip: &IpAddr| Family::of(*ip) == sets.family;
-        let peers = self.pods.iter().flat_map(|(group, number)| {
-            let members = classes.members(group).filter(of_family);
-            members.map(move |ip| Element::from([Part::Number(number), Part::Ip(ip)]))
-        });
-        table.set(sets.peer, SetKind::of(&[Datatype::Number, sets.ip]), Order::AroundChains, peers);
-        let ports = self.named.iter().flat_map(|(group, number)| {
-            let ports = classes.ports(group).into_iter().filter(|(ip, ..)| of_family(ip));
-            ports.map(move |(ip, protocol, port)| {
-                let protocol = Part::Protocol(protocol.number());
-                Element::from([Part::Number(number), Part::Ip(ip), protocol, Part::Port(port)])
-            })
-        });
-        let kind = SetKind::of(&[Datatype::Number, sets.ip, Datatype::Protocol, Datatype::Port]);
-        table.set(sets.peer_port, kind, Order::AroundChains, ports);
+    fn fill(&self, table: &mut Table, sets: &Sets, members: &Members) {
+        let (ip, order, family) = (sets.ip, Order::AroundChains, sets.family);
+        let set = |kind, elements: &CowSet<Element>| Set { kind, order, elements: elements.clone() };
+        table.sets.insert(sets.peer, set(SetKind::of(&[Datatype::Number, ip]), members.peers(family)));
+        let kind = SetKind::of(&[Datatype::Number, ip, Datatype::Protocol, Datatype::Port]);
+        table.sets.insert(sets.peer_port, set(kind, members.ports(family)));
         let blocks = self.blocks.iter().flat_map(|(group, number)| {
             let prefixes = cover(group).into_iter().filter(|prefix| prefix.family() == sets.family);
             prefixes.map(move |prefix| Element::range(&[Part::Number(number), Part::Net(prefix)]))

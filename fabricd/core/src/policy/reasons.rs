@@ -84,8 +84,8 @@ impl Cluster<'_> {
     #[must_use]
     pub fn misses(&self, direction: Direction, conn: &Conn) -> Vec<Miss> {
         let (own, other) = ends(direction, conn);
-        let Some(Who::Pod(name, pod)) = self.member(own).map(|member| member.who) else { return vec![] };
-        let rules = self.policies_of(name, pod).flat_map(|(policy, said)| {
+        let Some(Who::Pod(pod)) = self.member(own).map(|member| member.who) else { return vec![] };
+        let rules = self.policies_of(pod).flat_map(|(policy, said)| {
             said.rules(direction).unwrap_or_default().iter().map(move |rule| (policy, rule))
         });
         let miss = |(policy, rule): (&ObjectName, &Rule)| Miss {
@@ -102,8 +102,8 @@ impl Cluster<'_> {
     #[must_use]
     pub fn remedy(&self, direction: Direction, conn: &Conn) -> Option<Remedy> {
         let (own, other) = ends(direction, conn);
-        let Some(Who::Pod(name, pod)) = self.member(own).map(|member| member.who) else { return None };
-        let (policy, said) = self.policies_of(name, pod).find(|(_, said)| said.rules(direction).is_some())?;
+        let Some(Who::Pod(pod)) = self.member(own).map(|member| member.who) else { return None };
+        let (policy, said) = self.policies_of(pod).find(|(_, said)| said.rules(direction).is_some())?;
         let mut rule = Map::new();
         let peers = match direction {
             Direction::Ingress => "from",
@@ -121,12 +121,13 @@ impl Cluster<'_> {
     /// An address as a policy of this namespace names it.
     fn peer(&self, namespace: &str, ip: IpAddr) -> Value {
         let block = || json!({"ipBlock": {"cidr": format!("{ip}/{}", if ip.is_ipv4() { 32 } else { 128 })}});
-        let Some(Who::Pod(name, pod)) = self.member(ip).map(|member| member.who) else { return block() };
-        let pods = json!({"matchLabels": labels(&pod.labels)});
-        if name.namespace() == namespace {
+        let Some(Who::Pod(pod)) = self.member(ip).map(|member| member.who) else { return block() };
+        let pods = json!({"matchLabels": labels(pod.labels())});
+        let own = pod.name.namespace();
+        if own == namespace {
             return json!({"podSelector": pods});
         }
-        let Some(all) = self.namespace(name.namespace()) else { return block() };
+        let Some(all) = self.namespace(own) else { return block() };
         let namespaces = match all.get(NAMESPACE_NAME) {
             Some(name) => json!({"matchLabels": {NAMESPACE_NAME: name}}),
             None => json!({"matchLabels": labels(all)}),

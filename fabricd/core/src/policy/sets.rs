@@ -8,6 +8,7 @@ use super::decode::Undecodable;
 use super::labels::Labels;
 use super::model::{ObjectName, Pod, Policy, Problem};
 use super::objects::{NamespaceObject, PodObject, PolicyObject, Shared};
+use super::pods::Pods;
 use crate::cow_map::CowMap;
 use crate::services::objects::Metadata;
 
@@ -15,8 +16,6 @@ use crate::services::objects::Metadata;
 pub type Policies = CowMap<ObjectName, Arc<Policy>>;
 /// Labels of namespaces by name. Cheap to clone.
 pub type Namespaces = CowMap<Arc<str>, Arc<Labels>>;
-/// Pods by name. Cheap to clone.
-pub type Pods = CowMap<ObjectName, Arc<Pod>>;
 
 /// All policies.
 #[derive(Clone, Debug, Default)]
@@ -110,15 +109,25 @@ impl PodSet {
     /// Those of a list.
     #[must_use]
     pub fn listed(objects: &[PodObject]) -> Self {
-        let mut shared = Shared::default();
-        let pods = objects.iter().map(|object| ((&object.metadata).into(), Arc::new(Pod::read(object, &mut shared))));
-        Self { pods: pods.collect(), shared }
+        let mut set = Self::default();
+        objects.iter().for_each(|object| _ = set.apply(object));
+        set.compact();
+        set
+    }
+
+    /// In as little memory as it takes, after many were put in.
+    pub fn compact(&mut self) {
+        self.pods.compact();
     }
 
     /// Takes in that a pod was created or changed; true when that matters.
     pub fn apply(&mut self, object: &PodObject) -> bool {
-        let pod = Pod::read(object, &mut self.shared);
-        put(&mut self.pods, (&object.metadata).into(), Arc::new(pod))
+        let pod = Arc::new(Pod::read(object, &mut self.shared));
+        if self.pods.get(&pod.name).is_some_and(|before| *before == pod) {
+            return false;
+        }
+        self.pods.insert(pod);
+        true
     }
 
     /// Takes in that a pod was deleted; true when that matters.

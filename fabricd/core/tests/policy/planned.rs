@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use fabric_core::model::Family;
-use fabric_core::policy::plan::{DENIED_LABEL, PolicyPlan, plan};
+use fabric_core::policy::plan::{DENIED_LABEL, Planner, PolicyPlan, plan};
 use fabric_core::policy::{Cluster, Conn};
 use fabric_core::state::nft::{CtField, Direction, Field, LOCAL, Name, Place, ct_state};
 use proptest::prelude::*;
@@ -202,11 +202,11 @@ fn world() -> impl Strategy<Value = World> {
                 world = world.with(&who, |pod| match drawn.special {
                     0 => pod.completed = true,
                     1 => pod.host_network = true,
-                    2 => pod.ends = Some(-1),
+                    2 => pod.ends = Some(0),
                     // This node has an earlier pod of that name.
                     3 => pod.uid = 99,
                     // It says an address that another has too.
-                    4 => pod.ips.v4 = Some([192, 0, 2, 3].into()),
+                    4 => pod.v4 = Some([192, 0, 2, 3].into()),
                     _ => {}
                 });
             }
@@ -217,6 +217,7 @@ fn world() -> impl Strategy<Value = World> {
                 .pods
                 .insert("192.0.2.20".parse().expect("valid"), fabric_core::policy::model::LocalPod { identity: None });
             world.state.local.own_node_allowed = own_node_allowed;
+            world.state.now = 1;
             for (number, (namespace, spec)) in (1..).zip(policies) {
                 world = world.policy(&format!("{namespace}/policy-{number}"), &spec);
             }
@@ -276,6 +277,52 @@ fn rules_agree_with_kubernetes_on_600_000_connections_of_random_clusters() {
 #[test]
 fn rules_agree_with_kubernetes_on_400_000_ipv6_connections_of_random_clusters() {
     agree(Family::V6, 440, 400_000);
+}
+
+/// Changes one thing of a cluster.
+fn changed(world: &World, what: u8, which: usize) -> World {
+    let mut world = world.clone();
+    let pods: Vec<_> = world.state.pods.iter().map(|pod| pod.name.clone()).collect();
+    let Some(name) = pods.get(which % pods.len().max(1)) else { return world };
+    let of_pod = |world: &World| world.state.pods.get(name).expect("there").ips().collect::<Vec<IpAddr>>();
+    match what {
+        0 => drop(world.state.pods.remove(name)),
+        1 => world = world.with(&name.to_string(), |pod| pod.template = std::sync::Arc::default()),
+        2 => world = world.with(&name.to_string(), |pod| pod.ends = Some(5)),
+        3 => world.state.now += 10,
+        4 => world = world.namespace(name.namespace(), if which.is_multiple_of(2) { "app=web" } else { "env=test" }),
+        5 => of_pod(&world).iter().for_each(|ip| drop(world.state.local.pods.remove(ip))),
+        6 => {
+            let ips: Vec<String> = of_pod(&world).iter().map(ToString::to_string).collect();
+            world = if ips.is_empty() { world } else { world.attached(&name.to_string(), &ips.join(" ")) };
+        }
+        7 => world = world.with(&name.to_string(), |pod| pod.v4 = Some([192, 0, 2, 3].into())),
+        8 => world = world.ports(&name.to_string(), "http=TCP:8443"),
+        _ => {
+            let policy = world.state.policies.keys().next().cloned();
+            policy.iter().for_each(|policy| drop(world.state.policies.remove(policy)));
+        }
+    }
+    world
+}
+
+#[test]
+fn table_that_follows_changes_is_the_one_that_is_planned_anew() {
+    let steps = prop::collection::vec((0..10_u8, 0..100_usize), 1..30);
+    let config = Config { cases: 150, failure_persistence: None, ..Config::default() };
+    let outcome = TestRunner::new(config).run(&(world(), world(), steps), |(first, other, steps)| {
+        let bridges = BTreeSet::from(["cni0".parse().expect("valid")]);
+        let (mut planner, mut is) = (Planner::default(), first);
+        for (step, (what, which)) in steps.into_iter().enumerate() {
+            let followed = planner.plan(&Cluster::new(&is.state), &bridges);
+            prop_assert_eq!(&followed.table, &planned(&is).table, "step {}", step);
+            is = if step == 15 { other.clone() } else { changed(&is, what, which) };
+        }
+        Ok(())
+    });
+    if let Err(failure) = outcome {
+        panic!("{failure}");
+    }
 }
 
 const WEB: &str = "192.0.2.1";

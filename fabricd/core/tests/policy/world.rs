@@ -3,9 +3,8 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use fabric_core::model::Family;
 use fabric_core::policy::labels::{Labels, Pool};
-use fabric_core::policy::model::{LocalPod, NamedPort, Pod, PodIdentity, Protocol, State};
+use fabric_core::policy::model::{LocalPod, NamedPort, Pod, PodIdentity, Protocol, State, Template};
 use fabric_core::policy::{Cluster, Conn, ObjectName, Policy, Side, Verdict};
 use serde_json::Value;
 
@@ -50,17 +49,15 @@ impl World {
     /// A pod of another node, with one address or two.
     pub fn pod(mut self, who: &str, ips: &str, labels: &str) -> Self {
         let uid = u64::try_from(self.state.pods.len()).expect("a few") + 1;
-        let pod = Pod {
-            uid,
-            labels: self.labels(labels),
-            ips: ips.split(' ').filter(|ip| !ip.is_empty()).map(|text| (Family::of(ip(text)), ip(text))).collect(),
-            ports: [].into(),
-            created: 0,
-            ends: None,
-            completed: false,
-            host_network: false,
-        };
-        self.state.pods.insert(name(who), Arc::new(pod));
+        let template = Template { labels: (*self.labels(labels)).clone(), ports: [].into() };
+        let mut pod = Pod { uid, template: Arc::new(template), ..Pod::named(name(who)) };
+        for text in ips.split(' ').filter(|ip| !ip.is_empty()) {
+            match ip(text) {
+                IpAddr::V4(ip) => pod.v4 = Some(ip),
+                IpAddr::V6(ip) => pod.v6 = Some(ip),
+            }
+        }
+        self.state.pods.insert(pod);
         self
     }
 
@@ -78,7 +75,7 @@ impl World {
     pub fn with(mut self, who: &str, change: impl FnOnce(&mut Pod)) -> Self {
         let mut pod = (**self.state.pods.get(&name(who)).expect("a pod")).clone();
         change(&mut pod);
-        self.state.pods.insert(name(who), Arc::new(pod));
+        self.state.pods.insert(pod);
         self
     }
 
@@ -94,8 +91,8 @@ impl World {
             };
             NamedPort { name: name.into(), protocol, port: port.parse().expect("a port") }
         });
-        let named: Arc<[NamedPort]> = named.collect();
-        self.with(who, |pod| pod.ports = named)
+        let ports = named.collect();
+        self.with(who, |pod| pod.template = Arc::new(Template { ports, ..(*pod.template).clone() }))
     }
 
     pub fn policy(mut self, who: &str, spec: &Value) -> Self {

@@ -291,6 +291,12 @@ impl Element {
         Self(bytes)
     }
 
+    /// Whether its first fields are those of another.
+    #[must_use]
+    pub fn starts_with(&self, first: &Self) -> bool {
+        self.0.starts_with(&first.0)
+    }
+
     /// Key and data of an element of such a set. All of it is key where it has no more bytes.
     #[must_use]
     pub fn split(&self, kind: SetKind) -> (&[u8], &[u8]) {
