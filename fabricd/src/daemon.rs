@@ -261,6 +261,8 @@ fn policies(
     let api = Arc::new(config.api_server());
     let inputs = Inputs {
         sources: policy::watch::Sources::watch(&api),
+        api,
+        node: config.node().clone(),
         attached,
         pods: NodePods::new(config.cni_dirs()),
         files: Files::new(&config.run_dir, &config.subnet_file),

@@ -531,6 +531,15 @@ fn what_is_dropped_is_told_with_pods_and_policies_and_a_rule_that_would_allow_it
     let (code, seen) = told(there, &["policy"])?;
     assert_eq!(code, Some(4), "a warning: {seen:#}");
     assert!(seen["warnings"].to_string().contains("NetworkPolicy shop/db: spec.ingress[1]"), "{seen:#}");
+    wait_until("an Event on the policy, once for both nodes", SOON, || {
+        let events = cluster.api.all("/api/v1/namespaces/shop/events");
+        let [event] = events.as_slice() else { anyhow::bail!("{} events", events.len()) };
+        let object = &event["involvedObject"];
+        let message = event["message"].as_str().unwrap_or_default();
+        ensure!(object["kind"] == "NetworkPolicy" && object["name"] == "db", "{event}");
+        ensure!(message.starts_with("spec.ingress[1]"), "{event}");
+        Ok(())
+    })?;
     let pod = seen["pods"].as_array().and_then(|pods| pods.iter().find(|pod| pod["pod"] == "shop/db")).context("db")?;
     assert_eq!((&pod["ingress"], &pod["egress"], &pod["judged"]), (&json!(["shop/db"]), &json!([]), &json!(true)));
     let packets = |drops: bool| {

@@ -11,6 +11,7 @@
 //!   packets that are dropped ── drops: while somebody listens ──► the API
 //! ```
 
+mod closed;
 mod connections;
 pub mod drops;
 pub mod judged;

@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fabric_core::attachments::{Owner, SavedPod};
-use fabric_core::model::IfName;
-use fabric_core::policy::model::{Local, LocalPod, PodIdentity};
+use fabric_core::model::{IfName, NodeName};
+use fabric_core::policy::model::{Local, LocalPod, PodIdentity, Problem};
 use fabric_core::policy::objects::uid;
 use fabric_core::policy::plan::{Planner, PolicyPlan, plan};
 use fabric_core::policy::separation::separate;
@@ -27,6 +27,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
 
+use super::closed::Closed;
 use super::connections::{self, Judged};
 use super::drops::DropLog;
 use super::judged;
@@ -38,6 +39,8 @@ use crate::host::attachments::{AttachedPod, AttachedPods};
 use crate::kernel::bridged;
 use crate::kernel::links::HostLinks;
 use crate::kernel::section::SectionTable;
+use crate::kubernetes::client::ApiServer;
+use crate::kubernetes::notices::{Kind, Notice, Notices, Reason};
 use crate::retry::Backoff;
 use crate::status::section::SectionStatus;
 
@@ -52,6 +55,10 @@ const RETRY: Duration = Duration::from_millis(500);
 pub struct Inputs {
     /// Policies, namespaces, pods.
     pub sources: Sources,
+    /// Where it is told what is wrong with a policy.
+    pub api: Arc<ApiServer>,
+    /// This node.
+    pub node: NodeName,
     /// This node's pods, by what `fabric-cni` has saved.
     pub attached: watch::Receiver<Arc<AttachedPods>>,
     /// Pods that are there beside these, as after another plugin.
@@ -86,6 +93,8 @@ pub struct Reconciler {
     known: BTreeSet<IpAddr>,
     open: Open,
     planner: Planner,
+    notices: Notices,
+    closed: Closed,
 }
 
 /// Connections that are open, and have to be judged again.
@@ -107,19 +116,9 @@ impl Reconciler {
         let open = Open { is_due: inputs.judges_open, not_before: Instant::now(), gone: BTreeSet::new() };
         let (counters, known) = (PolicyCounters::default(), BTreeSet::new());
         let (in_force, drops) = (watch::Sender::new(None), DropLog::default());
-        Self {
-            inputs,
-            table,
-            frames,
-            status,
-            in_force,
-            drops,
-            counters,
-            retry,
-            known,
-            open,
-            planner: Planner::default(),
-        }
+        let notices = Notices::start(inputs.api.clone(), inputs.node.clone());
+        let (planner, closed) = (Planner::default(), Closed::default());
+        Self { inputs, table, frames, status, in_force, drops, counters, retry, known, open, planner, notices, closed }
     }
 
     /// What it knows.
@@ -189,11 +188,12 @@ impl Reconciler {
             local,
             now: now(),
         };
-        let mut unreadable = 0;
-        for (policy, problems) in problems(&state.policies) {
-            unreadable += 1;
-            warnings.extend(problems.iter().map(|problem| format!("NetworkPolicy {policy}: {problem}")));
-        }
+        let problems = problems(&state.policies);
+        let notices: Vec<Notice> =
+            problems.iter().flat_map(|(policy, all)| all.iter().map(|it| refused(policy, it))).collect();
+        warnings.extend(notices.iter().map(|notice| format!("NetworkPolicy {}: {}", notice.object, notice.message)));
+        self.notices.are(&notices);
+        let unreadable = problems.len();
         let policies = state.policies.len();
         // Some milliseconds with thousands of pods.
         let state = Arc::new(state);
@@ -284,10 +284,11 @@ impl Reconciler {
     }
 
     /// Tells `fabric-cni` which pods' policies are in force, and a person which are not.
-    fn judged(&self, attachments: &Attachments, planned: &PolicyPlan, warnings: &mut Vec<String>) -> Counts {
+    fn judged(&mut self, attachments: &Attachments, planned: &PolicyPlan, warnings: &mut Vec<String>) -> Counts {
         let is_known = |ips: &BTreeSet<IpAddr>| ips.iter().all(|ip| planned.pods.contains_key(ip));
         let (known, waiting): (Vec<_>, Vec<_>) = attachments.iter().partition(|(_, pod)| is_known(&pod.ips));
-        for (owner, pod) in &waiting {
+        let late = self.closed.are(Instant::now(), waiting.iter().map(|(owner, _)| *owner));
+        for (owner, pod) in waiting.iter().filter(|(owner, _)| late.contains(*owner)) {
             let name = pod.pod.as_ref().map(|pod| format!("pod {}/{}", pod.namespace, pod.name));
             warnings.push(format!(
                 "{} is closed: the API server has not told of it yet (container {})",
@@ -352,6 +353,11 @@ impl Reconciler {
         let bridges = attached.bridges.clone();
         Ok((attachments, bridges, Local { pods, host, own_node_allowed: self.inputs.own_node_allowed }))
     }
+}
+
+fn refused(policy: &ObjectName, problem: &Problem) -> Notice {
+    let (object, message) = (policy.clone(), problem.to_string());
+    Notice { kind: Kind::NetworkPolicy, object, reason: Reason::Refused, message }
 }
 
 fn identity(pod: &SavedPod) -> PodIdentity {

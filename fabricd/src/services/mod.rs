@@ -6,14 +6,13 @@
 //! own subnets, pods' bridges, host's addresses ──► reconcile ──► core::services::plan ──► diff ──► table fabric-services
 //!                                                      │                                          └─► connections
 //!                                                      ├──► status: readiness, warnings, metrics; handle: questions
-//!                                                      └──► health: load balancers; notices: Events on Services
+//!                                                      └──► health: load balancers; Events on Services
 //! ```
 
 mod cidrs;
 mod connections;
 pub mod handle;
 pub mod health;
-pub mod notices;
 pub mod reconcile;
 pub mod status;
 pub mod watch;

@@ -25,7 +25,6 @@ use tracing::info;
 use super::connections;
 use super::handle::{Handle, Question};
 use super::health::{HealthServer, Progress};
-use super::notices::{Notice, Notices, Reason};
 use super::status::ServicesCounters;
 use super::watch::Sources;
 use crate::config::services_args::NodePortAddresses;
@@ -35,6 +34,7 @@ use crate::kernel::links::HostLinks;
 use crate::kernel::section::SectionTable;
 use crate::kernel::{bridged, services};
 use crate::kubernetes::client::ApiServer;
+use crate::kubernetes::notices::{Kind, Notice, Notices, Reason};
 use crate::retry::Backoff;
 use crate::status::section::SectionStatus;
 use crate::status::view::View;
@@ -247,7 +247,7 @@ impl Reconciler {
         notices.extend(unanswered.into_iter().map(|(address, check, error)| {
             health_check_refused(check.service, &format!("cannot listen on {address} of this node: {error}"))
         }));
-        warnings.extend(notices.iter().map(|notice| format!("Service {}: {}", notice.service, notice.message)));
+        warnings.extend(notices.iter().map(|notice| format!("Service {}: {}", notice.object, notice.message)));
         self.notices.are(&notices);
         // A kernel without ctnetlink translates all the same.
         warnings.extend(self.forget_udp(found.as_ref()).await.err());
@@ -383,7 +383,8 @@ fn troubles(plan: &ServicePlan) -> Vec<Notice> {
         conflicts.entry((conflict.other, conflict.owner)).or_default().push(conflict.frontend.to_string());
     }
     let conflicts = conflicts.into_iter().map(|((service, owner), frontends)| Notice {
-        service: service.clone(),
+        kind: Kind::Service,
+        object: service.clone(),
         reason: Reason::Conflict,
         message: format!(
             "the Service {owner} has {} too, and keeps it, as it is older or has it as ClusterIP; change this one",
@@ -392,7 +393,8 @@ fn troubles(plan: &ServicePlan) -> Vec<Notice> {
     });
     let refused = plan.refused().flat_map(|service| {
         let notice = |message: &String| Notice {
-            service: service.name.clone(),
+            kind: Kind::Service,
+            object: service.name.clone(),
             reason: Reason::Refused,
             message: message.clone(),
         };
@@ -403,7 +405,7 @@ fn troubles(plan: &ServicePlan) -> Vec<Notice> {
 
 fn health_check_refused(service: ObjectName, why: &str) -> Notice {
     let message = format!("its load balancer gets no answer from this node's health check: {why}; it is tried again");
-    Notice { service, reason: Reason::HealthCheck, message }
+    Notice { kind: Kind::Service, object: service, reason: Reason::HealthCheck, message }
 }
 
 #[cfg(test)]

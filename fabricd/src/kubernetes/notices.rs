@@ -1,5 +1,5 @@
-//! [`Notices`]: what is wrong with a Service, told as an Event of Kubernetes on it, where its owner looks
-//! (`kubectl describe service`).
+//! [`Notices`]: what is wrong with an object, told as an Event of Kubernetes on it, where its owner looks
+//! (`kubectl describe service`, `kubectl describe networkpolicy`).
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
-use crate::kubernetes::client::{ApiError, ApiServer};
+use super::client::{ApiError, ApiServer};
 use crate::retry::Backoff;
 
 /// As many wait to be told; more are told once some are.
@@ -29,15 +29,49 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// The first delay after the API server didn't answer, and the longest.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
-/// Something that is wrong with a Service.
+/// Something that is wrong with an object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Notice {
-    /// The Service.
-    pub service: ObjectName,
-    /// What it is, for programs.
+    /// What it is.
+    pub kind: Kind,
+    /// Its name.
+    pub object: ObjectName,
+    /// What is wrong, for programs.
     pub reason: Reason,
-    /// What it is, and what to do.
+    /// What is wrong, and what to do.
     pub message: String,
+}
+
+/// Kinds of objects that we read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// A Service.
+    Service,
+    /// A NetworkPolicy.
+    NetworkPolicy,
+}
+
+impl Kind {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Service => "Service",
+            Self::NetworkPolicy => "NetworkPolicy",
+        }
+    }
+
+    const fn api_version(self) -> &'static str {
+        match self {
+            Self::Service => "v1",
+            Self::NetworkPolicy => "networking.k8s.io/v1",
+        }
+    }
+
+    fn path(self, namespace: &str) -> String {
+        match self {
+            Self::Service => format!("/api/v1/namespaces/{namespace}/services"),
+            Self::NetworkPolicy => format!("/apis/networking.k8s.io/v1/namespaces/{namespace}/networkpolicies"),
+        }
+    }
 }
 
 /// What is wrong.
@@ -107,19 +141,19 @@ async fn tell_all(api: Arc<ApiServer>, node: NodeName, mut waiting: mpsc::Receiv
         loop {
             match tell(&api, &node, &notice).await {
                 Ok(()) => break,
-                // Another node was first, or the Service is gone.
+                // Another node was first, or the object is gone.
                 Err(ApiError::Refused { reason, .. }) if has_warned || !reason.contains("forbidden") => {
-                    debug!(service = %notice.service, reason, "event was not taken");
+                    debug!(object = %notice.object, reason, "event was not taken");
                     break;
                 }
                 Err(ApiError::Refused { reason, .. }) => {
                     has_warned = true;
-                    let rights = "what is wrong with a Service isn't told as an Event; grant create of events";
-                    warn!(reason, "{rights}");
+                    let rights = "isn't told as an Event; grant create of events";
+                    warn!(reason, "what is wrong with a {} {rights}", notice.kind.name());
                     break;
                 }
                 Err(error @ ApiError::Unreachable(_)) => {
-                    debug!(service = %notice.service, %error, "event waits for the API server");
+                    debug!(object = %notice.object, %error, "event waits for the API server");
                     sleep(retry.delay()).await;
                 }
             }
@@ -129,11 +163,11 @@ async fn tell_all(api: Arc<ApiServer>, node: NodeName, mut waiting: mpsc::Receiv
 }
 
 async fn tell(api: &ApiServer, node: &NodeName, notice: &Notice) -> Result<(), ApiError> {
-    let Notice { service, .. } = notice;
-    let (namespace, name) = (service.namespace(), service.name());
-    // By a list of one: that takes no right but those that Services take anyway.
+    let Notice { kind, object, .. } = notice;
+    let (namespace, name) = (object.namespace(), object.name());
+    // By a list of one: that takes no right but those that are needed anyway.
     let one = ListParams::default().fields(&format!("metadata.name={name}"));
-    let list = Request::new(format!("/api/v1/namespaces/{namespace}/services")).list(&one);
+    let list = Request::new(kind.path(namespace)).list(&one);
     let List { items } = ask(api, "list", list).await?;
     let Some(Named { metadata }) = items.first() else { return Ok(()) };
     let event = event(notice, &metadata.uid, node, Timestamp::now());
@@ -173,11 +207,12 @@ async fn ask<T: DeserializeOwned>(
 
 /// The Event. Its name says what it is, so that of many nodes that would tell the same one does.
 fn event(notice: &Notice, uid: &str, node: &NodeName, now: Timestamp) -> Value {
-    let Notice { service, reason, message } = notice;
-    let (namespace, name) = (service.namespace(), service.name());
+    let Notice { kind, object, reason, message } = notice;
+    let (namespace, name) = (object.namespace(), object.name());
     let of_node = if reason.is_of_one_node() { node.as_str() } else { "" };
     let number = stable_hash(format!("{uid} {of_node} {reason:?} {message}").as_bytes());
-    let object = json!({"apiVersion": "v1", "kind": "Service", "namespace": namespace, "name": name, "uid": uid});
+    let (version, kind) = (kind.api_version(), kind.name());
+    let object = json!({"apiVersion": version, "kind": kind, "namespace": namespace, "name": name, "uid": uid});
     json!({
         "apiVersion": "v1", "kind": "Event",
         "metadata": {"name": format!("{name}.{number:016x}"), "namespace": namespace},
@@ -200,8 +235,8 @@ mod tests {
     #[test]
     fn what_all_nodes_see_has_one_name_and_what_one_sees_has_its_own() {
         let name = |reason, node: &str| {
-            let service = ObjectName::new("default", "web");
-            let notice = Notice { service, reason, message: "words".to_owned() };
+            let object = ObjectName::new("default", "web");
+            let notice = Notice { kind: Kind::Service, object, reason, message: "words".to_owned() };
             let event = event(&notice, "uid-1", &node.parse().expect("a name"), Timestamp::UNIX_EPOCH);
             event["metadata"]["name"].as_str().expect("text").to_owned()
         };
