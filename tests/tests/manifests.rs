@@ -237,14 +237,15 @@ fn each_component_gives_the_daemon_what_it_takes_and_no_more() -> Result<()> {
     let fast = ["NET_ADMIN", "NET_RAW", "BPF", "PERFMON"];
     let policy = ["list watch networkpolicies", "list watch namespaces pods", "create events"];
     let services = ["list watch services nodes", "list watch endpointslices", "list servicecidrs", "create events"];
-    for (component, setting, capable, rights) in [
-        ("fast-path", "FABRICD_FAST_PATH", &fast[..], &[][..]),
-        ("network-policy", "FABRICD_NETWORK_POLICY", &plain[..], &policy[..]),
-        ("services", "FABRICD_SERVICES", &plain[..], &services[..]),
+    for (component, setting, value, capable, rights) in [
+        // What others have loaded is not passed by unless somebody asks for it.
+        ("fast-path", "FABRICD_FAST_PATH", "auto", &fast[..], &[][..]),
+        ("network-policy", "FABRICD_NETWORK_POLICY", "on", &plain[..], &policy[..]),
+        ("services", "FABRICD_SERVICES", "on", &plain[..], &services[..]),
     ] {
         let (without, with) = (with_components("etcd", &[])?, with_components("etcd", &[component])?);
         for (objects, switched, capable, rights) in
-            [(&without, &Value::Null, &plain[..], &[][..]), (&with, &json!("on"), capable, rights)]
+            [(&without, &Value::Null, &plain[..], &[][..]), (&with, &json!(value), capable, rights)]
         {
             assert_eq!(&object(objects, "ConfigMap", "fabricd")?["data"][setting], switched, "{component}");
             assert_eq!(capabilities(objects)?, capable, "{component}");
