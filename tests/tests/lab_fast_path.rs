@@ -383,15 +383,37 @@ fn obstacles_are_told_with_the_way_out_and_cleanup_leaves_no_pin() -> Result<()>
     };
     // What is there and is something else.
     node.stop_fabricd()?;
-    node.run(&["sh", "-c", "cd /sys/fs/bpf/fabric/*/ && mv links/$(ls links | head -1) maps/config"])?;
+    node.run(&["sh", "-ec", "cd /sys/fs/bpf/fabric/*/ && mv programs/pod_in_* maps/config"])?;
     node.start_fabricd_with(&[ON], &[])?;
     node.wait_ready()?;
     let way_out = fix("remove it with: ")?;
     ensure!(way_out.starts_with("rm /sys/fs/bpf/fabric/"), "{way_out}");
+    let is_all_that_is_left = || {
+        wait_until("the programs are taken away from what nobody can keep true", SOON, || {
+            let left = node.run(&["find", "/sys/fs/bpf/fabric", "-type", "f"])?;
+            ensure!(left.lines().count() == 1 && way_out.ends_with(left.trim()), "{left}");
+            Ok(())
+        })
+    };
+    is_all_that_is_left()?;
     transfer(&a, &b)?;
     node.run(&way_out.split(' ').collect::<Vec<_>>())?;
     settled(node, ON)?;
     transfer(&a, &b)?;
+    // A map that is gone: programs go on with it, and nobody tells them what changes.
+    node.run(&["sh", "-ec", "rm /sys/fs/bpf/fabric/*/maps/peers"])?;
+    wait_until("maps and programs that belong together", SOON, || {
+        node.run(&["sh", "-ec", "ls /sys/fs/bpf/fabric/*/maps/peers"]).map(drop)
+    })?;
+    settled(node, ON)?;
+    let before = counts(node, "")?.0;
+    transfer(&a, &b)?;
+    // Programs with the old maps would leave the counters of the new ones as they are: zero.
+    wait_until("packets that the new maps have counted", SOON, || {
+        let now = counts(node, "")?.0;
+        ensure!(now > 20 && now != before, "{now}");
+        Ok(())
+    })?;
     // No bpffs.
     node.stop_fabricd()?;
     node.run(&["umount", "/sys/fs/bpf"])?;

@@ -44,14 +44,18 @@ impl Maps {
     }
 
     /// Opens the maps; `None` when one is missing, or has not the shape that goes with the others: then all are made anew.
+    /// What is at the place of one and is none is told before that.
     pub(super) fn open(pins: &Pins) -> io::Result<Option<Self>> {
         let mut maps = BTreeMap::new();
         for map in abi::Map::ALL {
             match owned(&pins.map(map), Map::open) {
-                Ok(found) => maps.insert(map, found),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                Ok(found) => drop(maps.insert(map, found)),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error),
-            };
+            }
+        }
+        if maps.len() < abi::Map::ALL.len() {
+            return Ok(None);
         }
         let maps = Self { maps };
         let sizes = maps.sizes();

@@ -102,13 +102,14 @@ impl Bpf {
                 Ok(found) if found == *self.found => {}
                 Ok(found) => self.found = Arc::new(found),
                 // A short cut that can't be read is none: the kernel's path is there. Nor may it stay as it is, since
-                // nobody could change it: what may not be opened is known by its name, and that is enough to take it away.
+                // nobody could change it: what is ours is known by its name, and that is enough to take it away.
                 Err(refused) => {
-                    let denied = is_denied(&refused.error);
-                    let found = if denied { self.pins.by_name().unwrap_or_default() } else { FastPath::new() };
+                    let found = self.pins.by_name().unwrap_or_default();
                     self.trouble = Some(match refused.words {
                         Some(words) => words,
-                        None if denied => format!("cannot open what is pinned: {}; {RIGHTS}", refused.error),
+                        None if is_denied(&refused.error) => {
+                            format!("cannot open what is pinned: {}; {RIGHTS}", refused.error)
+                        }
                         None => refused.error.to_string(),
                     });
                     (self.found, self.maps) = (Arc::new(found), None);
@@ -168,8 +169,9 @@ impl Bpf {
         if let Some(maps) = Maps::open(&self.pins)? {
             maps.read_into(&mut found)?;
             self.maps = Some(maps);
-        } else if !self.pins.other_layouts()?.is_empty() {
-            // Maps as nobody wants them: they go before ours are made, and when none are wanted.
+        } else if !(found.programs.is_empty() && found.links.is_empty() && self.pins.other_layouts()?.is_empty()) {
+            // Maps as nobody wants them: they go before ours are made, and when none are wanted. Programs that are there
+            // have maps that nobody else can open any more.
             found.maps = Some(MapSizes::default());
         }
         Ok(found)

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use fabric_bpf::abi;
 use fabric_core::state::fast_path::{FastPath, Hook, MapSizes, Place, Program, Role};
+use fabric_ebpf::Map;
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 /// The folder of this layout.
@@ -67,10 +68,12 @@ impl Pins {
         Ok(())
     }
 
-    /// Takes the maps away, those of other layouts too, and the folders when nothing else is left in them.
+    /// Takes the maps away, those of other layouts too, and the folders when nothing else is left in them. What is at the
+    /// place of one and is none stays.
     pub(super) fn remove_maps(&self) -> io::Result<()> {
         self.remove_other_layouts()?;
-        abi::Map::ALL.iter().try_for_each(|map| remove(&self.map(*map)))?;
+        let mut ours = abi::Map::ALL.map(|map| self.map(map)).into_iter().filter(|path| is_ours(path, Map::open));
+        ours.try_for_each(|path| remove(&path))?;
         for folder in ["maps", "programs", "links"] {
             remove_empty(&self.root.join(folder))?;
         }
@@ -89,11 +92,15 @@ impl Pins {
         Ok(found)
     }
 
-    /// All that is pinned, as far as names tell: what maps hold, and which program is attached where, does not show.
+    /// All that is pinned, as far as names tell: what maps hold, and which program is attached where, does not show. What is
+    /// seen to be something else is left out.
     pub(super) fn by_name(&self) -> io::Result<FastPath> {
-        let programs = entries(&self.root.join("programs"))?.iter().filter_map(|path| program_of(path)).collect();
-        let links = self.places()?.into_iter().map(|place| (place, unknown(place))).collect();
-        let maps = abi::Map::ALL.iter().any(|map| self.map(*map).exists());
+        let programs = entries(&self.root.join("programs"))?;
+        let programs = programs.iter().filter(|path| is_ours(path, fabric_ebpf::Program::open));
+        let programs = programs.filter_map(|path| program_of(path)).collect();
+        let links = self.places()?.into_iter().filter(|place| is_ours(&self.link(*place), fabric_ebpf::Link::open));
+        let links = links.map(|place| (place, unknown(place))).collect();
+        let maps = abi::Map::ALL.iter().any(|map| is_ours(&self.map(*map), Map::open));
         let maps = maps.then(MapSizes::default);
         Ok(FastPath { maps, programs, links, ..FastPath::new() })
     }
@@ -128,6 +135,14 @@ pub(super) fn unknown(place: Place) -> Program {
 /// Opens a pin of ours. What lies there and is something else is not touched, and named.
 pub(super) fn owned<T>(path: &Path, open: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
     open(path).map_err(|error| if error.kind() == ErrorKind::InvalidData { foreign(path, &error) } else { error })
+}
+
+/// Whether something is pinned there and is what it is called, as far as it may be opened.
+fn is_ours<T>(path: &Path, open: impl FnOnce(&Path) -> io::Result<T>) -> bool {
+    match open(path) {
+        Ok(_) => true,
+        Err(error) => !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::InvalidData),
+    }
 }
 
 /// The error for what is at a place of ours and is something else.
