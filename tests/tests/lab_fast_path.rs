@@ -155,6 +155,32 @@ fn ipv6_beside_ipv4_takes_the_fast_path_and_what_is_not_ordinary_the_kernels() -
         }
         Ok(())
     })?;
+    // Each peer's share is counted, and both ends agree.
+    wait_until("the peer's traffic on both nodes", SOON, || {
+        let carried = |node: &Node| -> Result<[u64; 4]> {
+            let peers: serde_json::Value =
+                serde_json::from_str(&node.run(&["fabricctl", "peers", "-o", "json"])?).context("JSON")?;
+            let traffic = &peers["peers"][0]["fast_path"];
+            Ok(["sent_packets", "sent_bytes", "received_packets", "received_bytes"].map(|key| {
+                let number = &traffic[key];
+                number.as_u64().or_else(|| number.as_str()?.parse().ok()).unwrap_or_default()
+            }))
+        };
+        for node in [&a.node, &b.node] {
+            // Four transfers of eight megabytes, two in each direction.
+            let [sent, sent_bytes, received, received_bytes] = carried(node)?;
+            ensure!(sent.min(received) > 100, "{sent} and {received} packets on {}", node.name);
+            ensure!(sent_bytes.min(received_bytes) > 2 * (8 << 20), "{sent_bytes}, {received_bytes} on {}", node.name);
+        }
+        Ok(())
+    })?;
+    let wide = a.node.run(&["fabricctl", "peers", "-o", "wide"])?;
+    ensure!(wide.contains("FAST SENT") && wide.contains(" packets, "), "{wide}");
+    let metrics = a.node.http_get(9472, "/metrics")?.body;
+    for name in ["packets", "bytes"] {
+        let line = format!("fabricd_fast_path_peer_{name}_total{{peer=\"node-2\",direction=\"sent\"}} ");
+        ensure!(metrics.contains(&line), "{line} is not in {metrics}");
+    }
     // Neighbours are looked for anew; pings, fragments and what is too large are the kernel's.
     a.run(&["ip", "-6", "neighbour", "flush", "dev", "eth0"])?;
     a.node.run(&["ip", "-6", "neighbour", "flush", "dev", "cni0"])?;

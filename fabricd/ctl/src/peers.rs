@@ -53,8 +53,9 @@ pub async fn watch_leases(socket: &Path, output: Output) -> anyhow::Result<Answe
 
 /// The peers as a table, what matters first: the terminal may cut the rest. Reasons stand below it.
 pub fn peer_table(screen: &Screen, peers: &[Peer]) -> String {
-    let rows: Vec<[Cell; 7]> = peers.iter().map(peer_row).collect();
-    let mut text = render(screen, ["PEER", "STATE", "MESH", "SINCE", "SUBNET", "UNDERLAY", "VTEP"], &rows);
+    let rows: Vec<[Cell; 9]> = peers.iter().map(peer_row).collect();
+    let header = ["PEER", "STATE", "MESH", "SINCE", "SUBNET", "UNDERLAY", "VTEP", "FAST SENT", "FAST RECEIVED"];
+    let mut text = render(screen, header, &rows);
     for (place, peer) in peers.iter().filter(|peer| !peer.reason.is_empty()).enumerate() {
         let (word, tone) = state(peer);
         let gap = if place == 0 { "\n" } else { "" };
@@ -74,8 +75,10 @@ fn state(peer: &Peer) -> (String, Tone) {
     (peer.state().word(), tone)
 }
 
-fn peer_row(peer: &Peer) -> [Cell; 7] {
+fn peer_row(peer: &Peer) -> [Cell; 9] {
     let (word, tone) = state(peer);
+    let carried = |packets: u64, bytes: u64| Cell::from(format!("{packets} packets, {bytes} bytes"));
+    let traffic = peer.fast_path.as_ref();
     #[expect(clippy::cast_possible_truncation, reason = "seconds")]
     let since = peer.mesh_since_seconds as i64;
     [
@@ -86,6 +89,8 @@ fn peer_row(peer: &Peer) -> [Cell; 7] {
         peer.subnets.join(" ").into(),
         peer.public_addresses.join(" ").into(),
         peer.vtep_macs.join(" ").into(),
+        traffic.map(|traffic| carried(traffic.sent_packets, traffic.sent_bytes)).unwrap_or_default(),
+        traffic.map(|traffic| carried(traffic.received_packets, traffic.received_bytes)).unwrap_or_default(),
     ]
 }
 
@@ -130,7 +135,7 @@ fn named(node: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fabric_proto::v1::MeshCause;
+    use fabric_proto::v1::{FastPathTraffic, MeshCause};
 
     #[test]
     fn state_and_mesh_of_a_dual_stack_peer_are_seen_on_a_terminal_of_80_columns() {
@@ -143,7 +148,13 @@ mod tests {
             reason: "a route that is not ours leads to 10.244.14.0/24".into(),
             mesh: MeshCause::MtuBlackHole.into(),
             mesh_since_seconds: 400.0,
+            fast_path: None,
         };
+        let traffic = FastPathTraffic { sent_packets: 7, sent_bytes: 700, received_packets: 5, received_bytes: 500 };
+        let fast = Peer { fast_path: Some(traffic), ..peer.clone() };
+        let wide = |peer: &Peer| peer_table(&Screen { width: None, colour: false }, std::slice::from_ref(peer));
+        assert!(wide(&fast).contains("7 packets, 700 bytes  5 packets, 500 bytes"), "{}", wide(&fast));
+        assert!(!wide(&peer).contains("FAST"), "{}", wide(&peer));
         let told = peer_table(&Screen { width: Some(80), colour: false }, &[peer]);
         assert!(told.contains("node-2  pending  mtu_black_hole  6 min  10.244.14.0/24 fd00:"), "{told}");
         let reason =

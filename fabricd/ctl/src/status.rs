@@ -216,6 +216,7 @@ mod tests {
             reason: String::new(),
             mesh: mesh.into(),
             mesh_since_seconds: 61.0,
+            fast_path: None,
         }
     }
 

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::OnceLock;
 
 use crate::sys::{self, Command, MapBatch, MapCreate, MapElem, MapInfo, address, address_mut, bpf, bpf_fd, number};
 
@@ -157,6 +158,22 @@ impl Map {
         assert_eq!(key.len(), self.shape.key_size as usize, "a key of the map");
         assert_eq!(value.len(), self.shape.value_size as usize, "a value of the map");
         assert_ne!(self.shape.kind, Kind::PerCpuArray, "programs alone count there");
+        self.update(key, value)
+    }
+
+    /// Sets the value of a key to zeros; of a map per processor that of each.
+    ///
+    /// # Errors
+    /// The kernel's, as of [`Map::set`].
+    ///
+    /// # Panics
+    /// When `key` has not the map's size.
+    pub fn zero(&self, key: &[u8]) -> io::Result<()> {
+        assert_eq!(key.len(), self.shape.key_size as usize, "a key of the map");
+        self.update(key, &vec![0; self.value_length()?])
+    }
+
+    fn update(&self, key: &[u8], value: &[u8]) -> io::Result<()> {
         let mut attr =
             MapElem { map_fd: self.number(), key: address(key), value: address(value), ..MapElem::default() };
         bpf(Command::MapUpdateElem, &mut attr).map(drop)
@@ -256,11 +273,17 @@ impl AsFd for Map {
     }
 }
 
-/// How many processors the kernel has values for: one more than the last of `0-3,8`.
+/// How many processors the kernel has values for: one more than the last of `0-3,8`. It never changes.
 fn possible_processors() -> io::Result<usize> {
+    static FOUND: OnceLock<usize> = OnceLock::new();
+    if let Some(found) = FOUND.get() {
+        return Ok(*found);
+    }
     let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
     let last = text.trim().rsplit([',', '-']).next().and_then(|last| last.parse::<usize>().ok());
-    last.map(|last| last + 1).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("processors {text:?}")))
+    let wrong = || io::Error::new(io::ErrorKind::InvalidData, format!("processors {text:?}"));
+    let found = last.map(|last| last + 1).ok_or_else(wrong)?;
+    Ok(*FOUND.get_or_init(|| found))
 }
 
 /// What a descriptor of bpf(2) is: `bpf-map`, `bpf-prog`, `bpf_link`. `BPF_OBJ_GET_INFO_BY_FD` would take one for another.

@@ -75,7 +75,10 @@ fn maps_keep_what_is_set_and_arrays_are_read_at_once() {
             assert!(map.remove(&[1, 2, 3, 4]).expect("removed"));
             assert!(!map.remove(&[1, 2, 3, 4]).expect("nothing there"));
         }
+        array.zero(&3_u32.to_ne_bytes()).expect("zeroed");
+        assert_eq!(array.get(&3_u32.to_ne_bytes()).expect("read"), Some(vec![0; 8]));
         let counters = Map::create("fabric_counts", shape(Kind::PerCpuArray, 8)).expect("made");
+        counters.zero(&0_u32.to_ne_bytes()).expect("zeroed on each processor");
         let value = counters.get(&0_u32.to_ne_bytes()).expect("read").expect("there");
         assert!(value.len() >= 8 && value.len().is_multiple_of(8) && value.iter().all(|byte| *byte == 0), "{value:?}");
     });

@@ -188,7 +188,19 @@ pub fn peer(view: &View, lease: &Lease) -> v1::Peer {
         reason,
         mesh: v1::MeshCause::Unknown.into(),
         mesh_since_seconds: -1.0,
+        fast_path: None,
     }
+}
+
+/// What the fast path carried to and from a peer.
+#[must_use]
+pub fn traffic(view: &View, lease: &Lease) -> Option<v1::FastPathTraffic> {
+    view.fast_path.traffic_of(lease).map(|traffic| v1::FastPathTraffic {
+        sent_packets: traffic.sent_packets,
+        sent_bytes: traffic.sent_bytes,
+        received_packets: traffic.received_packets,
+        received_bytes: traffic.received_bytes,
+    })
 }
 
 /// A lease as the store has it.

@@ -87,7 +87,8 @@ impl Fabric for Service {
 
     async fn list_peers(&self, _: Request<v1::ListPeersRequest>) -> Answer<v1::ListPeersResponse> {
         let view = self.view();
-        let mut peers: Vec<_> = view.peers().map(|lease| convert::peer(&view, lease)).collect();
+        let peer = |lease: &_| v1::Peer { fast_path: convert::traffic(&view, lease), ..convert::peer(&view, lease) };
+        let mut peers: Vec<_> = view.peers().map(|lease| peer(lease)).collect();
         convert::add_mesh(&mut peers, &self.sources.mesh, Instant::now());
         Ok(Response::new(v1::ListPeersResponse { peers }))
     }

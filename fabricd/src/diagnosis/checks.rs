@@ -273,7 +273,7 @@ fn filter_drops(scene: &Scene) -> Finding {
 
 /// Whether packets of pods take the fast path, if they are to. That `auto` leaves it off is as it was asked for.
 fn fast_path(scene: &Scene) -> Finding {
-    let FastPathView { asked, on, left_off, reason, pods, peers, counts } = &scene.view.fast_path;
+    let FastPathView { asked, on, left_off, reason, pods, peers, counts, traffic: _ } = &scene.view.fast_path;
     let (fast, slow) = fast_and_slow(counts);
     let with_reason = if reason.is_empty() { String::new() } else { format!("; {reason}") };
     match (asked, on) {

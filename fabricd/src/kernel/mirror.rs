@@ -105,7 +105,10 @@ impl Mirror {
         if [Table::Links, Table::Addresses, Table::HostRoutes].iter().any(|table| self.stale.contains(table)) {
             self.paths.clear();
         }
-        let counts = self.stale.contains(&Table::Sysctls).then(|| bpf.counts().unwrap_or_default());
+        let counts = self
+            .stale
+            .contains(&Table::Sysctls)
+            .then(|| (bpf.counts().unwrap_or_default(), bpf.traffic().unwrap_or_default()));
         let mut paths = BTreeMap::new();
         if options.fast_path {
             let locals = self.observed.ours.links.values().map(|link| (Family::of(link.local), link.local));
@@ -133,7 +136,9 @@ impl Mirror {
             let found = &mut Arc::make_mut(&mut self.observed).fast_path;
             (found.state, found.trouble, found.paths, found.shaping) = (state, trouble, paths, shaping);
             found.devices = devices;
-            found.counts = counts.unwrap_or_else(|| std::mem::take(&mut found.counts));
+            if let Some((counts, traffic)) = counts {
+                (found.counts, found.traffic) = (counts, Arc::new(traffic));
+            }
             found.ports = ports.unwrap_or_else(|| std::mem::take(&mut found.ports));
         }
     }

@@ -116,6 +116,8 @@ pub struct FastPathFound {
     pub shaping: Shaping,
     /// What the programs have counted, not older than an audit.
     pub counts: fast_path::Counts,
+    /// What they have counted for each peer, not older either.
+    pub traffic: Arc<fast_path::Traffic>,
 }
 
 /// What the packet filter has dropped since its rules were written, by the rules' reasons.

@@ -1,4 +1,5 @@
-//! The fast path in numbers: whether it is on, and which path the packets took that its programs saw.
+//! The fast path in numbers: whether it is on, which path the packets took that its programs saw, and what it carried to and
+//! from each peer.
 
 use std::sync::atomic::Ordering;
 
@@ -7,9 +8,11 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::registry::Registry;
+use prometheus_client::registry::{Registry, Unit};
 
+use super::paths::EACH;
 use crate::reconcile::fast_path::FastPathView;
+use crate::status::counters::Word;
 use crate::status::view::View;
 
 /// The numbers.
@@ -17,6 +20,8 @@ use crate::status::view::View;
 pub(super) struct FastPath {
     state: Family<State, Gauge>,
     packets: Family<Seen, Counter>,
+    peer_packets: Family<Carried, Counter>,
+    peer_bytes: Family<Carried, Counter>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -31,6 +36,12 @@ struct Seen {
     reason: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Carried {
+    peer: Word,
+    direction: &'static str,
+}
+
 impl FastPath {
     pub(super) fn register(&self, all: &mut Registry) {
         let help = "1 for the state that the fast path is in, 0 for the others";
@@ -38,6 +49,11 @@ impl FastPath {
         let help =
             "Packets that programs of the fast path saw, by the path they took and why; since its maps were made";
         all.register("fast_path_packets", help, self.packets.clone());
+        let help = "Packets that the fast path carried between pods of this node and of one peer; in clusters of up to a hundred";
+        all.register("fast_path_peer_packets", help, self.peer_packets.clone());
+        let help = "Bytes of IP packets that the fast path carried between pods of this node and of one peer; in clusters of up to \
+                    a hundred";
+        all.register_with_unit("fast_path_peer", help, Unit::Bytes, self.peer_bytes.clone());
     }
 
     pub(super) fn show(&self, view: &View) {
@@ -55,6 +71,30 @@ impl FastPath {
             let program = program.name().trim_start_matches("fabric_");
             let seen = Seen { program, path, reason: reason.label() };
             self.packets.get_or_create(&seen).inner().store(*packets, Ordering::Relaxed);
+        }
+        self.show_peers(view);
+    }
+
+    fn show_peers(&self, view: &View) {
+        self.peer_packets.clear();
+        self.peer_bytes.clear();
+        if view.peers().count() > EACH {
+            return;
+        }
+        for peer in view.peers() {
+            let (Some(traffic), Some(node)) = (view.fast_path.traffic_of(peer), peer.record.node()) else { continue };
+            let both = [
+                ("sent", traffic.sent_packets, traffic.sent_bytes),
+                ("received", traffic.received_packets, traffic.received_bytes),
+            ];
+            for (direction, packets, bytes) in both {
+                let carried = Carried { peer: Word(node.to_string()), direction };
+                let set = |family: &Family<Carried, Counter>, number| {
+                    family.get_or_create(&carried).inner().store(number, Ordering::Relaxed);
+                };
+                set(&self.peer_packets, packets);
+                set(&self.peer_bytes, bytes);
+            }
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::mesh::{Cause, Mesh};
 use crate::status::counters::Word;
 
 /// Each peer has numbers of its own up to so many: beyond, a cluster would have millions of them.
-const EACH: usize = 100;
+pub(super) const EACH: usize = 100;
 
 type Number = Gauge<f64, AtomicU64>;
 

@@ -6,8 +6,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::ValueEnum;
+use fabric_bpf::abi::Traffic;
 use fabric_core::diff::Op;
 use fabric_core::firewall::Judged;
+use fabric_core::leases::Lease;
 use fabric_core::model::{IfName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::plan::fast_path::{FastPathInputs, Planned, fast_path};
@@ -70,6 +72,8 @@ pub struct FastPathView {
     pub peers: usize,
     /// Packets that the programs saw, by program and reason.
     pub counts: kernel::Counts,
+    /// What they took, by subnet of a peer.
+    pub traffic: Arc<kernel::Traffic>,
 }
 
 impl FastPathPlan {
@@ -198,7 +202,8 @@ impl FastPathPlan {
         let pods = self.wanted.addresses.values().filter(|slot| fast(slot)).count();
         let left_off =
             self.mode == Mode::Auto && self.in_the_way.as_ref().is_some_and(|(since, _)| since.elapsed() < CLEAR);
-        FastPathView { asked, on, left_off, reason, pods, peers: peers(&self.wanted), counts }
+        let traffic = Arc::clone(&observed.fast_path.traffic);
+        FastPathView { asked, on, left_off, reason, pods, peers: peers(&self.wanted), counts, traffic }
     }
 }
 
@@ -233,6 +238,14 @@ fn of_most<'a>(subnets: impl Iterator<Item = &'a Subnet>) -> usize {
 }
 
 impl FastPathView {
+    /// What went between the pods of this node and those of a peer, in all families. `None` for one that isn't known to the
+    /// programs.
+    #[must_use]
+    pub fn traffic_of(&self, peer: &Lease) -> Option<Traffic> {
+        let subnets = peer.key.subnets();
+        subnets.values().filter_map(|subnet| self.traffic.get(subnet)).copied().reduce(Traffic::plus)
+    }
+
     /// What an operator should know: that it is asked for, and packets take the kernel's path. That `auto` leaves it off is as
     /// it was asked for.
     #[must_use]

@@ -107,6 +107,7 @@ impl Tables {
                 devices: self.links.iter().map(|(name, link)| (*name, link.index)).collect(),
                 shaping: self.shaping.clone(),
                 counts: BTreeMap::new(),
+                traffic: Arc::default(),
             },
         }
     }

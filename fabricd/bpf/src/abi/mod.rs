@@ -179,7 +179,7 @@ pub struct Flow {
 )]
 #[repr(C)]
 pub struct Traffic {
-    /// To the peer. Segments that travel together count each.
+    /// To the peer. Segments that travel together through a tunnel count as one.
     pub sent_packets: u64,
     /// To the peer.
     pub sent_bytes: u64,
@@ -187,6 +187,19 @@ pub struct Traffic {
     pub received_packets: u64,
     /// From the peer.
     pub received_bytes: u64,
+}
+
+impl Traffic {
+    /// The sum of both.
+    #[must_use]
+    pub const fn plus(self, other: Self) -> Self {
+        Self {
+            sent_packets: self.sent_packets.wrapping_add(other.sent_packets),
+            sent_bytes: self.sent_bytes.wrapping_add(other.sent_bytes),
+            received_packets: self.received_packets.wrapping_add(other.received_packets),
+            received_bytes: self.received_bytes.wrapping_add(other.received_bytes),
+        }
+    }
 }
 
 impl Default for Peer {

@@ -20,6 +20,9 @@ const SLOW_FLOWS: u32 = 16_384;
 /// What the programs have counted: packets by program and reason.
 pub type Counts = BTreeMap<(Program, Reason), u64>;
 
+/// What went between the pods of this node and those of each subnet of a peer, since it was known there.
+pub type Traffic = BTreeMap<Subnet, abi::Traffic>;
+
 /// All maps, open.
 pub(super) struct Maps {
     maps: BTreeMap<abi::Map, Map>,
@@ -133,6 +136,8 @@ impl Maps {
             (Some(_), None) => return Err(no_node()),
             (None, _) => abi::Peer::new_zeroed(),
         };
+        // What was counted for whoever had the entry before is nothing of this one's.
+        self.map(abi::Map::PeerCounters).zero(&slot.0.to_ne_bytes())?;
         self.map(abi::Map::Peers).set(&slot.0.to_ne_bytes(), value.as_bytes())
     }
 
@@ -190,6 +195,17 @@ impl Maps {
     pub(super) fn turn_generation(&self, current: u32) -> io::Result<()> {
         let other = u32::from(current == 0);
         self.map(abi::Map::NatCurrent).set(&0_u32.to_ne_bytes(), &other.to_ne_bytes())
+    }
+
+    /// Adds up what each processor has counted for each peer.
+    pub(super) fn traffic(&self, index: &BTreeMap<Subnet, PeerSlot>) -> io::Result<Traffic> {
+        let of = |(subnet, slot): (&Subnet, &PeerSlot)| {
+            let values = self.map(abi::Map::PeerCounters).get(&slot.0.to_ne_bytes())?.unwrap_or_default();
+            let each = values.chunks_exact(size_of::<abi::Traffic>());
+            let each = each.filter_map(|value| abi::Traffic::read_from_bytes(value).ok());
+            Ok((*subnet, each.fold(abi::Traffic::default(), abi::Traffic::plus)))
+        };
+        index.iter().map(of).collect()
     }
 
     /// Adds up what each processor has counted.

@@ -27,8 +27,8 @@ use fabric_core::diff::fast_path::Op;
 use fabric_core::state::fast_path::{FastPath, Hook, MapSizes, Place, Program, Role};
 use fabric_ebpf::Object;
 
-pub use self::maps::Counts;
 use self::maps::Maps;
+pub use self::maps::{Counts, Traffic};
 use self::pins::Pins;
 
 /// How long a mark of the NAT guard lasts at least, and at most twice that: the tables of connections may be long.
@@ -135,6 +135,11 @@ impl Bpf {
     /// What the programs have counted.
     pub(super) fn counts(&self) -> io::Result<Counts> {
         self.maps.as_ref().map_or_else(|| Ok(Counts::default()), Maps::counts)
+    }
+
+    /// What they have counted for each peer.
+    pub(super) fn traffic(&self) -> io::Result<Traffic> {
+        self.maps.as_ref().map_or_else(|| Ok(Traffic::default()), |maps| maps.traffic(&self.found.index))
     }
 
     /// Forgets marks of the NAT guard that no connection needs any more, once in a while.
