@@ -47,7 +47,12 @@ impl Cluster {
 
     /// Starts the daemon of a node, and waits until policies are in force.
     fn start_fabricd(&self, node: &Node) -> Result<()> {
-        start_fabricd(node, &self.env)?;
+        self.start_fabricd_with(node, &[])
+    }
+
+    /// The same with more flags.
+    fn start_fabricd_with(&self, node: &Node, flags: &[&str]) -> Result<()> {
+        start_fabricd(node, flags, &self.env)?;
         wait_until("policies are in force", SOON, || {
             let reply = node.http_get(9472, "/readyz")?;
             ensure!(reply.status == 200, "{}", reply.body);
@@ -75,9 +80,9 @@ impl Cluster {
 }
 
 /// Starts the daemon of a node.
-fn start_fabricd(node: &Node, env: &[(&'static str, String)]) -> Result<()> {
+fn start_fabricd(node: &Node, flags: &[&str], env: &[(&'static str, String)]) -> Result<()> {
     let env: Vec<(&str, &str)> = env.iter().map(|(name, value)| (*name, value.as_str())).collect();
-    node.start_fabricd_with(&["--network-policy", "on"], &env)
+    node.start_fabricd_with(&[&["--network-policy", "on"], flags].concat(), &env)
 }
 
 /// What a pod listens on: ports of TCP, and of UDP where it sends back what comes.
@@ -160,6 +165,33 @@ fn connects(from: &Pod, conn: &Conn) -> Result<bool> {
         }
         Ok(false)
     })
+}
+
+/// A connection of TCP that is open, and carries nothing unless it is asked to.
+struct Open {
+    client: TcpStream,
+    accepted: TcpStream,
+}
+
+impl Open {
+    /// Between the pods' addresses of this place in their lists.
+    fn between(from: &Pod, to: &Pod, at: usize) -> Result<Self> {
+        let listener = to.network()?.run(|| Ok(TcpListener::bind((to.ips()[at], 0))?))?;
+        let client = from.network()?.run(|| Ok(TcpStream::connect_timeout(&listener.local_addr()?, PATIENCE)?))?;
+        let (accepted, _) = listener.accept()?;
+        accepted.set_read_timeout(Some(Duration::from_millis(500)))?;
+        Ok(Self { client, accepted })
+    }
+
+    /// Whether what the client says arrives.
+    fn arrives(&mut self) -> Result<bool> {
+        self.client.write_all(b"?")?;
+        match self.accepted.read(&mut [0; 64]) {
+            Ok(length) => Ok(length > 0),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
 }
 
 /// All connections of these to each other that differ from what policies say, in words.
@@ -410,35 +442,117 @@ fn open_connection_that_a_policy_forbids_is_cut_and_others_go_on() -> Result<()>
             Ok(())
         })?;
     }
-    let listener = db.network()?.run(|| Ok(TcpListener::bind((db.ips()[0], 0))?))?;
-    let mut client = web.network()?.run(|| Ok(TcpStream::connect_timeout(&listener.local_addr()?, PATIENCE)?))?;
-    let (mut accepted, _) = listener.accept()?;
-    accepted.set_read_timeout(Some(Duration::from_millis(500)))?;
-    let mut arrives = || {
-        client.write_all(b"?")?;
-        match accepted.read(&mut [0; 64]) {
-            Ok(length) => Ok(length > 0),
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(false),
-            Err(error) => Err(anyhow::Error::from(error)),
-        }
-    };
-    assert!(arrives()?);
+    let mut open = Open::between(&web, &db, 0)?;
+    assert!(open.arrives()?);
     let kept = Connection::start(&other, &db)?;
 
     cluster.api.change(&policies_of("x"), "db", &json!({"spec": spec(&["other"])}));
     wait_until("the connection is cut", SOON, || {
-        ensure!(!arrives()?, "it goes on");
+        ensure!(!open.arrives()?, "it goes on");
         Ok(())
     })?;
     assert!(!connects(&web, &conn(&web))?);
     cluster.api.change(&policies_of("x"), "db", &json!({"spec": spec(&["web", "other"])}));
     wait_until("the connection goes on", SOON, || {
-        ensure!(arrives()?, "it is cut");
+        ensure!(open.arrives()?, "it is cut");
         Ok(())
     })?;
     let report = kept.stop()?;
     assert!(report.broken.is_none() && report.echoed > 0, "{report:?}");
     Ok(())
+}
+
+#[test]
+fn an_isolated_pod_is_never_on_the_fast_path() -> Result<()> {
+    let cluster = Cluster::start(2)?;
+    cluster.api.create(NAMESPACES, namespace("x", &json!({})));
+    let nodes = [(&cluster.nodes[0], "--fast-path=on"), (&cluster.nodes[1], "--fast-path=auto")];
+    for (node, flag) in nodes {
+        node.start_fabricd_with(&[flag], &[])?;
+    }
+    let add = |node: usize, name: &str| cluster.add_pod(&cluster.nodes[node], "x", name);
+    let (shut, near, far) = (add(0, "shut")?, add(0, "near")?, add(1, "far")?);
+    for ((node, _), addresses) in nodes.into_iter().zip([4, 2]) {
+        wait_until("all pods and the other node on the fast path", SOON, || {
+            let status = node.status()?;
+            let fast = &status["fast_path"];
+            ensure!(fast["on"] == true && fast["pods"] == addresses && fast["peers"] == 1, "{fast}");
+            Ok(())
+        })?;
+    }
+    // It sends, and it is sent to; on its own node, and from another one.
+    let forbidden = [(&shut, &far), (&far, &shut), (&shut, &near), (&near, &shut)];
+    let all = |pairs: &[(&Pod, &Pod)]| -> Result<Vec<(String, Open)>> {
+        let ends = pairs.iter().flat_map(|(from, to)| [0, 1].map(|at| (*from, *to, at)));
+        let name = |from: &Pod, to: &Pod, at: usize| format!("{} to {}, {}", from.name(), to.name(), to.ips()[at]);
+        ends.map(|(from, to, at)| Ok((name(from, to, at), Open::between(from, to, at)?))).collect()
+    };
+    let (mut cut, mut kept) = (all(&forbidden)?, all(&[(&near, &far), (&far, &near)])?);
+    let are = |opened: &mut [(String, Open)], arrive: bool, when: &str| {
+        opened.iter_mut().try_for_each(|(name, open)| {
+            wait_until(&format!("{name}, {when}"), SOON, || {
+                ensure!(open.arrives()? == arrive, "arrives: {}", !arrive);
+                Ok(())
+            })
+        })
+    };
+    are(&mut cut, true, "fast")?;
+    are(&mut kept, true, "fast")?;
+    wait_until("packets of all these connections on the fast path", SOON, || {
+        // Five at least of each: opened, said and heard, in both families.
+        for ((node, _), least) in nodes.into_iter().zip([60, 40]) {
+            let fast = &node.status()?["fast_path"]["fast_packets"];
+            let packets = fast.as_u64().or_else(|| fast.as_str()?.parse().ok()).unwrap_or_default();
+            ensure!(packets >= least, "{packets} on {}", node.name);
+        }
+        Ok(())
+    })?;
+
+    let nothing = || {
+        policy(
+            "x",
+            "shut",
+            &json!({
+                "podSelector": {"matchLabels": {"pod": "shut"}}, "policyTypes": ["Ingress", "Egress"],
+            }),
+        )
+    };
+    cluster.api.create(&policies_of("x"), nothing());
+    for (node, flag) in nodes {
+        node.kill_fabricd()?;
+        cluster.start_fabricd_with(node, &[flag])?;
+        let pins = node.exec(&["ls", "-R", "/sys/fs/bpf/fabric"])?;
+        assert!(!pins.success(), "{}: {}", node.name, pins.stdout);
+        let fast = node.status()?["fast_path"].clone();
+        let reason = fast["reason"].as_str().unwrap_or_default();
+        assert!(fast["on"] != true && reason.contains("NetworkPolicies are put in force here"), "{fast}");
+    }
+    // New ones, all at once: each that is refused takes its whole time.
+    let refused = || {
+        let ends = forbidden.iter().flat_map(|(from, to)| [6, 17].map(|protocol| (*from, *to, protocol)));
+        let reaches: Vec<Result<bool>> = thread::scope(|scope| {
+            let probe = |(from, to, protocol): (&Pod, &Pod, u8)| {
+                let conn = Conn { src: from.ips()[0], dst: to.ips()[0], protocol, port: PORTS[0] };
+                let from = from.clone();
+                scope.spawn(move || connects(&from, &conn))
+            };
+            let probes: Vec<_> = ends.map(probe).collect();
+            probes.into_iter().map(|probe| probe.join().expect("a probe does not panic")).collect()
+        });
+        let reaches = reaches.into_iter().collect::<Result<Vec<_>>>()?;
+        ensure!(!reaches.contains(&true), "{reaches:?}");
+        Ok(())
+    };
+    let _servers = [&shut, &near, &far].map(Server::start).into_iter().collect::<Result<Vec<_>>>()?;
+    are(&mut cut, false, "which was fast when the policy came")?;
+    are(&mut kept, true, "which no policy forbids")?;
+    refused()?;
+    cluster.api.delete(&policies_of("x"), "shut");
+    are(&mut cut, true, "without the policy")?;
+    cluster.api.create(&policies_of("x"), nothing());
+    are(&mut cut, false, "with the policy again")?;
+    are(&mut kept, true, "all the time")?;
+    refused()
 }
 
 #[test]
@@ -677,7 +791,7 @@ fn without_br_netfilter_pods_that_a_policy_isolates_are_cut_off_from_those_of_th
         node.run(&["ln", "-s", &format!("/proc/sys/net/{folder}"), elsewhere])?;
     }
     let without: Vec<(&str, String)> = [&cluster.env[..], &[("FABRICD_SYSCTL_ROOT", elsewhere.to_owned())]].concat();
-    start_fabricd(node, &without)?;
+    start_fabricd(node, &[], &without)?;
     let (web, target) = (cluster.add_pod(node, "open", "web")?, cluster.add_pod(node, "open", "target")?);
     let closed = cluster.add_pod(node, "closed", "closed")?;
     let _servers = [Server::start(&target)?, Server::start(&closed)?];
@@ -760,7 +874,7 @@ fn pods_that_start_while_the_daemon_is_stopped_slow_or_crashing_send_nothing_tha
             thread::spawn(move || {
                 (0..3).try_for_each(|_| {
                     crashing.kill_fabricd()?;
-                    start_fabricd(&crashing, &env)
+                    start_fabricd(&crashing, &[], &env)
                 })
             })
         });

@@ -6,9 +6,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fabric_core::diff::Op;
+use fabric_core::diff::{Op, fast_path};
 use fabric_core::firewall::{Base, Chain, Firewall, Hook, Table, TableKind};
-use fabric_core::handoff::Readiness;
+use fabric_core::handoff::{NotReady, Readiness};
 use fabric_core::model::{PerFamily, Subnet};
 use fabric_core::plan::fast_path::Port;
 use fabric_core::plan::filter::{FilterOptions, Pod};
@@ -95,6 +95,17 @@ impl Host {
             pods: watch::channel(Arc::default()).0,
             refused: None,
         }
+    }
+
+    /// One where a daemon before has made a pod fast, and nothing may be so any more.
+    async fn fast_before_policies() -> Self {
+        let mut host = Self::new();
+        let mut daemon = host.start(Mode::On);
+        let own = daemon.own().await;
+        host.add_pod("veth1", own, 5);
+        daemon.fast(2, 1).await;
+        host.refused = Some("NetworkPolicies are put in force here");
+        host
     }
 
     fn start(&self, fast_path: Mode) -> Daemon {
@@ -274,20 +285,36 @@ async fn switched_off_takes_away_what_the_daemon_before_has_left() {
 
 #[tokio::test(start_paused = true)]
 async fn what_programs_do_not_judge_keeps_all_packets_from_it_and_is_told() {
-    let mut host = Host::new();
-    let mut daemon = host.start(Mode::On);
-    let own = daemon.own().await;
-    host.add_pod("veth1", own, 5);
-    daemon.fast(2, 1).await;
-    drop(daemon);
-
-    host.refused = Some("NetworkPolicies are put in force here");
+    let host = Host::fast_before_policies().await;
     let mut daemon = host.start(Mode::On);
     let view = daemon.until("refused", |view| view.fast_path.reason.contains("NetworkPolicies")).await;
     assert!(!view.fast_path.on && view.readiness == Readiness::Ready);
     assert!(view.warnings.iter().any(|warning| warning.contains("NetworkPolicies")), "{:?}", view.warnings);
     assert_eq!(host.fast_path(), FastPath::new());
     stays_silent(&host.kernel).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn node_is_not_ready_while_programs_that_judge_nothing_can_not_be_detached() {
+    let mut host = Host::fast_before_policies().await;
+    for mode in [Mode::On, Mode::Off] {
+        host.kernel.fail(libc::EPERM, |op| matches!(op, Op::FastPath(fast_path::Op::Link(..))));
+        let mut daemon = host.start(mode);
+        let stays = |view: &Arc<View>| match &view.readiness {
+            Readiness::NotReady { code: NotReady::Failed, reason } => reason.contains("still take the fast path"),
+            _ => false,
+        };
+        let view = daemon.until("not ready, since links stay", stays).await;
+        assert!(!view.warnings.iter().any(|warning| warning.contains("kernel's path")), "{:?}", view.warnings);
+        assert!(!host.fast_path().links.is_empty());
+        host.kernel.heal();
+        daemon.until("ready", |view| view.readiness == Readiness::Ready).await;
+        assert_eq!(host.fast_path(), FastPath::new());
+        drop(daemon);
+        let refused = host.refused.take();
+        host.start(Mode::On).fast(2, 1).await;
+        host.refused = refused;
+    }
 }
 
 /// A chain of somebody else that drops whatever is forwarded.

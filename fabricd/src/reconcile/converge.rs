@@ -90,7 +90,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let causes = Causes { routing: changed, filter_unchanged: self.filter.unchanged() };
         let mut failures = self.execute(&plan, &causes).await;
         view.fast_path = self.fast_path.view(&failures, observed);
-        view.warnings.extend(view.fast_path.warning());
+        let stays = self.fast_path.stays(&failures);
+        view.warnings.extend(view.fast_path.warning().filter(|_| stays.is_none()));
         // What others have against a rule of ours is no reason not to be ready: the status shows their chain.
         failures.retain(|(op, _)| !matches!(op, Op::Filter(nft::Op::DockerUser(_))));
         let pending = Pending::new(&failures, conflicts);
@@ -106,6 +107,9 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         }
         if failures.is_empty() && !view.from_disk {
             self.repairs.in_sync();
+        }
+        if let Some(why) = stays {
+            return Err(failed(why));
         }
         // A peer's trouble is that peer's alone; without our own device nobody is reached, without the filter anybody
         // may be.

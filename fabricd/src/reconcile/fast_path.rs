@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use fabric_bpf::abi::Traffic;
-use fabric_core::diff::Op;
+use fabric_core::diff::{Op, fast_path as steps};
 use fabric_core::firewall::Judged;
 use fabric_core::leases::Lease;
 use fabric_core::model::{IfName, PerFamily, Subnet};
@@ -185,6 +185,15 @@ impl FastPathPlan {
     #[must_use]
     pub fn last(&self) -> &FastPath {
         &self.wanted
+    }
+
+    /// Why packets may still take it, though it is refused: a program could not be detached. Until then nothing judges what
+    /// it takes.
+    #[must_use]
+    pub fn stays(&self, failures: &[(Op, String)]) -> Option<String> {
+        let is_link = |op: &Op| matches!(op, Op::FastPath(steps::Op::Link(..)));
+        let (_, why) = failures.iter().find(|(op, _)| self.refused.is_some() && is_link(op))?;
+        Some(format!("packets of pods still take the fast path, where network policies are not in force: {why}"))
     }
 
     /// What became of it, given the steps of this pass that failed.
