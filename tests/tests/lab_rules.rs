@@ -92,6 +92,9 @@ fn strange_port(node: &Node, ip: IpAddr) -> Result<Spaces> {
     wait_until("the stray port forwards", SOON, || {
         let state = node.run(&["cat", "/sys/class/net/stray-port/brport/state"])?;
         ensure!(state.trim() == "3", "it is in state {state}");
+        // Nor has the namespace an IPv6 address to send from before its end has seen the carrier.
+        let tentative = node.run(&["ip", "-n", "stray", "address", "show", "tentative"])?;
+        ensure!(!tentative.contains("inet6"), "{tentative}");
         Ok(())
     })?;
     Spaces::of_network(&node.path("/run/netns/stray")?)

@@ -623,8 +623,12 @@ fn what_is_wrong_with_a_service_is_told_on_it_and_the_rest_of_it_works() -> Resu
     is_told("FieldRefused", "\"everybody\" in loadBalancerSourceRanges", 1)?;
     is_told("FrontendConflict", "default/other has 10.96.0.11:80/tcp too", 1)?;
     is_told("FailedToStartServiceHealthcheck", "32001 of this node: Address already in use", 1)?;
-    let warnings = node.status()?["warnings"].to_string();
-    assert!(warnings.contains("Service default/web: ") && warnings.contains("everybody"), "{warnings}");
+    // An event can be there before the pass that it is of has ended.
+    wait_until("the status warns of it", SOON, || {
+        let warnings = node.status()?["warnings"].to_string();
+        ensure!(warnings.contains("Service default/web: ") && warnings.contains("everybody"), "{warnings}");
+        Ok(())
+    })?;
     let (code, told) = told(node, "web")?;
     assert!(code == Some(4) && told["services"][0]["problems"].to_string().contains("everybody"), "{told}");
     // What is well of both works, and the port is listened on once it is free.

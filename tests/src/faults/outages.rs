@@ -136,7 +136,7 @@ fn half_open(trial: &mut Trial) -> Result<()> {
     sleep(Duration::from_millis(trial.random.u64(0..3_000)));
     let (began, outage) = (Instant::now(), Outage::begins(node)?);
     node.cut_off(fabric.lab.etcd().address(1))?;
-    until_logged(&fabric, node, "listing everything anew")?;
+    until_logged(&fabric, node, "listing everything again")?;
     ensure!(began.elapsed() < Duration::from_secs(30), "found after {:?}", began.elapsed());
     outage.ends()?;
     node.heal()?;
