@@ -7,7 +7,7 @@ NAME ?= fabric
 PROFILE ?= release
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build lab lab-down test machines machines-down test-machines bench faults image deb e2e api-server helm lint audit
+.PHONY: help deps build lab lab-down test machines machines-down test-machines bench faults flannel image deb e2e api-server helm lint audit
 
 help: ## List the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -63,6 +63,9 @@ helm: ## Check that the Helm chart says what the manifests say (needs helm)
 
 faults: root deps build ## Try every fault that must cost nothing (SEEDS=20 times; FAULTS="1 17" only these)
 	target/debug/faults $(FAULTS)
+
+flannel: root deps build ## Take over and give back every kind of flannel node (ROUNDS=5; SEEDS=5; KIND="dual direct": this one)
+	tests/flannel
 
 # Any arguments of `bench`: BENCH="cold-start --peers 100,1000", FLANNELD=/path to have flanneld in the same run.
 BENCH ?=

@@ -9,6 +9,7 @@ pub mod etcd;
 pub mod fake_api;
 pub mod fake_kernel;
 pub mod faults;
+pub mod handover;
 pub mod hosts;
 pub mod keepers;
 pub mod kubernetes;

@@ -6,11 +6,15 @@ use std::fs;
 use std::io::{self, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use fabric_core::handoff::{NODE_FILE, NODE_FILE_VERSION, NodeFile, NotReady, Readiness};
 use fabric_core::model::NodeName;
 
 use crate::host::errno;
+
+/// How the name of a file begins that is being written.
+const DRAFT: &str = ".fabric-";
 
 /// Where the files lie.
 #[derive(Clone, Debug)]
@@ -125,16 +129,28 @@ pub(crate) fn replace(file: &Path, content: &[u8], mode: u32) -> Result<(), File
         }
         let dir = file.parent().unwrap_or(Path::new("/"));
         fs::create_dir_all(dir)?;
-        let mut fresh = tempfile::Builder::new()
-            .prefix(".fabric-")
-            .permissions(fs::Permissions::from_mode(mode))
-            .tempfile_in(dir)?;
+        let mut fresh =
+            tempfile::Builder::new().prefix(DRAFT).permissions(fs::Permissions::from_mode(mode)).tempfile_in(dir)?;
         fresh.write_all(content)?;
         fresh.as_file().sync_all()?;
         fresh.persist(file).map_err(|e| e.error)?;
         fs::File::open(dir)?.sync_all()
     };
     write().map_err(|source| FileError { file: file.into(), source })
+}
+
+/// Removes what [`replace`] leaves in a folder when it is killed; files that are younger may be somebody's at work.
+///
+/// # Errors
+/// [`FileError`], with the file. That there is no such folder is fine.
+pub(crate) fn sweep_drafts(dir: &Path, age: Duration) -> Result<(), FileError> {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let is_old = || entry.metadata().ok()?.modified().ok()?.elapsed().ok().map(|since| since >= age);
+        if entry.file_name().to_string_lossy().starts_with(DRAFT) && is_old() == Some(true) {
+            remove_if_there(&entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -201,6 +217,20 @@ mod tests {
         let before = (inode(&files.node), inode(&files.subnet));
         files.publish(&ready()).unwrap();
         assert_eq!((inode(&files.node), inode(&files.subnet)), before);
+    }
+
+    #[test]
+    fn drafts_of_one_that_was_killed_go_and_those_of_one_that_writes_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        for file in [".fabric-a1", "10-fabric.conflist"] {
+            fs::write(dir.path().join(file), "half").unwrap();
+        }
+        let left = || fs::read_dir(dir.path()).unwrap().count();
+        sweep_drafts(dir.path(), Duration::from_secs(3600)).unwrap();
+        assert_eq!(left(), 2);
+        sweep_drafts(dir.path(), Duration::ZERO).unwrap();
+        sweep_drafts(&dir.path().join("none"), Duration::ZERO).unwrap();
+        assert!(left() == 1 && dir.path().join("10-fabric.conflist").exists());
     }
 
     #[test]

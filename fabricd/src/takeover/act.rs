@@ -15,10 +15,9 @@ use fabric_core::takeover::{ASIDE, Facts, Pod, Step};
 use nix::fcntl::{Flock, FlockArg};
 use serde_json::{Map, Value};
 
-use super::Handover;
+use super::{Handover, open_kernel};
 use crate::commands::install_cni::{InstallCni, Part};
 use crate::config::Config;
-use crate::daemon::open_kernel;
 use crate::files::{remove_if_there, replace};
 use crate::kernel::{Kernel as _, handover};
 
@@ -34,6 +33,7 @@ pub(super) async fn take(step: &Step, args: &Handover, config: &Config, facts: &
         }
         Step::DeleteFlannelTable(Family::V4) => run("nft", &["delete", "table", "ip", "flannel-ipv4"], ""),
         Step::DeleteFlannelTable(Family::V6) => run("nft", &["delete", "table", "ip6", "flannel-ipv6"], ""),
+        Step::DeleteFastPath(_) => delete_all(config, |op| matches!(op, Op::FastPath(_))).await,
         Step::DeleteOurs(_) => delete_ours(config, facts).await,
         Step::OurConflist(_, network, flannels) => {
             let install = InstallCni {
@@ -56,12 +56,12 @@ pub(super) async fn take(step: &Step, args: &Handover, config: &Config, facts: &
                 None => Ok(()),
             }
         }
-        Step::FlannelsConflist(dir, aside, ours) => {
-            if let Some(file) = aside {
+        Step::FlannelsConflist { dir, back, gone } => {
+            if let Some(file) = back {
                 rename(dir, file, file.trim_end_matches(ASIDE))?;
             }
-            // It sorted first: from now on the runtime takes flannel's.
-            ours.iter().try_for_each(|file| Ok(remove_if_there(&dir.join(file))?))
+            // Ours sorted first: from now on the runtime takes flannel's.
+            gone.iter().try_for_each(|file| Ok(remove_if_there(&dir.join(file))?))
         }
         Step::CloseNode => Ok(remove_if_there(&config.run_dir.join(NODE_FILE))?),
         Step::HandOverPod(pod, network) => hand_over(pod, network, &args.flannel_dir, config),
@@ -98,12 +98,17 @@ async fn delete_ours(config: &Config, facts: &Facts) -> Result<()> {
     for id in kernel.nexthops()? {
         kernel.delete_nexthop(id)?;
     }
+    delete_all(config, |op| matches!(op, Op::Filter(_))).await
+}
+
+/// Deletes all that is ours of one section.
+async fn delete_all(config: &Config, is_of_it: fn(&Op) -> bool) -> Result<()> {
     let mut kernel = open_kernel(config)?;
     let observed = kernel.observe().await?;
     let plan = diff(State::default(), observed.found(&Routing::new()));
     for stage in plan.stages() {
-        let filter: Vec<Op> = stage.iter().filter(|op| matches!(op, Op::Filter(_))).cloned().collect();
-        for outcome in kernel.apply(&filter).await {
+        let ops: Vec<Op> = stage.iter().filter(|op| is_of_it(op)).cloned().collect();
+        for outcome in kernel.apply(&ops).await {
             outcome?;
         }
     }

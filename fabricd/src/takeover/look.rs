@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -14,16 +16,19 @@ use fabric_core::record::LeaseKey;
 use fabric_core::state::nft::TableKey;
 use fabric_core::state::{Routing, State};
 use fabric_core::takeover::{Facts, Iptables, Pod};
+use serde_json::Value;
 use tokio::time::timeout;
 
-use super::Handover;
+use super::{Handover, open_kernel};
 use crate::commands::conflists;
 use crate::config::Config;
-use crate::daemon::open_kernel;
 use crate::host::addresses::attachments;
 use crate::host::lock;
 use crate::kernel::{Kernel as _, handover};
 use crate::store::{LeaseStore, Network};
+
+/// The network's name in our conflist as it is shipped.
+const DEFAULT_NETWORK: &str = "fabric";
 
 /// How long the store may take to answer.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -50,7 +55,9 @@ pub(super) async fn facts(args: &Handover, config: &Config, store: &impl LeaseSt
     let routes = kernel.routes()?;
     let observed = open_kernel(config)?.observe().await?;
     let plan = diff(State::default(), observed.found(&Routing::new()));
-    let filter = plan.ops().iter().filter(|op| matches!(op, Op::Filter(_))).map(ToString::to_string);
+    let told = |is_it: fn(&Op) -> bool| plan.ops().iter().filter(move |op| is_it(op)).map(ToString::to_string);
+    let filter = told(|op| matches!(op, Op::Filter(_)));
+    let fast_path = told(|op| matches!(op, Op::FastPath(_))).collect();
     let leased: BTreeSet<_> = Family::ALL.into_iter().flat_map(|family| leases.subnets(family)).collect();
     let left = routes.iter().filter(|route| route.ours && !leased.contains(&route.dst));
     let left = left.map(|route| format!("ip route del {} via {} dev {}", route.dst, route.gateway, route.dev));
@@ -59,10 +66,14 @@ pub(super) async fn facts(args: &Handover, config: &Config, store: &impl LeaseSt
     let mut cni = conflists::find(&config.cni_conf_dir, &args.conf_name)?;
     let plugin = args.bin_dir.join("fabric-cni");
     cni.plugin_missing = (!plugin.is_file()).then(|| args.bin_dir.clone());
-    let of_ours = |network: &str| cni.ours.as_ref().is_some_and(|ours| ours.network == network);
-    let pods = attachments(&config.cni_state_dir)?.into_keys().filter(|owner| of_ours(&owner.network));
+    let names: BTreeSet<String> =
+        [&cni.ours, &cni.flannels, &cni.aside].into_iter().flatten().map(|file| file.network.clone()).collect();
+    let is_clusters = |network: &str| network == DEFAULT_NETWORK || names.contains(network);
+    let pods = attachments(&config.cni_state_dir)?.into_keys().filter(|owner| is_clusters(&owner.network));
     cni.pods =
         pods.map(|owner| Pod { network: owner.network, container: owner.container, ifname: owner.ifname }).collect();
+    let flannels = cni.flannels.as_ref().or(cni.aside.as_ref());
+    cni.has_flannels_pods = flannels.is_some_and(|file| remembers(&args.flannel_dir, &file.network));
     let running = lock::holder().await;
     Ok(Facts {
         node: config.node().clone(),
@@ -80,11 +91,21 @@ pub(super) async fn facts(args: &Handover, config: &Config, store: &impl LeaseSt
         iptables: Family::ALL.into_iter().filter_map(|family| Some((family, rules(family)?))).collect(),
         flannel_tables: flannel_tables(),
         ours: left.chain(nexthops).chain(filter).collect(),
+        fast_path,
+        services: observed.filter.contains_key(&TableKey::Services),
+        policies: observed.filter.contains_key(&TableKey::Policy),
         assigned: store.assigned().is_some(),
         routes,
         leases,
         cni,
     })
+}
+
+/// Whether flannel's plugin remembers a pod of this network.
+fn remembers(dir: &Path, network: &str) -> bool {
+    let files = fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut told = files.filter_map(|file| serde_json::from_slice::<Value>(&fs::read(file.path()).ok()?).ok());
+    told.any(|config| config["name"] == network)
 }
 
 /// `dev_change_name` (net/core/dev.c) since 6.2.
@@ -107,7 +128,12 @@ fn process_of(name: &str) -> Result<Option<i32>> {
     for entry in fs::read_dir("/proc")?.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
         let comm = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-        if comm.trim() == name && fs::metadata(entry.path().join("ns/net")).is_ok_and(|there| there.ino() == here) {
+        // Without CAP_SYS_PTRACE it can't be told where it is: here, as far as it matters.
+        let is_elsewhere = || match fs::metadata(entry.path().join("ns/net")) {
+            Ok(there) => there.ino() != here,
+            Err(error) => error.kind() != ErrorKind::PermissionDenied,
+        };
+        if comm.trim() == name && !is_elsewhere() {
             return Ok(Some(pid));
         }
     }

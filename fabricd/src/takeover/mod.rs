@@ -13,18 +13,26 @@ mod act;
 mod look;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use clap::{Command, CommandFactory as _, FromArgMatches as _, Parser};
+use fabric_core::attachments::IPAM_NETWORK;
 use fabric_core::takeover::{Facts, Refusal, Step, giveback, guarded, takeover};
+use nix::fcntl::{Flock, FlockArg};
 use tokio::time::{Instant, sleep};
 
 use crate::commands::install_cni::CniVersion;
+use crate::commands::stay::until_terminated;
 use crate::config::{Config, StoreKind, asked_for};
-use crate::files::remove_if_there;
 use crate::files::state_dir::Disk;
+use crate::files::{remove_if_there, sweep_drafts};
+use crate::host::addresses;
+use crate::kernel::Options;
+use crate::kernel::netlink::Netlink;
+use crate::policy::judged::Judged;
 use crate::store::etcd::Etcd;
 use crate::store::kubernetes::Kubernetes;
 use crate::store::{Grant, LeaseStore};
@@ -82,6 +90,10 @@ pub struct Handover {
     #[arg(long, value_name = "DIR", default_value = "/var/lib/cni/flannel")]
     pub flannel_dir: PathBuf,
 
+    /// Don't end before SIGTERM, when the node has changed hands: for a container
+    #[arg(long, conflicts_with_all = ["dry_run", "steps"])]
+    pub stay: bool,
+
     /// Take the node over although fabricd doesn't masquerade: what is outside has routes to the pods
     #[arg(long)]
     pub no_masquerade: bool,
@@ -123,10 +135,16 @@ impl Handover {
                 StoreKind::Etcd => self.go(direction, &config, &Etcd::start(config.etcd.options()?)).await,
                 StoreKind::Kubernetes => self.go(direction, &config, &Kubernetes::start(config.kubernetes())).await,
             }
-        })
+        })?;
+        drop(runtime);
+        if self.stay { until_terminated(|| Ok(PERIOD)) } else { Ok(()) }
     }
 
     async fn go(&self, direction: Direction, config: &Config, store: &impl LeaseStore) -> Result<()> {
+        let _alone = if self.dry_run { None } else { Some(alone(&config.run_dir)?) };
+        if !self.dry_run {
+            self.sweep_drafts(config)?;
+        }
         let mut last: Option<Step> = None;
         let mut deadline = None;
         let mut taken = 0;
@@ -191,9 +209,75 @@ impl Handover {
         for file in [&config.socket, &config.run_dir.join(fabric_core::handoff::NODE_FILE)] {
             remove_if_there(file)?;
         }
+        Judged::new(&config.run_dir)
+            .turn_off()
+            .context("cannot remove the folder of pods whose policies are in force")?;
+        self.forget_addresses(config)?;
         println!("this node is flannel's");
+        let stays = self.stays(config)?;
+        if !stays.is_empty() {
+            println!("these stay, and flannel goes by none of them: {}", stays.join(", "));
+        }
         Ok(())
     }
+
+    /// What a run that was killed in the middle of a file has left.
+    fn sweep_drafts(&self, config: &Config) -> Result<()> {
+        // Beside us only `install-cni` writes there.
+        sweep_drafts(&config.cni_conf_dir, Duration::from_secs(10))?;
+        sweep_drafts(&self.flannel_dir, Duration::ZERO)?;
+        let folders = fs::read_dir(&config.cni_data_dir).into_iter().flatten().flatten();
+        for folder in folders.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+            sweep_drafts(&folder.path(), Duration::ZERO)?;
+        }
+        Ok(())
+    }
+
+    /// Removes what the plugins have no pod in any more.
+    fn forget_addresses(&self, config: &Config) -> Result<()> {
+        let shared = config.cni_data_dir.join(IPAM_NETWORK);
+        let is_used =
+            addresses::entries(&config.cni_data_dir)?.iter().any(|entry| entry.file.parent() == Some(shared.as_path()));
+        let has_pods = !addresses::attachments(&config.cni_state_dir)?.is_empty();
+        for (folder, is_needed) in [(&shared, is_used || has_pods), (&config.cni_state_dir, has_pods)] {
+            if folder.exists() && !is_needed {
+                fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Files of ours that a node of flannel's has no use for.
+    fn stays(&self, config: &Config) -> Result<Vec<String>> {
+        let programs = ["fabric-cni", "fabric-bridge"].map(|program| self.bin_dir.join(program));
+        let folders = [&config.run_dir, &config.state_dir, &config.cni_state_dir].map(PathBuf::clone);
+        let there = programs.into_iter().chain(folders).filter(|path| path.exists());
+        let mut stays: Vec<String> = there.map(|path| path.display().to_string()).collect();
+        let folder = config.cni_data_dir.join(IPAM_NETWORK);
+        if folder.exists() {
+            let entries = addresses::entries(&config.cni_data_dir)?;
+            let taken = entries.iter().filter(|entry| entry.file.parent() == Some(folder.as_path())).count();
+            stays.push(format!("{} ({taken} addresses)", folder.display()));
+        }
+        Ok(stays)
+    }
+}
+
+/// The kernel with all sections, whoever else in the daemon has one for itself.
+fn open_kernel(config: &Config) -> Result<Netlink> {
+    let options =
+        Options { sysctl_root: config.sysctl_root.clone(), bpffs: config.bpffs.clone(), ..Options::default() };
+    Netlink::new(options).context("cannot talk to the kernel over netlink; run this as root")
+}
+
+/// Held until it is dropped: two at once would undo each other's work.
+fn alone(run_dir: &Path) -> Result<Flock<fs::File>> {
+    fs::create_dir_all(run_dir).with_context(|| format!("cannot make {}", run_dir.display()))?;
+    let folder = fs::File::open(run_dir).with_context(|| format!("cannot open {}", run_dir.display()))?;
+    Flock::lock(folder, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
+        let why = format!("another takeover or giveback has locked {}; see it with: fuser -v {0}", run_dir.display());
+        anyhow::Error::new(errno).context(why)
+    })
 }
 
 fn steps(direction: Direction, facts: &Facts) -> Result<Vec<Step>> {

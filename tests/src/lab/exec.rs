@@ -1,7 +1,7 @@
 //! Commands inside a machine or a pod, run to their end.
 
 use std::fmt;
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{BufRead as _, BufReader, Read as _, Seek, SeekFrom, Write};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -86,6 +86,39 @@ impl Exec {
     /// It could not be started or failed: the error shows all that it said.
     pub fn run(self) -> Result<String> {
         self.output()?.ok()
+    }
+
+    /// Runs it until it prints a line that is the one, and kills it (SIGKILL) so much later. Returns how it went: it may have
+    /// ended by itself before.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn kill_after_line(self, is_it: impl Fn(&str) -> bool, delay: Duration) -> Result<Output> {
+        let (program, args) = self.argv.split_first().context("no command given")?;
+        let mut command = Command::new(program);
+        let stderr = tempfile::tempfile()?;
+        self.dress(&mut command).args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr.try_clone()?);
+        let mut child = self.spaces.run(|| command.spawn().with_context(|| format!("cannot run {self}")))?;
+        let mut lines = BufReader::new(child.stdout.take().context("a pipe")?);
+        let mut stdout = String::new();
+        loop {
+            let begun = stdout.len();
+            if lines.read_line(&mut stdout)? == 0 {
+                break;
+            }
+            if is_it(stdout[begun..].trim_end()) {
+                // Into the middle of what it does.
+                std::thread::sleep(delay);
+                child.kill()?;
+                break;
+            }
+        }
+        let status = child.wait()?;
+        lines.read_to_string(&mut stdout)?;
+        let mut said = String::new();
+        (&stderr).seek(SeekFrom::Start(0))?;
+        (&stderr).read_to_string(&mut said)?;
+        Ok(Output { what: format!("{self}: {status}"), status, stdout, stderr: said })
     }
 
     /// Runs it on the terminal of the caller, for `lab exec` and `lab shell`.

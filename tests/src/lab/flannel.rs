@@ -11,18 +11,23 @@
 //!
 //! Without the real one nobody watches etcd: [`Flannel::follow`] makes the entries of all peers that are there now.
 
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use fabric_core::model::Family;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
+use super::exec::Exec;
 use super::node::Node;
 use super::{Lab, addresses, cni, wait_until};
+use crate::fake_api::{FakeApi, NODES};
+use crate::kubernetes::PREFIX;
 
 /// flannel's conflist.
 pub const CONFLIST: &str = "10-flannel.conflist";
@@ -72,12 +77,31 @@ pub struct Options {
 pub struct Flannel {
     /// The node.
     pub node: Arc<Node>,
+    /// What fabricd is told on this node, and its commands.
+    pub settings: Vec<(String, String)>,
     families: super::Families,
-    endpoints: String,
+    registry: Registry,
+    /// IPv4's, if it isn't the usual one.
+    network: Option<String>,
     options: Options,
 }
 
-/// A record in etcd: its key and value.
+/// Where flannel's records are.
+#[derive(Clone)]
+pub enum Registry {
+    /// In etcd, at these endpoints.
+    Etcd(String),
+    /// In the annotations of Nodes (`--kube-subnet-mgr`).
+    Nodes(Arc<FakeApi>),
+}
+
+impl std::fmt::Debug for Registry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if matches!(self, Self::Etcd(_)) { "Etcd" } else { "Nodes" })
+    }
+}
+
+/// A record: its key and value, as they are in etcd.
 struct Record {
     key: String,
     value: Value,
@@ -102,6 +126,13 @@ fn members(family: Family) -> (&'static str, &'static str) {
     }
 }
 
+fn annotations(family: Family) -> (&'static str, &'static str) {
+    match family {
+        Family::V4 => ("public-ip", "backend-data"),
+        Family::V6 => ("public-ipv6", "backend-v6-data"),
+    }
+}
+
 fn device(family: Family) -> &'static str {
     if family == Family::V4 { "flannel.1" } else { "flannel-v6.1" }
 }
@@ -116,9 +147,29 @@ impl Flannel {
     /// # Errors
     /// Something of it can't be made.
     pub fn start_on(lab: &Lab, node: &Arc<Node>, options: Options) -> Result<Self> {
-        let endpoints = lab.plan.etcd_endpoints.clone();
-        let flannel = Self { node: Arc::clone(node), families: lab.families(), endpoints, options };
+        Self::start_with(lab, node, options, Registry::Etcd(lab.plan.etcd_endpoints.clone()))
+    }
+
+    /// The same, with its records there.
+    ///
+    /// # Errors
+    /// Something of it can't be made.
+    pub fn start_with(lab: &Lab, node: &Arc<Node>, options: Options, registry: Registry) -> Result<Self> {
         node.run(&["rm", "-f", &format!("{}/10-fabric.conflist", cni::NETWORKS)])?;
+        let flannel = Self { registry, ..Self::install_on(lab, node, options)? };
+        flannel.start()?;
+        Ok(flannel)
+    }
+
+    /// Puts plugin and conflist on a node, beside what is there. flanneld isn't started.
+    ///
+    /// # Errors
+    /// The node is off.
+    pub fn install_on(lab: &Lab, node: &Arc<Node>, options: Options) -> Result<Self> {
+        let registry = Registry::Etcd(lab.plan.etcd_endpoints.clone());
+        let settings = vec![("FABRICD_IP_MASQ".to_owned(), "true".to_owned())];
+        let network = lab.plan.network.iter().skip_while(|arg| *arg != "--network").nth(1).cloned();
+        let flannel = Self { node: Arc::clone(node), settings, families: lab.families(), registry, network, options };
         let plugin = node.path(&format!("{}/flannel", cni::PLUGINS))?;
         match std::env::var_os("FLANNEL_CNI") {
             Some(real) => drop(fs::copy(real, &plugin)?),
@@ -126,8 +177,12 @@ impl Flannel {
         }
         node.run(&["chmod", "755", &format!("{}/flannel", cni::PLUGINS)])?;
         flannel.write_conflist()?;
-        flannel.start()?;
         Ok(flannel)
+    }
+
+    fn network(&self, family: Family) -> &str {
+        let other = self.network.as_deref().filter(|_| family == Family::V4);
+        other.unwrap_or_else(|| addresses::pod_network(family))
     }
 
     /// flannel's conflist, as its DaemonSet's init container writes it.
@@ -160,23 +215,40 @@ impl Flannel {
     }
 
     fn start_real(&self, program: &str) -> Result<()> {
-        let endpoints = format!("--etcd-endpoints={}", self.endpoints);
+        let Registry::Etcd(endpoints) = &self.registry else { bail!("the real flanneld is tried with etcd alone") };
+        let endpoints = format!("--etcd-endpoints={endpoints}");
         let masquerade = format!("--ip-masq={}", self.options.masquerade);
         self.node.start_service(SERVICE, &[program, &endpoints, &masquerade, "--iface=eth0"], &[])?;
         wait_until("flanneld has routes to all peers", Duration::from_secs(60), || {
             self.node.run(&["cat", "/run/flannel/subnet.env"])?;
-            for record in self.records()? {
-                for &family in self.families.each() {
+            for &family in self.families.each() {
+                let flag = if family == Family::V4 { "-4" } else { "-6" };
+                let shown = self.node.run(&["ip", flag, "route", "show"])?;
+                for record in self.records()? {
                     let Some((subnet, ip, _)) = record.of(family) else { continue };
-                    let flag = if family == Family::V4 { "-4" } else { "-6" };
-                    let shown = self.node.run(&["ip", flag, "route", "show", &subnet])?;
                     let is_own = ip == self.node.underlay_ip(family).to_string();
-                    ensure!(is_own || (!shown.is_empty() && !shown.contains("proto 250")), "{subnet}: {shown}");
+                    let route = shown.lines().find(|line| line.split(' ').next() == Some(&subnet)).unwrap_or_default();
+                    ensure!(is_own || (!route.is_empty() && !route.contains("proto 250")), "{subnet}: {route}");
                 }
             }
             Ok(())
         })
         .with_context(|| self.node.log_tail(SERVICE))
+    }
+
+    /// fabricd, or a command of it, on this node.
+    ///
+    /// # Errors
+    /// The node is off.
+    pub fn fabricd(&self, args: &[&str]) -> Result<Exec> {
+        let command = self.node.command(&[&["fabricd"], args].concat())?;
+        Ok(self.settings.iter().fold(command, |command, (name, value)| command.env(name, value)))
+    }
+
+    /// Whether flanneld runs.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.node.service(SERVICE).is_some()
     }
 
     /// Ends flanneld (SIGTERM). It leaves everything.
@@ -195,6 +267,7 @@ impl Flannel {
         if std::env::var_os("FLANNELD").is_some() {
             return Ok(());
         }
+        let (mut forwarding, mut paths) = (String::new(), String::new());
         for record in self.records()? {
             for &family in self.families.each() {
                 let Some((subnet, ip, mac)) = record.of(family) else { continue };
@@ -202,13 +275,15 @@ impl Flannel {
                     continue;
                 }
                 let (dev, base) = (device(family), base(&subnet));
-                self.sh(&format!("bridge fdb replace {mac} dev {dev} dst {ip} self permanent"))?;
-                self.sh(&format!("ip neighbour replace {base} lladdr {mac} dev {dev} nud permanent"))?;
                 let via =
                     if self.options.direct { format!("{ip} dev eth0") } else { format!("{base} dev {dev} onlink") };
-                self.sh(&format!("ip route replace {subnet} via {via}"))?;
+                writeln!(forwarding, "fdb replace {mac} dev {dev} dst {ip} self permanent")?;
+                writeln!(paths, "neighbour replace {base} lladdr {mac} dev {dev} nud permanent")?;
+                writeln!(paths, "route replace {subnet} via {via}")?;
             }
         }
+        self.node.command(&["bridge", "-batch", "-"])?.stdin(forwarding).run()?;
+        self.node.command(&["ip", "-batch", "-"])?.stdin(paths).run()?;
         Ok(())
     }
 
@@ -217,9 +292,13 @@ impl Flannel {
         let records = self.records()?;
         let first = self.families.first();
         let ip = self.node.underlay_ip(first).to_string();
-        let known = records.into_iter().find(|record| record.value[members(first).0] == ip.as_str());
+        let known = match &self.registry {
+            Registry::Etcd(_) => records.into_iter().find(|record| record.value[members(first).0] == ip.as_str()),
+            Registry::Nodes(api) => api.get(NODES, &self.node.name).map(|node| self.record_of(&node)),
+        };
         let number = 100 + self.node.index;
         let subnet = |family: &Family| match family {
+            Family::V4 if self.network.as_deref() == Some("10.128.0.0/10") => format!("10.190.{number}.0-24"),
             Family::V4 => format!("10.244.{number}.0-24"),
             Family::V6 => format!("fd00:10:244:{number:x}::-64"),
         };
@@ -243,14 +322,34 @@ impl Flannel {
             let switch = if family == Family::V4 { "ipv4/ip_forward" } else { "ipv6/conf/all/forwarding" };
             self.sh(&format!("echo 1 >/proc/sys/net/{switch}"))?;
         }
+        self.publish(&own)?;
+        Ok(own)
+    }
+
+    fn publish(&self, own: &Record) -> Result<()> {
+        if let Registry::Nodes(api) = &self.registry {
+            let mut said = json!({ "kube-subnet-manager": "true", "backend-type": "vxlan" });
+            for &family in self.families.each() {
+                let ((ip, data), (public, backend)) = (members(family), annotations(family));
+                said[public] = own.value[ip].clone();
+                said[backend] = own.value[data].to_string().into();
+            }
+            let said = said.as_object().into_iter().flatten().map(|(name, value)| (format!("{PREFIX}/{name}"), value));
+            let said: BTreeMap<String, &Value> = said.collect();
+            api.change(NODES, &self.node.name, &json!({ "metadata": { "annotations": said } }));
+            return Ok(());
+        }
         let granted = self.node.run(&["etcdctl", "lease", "grant", "86400"])?;
         let lease = granted.split_whitespace().nth(1).context("a lease's id")?;
         let key = format!("{SUBNETS}{}", own.key);
         self.node.run(&["etcdctl", "put", &key, &own.value.to_string(), &format!("--lease={lease}")])?;
-        Ok(own)
+        Ok(())
     }
 
     fn records(&self) -> Result<Vec<Record>> {
+        if let Registry::Nodes(api) = &self.registry {
+            return Ok(api.all(NODES).iter().map(|node| self.record_of(node)).collect());
+        }
         let shown = self.node.run(&["etcdctl", "get", "--prefix", SUBNETS])?;
         let lines: Vec<&str> = shown.lines().filter(|line| !line.is_empty()).collect();
         let record = |pair: &[&str]| {
@@ -260,9 +359,23 @@ impl Flannel {
         lines.chunks_exact(2).map(record).collect()
     }
 
+    /// A Node's podCIDRs and annotations as a record.
+    fn record_of(&self, node: &Value) -> Record {
+        let cidrs = node["spec"]["podCIDRs"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        let key = cidrs.map(|cidr| cidr.replace('/', "-")).collect::<Vec<_>>().join("&");
+        let mut value = json!({ "BackendType": "vxlan" });
+        for &family in self.families.each() {
+            let ((ip, data), (public, backend)) = (members(family), annotations(family));
+            let said = |name: &str| node["metadata"]["annotations"][format!("{PREFIX}/{name}")].as_str();
+            value[ip] = said(public).into();
+            value[data] = said(backend).and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+        }
+        Record { key, value }
+    }
+
     fn rules(&self, own: &Record) -> Result<()> {
         for &family in self.families.each() {
-            let (network, pods) = (addresses::pod_network(family), own.subnet(family).context("a subnet")?);
+            let (network, pods) = (self.network(family), own.subnet(family).context("a subnet")?);
             let multicast = if family == Family::V4 { "224.0.0.0/4" } else { "ff00::/8" };
             if self.options.nftables {
                 let (ip, table) = if family == Family::V4 { ("ip", "flannel-ipv4") } else { ("ip6", "flannel-ipv6") };
@@ -313,7 +426,7 @@ impl Flannel {
     fn write_subnet_env(&self, own: &Record) -> Result<()> {
         let mut text = String::new();
         for &family in self.families.each() {
-            let (network, subnet) = (addresses::pod_network(family), own.subnet(family).context("a subnet")?);
+            let (network, subnet) = (self.network(family), own.subnet(family).context("a subnet")?);
             let (name, gateway) = match family {
                 Family::V4 => ("FLANNEL", subnet.replacen(".0/", ".1/", 1)),
                 Family::V6 => ("FLANNEL_IPV6", subnet.replacen("::/", "::1/", 1)),

@@ -69,6 +69,12 @@ pub struct Facts {
     pub assigned: bool,
     /// Steps that take away what is only ours in the kernel, as their commands.
     pub ours: Vec<String>,
+    /// Steps that take the fast path away, as their commands.
+    pub fast_path: Vec<String>,
+    /// Whether our table of Services is there.
+    pub services: bool,
+    /// Whether our table of network policies is there.
+    pub policies: bool,
     /// The network configurations of the container runtime.
     pub cni: Cni,
 }
@@ -127,8 +133,10 @@ pub struct Cni {
     pub ours: Option<Conflist>,
     /// Where `fabric-cni` is missing.
     pub plugin_missing: Option<PathBuf>,
-    /// Pods that `fabric-cni` attached.
+    /// Pods that `fabric-cni` attached to the cluster's network, whatever that was called then.
     pub pods: Vec<Pod>,
+    /// Whether flannel's plugin remembers pods of its network.
+    pub has_flannels_pods: bool,
 }
 
 /// How flannel's file is called while fabricd has the node: no runtime reads a file that ends so.
@@ -160,12 +168,21 @@ pub enum Step {
     Iptables(Family, String),
     /// Deletes flannel's table of nftables.
     DeleteFlannelTable(Family),
+    /// Takes the fast path away: without a daemon it would go on by what was true before.
+    DeleteFastPath(Vec<String>),
     /// Deletes our nexthop objects, routes and tables of nftables.
     DeleteOurs(Vec<String>),
     /// Writes our conflist under the network's name, and then moves flannel's aside.
     OurConflist(PathBuf, String, Option<String>),
-    /// Moves flannel's conflist back, if it is aside, and removes ours.
-    FlannelsConflist(PathBuf, Option<String>, Option<String>),
+    /// Moves flannel's conflist back, if it is aside and not there otherwise, and then removes ours, and what is aside.
+    FlannelsConflist {
+        /// The folder.
+        dir: PathBuf,
+        /// The file that is moved back.
+        back: Option<String>,
+        /// Those that go.
+        gone: Vec<String>,
+    },
     /// Removes `node.json`, so that `fabric-cni` adds no more pods.
     CloseNode,
     /// Hands a pod from `fabric-cni` to flannel's plugin: its file, its addresses in the network's folder.
@@ -190,18 +207,18 @@ impl fmt::Display for Step {
                 write!(f, "{program}-restore --noflush --wait <<EOF\n{rules}EOF")
             }
             Self::DeleteFlannelTable(family) => write!(f, "nft delete table {}", iptables::table(*family)),
-            Self::DeleteOurs(lines) => f.write_str(&lines.join("\n")),
+            Self::DeleteFastPath(lines) | Self::DeleteOurs(lines) => f.write_str(&lines.join("\n")),
             Self::OurConflist(file, network, None) => write!(f, "write {} (network {network})", file.display()),
             Self::OurConflist(file, network, Some(flannels)) => {
                 let theirs = file.with_file_name(flannels);
                 write!(f, "write {} (network {network})\nmv {1} {1}{ASIDE}", file.display(), theirs.display())
             }
-            Self::FlannelsConflist(dir, aside, ours) => {
-                let moved = aside.as_ref().map(|name| {
+            Self::FlannelsConflist { dir, back, gone } => {
+                let moved = back.as_ref().map(|name| {
                     let name = dir.join(name).display().to_string();
                     format!("mv {name} {}", name.trim_end_matches(ASIDE))
                 });
-                let removed = ours.as_ref().map(|name| format!("rm {}", dir.join(name).display()));
+                let removed = gone.iter().map(|name| format!("rm {}", dir.join(name).display()));
                 f.write_str(&moved.into_iter().chain(removed).collect::<Vec<_>>().join("\n"))
             }
             Self::CloseNode => f.write_str("rm node.json"),
@@ -284,6 +301,16 @@ pub enum Refusal {
     /// The plugin isn't installed.
     #[error("there is no fabric-cni in {}; install it with: fabricd install-cni --only plugins", .0.display())]
     NoPlugin(PathBuf),
+    /// Services would be nobody's.
+    #[error(
+        "fabricd translates this node's Services (nft list table inet fabric-services), and flannel translates none: start kube-proxy, then fabricd with --services off, which deletes the table; end it and run this again"
+    )]
+    ServicesAreOurs,
+    /// Network policies would hold no longer.
+    #[error(
+        "fabricd enforces this node's NetworkPolicies (nft list table inet fabric-policy), and flannel enforces none: start fabricd with --network-policy off, which deletes the table; end it and run this again"
+    )]
+    PoliciesAreOurs,
     /// There is no conflist of flannel's to go back to.
     #[error("no file in {} names flannel's plugin; put flannel's conflist there, under a name that sorts behind {}", .0.display(), .1)]
     NoConflist(PathBuf, String),

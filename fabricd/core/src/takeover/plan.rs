@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{Device, Facts, Pod, Refusal, Route, Step};
+use super::{Cni, Conflist, Device, Facts, Pod, Refusal, Route, Step};
 use crate::device;
 use crate::leases::Lease;
 use crate::model::{Family, IfName, PerFamily, Subnet};
@@ -41,10 +41,12 @@ pub fn takeover(facts: &Facts) -> Result<Vec<Step>, Vec<Refusal>> {
         }
     }
     let cni = &facts.cni;
-    let network = cni.flannels.as_ref().or(cni.ours.as_ref()).or(cni.aside.as_ref()).map(|file| file.network.clone());
-    if let Some(network) = network
+    if let Some(network) = cni.network()
         && (cni.ours.as_ref().is_none_or(|ours| ours.network != network) || cni.flannels.is_some())
     {
+        // A giveback that was turned round half-way: one network name for all pods.
+        let others = cni.pods.iter().filter(|pod| pod.network != network);
+        steps.extend(others.map(|pod| Step::HandOverPod(pod.clone(), network.clone())));
         let theirs = cni.flannels.as_ref().map(|file| file.file.clone());
         steps.push(Step::OurConflist(cni.dir.join(&cni.our_file), network, theirs));
     }
@@ -69,17 +71,23 @@ pub fn giveback(facts: &Facts) -> Result<Vec<Step>, Vec<Refusal>> {
     if devices.values().any(|device| !facts.is_flannels(device)) && !facts.renames_live {
         refusals.push(Refusal::OldKernel);
     }
+    refusals.extend(facts.services.then_some(Refusal::ServicesAreOurs));
+    refusals.extend(facts.policies.then_some(Refusal::PoliciesAreOurs));
     let cni = &facts.cni;
-    let flannels = cni.flannels.as_ref().or(cni.aside.as_ref());
+    let flannels = cni.flannels();
     if flannels.is_none() && (cni.ours.is_some() || !cni.pods.is_empty()) {
         refusals.push(Refusal::NoConflist(cni.dir.clone(), cni.our_file.clone()));
     }
     let Some(lease) = lease.filter(|_| refusals.is_empty()) else { return Err(refusals) };
 
-    let mut steps = renames(facts, &devices, |facts, device| !facts.is_flannels(device), Facts::flannels_name);
+    let fast_path = (!facts.fast_path.is_empty()).then(|| Step::DeleteFastPath(facts.fast_path.clone()));
+    let mut steps: Vec<Step> = fast_path.into_iter().collect();
+    let misnamed = renames(facts, &devices, |facts, device| !facts.is_flannels(device), Facts::flannels_name);
+    let is_misnamed = !misnamed.is_empty();
+    steps.extend(misnamed);
     let of_peers = |route: &&Route| route.ours && facts.is_leased(route.dst);
     let has_begun = facts.flanneld.is_some() && (facts.assigned || lease.record.owner.is_none());
-    if !has_begun || facts.routes.iter().any(|route| of_peers(&route)) || !steps.is_empty() {
+    if !has_begun || facts.routes.iter().any(|route| of_peers(&route)) || is_misnamed {
         steps.push(Step::AwaitFlanneld);
     }
     if !facts.ours.is_empty() {
@@ -95,10 +103,15 @@ pub fn giveback(facts: &Facts) -> Result<Vec<Step>, Vec<Refusal>> {
         }
         let pods = cni.pods.iter().cloned().map(|pod: Pod| Step::HandOverPod(pod, flannels.network.clone()));
         steps.extend(pods);
-        let aside = cni.aside.as_ref().filter(|_| cni.flannels.is_none()).map(|file| file.file.clone());
-        let ours = cni.ours.as_ref().map(|file| file.file.clone());
-        if aside.is_some() || ours.is_some() {
-            steps.push(Step::FlannelsConflist(PathBuf::clone(&cni.dir), aside, ours));
+        let name = |file: &Conflist| file.file.clone();
+        // flannel's DaemonSet writes its file anew whenever it starts.
+        let (back, old) = match &cni.flannels {
+            None => (cni.aside.as_ref().map(name), None),
+            Some(_) => (None, cni.aside.as_ref().map(name)),
+        };
+        let gone: Vec<String> = cni.ours.as_ref().map(name).into_iter().chain(old).collect();
+        if back.is_some() || !gone.is_empty() {
+            steps.push(Step::FlannelsConflist { dir: PathBuf::clone(&cni.dir), back, gone });
         }
     }
     Ok(steps)
@@ -113,6 +126,21 @@ fn renames(
 ) -> Vec<Step> {
     let misnamed = devices.iter().filter(|(_, device)| misnamed(facts, device));
     misnamed.filter_map(|(family, device)| Some(Step::Rename(device.name, name(facts, family)?))).collect()
+}
+
+impl Cni {
+    /// flannel's conflist, wherever it is.
+    fn flannels(&self) -> Option<&Conflist> {
+        self.flannels.as_ref().or(self.aside.as_ref())
+    }
+
+    /// The name that the network has when fabricd has the node: flannel's, by which runtimes know its pods. On a node that
+    /// fabricd had from the start, and of which no pod was handed over yet, it stays what it was.
+    fn network(&self) -> Option<String> {
+        let is_of = |file: &&Conflist| self.pods.iter().any(|pod| pod.network == file.network);
+        let kept = self.ours.as_ref().filter(|ours| is_of(ours) && !self.has_flannels_pods);
+        kept.or(self.flannels()).or(self.ours.as_ref()).map(|file| file.network.clone())
+    }
 }
 
 impl Facts {

@@ -94,6 +94,9 @@ fn flannel_node(config: &str) -> Facts {
         flannel_tables: PerFamily::default(),
         assigned: false,
         ours: vec![],
+        fast_path: vec![],
+        services: false,
+        policies: false,
         cni: Cni {
             dir: "/etc/cni/net.d".into(),
             our_file: "10-fabric.conflist".into(),
@@ -203,6 +206,65 @@ rm /etc/cni/net.d/10-fabric.conflist
     assert!(told(giveback(&facts)).starts_with("# flanneld takes"), "a route of ours leads to a peer");
     facts.routes[0].ours = false;
     assert!(told(giveback(&facts)).starts_with("ip nexthop flush"));
+}
+
+#[test]
+fn the_fast_path_goes_first_and_what_flannel_would_not_do_refuses_a_giveback() {
+    let mut facts = taken_over();
+    facts.fabricd = None;
+    facts.fast_path = vec!["- fast path: link at ingress of interface 7".into()];
+    let steps = told(giveback(&facts));
+    assert!(steps.starts_with("- fast path: link at ingress of interface 7\nip link set dev fabric.1 name"), "{steps}");
+    (facts.services, facts.policies) = (true, true);
+    let refused = told(giveback(&facts));
+    for words in ["start kube-proxy, then fabricd with --services off", "start fabricd with --network-policy off"] {
+        assert!(refused.contains(words), "{refused}");
+    }
+    assert!(told(takeover(&facts)).starts_with("# fabricd claims"), "neither is in the way of a takeover");
+}
+
+/// A node that fabricd had from the start, with a pod, given back until after the rename.
+fn born_with_us() -> Facts {
+    let mut facts = taken_over();
+    let cni = &mut facts.cni;
+    (cni.flannels, cni.aside) =
+        (cni.aside.take().map(|file| Conflist { file: "10-flannel.conflist".into(), ..file }), None);
+    cni.ours = Some(Conflist { file: "10-fabric.conflist".into(), network: "fabric".into() });
+    cni.pods = vec![Pod { network: "fabric".into(), container: "c1".into(), ifname: "eth0".into() }];
+    facts
+}
+
+#[test]
+fn a_giveback_that_is_turned_round_keeps_our_networks_name_until_a_pod_was_handed_over() {
+    let mut facts = born_with_us();
+    let moved = "mv /etc/cni/net.d/10-flannel.conflist /etc/cni/net.d/10-flannel.conflist.before-fabricd\n";
+    let kept = format!("write /etc/cni/net.d/10-fabric.conflist (network fabric)\n{moved}");
+    assert_eq!(told(takeover(&facts)), kept);
+    facts.cni.has_flannels_pods = true;
+    let handed = format!(
+        "write /var/lib/cni/flannel/c1 and its addresses in cbr0\n\
+         write /etc/cni/net.d/10-fabric.conflist (network cbr0)\n{moved}"
+    );
+    assert_eq!(told(takeover(&facts)), handed);
+}
+
+#[test]
+fn a_conflist_that_flannels_daemonset_has_written_anew_makes_the_one_aside_superfluous() {
+    let mut facts = taken_over();
+    facts.fabricd = None;
+    facts.cni.flannels = born_with_us().cni.flannels;
+    assert!(
+        told(giveback(&facts))
+            .ends_with("rm /etc/cni/net.d/10-fabric.conflist\nrm /etc/cni/net.d/10-flannel.conflist.before-fabricd\n")
+    );
+}
+
+#[test]
+fn pods_of_an_earlier_network_name_are_handed_over_too() {
+    let mut facts = taken_over();
+    facts.fabricd = None;
+    facts.cni.pods = vec![Pod { network: "fabric".into(), container: "c1".into(), ifname: "eth0".into() }];
+    assert!(told(giveback(&facts)).contains("write /var/lib/cni/flannel/c1 and its addresses in cbr0"));
 }
 
 #[test]
