@@ -12,7 +12,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -100,6 +100,13 @@ pub trait Exec {
     /// # Errors
     /// When the kernel refuses.
     fn make_bridge(&self, name: &IfName, mtu: u32) -> Result<(), CniError>;
+
+    /// Has IPv6 packets that leave a pod by a gateway be no larger than `mtu`: the routes of the configuration can't say so
+    /// before version 1.1.0 of the spec, whatever the delegate is.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    fn limit_ipv6(&self, netns: &Path, ifname: &IfName, mtu: u32) -> Result<(), CniError>;
 }
 
 /// Runs delegates as processes.
@@ -112,6 +119,10 @@ pub struct Processes {
 impl Exec for Processes {
     fn make_bridge(&self, name: &IfName, mtu: u32) -> Result<(), CniError> {
         bridge::make(&mut bridge::open_netlink()?, name, mtu)
+    }
+
+    fn limit_ipv6(&self, netns: &Path, ifname: &IfName, mtu: u32) -> Result<(), CniError> {
+        bridge::limit_ipv6(netns, ifname, mtu)
     }
 
     fn exec(&self, Invocation { plugin, env, stdin }: &Invocation) -> Result<Exit, ExecError> {

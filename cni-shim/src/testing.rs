@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
 
@@ -52,9 +52,16 @@ pub struct FakeBridge {
     pub seen: RefCell<Vec<Seen>>,
     /// Container and interface of every address given out.
     pub ipam: RefCell<BTreeMap<(OsString, OsString), u8>>,
+    /// The MTU of IPv6 routes by network namespace.
+    pub limited: RefCell<Vec<(PathBuf, u32)>>,
 }
 
 impl Exec for FakeBridge {
+    fn limit_ipv6(&self, netns: &Path, _: &IfName, mtu: u32) -> Result<(), CniError> {
+        self.limited.borrow_mut().push((netns.to_owned(), mtu));
+        Ok(())
+    }
+
     fn make_bridge(&self, _: &IfName, _: u32) -> Result<(), CniError> {
         Ok(())
     }
@@ -114,6 +121,7 @@ impl Node {
             faults: BTreeMap::new(),
             seen: RefCell::default(),
             ipam: RefCell::default(),
+            limited: RefCell::default(),
         };
         let node = Self { dir, bridge };
         node.write_node_file(Readiness::Ready);
@@ -198,6 +206,7 @@ pub fn node_file(readiness: Readiness) -> NodeFile {
         ipv6: Some(ours("fd00:10:244::/48", "fd00:10:244:3::/64")),
         mtu: 1430,
         epoch: 7,
+        ipv6_mtu: None,
         cni_data_dir: None,
     }
 }

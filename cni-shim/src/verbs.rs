@@ -77,7 +77,8 @@ impl Answering<'_> {
             let config = self
                 .ipam(&saved.config)
                 .map_or_else(|| Ok(saved.config.clone()), |ipam| ipam.without_taken(&saved.config))?;
-            delegate.call(Verb::Add, Some(&told), &config, conf.prev_result.as_ref())
+            let result = delegate.call(Verb::Add, Some(&told), &config, conf.prev_result.as_ref())?;
+            self.limit_ipv6(pod, &config, &node).map(|()| result)
         };
         let attempt = || self.make_way(&saved.config).and_then(|()| attach()).map_err(|failure| (failure, undo()));
         let attached = attempt().or_else(|(failure, undone)| {
@@ -96,6 +97,19 @@ impl Answering<'_> {
                 // The file stays, for the DEL or GC that the runtime owes.
                 Err(e) => failure.with_details(format!("cleaning up failed as well, DEL has to finish it: {e}")),
             }),
+        }
+    }
+
+    /// IPv6's tunnel takes less than IPv4's, by which the interface goes.
+    fn limit_ipv6(&self, pod: &Attachment, config: &Map<String, Value>, node: &NodeFile) -> Result<(), CniError> {
+        let Some(mtu) = node.ipv6_mtu.filter(|_| node.ipv6.is_some() && on_a_bridge(&self.call.conf)) else {
+            return Ok(());
+        };
+        // A person may have said a smaller one for the interface.
+        let is_larger = config.get("mtu").and_then(Value::as_u64).is_some_and(|interface| interface > mtu.into());
+        match &pod.netns {
+            Some(netns) if is_larger => self.exec.limit_ipv6(netns, &pod.id.ifname, mtu),
+            _ => Ok(()),
         }
     }
 

@@ -8,12 +8,14 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
+use fabric_core::model::Family;
 use fabric_tests::handover::{
     Cluster, MASQUERADE, SOON, Traffic, add_foreign_rules, all_addresses_differ, foreign_rules, give_back, mac,
     nothing_of_ours_is_left, record, take_over, the_record_is_flannels,
 };
 use fabric_tests::lab::flannel::{Flannel, Options};
-use fabric_tests::lab::{Families, wait_until};
+use fabric_tests::lab::{Families, Pod, wait_until};
+use serde_json::Value;
 
 /// How often there and back, unless `FLANNEL_ROUNDS` says otherwise.
 fn rounds(usually: u32) -> Result<u32> {
@@ -115,6 +117,41 @@ fn a_node_of_the_kind_that_is_asked_for_changes_hands() -> Result<()> {
     let options = Options { nftables: has("nftables"), direct: has("direct"), masquerade: has("masquerade") };
     let cluster = Cluster::start(if has("dual") { Families::Dual } else { Families::V4 }, options)?;
     a_node_changes_hands(&cluster, has("drop"), rounds(1)?)
+}
+
+/// IPv4's tunnel takes 1450 bytes and IPv6's 1430. What `ping` is told is the packet without the headers of IP and ICMP.
+#[test]
+fn pods_of_both_kinds_of_nodes_exchange_full_size_packets() -> Result<()> {
+    let cluster = Cluster::start(Families::Dual, Options { masquerade: true, ..Options::default() })?;
+    let (flannel, node) = (&cluster.flannels[0], &cluster.flannels[0].node);
+    let before = node.add_pod("before")?;
+    let (theirs, ours) = (cluster.flannels[1].node.add_pod("theirs")?, cluster.ours.add_pod("ours")?);
+    take_over(flannel, None)?;
+    let after = node.add_pod("after")?;
+    let full_size = |from: &Pod, to: &Pod, family: Family, size: u32| {
+        let (ip, payload) = (to.ip(family)?.to_string(), size - if family == Family::V4 { 28 } else { 48 });
+        let ping = ["ping", "-c", "2", "-W", "2", "-M", "do", "-s", &payload.to_string(), &ip];
+        wait_until(&format!("{size} bytes from {} to {}", from.full_name(), to.full_name()), SOON, || from.run(&ping))
+    };
+    for (from, to) in [(&theirs, &ours), (&ours, &theirs), (&before, &ours), (&after, &theirs), (&theirs, &after)] {
+        full_size(from, to, Family::V4, 1450)?;
+        full_size(from, to, Family::V6, 1430)?;
+    }
+    // A pod of ours sends nothing of IPv6 that its tunnel doesn't take, and needs no ICMP for it.
+    let routes = after.run(&["ip", "-6", "route"])?;
+    let by_gateway: Vec<&str> = routes.lines().filter(|route| route.contains(" via ")).collect();
+    ensure!(by_gateway.len() == 2 && by_gateway.iter().all(|route| route.contains("mtu 1430")), "{routes}");
+    let too_large =
+        after.exec(&["ping", "-c", "1", "-W", "2", "-M", "do", "-s", "1402", &theirs.ip(Family::V6)?.to_string()])?;
+    ensure!(!too_large.success() && (too_large.stdout + &too_large.stderr).contains("mtu"), "1450 bytes of IPv6");
+    // On the node it may be as large as the interface.
+    full_size(&after, &before, Family::V6, 1450)?;
+    wait_until("doctor finds the MTU of pods of before in order", SOON, || {
+        let checks = node.exec(&["fabricctl", "doctor", "-o", "json"])?.stdout;
+        let mtu = checks.lines().find(|check| check.contains("\"bridge-mtu\"")).unwrap_or_default();
+        ensure!(serde_json::from_str::<Value>(mtu)?["result"] == "ok", "{mtu}");
+        Ok(())
+    })
 }
 
 /// fabricd had it from the start, with the fast path: it becomes flannel's as if it had never been another's, and ours again.

@@ -31,7 +31,11 @@ mod netns;
 mod verbs;
 pub(crate) mod wiring;
 
+use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
+use std::io;
+use std::net::IpAddr;
+use std::path::Path;
 
 use fabric_core::model::{IfName, MacAddr, stable_hash};
 use ipnetwork::IpNetwork;
@@ -93,6 +97,25 @@ pub fn make(host: &mut Netlink, name: &IfName, mtu: u32) -> Result<(), CniError>
         let _ = sysctl(&format!("ipv6/conf/{name}/{setting}"), "0");
     }
     Ok(())
+}
+
+/// Has IPv6 packets that leave a pod by a gateway be no larger than `mtu`. Those of IPv4, and those to pods of the same
+/// node, are as large as the interface allows.
+///
+/// # Errors
+/// When the namespace can't be entered, or the kernel refuses.
+pub fn limit_ipv6(netns: &Path, ifname: &IfName, mtu: u32) -> Result<(), CniError> {
+    let unreached = |e: io::Error| {
+        CniError::new(Code::Kernel, format!("cannot set the MTU of IPv6 routes in {}: {e}", netns.display()))
+    };
+    let mut inside = File::open(netns).and_then(|netns| netns::inside(&netns, Netlink::open)).map_err(unreached)?;
+    let Some(link) = wiring::link(&mut inside, ifname).map_err(|e| refused(&e))? else { return Ok(()) };
+    let routes = wiring::routes(&mut inside, link.index).map_err(|e| refused(&e))?;
+    let limited = routes.iter().filter_map(|route| {
+        let gateway = route.gw.filter(IpAddr::is_ipv6)?;
+        Some(wiring::limit_route(link.index, ifname.as_str(), route.dst, gateway, mtu))
+    });
+    inside.write(&limited.collect::<Vec<_>>()).map_err(|e| refused(&e))
 }
 
 /// A locally administered address that nobody else has, but for a chance of one in 2^46.

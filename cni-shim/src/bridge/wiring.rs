@@ -8,13 +8,15 @@ use std::os::fd::AsRawFd;
 
 use fabric_core::model::{IfName, MacAddr};
 use ipnetwork::IpNetwork;
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{
     InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, LinkAttribute, LinkExtentMask, LinkFlags,
     LinkInfo, LinkMessage, State,
 };
-use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType};
+use netlink_packet_route::route::{
+    RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
+};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
 
 use super::conf::Route;
@@ -270,6 +272,19 @@ fn address_message(index: u32, address: IpNetwork) -> (AddressMessage, &'static 
 
 /// `ip route add DST via GATEWAY dev NAME`.
 pub fn add_route(index: u32, name: &str, dst: IpNetwork, gateway: IpAddr) -> Request {
+    let command = format!("ip route add {dst} via {gateway} dev {name}");
+    Request::new(command, &Rtnl::NewRoute(route(index, dst, gateway)), NLM_F_CREATE | NLM_F_EXCL)
+}
+
+/// `ip route replace DST via GATEWAY dev NAME mtu MTU`: whatever takes it is no larger, the interface's MTU stays.
+pub fn limit_route(index: u32, name: &str, dst: IpNetwork, gateway: IpAddr, mtu: u32) -> Request {
+    let mut message = route(index, dst, gateway);
+    message.attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)]));
+    let command = format!("ip route replace {dst} via {gateway} dev {name} mtu {mtu}");
+    Request::new(command, &Rtnl::NewRoute(message), NLM_F_CREATE | NLM_F_REPLACE)
+}
+
+fn route(index: u32, dst: IpNetwork, gateway: IpAddr) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header = RouteHeader {
         address_family: family(dst.ip()),
@@ -285,8 +300,7 @@ pub fn add_route(index: u32, name: &str, dst: IpNetwork, gateway: IpAddr) -> Req
     }
     message.attributes.push(RouteAttribute::Gateway(gateway.into()));
     message.attributes.push(RouteAttribute::Oif(index));
-    let command = format!("ip route add {dst} via {gateway} dev {name}");
-    Request::new(command, &Rtnl::NewRoute(message), NLM_F_CREATE | NLM_F_EXCL)
+    message
 }
 
 /// `ip route show dev NAME`, of both families: those with a gateway.

@@ -61,7 +61,12 @@ impl Host {
 
     /// Writes a ready `node.json` with one subnet per family, given with its network.
     pub fn ready(&self, v4: Option<(&str, &str)>, v6: Option<(&str, &str)>) {
-        let mut node = json!({"version": 1, "node": "node-1", "state": "ready", "mtu": 1430, "epoch": 1});
+        let mut node = json!({"version": 1, "node": "node-1", "state": "ready", "mtu": 1450, "epoch": 1});
+        match (v4, v6) {
+            (Some(_), Some(_)) => node["ipv6_mtu"] = 1430.into(),
+            (None, Some(_)) => node["mtu"] = 1430.into(),
+            _ => {}
+        }
         for (family, subnet) in [("ipv4", v4), ("ipv6", v6)] {
             if let Some((network, subnet)) = subnet {
                 node[family] = json!({"network": network, "subnet": subnet});

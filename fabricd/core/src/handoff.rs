@@ -92,8 +92,12 @@ pub struct NodeFile {
     /// The IPv6 subnet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ipv6: Option<NodeSubnet>,
-    /// MTU of pods' interfaces in bytes.
+    /// MTU of pods' interfaces in bytes: of the larger tunnel, which is IPv4's.
     pub mtu: u32,
+    /// MTU of pods' IPv6 routes by a gateway in bytes, where IPv6's tunnel takes less than that; unknown to earlier daemons,
+    /// whose `mtu` was the smaller one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv6_mtu: Option<u32>,
     /// Rises with every claim of a lease.
     pub epoch: u64,
     /// The folder in which the addresses of the subnet are kept, by the daemon's settings; unknown to earlier daemons.
@@ -241,7 +245,8 @@ mod tests {
             readiness: Readiness::Ready,
             ipv4: Some(subnet("10.244.0.0/16", "10.244.3.0/24")),
             ipv6: Some(subnet("fd00:10:244::/48", "fd00:10:244:3::/64")),
-            mtu: 1430,
+            mtu: 1450,
+            ipv6_mtu: Some(1430),
             epoch: 7,
             cni_data_dir: Some("/var/lib/cni/networks".into()),
         }
@@ -259,7 +264,7 @@ mod tests {
     fn subnet_env_is_flannels() {
         let want = "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.3.1/24\n\
                     FLANNEL_IPV6_NETWORK=fd00:10:244::/48\nFLANNEL_IPV6_SUBNET=fd00:10:244:3::1/64\n\
-                    FLANNEL_MTU=1430\nFLANNEL_IPMASQ=false\n";
+                    FLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n";
         assert_eq!(dual_stack().subnet_env(false), want);
     }
 

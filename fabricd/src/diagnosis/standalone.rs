@@ -250,7 +250,7 @@ async fn scene(config: &Result<Config, String>, node: Option<NodeFile>) -> Resul
     view.vteps = vteps(&observed);
     view.pod_bridges = addresses::bridges_of(addresses::attachments(&places.attachments).unwrap_or_default().values());
     if let Some(node) = node {
-        view.mtu = node.mtu;
+        (view.mtu, view.ipv6_mtu) = (node.mtu, node.ipv6_mtu);
         view.network = network(&node, &observed);
         let key = LeaseKey::new(node.subnets().map(|_, subnet| subnet.subnet));
         view.holding = Holding {

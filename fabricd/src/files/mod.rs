@@ -113,6 +113,7 @@ pub fn unknown(node: NodeName) -> NodeFile {
         ipv6: None,
         mtu: 0,
         epoch: 0,
+        ipv6_mtu: None,
         cni_data_dir: None,
     }
 }
@@ -168,6 +169,7 @@ mod tests {
             ipv4: Some(ipv4),
             ipv6: None,
             mtu: 1450,
+            ipv6_mtu: None,
             epoch: 1,
             cni_data_dir: None,
         }

@@ -32,7 +32,9 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     ) -> Result<bool, Blocked> {
         let Prepared { observed, network, own, underlays } = prepared;
         let vteps = vteps(network, own, underlays);
-        view.mtu = vteps.values().map(|vtep| vtep.mtu).min().unwrap_or_default();
+        // As flannel has it: pods of both kinds of nodes send IPv4 of the same size.
+        view.mtu = vteps.values().map(|vtep| vtep.mtu).max().unwrap_or_default();
+        view.ipv6_mtu = vteps.v6.as_ref().map(|vtep| vtep.mtu).filter(|mtu| *mtu < view.mtu);
         let facts = Facts {
             nexthop_objects: observed.nexthop_objects,
             ipv6: observed.ours.sysctls.contains_key(&Sysctl::Ipv6Forward),

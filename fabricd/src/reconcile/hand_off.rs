@@ -26,6 +26,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                     ipv4: subnet(Family::V4),
                     ipv6: subnet(Family::V6),
                     mtu: view.mtu,
+                    ipv6_mtu: view.ipv6_mtu,
                     epoch: own.epoch,
                     cni_data_dir: None,
                 }

@@ -42,6 +42,8 @@ pub struct View {
     pub vteps: Vec<VtepView>,
     /// MTU of the pods' interfaces in bytes; 0 until it is known.
     pub mtu: u32,
+    /// MTU of the pods' IPv6 routes in bytes, where that is smaller.
+    pub ipv6_mtu: Option<u32>,
     /// Peers that are not fully programmed.
     pub troubles: BTreeMap<LeaseKey, PeerTrouble>,
     /// What an operator should know, each with the way out.
@@ -99,6 +101,7 @@ impl View {
             pending: vec![],
             vteps: vec![],
             mtu: 0,
+            ipv6_mtu: None,
             troubles: BTreeMap::new(),
             warnings: vec![],
             pod_bridges: AttachedPods::default().bridges,

@@ -18,7 +18,7 @@ async fn node_becomes_ready_and_says_so_in_its_files() {
         daemon.ready().await;
         let file = host.files().read().expect("node.json");
         assert_eq!(file.readiness, Readiness::Ready);
-        assert_eq!(file.mtu, if config == DUAL { 1430 } else { 1450 });
+        assert_eq!((file.mtu, file.ipv6_mtu), (1450, (config == DUAL).then_some(1430)));
         assert!(host.files().subnet.exists());
         stays_silent(&host.kernel).await;
     }
