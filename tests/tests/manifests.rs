@@ -105,6 +105,34 @@ fn mounts<'a>(pod: &'a Value, volume: &str) -> Vec<(&'a str, &'a str, bool)> {
         .collect()
 }
 
+/// Of one node they are never there together, and both daemons neither.
+#[test]
+fn a_nodes_label_says_whether_it_is_taken_over_from_flannel_or_given_back() -> Result<()> {
+    let overlays = overlays()?;
+    let (_, objects) = overlays.iter().find(|(name, _)| name == "beside-flannel").context("the overlay")?;
+    const LABEL: &str = "fabric.io/pod-network";
+    let image = format!("localhost/fabricd:{}", env!("CARGO_PKG_VERSION"));
+    for (name, label) in [("fabricd", "fabricd"), ("fabricd-takeover", "fabricd"), ("fabricd-giveback", "flannel")] {
+        let pod = &object(objects, "DaemonSet", name)?["spec"]["template"]["spec"];
+        assert_eq!(pod["nodeSelector"], json!({ "kubernetes.io/os": "linux", LABEL: label }), "{name}");
+        let containers = pod["initContainers"].as_array().into_iter().chain(pod["containers"].as_array()).flatten();
+        assert!(containers.clone().all(|container| container["image"] == image), "{name}");
+        if name != "fabricd" {
+            assert_eq!((&pod["hostNetwork"], &pod["hostPID"]), (&json!(true), &json!(true)), "it looks for flanneld");
+            for container in containers {
+                let rights = &container["securityContext"]["capabilities"];
+                assert_eq!(*rights, json!({ "drop": ["ALL"], "add": ["NET_ADMIN", "SYS_PTRACE"] }), "{name}");
+            }
+        }
+    }
+    let patch = std::fs::read_to_string(deploy().join("kubernetes/beside-flannel/kube-flannel.yaml"))?;
+    let patch: Value = serde_saphyr::from_str(&patch)?;
+    let affinity = &patch["spec"]["template"]["spec"]["affinity"]["nodeAffinity"];
+    let terms = &affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"][0]["matchExpressions"];
+    assert_eq!(terms[1], json!({ "key": LABEL, "operator": "NotIn", "values": ["fabricd"] }));
+    Ok(())
+}
+
 /// Otherwise `fabricctl doctor` could not see that another network's configuration comes first.
 #[test]
 fn daemons_read_the_runtimes_network_configurations_where_they_look_for_them() -> Result<()> {

@@ -320,6 +320,10 @@ impl Reconciler {
         let attached = self.inputs.attached.borrow_and_update().clone();
         let subnets = self.inputs.files.read().map(|file| file.subnets()).unwrap_or_default();
         let ours: Vec<_> = subnets.values().map(|subnets| subnets.subnet).collect();
+        if ours.is_empty() {
+            // No pod can be added yet. Those that are there are another plugin's, as flannel's, and must not be closed.
+            return Err("this node has no subnet yet".to_owned());
+        }
         let (node_pods, of_ours) = (self.inputs.pods.clone(), ours.clone());
         let looked = spawn_blocking(move || {
             let addresses = node_pods.read(&of_ours).map_err(|error| error.to_string())?;
