@@ -88,6 +88,8 @@ pub(super) async fn facts(args: &Handover, config: &Config, store: &impl LeaseSt
         masquerades: has_filter.map(|table| table.chains.contains_key("postrouting")),
         masquerade_wanted: config.filter.ip_masq,
         masquerade_waived: args.no_masquerade,
+        flannels_masquerade: fs::read_to_string(&config.subnet_file)
+            .is_ok_and(|env| env.lines().any(|line| line == "FLANNEL_IPMASQ=true")),
         iptables: Family::ALL.into_iter().filter_map(|family| Some((family, rules(family)?))).collect(),
         flannel_tables: flannel_tables(),
         ours: left.chain(nexthops).chain(filter).collect(),

@@ -57,6 +57,11 @@ impl Iptables {
         transaction("filter", &lines).filter(|_| is_there)
     }
 
+    /// Whether flannel masquerades here.
+    pub(super) fn has_flannels_masquerade(&self) -> bool {
+        rules(&self.nat, "POSTROUTING").any(|rule| rule.ends_with("-j FLANNEL-POSTRTG"))
+    }
+
     fn has_ours(&self) -> bool {
         rules(&self.filter, "FORWARD").filter(|rule| is_ours(rule)).count() == 2
     }

@@ -61,6 +61,8 @@ pub struct Facts {
     pub masquerade_wanted: bool,
     /// Whether a person says that pods need no masquerade.
     pub masquerade_waived: bool,
+    /// Whether `subnet.env` says that flanneld masquerades.
+    pub flannels_masquerade: bool,
     /// What `iptables` shows of flannel's and our rules, where that program is.
     pub iptables: PerFamily<Iptables>,
     /// flannel's tables of nftables.

@@ -87,6 +87,12 @@ pub fn giveback(facts: &Facts) -> Result<Vec<Step>, Vec<Refusal>> {
     steps.extend(misnamed);
     let of_peers = |route: &&Route| route.ours && facts.is_leased(route.dst);
     let has_begun = facts.flanneld.is_some() && (facts.assigned || lease.record.owner.is_none());
+    // flanneld makes its rules beside its routes, and in between nobody would masquerade.
+    let lacks_rules = |family| {
+        let lacks = facts.iptables.get(family).is_some_and(|rules| !rules.has_flannels_masquerade());
+        facts.flannels_masquerade && lacks && facts.flannel_tables.get(family).is_none()
+    };
+    let has_begun = has_begun && !facts.network.spaces.families().any(lacks_rules);
     if !has_begun || facts.routes.iter().any(|route| of_peers(&route)) || is_misnamed {
         steps.push(Step::AwaitFlanneld);
     }

@@ -90,6 +90,7 @@ fn flannel_node(config: &str) -> Facts {
         masquerades: None,
         masquerade_wanted: true,
         masquerade_waived: false,
+        flannels_masquerade: false,
         iptables: PerFamily { v4: Some(rules), v6: None },
         flannel_tables: PerFamily::default(),
         assigned: false,
@@ -265,6 +266,23 @@ fn pods_of_an_earlier_network_name_are_handed_over_too() {
     facts.fabricd = None;
     facts.cni.pods = vec![Pod { network: "fabric".into(), container: "c1".into(), ifname: "eth0".into() }];
     assert!(told(giveback(&facts)).contains("write /var/lib/cni/flannel/c1 and its addresses in cbr0"));
+}
+
+#[test]
+fn giveback_waits_for_flannels_masquerade_before_ours_goes() {
+    let mut facts = taken_over();
+    (facts.fabricd, facts.flanneld, facts.flannels_masquerade) = (None, Some("kill 7".into()), true);
+    facts.devices[0].name = v("flannel.1");
+    facts.leases = Arc::new(leases(OWN));
+    facts.routes[0].ours = false;
+    assert!(told(giveback(&facts)).starts_with("ip nexthop flush"), "nobody can look at its rules");
+    facts.iptables.v4 = Some(Iptables::default());
+    assert!(told(giveback(&facts)).starts_with("# flanneld takes"));
+    facts.flannel_tables.v4 = Some(());
+    assert!(told(giveback(&facts)).starts_with("ip nexthop flush"));
+    facts.flannel_tables = PerFamily::default();
+    facts.iptables = flannel_node(V4).iptables;
+    assert!(told(giveback(&facts)).starts_with("ip nexthop flush"));
 }
 
 #[test]
