@@ -1,7 +1,7 @@
 //! A node that changes hands between flannel and fabricd, cut off: killed in the middle of each step, gone on with or turned
 //! round, under traffic.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -13,8 +13,8 @@ use fabric_tests::lab::Families;
 use fabric_tests::lab::exec::Exec;
 use fabric_tests::lab::flannel::{Flannel, Options};
 
-/// How long after a step was printed it is cut off, in milliseconds at most: longer than most take.
-const MIDDLE: u64 = 60;
+/// How long after a step was printed it is cut off at most, in powers of two of milliseconds: longer than most take.
+const MIDDLE: u32 = 6;
 
 /// How the steps begin, of which some have several lines.
 const STEPS: [&str; 9] = [
@@ -55,15 +55,27 @@ impl To {
     }
 }
 
-/// Runs it and kills it in the middle of the `nth` step that it takes, from 0: in one of those that
-/// follow at the latest, or it has just ended. False when it doesn't take so many.
-fn cut_off(flannel: &Flannel, to: To, nth: usize, random: &mut fastrand::Rng) -> Result<bool> {
-    let seen = Cell::new(0);
-    let is_it = |line: &str| STEPS.iter().any(|step| line.starts_with(step)) && seen.replace(seen.get() + 1) == nth;
+/// Runs it and kills it so much after it has printed the `nth` step that it takes, from 0: in that step or in one of those
+/// that follow, or it has just ended. Returns how that step begins; `None` when it doesn't take so many.
+fn cut_off(flannel: &Flannel, to: To, nth: usize, delay: Duration) -> Result<Option<String>> {
+    let seen = RefCell::new(vec![]);
+    let is_it = |line: &str| {
+        let is_step = STEPS.iter().any(|step| line.starts_with(step));
+        if is_step {
+            seen.borrow_mut().push(line.to_owned());
+        }
+        is_step && seen.borrow().len() == nth + 1
+    };
     let run = flannel.fabricd(&[to.command(), "--wait", "45"])?;
-    let ended = run.kill_after_line(is_it, Duration::from_millis(random.u64(0..MIDDLE)))?;
+    let ended = run.kill_after_line(is_it, delay)?;
     ensure!(ended.success() || ended.status.code().is_none(), "{ended:?}");
-    Ok(seen.get() > nth)
+    Ok(seen.into_inner().into_iter().nth(nth))
+}
+
+/// Less than so many powers of two of milliseconds, and shorter ones as often as longer ones: steps differ so on machines that
+/// differ.
+fn some_time(random: &mut fastrand::Rng, most: u32) -> Duration {
+    Duration::from_micros(random.u64(0..1_000) << random.u32(0..=most))
 }
 
 fn seed() -> Result<u64> {
@@ -85,14 +97,22 @@ fn a_takeover_and_a_giveback_that_are_killed_in_each_step_get_there() -> Result<
     let mut of_ours = vec![];
 
     for to in [To::Fabricd, To::Flannel] {
-        let mut cuts = 0;
+        let (mut cuts, mut steps, mut tries) = (0, vec![], 0);
         to.prepare(flannel, cuts)?;
-        while cut_off(flannel, to, 0, &mut random)? {
+        // As soon as it has begun for the first time, and then later and later until it is done.
+        let delay = |tries: u32, random: &mut fastrand::Rng| match tries {
+            0 => Duration::ZERO,
+            _ => some_time(random, tries.min(MIDDLE)),
+        };
+        while let Some(step) = cut_off(flannel, to, 0, delay(tries, &mut random))? {
             cuts += 1;
+            tries = if steps.last() == Some(&step) { tries + 1 } else { 0 };
+            steps.push(step);
             to.prepare(flannel, cuts)?;
-            ensure!(cuts < 300, "it never gets there");
+            ensure!(cuts < 300, "it never gets there: {steps:#?}");
         }
-        ensure!(cuts >= 3, "cut off {cuts} times only");
+        steps.dedup();
+        ensure!(steps.len() >= 3, "cut off in these steps only: {steps:#?}");
         to.finish(flannel)?;
         traffic.is_masqueraded()?;
         ensure!(foreign_rules(node)? == foreign, "{:#?}", foreign_rules(node)?);
@@ -120,7 +140,7 @@ fn is_turned_round(cluster: &Cluster, flannel: &Flannel, from: To, to: To) -> Re
         to.prepare(flannel, nth)?;
         // What begins with the rename is a step shorter when it is done.
         let left = if to == To::Flannel { nth.saturating_sub(1) } else { nth };
-        if !cut_off(flannel, to, left, &mut random)? {
+        if cut_off(flannel, to, left, some_time(&mut random, MIDDLE))?.is_none() {
             break;
         }
         from.finish(flannel)?;

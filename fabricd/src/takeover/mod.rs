@@ -213,6 +213,8 @@ impl Handover {
             .turn_off()
             .context("cannot remove the folder of pods whose policies are in force")?;
         self.forget_addresses(config)?;
+        // Nobody writes a conflist of ours any more.
+        sweep_drafts(&config.cni_conf_dir, Duration::ZERO)?;
         println!("this node is flannel's");
         let stays = self.stays(config)?;
         if !stays.is_empty() {
