@@ -165,7 +165,7 @@ fn a_node_that_was_born_with_us_is_given_to_flannel_and_taken_again() -> Result<
     node.wait_ready()?;
     let (pods, far) = cluster.pods(&node)?;
     wait_until("programs of the fast path are there", SOON, || {
-        node.run(&["sh", "-c", "ls /sys/fs/bpf/fabric/1/links/*"])
+        node.run(&["sh", "-c", "ls /sys/fs/bpf/fabric/*/links/*"])
     })?;
     let traffic = Traffic::start(&cluster.lab, &pods, &far)?;
     traffic.is_masqueraded()?;

@@ -78,7 +78,12 @@ impl VmPod {
     /// # Errors
     /// One is missing.
     pub fn reaches(&self, ip: IpAddr) -> Result<()> {
-        let mtu = self.exec(&format!("cat /sys/class/net/{INTERFACE}/mtu"))?.stdout;
+        // A route may take less than the interface.
+        let mtu = self.exec(&format!(
+            "mtu=$(ip -o route get {ip} | grep -o \"mtu [0-9]*\" | cut -d \" \" -f 2)
+             echo ${{mtu:-$(cat /sys/class/net/{INTERFACE}/mtu)}}"
+        ))?;
+        let mtu = mtu.stdout;
         let headers = if ip.is_ipv4() { 20 + 8 } else { 40 + 8 };
         let size = mtu.trim().parse::<u32>().with_context(|| format!("an MTU of {mtu:?}"))? - headers;
         // The first may wait for a neighbour to be found.
