@@ -4,7 +4,6 @@
 //! write, and how long other work keeps that busy is nothing a test of the fabric should hang on.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
@@ -12,7 +11,7 @@ use nix::sys::signal::Signal;
 use super::addresses::{self, Families};
 use super::http;
 use super::underlay::Underlay;
-use super::wait_until;
+use super::wait::{DISK, wait_until};
 
 /// The etcd cluster of a lab. Members are numbered from 1; each method that takes one acts on it alone.
 #[derive(Debug)]
@@ -79,7 +78,7 @@ impl Etcd {
     /// It doesn't become so in time: the error shows its log.
     pub fn wait_healthy(&self, member: u16) -> Result<()> {
         let address = (addresses::etcd(self.families.first(), member), 2379).into();
-        wait_until("etcd is healthy", Duration::from_secs(20), || {
+        wait_until("etcd is healthy", DISK, || {
             let reply = http::get(&self.underlay.machine.network()?, address, "/health")?;
             ensure!(reply.body.contains(r#""health":"true""#), "{}", reply.body);
             Ok(())

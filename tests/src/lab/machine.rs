@@ -28,7 +28,7 @@ use super::exec::{Exec, Output};
 use super::init::{ENDED, STAY};
 use super::process::Process;
 use super::spaces::Spaces;
-use super::wait_until;
+use super::wait::{DISK, wait_until};
 
 /// How long a machine may take to end; killing hundreds of processes takes the kernel a moment.
 const POWER_OFF: Duration = Duration::from_secs(20);
@@ -321,7 +321,7 @@ impl Machine {
         let process = self.running_service(name)?;
         process.signal(signal)?;
         process
-            .wait_gone(Duration::from_secs(15))
+            .wait_gone(DISK)
             .with_context(|| format!("{name} does not end on {}:\n{}", self.name, self.log_tail(name)))?;
         Ok(fs::remove_file(self.service_path(name))?)
     }

@@ -12,7 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use super::wait_until;
+use super::wait::{DISK, wait_until};
 
 /// A process, by number, start and boot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,7 +59,7 @@ impl Process {
 
     /// Each thread stops when it comes by: until then it may still answer somebody.
     fn wait_stopped(&self) -> Result<()> {
-        wait_until(&format!("process {} stops", self.pid), Duration::from_secs(15), || {
+        wait_until(&format!("process {} stops", self.pid), DISK, || {
             for thread in fs::read_dir(format!("/proc/{}/task", self.pid))?.flatten() {
                 let (state, _) = state_of(&thread.path().join("stat"))?;
                 ensure!(matches!(state.as_str(), "T" | "t"), "thread {} is in state {state}", thread.path().display());
@@ -74,9 +74,21 @@ impl Process {
     /// It lives on after `limit`.
     pub fn wait_gone(&self, limit: Duration) -> Result<()> {
         wait_until(&format!("process {} ends", self.pid), limit, || {
-            ensure!(!self.is_alive(), "still running");
+            ensure!(!self.is_alive(), "still running: {}", self.threads());
             Ok(())
         })
+    }
+
+    /// What its threads do: name, state, and where in the kernel each waits (proc(5), `wchan`).
+    fn threads(&self) -> String {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.pid)).into_iter().flatten().flatten();
+        let told = threads.map(|thread| {
+            let path = thread.path();
+            let read = |file: &str| fs::read_to_string(path.join(file)).unwrap_or_default().trim().to_owned();
+            let state = state_of(&path.join("stat")).map_or_else(|_| "?".into(), |(state, _)| state);
+            format!("{} {state} {}", read("comm"), read("wchan"))
+        });
+        told.collect::<Vec<_>>().join(", ")
     }
 }
 

@@ -9,6 +9,10 @@ use anyhow::{Context, Result};
 /// is waited for beside other tests.
 const AGAIN: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));
 
+/// How long a process may wait for the disk: what etcd begins with and what fabricd ends with is forced to it (fsync(2)),
+/// and while others compile on the same disk that was seen to take 13 s.
+pub(super) const DISK: Duration = Duration::from_secs(60);
+
 /// Tries `condition` until it succeeds and returns what it found.
 ///
 /// ```
