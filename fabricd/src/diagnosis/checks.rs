@@ -88,12 +88,13 @@ pub async fn store(inspector: &Inspector, scene: &Scene) -> Finding {
             "is etcd overloaded? etcdctl endpoint status; its disk must be fast",
         ),
         Ok(Err(error)) => Finding::failed(format!("a read failed: {error}"), "see docs/symptoms.md for this message"),
-        Ok(Ok(())) => read_took(begin.elapsed(), median_trip(&scene.mesh)),
+        Ok(Ok(())) => read_took(begin.elapsed(), median_trip(&scene.mesh), losses(&scene.mesh)),
     }
 }
 
-/// What to think of a read that took so long, where a packet to another node and back takes `trip`.
-fn read_took(took: Duration, trip: Duration) -> Finding {
+/// What to think of a read that took so long, where a packet to another node and back takes `trip`, and to so many peers
+/// packets are lost: what is lost is sent again after 200 ms at least (`TCP_RTO_MIN`).
+fn read_took(took: Duration, trip: Duration, losses: usize) -> Finding {
     let millis = |time: Duration| time.as_secs_f64() * 1e3;
     let evidence = format!("a read took {:.1} ms", millis(took));
     if took < Duration::from_millis(200) {
@@ -102,6 +103,11 @@ fn read_took(took: Duration, trip: Duration) -> Finding {
         Finding::warning(
             format!("{evidence}; so does the underlay: {:.1} ms to another node and back (median)", millis(trip)),
             "the network is slow, not etcd: fabricctl mesh has the round trip and loss of each peer",
+        )
+    } else if losses > 0 {
+        Finding::warning(
+            format!("{evidence}; packets are lost on the paths to {losses} peers"),
+            "the network loses packets, and waits before it sends them again: fabricctl mesh has the loss of each peer",
         )
     } else {
         Finding::warning(
@@ -117,6 +123,13 @@ fn median_trip(mesh: &Mesh) -> Duration {
     mesh.each(|path| trips.extend(path.round_trip()));
     trips.sort_unstable();
     trips.get(trips.len() / 2).copied().unwrap_or_default()
+}
+
+/// On how many paths packets are lost.
+fn losses(mesh: &Mesh) -> usize {
+    let mut losses = 0;
+    mesh.each(|path| losses += usize::from(path.cause() == Cause::Lossy));
+    losses
 }
 
 fn ready(scene: &Scene) -> Finding {
@@ -326,15 +339,16 @@ mod tests {
 
     #[test]
     fn slow_read_of_the_store_is_blamed_on_the_network_where_that_is_slow() {
-        for (took, trip, said) in [
-            (20, 0, ""),
-            (417, 0, "disk"),
-            (417, 2, "disk"),
-            (417, 187, "the network is slow, not etcd"),
-            (417, 460, "the network is slow, not etcd"),
-            (2000, 100, "disk"),
+        for (took, trip, losses, said) in [
+            (20, 0, 1, ""),
+            (417, 0, 0, "disk"),
+            (417, 2, 0, "disk"),
+            (417, 187, 0, "the network is slow, not etcd"),
+            (417, 460, 3, "the network is slow, not etcd"),
+            (551, 80, 1, "the network loses packets"),
+            (2000, 100, 0, "disk"),
         ] {
-            let found = read_took(Duration::from_millis(took), Duration::from_millis(trip));
+            let found = read_took(Duration::from_millis(took), Duration::from_millis(trip), losses);
             assert_eq!(found.fix.is_empty(), said.is_empty(), "{took} ms: {found:?}");
             assert!(found.fix.contains(said), "{took} ms: {found:?}");
         }

@@ -9,9 +9,9 @@ const LEAST_LOST: u32 = 3;
 /// … among at least so many …
 const LEAST_SENT: u32 = 20;
 /// … which are at least this share of them.
-const LOSSY: f64 = 0.10;
+const LOSSY: f64 = 0.05;
 /// It is lossy no more below this share.
-const FINE: f64 = 0.05;
+const FINE: f64 = 0.03;
 
 /// What became of the last 64 probes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -140,14 +140,15 @@ mod tests {
     }
 
     #[test]
-    fn path_is_lossy_from_a_tenth_on_until_less_than_a_twentieth_is_lost() {
+    fn path_is_lossy_from_a_twentieth_on_until_less_than_three_in_a_hundred_are_lost() {
         for (probes, before, after) in [
             (&"....>".repeat(3), false, false),
             (&"....>".repeat(4), true, true),
             (&format!(">>{}", ".".repeat(18)), false, true),
-            (&format!(">>>{}", ".".repeat(28)), false, true),
-            (&format!(">>>{}", ".".repeat(27)), true, true),
-            (&format!(">>>{}", ".".repeat(60)), false, false),
+            (&format!(">>>{}", ".".repeat(57)), true, true),
+            (&format!(">>>{}", ".".repeat(58)), false, true),
+            (&format!(">>{}", ".".repeat(62)), false, true),
+            (&format!(">{}", ".".repeat(63)), false, false),
         ] {
             let record = record(probes, true);
             assert_eq!([record.is_lossy(false), record.is_lossy(true)], [before, after], "{probes}");
