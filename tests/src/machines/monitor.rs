@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-/// How long an answer may take.
+/// How long an answer or event may take: a device goes when the machine's kernel has let go of it.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A connection to it.
@@ -49,6 +49,15 @@ impl Monitor {
                 return Ok(returned.clone());
             }
         }
+    }
+
+    /// Waits for an event.
+    ///
+    /// # Errors
+    /// It doesn't come within a minute.
+    pub fn wait_for(&mut self, event: &str) -> Result<()> {
+        while self.line().with_context(|| format!("waiting for {event}"))?["event"] != event {}
+        Ok(())
     }
 
     fn line(&mut self) -> Result<Value> {

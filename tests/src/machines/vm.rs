@@ -276,6 +276,27 @@ impl Vm {
         Monitor::connect(&self.host().path(&format!("/run/{}.qmp", self.name))?)
     }
 
+    /// Takes a network interface out of the machine, as a hand would, and waits until its kernel has let go of it.
+    ///
+    /// # Errors
+    /// There is none of this number.
+    pub fn unplug_nic(&self, nic: u8) -> Result<()> {
+        let mut monitor = self.monitor()?;
+        monitor.execute("device_del", &json!({ "id": format!("nic{nic}") }))?;
+        monitor.wait_for("DEVICE_DELETED")
+    }
+
+    /// Puts another one with the same address into its place.
+    ///
+    /// # Errors
+    /// There is one.
+    pub fn plug_nic(&self, nic: u8) -> Result<()> {
+        let (device, net) = (format!("nic{nic}"), format!("net{nic}"));
+        let wanted = json!({ "driver": "virtio-net-pci", "netdev": net, "id": device, "mac": self.mac(nic) });
+        self.monitor()?.execute("device_add", &wanted)?;
+        Ok(())
+    }
+
     /// Lays or pulls the cable of a network interface at the switch: the machine sees no carrier meanwhile.
     ///
     /// # Errors

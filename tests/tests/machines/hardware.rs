@@ -1,4 +1,4 @@
-//! What happens to a machine's hardware.
+//! What happens to a machine's hardware, and to its modules.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -50,6 +50,33 @@ impl<'a> Pings<'a> {
 }
 
 #[test]
+fn a_network_interface_that_is_replaced_is_used_again() -> Result<()> {
+    let mut machines = Machines::start(Lab::builder().nodes(1).families(Families::Dual))?;
+    let vm = machines.add(&[Spec::kernel("newest")])?.remove(0);
+    vm.start_fabricd("")?;
+    vm.wait_ready()?;
+    let outside = machines.lab.node("node-1")?.add_pod("outside")?;
+    let pod = vm.add_pod("a", Plugin::Bridge)?;
+    pod.reaches(outside.ip(Family::V4)?)?;
+
+    vm.unplug_nic(0)?;
+    wait_until("not ready without a network interface", SOON, || {
+        ensure!(vm.status()?["ready"] == false, "it is ready");
+        Ok(())
+    })?;
+    vm.plug_nic(0)?;
+    let (v4, v6) = (vm.underlay_ip(Family::V4), vm.underlay_ip(Family::V6));
+    vm.run(&format!(
+        "until [ -e /sys/class/net/eth0 ]; do sleep 0.2; done\n\
+         ip address add {v4}/16 dev eth0; ip address add {v6}/64 dev eth0 nodad; ip link set eth0 up\n\
+         ip route add default via 10.99.0.1; ip -6 route add default via fd00:99::1"
+    ))?;
+    vm.wait_ready()?;
+    pod.reaches(outside.ip(Family::V4)?)?;
+    pod.reaches(outside.ip(Family::V6)?)
+}
+
+#[test]
 fn a_vlan_on_a_bond_fails_over_and_pods_reach_each_other_again() -> Result<()> {
     let mut machines = Machines::start(Lab::builder().nodes(0).families(Families::V4))?;
     let vms = machines.add(&[Spec { nics: 2, ..Spec::kernel("6.12") }, Spec::kernel("newest")])?;
@@ -92,4 +119,59 @@ fn a_vlan_on_a_bond_fails_over_and_pods_reach_each_other_again() -> Result<()> {
     pings.lost_at_most_once()?;
     pods[0].reaches(pods[1].ip(Family::V4)?)?;
     pods[1].reaches(pods[0].ip(Family::V4)?)
+}
+
+/// By a modprobe that finds nothing: the words name it with the command that loads it, and once it is there the daemon goes
+/// on by itself.
+#[test]
+fn a_vxlan_module_that_is_missing_is_named_until_it_is_there() -> Result<()> {
+    let mut machines = Machines::start(Lab::builder().nodes(0).families(Families::Dual).masquerade(true))?;
+    let vm = machines.add(&[Spec::kernel("6.1")])?.remove(0);
+    vm.run(
+        "modprobe -r vxlan; mkdir -p /etc/modprobe.d; echo 'install vxlan /bin/false' >/etc/modprobe.d/missing.conf",
+    )?;
+    vm.start_fabricd("")?;
+    wait_until("vxlan is named", SOON, || {
+        let status = vm.status()?;
+        let reason = status["reason"].as_str().unwrap_or_default();
+        ensure!(reason.contains("modprobe vxlan"), "{reason}");
+        Ok(())
+    })?;
+    vm.run("rm /etc/modprobe.d/missing.conf")?;
+    vm.wait_ready()
+}
+
+#[test]
+fn loss_and_delay_of_the_underlay_are_told() -> Result<()> {
+    let mut machines = Machines::start(Lab::builder().nodes(1).families(Families::Dual))?;
+    let vm = machines.add(&[Spec::kernel("6.12")])?.remove(0);
+    vm.start_fabricd("")?;
+    vm.wait_ready()?;
+    vm.run("modprobe sch_netem; tc qdisc add dev eth0 root netem delay 60ms 10ms loss 30% reorder 20%")?;
+    let mesh = wait_until("the mesh tells of the loss", SOON, || {
+        let mesh = vm.exec("fabricctl mesh")?.stdout;
+        ensure!(mesh.contains("lossy"), "{mesh}");
+        Ok(mesh)
+    })?;
+    println!("{mesh}");
+    let doctor = vm.exec("fabricctl doctor")?.stdout;
+    ensure!(!doctor.contains("fsync"), "etcd's disk is blamed for what the underlay loses:\n{doctor}");
+    vm.run("tc qdisc del dev eth0 root")?;
+    // 64 probes, two each 5 s, forget what was lost.
+    wait_until("the mesh is fine again", 2 * SOON, || {
+        let mesh = vm.exec("fabricctl mesh")?.stdout;
+        ensure!(!mesh.contains("lossy"), "{mesh}");
+        Ok(())
+    })
+}
+
+#[test]
+fn ipvs_beside_the_fabric_changes_nothing() -> Result<()> {
+    let mut machines = Machines::start(Lab::builder().nodes(1).families(Families::Dual))?;
+    let vm = machines.add(&[Spec::kernel("6.1")])?.remove(0);
+    vm.run("modprobe -a ip_vs ip_vs_rr br_netfilter wireguard esp4 dummy")?;
+    vm.start_fabricd("")?;
+    vm.wait_ready()?;
+    let outside = machines.lab.node("node-1")?.add_pod("outside")?;
+    vm.add_pod("a", Plugin::Bridge)?.reaches(outside.ip(Family::V4)?)
 }
