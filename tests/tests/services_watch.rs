@@ -7,7 +7,7 @@ use std::time::Duration;
 use fabric_core::services::ObjectName;
 use fabric_core::services::sets::{Services, Slices};
 use fabric_tests::conformance::store::shows;
-use fabric_tests::fake_api::{FakeApi, NODES};
+use fabric_tests::fake_api::{FakeApi, Fault, NODES};
 use fabric_tests::kubernetes::Nodes;
 use fabric_tests::real_api::RealApi;
 use fabric_tests::services::{SERVICES, V1, V1BETA1, Writes, endpoint, service, slice, slices_of};
@@ -134,6 +134,37 @@ async fn without_an_api_server_nothing_is_known() {
     let (mut sources, _dir) = watch(&api);
     shows(&mut sources.connection, "the outage", |all| all.trouble().is_some()).await;
     assert_eq!(sources.missing(), Some("Services"));
+}
+
+#[tokio::test]
+async fn api_server_that_does_not_answer_is_named_with_a_command_that_shows_whether_it_does() {
+    let api = fake();
+    let at = format!("http://{}/", api.address());
+    let curl = |command: String| async move {
+        let words: Vec<&str> = command.split(' ').collect();
+        let done = tokio::process::Command::new(words[0]).args(&words[1..]).output().await.expect("curl runs");
+        done.status.success()
+    };
+    api.stop();
+    let (mut sources, _dir) = watch(&api);
+    let outage = shows(&mut sources.connection, "the outage", |all| all.trouble().is_some()).await;
+    let told = outage.trouble().expect("an outage").to_string();
+    assert!(told.contains(&format!("{at}: Connection refused")), "{told}");
+    let command = told.split("answer this node? ").nth(1).and_then(|rest| rest.split(';').next()).expect("a command");
+    assert_eq!(command, format!("curl -k {at}version"));
+    assert!(!curl(command.to_owned()).await);
+    api.start_again().expect("the same port");
+    assert!(curl(command.to_owned()).await);
+    shows(&mut sources.connection, "the connection", |all| all.trouble().is_none()).await;
+    // It takes requests, and says nothing.
+    api.set(Fault::Hangs);
+    api.bookmark();
+    tokio::time::pause();
+    let silent = |all: &Connections| {
+        all.trouble().is_some_and(|error| error.to_string().contains(&format!("{at}: it does not answer; ")))
+    };
+    let noticed = tokio::time::timeout(Duration::from_secs(600), sources.connection.wait_for(silent)).await;
+    assert!(noticed.is_ok(), "no silence was noticed");
 }
 
 #[tokio::test]

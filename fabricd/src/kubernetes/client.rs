@@ -1,11 +1,14 @@
 //! The Kubernetes API server: where it is, who we are, a connection that notices when the other end is gone, and what
 //! its refusals mean.
 
+use std::error::Error;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use axum::http::Uri;
 use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
@@ -15,6 +18,7 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::Request;
 use kube::{Client, Config};
 use serde::de::IgnoredAny;
+use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 use tower::ServiceBuilder;
 
@@ -68,11 +72,12 @@ fn connect(config: Config) -> anyhow::Result<Client> {
     tcp.set_keepalive_retries(Some(PROBES));
     // What was sent and is not acknowledged counts too, which probes don't look at.
     tcp.set_tcp_user_timeout(Some(PROBE_AFTER + PROBE_EVERY * PROBES));
+    let url = config.cluster_url.clone();
     let tls = config.rustls_https_connector_with_connector(tcp).context("cannot set up TLS to the API server")?;
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer().context("cannot use the credentials for the API server")?)
-        .map_err(tower::BoxError::from)
+        .map_err(move |error| tower::BoxError::from(Unanswered::new(&url, &error)))
         .service(HttpClient::builder(TokioExecutor::new()).build(tls));
     Ok(Client::new(service, config.default_namespace))
 }
@@ -105,15 +110,46 @@ impl ApiError {
                 Self::Refused { verb, reason: status.message.clone() }
             }
             kube::Error::Api(status) => Self::Unreachable(status.message.clone()),
-            error => Self::Unreachable(root_of(error)),
+            error => Self::Unreachable(match root_of(error).downcast_ref() {
+                Some(unanswered) => Unanswered::with_way_out(unanswered),
+                None => root_of(error).to_string(),
+            }),
         }
     }
+}
 
-    /// It takes requests, and says nothing for too long.
-    #[must_use]
-    pub fn silent() -> Self {
-        Self::Unreachable("it does not answer".to_owned())
+/// Nobody answers where the API server was asked.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{url}: {reason}")]
+struct Unanswered {
+    url: Uri,
+    reason: String,
+}
+
+impl Unanswered {
+    /// What is said where nothing is heard in time.
+    const SILENT: &str = "it does not answer";
+
+    fn new(url: &Uri, error: &(dyn Error + 'static)) -> Self {
+        let root = root_of(error);
+        // The time of an attempt to connect ends by an error that says `deadline has elapsed`.
+        let is_late = root
+            .downcast_ref()
+            .is_some_and(|error: &io::Error| error.kind() == io::ErrorKind::TimedOut && error.raw_os_error().is_none());
+        let is_late = is_late || root.is::<Elapsed>();
+        let reason = if is_late { Self::SILENT.to_owned() } else { root.to_string() };
+        Self { url: url.clone(), reason }
     }
+
+    /// With the command that shows whether it is so, and what gives other addresses.
+    fn with_way_out(&self) -> String {
+        format!("{self}; {}", way_out(&self.url))
+    }
+}
+
+/// What can be done where the API server doesn't answer at an address.
+fn way_out(url: &Uri) -> String {
+    format!("does it answer this node? curl -k {url}version; --api-server gives other addresses of it")
 }
 
 /// The words of RBAC, `User "u" cannot list resource "nodes" in API group "" at the cluster scope`, with the commands by
@@ -132,33 +168,44 @@ fn with_way_out(verb: &str, message: &str) -> String {
 }
 
 /// What an error says at its root: `Connection refused (os error 111)` lies three causes deep.
-fn root_of(error: &dyn std::error::Error) -> String {
+fn root_of<'a>(error: &'a (dyn Error + 'static)) -> &'a (dyn Error + 'static) {
     let mut root = error;
     while let Some(deeper) = root.source() {
         root = deeper;
     }
-    root.to_string()
+    root
 }
 
 /// Asks for the version, which everybody may see. Whatever else is said, somebody is there.
-async fn answer(client: &Client) -> Result<(), ApiError> {
+async fn answer(url: &Uri, client: &Client) -> Result<(), Unanswered> {
     let request = Request::new("").get("version", &GetParams::default());
-    let request = request.map_err(|error| ApiError::new("get", &kube::Error::BuildRequest(error)))?;
+    let request = request.map_err(|error| Unanswered::new(url, &error))?;
     match timeout(ANSWER, client.request::<IgnoredAny>(request)).await {
-        Err(_) => Err(ApiError::silent()),
+        Err(elapsed) => Err(Unanswered::new(url, &elapsed)),
         Ok(Ok(_)) => Ok(()),
         Ok(Err(error)) => match ApiError::new("get", &error) {
             ApiError::Refused { .. } => Ok(()),
-            unreachable => Err(unreachable),
+            ApiError::Unreachable(_) => Err(match root_of(&error).downcast_ref::<Unanswered>() {
+                Some(unanswered) => unanswered.clone(),
+                None => Unanswered::new(url, &error),
+            }),
         },
     }
+}
+
+/// How the API server is reached.
+#[derive(Default)]
+struct Connection {
+    client: Option<Client>,
+    /// Where it is, or was asked last.
+    url: Option<Uri>,
 }
 
 /// The API server, for all that read and write there over one connection.
 pub struct ApiServer {
     kubeconfig: Option<PathBuf>,
     addresses: Addresses,
-    client: Mutex<Option<Client>>,
+    connection: Mutex<Connection>,
     /// Held by who looks for an address that answers: the others wait for what it finds.
     looking: tokio::sync::Mutex<()>,
 }
@@ -167,7 +214,7 @@ impl ApiServer {
     /// The one that a kubeconfig names, or else the one of the cluster that this pod is in.
     #[must_use]
     pub fn new(kubeconfig: Option<PathBuf>) -> Self {
-        Self { kubeconfig, addresses: Addresses::default(), client: Mutex::default(), looking: Default::default() }
+        Self { kubeconfig, addresses: Addresses::default(), connection: Mutex::default(), looking: Default::default() }
     }
 
     /// The same, which may be reached at other addresses too.
@@ -189,38 +236,52 @@ impl ApiServer {
     /// [`ApiError::Unreachable`] when kubeconfig or service account can't be read, or none of several addresses answers.
     pub async fn client(&self) -> Result<Client, ApiError> {
         let _looking = self.looking.lock().await;
-        if let Some(client) = self.held().clone() {
+        if let Some(client) = self.held().client.clone() {
             return Ok(client);
         }
-        let made = self.find().await.map_err(|error| ApiError::Unreachable(format!("{error:#}")))?;
-        Ok(self.held().insert(made).clone())
+        let (url, made) = self.find().await.map_err(|error| ApiError::Unreachable(format!("{error:#}")))?;
+        let mut held = self.held();
+        held.url = Some(url);
+        Ok(held.client.insert(made).clone())
     }
 
-    async fn find(&self) -> anyhow::Result<Client> {
+    /// It takes requests, and says nothing for too long.
+    #[must_use]
+    pub fn silent(&self) -> ApiError {
+        let reason = Unanswered::SILENT.to_owned();
+        ApiError::Unreachable(match self.held().url.clone() {
+            Some(url) => Unanswered { url, reason }.with_way_out(),
+            None => reason,
+        })
+    }
+
+    async fn find(&self) -> anyhow::Result<(Uri, Client)> {
         let config = config(self.kubeconfig.as_deref(), self.addresses.are_some()).await?;
         let mut all = self.addresses.all(&config);
         if all.len() <= 1 {
-            return connect(all.pop().unwrap_or(config));
+            let config = all.pop().unwrap_or(config);
+            return Ok((config.cluster_url.clone(), connect(config)?));
         }
-        let mut silent = vec![];
+        let first = way_out(&all[0].cluster_url);
+        let mut unanswered = vec![];
         for config in all {
-            let url = config.cluster_url.to_string();
+            let url = config.cluster_url.clone();
             let client = connect(config)?;
-            match answer(&client).await {
-                Ok(()) => return Ok(client),
-                Err(error) => silent.push(format!("{url}: {error}")),
+            match answer(&url, &client).await {
+                Ok(()) => return Ok((url, client)),
+                Err(error) => unanswered.push(error.to_string()),
             }
         }
-        anyhow::bail!("none of its addresses answers: {}", silent.join(", "))
+        anyhow::bail!("none of its addresses answers: {}; {first}", unanswered.join(", "))
     }
 
     /// Reads anew how the API server is reached, before the next request. What is under way goes on.
     pub fn reconnect(&self) {
-        *self.held() = None;
+        self.held().client = None;
     }
 
-    fn held(&self) -> MutexGuard<'_, Option<Client>> {
-        self.client.lock().unwrap_or_else(PoisonError::into_inner)
+    fn held(&self) -> MutexGuard<'_, Connection> {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -201,7 +201,7 @@ async fn ask<T: DeserializeOwned>(
     let client = api.client().await?;
     match timeout(LIMIT, client.request(request)).await {
         Ok(answer) => answer.map_err(|error| ApiError::new(verb, &error)),
-        Err(_) => Err(ApiError::silent()),
+        Err(_) => Err(api.silent()),
     }
 }
 

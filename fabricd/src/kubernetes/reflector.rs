@@ -231,7 +231,7 @@ impl<F: Fold> Reflector<F> {
     {
         let request = Request::new(F::Object::PATH).list(params).map_err(kube::Error::BuildRequest);
         let answer = async { client.request(request?).await };
-        timeout(PAGE_TIME, answer).await.map_err(|_| silent())?.map_err(|error| interrupted(LIST, &error))
+        timeout(PAGE_TIME, answer).await.map_err(|_| self.silent())?.map_err(|error| interrupted(LIST, &error))
     }
 
     fn selected(&self) -> ListParams {
@@ -254,7 +254,7 @@ impl<F: Fold> Reflector<F> {
         let request = Request::new(F::Object::PATH).watch(&params, &self.seen.to_string());
         let request = request.map_err(kube::Error::BuildRequest);
         let answer = async { client.request_events(request?).await };
-        timeout(PAGE_TIME, answer).await.map_err(|_| silent())?.map_err(|error| interrupted(WATCH, &error))
+        timeout(PAGE_TIME, answer).await.map_err(|_| self.silent())?.map_err(|error| interrupted(WATCH, &error))
     }
 
     /// Folds events in until the watch ends in good order.
@@ -288,7 +288,7 @@ impl<F: Fold> Reflector<F> {
             let patience = end.min(Instant::now() + SILENCE);
             match timeout_at(patience, events.try_next()).await {
                 Ok(event) => return event.map_err(|error| interrupted(WATCH, &error)),
-                Err(_) if patience == end => return Err(silent()),
+                Err(_) if patience == end => return Err(self.silent()),
                 // A server that hangs keeps its connections, and doesn't answer.
                 Err(_) => drop(self.revision_now(client).await?),
             }
@@ -331,6 +331,10 @@ impl<F: Fold> Reflector<F> {
         Ok(changed)
     }
 
+    fn silent(&self) -> Interrupted {
+        Interrupted::Failed(self.api.silent())
+    }
+
     /// Publishes what events were folded into, unless they removed most of it: then a list has to confirm it.
     fn publish(&mut self, changed: bool) -> Result<(), Interrupted> {
         if changed && self.fold.would_lose_most() {
@@ -346,10 +350,6 @@ impl<F: Fold> Reflector<F> {
 /// The word for a kind in the log and in rights: `nodes` for `/api/v1/nodes`.
 fn kind<O: Object>() -> &'static str {
     O::PATH.rsplit('/').next().unwrap_or(O::PATH)
-}
-
-fn silent() -> Interrupted {
-    Interrupted::Failed(ApiError::silent())
 }
 
 /// Gone is the history that a watch or the next page of a list would need.

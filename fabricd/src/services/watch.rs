@@ -127,11 +127,11 @@ async fn watch_version<V: Version>(
     let connection = told.subscribe();
     let fold = SetFold::new(SlicesOf::<V>(SliceSet::default(), PhantomData), published, told);
     tokio::select! {
-        () = Reflector::new(api, fold).labels(OF_SLICES).run() => {}
+        () = Reflector::new(Arc::clone(&api), fold).labels(OF_SLICES).run() => {}
         () = refused.notified() => {}
     }
     let state = connection.borrow().slices.clone();
-    state.and_then(Result::err).unwrap_or_else(ApiError::silent)
+    state.and_then(Result::err).unwrap_or_else(|| api.silent())
 }
 
 /// Whether the API server knows `discovery.k8s.io/v1`, which came with Kubernetes 1.21.

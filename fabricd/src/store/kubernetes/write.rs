@@ -151,7 +151,7 @@ async fn send(shared: &Shared, change: Change) -> Result<Node, SendError> {
         // It was deleted, is another one, or has changed.
         Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409 | 422) => Err(SendError::Outdated),
         Ok(Err(error)) => Err(ApiError::new(PATCH, &error).into()),
-        Err(_) => Err(ApiError::silent().into()),
+        Err(_) => Err(shared.api.silent().into()),
     }
 }
 
