@@ -7,8 +7,10 @@ use std::sync::OnceLock;
 
 use crate::sys::{self, Command, MapBatch, MapCreate, MapElem, MapInfo, address, address_mut, bpf, bpf_fd, number};
 
-/// How many entries of an array are read in one call.
-const AT_ONCE: usize = 512;
+/// How many bytes of an array's values are read in one call.
+const AT_ONCE: usize = 64 * 1024;
+/// What a kernel says whose kind of map knows no batches; libc has no name for it.
+const ENOTSUPP: i32 = 524;
 
 /// What kind of table (`enum bpf_map_type`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -196,16 +198,31 @@ impl Map {
         }
     }
 
-    /// Goes through all entries of an array, some hundred in one call.
+    /// Goes through all entries of an array, many in one call. Of a map per processor each has all of its values, as
+    /// [`Map::get`] gives them. Kernels that can't do that (before 5.6; per processor before 5.13) are asked for one after the
+    /// other.
     ///
     /// # Errors
-    /// The kernel's: `EINVAL` before 5.6.
+    /// The kernel's.
     ///
     /// # Panics
     /// When it is no array.
     pub fn each_value(&self, mut take: impl FnMut(u32, &[u8])) -> io::Result<()> {
-        assert_eq!(self.shape.kind, Kind::Array, "only an array has all of its values");
-        let (mut keys, mut values) = (vec![0; AT_ONCE * 4], vec![0; AT_ONCE * self.shape.value_size as usize]);
+        let is_array = matches!(self.shape.kind, Kind::Array | Kind::PerCpuArray);
+        assert!(is_array, "only an array has all of its values");
+        match self.each_value_in_batches(&mut take) {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP | ENOTSUPP)) => {
+                self.each_value_by_one(&mut take)
+            }
+            done => done,
+        }
+    }
+
+    /// A kernel that can't has told so before anything was taken.
+    fn each_value_in_batches(&self, take: &mut impl FnMut(u32, &[u8])) -> io::Result<()> {
+        let size = self.value_length()?;
+        let at_once = (AT_ONCE / size).max(1);
+        let (mut keys, mut values) = (vec![0; at_once * 4], vec![0; at_once * size]);
         let (mut last, mut first) = ([0; 4], 0_u32);
         while first < self.shape.max_entries {
             let mut next = [0; 4];
@@ -214,7 +231,7 @@ impl Map {
                 out_batch: address_mut(&mut next),
                 keys: address_mut(&mut keys[..]),
                 values: address_mut(&mut values[..]),
-                count: AT_ONCE as u32,
+                count: at_once as u32,
                 map_fd: self.number(),
                 ..MapBatch::default()
             };
@@ -224,10 +241,18 @@ impl Map {
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) && attr.count > 0 => {}
                 Err(error) => return Err(error),
             }
-            let found = values.chunks_exact(self.shape.value_size as usize).take(attr.count as usize);
+            let found = values.chunks_exact(size).take(attr.count as usize);
             found.zip(first..).for_each(|(value, index)| take(index, value));
             first += attr.count;
             last = next;
+        }
+        Ok(())
+    }
+
+    fn each_value_by_one(&self, take: &mut impl FnMut(u32, &[u8])) -> io::Result<()> {
+        for index in 0..self.shape.max_entries {
+            let value = self.get(&index.to_ne_bytes())?;
+            take(index, &value.unwrap_or_default());
         }
         Ok(())
     }
@@ -290,4 +315,31 @@ fn possible_processors() -> io::Result<usize> {
 pub(crate) fn kind_of(fd: BorrowedFd<'_>) -> io::Result<String> {
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
     Ok(link.to_string_lossy().trim_start_matches("anon_inode:").trim_matches(['[', ']']).to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// It needs root.
+    #[test]
+    fn values_are_the_same_one_by_one_as_in_batches() {
+        for (kind, value_size) in [(Kind::Array, 8), (Kind::Array, 12), (Kind::PerCpuArray, 8), (Kind::PerCpuArray, 32)]
+        {
+            // More than one batch has, and not a multiple of it.
+            let shape = Shape { kind, key_size: 4, value_size, max_entries: 20_011, flags: 0 };
+            let map = Map::create("fabric_batch", shape).expect("made; is this root?");
+            let size = map.value_length().expect("known");
+            for index in [0_u32, 7, 20_010] {
+                map.update(&index.to_ne_bytes(), &vec![index as u8 + 1; size]).expect("written");
+            }
+            let (mut batches, mut by_one) = (vec![], vec![]);
+            map.each_value_in_batches(&mut |index, value: &[u8]| batches.push((index, value.to_vec()))).expect("read");
+            map.each_value_by_one(&mut |index, value: &[u8]| by_one.push((index, value.to_vec()))).expect("read");
+            assert_eq!(batches.len(), 20_011);
+            assert!(batches == by_one, "{shape:?}");
+            let written = batches.iter().filter(|(_, value)| value.iter().any(|byte| *byte != 0));
+            assert_eq!(written.map(|(index, _)| *index).collect::<Vec<_>>(), [0, 7, 20_010]);
+        }
+    }
 }

@@ -199,30 +199,29 @@ impl Maps {
 
     /// Adds up what each processor has counted for each peer.
     pub(super) fn traffic(&self, index: &BTreeMap<Subnet, PeerSlot>) -> io::Result<Traffic> {
-        let of = |(subnet, slot): (&Subnet, &PeerSlot)| {
-            let values = self.map(abi::Map::PeerCounters).get(&slot.0.to_ne_bytes())?.unwrap_or_default();
+        let mut sums = BTreeMap::new();
+        self.map(abi::Map::PeerCounters).each_value(|slot, values| {
             let each = values.chunks_exact(size_of::<abi::Traffic>());
             let each = each.filter_map(|value| abi::Traffic::read_from_bytes(value).ok());
-            Ok((*subnet, each.fold(abi::Traffic::default(), abi::Traffic::plus)))
-        };
-        index.iter().map(of).collect()
+            let sum = each.fold(abi::Traffic::default(), abi::Traffic::plus);
+            if sum != abi::Traffic::default() {
+                sums.insert(PeerSlot(slot), sum);
+            }
+        })?;
+        let of = |slot: &PeerSlot| sums.get(slot).copied().unwrap_or_default();
+        Ok(index.iter().map(|(subnet, slot)| (*subnet, of(slot))).collect())
     }
 
     /// Adds up what each processor has counted.
     pub(super) fn counts(&self) -> io::Result<Counts> {
-        let mut counts = Counts::new();
-        for program in Program::ALL {
-            for reason in Reason::ALL {
-                let values = self.map(abi::Map::Counters).get(&abi::counter(program, reason).to_ne_bytes())?;
-                let values = values.unwrap_or_default();
-                let each = values.chunks_exact(8).map(|value| u64::read_from_bytes(value).unwrap_or_default());
-                let sum = each.fold(0_u64, u64::wrapping_add);
-                if sum > 0 {
-                    counts.insert((program, reason), sum);
-                }
-            }
-        }
-        Ok(counts)
+        let mut sums = BTreeMap::new();
+        self.map(abi::Map::Counters).each_value(|counter, values| {
+            let each = values.chunks_exact(8).map(|value| u64::read_from_bytes(value).unwrap_or_default());
+            sums.insert(counter, each.fold(0_u64, u64::wrapping_add));
+        })?;
+        let all = Program::ALL.into_iter().flat_map(|program| Reason::ALL.map(|reason| (program, reason)));
+        let sum = |(program, reason)| sums.get(&abi::counter(program, reason)).copied().unwrap_or_default();
+        Ok(all.map(|key| (key, sum(key))).filter(|(_, sum)| *sum > 0).collect())
     }
 }
 
