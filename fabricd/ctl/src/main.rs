@@ -2,6 +2,7 @@
 
 mod all;
 mod bundle;
+mod capture;
 mod daemon;
 mod doctor;
 mod events;
@@ -153,6 +154,8 @@ enum Command {
         #[arg(short, long)]
         follow: bool,
     },
+    /// Packets of a pod of this node, or to and from another node, on whichever path they go: by tcpdump
+    Capture(capture::CaptureArgs),
     /// Test connectivity with real traffic: gateway, other nodes, Services, DNS, outside
     Test(Box<test::TestArgs>),
     /// Node, mesh and events, live until Ctrl-C
@@ -258,6 +261,7 @@ async fn run(command: Command, socket: &Path) -> anyhow::Result<Answer> {
         }
         Command::Policy { form } => policy::show(socket, form.output).await,
         Command::Drops { form, .. } => policy::drops(socket, form.output).await,
+        Command::Capture(args) => capture::run(socket, args).await,
         Command::Service { name, form } => service::show(socket, form.output, name).await,
         Command::Top { once, form, .. } if once || form.output.is_data() => top::once(socket, form.output).await,
         Command::Top { every, .. } => top::run(socket, Duration::from_secs(every)).await,

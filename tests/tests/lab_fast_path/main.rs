@@ -1,6 +1,7 @@
 //! The fast path in the Lab: whole nodes, real pods, and the kernel's own programs. Whatever takes which path, packets arrive
 //! as they were sent.
 
+mod captured;
 mod obstacles;
 mod translated;
 
