@@ -3,6 +3,7 @@
 
 mod captured;
 mod obstacles;
+mod replaced;
 mod translated;
 
 use std::io::{Read, Write};
