@@ -159,3 +159,27 @@ on_both_kernels! { maps in RealWorld::default() =>
     what_leads_nowhere_is_refused
     thousands_of_frontends_come_change_and_go
 }
+
+/// Once more where programs are filters of tc, as before 6.6.
+mod fast_path_without_tcx {
+    use super::*;
+
+    macro_rules! by_filters {
+        ($($case:ident)*) => {$(
+            #[test]
+            fn $case() {
+                in_netns_async(|| async move {
+                    let mut world = RealWorld::without_tcx();
+                    fabric_tests::conformance::fast_path::$case(&mut world, Family::V4).await;
+                });
+            }
+        )*};
+    }
+
+    by_filters! {
+        fast_path_is_made_seen_and_goes_again
+        pod_is_marked_before_it_is_taken
+        another_network_takes_all_away_first
+        steps_without_their_base_are_refused_alone
+    }
+}

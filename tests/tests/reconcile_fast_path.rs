@@ -399,6 +399,29 @@ async fn pod_whose_port_is_shaped_takes_the_kernels_path_alone() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn filters_of_tc_come_to_a_port_once_plugins_are_done_with_it() {
+    let host = Host::new();
+    host.kernel.edit(|tables| tables.without_tcx = true);
+    let mut daemon = host.start(Mode::On);
+    let own = daemon.own().await;
+    host.add_pod("veth1", own, 5);
+    sleep(Duration::from_secs(5)).await;
+    let is_at_the_pod = |host: &Host| {
+        let ifindex = host.kernel.tables().links[&v("veth1")].index;
+        host.fast_path().links.keys().any(|place| place.ifindex == ifindex)
+    };
+    assert!(!is_at_the_pod(&host), "bandwidth may be about to put its qdisc there");
+    daemon.fast(2, 1).await;
+    assert!(is_at_the_pod(&host));
+    drop(host.kernel.writes());
+    drop(daemon);
+    // A daemon that knows no port yet leaves alone what is attached.
+    host.start(Mode::On).fast(2, 1).await;
+    let written: Vec<String> = host.kernel.writes().iter().map(ToString::to_string).collect();
+    assert_eq!(written, Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
 async fn restart_with_nothing_changed_writes_nothing() {
     let host = Host::new();
     let mut daemon = host.start(Mode::On);

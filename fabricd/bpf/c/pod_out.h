@@ -89,6 +89,14 @@ struct encapsulated4 {
 /* The compiler fills the structure up to a multiple of 8. */
 #define ENCAPSULATED4 (TEMPLATE_SIZE + sizeof(struct iphdr))
 
+/* Room for the outer headers. An Ethernet header inside (ENCAP_L2_ETH) is known since 5.13. */
+INLINE int make_room4(struct __sk_buff *skb)
+{
+	return adjust_room(skb, TEMPLATE_SIZE - ETH_HLEN, BPF_ADJ_ROOM_MAC,
+			   BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP |
+				   BPF_F_ADJ_ROOM_ENCAP_L2(ETH_HLEN) | BPF_F_ADJ_ROOM_ENCAP_L2_ETH);
+}
+
 INLINE int encapsulate4(struct __sk_buff *skb, const struct way *way, const struct iphdr *ip, __u32 length)
 {
 	const __u64 *template = (const __u64 *)way->peer->template;
@@ -112,9 +120,7 @@ INLINE int encapsulate4(struct __sk_buff *skb, const struct way *way, const stru
 	/* One flow, one port: networks spread load by it (RFC 7348 section 5, ports as of RFC 6335). */
 	udp->source = net16(0xc000 | (hash & 0x3fff));
 	udp->len = net16(total - sizeof(*outer));
-	if (adjust_room(skb, TEMPLATE_SIZE - ETH_HLEN, BPF_ADJ_ROOM_MAC,
-			BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP |
-				BPF_F_ADJ_ROOM_ENCAP_L2(ETH_HLEN) | BPF_F_ADJ_ROOM_ENCAP_L2_ETH) < 0)
+	if (make_room4(skb) < 0)
 		return -SLOW_REFUSED;
 	if (store_bytes(skb, 0, &headers, ENCAPSULATED4, 0) < 0) {
 		count(POD_OUT, DROPPED_REWRITE);

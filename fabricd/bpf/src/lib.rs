@@ -23,3 +23,10 @@ pub use reason::{Path, Program, Reason};
 /// The object file: each program is a section of its own, named as [`Program::name`] says, without calls and variables.
 /// Maps are undefined but for their names ([`abi::Map::name`]).
 pub static OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/fabric.o"));
+
+/// The one that is never attached. It answers [`NEXT`] to a packet of IPv4 where the kernel can do what [`Program::PodOut`]
+/// does.
+pub const PROBE: &str = "fabric_probe";
+
+/// What programs answer for packets that they leave to others: `TCX_NEXT` and `TC_ACT_UNSPEC`.
+pub const NEXT: i32 = -1;

@@ -17,6 +17,8 @@ use crate::sys::{
 const TCX: u32 = 11;
 /// How many programs of one hook are looked at (`BPF_MPROG_MAX`).
 const MOST: usize = 64;
+/// The index of an interface that nobody has: they are counted up from 1.
+const NO_INTERFACE: u32 = i32::MAX.cast_unsigned();
 
 /// Where at an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -55,6 +57,18 @@ impl Link {
             ..LinkCreate::default()
         };
         Ok(Self { fd: bpf_fd(Command::LinkCreate, &mut attr)? })
+    }
+
+    /// Whether the kernel has links of tcx: it is asked for one at an interface that isn't there.
+    ///
+    /// # Errors
+    /// The kernel's: `EPERM` without CAP_BPF and CAP_NET_ADMIN.
+    pub fn are_known(program: &Program) -> io::Result<bool> {
+        match Self::attach(program, NO_INTERFACE, Hook::Ingress) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(false),
+            Err(error) if error.raw_os_error() != Some(libc::ENODEV) => Err(error),
+            _ => Ok(true),
+        }
     }
 
     /// Opens the link that is pinned at `path`.

@@ -136,6 +136,7 @@ fn link_stands_behind_others_is_replaced_in_place_and_goes_with_its_pin() {
         link.replace(&second).expect("replaced");
         assert_eq!(names(), ["others", "fabric_second"]);
         assert_eq!(attached(lo, Hook::Egress).expect("asked"), []);
+        assert!(Link::are_known(&first).expect("asked"));
         link.detach().expect("detached");
         assert_eq!(names(), ["others"]);
         assert_eq!(link.program_and_interface().expect("told").1, 0, "it is nowhere");

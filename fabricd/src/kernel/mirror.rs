@@ -93,6 +93,12 @@ impl Mirror {
 
     /// What of the fast path is there, and what it depends on.
     fn look_at_fast_path(&mut self, socket: &mut RequestSocket, bpf: &mut Bpf, options: &Options) {
+        // Filters of ours that came or went; a link does so unheard.
+        let shaping =
+            options.fast_path && [Table::Links, Table::Shaping].iter().any(|table| self.stale.contains(table));
+        if shaping && self.shaping.read(socket, &self.links) {
+            bpf.distrust();
+        }
         if self.stale.contains(&Table::FastPath) {
             bpf.distrust();
             // Marks that are a little old cost speed alone.
@@ -121,9 +127,6 @@ impl Mirror {
         self.paths.retain(|ip, path| path.is_none() || paths.contains_key(ip));
         let ports = self.stale.contains(&Table::Links).then(|| ports(&self.links));
         let devices = our_names(&self.links).into_iter().map(|(index, name)| (name, index)).collect();
-        if options.fast_path && [Table::Links, Table::Shaping].iter().any(|table| self.stale.contains(table)) {
-            self.shaping.read(socket, &self.links);
-        }
         let mut shaping = self.shaping.found().clone();
         shaping.unread = shaping.unread.or_else(|| self.firewalls_unread.clone());
         let known = &self.observed.fast_path;
@@ -135,7 +138,7 @@ impl Mirror {
         if !same || counts.is_some() || ports.is_some() {
             let found = &mut Arc::make_mut(&mut self.observed).fast_path;
             (found.state, found.trouble, found.paths, found.shaping) = (state, trouble, paths, shaping);
-            found.devices = devices;
+            (found.devices, found.by_filters) = (devices, bpf.by_filters());
             if let Some((counts, traffic)) = counts {
                 (found.counts, found.traffic) = (counts, Arc::new(traffic));
             }

@@ -106,6 +106,8 @@ pub struct FastPathFound {
     pub state: Arc<FastPath>,
     /// Why there can be none here, with the way out.
     pub trouble: Option<String>,
+    /// Programs are attached as filters of tc, since the kernel has no tcx.
+    pub by_filters: bool,
     /// The way to each underlay address that the FDB names, over interfaces that programs can send by.
     pub paths: BTreeMap<IpAddr, UnderlayPath>,
     /// The ports of bridges.

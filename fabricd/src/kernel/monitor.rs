@@ -43,7 +43,9 @@ const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
 const RTM_NEWQDISC: u16 = 36;
 const RTM_DELQDISC: u16 = 37;
-/// Classes, filters and actions of queueing disciplines, and chains of filters.
+const RTM_NEWTFILTER: u16 = 44;
+const RTM_DELTFILTER: u16 = 45;
+/// Classes and actions of queueing disciplines, and chains of filters.
 const RTM_BELOW_QDISC: [std::ops::RangeInclusive<u16>; 2] = [40..=50, 100..=102];
 const RTM_NEWNETCONF: u16 = 80;
 const RTM_DELNETCONF: u16 = 81;
@@ -311,7 +313,7 @@ pub(super) enum Event {
     Nexthop(NexthopRow),
     /// A nexthop object is gone.
     NexthopGone(NexthopRow),
-    /// A queueing discipline came, changed or went.
+    /// A queueing discipline, or a filter of one, came, changed or went.
     Qdisc,
     /// Forwarding was turned on or off for the whole host.
     Forwarding,
@@ -330,7 +332,7 @@ impl Event {
             RTM_NEWROUTE | RTM_DELROUTE if routes::is_ours(frame) => {
                 return routes::row(frame, frame.kind == RTM_DELROUTE).map(Self::Route);
             }
-            RTM_NEWQDISC | RTM_DELQDISC => return Some(Self::Qdisc),
+            RTM_NEWQDISC | RTM_DELQDISC | RTM_NEWTFILTER | RTM_DELTFILTER => return Some(Self::Qdisc),
             kind if RTM_BELOW_QDISC.iter().any(|below| below.contains(&kind)) => return None,
             RTM_NEWNETCONF => return netconf(frame),
             // Every pod's device takes its settings along; if one was ours, its end is told too.

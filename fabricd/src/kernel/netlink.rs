@@ -61,7 +61,7 @@ impl Netlink {
         let worker = Worker {
             socket: RequestSocket::open(NETLINK_ROUTE).map_err(gone)?,
             filter,
-            bpf: Bpf::new(&options.bpffs),
+            bpf: Bpf::new(&options.bpffs, options.fast_path),
             monitor: Arc::clone(&monitor),
             options,
             mirror: Mirror::default(),

@@ -42,7 +42,9 @@ impl KernelError {
     pub fn of_fast_path(op: &fast_path::Op, source: io::Error, words: Option<String>) -> Self {
         let advice = match (op, source.raw_os_error().unwrap_or_default()) {
             (_, libc::EPERM | libc::EACCES) if words.is_none() => super::fast_path::RIGHTS,
-            (fast_path::Op::Link(..), libc::EINVAL) => "does the kernel have tcx (Linux 6.6)? See: uname -r",
+            (fast_path::Op::Link(..), libc::EINVAL) if words.is_none() => {
+                "does the kernel take programs at the hooks of tc? See: uname -r; tc qdisc show"
+            }
             (fast_path::Op::Program(_), libc::EINVAL) => "the kernel is too old for it (before 5.13); see: uname -r",
             (_, libc::EEXIST) => "something else is pinned there; see: ls -R /sys/fs/bpf/fabric",
             (_, libc::ENOMEM) => "the kernel has no memory for it; see: free -m; ulimit -l",

@@ -15,18 +15,22 @@ use fabric_core::network::NetworkConfig;
 use fabric_core::plan::fast_path::{FastPathInputs, Planned, fast_path};
 use fabric_core::plan::passed_by::{passed_by, shaped};
 use fabric_core::plan::{Desired, Vtep};
-use fabric_core::state::fast_path::{FastPath, Program};
+use fabric_core::state::fast_path::{FastPath, Place, Program, Role};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::host::attachments::AttachedPods;
 use crate::host::underlay::Underlay;
-use crate::kernel::{Observed, fast_path as kernel};
+use crate::kernel::{FastPathFound, Observed, fast_path as kernel};
 use crate::lease::Own;
 
 /// For so long nothing of others may have stood in the way, until `auto` is on again: who loads a firewall rule by rule, or
 /// anew every few seconds, does not switch it each time.
 const CLEAR: Duration = Duration::from_secs(30);
+
+/// For so long a pod's port must have been there before programs are attached to it as filters of tc. The plugins behind ours
+/// come after it, and `bandwidth` needs the place of our clsact for a qdisc of its own; where that is, programs stay away.
+const FURNISHED: Duration = Duration::from_secs(10);
 
 /// Whether pods' packets take the fast path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -48,6 +52,8 @@ pub struct FastPathPlan {
     refused: Option<&'static str>,
     /// When something of others was last in the way, and what.
     in_the_way: Option<(Instant, String)>,
+    /// When ports of bridges were first seen, where programs are filters of tc.
+    ports: BTreeMap<u32, Instant>,
     programs: BTreeSet<Program>,
     pods: watch::Receiver<Arc<AttachedPods>>,
     wanted: FastPath,
@@ -82,7 +88,16 @@ impl FastPathPlan {
     pub fn new(mode: Mode) -> Self {
         let (_, pods) = watch::channel(Arc::default());
         let programs = if mode == Mode::Off { BTreeSet::new() } else { kernel::programs() };
-        Self { mode, refused: None, in_the_way: None, programs, pods, wanted: FastPath::new(), lacks: None }
+        Self {
+            mode,
+            refused: None,
+            in_the_way: None,
+            ports: BTreeMap::new(),
+            programs,
+            pods,
+            wanted: FastPath::new(),
+            lacks: None,
+        }
     }
 
     /// Wants nothing, whatever is asked for, and says why.
@@ -142,6 +157,7 @@ impl FastPathPlan {
             }
         }
         let shaped = shaped(&found.shaping, &found.ports);
+        let kept_off = &shaped | &self.unfurnished(found);
         let inputs = FastPathInputs {
             network,
             own: own.key.subnets(),
@@ -153,19 +169,39 @@ impl FastPathPlan {
             uplinks: &uplinks,
             pods: &pods.ports,
             ports: &found.ports,
-            shaped: &shaped,
+            kept_off: &kept_off,
             programs: &self.programs,
             tracked: observed.tracked,
             have: &found.state,
         };
         match fast_path(&inputs) {
             Ok(planned) => {
-                self.lacks = lacks(&planned, desired);
+                self.lacks = lacks(&planned, desired, &shaped);
                 self.wanted = planned.state;
             }
             Err(why) => self.lacks = Some(why.to_string()),
         }
         &self.wanted
+    }
+
+    /// Ports that plugins may not be done with.
+    fn unfurnished(&mut self, found: &FastPathFound) -> BTreeSet<u32> {
+        if !found.by_filters {
+            return BTreeSet::new();
+        }
+        let now = Instant::now();
+        let ports: BTreeSet<u32> = found.ports.values().map(|port| port.ifindex).collect();
+        self.ports.retain(|ifindex, _| ports.contains(ifindex));
+        for ifindex in ports {
+            self.ports.entry(ifindex).or_insert(now);
+        }
+        // Where programs are, they were before this daemon began.
+        let is_attached = |ifindex: &u32| {
+            let place = Place { ifindex: *ifindex, hook: Role::PodOut.hook() };
+            found.state.links.contains_key(&place)
+        };
+        let is_new = |(_, since): &(&u32, &Instant)| now.duration_since(**since) < FURNISHED;
+        self.ports.iter().filter(is_new).map(|(ifindex, _)| *ifindex).filter(|ifindex| !is_attached(ifindex)).collect()
     }
 
     /// Why `auto` leaves it off: for what is in the way `now`, or was until a moment ago.
@@ -217,7 +253,7 @@ impl FastPathPlan {
 }
 
 /// What doesn't take the fast path, though it is on.
-fn lacks(Planned { state: wanted, without }: &Planned, desired: &Desired) -> Option<String> {
+fn lacks(Planned { state: wanted, without }: &Planned, desired: &Desired, shaped: &BTreeSet<u32>) -> Option<String> {
     let without = without.iter().map(|(family, why)| format!("{family} pods take the kernel's path: {why}"));
     let is_lacking = |subnet: &&Subnet| {
         let in_use = wanted.node.is_some_and(|node| node.ends.get(subnet.family()).is_some());
@@ -227,7 +263,8 @@ fn lacks(Planned { state: wanted, without }: &Planned, desired: &Desired) -> Opt
     let peers = (peers > 0).then(|| {
         format!("{peers} peers take the kernel's path: see fabricctl peers, and ip route get to their address")
     });
-    let shaped: BTreeSet<u32> = wanted.pods.values().filter(|pod| !pod.fast).map(|pod| pod.ifindex).collect();
+    let shaped: BTreeSet<u32> =
+        wanted.pods.values().map(|pod| pod.ifindex).filter(|ifindex| shaped.contains(ifindex)).collect();
     let shaped = Some(shaped.len()).filter(|count| *count > 0).map(|shaped| {
         format!("{shaped} pods take the kernel's path, since their ports have queueing disciplines: see tc qdisc show")
     });

@@ -1,5 +1,6 @@
 //! `lab`: a cluster on this machine to look at and play with. See [`fabric_tests::lab`] for how it is made.
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use clap::{Parser, Subcommand};
 use fabric_tests::lab::exec::Exec;
 use fabric_tests::lab::init::Init;
 use fabric_tests::lab::page::{self, Page};
+use fabric_tests::lab::tcx;
 use fabric_tests::lab::tour::{self, Up};
 use fabric_tests::lab::{Lab, Matrix};
 use nix::sys::signal::{SigHandler, Signal, signal};
@@ -93,6 +95,13 @@ enum Command {
         #[arg(default_value = "node-1")]
         node: String,
     },
+    /// Run a program that finds no tcx in its kernel
+    #[command(hide = true)]
+    WithoutTcx {
+        /// The program and its arguments
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        command: Vec<OsString>,
+    },
     /// The first process of a machine
     #[command(hide = true)]
     Init(Init),
@@ -114,6 +123,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     }
     match &cli.command {
         Command::Init(init) => init.run()?,
+        Command::WithoutTcx { command } => tcx::run_without(command)?,
         Command::Up(up) => up.run(&cli.name)?,
         Command::Down { all: false } => down(&cli.name)?,
         Command::Down { all: true } => Lab::all()?.iter().try_for_each(|name| down(name))?,

@@ -11,6 +11,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
 use super::kernel::{Act, HOST, World};
+use crate::lab::tcx;
 use crate::netns::{ip, run};
 
 /// See above. To be made inside [`crate::netns::in_netns_async`].
@@ -46,6 +47,18 @@ impl RealWorld {
     #[must_use]
     pub fn with_fast_path() -> Self {
         Self::new(Options { bpffs: own_bpffs(), fast_path: true, ..Options::default() })
+    }
+}
+
+impl RealWorld {
+    /// The same, where the kernel has no tcx: programs are filters of tc.
+    ///
+    /// # Panics
+    /// As [`RealWorld::new`].
+    #[must_use]
+    pub fn without_tcx() -> Self {
+        tcx::take_away().expect("a seccomp filter; is this root?");
+        Self::with_fast_path()
     }
 }
 

@@ -102,6 +102,7 @@ impl Tables {
             fast_path: FastPathFound {
                 state: Arc::new(self.fast_path.clone()),
                 trouble: self.fast_path_trouble.clone(),
+                by_filters: self.without_tcx,
                 paths: self.paths(),
                 ports: self.ports.clone(),
                 devices: self.links.iter().map(|(name, link)| (*name, link.index)).collect(),

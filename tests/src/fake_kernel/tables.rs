@@ -66,6 +66,8 @@ pub struct Tables {
     pub ports: BTreeMap<IfName, Port>,
     /// Why there can be no fast path.
     pub fast_path_trouble: Option<String>,
+    /// Whether programs are attached as filters of tc (a kernel before 6.6).
+    pub without_tcx: bool,
     /// What of others shapes packets.
     pub shaping: Shaping,
     /// Whether nexthop objects are unknown (a kernel before 5.3).

@@ -31,6 +31,7 @@ pub struct Builder {
     pub(super) etcd_members: u16,
     pub(super) wiring: Wiring,
     pub(super) masquerade: bool,
+    pub(super) without_tcx: bool,
     network: Option<Vec<String>>,
     pub(super) lifetime: Lifetime,
 }
@@ -44,6 +45,7 @@ impl Default for Builder {
             etcd_members: 1,
             wiring: Wiring::Fabric,
             masquerade: false,
+            without_tcx: false,
             network: None,
             lifetime: Lifetime::OfTheTest,
         }
@@ -91,6 +93,13 @@ impl Builder {
     #[must_use]
     pub fn masquerade(mut self, on: bool) -> Self {
         self.masquerade = on;
+        self
+    }
+
+    /// Daemons find no tcx in their kernel, as before 6.6: see [`tcx`](super::tcx).
+    #[must_use]
+    pub fn without_tcx(mut self, without: bool) -> Self {
+        self.without_tcx = without;
         self
     }
 

@@ -80,6 +80,7 @@ pub mod preflight;
 pub mod process;
 pub mod spaces;
 pub mod stream;
+pub mod tcx;
 pub mod tour;
 pub mod underlay;
 pub mod vteps;
@@ -116,6 +117,8 @@ pub use witness::Witness;
 
 /// Names the mode of the fast path that daemons of labs have unless a test says another.
 const FAST_PATH: &str = "FABRIC_LAB_FAST_PATH";
+/// Set to anything, daemons of labs find no tcx in their kernel, as before 6.6.
+const WITHOUT_TCX: &str = "FABRIC_LAB_WITHOUT_TCX";
 
 /// What every node of a lab has to know.
 #[derive(Debug)]
@@ -124,6 +127,8 @@ pub struct Plan {
     wiring: Wiring,
     /// Whether pods reach the outside by their node's address: `--ip-masq`.
     masquerade: bool,
+    /// Whether daemons find no tcx in their kernel.
+    without_tcx: bool,
     etcd_endpoints: String,
     /// Arguments of `fabricctl network init`.
     network: Vec<String>,
@@ -184,7 +189,8 @@ impl Lab {
         let etcd = Etcd::new(Arc::clone(&underlay), wanted.families, wanted.etcd_members);
         let (families, wiring, masquerade) = (wanted.families, wanted.wiring, wanted.masquerade);
         let network = wanted.network_args();
-        let plan = Plan { families, wiring, masquerade, etcd_endpoints: etcd.endpoints(), network };
+        let without_tcx = wanted.without_tcx || std::env::var_os(WITHOUT_TCX).is_some();
+        let plan = Plan { families, wiring, masquerade, without_tcx, etcd_endpoints: etcd.endpoints(), network };
         let (name, plan, nodes) = (name.to_owned(), Arc::new(plan), BTreeMap::new());
         let mut lab = Self { name, dir, lifetime, plan, underlay, etcd, nodes };
         for entry in fs::read_dir(&lab.dir)? {

@@ -12,6 +12,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::addresses;
+use super::binaries;
 use super::cni;
 use super::http::{self, Reply};
 use super::machine::Machine;
@@ -106,8 +107,7 @@ impl Node {
     /// # Errors
     /// It runs already, or ended at once: the error shows its log.
     pub fn start_fabricd_with(&self, args: &[&str], env: &[(&str, &str)]) -> Result<()> {
-        self.start_service(FABRICD, &[&["fabricd"], args].concat(), env)?;
-        Ok(())
+        self.start_daemon(&[&["fabricd"], args].concat(), env)
     }
 
     /// Starts another version of fabricd, by its path.
@@ -115,7 +115,14 @@ impl Node {
     /// # Errors
     /// As [`Node::start_fabricd`].
     pub fn start_this_fabricd(&self, program: &str) -> Result<()> {
-        self.start_service(FABRICD, &[program], &[])?;
+        self.start_daemon(&[program], &[])
+    }
+
+    fn start_daemon(&self, argv: &[&str], env: &[(&str, &str)]) -> Result<()> {
+        let lab = binaries::lab()?;
+        let lab = lab.to_str().context("the path of `lab` is no text")?;
+        let without = if self.plan.without_tcx { &[lab, "without-tcx"][..] } else { &[] };
+        self.start_service(FABRICD, &[without, argv].concat(), env)?;
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 //! as they were sent.
 
 mod captured;
+mod filters;
 mod obstacles;
 mod replaced;
 mod translated;
@@ -15,7 +16,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use fabric_core::model::Family;
 use fabric_tests::faults::rules::Field;
-use fabric_tests::lab::{Connection, Families, Lab, Node, Pod, Stream, wait_until};
+use fabric_tests::lab::{Builder, Connection, Families, Lab, Node, Pod, Stream, wait_until};
 
 const SOON: Duration = Duration::from_secs(60);
 const ON: &str = "--fast-path=on";
@@ -32,7 +33,11 @@ fn pods_of_two_nodes(flags: [&str; 2]) -> Result<(Lab, Pod, Pod)> {
 }
 
 fn pods_with(families: Families, flags: [&str; 2]) -> Result<(Lab, Pod, Pod)> {
-    let lab = Lab::builder().nodes(2).families(families).start()?;
+    pods_of(Lab::builder().nodes(2).families(families), flags)
+}
+
+fn pods_of(lab: Builder, flags: [&str; 2]) -> Result<(Lab, Pod, Pod)> {
+    let lab = lab.start()?;
     let (a, b) = (lab.node("node-1")?.add_pod("a")?, lab.node("node-2")?.add_pod("b")?);
     for (pod, flag) in [(&a, flags[0]), (&b, flags[1])] {
         restart(&pod.node, flag)?;

@@ -26,8 +26,10 @@ fn every_kernel_passes_the_conformance_suites() -> Result<()> {
         let name = format!("kernels.conformance-{}", kernel.name);
         let mut machines = Machines::start(Lab::builder().nodes(0).name(&name).families(Families::Dual))?;
         let vm = machines.add(&[Spec { memory: 768, ..Spec::kernel(&kernel.name) }])?.remove(0);
+        // Programs can't encapsulate there (before 5.13): the fast path stays off.
+        let skip = if kernel.name == "5.10" { "--skip fast_path" } else { "" };
         for program in &programs {
-            let script = format!("cd /tests && ./{program} --test-threads 1 --skip fake 2>&1");
+            let script = format!("cd /tests && ./{program} --test-threads 1 --skip fake {skip} 2>&1");
             let answer = vm.exec_within(&script, Duration::from_secs(600))?;
             let summary = answer.stdout.lines().find(|line| line.starts_with("test result:"));
             println!("{} {program}: {}", kernel.release()?, summary.context(answer.stdout.clone())?);

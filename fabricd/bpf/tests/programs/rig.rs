@@ -15,7 +15,7 @@ use zerocopy::IntoBytes as _;
 
 use super::packets::Mac;
 
-pub(crate) const NEXT: i32 = -1;
+pub(crate) use fabric_bpf::NEXT;
 pub(crate) const REDIRECT: i32 = 7;
 
 pub(crate) const PORT: u16 = 8472;

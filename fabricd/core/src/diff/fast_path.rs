@@ -15,7 +15,7 @@ use std::net::IpAddr;
 use super::{Change, Key, Stage, Verb};
 use crate::model::Subnet;
 use crate::state::fast_path::{
-    End, FastPath, MapSizes, OwnEnd, Peer, PeerSlot, Place, Pod, PodSlot, Program, UnderlayPath,
+    End, FastPath, MapSizes, OwnEnd, Peer, PeerSlot, Place, Pod, PodSlot, Program, Role, UnderlayPath,
 };
 
 /// One write to the fast path.
@@ -94,7 +94,11 @@ impl Op {
             Self::Program(c) if c.wanted().is_some() => vec![Part::Maps],
             Self::Link(_, c) => c.wanted().map(|p| vec![Part::Maps, Part::Node, Part::Program(*p)]).unwrap_or_default(),
             Self::Pod(_, c) => match c.wanted() {
-                Some(pod) if pod.fast => vec![Part::Maps, Part::Node, Part::Guard],
+                // What isn't marked on sending must not be taken on receiving.
+                Some(pod) if pod.fast => {
+                    let link = |role: Role| Part::Link(Place { ifindex: pod.ifindex, hook: role.hook() });
+                    vec![Part::Maps, Part::Node, Part::Guard, link(Role::PodOut), link(Role::PodIn)]
+                }
                 Some(_) => vec![Part::Maps, Part::Node],
                 None => vec![],
             },
@@ -237,6 +241,12 @@ pub(super) fn diff(want: &FastPath, have: &FastPath) -> Vec<Op> {
             taken.insert(slot);
         }
     }
+    // While nothing was attached to its port, nothing was marked.
+    let unmarked = |pod: &Pod| {
+        let place = Place { ifindex: pod.ifindex, hook: Role::PodOut.hook() };
+        pod.fast && links.contains_key(&place) && !have.links.contains_key(&place)
+    };
+    taken.extend(pods.iter().filter(|(_, pod)| unmarked(pod)).map(|(slot, _)| *slot));
     // A pod that has got one more address has connections of that too.
     let fresh = |ip: &IpAddr, slot: &PodSlot| taken.contains(slot) || have.addresses.get(ip) != Some(slot);
     let seeded: BTreeMap<_, _> =

@@ -142,6 +142,18 @@ fn a_pod_of_another_port_is_marked_only_before_it_is_taken_again() {
 }
 
 #[test]
+fn link_that_comes_back_has_what_was_not_marked_meanwhile_marked() {
+    let mut have = whole();
+    have.links.remove(&Place { ifindex: 7, hook: Hook::Ingress });
+    let steps = plan(&whole(), &have).to_string();
+    assert_eq!(
+        steps,
+        "+ fast path: link at ingress of interface 7 to pod_out_0000000000000fab\n\
+         ~ fast path: translated connections of 1 addresses are marked\n"
+    );
+}
+
+#[test]
 fn nothing_is_taken_while_what_it_leads_to_has_failed() {
     let made = plan(&whole(), &FastPath::new());
     let turned_away = |fails: &str| {
@@ -161,7 +173,11 @@ fn nothing_is_taken_while_what_it_leads_to_has_failed() {
     let away = turned_away("translated");
     assert!(away.len() == 1 && away[0].ends_with("taken"), "{away:?}");
     let away = turned_away("program pod_out");
-    assert_eq!(away, ["+ fast path: link at ingress of interface 7 to pod_out_0000000000000fab"]);
+    assert_eq!(away.len(), 2, "{away:?}");
+    assert_eq!(away[0], "+ fast path: link at ingress of interface 7 to pod_out_0000000000000fab");
+    assert!(away[1].ends_with("taken"), "what nothing marks is not taken: {away:?}");
+    let away = turned_away("link at ingress of interface 7");
+    assert!(away.len() == 1 && away[0].ends_with("taken"), "{away:?}");
 
     let gone = plan(&FastPath::new(), &whole());
     let mut gate = Gate::default();

@@ -50,8 +50,8 @@ pub struct FastPathInputs<'a> {
     pub pods: &'a BTreeMap<IfName, AttachedPod>,
     /// The ports of the bridges.
     pub ports: &'a BTreeMap<IfName, Port>,
-    /// Ports whose packets somebody shapes, by index: these take the kernel's path.
-    pub shaped: &'a BTreeSet<u32>,
+    /// Ports whose packets take the kernel's path, by index, since somebody shapes them, or may yet. They get no programs.
+    pub kept_off: &'a BTreeSet<u32>,
     /// The programs, as they were built.
     pub programs: &'a BTreeSet<Program>,
     /// Connections are translated on this node, or were.
@@ -141,7 +141,8 @@ pub fn fast_path(inputs: &FastPathInputs<'_>) -> Result<Planned, NoFastPath> {
         }
     };
     inputs.uplinks.iter().for_each(|ifindex| attach(Role::WireIn, *ifindex));
-    for port in inputs.pods.keys().filter_map(|port| inputs.ports.get(port)) {
+    let ports = inputs.pods.keys().filter_map(|port| inputs.ports.get(port));
+    for port in ports.filter(|port| !inputs.kept_off.contains(&port.ifindex)) {
         attach(Role::PodOut, port.ifindex);
         attach(Role::PodIn, port.ifindex);
     }
@@ -187,7 +188,7 @@ fn pods(inputs: &FastPathInputs<'_>, ends: &PerFamily<End>) -> BTreeMap<IpAddr, 
     for (name, pod) in inputs.pods {
         let Some(Port { ifindex, mtu, bridge_mac }) = inputs.ports.get(name).copied() else { continue };
         for ip in pod.ips.iter().filter(|ip| is_own(ip) && !is_shared(inputs, ip)) {
-            let fast = !inputs.shaped.contains(&ifindex);
+            let fast = !inputs.kept_off.contains(&ifindex);
             pods.insert(*ip, Pod { ifindex, mac: pod.mac, gateway_mac: bridge_mac, mtu, fast });
         }
     }

@@ -14,7 +14,7 @@ struct World {
     paths: BTreeMap<IpAddr, UnderlayPath>,
     pods: BTreeMap<IfName, AttachedPod>,
     ports: BTreeMap<IfName, Port>,
-    shaped: BTreeSet<u32>,
+    kept_off: BTreeSet<u32>,
     indexes: BTreeMap<IfName, u32>,
     have: FastPath,
 }
@@ -32,7 +32,7 @@ impl World {
             paths: BTreeMap::new(),
             pods: BTreeMap::new(),
             ports: BTreeMap::new(),
-            shaped: BTreeSet::new(),
+            kept_off: BTreeSet::new(),
             indexes: [(v("fabric.1"), 30), (v("fabric6.1"), 36)].into(),
             have: FastPath::new(),
         };
@@ -97,7 +97,7 @@ impl World {
             uplinks: &[2].into(),
             pods: &self.pods,
             ports: &self.ports,
-            shaped: &self.shaped,
+            kept_off: &self.kept_off,
             programs: &Role::ALL.map(program).into(),
             tracked: true,
             have: &self.have,
@@ -253,4 +253,17 @@ fn a_family_that_programs_do_not_know_leaves_the_other_fast() {
     let planned = world.planned().expect("possible");
     assert!(matches!(planned.without.v6, Some(NoFastPath::TooManySubnets(..))), "{:?}", planned.without);
     assert_eq!((planned.state.index.len(), planned.state.addresses.len()), (3, 2), "all of IPv4, and nothing else");
+}
+
+#[test]
+fn port_that_is_kept_off_has_no_programs_and_its_pod_is_not_fast() {
+    let mut world = World::new();
+    world.kept_off = [8].into();
+    let state = world.settle();
+    let fast: Vec<(u32, bool)> = state.pods.values().map(|pod| (pod.ifindex, pod.fast)).collect();
+    assert_eq!(fast, [(7, true), (8, false)]);
+    assert!(state.links.keys().all(|place| place.ifindex != 8) && state.links.keys().any(|place| place.ifindex == 7));
+    world.kept_off.clear();
+    let state = world.settle();
+    assert!(state.pods.values().all(|pod| pod.fast) && state.links.keys().any(|place| place.ifindex == 8));
 }

@@ -6,27 +6,31 @@
 //!                               links/…      <interface index>_ingress: what is attached where
 //! ```
 //!
-//! What is ours is what is pinned there. Programs go on without the daemon, and a restarted one finds by these names what
+//! What is ours is what is pinned there, and, where the kernel has no links of tcx, the [`filters`] of tc that have our
+//! priority, handle and name. Programs go on without the daemon, and a restarted one finds by these names what
 //! there is to do: mostly nothing. Programs of others at the same hooks are never touched.
 
 mod encode;
+mod filters;
 mod guard;
+mod hooks;
 mod maps;
 mod pins;
 pub(super) mod shaping;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use fabric_bpf::abi;
 use fabric_core::diff::Change;
 use fabric_core::diff::fast_path::Op;
-use fabric_core::state::fast_path::{FastPath, Hook, MapSizes, Place, Program, Role};
+use fabric_core::state::fast_path::{FastPath, MapSizes, Program, Role};
 use fabric_ebpf::Object;
 
+use self::hooks::Hooks;
 use self::maps::Maps;
 pub use self::maps::{Counts, Traffic};
 use self::pins::Pins;
@@ -73,6 +77,9 @@ impl From<io::Error> for Refused {
 /// The fast path of this network namespace.
 pub(super) struct Bpf {
     pins: Pins,
+    hooks: Hooks,
+    /// It is asked for: then it is found out what the kernel can do.
+    asked: bool,
     maps: Option<Maps>,
     found: Arc<FastPath>,
     trouble: Option<String>,
@@ -83,9 +90,11 @@ pub(super) struct Bpf {
 
 impl Bpf {
     /// What is pinned below `bpffs`, once it is looked at.
-    pub(super) fn new(bpffs: &Path) -> Self {
+    pub(super) fn new(bpffs: &Path, asked: bool) -> Self {
         Self {
             pins: Pins::below(bpffs),
+            hooks: Hooks::default(),
+            asked,
             maps: None,
             found: Arc::default(),
             trouble: None,
@@ -98,13 +107,18 @@ impl Bpf {
     pub(super) fn look(&mut self) -> Arc<FastPath> {
         if std::mem::take(&mut self.stale) {
             self.trouble = None;
+            if self.asked {
+                self.hooks.try_out();
+            }
             match self.read() {
                 Ok(found) if found == *self.found => {}
                 Ok(found) => self.found = Arc::new(found),
                 // A short cut that can't be read is none: the kernel's path is there. Nor may it stay as it is, since
                 // nobody could change it: what is ours is known by its name, and that is enough to take it away.
                 Err(refused) => {
-                    let found = self.pins.by_name().unwrap_or_default();
+                    let mut found = self.pins.by_name().unwrap_or_default();
+                    let filters = self.hooks.places_of_filters();
+                    found.links.extend(filters.into_iter().map(|place| (place, pins::unknown(place))));
                     self.trouble = Some(match refused.words {
                         Some(words) => words,
                         None if is_denied(&refused.error) => {
@@ -124,7 +138,13 @@ impl Bpf {
         self.trouble
             .clone()
             .or_else(|| self.pins.lacks_bpffs())
+            .or_else(|| self.hooks.trouble().map(str::to_owned))
             .or_else(|| OBJECT.as_ref().err().map(ToString::to_string))
+    }
+
+    /// Whether programs are attached as filters of tc.
+    pub(super) fn by_filters(&self) -> bool {
+        self.hooks.are_filters()
     }
 
     /// Has the next look read everything anew.
@@ -170,7 +190,7 @@ impl Bpf {
         let mut found = FastPath::new();
         let programs = self.pins.programs()?;
         found.programs = programs.values().copied().collect();
-        found.links = self.links(&programs)?;
+        found.links = self.hooks.found(&self.pins, &programs)?;
         if let Some(maps) = Maps::open(&self.pins)? {
             maps.read_into(&mut found)?;
             self.maps = Some(maps);
@@ -180,19 +200,6 @@ impl Bpf {
             found.maps = Some(MapSizes::default());
         }
         Ok(found)
-    }
-
-    /// What is attached where. A link whose interface is gone, or whose program is no pinned one, has a program that nobody
-    /// wants.
-    fn links(&self, programs: &BTreeMap<u32, Program>) -> Result<BTreeMap<Place, Program>, Refused> {
-        let mut links = BTreeMap::new();
-        for place in self.pins.places()? {
-            let link = pins::owned(&self.pins.link(place), fabric_ebpf::Link::open)?;
-            let (program, ifindex) = link.program_and_interface()?;
-            let known = programs.get(&program).filter(|_| ifindex == place.ifindex);
-            links.insert(place, known.copied().unwrap_or_else(|| pins::unknown(place)));
-        }
-        Ok(links)
     }
 
     fn take(&mut self, op: &Op) -> Result<(), Refused> {
@@ -210,9 +217,9 @@ impl Bpf {
                 return Ok(());
             }
             Op::Program(Change::Delete(program)) => return Ok(pins::remove(&self.pins.program(*program))?),
-            Op::Link(place, Change::Delete(_)) => return Ok(detach(&self.pins.link(*place))?),
+            Op::Link(place, Change::Delete(_)) => return self.hooks.detach(&self.pins, *place),
             Op::Link(place, Change::Create(program) | Change::Replace { now: program, .. }) => {
-                return self.attach(*place, *program);
+                return self.hooks.attach(&self.pins, *place, *program);
             }
             _ => {}
         }
@@ -247,40 +254,9 @@ impl Bpf {
         })?;
         Ok(loaded.pin(&self.pins.program(program))?)
     }
-
-    /// Attaches a program behind those of others, or puts it in the place of ours.
-    fn attach(&self, place: Place, program: Program) -> Result<(), Refused> {
-        let loaded = fabric_ebpf::Program::open(&self.pins.program(program))?;
-        let path: PathBuf = self.pins.link(place);
-        match fabric_ebpf::Link::open(&path) {
-            Ok(link) if link.program_and_interface()?.1 == place.ifindex => return Ok(link.replace(&loaded)?),
-            // Its interface is gone.
-            Ok(_) => detach(&path)?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(pins::foreign(&path, &error).into()),
-        }
-        let hook = match place.hook {
-            Hook::Ingress => fabric_ebpf::Hook::Ingress,
-            Hook::Egress => fabric_ebpf::Hook::Egress,
-        };
-        Ok(fabric_ebpf::Link::attach(&loaded, place.ifindex, hook)?.pin(&path)?)
-    }
 }
 
 /// Whether rights are missing: CAP_BPF, or a seccomp filter without bpf(2), as runtimes have it for those without CAP_BPF.
 fn is_denied(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::PermissionDenied
-}
-
-/// Takes a link away, at once: what is attached in its place next must not meet it there. One that may not be opened goes
-/// with its pin, as soon as the kernel gets to it.
-fn detach(path: &Path) -> io::Result<()> {
-    match fabric_ebpf::Link::open(path) {
-        // That its interface is gone is no error.
-        Ok(link) => drop(link.detach()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) if is_denied(&error) => {}
-        Err(error) => return Err(pins::foreign(path, &error)),
-    }
-    pins::remove(path)
 }

@@ -1,26 +1,20 @@
 //! What shapes or encrypts packets on the kernel's path, and would be passed by: queueing disciplines and IPsec policies.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
 
 use fabric_core::plan::passed_by::{Qdisc, Shaping, Side};
+use fabric_core::state::fast_path::Place;
 use fabric_netlink::{Frame, RECEIVE, Request, RequestSocket, attribute, is_overrun};
 use netlink_sys::protocols::NETLINK_XFRM;
 use netlink_sys::{AsyncSocket, AsyncSocketExt as _, TokioSocket};
 use tokio::task::JoinHandle;
 
+use super::filters::{self, CLSACT, PARENT_CLSACT, RTM_GETQDISC, TCMSG, TCMSG_INDEX, TCMSG_PARENT, kind, number};
 use crate::kernel::monitor::{Monitor, Table};
 use crate::kernel::routing::tables::Links;
 
-/// linux/rtnetlink.h.
-const RTM_GETQDISC: u16 = 38;
-/// `struct tcmsg`: family, the interface's index, handle, parent and more.
-const TCMSG: usize = 20;
-const TCMSG_INDEX: usize = 4;
-const TCMSG_PARENT: usize = 12;
-/// `TC_H_INGRESS`, which is `TC_H_CLSACT` too.
-const PARENT_INGRESS: u32 = 0xffff_fff1;
-const TCA_KIND: u16 = 1;
 /// What every interface without a queue has, and what has no effect.
 const NO_QUEUE: [&str; 2] = ["noqueue", "noop"];
 
@@ -34,6 +28,8 @@ const XFRMNLGRP_POLICY: u32 = 4;
 pub(in crate::kernel) struct Reader {
     xfrm: Option<RequestSocket>,
     found: Shaping,
+    /// Filters of ours, with the number of their program.
+    ours: BTreeMap<Place, u32>,
 }
 
 impl Reader {
@@ -42,16 +38,18 @@ impl Reader {
         &self.found
     }
 
-    /// Reads what there is now. What can't be read is told in it.
-    pub(in crate::kernel) fn read(&mut self, socket: &mut RequestSocket, links: &Links) {
-        let qdiscs = qdiscs(socket, links).map_err(|error| format!("queueing disciplines can't be read: {error}"));
+    /// Reads what there is now. What can't be read is told in it. True when other filters of ours are there than before.
+    pub(in crate::kernel) fn read(&mut self, socket: &mut RequestSocket, links: &Links) -> bool {
+        let mut ours = BTreeMap::new();
+        let qdiscs =
+            qdiscs(socket, links, &mut ours).map_err(|error| format!("queueing disciplines can't be read: {error}"));
         let policies = self.policies().map_err(|error| format!("IPsec policies can't be read: {error}"));
         let unread = qdiscs.as_ref().err().or(policies.as_ref().err()).cloned();
-        self.found = Shaping {
-            qdiscs: qdiscs.unwrap_or_default().into_iter().collect(),
-            ipsec_policies: policies.unwrap_or_default(),
-            unread,
-        };
+        self.found =
+            Shaping { qdiscs: qdiscs.unwrap_or_default(), ipsec_policies: policies.unwrap_or_default(), unread };
+        let others = ours != self.ours;
+        self.ours = ours;
+        others
     }
 
     /// `ip xfrm policy count`, without those of sockets.
@@ -81,18 +79,29 @@ impl Reader {
     }
 }
 
-/// `tc qdisc show`, without what every interface has.
-fn qdiscs(socket: &mut RequestSocket, links: &Links) -> io::Result<Vec<Qdisc>> {
-    socket.dump(&Request::raw(RTM_GETQDISC, 0, vec![0; TCMSG]), |frame| qdisc(frame, links))
+/// `tc qdisc show`, without what every interface has. Nor is a clsact that has no filters, or `ours` alone, anything that
+/// packets would be led past.
+fn qdiscs(socket: &mut RequestSocket, links: &Links, ours: &mut BTreeMap<Place, u32>) -> io::Result<BTreeSet<Qdisc>> {
+    let found = socket.dump(&Request::raw(RTM_GETQDISC, 0, vec![0; TCMSG]), |frame| qdisc(frame, links))?;
+    let mut qdiscs = BTreeSet::new();
+    for (ifindex, qdisc) in found {
+        if qdisc.side == Side::Ingress && qdisc.kind == CLSACT {
+            let (here, has_others) = filters::at_clsact(socket, ifindex)?;
+            ours.extend(here);
+            if !has_others {
+                continue;
+            }
+        }
+        qdiscs.insert(qdisc);
+    }
+    Ok(qdiscs)
 }
 
-fn qdisc(frame: &Frame<'_>, links: &Links) -> Option<Qdisc> {
-    let number = |at: usize| frame.body.get(at..)?.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes));
-    let kind = attribute(frame.body.get(TCMSG..)?, TCA_KIND)?;
-    let kind = std::str::from_utf8(kind).ok()?.trim_end_matches('\0').to_owned();
-    let link = links.get(&number(TCMSG_INDEX)?)?;
-    let side = if number(TCMSG_PARENT)? == PARENT_INGRESS { Side::Ingress } else { Side::Egress };
-    (!NO_QUEUE.contains(&kind.as_str())).then_some(Qdisc { dev: link.name, side, kind })
+fn qdisc(frame: &Frame<'_>, links: &Links) -> Option<(u32, Qdisc)> {
+    let (ifindex, kind) = (number(frame, TCMSG_INDEX)?, kind(frame)?);
+    let link = links.get(&ifindex)?;
+    let side = if number(frame, TCMSG_PARENT)? == PARENT_CLSACT { Side::Ingress } else { Side::Egress };
+    (!NO_QUEUE.contains(&kind.as_str())).then_some((ifindex, Qdisc { dev: link.name, side, kind }))
 }
 
 /// Tells `monitor` when IPsec policies come or go. `None` where the kernel has none. Must be called within a tokio runtime.
