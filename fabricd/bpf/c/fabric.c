@@ -4,3 +4,4 @@
 #include "pod_out.h"
 #include "probe.h"
 #include "wire_in.h"
+#include "wire_out.h"

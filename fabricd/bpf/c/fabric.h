@@ -155,6 +155,7 @@ enum program {
 	POD_OUT = 0,
 	WIRE_IN = 1,
 	POD_IN = 2,
+	WIRE_OUT = 3,
 };
 
 enum reason {

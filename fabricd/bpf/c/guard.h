@@ -65,6 +65,19 @@ INLINE int is_slow_flow(struct flow *flow, const struct packet *packet, __u16 so
 	return map_lookup(&slow_flows, flow) != 0;
 }
 
+/* A flow of a pod takes the kernel's path from now on: the flow before the word that tells of flows. */
+INLINE int note(struct flow *flow, __u32 slot)
+{
+	__u64 *latest = map_lookup(&slow_pods, &slot);
+	__u64 now = coarse_time();
+
+	if (!latest)
+		return NOT_OURS;
+	map_update(&slow_flows, flow, &now, BPF_ANY);
+	*latest = now;
+	return -SLOW_RECORDED;
+}
+
 /* The transport's ports at `offset`, of a packet to something that is no pod: mark the pod's. */
 INLINE void mark_at(struct __sk_buff *skb, __u32 slot, __u8 protocol, __u32 offset)
 {

@@ -12,11 +12,13 @@ pub enum Program {
     WireIn = 1,
     /// At the egress of a pod's veth on the host: what comes to the pod by the kernel's path.
     PodIn = 2,
+    /// At the egress of what leads to peers: what pods send by the kernel's path.
+    WireOut = 3,
 }
 
 impl Program {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::PodOut, Self::WireIn, Self::PodIn];
+    pub const ALL: [Self; 4] = [Self::PodOut, Self::WireIn, Self::PodIn, Self::WireOut];
 
     /// Its name in the object file and in the kernel.
     #[must_use]
@@ -25,6 +27,7 @@ impl Program {
             Self::PodOut => "fabric_pod_out",
             Self::WireIn => "fabric_wire_in",
             Self::PodIn => "fabric_pod_in",
+            Self::WireOut => "fabric_wire_out",
         }
     }
 }
@@ -80,7 +83,7 @@ pub enum Reason {
     SlowChecksum = 21,
     /// The kernel refused to make room in it, or to hand it on; it is as it was.
     SlowRefused = 22,
-    /// It came to a pod by the kernel's path, from another pod: its flow was noted.
+    /// It came to a pod by the kernel's path from a pod, or left so for one of another node: its flow was noted, or its port.
     SlowRecorded = 23,
     /// The kernel had no memory for a header, after the packet was changed.
     DroppedRewrite = 24,

@@ -306,7 +306,7 @@ impl FastPathView {
 #[must_use]
 pub fn fast_and_slow(counts: &kernel::Counts) -> (u64, u64) {
     let by_path: BTreeMap<bool, u64> = counts.iter().fold(BTreeMap::new(), |mut sums, ((program, reason), count)| {
-        if *program != fabric_bpf::Program::PodIn {
+        if matches!(program, fabric_bpf::Program::PodOut | fabric_bpf::Program::WireIn) {
             *sums.entry(reason.path() == fabric_bpf::Path::Fast).or_default() += count;
         }
         sums

@@ -103,6 +103,11 @@ fn translated_connections_have_the_same_answers_on_and_off_and_switched() -> Res
             restart(&a.node, flag)?;
             settled(&a.node, flag)?;
             all_answer(&mut streams, when)?;
+            // A port of which nothing is known yet. The first packet to the pod may be fast; once the service was asked, the
+            // next one leaves from another port, where connection tracking is.
+            let fresh = a.network()?.run(|| Ok(UdpSocket::bind((ip, 0))?))?;
+            fresh.set_read_timeout(Some(Duration::from_secs(20)))?;
+            (0..3).try_for_each(|_| asks_both(&fresh, direct)).with_context(|| format!("{by}, a new port, {when}"))?;
             streams.extend([open(service)?, open(direct)?]);
             all_answer(&mut streams, when)?;
         }

@@ -28,7 +28,7 @@ pub use self::template::{
 pub use crate::reason::{Program, Reason};
 
 /// The number of this layout: a part of the path that the maps are pinned at.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 /// What the programs are under, as the kernel asks when it loads them. None of their helpers needs one of the GPL.
 pub const LICENSE: &std::ffi::CStr = c"Apache-2.0";
 /// [`Config::flags`]: pods have IPv4, and the fields of IPv4 are set.

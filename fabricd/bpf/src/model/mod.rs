@@ -102,7 +102,8 @@ impl Tables {
         match program {
             Program::PodOut => self.pod_out(frame),
             Program::WireIn => self.wire_in(frame),
-            Program::PodIn => self.pod_in(frame),
+            Program::PodIn => self.noted(self.received_slow(frame)),
+            Program::WireOut => self.noted(self.sent_slow(frame)),
         }
     }
 
@@ -328,21 +329,41 @@ impl Tables {
         Ok(pod)
     }
 
-    fn pod_in(&self, frame: &Frame<'_>) -> Answer {
-        self.recorded(frame).map_or(Answer::NotOurs, |effect| Answer::Slow(Reason::SlowRecorded, effect))
+    fn noted(&self, effect: Option<Effect>) -> Answer {
+        effect.map_or(Answer::NotOurs, |effect| Answer::Slow(Reason::SlowRecorded, effect))
     }
 
-    fn recorded(&self, frame: &Frame<'_>) -> Option<Effect> {
+    fn received_slow(&self, frame: &Frame<'_>) -> Option<Effect> {
+        let (ip, is_udp, [source, destination]) = self.with_ports(frame)?;
+        let (slot, _) = self.pod_of(ip.destination).filter(|(_, pod)| pod.ifindex == frame.ifindex)?;
+        if self.is_elsewhere(ip.source) {
+            return Some(Effect::Record(slot, flow(ip.destination, ip.source, destination, source, is_udp)));
+        }
+        // Of this node: the port may be connection tracking's.
+        let from = self.pod_slot(ip.source).filter(|_| self.is_guarded())?;
+        let (word, bit) = nat_bit(from, is_udp, source);
+        (!self.is_marked(from, is_udp, source)).then_some(Effect::Mark(word, bit))
+    }
+
+    fn sent_slow(&self, frame: &Frame<'_>) -> Option<Effect> {
+        let (ip, is_udp, [source, destination]) = self.with_ports(frame).filter(|_| self.is_guarded())?;
+        let slot = self.pod_slot(ip.source).filter(|_| self.is_elsewhere(ip.destination))?;
+        let flow = flow(ip.source, ip.destination, source, destination, is_udp);
+        (!self.is_marked(slot, is_udp, source)).then_some(Effect::Record(slot, flow))
+    }
+
+    fn is_elsewhere(&self, address: IpAddr) -> bool {
+        !self.is_own(address) && self.peer_slot(address).is_some()
+    }
+
+    /// A packet of TCP or UDP, whether it is of UDP, and its ports. Extension headers aren't passed over here: what may be
+    /// translated has none.
+    fn with_ports(&self, frame: &Frame<'_>) -> Option<(Ip, bool, [u16; 2])> {
         let ip = Ip::read(frame.bytes, ETHERNET, self.family(frame)?)?;
-        let (slot, pod) = self.pod_of(ip.destination)?;
-        let from_elsewhere = !self.is_own(ip.source) && self.peer_slot(ip.source).is_some();
-        // Extension headers aren't passed over here: what may be translated has none.
-        let has_ports = matches!(ip.protocol, TCP | UDP);
-        let (is_udp, source) = ip.source_port(frame.bytes).filter(|_| has_ports)?;
+        let (is_udp, source) = ip.source_port(frame.bytes).filter(|_| matches!(ip.protocol, TCP | UDP))?;
         let destination = word(frame.bytes, ip.transport_at() + 2)?;
         let minimum = ETHERNET + if ip.is_v4() { 28 } else { 48 };
-        let flow = flow(ip.destination, ip.source, destination, source, is_udp);
-        (from_elsewhere && pod.ifindex == frame.ifindex && frame.has(minimum)).then_some(Effect::Record(slot, flow))
+        frame.has(minimum).then_some((ip, is_udp, [source, destination]))
     }
 
     fn is_guarded(&self) -> bool {

@@ -65,6 +65,7 @@ fn of<'a>(program: Program, links: Links, bytes: &'a [u8]) -> Frame<'a> {
     match program {
         Program::WireIn => Frame { is_for_host: bytes[..6] == uplink_mac(1), ..Frame::new(bytes, links.uplink) },
         Program::PodOut | Program::PodIn => Frame::new(bytes, links.pod_a),
+        Program::WireOut => Frame::new(bytes, links.device6),
     }
 }
 
@@ -279,8 +280,19 @@ fn flows_that_came_by_the_kernels_path_stay_there_in_both_directions() {
         }
         assert_eq!(run(&rig, Program::PodOut, links, &sent4(TCP, &tcp(80, 50_001, 0))).returned, rig::REDIRECT);
 
-        // The host, the outside, this node's own pods and other interfaces are no such thing.
-        for from in [underlay4(2), [203, 0, 113, 5].into(), pod4(1, 11), pod4(1, 1), pod4(9, 9)] {
+        // Of a pod of this node the port is marked, once: connection tracking may have chosen it (br_netfilter).
+        let bytes = arriving(&ip4(pod4(1, 11), pod4(1, 10), TCP, &tcp(50_007, 80, 0)), IPV4);
+        let to_it =
+            frame(pod_mac(1, 11), pod_mac(1, 10), IPV4, &ip4(pod4(1, 10), pod4(1, 11), TCP, &tcp(80, 50_007, 0)));
+        assert_eq!(run(&rig, Program::PodOut, links, &to_it).reasons, [Reason::FastSameNode]);
+        let (word, bit) = abi::nat_bit(POD_B, false, 50_007);
+        let marked = Answer::Slow(Reason::SlowRecorded, Effect::Mark(word, bit));
+        assert_eq!(compared(&rig, Program::PodIn, links, &bytes), marked);
+        assert_eq!(run(&rig, Program::PodIn, links, &bytes).reasons, []);
+        assert_eq!(run(&rig, Program::PodOut, links, &to_it).reasons, [Reason::SlowNat]);
+
+        // The host, the outside, the gateway and other interfaces are no such thing.
+        for from in [underlay4(2), [203, 0, 113, 5].into(), pod4(1, 1), pod4(9, 9)] {
             let bytes = arriving(&ip4(from, pod4(1, 10), TCP, &tcp(50_000, 80, 0)), IPV4);
             assert_eq!(compared(&rig, Program::PodIn, links, &bytes), Answer::NotOurs, "{from}");
         }
@@ -433,6 +445,43 @@ fn what_does_not_belong_together_is_not_decapsulated() {
         // To a pod without a tunnel: whoever isn't on this link with us.
         let bytes = frame(uplink_mac(1), uplink_mac(2), IPV4, &inside[14..]);
         assert_eq!(compared(&rig, Program::WireIn, links, &bytes).reason(), Some(Reason::SlowSender));
+    });
+}
+
+#[test]
+fn flows_that_leave_by_the_kernels_path_stay_there_with_the_port_that_they_leave_with() {
+    in_namespace(1, |links| {
+        let mut rig = Rig::new(tables(1, links));
+        // Connection tracking has made 1,027 of the pod's 4,000.
+        let leaving = |from, to| frame(vtep(2, 4), vtep(1, 4), IPV4, &ip4(from, to, UDP, &udp(1_027, 53, &[])));
+        let leaving6 = frame(vtep(2, 6), vtep(1, 6), IPV6, &ip6(pod6(1, 10), pod6(2, 10), UDP, &udp(1_027, 53, &[])));
+        let answer4 = tunnelled4(underlay4(2), &inside4(UDP, &udp(53, 1_027, &[])));
+        let answer6 = frame(vtep(1, 6), vtep(2, 6), IPV6, &ip6(pod6(2, 10), pod6(1, 10), UDP, &udp(53, 1_027, &[])));
+        let answer6 = tunnelled6(underlay6(2), &answer6);
+        for (leaves, answer) in [(leaving(pod4(1, 10), pod4(2, 10)), answer4), (leaving6, answer6)] {
+            assert_eq!(compared(&rig, Program::WireIn, links, &answer).reason(), Some(Reason::FastTunnel));
+            let noted = compared(&rig, Program::WireOut, links, &leaves);
+            let Answer::Slow(Reason::SlowRecorded, Effect::Record(POD_A, flow)) = noted else { panic!("{noted:?}") };
+            assert!(rig.has_slow_flow(&flow));
+            assert_eq!(run(&rig, Program::WireIn, links, &answer).reasons, [Reason::SlowFlow]);
+        }
+        let others = [
+            (pod4(1, 11), pod4(1, 10)),
+            (pod4(1, 99), pod4(2, 10)),
+            (pod4(1, 10), [203, 0, 113, 5].into()),
+            (underlay4(1), pod4(2, 10)),
+        ];
+        for (from, to) in others {
+            assert_eq!(compared(&rig, Program::WireOut, links, &leaving(from, to)), Answer::NotOurs, "{from} to {to}");
+        }
+        // A port that is marked is slow without a note, and where nothing is translated nothing is noted.
+        let leaves = leaving(pod4(1, 11), pod4(2, 10));
+        let (word, bit) = abi::nat_bit(POD_B, true, 1_027);
+        rig.set(Map::NatBits1, &word, &bit);
+        rig.tables.nat_bits.insert(word, bit);
+        assert_eq!(compared(&rig, Program::WireOut, links, &leaves), Answer::NotOurs);
+        rig.change(|tables| tables.config.flags &= !abi::CONFIG_GUARD);
+        assert_eq!(compared(&rig, Program::WireOut, links, &leaving(pod4(1, 10), pod4(2, 10))), Answer::NotOurs);
     });
 }
 

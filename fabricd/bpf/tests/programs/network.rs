@@ -97,19 +97,20 @@ impl Node {
         }
         let links = space.run(|| {
             let index = |name: &str| if_nametoindex(CString::new(name).expect("a name").as_c_str()).expect("there");
-            Links { uplink: 0, pod_a: index("pod-10"), pod_b: index("pod-11"), device6: 0 }
+            Links { uplink: 0, pod_a: index("pod-10"), pod_b: index("pod-11"), device6: index("fabric.1") }
         });
         Self { space, pods, rig: Rig::new(tables(number, links)), links, attached: vec![] }
     }
 
-    fn hooks(&self) -> [(Program, u32, Hook); 5] {
-        let Links { uplink, pod_a, pod_b, device6: _ } = self.links;
+    fn hooks(&self) -> [(Program, u32, Hook); 6] {
+        let Links { uplink, pod_a, pod_b, device6: device } = self.links;
         [
             (Program::WireIn, uplink, Hook::Ingress),
             (Program::PodOut, pod_a, Hook::Ingress),
             (Program::PodOut, pod_b, Hook::Ingress),
             (Program::PodIn, pod_a, Hook::Egress),
             (Program::PodIn, pod_b, Hook::Egress),
+            (Program::WireOut, device, Hook::Egress),
         ]
     }
 

@@ -161,7 +161,7 @@ impl Recipe {
             let pods = [links.pod_a, links.pod_b, links.uplink];
             let ifindex = match program {
                 Program::WireIn => [links.uplink, links.device6, links.uplink][usize::from(self.interface)],
-                Program::PodOut | Program::PodIn => pods[usize::from(self.interface)],
+                Program::PodOut | Program::PodIn | Program::WireOut => pods[usize::from(self.interface)],
             };
             let is_for_host = ifindex == links.uplink && bytes[..6] == uplink_mac(1);
             (*program, Frame { gso_size: self.gso_size, is_for_host, ..Frame::new(bytes, ifindex) })
@@ -203,6 +203,7 @@ fn programs_and_model_decide_the_same_about_random_packets() {
                 (Program::PodOut, recipe.sent()),
                 (Program::WireIn, recipe.received()),
                 (Program::PodIn, recipe.delivered()),
+                (Program::WireOut, recipe.sent()),
             ];
             for (program, frame) in recipe.frames(links, &made).into_iter().filter(|(_, frame)| Rig::takes(frame)) {
                 let answer = rig.compare(program, &frame);

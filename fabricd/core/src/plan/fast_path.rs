@@ -141,6 +141,10 @@ pub fn fast_path(inputs: &FastPathInputs<'_>) -> Result<Planned, NoFastPath> {
         }
     };
     inputs.uplinks.iter().for_each(|ifindex| attach(Role::WireIn, *ifindex));
+    // Where what pods send by the kernel's path leaves.
+    let devices = ends.iter().filter_map(|(family, _)| inputs.indexes.get(inputs.devices.get(family)?)).copied();
+    let direct = state.peers.values().filter(|peer| peer.direct).map(|peer| peer.path.ifindex);
+    devices.chain(direct).for_each(|ifindex| attach(Role::WireOut, ifindex));
     let ports = inputs.pods.keys().filter_map(|port| inputs.ports.get(port));
     for port in ports.filter(|port| !inputs.kept_off.contains(&port.ifindex)) {
         attach(Role::PodOut, port.ifindex);

@@ -168,7 +168,7 @@ fn pods_are_those_whose_port_is_known_and_whose_address_is_theirs_alone() {
     let state = world.settle();
     let pod = state.pods[&state.addresses[&v("10.64.1.5")]];
     assert_eq!((pod.ifindex, pod.gateway_mac, pod.fast), (7, v("02:42:0a:40:01:01"), true));
-    assert_eq!(state.links.len(), 5, "three programs, of which one is at the uplink");
+    assert_eq!(state.links.len(), 6, "two at each port, one at the uplink, and one at the VXLAN device");
 
     world.add_pod("veth9", 9, "10.64.1.5");
     world.pods.get_mut(&v::<IfName>("veth8")).expect("there").ips.insert(v("203.0.113.9"));
@@ -224,7 +224,11 @@ fn ipv6_peers_are_sent_to_by_the_device_and_direct_ones_by_the_uplink() {
     assert_eq!(state.maps, Some(MapSizes { subnets4: 4096, subnets6: 65_536, peers: 256, addresses4: 256, pods: 128 }));
     let slots = [v::<IpAddr>("10.64.1.5"), v("2001:db8:0:1::5")].map(|ip| state.addresses[&ip]);
     assert_ne!(slots[0], slots[1], "its ports are marked in each family by itself");
-    assert_eq!(state.links.len(), 5);
+    let leaves: Vec<u32> = (state.links.iter())
+        .filter(|(_, program)| program.role == Role::WireOut)
+        .map(|(place, _)| place.ifindex)
+        .collect();
+    assert_eq!(leaves, [2, 30, 36], "devices, and the uplink for what goes direct");
 
     world.paths.remove(&v::<IpAddr>("2001:db8:ff::2"));
     world.indexes.clear();

@@ -147,11 +147,13 @@ pub enum Role {
     WireIn,
     /// At what a pod is sent by the kernel's path.
     PodIn,
+    /// At what leads to peers: what pods send by the kernel's path.
+    WireOut,
 }
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::PodOut, Self::WireIn, Self::PodIn];
+    pub const ALL: [Self; 4] = [Self::PodOut, Self::WireIn, Self::PodIn, Self::WireOut];
 
     /// The name of its function, and of its pin.
     #[must_use]
@@ -160,6 +162,7 @@ impl Role {
             Self::PodOut => "pod_out",
             Self::WireIn => "wire_in",
             Self::PodIn => "pod_in",
+            Self::WireOut => "wire_out",
         }
     }
 
@@ -168,7 +171,7 @@ impl Role {
     pub const fn hook(self) -> Hook {
         match self {
             Self::PodOut | Self::WireIn => Hook::Ingress,
-            Self::PodIn => Hook::Egress,
+            Self::PodIn | Self::WireOut => Hook::Egress,
         }
     }
 }
