@@ -51,6 +51,7 @@ async fn wanted(kernel: &mut impl Kernel, family: Family, peers: u32) -> FastPat
         pods: [(PodSlot(1), pod)].into(),
         addresses: [(address, PodSlot(1))].into(),
         programs: programs(),
+        former: false,
         links: programs().into_iter().map(|p| (Place { ifindex, hook: p.role.hook() }, p)).collect(),
     }
 }

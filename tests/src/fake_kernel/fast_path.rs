@@ -15,7 +15,7 @@ impl Tables {
         use fast_path::Op;
         let has = |there: bool, errno| if there { Ok(()) } else { Err(errno) };
         match op {
-            Op::Maps(_) | Op::Program(Change::Delete(_)) | Op::Link(_, Change::Delete(_)) => {}
+            Op::Former | Op::Maps(_) | Op::Program(Change::Delete(_)) | Op::Link(_, Change::Delete(_)) => {}
             Op::Link(place, Change::Create(program) | Change::Replace { now: program, .. }) => {
                 has(self.fast_path.programs.contains(program), libc::ENOENT)?;
                 has(self.links.values().any(|link| link.index == place.ifindex), libc::ENODEV)?;

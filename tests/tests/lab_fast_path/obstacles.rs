@@ -210,7 +210,7 @@ fn pod_of_the_bandwidth_plugin_keeps_its_limits_and_takes_the_kernels_path_alone
 }
 
 #[test]
-fn what_another_layout_has_pinned_gives_way_and_costs_no_packet() -> Result<()> {
+fn another_layout_is_built_beside_and_switched_and_costs_no_packet() -> Result<()> {
     let (_lab, a, b) = pods_of_two_nodes([ON, ON])?;
     let node = &a.node;
     let stream = Stream::start(&a, &b)?;
@@ -221,10 +221,17 @@ fn what_another_layout_has_pinned_gives_way_and_costs_no_packet() -> Result<()> 
         node.stop_fabricd()?;
         node.run(&["sh", "-ec", "cd /sys/fs/bpf/fabric && mv * 999"])
     };
+    // A pin that is moved keeps its number, one that is made anew has another.
+    let links = || node.run(&["sh", "-ec", "cd /sys/fs/bpf/fabric/*/links && ls -i"]);
+    let before = links()?;
     become_anothers()?;
     node.start_fabricd_with(&[ON], &[])?;
     settled(node, ON)?;
-    ensure!(layouts()? == ours, "{}", layouts()?);
+    wait_until("our layout alone", SOON, || {
+        ensure!(layouts()? == ours, "{}", layouts()?);
+        Ok(())
+    })?;
+    ensure!(links()? == before, "links were taken away: {before}{}", links()?);
     transfer(&a, &b)?;
     // Those of a release to come, before a downgrade that switches it off.
     become_anothers()?;

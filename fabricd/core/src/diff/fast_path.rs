@@ -4,6 +4,9 @@
 //! makes packets go fast comes when all that it leads to is there. Taken away from the other end, before anything of the
 //! kernel's path changes: links, pods, the index; what they led to goes last of all.
 //!
+//! What a release with another layout of the maps has made stays until all of this is there beside it; then its links have
+//! their programs replaced, and the rest of it goes.
+//!
 //! A pod comes in three steps. Its entry at first only has programs mark the ports that it uses towards anything but pods;
 //! then connections that are already translated are marked too ([`Op::Seed`]); then its packets are taken. Without that
 //! order an answer would pass by the translation that its connection has.
@@ -39,6 +42,8 @@ pub enum Op {
     Address(IpAddr, Change<PodSlot>),
     /// The NAT guard marks what is translated of the connections of pods with these addresses.
     Seed(BTreeMap<IpAddr, PodSlot>),
+    /// Maps and programs of another layout go.
+    Former,
 }
 
 /// What names a part of the fast path.
@@ -62,6 +67,8 @@ pub enum Part {
     Address(IpAddr),
     /// The NAT guard.
     Guard,
+    /// Another layout.
+    Former,
 }
 
 impl Op {
@@ -78,6 +85,7 @@ impl Op {
             Self::Pod(slot, _) => Part::Pod(*slot),
             Self::Address(ip, _) => Part::Address(*ip),
             Self::Seed(_) => Part::Guard,
+            Self::Former => Part::Former,
         })
     }
 
@@ -85,7 +93,7 @@ impl Op {
     #[must_use]
     pub fn needs(&self) -> Vec<Key> {
         let needs = match self {
-            Self::Maps(_) => vec![],
+            Self::Maps(_) | Self::Former => vec![],
             Self::Node(c) if c.wanted().is_some() => vec![Part::Maps],
             Self::Peer(_, c) if c.wanted().is_some() => vec![Part::Maps, Part::Node],
             Self::Index(_, c) => {
@@ -116,10 +124,12 @@ impl Op {
     pub fn holds(&self) -> Vec<Key> {
         let holds = match self {
             Self::Index(_, c) => c.found().map(|slot| vec![Part::Peer(*slot), Part::Node, Part::Maps]),
-            Self::Link(_, c) => c.found().map(|program| vec![Part::Program(*program), Part::Node, Part::Maps]),
+            Self::Link(_, c) => {
+                c.found().map(|program| vec![Part::Program(*program), Part::Node, Part::Maps, Part::Former])
+            }
             Self::Address(_, c) => c.found().map(|slot| vec![Part::Pod(*slot), Part::Node, Part::Maps]),
             Self::Pod(_, c) => c.found().map(|_| vec![Part::Node, Part::Maps]),
-            Self::Maps(_) | Self::Node(_) | Self::Peer(..) | Self::Program(_) | Self::Seed(_) => None,
+            Self::Maps(_) | Self::Node(_) | Self::Peer(..) | Self::Program(_) | Self::Seed(_) | Self::Former => None,
         };
         holds.unwrap_or_default().into_iter().map(Key::FastPath).collect()
     }
@@ -132,7 +142,7 @@ impl Op {
             (Self::Address(..), Verb::Delete) => Stage::FastAddressGoes,
             (Self::Pod(..), Verb::Delete) => Stage::FastPodGoes,
             (Self::Index(..), Verb::Delete) => Stage::FastIndexGoes,
-            (Self::Maps(_), Verb::Delete) => Stage::FastMapsGo,
+            (Self::Maps(_), Verb::Delete) | (Self::Former, _) => Stage::FastMapsGo,
             (Self::Node(_), Verb::Delete) => Stage::FastNodeGoes,
             (Self::Peer(..), Verb::Delete) => Stage::FastPeerGoes,
             (Self::Program(_), Verb::Delete) => Stage::FastProgramGoes,
@@ -162,12 +172,13 @@ impl Op {
             Self::Pod(_, c) => c.verb(),
             Self::Address(_, c) => c.verb(),
             Self::Seed(_) => Verb::Replace,
+            Self::Former => Verb::Delete,
         }
     }
 
     /// Whether it goes because of what leases say. Pods and links are decided by what is attached to this node.
     pub(super) fn is_decided_by_leases(&self) -> bool {
-        !matches!(self, Self::Pod(..) | Self::Address(..) | Self::Link(..))
+        !matches!(self, Self::Pod(..) | Self::Address(..) | Self::Link(..) | Self::Former)
     }
 
     /// Makes the step in a model of what is there.
@@ -186,6 +197,7 @@ impl Op {
             Self::Pod(slot, c) => put(&mut there.pods, *slot, c),
             Self::Address(ip, c) => put(&mut there.addresses, *ip, c),
             Self::Seed(_) => {}
+            Self::Former => there.former = false,
         }
     }
 }
@@ -213,7 +225,7 @@ pub(super) fn diff(want: &FastPath, have: &FastPath) -> Vec<Op> {
         (false, false) => want,
     };
     // All parts by name: one more has to be compared too.
-    let FastPath { maps, node, peers, index, pods, addresses, programs, links } = want;
+    let FastPath { maps, node, peers, index, pods, addresses, programs, links, former } = want;
     let mut ops: Vec<Op> = vec![];
     ops.extend(single(*maps, have.maps).map(Op::Maps));
     ops.extend(single(*node, have.node).map(Op::Node));
@@ -223,6 +235,7 @@ pub(super) fn diff(want: &FastPath, have: &FastPath) -> Vec<Op> {
     ops.extend(have.programs.difference(programs).map(|program| Op::Program(Change::Delete(*program))));
     ops.extend(table(links, &have.links).map(|(place, change)| Op::Link(place, change)));
     ops.extend(table(addresses, &have.addresses).map(|(ip, change)| Op::Address(ip, change)));
+    ops.extend((have.former && !former).then_some(Op::Former));
     let mut taken = BTreeSet::new();
     for (slot, change) in table(pods, &have.pods) {
         let Some(now) = change.wanted().copied() else {
@@ -325,6 +338,7 @@ impl fmt::Display for Op {
                 let how = if *fast { "taken" } else { "marked only" };
                 write!(f, "pod {}, interface {ifindex} lladdr {mac} mtu {mtu} gateway {gateway_mac}, {how}", slot.0)
             }
+            Self::Former => f.write_str("maps and programs of another layout"),
             Self::Seed(pods) => write!(f, "translated connections of {} addresses are marked", pods.len()),
         }
     }

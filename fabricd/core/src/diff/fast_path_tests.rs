@@ -49,6 +49,7 @@ fn whole() -> FastPath {
             (Place { ifindex: 2, hook: Hook::Ingress }, program(Role::WireIn)),
         ]
         .into(),
+        former: false,
     }
 }
 
@@ -123,6 +124,32 @@ fn another_own_end_or_other_maps_take_everything_away_first() {
     let there = taken(&plan(&larger, &have), &have);
     assert_eq!(there, FastPath::new());
     assert_eq!(taken(&plan(&larger, &there), &there), larger);
+}
+
+#[test]
+fn another_layout_gives_way_when_all_is_there_beside_it() {
+    let unknown = |(place, program): (&Place, &Program)| (*place, Program { fingerprint: 0, ..*program });
+    let links = whole().links.iter().map(unknown).collect();
+    let have = FastPath { links, former: true, ..FastPath::new() };
+    let steps = plan(&whole(), &have);
+    let text = steps.to_string();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.last(), Some(&"- fast path: maps and programs of another layout"), "{text}");
+    let at = |words: &str| lines.iter().position(|line| line.contains(words)).expect(words);
+    assert!(at("+ fast path: 10.64.2.0/24") < at("~ fast path: link at ingress of interface 7"), "{text}");
+    assert_eq!(lines.iter().filter(|line| line.starts_with('-')).count(), 1, "{text}");
+    assert_eq!(taken(&steps, &have), whole());
+    // One that could not be replaced still has its maps.
+    let mut gate = Gate::default();
+    let stays = |op: &super::super::Op| match gate.admits(op) {
+        Ok(()) if op.to_string().contains("interface 7 to") => {
+            gate.failed(op);
+            false
+        }
+        admitted => admitted.is_err() && op.is_delete(),
+    };
+    assert_eq!(steps.ops().iter().filter(|op| Some(*op) == steps.ops().last()).count(), 1);
+    assert!(steps.ops().iter().map(stays).last().expect("a step"), "{text}");
 }
 
 #[test]

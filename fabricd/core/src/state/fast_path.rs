@@ -31,6 +31,8 @@ pub struct FastPath {
     pub programs: BTreeSet<Program>,
     /// Where they are attached.
     pub links: BTreeMap<Place, Program>,
+    /// Maps and programs of another layout are there, which nobody keeps true.
+    pub former: bool,
 }
 
 /// How large the maps are that depend on the network. No map has no entry: what a family has that is not in use is 1. All
@@ -239,6 +241,7 @@ impl FastPath {
             addresses: BTreeMap::new(),
             programs: BTreeSet::new(),
             links: BTreeMap::new(),
+            former: false,
         }
     }
 

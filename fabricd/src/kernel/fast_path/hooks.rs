@@ -88,6 +88,9 @@ impl Hooks {
             let known = programs.get(&program).filter(|_| ifindex == place.ifindex);
             found.insert(place, known.copied().unwrap_or_else(|| pins::unknown(place)));
         }
+        for place in pins.former_places()? {
+            found.entry(place).or_insert_with(|| pins::unknown(place));
+        }
         let filters = self.filters()?;
         for (place, id) in &filters {
             let known = programs.get(id).copied().filter(|_| !found.contains_key(place));
@@ -124,15 +127,21 @@ impl Hooks {
         if self.are_filters() {
             filters::put(self.socket()?, place, program, &loaded)?;
             self.filtered.insert(place);
-            return Ok(unlink(&pins.link(place))?);
+            return Ok(unlink_all(pins, place)?);
         }
-        link(&pins.link(place), place, &loaded)?;
+        let path = pins.link(place);
+        // A link of another layout goes on as ours, with our program.
+        let former = pins.former_links(place)?.into_iter().find(|former| fabric_ebpf::Link::open(former).is_ok());
+        if let Some(former) = former.filter(|_| !path.exists()) {
+            std::fs::rename(former, &path)?;
+        }
+        link(&path, place, &loaded)?;
         self.remove_filter(place)
     }
 
     /// Takes what is attached there away, at once: what is attached in its place next must not meet it there.
     pub(super) fn detach(&mut self, pins: &Pins, place: Place) -> Result<(), Refused> {
-        unlink(&pins.link(place))?;
+        unlink_all(pins, place)?;
         self.remove_filter(place)
     }
 
@@ -165,6 +174,11 @@ fn link(path: &Path, place: Place, program: &fabric_ebpf::Program) -> io::Result
         Hook::Egress => fabric_ebpf::Hook::Egress,
     };
     fabric_ebpf::Link::attach(program, place.ifindex, hook)?.pin(path)
+}
+
+fn unlink_all(pins: &Pins, place: Place) -> io::Result<()> {
+    pins.former_links(place)?.iter().try_for_each(|former| unlink(former))?;
+    unlink(&pins.link(place))
 }
 
 /// Takes a link away. One that may not be opened goes with its pin, as soon as the kernel gets to it.

@@ -84,6 +84,8 @@ pub(super) struct Bpf {
     found: Arc<FastPath>,
     trouble: Option<String>,
     stale: bool,
+    /// What another layout has could not be replaced: it goes before ours is made.
+    gives_way_first: bool,
     /// When the NAT guard was last renewed.
     renewed: Instant,
 }
@@ -99,6 +101,7 @@ impl Bpf {
             found: Arc::default(),
             trouble: None,
             stale: true,
+            gives_way_first: false,
             renewed: Instant::now(),
         }
     }
@@ -180,7 +183,10 @@ impl Bpf {
         match result.is_ok() {
             true => op.apply_to(Arc::make_mut(&mut self.found)),
             // What is known may be why.
-            false => self.stale = true,
+            false => {
+                self.stale = true;
+                self.gives_way_first |= self.found.former;
+            }
         }
         result
     }
@@ -191,10 +197,16 @@ impl Bpf {
         let programs = self.pins.programs()?;
         found.programs = programs.values().copied().collect();
         found.links = self.hooks.found(&self.pins, &programs)?;
+        found.former = !self.pins.other_layouts()?.is_empty();
+        self.gives_way_first &= found.former;
         if let Some(maps) = Maps::open(&self.pins)? {
             maps.read_into(&mut found)?;
             self.maps = Some(maps);
-        } else if !(found.programs.is_empty() && found.links.is_empty() && self.pins.other_layouts()?.is_empty()) {
+            return Ok(found);
+        }
+        // Of another layout all links are: that is a place to be taken over, unless that was tried in vain.
+        let ours = !found.programs.is_empty() || !self.pins.places()?.is_empty();
+        if ours || self.gives_way_first || !found.former && !found.links.is_empty() {
             // Maps as nobody wants them: they go before ours are made, and when none are wanted. Programs that are there
             // have maps that nobody else can open any more.
             found.maps = Some(MapSizes::default());
@@ -216,6 +228,7 @@ impl Bpf {
                 self.maps = Some(Maps::create(&self.pins, *sizes)?);
                 return Ok(());
             }
+            Op::Former => return Ok(self.pins.remove_other_layouts()?),
             Op::Program(Change::Delete(program)) => return Ok(pins::remove(&self.pins.program(*program))?),
             Op::Link(place, Change::Delete(_)) => return self.hooks.detach(&self.pins, *place),
             Op::Link(place, Change::Create(program) | Change::Replace { now: program, .. }) => {
@@ -238,7 +251,7 @@ impl Bpf {
                 }
             }
             Op::Program(Change::Create(program) | Change::Replace { now: program, .. }) => self.load(maps, *program)?,
-            Op::Maps(_) | Op::Program(_) | Op::Link(..) => {}
+            Op::Maps(_) | Op::Program(_) | Op::Link(..) | Op::Former => {}
         }
         Ok(())
     }

@@ -42,12 +42,27 @@ impl Pins {
         self.root.join("links").join(place.to_string())
     }
 
-    /// Makes the folders. What another layout has left goes.
+    /// The links of other layouts at a place.
+    pub(super) fn former_links(&self, place: Place) -> io::Result<Vec<PathBuf>> {
+        let path = |layout: PathBuf| layout.join("links").join(place.to_string());
+        Ok(self.other_layouts()?.into_iter().map(path).filter(|path| path.exists()).collect())
+    }
+
+    /// Where other layouts have something attached.
+    pub(super) fn former_places(&self) -> io::Result<Vec<Place>> {
+        let mut places = vec![];
+        for layout in self.other_layouts()? {
+            places.extend(entries(&layout.join("links"))?.iter().filter_map(|path| place_of(path)));
+        }
+        Ok(places)
+    }
+
+    /// Makes the folders.
     pub(super) fn prepare(&self) -> io::Result<()> {
         for folder in ["maps", "programs", "links"] {
             fs::create_dir_all(self.root.join(folder))?;
         }
-        self.remove_other_layouts()
+        Ok(())
     }
 
     /// The folders of other layouts.
@@ -57,7 +72,7 @@ impl Pins {
     }
 
     /// Takes away what they have: links first, so that packets take the kernel's path.
-    fn remove_other_layouts(&self) -> io::Result<()> {
+    pub(super) fn remove_other_layouts(&self) -> io::Result<()> {
         for other in self.other_layouts()? {
             for folder in ["links", "programs", "maps"] {
                 entries(&other.join(folder))?.iter().try_for_each(|pin| remove(pin))?;
@@ -65,7 +80,7 @@ impl Pins {
             }
             remove_empty(&other)?;
         }
-        Ok(())
+        self.root.parent().map_or(Ok(()), remove_empty)
     }
 
     /// Takes the maps away, those of other layouts too, and the folders when nothing else is left in them. What is at the
@@ -99,10 +114,11 @@ impl Pins {
         let programs = programs.iter().filter(|path| is_ours(path, fabric_ebpf::Program::open));
         let programs = programs.filter_map(|path| program_of(path)).collect();
         let links = self.places()?.into_iter().filter(|place| is_ours(&self.link(*place), fabric_ebpf::Link::open));
-        let links = links.map(|place| (place, unknown(place))).collect();
+        let links = links.chain(self.former_places()?).map(|place| (place, unknown(place))).collect();
+        let former = !self.other_layouts()?.is_empty();
         let maps = abi::Map::ALL.iter().any(|map| is_ours(&self.map(*map), Map::open));
         let maps = maps.then(MapSizes::default);
-        Ok(FastPath { maps, programs, links, ..FastPath::new() })
+        Ok(FastPath { maps, programs, links, former, ..FastPath::new() })
     }
 
     /// Where something is attached.
