@@ -216,8 +216,15 @@ pub fn stable_hash(bytes: &[u8]) -> u64 {
     let fnv = bytes
         .iter()
         .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3));
-    // The finaliser of SplitMix64: FNV alone leaves names that differ in the last letter close together.
-    let mixed = (fnv ^ (fnv >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    // FNV alone leaves names that differ in the last letter close together.
+    mixed(fnv)
+}
+
+/// A number all of whose bits depend on all bits of another one, and which is the same everywhere: the finaliser of
+/// SplitMix64.
+#[must_use]
+pub const fn mixed(number: u64) -> u64 {
+    let mixed = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     mixed ^ (mixed >> 31)
 }

@@ -76,6 +76,9 @@ fn in_full(screen: &Screen, service: &Service) -> String {
     if service.affinity_seconds > 0 {
         facts.push(format!("session affinity for {} s", service.affinity_seconds));
     }
+    if !matches!(service.algorithm.as_str(), "" | "random") {
+        facts.push(format!("endpoints by {}", service.algorithm));
+    }
     if service.health_check_node_port > 0 {
         facts.push(format!("health check on port {}", service.health_check_node_port));
     }
@@ -158,13 +161,14 @@ mod tests {
             name: "default/web".into(),
             r#type: "ClusterIP".into(),
             internal_traffic_policy: "Cluster".into(),
+            algorithm: "source-hash".into(),
             frontends: vec![frontend],
             endpoint_list: vec![endpoint("10.244.1.2:8080", true, ""), endpoint("10.244.1.3:8080", false, "not ready")],
             ..Service::default()
         };
         let told = in_full(&Screen::default(), &service);
         let want = "\
-default/web: ClusterIP, internal traffic policy Cluster
+default/web: ClusterIP, internal traffic policy Cluster, endpoints by source-hash
 
 FRONTEND           KIND        KERNEL           FROM PODS AND NODES  FROM OUTSIDE
 10.96.0.10:80/tcp  cluster_ip  as it should be  to 10.244.1.2:8080   the same

@@ -33,6 +33,7 @@ pub fn service(described: &Described, in_full: bool) -> v1::Service {
             true => policy_word(service.external).to_owned(),
             false => String::new(),
         },
+        algorithm: service.algorithm.word().to_owned(),
         affinity_seconds: service.affinity.unwrap_or_default(),
         health_check_node_port: service.health_check_port.unwrap_or_default().into(),
         problems: problems(described),

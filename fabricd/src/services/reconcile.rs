@@ -17,6 +17,7 @@ use fabric_core::services::model::NodeFacts;
 use fabric_core::services::plan::{Context, ServicePlan, UdpFrontends};
 use fabric_core::services::sets::Services;
 use fabric_core::state::nft::FoundTable;
+use jiff::Timestamp;
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
@@ -227,7 +228,7 @@ impl Reconciler {
                 *plan = Some(new);
             }
         }
-        let Some(plan) = &self.plan else { return Ok(()) };
+        let Some(plan) = &mut self.plan else { return Ok(()) };
         self.counters.planned(plan.counts());
         let (checks, late) = plan.health_checks();
         let steps = self.table.steps(plan.table(), found.as_ref());
@@ -239,6 +240,7 @@ impl Reconciler {
             // All that it did is done by now, before its rules are asked.
             warnings.extend(remove_kube_proxy().await.err());
         }
+        self.counters.programmed(&plan.take_triggers(), Timestamp::now());
         let mut notices = troubles(plan);
         notices.extend(late.into_iter().map(|service| {
             health_check_refused(service, "another Service, which is older, has this healthCheckNodePort")

@@ -1,5 +1,6 @@
 //! Services in the Lab: who answers, whom it sees, and what a client is told where nobody can.
 
+mod algorithms;
 mod clients;
 mod kube_proxy;
 mod told;
@@ -241,6 +242,18 @@ fn changes_reach_every_node_and_a_restart_writes_nothing() -> Result<()> {
     for (by, family) in EACH {
         answered_by(&client, by, at(vip(family, 10), by), &["c", "d"])?;
     }
+    // Slices tell when it happened.
+    let told = json!({
+        "metadata": {"annotations": {"endpoints.kubernetes.io/last-change-trigger-time": "2026-11-29T10:00:00Z"}},
+        "endpoints": cluster.endpoints(Family::V4, &["c"]),
+    });
+    cluster.api.change(&slices_of(V1), "web-v4", &told);
+    wait_until("the metric has one change", SOON, || {
+        let metrics = node.http_get(9472, "/metrics")?.body;
+        let line = "fabricd_services_network_programming_duration_seconds_count 1";
+        ensure!(metrics.lines().any(|of| of == line), "{metrics}");
+        Ok(())
+    })?;
     // From none to some, and back.
     cluster.change("web", &[]);
     for (by, family) in EACH {

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::{Cluster, SOON, answered_by, at, vip};
 
 /// What `fabricctl service` says of Services, with its exit code.
-fn told(node: &Node, name: &str) -> Result<(Option<i32>, Value)> {
+pub(super) fn told(node: &Node, name: &str) -> Result<(Option<i32>, Value)> {
     let shown = node.exec(&["fabricctl", "service", name, "-o", "json"])?;
     let told = serde_json::from_str(&shown.stdout).with_context(|| format!("{shown:?}"))?;
     Ok((shown.status.code(), told))

@@ -13,6 +13,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
+use super::balance::Algorithm;
 use super::choose::{Answer, Frontend, Here, Origin, choose};
 use super::model::{
     Endpoint, Hints, ObjectName, Policy, Protocol, Service, ServicePort, ServiceType, Slice, SlicePort, SourceRanges,
@@ -71,6 +72,7 @@ fn slices(text: &str, family: Family) -> Vec<Slice> {
             name: ObjectName::new("default", &format!("web-{number}")),
             service: ObjectName::new("default", "web"),
             revision: number,
+            triggered: None,
             family,
             ports: [SlicePort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }].into(),
             endpoints: Box::default(),
@@ -96,6 +98,7 @@ fn web() -> Service {
         internal: Policy::Cluster,
         external: Policy::Cluster,
         affinity: None,
+        algorithm: Algorithm::default(),
         health_check_port: None,
         source_ranges: SourceRanges::default(),
         refused: Box::default(),

@@ -8,9 +8,10 @@
 //!
 //! [`objects`] are the members of the API's objects that matter, [`model`] what they say once they are checked, [`sets`] all
 //! of them together, [`slices`] what all slices of a Service amount to for one of its ports, and [`choose`] which of these
-//! endpoints take a connection. [`plan`] says what the kernel should hold of all that. The sets are values: what they hold depends on the objects alone, never on the order in which
+//! endpoints take a connection, [`balance`] how one of them is picked. [`plan`] says what the kernel should hold of all that. The sets are values: what they hold depends on the objects alone, never on the order in which
 //! they came, and a copy costs a reference.
 
+pub mod balance;
 pub mod choose;
 pub mod model;
 pub mod objects;

@@ -6,6 +6,9 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use jiff::Timestamp;
+
+use super::balance::Algorithm;
 use super::objects::{
     EndpointObject, EndpointPort, HintsObject, Metadata, NodeObject, ServiceObject, ServicePortSpec, SliceObject,
 };
@@ -17,6 +20,8 @@ const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 const HEADLESS: &str = "service.kubernetes.io/headless";
 /// The Service that a slice belongs to.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
+/// When what a slice's last change tells of happened (RFC 3339), by the controller of slices.
+const TRIGGERED: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 /// The zone of a Node.
 const ZONE: &str = "topology.kubernetes.io/zone";
 /// Where `v1beta1` has the name of an endpoint's node.
@@ -205,6 +210,8 @@ pub struct Service {
     pub external: Policy,
     /// How long, in seconds, a client's connections go to one endpoint.
     pub affinity: Option<u32>,
+    /// How a new connection's endpoint is picked.
+    pub algorithm: Algorithm,
     /// Where load balancers ask whether this node has an endpoint.
     pub health_check_port: Option<u16>,
     /// Who may come by the load balancer's addresses.
@@ -275,6 +282,11 @@ impl Service {
         let ports = spec.ports.iter().flatten().filter_map(|port| ServicePort::read(port, kind, names, &mut refused));
         let ports = ports.collect();
         let external = Policy::read(spec.external_traffic_policy.as_deref());
+        let affinity = affinity(object);
+        let algorithm = Algorithm::read(metadata, affinity.is_some()).unwrap_or_else(|why| {
+            refused.push(why);
+            Algorithm::default()
+        });
         let asks_for_health = kind == ServiceType::LoadBalancer && external == Policy::Local;
         Some(Self {
             name: metadata.into(),
@@ -286,7 +298,8 @@ impl Service {
             ports,
             internal: Policy::read(spec.internal_traffic_policy.as_deref()),
             external,
-            affinity: affinity(object),
+            affinity,
+            algorithm,
             health_check_port: spec.health_check_node_port.filter(|_| asks_for_health).and_then(number),
             source_ranges: source_ranges(object, kind, &mut refused),
             refused: refused.into(),
@@ -396,6 +409,8 @@ pub struct Slice {
     pub service: ObjectName,
     /// The revision of its last change.
     pub revision: i64,
+    /// When what its last change tells of happened: a pod became ready, a selector was changed.
+    pub triggered: Option<Timestamp>,
     /// The family of its addresses.
     pub family: Family,
     /// The ports that each of its endpoints has.
@@ -464,6 +479,7 @@ impl Slice {
             name: metadata.into(),
             service: ObjectName::new(&metadata.namespace, service),
             revision: metadata.resource_version.parse().unwrap_or_default(),
+            triggered: metadata.annotations.as_ref().and_then(|all| all.get(TRIGGERED)?.parse().ok()),
             family,
             ports,
             endpoints,

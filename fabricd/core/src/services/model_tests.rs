@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::balance::Algorithm;
 use super::model::{Names, NodeFacts, Policy, Protocol, Service, ServiceType, Slice};
 use super::objects::{NodeObject, ServiceObject, SliceObject};
 use crate::model::Family;
@@ -312,4 +313,42 @@ fn names_that_nobody_has_any_more_are_forgotten() {
     }
     assert!(std::sync::Arc::ptr_eq(&kept, &names.share("kept")));
     assert!(names.len() <= 200, "{} names are known", names.len());
+}
+
+#[test]
+fn annotation_says_how_endpoints_are_picked_and_a_bad_one_is_told() {
+    let of = |value: &str, spec: Value| {
+        let web =
+            service(&json!({"metadata": {"annotations": {"fabric.io/lb-algorithm": value}}, "spec": spec})).unwrap();
+        (web.algorithm, web.refused.join(" "))
+    };
+    assert_eq!(service(&json!({})).unwrap().algorithm, Algorithm::Random);
+    for (value, algorithm) in [
+        ("random", Algorithm::Random),
+        ("round-robin", Algorithm::RoundRobin),
+        (" source-hash ", Algorithm::SourceHash),
+    ] {
+        assert_eq!(of(value, json!({})), (algorithm, String::new()));
+        assert_eq!(algorithm.word(), value.trim());
+    }
+    for value in ["", "RoundRobin", "least-connections"] {
+        let (algorithm, told) = of(value, json!({}));
+        assert_eq!(algorithm, Algorithm::Random);
+        assert!(told.contains(&format!("{value:?}")) && told.contains("random, round-robin and source-hash"), "{told}");
+    }
+    let (algorithm, told) = of("round-robin", json!({"sessionAffinity": "ClientIP"}));
+    assert_eq!(algorithm, Algorithm::Random);
+    assert!(told.contains("has no effect beside sessionAffinity ClientIP"), "{told}");
+    assert_eq!(of("random", json!({"sessionAffinity": "ClientIP"})), (Algorithm::Random, String::new()));
+}
+
+#[test]
+fn slice_says_when_what_it_tells_of_happened() {
+    let of = |value: &str| {
+        let annotation = json!({"endpoints.kubernetes.io/last-change-trigger-time": value});
+        slice(&json!({"metadata": {"annotations": annotation}})).unwrap().triggered
+    };
+    assert_eq!(slice(&json!({})).unwrap().triggered, None);
+    assert_eq!(of("2026-11-29T10:00:00.25Z").map(jiff::Timestamp::as_millisecond), Some(1_795_946_400_250));
+    assert_eq!(of("yesterday"), None);
 }

@@ -1,13 +1,18 @@
 //! Changes and restarts: any course of them leads to one plan, and connections that nobody answers are forgotten.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use fabric_core::model::Family;
+use fabric_core::services::Slice;
 use fabric_core::services::plan::{ServicePlan, UdpFrontends};
+use fabric_core::services::sets::SliceKey;
+use fabric_core::state::nft::FoundTable;
+use jiff::Timestamp;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use crate::cluster::{Seed, context, described, ip, node, plan, seed, sets, vip};
+use crate::cluster::{Seed, context, described, ip, node, plan, seed, sets, slice, vip};
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
@@ -42,6 +47,28 @@ proptest! {
         let after = ServicePlan::new(context(), &services, &slices, &before.table().found());
         prop_assert_eq!(after.table(), before.table());
     }
+}
+
+#[test]
+fn changes_of_slices_tell_once_when_what_they_tell_of_happened() {
+    let seeds = BTreeMap::from([(1, (vec![(0, 0, 0)], false, false, false, 0))]);
+    let (services, mut slices) = sets(&seeds);
+    let at = |second: i64| Timestamp::from_second(1_796_000_000 + second).unwrap();
+    let mut change = |second: Option<i64>, hosts: u8| {
+        let seed = ((0..hosts).map(|host| (0, host, 0)).collect(), false, false, false, 0);
+        let slice = Slice { triggered: second.map(at), ..slice(1, Family::V4, &seed) };
+        let key = SliceKey { service: slice.service.clone(), slice: slice.name.clone() };
+        slices.insert(key, Arc::new(slice));
+        slices.clone()
+    };
+    let mut plan = ServicePlan::new(context(), &services, &change(Some(0), 1), &FoundTable::default());
+    assert!(plan.take_triggers().is_empty(), "it happened before the start");
+    plan.update(&services, &change(Some(1), 2));
+    plan.update(&services, &change(Some(2), 3));
+    assert_eq!(plan.take_triggers(), [at(1), at(2)]);
+    plan.update(&services, &change(Some(2), 1));
+    plan.update(&services, &change(None, 2));
+    assert!(plan.take_triggers().is_empty(), "neither says when");
 }
 
 #[test]

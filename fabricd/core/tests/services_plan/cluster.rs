@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use fabric_core::model::{Family, PerFamily, Subnet};
 use fabric_core::services::Here;
+use fabric_core::services::balance::Algorithm;
 use fabric_core::services::model::{
     Endpoint, ObjectName, Policy, Protocol, Service, ServicePort, ServiceType, Slice, SlicePort, SourceRanges,
 };
@@ -64,6 +65,11 @@ pub fn seed() -> impl Strategy<Value = Seed> {
     (vec((0..3_u8, 0..6_u8, 0..6_u8), 0..6), any::<bool>(), any::<bool>(), any::<bool>(), 0..3_u8)
 }
 
+/// How a Service's endpoints are picked, where none has affinity.
+pub fn algorithm(number: u8) -> Algorithm {
+    [Algorithm::SourceHash, Algorithm::Random, Algorithm::RoundRobin][usize::from(number % 3)]
+}
+
 pub fn service(number: u8, (_, internal, external, sticky, kind): &Seed) -> Service {
     let local = |is_local: bool| if is_local { Policy::Local } else { Policy::Cluster };
     let kind = [ServiceType::ClusterIp, ServiceType::NodePort, ServiceType::LoadBalancer][usize::from(*kind)];
@@ -87,6 +93,7 @@ pub fn service(number: u8, (_, internal, external, sticky, kind): &Seed) -> Serv
         internal: local(*internal),
         external: local(*external && kind != ServiceType::ClusterIp),
         affinity: sticky.then_some(10_800),
+        algorithm: if *sticky { Algorithm::Random } else { algorithm(number) },
         health_check_port: None,
         source_ranges: SourceRanges::default(),
         refused: Box::default(),
@@ -112,6 +119,7 @@ pub fn slice(number: u8, family: Family, (endpoints, ..): &Seed) -> Slice {
         name: ObjectName::new("default", &format!("s{number}-{family:?}")),
         service: ObjectName::new("default", &format!("s{number}")),
         revision: 1,
+        triggered: None,
         family,
         ports: [port("http", Protocol::Tcp, 8080), port("dns", Protocol::Udp, 5353)].into(),
         endpoints: endpoints.iter().map(endpoint).collect(),
@@ -139,7 +147,10 @@ pub fn described(table: &Table) -> BTreeSet<String> {
         .to_string()
         .lines()
         .filter(|line| {
-            !line.starts_with("map svc")
+            // By the number of a pool.
+            let has_turns = |line: &str| line.contains("turn-") || line.contains("to each endpoint by turns");
+            !has_turns(line)
+                && !line.starts_with("map svc")
                 && !line.starts_with("map out4")
                 && !line.starts_with("map out6")
                 && !line.starts_with("map pool")
@@ -162,7 +173,9 @@ pub fn described(table: &Table) -> BTreeSet<String> {
         }
         for name in ["svc", "out"] {
             lines.extend(elements(name).map(|(key, data)| {
-                format!("{name}{family} {key:?} {:?} {:?}", pools[&number(&data[4..])], &data[8..])
+                let (pool, class) = (number(&data[4..]), number(&data[8..]));
+                let class = if class == 1 << 30 | pool { "by turns".to_owned() } else { class.to_string() };
+                format!("{name}{family} {key:?} {:?} {class}", pools[&pool])
             }));
         }
         lines.extend(pools.values().map(|sockets| format!("pool{family} {sockets:?}")));

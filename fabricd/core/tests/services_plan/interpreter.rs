@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
-use fabric_core::model::{Family, to_bits};
+use fabric_core::model::{Family, stable_hash, to_bits};
 use fabric_core::state::nft::{
     CtField, Data, Direction, Field, Match, Name, Reject, Rule, Set, Step, Table, Test, Update, Verdict,
 };
@@ -40,6 +40,10 @@ pub struct Machine<'t> {
     elements: HashMap<Name, Elements>,
     /// The next number below another.
     random: Box<dyn FnMut(u32) -> u32 + 't>,
+    /// The next turn of each rule that counts, by where the rule is.
+    turns: HashMap<usize, u32>,
+    /// Where the rule is that a packet is at.
+    at: usize,
 }
 
 /// Where a packet goes on after a rule or a chain.
@@ -56,7 +60,7 @@ impl<'t> Machine<'t> {
             elements.map(|(key, data)| (key.to_vec(), data.to_vec())).collect()
         };
         let elements = table.sets.iter().map(|(name, set)| (*name, split(set))).collect();
-        Self { table, elements, random: Box::new(random) }
+        Self { table, elements, random: Box::new(random), turns: HashMap::new(), at: 0 }
     }
 
     /// What a chain makes of a packet.
@@ -87,6 +91,7 @@ impl<'t> Machine<'t> {
 
     fn rule(&mut self, rule: &Rule, packet: &Packet) -> Then {
         let mut values: Vec<Vec<u8>> = vec![];
+        self.at = std::ptr::from_ref(rule).addr();
         for step in &rule.steps {
             match step {
                 Step::Match(condition) => {
@@ -207,6 +212,15 @@ impl<'t> Machine<'t> {
             Field::CtState => packet.ct_state.to_ne_bytes().to_vec(),
             Field::CtStatus => packet.ct_status.to_ne_bytes().to_vec(),
             Field::Random(below) => (self.random)(below).to_ne_bytes().to_vec(),
+            Field::Increment(below) => {
+                let turn = self.turns.entry(self.at).or_default();
+                *turn += 1;
+                ((*turn - 1) % below).to_ne_bytes().to_vec()
+            }
+            Field::SourceHash { family, slots, seed } => {
+                let source = [address(family, packet.source)?, seed.to_be_bytes().to_vec()].concat();
+                u32::try_from(stable_hash(&source) % u64::from(slots)).expect("below 2^32").to_ne_bytes().to_vec()
+            }
             Field::Value(number) => values[usize::from(number)].clone(),
             other => panic!("not interpreted: {other}"),
         })

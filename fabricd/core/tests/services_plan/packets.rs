@@ -1,6 +1,6 @@
 //! Packets by the planned rules: each goes where the Services say.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use fabric_core::services::model::{ObjectName, Protocol, Service};
 use fabric_core::services::plan::{Context, ServicePlan, Socket};
 use fabric_core::services::sets::{Services, SliceKey};
 use fabric_core::state::nft::FoundTable;
-use proptest::collection::vec;
+use proptest::collection::{btree_set, vec};
 use proptest::prelude::*;
 
 use crate::cluster::{Seed, balancer, context, described, ip, plan, seed, service, sets, slice, vip};
@@ -69,6 +69,64 @@ proptest! {
                 u32::try_from(number).unwrap()
             });
             prop_assert_eq!(&question.fate(&mut machine), fate);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 8, ..ProptestConfig::default() })]
+
+    /// The client is the same on every node, as its packet is: the plan alone differs.
+    #[test]
+    fn client_is_hashed_to_one_endpoint_on_every_node_and_moves_only_with_it(
+        hosts in btree_set(0..200_u8, 2..12), gone in any::<prop::sample::Index>(), from in question(),
+    ) {
+        let endpoints = |hosts: &[u8]| hosts.iter().map(|host| (1, *host, 0)).collect::<Vec<_>>();
+        let hosts: Vec<u8> = hosts.into_iter().collect();
+        let question = Question { service: 3, wrong_port: false, to: To::ClusterIp, ..from };
+        let fates = |hosts: &[u8], before: &FoundTable| {
+            let (services, slices) = sets(&BTreeMap::from([(3, (endpoints(hosts), false, false, false, 0))]));
+            let plan = ServicePlan::new(context(), &services, &slices, before);
+            let fates: Vec<Fate> = (10..60)
+                .map(|client| Question { from: From::Pod(client), ..question }.fate(&mut Machine::new(plan.table(), |_| 0)))
+                .collect();
+            (fates, plan.table().found())
+        };
+        let (was, table) = fates(&hosts, &FoundTable::default());
+        let turned: Vec<u8> = hosts.iter().rev().copied().collect();
+        prop_assert_eq!(&fates(&turned, &FoundTable::default()).0, &was);
+        let mut left = hosts;
+        let gone = left.remove(gone.index(left.len()));
+        let of_gone = ip(question.family, 2, 10 + gone);
+        for (was, is) in was.iter().zip(fates(&left, &table).0) {
+            let (Fate::To(was, _), Fate::To(is, _)) = (was, &is) else { panic!("{was:?} {is:?}") };
+            prop_assert!(was == is || was.0 == of_gone, "{:?} was moved to {:?}", was, is);
+        }
+    }
+}
+
+/// Two Services with as many endpoints are asked in turn, as by a client that always asks both.
+#[test]
+fn round_robin_gives_each_endpoint_its_turn_whatever_other_services_do() {
+    let endpoints: Vec<_> = (0..3).map(|host| (1, host, 0)).collect();
+    let seeds = BTreeMap::from([2, 5].map(|number| (number, (endpoints.clone(), false, false, false, 1))));
+    let plan = plan(&seeds);
+    let mut machine = Machine::new(plan.table(), |_| panic!("nothing is random"));
+    for family in Family::ALL {
+        for (from, to) in [(From::Pod(10), To::ClusterIp), (From::Host, To::NodePort), (From::Outside, To::NodePort)] {
+            let mut ask = |service| {
+                let asked = Question { service, is_udp: false, from, to, family, wrong_port: false };
+                match asked.fate(&mut machine) {
+                    Fate::To(socket, _) => socket,
+                    other => panic!("{asked:?}: {other:?}"),
+                }
+            };
+            let rounds: Vec<[Socket; 2]> = (0..6).map(|_| [ask(2), ask(5)]).collect();
+            for service in 0..2 {
+                let turns: Vec<Socket> = rounds.iter().map(|round| round[service]).collect();
+                assert_eq!(turns[..3], turns[3..]);
+                assert_eq!(turns[..3].iter().collect::<BTreeSet<_>>().len(), 3, "{turns:?}");
+            }
         }
     }
 }

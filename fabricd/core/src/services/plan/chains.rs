@@ -1,8 +1,10 @@
-//! The rules of the table `fabric-services`. There are as many as there are sizes of pools, however many Services there are.
+//! The rules of the table `fabric-services`. There are as many as there are sizes of pools, however many Services there are;
+//! and one for each pool that is drawn from by turns, as the kernel counts turns by rule.
 //!
 //! ```text
 //! prerouting (nat, -101) ─► from outside: outside4 ─► outpick4 ─► out-4-N ─┐
 //!                        ─► translate4 ─► pick4 ─► draw-4-N, stick-4-N-T ──┴─► dnat to an endpoint of the pool
+//!                                                  turn-4-POOL, hash-4
 //! output     (nat, -101) ─► translate4
 //! guard      (filter, prerouting and output, -110): who may not come; what only others can serve
 //! refuse     (filter, input, forward, output, -10): what nobody can serve
@@ -16,6 +18,7 @@ use super::Context;
 use super::pools::elements;
 use super::rows::{Class, Map, frontend_fields, socket_fields, target_fields};
 use crate::model::Family;
+use crate::services::balance::SLOTS;
 use crate::state::nft::{
     ChainKind, CtField, Datatype, Direction, Element, Field, Fields, Match, Name, Part, Place, Reject, Rule, Step,
     Table, Test, Update, Verdict, ct_state, ct_status,
@@ -29,6 +32,9 @@ const BEFORE_TRANSLATION: i32 = -110;
 const BEFORE_FILTERS: i32 = -10;
 /// Before the masquerade of our table `fabric`, and that of others.
 const BEFORE_SRCNAT: i32 = 98;
+
+/// By which clients are hashed on every node: "fabr".
+const SEED: u32 = 0x6661_6272;
 
 /// Chains of a family that packets are sent to from both hooks.
 const fn of_family(family: Family, v4: &'static str, v6: &'static str) -> Name {
@@ -207,16 +213,22 @@ fn pick(draw @ (_, frontends, class): Draw) -> (Map, Element) {
     (picks, Element::new([Part::Number(class.number())]).to_verdict(Verdict::Jump(name(draw))))
 }
 
-fn name((family, frontends, Class { endpoints, affinity }): Draw) -> Name {
+fn name((family, frontends, class): Draw) -> Name {
     let family = match family {
         Family::V4 => 4,
         Family::V6 => 6,
     };
-    match (frontends, affinity) {
-        (Map::Outside, None) => Name::numbered("out", &[family, endpoints]),
-        (_, None) => Name::numbered("draw", &[family, endpoints]),
-        (Map::Outside, Some(timeout)) => Name::numbered("outstick", &[family, endpoints, timeout]),
-        (_, Some(timeout)) => Name::numbered("stick", &[family, endpoints, timeout]),
+    match (frontends, class) {
+        (Map::Outside, Class::Random { endpoints }) => Name::numbered("out", &[family, endpoints]),
+        (_, Class::Random { endpoints }) => Name::numbered("draw", &[family, endpoints]),
+        (Map::Outside, Class::Sticky { endpoints, timeout }) => {
+            Name::numbered("outstick", &[family, endpoints, timeout])
+        }
+        (_, Class::Sticky { endpoints, timeout }) => Name::numbered("stick", &[family, endpoints, timeout]),
+        (Map::Outside, Class::Turns { pool, .. }) => Name::numbered("outturn", &[family, pool]),
+        (_, Class::Turns { pool, .. }) => Name::numbered("turn", &[family, pool]),
+        (Map::Outside, Class::Hashed) => Name::numbered("outhash", &[family]),
+        (_, Class::Hashed) => Name::numbered("hash", &[family]),
     }
 }
 
@@ -240,8 +252,21 @@ fn rules((family, frontends, class): Draw) -> Vec<Rule> {
     };
     let dnat = Step::Dnat { family, address: ADDRESS, port: Some(PORT) };
     let rule = |steps: Vec<Step>, why: &'static str| Rule { steps: [begin(), steps].concat(), why: why.into() };
-    let draw = lookup([POOL, Field::Random(class.endpoints)], Map::Pools);
-    let Some(timeout) = class.affinity else { return vec![rule(vec![draw, dnat], "to a random endpoint")] };
+    let from_pool = |slot| lookup([POOL, slot], Map::Pools);
+    let (endpoints, timeout) = match class {
+        Class::Random { endpoints } => {
+            return vec![rule(vec![from_pool(Field::Random(endpoints)), dnat], "to a random endpoint")];
+        }
+        Class::Turns { endpoints, .. } => {
+            return vec![rule(vec![from_pool(Field::Increment(endpoints)), dnat], "to each endpoint by turns")];
+        }
+        Class::Hashed => {
+            let hash = Field::SourceHash { family, slots: SLOTS, seed: SEED };
+            return vec![rule(vec![from_pool(hash), dnat], "to the endpoint of the client's hash")];
+        }
+        Class::Sticky { endpoints, timeout } => (endpoints, timeout),
+    };
+    let draw = from_pool(Field::Random(endpoints));
     let client = [Field::Source(family), ID];
     let stays = |how, timeout| Step::Update {
         how,

@@ -10,9 +10,10 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::pools::elements;
-use super::rows::{self, Class, FrontendKey, Map, Target};
+use super::rows::{self, Class, FrontendKey, Map, Shape, Target};
 use super::{Context, ServicePlan, drawn};
 use crate::model::{Family, Subnet};
+use crate::services::balance::Algorithm;
 use crate::services::choose::{Answer, Choice, choose};
 use crate::services::model::{ObjectName, Policy, Service, Slice};
 use crate::services::sets::of_service;
@@ -245,14 +246,24 @@ impl PortChange<'_, '_, '_> {
 
     fn leads_to(&mut self, map: Map, key: FrontendKey, list: &[Backend<'_>]) {
         let ServiceChange { plan, service, comes, .. } = &mut *self.change;
-        let affinity = service.affinity;
-        let sockets = drawn(service, list);
+        let (is_sticky, sockets) = (service.affinity.is_some(), drawn(service, list));
+        let shape = match service.algorithm {
+            Algorithm::Random => Shape::Shared,
+            Algorithm::RoundRobin => Shape::OfPort(self.id),
+            Algorithm::SourceHash => Shape::Hashed,
+        };
         let (pools, table) = (&mut plan.pools[self.family as usize], &mut plan.table);
         let pool = match comes {
-            true => pools.take(&sockets, affinity.is_some(), table),
-            false => pools.leave(&sockets, affinity.is_some(), table),
+            true => pools.take(shape, &sockets, is_sticky, table),
+            false => pools.leave(shape, &sockets, is_sticky, table),
         };
-        let class = Class { endpoints: u32::try_from(sockets.len()).unwrap_or(u32::MAX), affinity };
+        let endpoints = u32::try_from(sockets.len()).unwrap_or(u32::MAX);
+        let class = match (service.affinity, service.algorithm) {
+            (Some(timeout), _) => Class::Sticky { endpoints, timeout },
+            (None, Algorithm::Random) => Class::Random { endpoints },
+            (None, Algorithm::RoundRobin) => Class::Turns { endpoints, pool },
+            (None, Algorithm::SourceHash) => Class::Hashed,
+        };
         let draw = (self.family, map, class);
         let users = plan.draws.entry(draw).or_default();
         *users = if *comes { *users + 1 } else { *users - 1 };

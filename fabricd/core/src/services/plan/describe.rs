@@ -253,11 +253,13 @@ fn held(found: &FoundTable, key: FrontendKey) -> [Option<Fate>; 2] {
     let endpoints = |pool: u32| {
         let of_pool = |set: &'_ crate::state::nft::FoundSet| {
             let all = set.elements.starting_at(&Element::new([Part::Number(pool)])).map(|(element, ())| element);
-            let all = all.map_while(|element| rows::endpoint(family, element)).take_while(|(of, _)| *of == pool);
-            all.map(|(_, socket)| socket).collect::<Vec<_>>()
+            let all = all.map_while(|element| rows::endpoint(family, element)).take_while(|(of, ..)| *of == pool);
+            all.map(|(.., socket)| socket).collect::<Vec<_>>()
         };
         let mut sockets = set(Map::Pools).map(of_pool).unwrap_or_default();
         sockets.sort_unstable();
+        // One that clients are hashed to has several slots.
+        sockets.dedup();
         Fate::To(sockets)
     };
     let vip = Element::new([Part::Ip(key.ip)]);

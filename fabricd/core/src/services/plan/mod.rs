@@ -21,20 +21,27 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use jiff::Timestamp;
+
 use self::chains::Draw;
 use self::change::{Ids, Planned};
 pub use self::describe::{AddressKind, Described, DescribedEndpoint, DescribedFrontend, DescribedPort, Fate, Unused};
 pub use self::health::{HealthCheck, HealthChecks};
 use self::pools::{Numbers, Pools};
-use self::rows::{Class, Map};
+use self::rows::{Class, Map, Shape};
 pub use self::rows::{FrontendKey, Socket};
 pub use self::udp::UdpFrontends;
+use super::balance::{Algorithm, with_slots};
 use super::choose::Here;
-use super::model::{ObjectName, Service, ServicePort};
-use super::sets::{Services, Slices};
+use super::model::{ObjectName, Service, ServicePort, Slice};
+use super::sets::{Services, SliceKey, Slices};
 use super::slices::{Backend, backends};
+use crate::cow_map::Entry;
 use crate::model::{Family, PerFamily, Subnet};
 use crate::state::nft::{FoundTable, Table};
+
+/// As many changes of slices are waited for at once, while the kernel refuses what is planned.
+const MOST_TRIGGERS: usize = 10_000;
 
 /// What is known of this node. Another context is another plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,6 +109,8 @@ pub struct ServicePlan {
     asked: BTreeSet<(u64, ObjectName)>,
     /// Services with members that can't be used.
     refused: BTreeSet<ObjectName>,
+    /// When the changes of slices happened that were planned since somebody asked.
+    triggers: Vec<Timestamp>,
 }
 
 /// A frontend that two Services claim.
@@ -125,17 +134,18 @@ impl ServicePlan {
         let found = |map: Map, family| {
             before.sets.get(map.name(family).as_str()).filter(|set| set.kind == Some(map.kind(family)))
         };
-        let pools = Family::ALL.map(|family| {
-            let elements = found(Map::Pools, family).map(|set| set.elements.clone()).unwrap_or_default();
-            Pools::remembering(family, &elements)
-        });
         let mut remembered = HashMap::new();
-        for family in Family::ALL {
+        let pools = Family::ALL.map(|family| {
+            let mut shapes: HashMap<u32, Shape> = HashMap::new();
             for set in [Map::Services, Map::Outside].into_iter().filter_map(|map| found(map, family)) {
-                let frontends = set.elements.keys().filter_map(|element| rows::frontend(family, element));
-                remembered.extend(frontends.map(|(key, target)| (key, target.id)));
+                for (key, target) in set.elements.keys().filter_map(|element| rows::frontend(family, element)) {
+                    remembered.insert(key, target.id);
+                    shapes.insert(target.pool, target.shape());
+                }
             }
-        }
+            let elements = found(Map::Pools, family).map(|set| set.elements.clone()).unwrap_or_default();
+            Pools::remembering(family, &elements, &shapes)
+        });
         let mut plan = Self {
             context: Arc::new(context),
             services: Services::default(),
@@ -153,8 +163,11 @@ impl ServicePlan {
             udp: UdpFrontends::default(),
             asked: BTreeSet::new(),
             refused: BTreeSet::new(),
+            triggers: vec![],
         };
         plan.update(services, slices);
+        // What was there at the start happened whenever it did.
+        plan.triggers = vec![];
         plan.remembered = HashMap::new();
         plan.pools.iter_mut().for_each(Pools::forget_remembered);
         // In as little memory as it takes.
@@ -206,6 +219,12 @@ impl ServicePlan {
         backends(service, port, family, planned.into_iter().flat_map(Planned::slices))
     }
 
+    /// When the changes of slices happened that were planned since this was asked last, the first ones of many. A slice that
+    /// goes tells of none.
+    pub fn take_triggers(&mut self) -> Vec<Timestamp> {
+        std::mem::take(&mut self.triggers)
+    }
+
     /// Takes over what Services and slices are now. A change costs itself.
     pub fn update(&mut self, services: &Services, slices: &Slices) {
         let mut changed = BTreeSet::new();
@@ -213,6 +232,10 @@ impl ServicePlan {
             changed.extend(is.or(was).map(|(name, _)| name.clone()));
         }
         for (was, is) in slices.changes(&self.slices, |was, is| was == is) {
+            let triggered =
+                |entry: Option<Entry<'_, SliceKey, Arc<Slice>>>| entry.and_then(|(_, slice)| slice.triggered);
+            let new = triggered(is).filter(|at| triggered(was) != Some(*at));
+            self.triggers.extend(new.filter(|_| self.triggers.len() < MOST_TRIGGERS));
             changed.extend(is.or(was).map(|(key, _)| key.service.clone()));
         }
         (self.services, self.slices) = (services.clone(), slices.clone());
@@ -266,5 +289,6 @@ impl ServicePlan {
 /// The endpoints that a connection's one is drawn from, in order.
 fn drawn(service: &Service, list: &[Backend<'_>]) -> Box<[Socket]> {
     let most = service.affinity.map_or(usize::MAX, |_| Class::MOST_STICKY);
-    list.iter().take(most).map(Backend::socket).collect()
+    let all: Box<[Socket]> = list.iter().take(most).map(Backend::socket).collect();
+    if service.algorithm == Algorithm::SourceHash { with_slots(&all) } else { all }
 }

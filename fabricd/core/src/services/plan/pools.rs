@@ -1,27 +1,31 @@
 //! [`Pools`]: the endpoints that frontends lead to, by number.
 //!
 //! A pool never changes, so a packet that meets a change between two look-ups finds the whole of one or the whole of the
-//! other. Frontends with equal endpoints share a pool. Numbers count up, and after a restart each pool has the number that
+//! other. Frontends with equal endpoints share a pool, unless these have turns. Numbers count up, and after a restart each pool has the number that
 //! the kernel has for these endpoints, so nothing is written.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::rows::{self, Map, Socket};
+use super::rows::{self, Map, Shape, Socket};
 use crate::cow_map::CowSet;
 use crate::model::Family;
+use crate::services::balance::slots;
 use crate::state::nft::{Element, Table};
 
 /// Endpoints, by address and port.
 type Content = Box<[Socket]>;
+
+/// Something about pools, by shape and endpoints.
+type ByContent<T> = HashMap<Shape, HashMap<Content, T>>;
 
 /// The pools of one family.
 #[derive(Debug)]
 pub(super) struct Pools {
     family: Family,
     /// Number and users.
-    known: HashMap<Content, Pool>,
+    known: ByContent<Pool>,
     /// Numbers that the kernel had at the start, of pools that nobody has asked for since.
-    remembered: HashMap<Content, u32>,
+    remembered: ByContent<u32>,
     numbers: Numbers,
 }
 
@@ -34,33 +38,43 @@ struct Pool {
 }
 
 impl Pools {
-    /// With the numbers that these elements have.
-    pub(super) fn remembering(family: Family, elements: &CowSet<Element>) -> Self {
-        let mut contents: BTreeMap<u32, Vec<Socket>> = BTreeMap::new();
-        for (number, socket) in elements.keys().filter_map(|element| rows::endpoint(family, element)) {
-            contents.entry(number).or_default().push(socket);
+    /// With the numbers that these elements have, of pools of these shapes.
+    pub(super) fn remembering(family: Family, elements: &CowSet<Element>, shapes: &HashMap<u32, Shape>) -> Self {
+        let mut contents: BTreeMap<u32, Vec<(u32, Socket)>> = BTreeMap::new();
+        for (number, slot, socket) in elements.keys().filter_map(|element| rows::endpoint(family, element)) {
+            contents.entry(number).or_default().push((slot, socket));
         }
         let numbers = Numbers::behind(contents.keys().next_back().copied());
-        let contents = contents.into_iter().map(|(number, mut sockets)| {
-            // The kernel has them by slot, where slots are in the order of the sockets.
-            sockets.sort_unstable();
-            (Content::from(sockets), number)
-        });
-        Self { family, known: HashMap::new(), remembered: contents.collect(), numbers }
+        let mut remembered = ByContent::new();
+        for (number, mut by_slot) in contents {
+            let shape = shapes.get(&number).copied().unwrap_or(Shape::Shared);
+            by_slot.sort_unstable();
+            let sockets: Vec<Socket> = by_slot.into_iter().map(|(_, socket)| socket).collect();
+            let mut content = sockets.clone();
+            if shape == Shape::Hashed {
+                content.sort_unstable();
+                content.dedup();
+                // Slots that another release has given away are nobody's.
+                if slots(&content) != sockets {
+                    continue;
+                }
+            }
+            remembered.entry(shape).or_default().insert(content.into(), number);
+        }
+        Self { family, known: HashMap::new(), remembered, numbers }
     }
 
     /// The number of a pool with these endpoints, which are in order. It has one user more.
-    pub(super) fn take(&mut self, sockets: &[Socket], is_sticky: bool, table: &mut Table) -> u32 {
-        if !self.known.contains_key(sockets) {
-            let number = self.remembered.remove(sockets);
+    pub(super) fn take(&mut self, shape: Shape, sockets: &[Socket], is_sticky: bool, table: &mut Table) -> u32 {
+        let known = self.known.entry(shape).or_default();
+        if !known.contains_key(sockets) {
+            let number = self.remembered.get_mut(&shape).and_then(|remembered| remembered.remove(sockets));
             let number = self.numbers.take(number);
-            self.known.insert(sockets.into(), Pool { number, users: 0, sticky: 0 });
-            let slots = elements(table, Map::Pools, self.family);
-            for (slot, socket) in (0..).zip(sockets) {
-                slots.insert(rows::slot(number, slot, *socket), ());
-            }
+            known.insert(sockets.into(), Pool { number, users: 0, sticky: 0 });
+            let all = elements(table, Map::Pools, self.family);
+            each_slot(shape, sockets, |slot, socket| _ = all.insert(rows::slot(number, slot, socket), ()));
         }
-        let pool = self.known.get_mut(sockets).expect("known by now");
+        let pool = known.get_mut(sockets).expect("known by now");
         pool.users += 1;
         if is_sticky {
             pool.sticky += 1;
@@ -73,8 +87,9 @@ impl Pools {
     }
 
     /// The same, with one user less. With the last one the pool goes.
-    pub(super) fn leave(&mut self, sockets: &[Socket], is_sticky: bool, table: &mut Table) -> u32 {
-        let pool = self.known.get_mut(sockets).expect("who leaves it has taken it");
+    pub(super) fn leave(&mut self, shape: Shape, sockets: &[Socket], is_sticky: bool, table: &mut Table) -> u32 {
+        let known = self.known.entry(shape).or_default();
+        let pool = known.get_mut(sockets).expect("who leaves it has taken it");
         pool.users -= 1;
         pool.sticky -= u32::from(is_sticky);
         let Pool { number, users, sticky } = *pool;
@@ -83,11 +98,12 @@ impl Pools {
             live_of(number, sockets).for_each(|element| _ = live.remove(&element));
         }
         if users == 0 {
-            let slots = elements(table, Map::Pools, self.family);
-            for (slot, socket) in (0..).zip(sockets) {
-                slots.remove(&rows::slot(number, slot, *socket));
+            let all = elements(table, Map::Pools, self.family);
+            each_slot(shape, sockets, |slot, socket| _ = all.remove(&rows::slot(number, slot, socket)));
+            known.remove(sockets);
+            if known.is_empty() {
+                self.known.remove(&shape);
             }
-            self.known.remove(sockets);
             self.numbers.give_back(number);
         }
         number
@@ -96,11 +112,19 @@ impl Pools {
     /// Forgets the numbers of before the start: from now on a pool that nobody has is gone.
     pub(super) fn forget_remembered(&mut self) {
         self.remembered = HashMap::new();
-        self.known.shrink_to_fit();
+        self.known.values_mut().for_each(HashMap::shrink_to_fit);
     }
 }
 
-/// Numbers that count up: one that was given back comes again after four billion others.
+/// The slots of a pool.
+fn each_slot(shape: Shape, sockets: &[Socket], mut each: impl FnMut(u32, Socket)) {
+    match shape {
+        Shape::Shared | Shape::OfPort(_) => (0..).zip(sockets).for_each(|(slot, socket)| each(slot, *socket)),
+        Shape::Hashed => (0..).zip(slots(sockets)).for_each(|(slot, socket)| each(slot, socket)),
+    }
+}
+
+/// Numbers that count up: one that was given back comes again after half a billion others.
 #[derive(Debug, Default)]
 pub(super) struct Numbers {
     taken: BTreeSet<u32>,
@@ -108,6 +132,9 @@ pub(super) struct Numbers {
 }
 
 impl Numbers {
+    /// The last one: the bits above say how a pool is drawn from.
+    const MOST: u32 = (1 << 29) - 1;
+
     /// From behind the last one that was in use before.
     pub(super) fn behind(last: Option<u32>) -> Self {
         Self { taken: BTreeSet::new(), last: last.unwrap_or(0) }
@@ -119,7 +146,7 @@ impl Numbers {
             return number;
         }
         loop {
-            self.last = self.last.checked_add(1).unwrap_or(1);
+            self.last = if self.last < Self::MOST { self.last + 1 } else { 1 };
             if self.taken.insert(self.last) {
                 return self.last;
             }

@@ -5,7 +5,7 @@
 //! | `svc4` | ip . protocol . port → service port . pool . class: where connections from inside go, and those from outside too unless `out4` says otherwise |
 //! | `out4` | the same for connections from outside, where that differs |
 //! | `pool4` | pool . slot → ip . port: endpoints. A pool never changes: other endpoints are another pool |
-//! | `pick4`, `outpick4` | class → the chain that draws from a pool of so many endpoints |
+//! | `pick4`, `outpick4` | class → the chain that draws from a pool: of so many endpoints, by turns, or by the client's hash |
 //! | `stick4` | client . service port → ip . port: session affinity, kept by packets |
 //! | `live4` | pool . ip . port: the endpoints of pools with session affinity |
 //! | `none4` | ip . protocol . port that nobody can serve: rejected |
@@ -186,20 +186,56 @@ pub(super) struct Target {
     pub class: u32,
 }
 
-/// How an endpoint is drawn: from so many, and for how long a client stays with it.
+/// How an endpoint is drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Class {
-    pub endpoints: u32,
-    pub affinity: Option<u32>,
+pub(super) enum Class {
+    /// One of so many, at random.
+    Random { endpoints: u32 },
+    /// The same, and a client stays with it for so many seconds after its last connection.
+    Sticky { endpoints: u32, timeout: u32 },
+    /// One of so many by turns. Others would take its turns, so each pool has turns of its own.
+    Turns { endpoints: u32, pool: u32 },
+    /// The one that the client's address is hashed to.
+    Hashed,
 }
 
 impl Class {
     /// As many endpoints can have affinity: 14 bits.
     pub(super) const MOST_STICKY: usize = (1 << 14) - 1;
+    /// Of which numbers those with turns are; behind it is the pool.
+    const TURNS: u32 = 1 << 30;
+    const HASHED: u32 = 1 << 29;
 
     /// Its number: the same in every daemon, so that nothing has to be remembered. A timeout takes 17 bits.
     pub(super) fn number(self) -> u32 {
-        self.affinity.map_or(self.endpoints, |timeout| 1 << 31 | timeout << 14 | self.endpoints)
+        match self {
+            Self::Random { endpoints } => endpoints,
+            Self::Sticky { endpoints, timeout } => 1 << 31 | timeout << 14 | endpoints,
+            Self::Turns { pool, .. } => Self::TURNS | pool,
+            Self::Hashed => Self::HASHED,
+        }
+    }
+}
+
+/// What a pool has a slot for, and who may share it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Shape {
+    /// For each endpoint one; whoever has these endpoints shares it.
+    Shared,
+    /// For each endpoint one, which have turns; it is of this service port alone.
+    OfPort(u32),
+    /// For each hash of a client.
+    Hashed,
+}
+
+impl Target {
+    /// Of which shape its pool is.
+    pub(super) fn shape(self) -> Shape {
+        match self.class {
+            Class::HASHED => Shape::Hashed,
+            class if class >> 30 == 1 => Shape::OfPort(self.id),
+            _ => Shape::Shared,
+        }
     }
 }
 
@@ -229,12 +265,12 @@ pub(super) fn frontend(family: Family, element: &Element) -> Option<(FrontendKey
     Some((FrontendKey { ip, protocol, port }, Target { id: number(0)?, pool: number(1)?, class: number(2)? }))
 }
 
-/// The pool of an element, and the endpoint.
-pub(super) fn endpoint(family: Family, element: &Element) -> Option<(u32, Socket)> {
+/// The pool of an element, its slot, and the endpoint.
+pub(super) fn endpoint(family: Family, element: &Element) -> Option<(u32, u32, Socket)> {
     let (key, data) = element.split(Map::Pools.kind(family));
-    let pool = u32::from_ne_bytes(key.get(..4)?.try_into().ok()?);
+    let number = |at: usize| Some(u32::from_ne_bytes(key.get(at..at + 4)?.try_into().ok()?));
     let (ip, port) = address(family, data)?;
-    Some((pool, (ip, u16::from_be_bytes(port.get(..2)?.try_into().ok()?))))
+    Some((number(0)?, number(4)?, (ip, u16::from_be_bytes(port.get(..2)?.try_into().ok()?))))
 }
 
 fn address(family: Family, bytes: &[u8]) -> Option<(IpAddr, &[u8])> {
