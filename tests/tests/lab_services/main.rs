@@ -3,6 +3,8 @@
 mod algorithms;
 mod clients;
 mod kube_proxy;
+mod reports;
+mod sctp;
 mod told;
 
 use std::collections::BTreeSet;
