@@ -20,7 +20,7 @@ use crate::api::{Controls, Remote, Sources, Tls};
 use crate::config::log_level::LogLevel;
 use crate::config::policy_args::{OpenConnections, OwnNode};
 use crate::config::{Config, StoreKind};
-use crate::diagnosis::{Inspector, Places, Probe, Sections};
+use crate::diagnosis::{Inspector, Places, Probe, Sections, node_events};
 use crate::files::Files;
 use crate::files::state_dir::{self, Disk, Uptime};
 use crate::host::addresses::NodePods;
@@ -29,6 +29,7 @@ use crate::host::lock::{Holder, Lock};
 use crate::kernel::Options;
 use crate::kernel::netlink::Netlink;
 use crate::kernel::section::SectionTable;
+use crate::kubernetes::notices::Notices;
 use crate::lease::{Hosts, Keeper, LeaseOptions};
 use crate::mesh::Mesh;
 use crate::metrics::Metrics;
@@ -216,6 +217,14 @@ async fn serve(
         policy: policy.clone(),
     };
     let inspector = Arc::new(inspector);
+    if config.store == StoreKind::Kubernetes {
+        let notices = Notices::start(Arc::new(config.api_server()), config.node().clone());
+        let (seen, inspector) = (view.clone(), inspector.clone());
+        tasks.spawn(async {
+            node_events::run(notices, seen, inspector).await;
+            "the reconcile loop has ended".to_owned()
+        });
+    }
     let access = remote.as_ref().and_then(|(_, tls)| Some((tls.clone(), config.api_addr.0?.port())));
     let remote_access = Remote { access };
     let store = Arc::new(config.store_settings());

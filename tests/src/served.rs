@@ -13,7 +13,7 @@ use fabric_core::record::LeaseKey;
 use fabricd::api::{Controls, Remote, Sources};
 use fabricd::commands::command_line;
 use fabricd::config::log_level::LogLevel;
-use fabricd::config::{Config, LogFormat};
+use fabricd::config::{Config, LogFormat, StoreKind};
 use fabricd::diagnosis::{Inspector, Places, Sections};
 use fabricd::lease::{self, Holding, Own};
 use fabricd::mesh::Mesh;
@@ -82,6 +82,7 @@ fn nowhere() -> Places {
         root: nowhere,
         certificates: vec![],
         kubernetes: false,
+        store: StoreKind::Etcd,
     }
 }
 

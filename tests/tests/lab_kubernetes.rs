@@ -4,9 +4,9 @@ use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use fabric_core::model::Family;
-use fabric_tests::fake_api::{FakeApi, NODES};
+use fabric_tests::fake_api::{FakeApi, Fault, NODES};
 use fabric_tests::kubernetes::{Nodes as _, PREFIX, TAINT};
 use fabric_tests::lab::{Families, Lab, Matrix, Node, Pod, Stream, wait_until};
 use serde_json::{Value, json};
@@ -81,6 +81,70 @@ impl Cluster {
             Ok(())
         })
     }
+}
+
+/// How long until what is wrong with a node is told on its Node: it has to last a while.
+const TOLD: Duration = Duration::from_secs(60);
+
+#[test]
+fn what_is_wrong_with_a_node_that_was_ready_is_told_on_its_node_with_the_way_out() -> Result<()> {
+    let (cluster, pods) = Cluster::start()?;
+    let node = &pods[0].node;
+    let events = "/api/v1/namespaces/default/events";
+    let is_told = |reason: &str, words: &[&str]| {
+        wait_until(&format!("an event {reason}"), TOLD, || {
+            let all = cluster.api.all(events);
+            let has = |event: &&Value| {
+                let message = event["message"].as_str().unwrap_or_default();
+                event["reason"] == reason && words.iter().all(|word| message.contains(word))
+            };
+            let event = all.iter().find(has).with_context(|| format!("{all:?}"))?;
+            let object = &event["involvedObject"];
+            ensure!(
+                object == &json!({"apiVersion": "v1", "kind": "Node", "name": node.name, "uid": node.name}),
+                "{event}"
+            );
+            Ok(event["message"].as_str().unwrap_or_default().to_owned())
+        })
+    };
+
+    // Another network's configuration, which a runtime takes first.
+    let other = "/etc/cni/net.d/05-other.conflist";
+    fs::write(node.path(other)?, r#"{"cniVersion": "1.0.0", "name": "other", "plugins": [{"type": "ptp"}]}"#)?;
+    let told = is_told("FabricWarning", &[other, "new pods get that network"])?;
+    let fix = told.rsplit("; ").next().context("no fix")?.to_owned();
+    let status = || node.exec(&["fabricctl", "status"]).map(|shown| shown.stdout);
+    ensure!(status()?.contains(&fix), "{}", status()?);
+    node.run(&["sh", "-ec", &fix])?;
+    ensure!(!status()?.contains(other), "{}", status()?);
+
+    // A cluster whose network is this node's own as well.
+    node.run(&["ip", "address", "add", "10.244.7.1/16", "dev", "eth0"])?;
+    is_told("FabricIsNotReady", &["10.244.0.0/16 overlaps 10.244.0.0/16", "this node's underlay"])?;
+    node.run(&["ip", "address", "delete", "10.244.7.1/16", "dev", "eth0"])?;
+    node.wait_ready()?;
+
+    // Rights that were taken away: the API server takes Events still, and refuses lists and watches.
+    let stream = Stream::start(&pods[0], &pods[1])?;
+    cluster.api.forbid(NODES);
+    // The watch that runs goes on for some minutes; here it ends with the next event.
+    cluster.api.set(Fault::BreaksWatches(500));
+    cluster.api.change(NODES, "node-3", &json!({"metadata": {"labels": {"news": "one"}}}));
+    is_told("FabricStoreRefuses", &["nodes", "kubectl auth can-i"])?;
+    let doctor = node.exec(&["fabricctl", "doctor"])?;
+    ensure!(doctor.stdout.contains("kubectl auth can-i"), "{doctor:?}");
+    ensure!(status()?.contains("kubectl auth can-i"), "{}", status()?);
+    node.wait_ready()?;
+    cluster.api.set(Fault::None);
+    cluster.api.allow(NODES);
+    wait_until("the store is connected again", SOON, || {
+        let status = node.status()?;
+        ensure!(status["store"]["connected"] == true, "{}", status["store"]);
+        Ok(())
+    })?;
+    let report = stream.stop()?;
+    ensure!(report.lost == 0, "{report:?}");
+    Ok(())
 }
 
 fn routes(node: &Node) -> Result<String> {

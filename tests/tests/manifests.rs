@@ -285,6 +285,14 @@ fn each_component_gives_the_daemon_what_it_takes_and_no_more() -> Result<()> {
     Ok(())
 }
 
+/// With the cluster's own store it reads Nodes, and says on its own what it is like.
+#[test]
+fn daemon_of_the_kubernetes_store_reads_nodes_and_writes_their_status_and_events_alone() -> Result<()> {
+    let rights = cluster_rights(&with_components("kubernetes-store", &[])?);
+    assert_eq!(rights, ["list watch nodes", "patch nodes/status", "create events"]);
+    Ok(())
+}
+
 /// Nobody but the daemon, where it needs it, and the cleanup, which takes away what it left, sees pins of eBPF.
 #[test]
 fn file_system_of_ebpf_is_where_the_fast_path_is_and_where_it_is_cleaned_up() -> Result<()> {

@@ -318,7 +318,7 @@ async fn server_that_refuses_or_is_slow_is_asked_again() {
     let cluster = Cluster::start();
     cluster.api.set(Fault::Refuses(403));
     let store = cluster.store(1);
-    let told = |state: &Connection| matches!(state, Connection::Down(reason) if reason.contains("told to refuse"));
+    let told = |state: &Connection| state.trouble().is_some_and(|reason| reason.contains("told to refuse"));
     shows(&mut store.connection(), "the refusal", told).await;
     cluster.api.set(Fault::Refuses(500));
     let cannot = |state: &Connection| matches!(state, Connection::Down(reason) if reason.contains("cannot reach"));

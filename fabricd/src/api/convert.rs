@@ -165,7 +165,7 @@ fn store(view: &View) -> v1::Store {
     let (connected, reason) = match &view.connection {
         Connection::Up => (true, String::new()),
         Connection::Unknown => (false, "not tried yet".into()),
-        Connection::Down(reason) => (false, reason.clone()),
+        Connection::Down(reason) | Connection::Refused(reason) => (false, reason.clone()),
     };
     v1::Store { connected, reason, revision: view.leases.as_ref().map_or(0, |leases| leases.revision()) }
 }

@@ -57,7 +57,7 @@ impl Sources {
     pub fn status(&self) -> v1::GetStatusResponse {
         let view = self.view.borrow().clone();
         let mut status = convert::whole_status(&view, &self.mesh, &self.inspector.places.addresses, Instant::now());
-        status.warnings.extend(self.inspector.sections.warnings());
+        status.warnings.extend(self.inspector.warnings());
         status
     }
 }

@@ -15,6 +15,7 @@ use super::finding::{Finding, Problem, all};
 use super::policy_checks::controllers;
 use super::{Inspector, Scene, addresses, cni_config};
 use super::{host_checks as host, manager_checks as managers, overlay_checks as overlay, pod_checks as pods};
+use crate::config::StoreKind;
 use crate::kernel;
 use crate::mesh::{Cause, Mesh, words};
 use crate::reconcile::fast_path::{FastPathView, fast_and_slow};
@@ -74,19 +75,31 @@ const TRIPS: u32 = 5;
 
 /// How long the store takes to answer.
 pub async fn store(inspector: &Inspector, scene: &Scene) -> Finding {
-    if let Connection::Down(reason) = &scene.view.connection {
-        return Finding::failed(
-            format!("away: {reason}"),
+    let (is_up, is_quick) = match scene.places.store {
+        StoreKind::Etcd => (
             "is etcd up and reached? etcdctl endpoint health; pods that run go on",
-        );
+            "is etcd overloaded? etcdctl endpoint status; its disk must be fast",
+        ),
+        StoreKind::Kubernetes => (
+            "is the API server up and reached? kubectl get --raw /readyz; pods that run go on",
+            "is the API server overloaded? kubectl get --raw '/readyz?verbose'",
+        ),
+    };
+    match &scene.view.connection {
+        Connection::Down(reason) => return Finding::failed(format!("away: {reason}"), is_up),
+        // What it said has the way out, as far as there is one.
+        Connection::Refused(reason) => {
+            return Finding::failed(
+                reason.clone(),
+                "give the right back, as said there; pods that run go on, nodes that come or go stay unknown here",
+            );
+        }
+        Connection::Unknown | Connection::Up => {}
     }
     let Some(probe) = &inspector.store else { return Finding::skipped("there is none") };
     let begin = Instant::now();
     match timeout(Duration::from_secs(5), probe()).await {
-        Err(_) => Finding::failed(
-            "a read took more than 5 s",
-            "is etcd overloaded? etcdctl endpoint status; its disk must be fast",
-        ),
+        Err(_) => Finding::failed("a read took more than 5 s", is_quick),
         Ok(Err(error)) => Finding::failed(format!("a read failed: {error}"), "see docs/symptoms.md for this message"),
         Ok(Ok(())) => read_took(begin.elapsed(), median_trip(&scene.mesh), losses(&scene.mesh)),
     }

@@ -48,20 +48,34 @@ pub(super) fn check(scene: &Scene) -> Finding {
         }
         Err(error) => return Finding::skipped(format!("{}: {error}", dir.display())),
     };
-    let ours = all.iter().find(|path| fs::read_to_string(path).is_ok_and(|text| text.contains(OURS)));
-    let Some(ours) = ours else {
+    let Some(ours) = ours_of(&all) else {
         return Finding::warning(
             format!("no file in {} names {OURS}: container runtimes don't use this network", dir.display()),
             "fabricd install-cni",
         );
     };
-    let problems = before(&all, ours).into_iter().map(|file| {
-        Problem::failure(
-            format!("{} sorts before {}: new pods get that network", file.display(), name(ours)),
-            move_away(file),
-        )
-    });
+    let problems = taken_first(&all, ours).map(|(file, what)| Problem::failure(what, move_away(file)));
     Finding::of(problems.chain(missing_plugin(&scene.places.root)).collect(), ours.display().to_string())
+}
+
+/// Which configurations of a folder a runtime takes in the place of ours, each with the command against it; none when ours
+/// isn't there, or the folder isn't visible.
+#[must_use]
+pub fn warnings(dir: &Path) -> Vec<String> {
+    let all = configs(dir).unwrap_or_default();
+    let others = ours_of(&all).map(|ours| taken_first(&all, ours));
+    others.into_iter().flatten().map(|(file, what)| format!("{what}; {}", move_away(file))).collect()
+}
+
+/// The first configuration that names our plugin.
+fn ours_of(all: &[PathBuf]) -> Option<&PathBuf> {
+    all.iter().find(|path| fs::read_to_string(path).is_ok_and(|text| text.contains(OURS)))
+}
+
+/// Those that a runtime takes before `ours`, in words.
+fn taken_first<'a>(all: &'a [PathBuf], ours: &'a Path) -> impl Iterator<Item = (&'a PathBuf, String)> {
+    let told = |file: &PathBuf| format!("{} sorts before {}: new pods get that network", file.display(), name(ours));
+    before(all, ours).into_iter().map(move |file| (file, told(file)))
 }
 
 /// That the plugin is in none of the usual folders. A runtime may have another one, and the daemon's container sees none.

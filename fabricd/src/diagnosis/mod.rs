@@ -10,6 +10,7 @@
 //! | [`host_checks`], `manager_checks`, [`cni_config`] | the host's files; programs that manage interfaces; CNI configurations |
 //! | [`standalone`] | what can be checked without a daemon |
 //! | [`finding`] | what a check found |
+//! | [`node_events`] | what is wrong, told on this node's Node |
 //! | [`explain`], [`packet`] | the path of a packet, read; real packets on it |
 
 pub mod addresses;
@@ -20,6 +21,7 @@ pub mod explain;
 pub mod finding;
 pub mod host_checks;
 mod manager_checks;
+pub mod node_events;
 mod overlay_checks;
 pub mod packet;
 mod pod_checks;
@@ -34,7 +36,7 @@ use fabric_core::model::{IfName, Subnet};
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::config::Config;
+use crate::config::{Config, StoreKind};
 use crate::host;
 use crate::host::addresses::{Addresses, CniDirs};
 use crate::kernel;
@@ -75,6 +77,8 @@ pub struct Places {
     pub cni_conf: PathBuf,
     /// Whether the daemon is a pod of Kubernetes: then fixes of its settings are kubectl's.
     pub kubernetes: bool,
+    /// Where the leases are.
+    pub store: StoreKind,
 }
 
 impl Places {
@@ -90,6 +94,7 @@ impl Places {
             certificates: of_etcd.into_iter().chain(of_api).flatten().cloned().collect(),
             cni_conf: config.cni_conf_dir.clone(),
             kubernetes: std::env::var_os("KUBERNETES_SERVICE_HOST").is_some(),
+            store: config.store,
         }
     }
 
@@ -103,6 +108,7 @@ impl Places {
             certificates: vec![],
             cni_conf: "/etc/cni/net.d".into(),
             kubernetes: std::env::var_os("KUBERNETES_SERVICE_HOST").is_some(),
+            store: StoreKind::Etcd,
         }
     }
 }
@@ -172,6 +178,21 @@ impl std::fmt::Debug for Inspector {
 }
 
 impl Inspector {
+    /// What an operator should know that isn't the reconcile loop's to see, each with the way out: of Services and network
+    /// policies, and of CNI configurations that a runtime takes in the place of ours.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = self.sections.warnings();
+        warnings.extend(cni_config::warnings(&self.places.cni_conf));
+        warnings
+    }
+
+    /// Those of them that are about this node, and not about an object that has them told on itself.
+    fn warnings_of_node(&self) -> Vec<String> {
+        let not_ready = self.sections.not_ready();
+        not_ready.into_iter().chain(cni_config::warnings(&self.places.cni_conf)).collect()
+    }
+
     /// The scene now. `None` when the daemon is ending.
     pub async fn look(&self, view: Arc<View>, network: &mpsc::Sender<reconcile::Command>) -> Option<Scene> {
         let (reply, answer) = oneshot::channel();

@@ -1,7 +1,7 @@
 //! [`Notices`]: what is wrong with an object, told as an Event of Kubernetes on it, where its owner looks
-//! (`kubectl describe service`, `kubectl describe networkpolicy`).
+//! (`kubectl describe service`, `kubectl describe networkpolicy`, `kubectl describe node`).
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, warn};
 
 use super::client::{ApiError, ApiServer};
@@ -24,6 +24,8 @@ use crate::retry::Backoff;
 
 /// As many wait to be told; more are told once some are.
 const WAITING: usize = 64;
+/// What lasts is told again: API servers forget an Event after an hour (`--event-ttl`).
+const TOLD_AGAIN: Duration = Duration::from_secs(3600 + 60);
 /// How long one request may take.
 const LIMIT: Duration = Duration::from_secs(10);
 /// The first delay after the API server didn't answer, and the longest.
@@ -49,27 +51,35 @@ pub enum Kind {
     Service,
     /// A NetworkPolicy.
     NetworkPolicy,
+    /// A Node, which has no namespace: that of its [`ObjectName`] is [`OF_NODES`].
+    Node,
 }
+
+/// Where Events of objects without a namespace are: kubelet's words on a Node are there too.
+pub const OF_NODES: &str = "default";
 
 impl Kind {
     const fn name(self) -> &'static str {
         match self {
             Self::Service => "Service",
             Self::NetworkPolicy => "NetworkPolicy",
+            Self::Node => "Node",
         }
     }
 
     const fn api_version(self) -> &'static str {
         match self {
-            Self::Service => "v1",
+            Self::Service | Self::Node => "v1",
             Self::NetworkPolicy => "networking.k8s.io/v1",
         }
     }
 
-    fn path(self, namespace: &str) -> String {
+    /// Where the uid that its Events name is found. A Node's name it by its name, as kubelet does: kubectl looks for those.
+    fn path(self, namespace: &str) -> Option<String> {
         match self {
-            Self::Service => format!("/api/v1/namespaces/{namespace}/services"),
-            Self::NetworkPolicy => format!("/apis/networking.k8s.io/v1/namespaces/{namespace}/networkpolicies"),
+            Self::Service => Some(format!("/api/v1/namespaces/{namespace}/services")),
+            Self::NetworkPolicy => Some(format!("/apis/networking.k8s.io/v1/namespaces/{namespace}/networkpolicies")),
+            Self::Node => None,
         }
     }
 }
@@ -83,6 +93,12 @@ pub enum Reason {
     Conflict,
     /// The port of its health check is taken on this node.
     HealthCheck,
+    /// This node can't have new pods.
+    NotReady,
+    /// The API server refuses what this node must know.
+    StoreRefuses,
+    /// An operator should know it of this node.
+    NodeWarning,
 }
 
 impl Reason {
@@ -91,20 +107,23 @@ impl Reason {
             Self::Refused => "FieldRefused",
             Self::Conflict => "FrontendConflict",
             Self::HealthCheck => "FailedToStartServiceHealthcheck",
+            Self::NotReady => "FabricIsNotReady",
+            Self::StoreRefuses => "FabricStoreRefuses",
+            Self::NodeWarning => "FabricWarning",
         }
     }
 
     /// Whether other nodes may not have it: then each tells of itself. All else is told once, by whichever node is first.
     const fn is_of_one_node(self) -> bool {
-        matches!(self, Self::HealthCheck)
+        !matches!(self, Self::Refused | Self::Conflict)
     }
 }
 
 /// Who tells.
 pub struct Notices {
     queue: mpsc::Sender<Notice>,
-    /// What there was to tell last.
-    known: BTreeSet<Notice>,
+    /// What there was to tell last, and when it was told.
+    known: BTreeMap<Notice, Instant>,
     task: AbortHandle,
 }
 
@@ -120,15 +139,15 @@ impl Notices {
     pub fn start(api: Arc<ApiServer>, node: NodeName) -> Self {
         let (queue, waiting) = mpsc::channel(WAITING);
         let task = tokio::spawn(tell_all(api, node, waiting)).abort_handle();
-        Self { queue, known: BTreeSet::new(), task }
+        Self { queue, known: BTreeMap::new(), task }
     }
 
-    /// Says what is wrong by now. Each is told once, and again when it was over meanwhile.
+    /// Says what is wrong by now. Each is told once, and again when it was over meanwhile or lasts for more than an hour.
     pub fn are(&mut self, notices: &[Notice]) {
-        self.known.retain(|known| notices.contains(known));
+        self.known.retain(|known, told| notices.contains(known) && told.elapsed() < TOLD_AGAIN);
         for notice in notices {
-            if !self.known.contains(notice) && self.queue.try_send(notice.clone()).is_ok() {
-                self.known.insert(notice.clone());
+            if !self.known.contains_key(notice) && self.queue.try_send(notice.clone()).is_ok() {
+                self.known.insert(notice.clone(), Instant::now());
             }
         }
     }
@@ -165,12 +184,17 @@ async fn tell_all(api: Arc<ApiServer>, node: NodeName, mut waiting: mpsc::Receiv
 async fn tell(api: &ApiServer, node: &NodeName, notice: &Notice) -> Result<(), ApiError> {
     let Notice { kind, object, .. } = notice;
     let (namespace, name) = (object.namespace(), object.name());
-    // By a list of one: that takes no right but those that are needed anyway.
-    let one = ListParams::default().fields(&format!("metadata.name={name}"));
-    let list = Request::new(kind.path(namespace)).list(&one);
-    let List { items } = ask(api, "list", list).await?;
-    let Some(Named { metadata }) = items.first() else { return Ok(()) };
-    let event = event(notice, &metadata.uid, node, Timestamp::now());
+    let uid = match kind.path(namespace) {
+        Some(path) => {
+            // By a list of one: that takes no right but those that are needed anyway.
+            let one = ListParams::default().fields(&format!("metadata.name={name}"));
+            let List { items } = ask(api, "list", Request::new(path).list(&one)).await?;
+            let Some(Named { metadata }) = items.into_iter().next() else { return Ok(()) };
+            metadata.uid
+        }
+        None => name.to_owned(),
+    };
+    let event = event(notice, &uid, node, Timestamp::now());
     let bytes = serde_json::to_vec(&event).map_err(|error| ApiError::Unreachable(error.to_string()))?;
     let post = Request::new(format!("/api/v1/namespaces/{namespace}/events")).create(&PostParams::default(), bytes);
     ask::<IgnoredAny>(api, "create", post).await.map(drop)
@@ -211,8 +235,11 @@ fn event(notice: &Notice, uid: &str, node: &NodeName, now: Timestamp) -> Value {
     let (namespace, name) = (object.namespace(), object.name());
     let of_node = if reason.is_of_one_node() { node.as_str() } else { "" };
     let number = stable_hash(format!("{uid} {of_node} {reason:?} {message}").as_bytes());
-    let (version, kind) = (kind.api_version(), kind.name());
-    let object = json!({"apiVersion": version, "kind": kind, "namespace": namespace, "name": name, "uid": uid});
+    let version = kind.api_version();
+    let mut object = json!({"apiVersion": version, "kind": kind.name(), "name": name, "uid": uid});
+    if *kind != Kind::Node {
+        object["namespace"] = json!(namespace);
+    }
     json!({
         "apiVersion": "v1", "kind": "Event",
         "metadata": {"name": format!("{name}.{number:016x}"), "namespace": namespace},

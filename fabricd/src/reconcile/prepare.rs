@@ -15,7 +15,7 @@ use crate::host::underlay::{self, Underlay, UnderlayError};
 use crate::kernel::{Kernel, Observed};
 use crate::lease::{Holding, Own, Wanted};
 use crate::status::view::View;
-use crate::store::{Connection, LeaseStore, Network};
+use crate::store::{LeaseStore, Network};
 
 /// All that a plan needs beside the leases of the others.
 #[derive(Debug)]
@@ -142,10 +142,10 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                     view.pending.join(", ")
                 )
             }
-            (Network::Unknown, _) => match &view.connection {
-                Connection::Down(reason) => format!("waiting for the network config: {reason}"),
+            (Network::Unknown, _) => match view.connection.trouble() {
+                Some(reason) => format!("waiting for the network config: {reason}"),
                 // The first listing is under way: what is remembered does meanwhile, and nothing needs attention.
-                Connection::Unknown | Connection::Up => match self.applied.or(self.remembered) {
+                None => match self.applied.or(self.remembered) {
                     Some(applied) => return Ok(applied),
                     None => format!("waiting for the network config at {key}"),
                 },

@@ -136,6 +136,7 @@ fn tell_changes(events: &Events, was: &View, now: &View) {
         match &now.connection {
             Connection::Up => events.tell(Kind::Store, "", "the store answers", false),
             Connection::Down(reason) => events.tell(Kind::Store, "", format!("the store is away: {reason}"), true),
+            Connection::Refused(reason) => events.tell(Kind::Store, "", format!("the store refuses: {reason}"), true),
             Connection::Unknown => {}
         }
     }

@@ -55,6 +55,28 @@ pub enum Connection {
     Up,
     /// It can't be reached; being retried.
     Down(String),
+    /// It answers, and refuses; being retried.
+    Refused(String),
+}
+
+impl Connection {
+    /// Why there is none.
+    #[must_use]
+    pub fn trouble(&self) -> Option<&str> {
+        match self {
+            Self::Unknown | Self::Up => None,
+            Self::Down(reason) | Self::Refused(reason) => Some(reason),
+        }
+    }
+}
+
+impl From<&StoreError> for Connection {
+    fn from(error: &StoreError) -> Self {
+        match error {
+            StoreError::Refused { .. } => Self::Refused(error.to_string()),
+            _ => Self::Down(error.to_string()),
+        }
+    }
 }
 
 /// What a node asks for.

@@ -34,6 +34,11 @@ async fn answer(Extract(state): Extract<Arc<State>>, method: Method, uri: Uri, b
     }
     let query = query(&uri);
     if method == Method::GET {
+        let (collection, name, _) = path(uri.path());
+        if state.forbidden().contains(&collection) {
+            let verb = if query.contains_key("watch") { "watch" } else { name.map_or("list", |_| "get") };
+            return refuse((403, "Forbidden", forbidden(verb, &collection)));
+        }
         return match (query.get("watch").map(String::as_str), path(uri.path())) {
             (Some("true" | "1"), (collection, None, _)) => watch(state, collection, &query),
             (_, (collection, None, _)) => {
@@ -57,6 +62,15 @@ async fn answer(Extract(state): Extract<Arc<State>>, method: Method, uri: Uri, b
     };
     state.tell();
     one(answer)
+}
+
+/// RBAC's words: `staging/src/k8s.io/apiserver/pkg/endpoints/handlers/responsewriters/errors.go`.
+fn forbidden(verb: &str, collection: &str) -> String {
+    let resource = collection.rsplit('/').next().unwrap_or_default();
+    format!(
+        "{resource} is forbidden: User \"system:serviceaccount:fabric-system:fabricd\" cannot {verb} resource \"{resource}\" \
+         in API group \"\" at the cluster scope"
+    )
 }
 
 /// The collection, the object in it, and whether its status is meant. Paths are `/api/v1/nodes/…`,

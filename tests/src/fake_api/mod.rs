@@ -68,6 +68,8 @@ struct State {
     lists: Mutex<BTreeMap<String, u64>>,
     /// Versions of groups that it doesn't know.
     lacking: Mutex<BTreeSet<String>>,
+    /// Collections that may neither be listed nor watched.
+    forbidden: Mutex<BTreeSet<String>>,
     /// The collections that were watched, and the revisions that each watch began at.
     watches: watch::Sender<Vec<(String, i64)>>,
 }
@@ -86,6 +88,7 @@ impl FakeApi {
             writes: Mutex::default(),
             lists: Mutex::default(),
             lacking: Mutex::default(),
+            forbidden: Mutex::default(),
             watches: watch::Sender::default(),
         });
         let (running, address) = Running::start(&state, address)?;
@@ -199,6 +202,16 @@ impl FakeApi {
         self.state.lacking().remove(version);
     }
 
+    /// Takes the right away to list and watch a collection, as RBAC does: a watch that runs goes on.
+    pub fn forbid(&self, collection: &str) {
+        self.state.forbidden().insert(collection.to_owned());
+    }
+
+    /// Gives it back.
+    pub fn allow(&self, collection: &str) {
+        self.state.forbidden().remove(collection);
+    }
+
     /// All requests so far that would change something: verb, path and body.
     #[must_use]
     pub fn writes(&self) -> Vec<(String, String, Value)> {
@@ -260,6 +273,10 @@ impl State {
 
     fn lacking(&self) -> MutexGuard<'_, BTreeSet<String>> {
         self.lacking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn forbidden(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.forbidden.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a path is of a version that it doesn't know.

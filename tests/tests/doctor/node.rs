@@ -13,6 +13,7 @@ use fabric_core::plan::Desired;
 use fabric_core::state::nft::{FoundTable, TableKey};
 use fabric_core::state::{Routing, VxlanLink};
 use fabric_tests::served::view;
+use fabricd::config::StoreKind;
 use fabricd::diagnosis::finding::Finding;
 use fabricd::diagnosis::{Places, Scene, Sections, checks};
 use fabricd::host::underlay::HostLink;
@@ -132,6 +133,7 @@ impl Node {
             certificates: self.certificates.clone(),
             cni_conf: self.root.path().join("etc/cni/net.d"),
             kubernetes: false,
+            store: StoreKind::Etcd,
         };
         let snapshot = Snapshot {
             wanted: Some(Arc::new(wanted)),

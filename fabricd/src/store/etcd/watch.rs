@@ -70,7 +70,7 @@ pub(super) async fn watch_for_ever(store: Arc<Store>) {
         let began = Instant::now();
         let Err(interrupted) = list_and_watch(&store, &mut outage).await;
         if let Interrupted::Failed(error) = &interrupted {
-            publish(&store.connection, Connection::Down(error.to_string()));
+            publish(&store.connection, Connection::from(error));
         }
         outage.wait(began, &interrupted).await;
     }

@@ -69,7 +69,7 @@ impl Fold for LeaseFold {
     fn connection_is(&mut self, state: Result<(), &ApiError>) {
         let state = match state {
             Ok(()) => Connection::Up,
-            Err(error) => Connection::Down(StoreError::from(error.clone()).to_string()),
+            Err(error) => Connection::from(&StoreError::from(error.clone())),
         };
         publish(&self.shared.connection, state);
     }
