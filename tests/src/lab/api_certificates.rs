@@ -32,9 +32,11 @@ pub(super) fn make(name: &str, node: &Path) -> Result<()> {
     pki(&["node".as_ref(), "--ca".as_ref(), ca, "--name".as_ref(), name.as_ref(), "--out".as_ref(), out])
 }
 
-/// Of this build, whichever version of the daemon the nodes run. What it says is of no interest unless it fails.
+/// Of this build, where that has a daemon, whichever version of it the nodes run; else of the nodes' programs, as in `make
+/// bench`. What it says is of no interest unless it fails.
 fn pki(args: &[&OsStr]) -> Result<()> {
-    let fabricd = binaries::lab()?.with_file_name("fabricd");
+    let of_this_build = binaries::lab()?.with_file_name("fabricd");
+    let fabricd = if of_this_build.exists() { of_this_build } else { binaries::folder()?.join("fabricd") };
     let told = Command::new(fabricd).arg("pki").args(args).output().context("fabricd pki")?;
     ensure!(told.status.success(), "fabricd pki {args:?}: {}", String::from_utf8_lossy(&told.stderr));
     Ok(())
