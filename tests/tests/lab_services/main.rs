@@ -1,6 +1,7 @@
 //! Services in the Lab: who answers, whom it sees, and what a client is told where nobody can.
 
 mod algorithms;
+mod churn;
 mod clients;
 mod kube_proxy;
 mod reports;

@@ -106,11 +106,12 @@ impl Map {
         }
     }
 
-    /// Where connections go is known once all else is there: rules, endpoints, and who may not come.
+    /// Where connections go is known once all else is there: rules, endpoints, and who may not come. An endpoint goes from all
+    /// maps once nothing leads to it: a pod that is sent to itself without the gateway's address never gets an answer.
     const fn order(self) -> Order {
         match self {
             Self::Services | Self::Outside => Order::AfterChains,
-            Self::Pools | Self::Live => Order::AroundChains,
+            Self::Pools | Self::Live | Self::Local | Self::Hairpin => Order::AroundChains,
             _ => Order::BeforeChains,
         }
     }
