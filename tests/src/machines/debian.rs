@@ -55,6 +55,9 @@ pub(super) fn pack_supplies(to: &Path) -> Result<()> {
     }
     fs::copy(script("../../../deploy/vagrant/provision"), folder.path().join("provision"))?;
     run(Command::new(script("../lab/image.sh")).arg(IMAGE).arg(folder.path().join("busybox.tar")))?;
+    if to.exists() {
+        fs::remove_file(to)?;
+    }
     let mut pack = Command::new("mke2fs");
     pack.args(["-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d"]).arg(folder.path()).arg(to).arg("512M");
     run(&mut pack)

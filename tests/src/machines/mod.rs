@@ -39,7 +39,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
@@ -58,7 +58,6 @@ const TESTS: &str = "MACHINE_TESTS";
 pub struct Machines {
     /// Underlay, etcd, and nodes that are namespaces.
     pub lab: Lab,
-    root: PathBuf,
     vms: BTreeMap<String, Arc<Vm>>,
 }
 
@@ -76,8 +75,8 @@ impl Machines {
     /// A tool is missing, programs aren't built, or the lab doesn't start.
     pub fn start(builder: Builder) -> Result<Self> {
         preflight::tools()?;
-        let root = root_image()?;
-        Ok(Self { lab: builder.start()?, root, vms: BTreeMap::new() })
+        root_image()?;
+        Ok(Self { lab: builder.start()?, vms: BTreeMap::new() })
     }
 
     /// Checks all that such machines need, and fetches their kernels.
@@ -96,9 +95,9 @@ impl Machines {
     /// # Errors
     /// There is none of this name.
     pub fn open(name: &str) -> Result<Self> {
-        let mut machines = Self { lab: Lab::open(name)?, root: root_path()?, vms: BTreeMap::new() };
+        let mut machines = Self { lab: Lab::open(name)?, vms: BTreeMap::new() };
         for (name, record) in machines.records()? {
-            machines.know(&name, record);
+            machines.know(&name, record)?;
         }
         Ok(machines)
     }
@@ -111,8 +110,8 @@ impl Machines {
     /// shows its console's end.
     pub fn add(&mut self, specs: &[Spec]) -> Result<Vec<Arc<Vm>>> {
         Self::check(specs)?;
-        if specs.iter().any(|spec| spec.system == System::Debian) && !self.supplies().exists() {
-            debian::pack_supplies(&self.supplies())?;
+        if specs.iter().any(|spec| spec.system == System::Debian) {
+            supplies_image()?;
         }
         let mut added = vec![];
         for spec in specs {
@@ -123,7 +122,7 @@ impl Machines {
             let record = Record { index, spec: spec.clone() };
             fs::create_dir_all(self.records_folder())?;
             fs::write(self.records_folder().join(&name), serde_json::to_string_pretty(&record)?)?;
-            added.push(self.know(&name, record));
+            added.push(self.know(&name, record)?);
         }
         added.iter().try_for_each(|vm| vm.switch_on())?;
         added.iter().try_for_each(|vm| vm.wait_up())?;
@@ -144,15 +143,15 @@ impl Machines {
         self.vms.get(name).with_context(|| format!("no machine {name}; there are: {}", names.join(" ")))
     }
 
-    fn know(&mut self, name: &str, record: Record) -> Arc<Vm> {
+    fn know(&mut self, name: &str, record: Record) -> Result<Arc<Vm>> {
         let (env, image) = match record.spec.system {
-            System::Programs => (self.settings(), self.root.clone()),
-            System::Debian => (vec![], self.supplies()),
+            System::Programs => (self.settings(), beside_programs("machines.img")?),
+            System::Debian => (vec![], beside_programs("supplies.img")?),
         };
         let wires = (self.lab.shared_underlay(), self.lab.families());
         let vm = Arc::new(Vm::new((name.to_owned(), record.spec, record.index), wires, env, image));
         self.vms.insert(name.to_owned(), Arc::clone(&vm));
-        vm
+        Ok(vm)
     }
 
     /// What fabricd and etcdctl have to know, by their variables.
@@ -161,11 +160,6 @@ impl Machines {
         let env = [("FABRICD_ETCD_ENDPOINTS", endpoints.clone()), ("ETCDCTL_ENDPOINTS", endpoints)];
         let masquerade = ("FABRICD_IP_MASQ", self.lab.masquerades().to_string());
         env.into_iter().chain([masquerade]).map(|(name, value)| (name.to_owned(), value)).collect()
-    }
-
-    /// The disk that Debians are given.
-    fn supplies(&self) -> PathBuf {
-        self.lab.dir().join("supplies.img")
     }
 
     fn records(&self) -> Result<BTreeMap<String, Record>> {
@@ -185,40 +179,55 @@ impl Machines {
     }
 }
 
-/// The image of programs, of this build: made when there is none, or when a program is newer.
+/// The image of programs, of this build.
 fn root_image() -> Result<PathBuf> {
-    let (image, programs) = (root_path()?, binaries::folder()?);
     let tests = env::var(TESTS).unwrap_or_default();
     let tests: Vec<&str> = tests.split_whitespace().collect();
-    let ours = ["fabricd", "fabricctl", "fabric-cni", "fabric-bridge"].map(|name| programs.join(name));
-    let missing = ours.iter().find(|program| !program.is_file());
-    ensure!(
-        missing.is_none(),
-        "no {}; `cargo build --workspace` makes it",
-        missing.map_or("".into(), |p| p.display().to_string())
-    );
     let scripts = ["root.sh", "init.sh", "agent.sh", "../../../deploy/systemd/modules-load.conf"].map(kernels::script);
-    let sources = ours.iter().chain(&scripts).map(PathBuf::as_path).chain(tests.iter().map(Path::new));
-    let made_of = sources.map(stamp).collect::<Result<Vec<_>>>()?.join("\n");
+    let sources: Vec<PathBuf> = scripts.into_iter().chain(tests.iter().map(PathBuf::from)).collect();
+    made("machines.img", sources, |image, programs| {
+        let mut pack = Command::new(kernels::script("root.sh"));
+        let output = pack.arg(image).arg(programs).args(&tests).output().context("root.sh")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "cannot pack the programs of machines: {}", said.trim());
+        Ok(())
+    })
+}
 
-    fs::create_dir_all(image.parent().context("a folder for the image")?)?;
+/// The disk that Debians are given, of this build.
+fn supplies_image() -> Result<PathBuf> {
+    let mut sources = vec![kernels::script("debian.rs"), kernels::script("../lab/image.sh")];
+    for folder in ["deb", "network", "systemd", "vagrant"] {
+        for file in fs::read_dir(kernels::script("../../../deploy").join(folder))? {
+            sources.push(file?.path());
+        }
+    }
+    made("supplies.img", sources, |image, _| debian::pack_supplies(image))
+}
+
+/// A file beside our programs: made of these and of what else is named, when there is none, or when one of them is another.
+fn made(name: &str, sources: Vec<PathBuf>, make: impl FnOnce(&Path, &Path) -> Result<()>) -> Result<PathBuf> {
+    let (image, programs) = (beside_programs(name)?, binaries::folder()?);
+    let ours = ["fabricd", "fabricctl", "fabric-cni", "fabric-bridge"].map(|name| programs.join(name));
+    if let Some(missing) = ours.iter().find(|program| !program.is_file()) {
+        bail!("no {}; `cargo build --workspace` makes it", missing.display());
+    }
+    let made_of = ours.iter().chain(&sources).map(|file| stamp(file)).collect::<Result<Vec<_>>>()?.join("\n");
     let lock = File::create(image.with_extension("lock"))?;
     let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
     let record = image.with_extension("made-of");
-    if image.exists() && fs::read_to_string(&record).is_ok_and(|was| was == made_of) {
-        return Ok(image);
+    if !image.exists() || !fs::read_to_string(&record).is_ok_and(|was| was == made_of) {
+        // Machines that are on go on with the old one.
+        let new = image.with_extension("new");
+        make(&new, &programs)?;
+        fs::rename(new, &image)?;
+        fs::write(record, made_of)?;
     }
-    let mut pack = Command::new(kernels::script("root.sh"));
-    let output = pack.arg(&image).arg(&programs).args(&tests).output().context("root.sh")?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "cannot pack the programs of machines: {}", said.trim());
-    fs::write(record, made_of)?;
     Ok(image)
 }
 
-/// Beside all labs, in cargo's target folder.
-fn root_path() -> Result<PathBuf> {
-    Ok(binaries::lab()?.with_file_name("machines").with_extension("img"))
+fn beside_programs(name: &str) -> Result<PathBuf> {
+    Ok(binaries::lab()?.with_file_name(name))
 }
 
 /// What changes when a file does.

@@ -42,6 +42,5 @@ echo 'root:x:0:0::/root:/bin/sh' >"$root/etc/passwd"
 echo 'hosts: files' >"$root/etc/nsswitch.conf"
 
 size=$(($(du -sm "$root" | cut -f1) * 5 / 4 + 16))
-rm -f "$image.new"
-mke2fs -q -t ext4 -O ^has_journal -m 0 -d "$root" "$image.new" "${size}M" >/dev/null
-mv "$image.new" "$image"
+rm -f "$image"
+mke2fs -q -t ext4 -O ^has_journal -m 0 -d "$root" "$image" "${size}M" >/dev/null
