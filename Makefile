@@ -7,7 +7,7 @@ NAME ?= fabric
 PROFILE ?= release
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build lab lab-down test machines machines-down test-machines bench faults flannel image deb e2e api-server helm lint audit
+.PHONY: help deps build lab lab-down test machines machines-down test-machines kernels bench faults flannel image deb e2e api-server helm lint audit
 
 help: ## List the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -41,6 +41,9 @@ machines-down: root ## Take it down again
 test-machines: root deps build ## Run the tests on Debian's kernels, by QEMU (SHORT=1: what CI runs; ONLY=name)
 	@tests/deps machines
 	@SHORT=$(SHORT) tests/machines $(ONLY)
+
+kernels: build ## Keep what test-machines has noted of each kernel, and show it in docs/kernels.md
+	@target/debug/machines record
 
 image: ## Build the container image, without Docker, into target/image/fabricd.tar
 	@PROFILE=$(PROFILE) deploy/image/build

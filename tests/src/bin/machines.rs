@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use fabric_tests::lab::{Families, Lab};
-use fabric_tests::machines::{Kernel, Machines, Spec, System};
+use fabric_tests::machines::{Kernel, Machines, Spec, System, record};
 
 /// A cluster whose nodes are machines with kernels of Debian's, by QEMU
 #[derive(Parser)]
@@ -62,6 +62,8 @@ enum Command {
         /// linux-6.1, say
         machine: String,
     },
+    /// Keep what the tests have noted of each kernel, and render it into docs/kernels.md
+    Record,
     /// Show the machines
     Status,
     /// Take the lab down and remove its files
@@ -98,6 +100,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             Machines::open(&cli.name)?.vm(machine)?.boot()?;
             println!("{machine} is up; fabricd is not started");
         }
+        Command::Record => record::keep()?,
         Command::Status => status(&Machines::open(&cli.name)?)?,
         Command::Down => {
             Machines::open(&cli.name)?.lab.destroy()?;

@@ -63,8 +63,11 @@ impl Forged {
         Ok(())
     }
 
-    /// VXLAN header, Ethernet header, IP header, UDP header, zeros.
-    fn packet(&self, target: SocketAddr) -> Result<Vec<u8>> {
+    /// VXLAN header, Ethernet header, IP header, UDP header, zeros: what UDP carries to the node.
+    ///
+    /// # Errors
+    /// Source and target are of two families.
+    pub fn packet(&self, target: SocketAddr) -> Result<Vec<u8>> {
         let mut packet = (0x0800_0000_u32).to_be_bytes().to_vec();
         packet.extend((self.vni << 8).to_be_bytes());
         packet.extend(self.vtep.octets());

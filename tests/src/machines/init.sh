@@ -5,6 +5,7 @@ mount -t tmpfs -o mode=755 run /run
 mkdir -p /dev/pts /run/netns /run/lock
 mount -t devpts devpts /dev/pts
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mount -t bpf bpf /sys/fs/bpf
 mount -t ext4 /dev/vda /var
 mkdir -p /var/lib /var/log
 ln -sfn /run /var/run

@@ -22,6 +22,7 @@
 //! | [`pods`] | pods on it |
 //! | [`debian`], `debian.sh` | a machine with a Debian of its own |
 //! | `root.sh` | the programs that all of them run |
+//! | [`record`], `record.json` | what was shown on which kernel |
 
 pub mod agent;
 pub mod debian;
@@ -29,6 +30,7 @@ pub mod kernels;
 pub mod monitor;
 pub mod pods;
 pub mod preflight;
+pub mod record;
 pub mod spec;
 pub mod vm;
 
@@ -38,6 +40,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{Flock, FlockArg};
@@ -141,6 +144,17 @@ impl Machines {
     pub fn vm(&self, name: &str) -> Result<&Arc<Vm>> {
         let names: Vec<&str> = self.vms.keys().map(String::as_str).collect();
         self.vms.get(name).with_context(|| format!("no machine {name}; there are: {}", names.join(" ")))
+    }
+
+    /// Notes that the test of this thread has passed on all kernels that are here.
+    ///
+    /// # Errors
+    /// It can't be written, or this is no thread of the test harness.
+    pub fn have_passed(&self) -> Result<()> {
+        let thread = thread::current();
+        let test = thread.name().context("only the thread of a test has its name")?;
+        let name = test.rsplit("::").next().unwrap_or(test);
+        self.vms.values().try_for_each(|vm| vm.has_shown(name))
     }
 
     fn know(&mut self, name: &str, record: Record) -> Result<Arc<Vm>> {

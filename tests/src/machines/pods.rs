@@ -1,16 +1,21 @@
 //! Pods on machines: network namespaces there, attached by the CNI call that a runtime makes.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use fabric_core::model::Family;
 use serde_json::{Value, json};
 
 use super::agent::Answer;
 use super::vm::Vm;
 use crate::lab::cni::{self, INTERFACE, PLUGINS};
+
+/// Where a pod serves its file.
+const HTTP: u16 = 8080;
 
 /// Which plugin makes a pod's interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +76,47 @@ impl VmPod {
     /// As [`Vm::exec`].
     pub fn exec(&self, script: &str) -> Result<Answer> {
         self.vm.exec(&format!("ip netns exec {} sh -ec '{script}'", self.name))
+    }
+
+    /// Sends a UDP packet from it, or from an address that isn't its own. Nobody tells whether it arrives.
+    ///
+    /// # Errors
+    /// As [`Vm::exec`].
+    pub fn send_udp(&self, from: Option<IpAddr>, to: SocketAddr, payload: &[u8]) -> Result<()> {
+        let (target, port) = (to.ip(), to.port());
+        let (take, give) = from.map_or_else(Default::default, |ip| {
+            let flags = if ip.is_ipv6() { "nodad" } else { "" };
+            let take = format!("ip address add {ip} dev lo {flags}; ip route add {target} dev {INTERFACE} src {ip}");
+            (take, format!("ip route del {target} dev {INTERFACE}; ip address del {ip} dev lo"))
+        });
+        let payload = STANDARD.encode(payload);
+        let sent = self
+            .exec(&format!("{take}\necho {payload} | base64 -d | bash -c \"cat >/dev/udp/{target}/{port}\"\n{give}"))?;
+        ensure!(sent.code == 0, "{} cannot send to {to}: {sent:?}", self.name);
+        Ok(())
+    }
+
+    /// Serves a file of random bytes by HTTP until the pod goes, and returns its sum.
+    ///
+    /// # Errors
+    /// As [`Vm::exec`].
+    pub fn serves_a_file(&self, bytes: u32) -> Result<String> {
+        let folder = format!("/run/served-{}", self.name);
+        let served = self.exec(&format!(
+            "mkdir {folder}; head -c {bytes} /dev/urandom >{folder}/file\n\
+             httpd -p \"[::]:{HTTP}\" -h {folder} </dev/null >/dev/null 2>&1\nsha256sum <{folder}/file"
+        ))?;
+        ensure!(served.code == 0, "{} serves nothing: {served:?}", self.name);
+        Ok(served.stdout)
+    }
+
+    /// The sum of the file that another pod serves, as it arrives here.
+    ///
+    /// # Errors
+    /// As [`Vm::exec`].
+    pub fn fetches_from(&self, ip: IpAddr) -> Result<String> {
+        let host = SocketAddr::new(ip, HTTP);
+        Ok(self.exec(&format!("timeout 100 wget -q -O - http://{host}/file | sha256sum"))?.stdout)
     }
 
     /// Pings an address from it three times with packets of the full size, which may not be cut, and expects every answer.

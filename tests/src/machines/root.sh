@@ -24,7 +24,7 @@ bring() { # bring PROGRAM FOLDER: a copy without symbols, and its libraries
         [ -e "$root/$library" ] || install -D "$(realpath "$library")" "$root/$library"
     done
 }
-for tool in dash busybox ip bridge tc ping nft ethtool tcpdump conntrack kmod; do
+for tool in dash bash busybox ip bridge tc ping nft ethtool tcpdump conntrack kmod; do
     bring "$(realpath "$(command -v "$tool")")" usr/bin
 done
 ln -s dash "$root/usr/bin/sh"

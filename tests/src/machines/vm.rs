@@ -17,6 +17,7 @@ use super::debian;
 use super::kernels::Kernel;
 use super::monitor::Monitor;
 use super::preflight::{self, Accelerator};
+use super::record::{self, Seen};
 use super::spec::{Spec, System};
 use crate::lab::addresses::{self, Families};
 use crate::lab::underlay::BRIDGE;
@@ -348,6 +349,24 @@ impl Vm {
     pub fn status(&self) -> Result<Value> {
         let shown = self.exec("fabricctl status -o json")?;
         serde_json::from_str(&shown.stdout).with_context(|| format!("fabricctl status on {}: {shown:?}", self.name))
+    }
+
+    /// Notes what was seen on its kernel.
+    ///
+    /// # Errors
+    /// It can't be written.
+    pub fn note(&self, change: impl FnOnce(&mut Seen)) -> Result<()> {
+        record::note(&Kernel::named(&self.spec.kernel)?, change)
+    }
+
+    /// Notes that the function of this name has shown on its kernel what the name says.
+    ///
+    /// # Errors
+    /// It can't be written.
+    pub fn has_shown(&self, function: &str) -> Result<()> {
+        self.note(|seen| {
+            seen.shown.insert(function.to_owned());
+        })
     }
 
     /// All that its kernel and `init.sh` have said since it was switched on.

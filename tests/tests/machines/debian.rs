@@ -46,7 +46,7 @@ fn vagrants_nodes_run_pods_reboot_upgrade_and_remove_the_package() -> Result<()>
     shown("the package is upgraded");
     the_network_outlives_the_package(&nodes[2], &nodes[1])?;
     shown("the package is removed and purged");
-    Ok(())
+    machines.have_passed()
 }
 
 /// Detached, so that it runs until it is killed.

@@ -6,8 +6,14 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use fabric_core::model::Family;
+use fabric_tests::lab::packet::VXLAN_PORT;
 use fabric_tests::lab::{Families, Forged, Lab, Pod, addresses};
 use fabric_tests::machines::{Machines, Plugin, Spec, Vm, VmPod};
+
+use crate::fast_path::{
+    self, forged_packets_are_dropped_beside_the_fast_path, pods_take_the_fast_path_and_files_arrive_whole,
+    without_a_fast_path_the_node_is_ready_and_says_why,
+};
 
 /// Where nobody in a pod listens; packets to it are counted on their way in.
 const COUNTED_PORT: u16 = 7777;
@@ -41,56 +47,91 @@ impl Fabric {
         }
         Ok(Self { machines, vms, pods, outside })
     }
-
-    /// Every pod on a machine pings every other pod, and the one in namespaces, and is pinged by it.
-    pub fn pods_reach_each_other(&self) -> Result<()> {
-        for family in Family::ALL {
-            let outside = self.outside.ip(family)?;
-            for pod in &self.pods {
-                pod.reaches(outside)?;
-                let ip = pod.ip(family)?.to_string();
-                self.outside.run(&["ping", "-q", "-c1", "-W10", &ip])?;
-            }
-            for (from, to) in self.pods.iter().zip(self.pods.iter().cycle().skip(2)) {
-                from.reaches(to.ip(family)?)?;
-            }
-        }
-        Ok(())
-    }
 }
 
-/// All that is promised, one after another.
+/// All that is promised, one after another, each noted for the kernels that showed it.
 pub fn keeps_its_promises(kernels: [&str; 2]) -> Result<()> {
     let began = Instant::now();
-    let shown = |what: &str| println!("{:>4} s  {what}", began.elapsed().as_secs());
-    let fabric = Fabric::of(kernels)?;
-    shown("the fabric is ready");
-    fabric.pods_reach_each_other()?;
-    shown("pods reach each other");
-    pods_reach_the_outside_by_their_nodes_address(&fabric)?;
-    shown("pods reach the outside by their node's address");
-    fabric.vms.iter().try_for_each(|vm| nothing_is_repaired(vm))?;
-    shown("nothing was repaired, since nobody has changed anything");
-    for (vm, pod) in fabric.vms.iter().zip(fabric.pods.iter().step_by(2)) {
-        let shown = |what: &str| shown(&format!("{}: {what}", vm.name));
-        routes_go_by_nexthop_objects(vm)?;
-        shown("routes go by nexthop objects");
-        forged_packets_are_dropped_and_counted(&fabric, pod)?;
-        shown("forged packets are dropped and counted");
-        a_restart_writes_nothing(vm)?;
-        shown("a restart writes nothing");
-        rules_that_are_deleted_come_back(vm)?;
-        shown("rules that are deleted come back");
+    let shown = |vms: &[Arc<Vm>], what: &str| {
+        let names: Vec<&str> = vms.iter().map(|vm| vm.name.as_str()).collect();
+        println!("{:>4} s  {}: {}", began.elapsed().as_secs(), names.join(", "), what.replace('_', " "));
+        vms.iter().try_for_each(|vm| vm.has_shown(what))
+    };
+    /// Calls a function and notes its name.
+    macro_rules! show {
+        ($vms:expr, $promise:ident($($argument:expr),*)) => {{
+            $promise($($argument),*)?;
+            shown($vms, stringify!($promise))?;
+        }};
     }
-    a_power_off_keeps_the_subnet_under_another_boot_id(fabric)?;
-    shown("a power-off keeps the subnets, under another boot id");
+    let fabric = Fabric::of(kernels)?;
+    let vms = fabric.vms.clone();
+    println!("{:>4} s  the fabric of {} is ready", began.elapsed().as_secs(), kernels.join(" and "));
+    show!(&vms, pods_reach_each_other(&fabric));
+    show!(&vms, pods_reach_the_outside_by_their_nodes_address(&fabric));
+    show!(&vms, nothing_is_repaired_since_nobody_changed_anything(&fabric));
+    for (at, vm) in vms.iter().enumerate() {
+        let (only, pods) = (std::slice::from_ref(vm), &fabric.pods[2 * at..2 * at + 2]);
+        show!(only, routes_go_by_nexthop_objects(vm));
+        show!(only, forged_packets_are_dropped_and_counted(&fabric, pods));
+        show!(only, a_restart_writes_nothing(vm));
+        show!(only, rules_that_are_deleted_come_back(vm));
+    }
+    fast_path::is_switched_on(&fabric)?;
+    for (at, vm) in vms.iter().enumerate() {
+        let (only, pods) = (std::slice::from_ref(vm), &fabric.pods[2 * at..2 * at + 2]);
+        if fast_path::hook_of(vm)?.is_none() {
+            show!(only, without_a_fast_path_the_node_is_ready_and_says_why(&fabric, vm, pods));
+            continue;
+        }
+        show!(only, pods_take_the_fast_path_and_files_arrive_whole(&fabric, vm, pods));
+        show!(only, forged_packets_are_dropped_beside_the_fast_path(&fabric, pods));
+    }
+    for vm in &vms {
+        note_paths(vm)?;
+    }
+    show!(&vms, a_power_off_keeps_the_subnet_under_another_boot_id(fabric));
     Ok(())
 }
 
+/// Every pod on a machine pings every other pod, and the one in namespaces, and is pinged by it.
+fn pods_reach_each_other(fabric: &Fabric) -> Result<()> {
+    for family in Family::ALL {
+        let outside = fabric.outside.ip(family)?;
+        for pod in &fabric.pods {
+            pod.reaches(outside)?;
+            let ip = pod.ip(family)?.to_string();
+            fabric.outside.run(&["ping", "-q", "-c1", "-W10", &ip])?;
+        }
+        for (from, to) in fabric.pods.iter().zip(fabric.pods.iter().cycle().skip(2)) {
+            from.reaches(to.ip(family)?)?;
+        }
+    }
+    Ok(())
+}
+
+/// By what fabricd took there, in the kernel's own words.
+fn note_paths(vm: &Vm) -> Result<()> {
+    let lines = |script: &str| Ok::<_, anyhow::Error>(vm.run(script)?.lines().map(str::to_owned).collect::<Vec<_>>());
+    let routes = if vm.run("ip -4 route show proto 250")?.contains("nhid") { "nexthop objects" } else { "gateways" };
+    let fast_path = fast_path::in_words(vm)?;
+    let tables = lines("nft list tables | grep fabric | sed 's/^table //'")?.join(", ");
+    let pattern = "vxlan|udp_tunnel|ip6_udp_tunnel|bridge|veth|nf_|nft_|nfnetlink|cls_bpf|sch_";
+    let modules = lines(&format!("cut -d' ' -f1 /proc/modules | grep -E '^({pattern})'"))?;
+    vm.note(|seen| {
+        routes.clone_into(&mut seen.routes);
+        seen.fast_path = fast_path;
+        seen.packet_filter = tables;
+        seen.modules = modules.into_iter().collect();
+    })
+}
+
 /// What the kernel tells of its tables is understood: else the daemon would write again and again what is there.
-fn nothing_is_repaired(vm: &Vm) -> Result<()> {
-    let told = vm.run("wget -q -O - http://127.0.0.1:9472/metrics | grep '^fabricd_repairs_total' || true")?;
-    ensure!(told.is_empty(), "{} has repaired what nobody changed: {told}", vm.name);
+fn nothing_is_repaired_since_nobody_changed_anything(fabric: &Fabric) -> Result<()> {
+    for vm in &fabric.vms {
+        let told = vm.run("wget -q -O - http://127.0.0.1:9472/metrics | grep '^fabricd_repairs_total' || true")?;
+        ensure!(told.is_empty(), "{} has repaired what nobody changed: {told}", vm.name);
+    }
     Ok(())
 }
 
@@ -121,13 +162,16 @@ fn routes_go_by_nexthop_objects(vm: &Vm) -> Result<()> {
     Ok(())
 }
 
-/// A stranger's packet that has the right VNI and MAC address, and a peer's that has somebody else's source; beside them
-/// what a peer may send, which gets through.
-fn forged_packets_are_dropped_and_counted(fabric: &Fabric, pod: &VmPod) -> Result<()> {
+/// Attacks 1 to 4 on the first of a machine's pods: a stranger's packet that has the right VNI and MAC address, one that a pod
+/// of the machine makes, a peer's that has somebody else's source, and a pod's under another address. Beside them what a peer
+/// and a pod may send, which gets through.
+pub fn forged_packets_are_dropped_and_counted(fabric: &Fabric, pods: &[VmPod]) -> Result<()> {
+    let (pod, neighbour) = (&pods[0], &pods[1]);
     let rule = format!("udp dport {COUNTED_PORT} counter");
     let hook = "type filter hook input priority -300;";
     let script = format!(
-        "nft add table inet seen; nft add chain inet seen in \"{{ {hook} }}\"; nft add rule inet seen in {rule}"
+        "nft -f - <<END\ntable inet seen\ndelete table inet seen\n\
+         table inet seen {{ chain in {{ {hook}\n{rule}\n}}\n}}\nEND"
     );
     ensure!(pod.exec(&script)?.code == 0, "the pod on {} takes no rules", pod.vm.name);
     let peer = &fabric.outside;
@@ -145,14 +189,21 @@ fn forged_packets_are_dropped_and_counted(fabric: &Fabric, pod: &VmPod) -> Resul
             of_peer.send(&stranger, node, target)?;
             of_nobody.send(&peer_node, node, target)?;
         }
+        neighbour.send_udp(None, SocketAddr::new(node, VXLAN_PORT), &of_peer.packet(target)?)?;
+        neighbour.send_udp(Some(other), target, b"as nobody")?;
         of_peer.send(&peer_node, node, target)?;
+        neighbour.send_udp(None, target, b"as itself")?;
         // What was sent later has arrived, so what was sent before would have.
         peer.run(&["ping", "-q", "-c2", "-i0.5", "-W10", &target.ip().to_string()])?;
         let got = seen()? - before;
-        ensure!(got == 1, "the peer's own packet is to arrive alone, over {family:?} on {}: {got} have", pod.vm.name);
+        ensure!(
+            got == 2,
+            "what the peer and the pod may send is to arrive alone, over {family:?} on {}: {got} packets have",
+            pod.vm.name
+        );
     }
-    let rules = pod.vm.run("nft list table inet fabric")?;
-    for reason in ["from no peer", "source is not in the peer's subnet"] {
+    let rules = pod.vm.run("nft list table inet fabric; nft list table bridge fabric")?;
+    for reason in ["from no peer", "source is not in the peer's subnet", "does not speak VXLAN", "claims an address"] {
         let counted = rules.lines().any(|rule| rule.contains(reason) && !rule.contains("packets 0 "));
         ensure!(counted, "nothing is counted as {reason:?} on {}:\n{rules}", pod.vm.name);
     }
@@ -219,5 +270,5 @@ fn a_power_off_keeps_the_subnet_under_another_boot_id(mut fabric: Fabric) -> Res
         fabric.pods.push(vm.add_pod("standard", Plugin::Bridge)?);
         fabric.pods.push(vm.add_pod("ours", Plugin::FabricBridge)?);
     }
-    fabric.pods_reach_each_other()
+    pods_reach_each_other(&fabric)
 }

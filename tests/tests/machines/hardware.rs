@@ -60,10 +60,12 @@ fn a_network_interface_that_is_replaced_is_used_again() -> Result<()> {
     pod.reaches(outside.ip(Family::V4)?)?;
 
     vm.unplug_nic(0)?;
-    wait_until("not ready without a network interface", SOON, || {
-        ensure!(vm.status()?["ready"] == false, "it is ready");
-        Ok(())
+    let told = wait_until("not ready without a network interface", SOON, || {
+        let status = vm.status()?;
+        ensure!(status["ready"] == false, "it is ready");
+        Ok(status["reason"].as_str().unwrap_or_default().to_owned())
     })?;
+    ensure!(told.contains("interface"), "the interface is not named: {told}");
     vm.plug_nic(0)?;
     let (v4, v6) = (vm.underlay_ip(Family::V4), vm.underlay_ip(Family::V6));
     vm.run(&format!(
@@ -73,7 +75,8 @@ fn a_network_interface_that_is_replaced_is_used_again() -> Result<()> {
     ))?;
     vm.wait_ready()?;
     pod.reaches(outside.ip(Family::V4)?)?;
-    pod.reaches(outside.ip(Family::V6)?)
+    pod.reaches(outside.ip(Family::V6)?)?;
+    machines.have_passed()
 }
 
 #[test]
@@ -118,7 +121,8 @@ fn a_vlan_on_a_bond_fails_over_and_pods_reach_each_other_again() -> Result<()> {
     pings.go_on(20)?;
     pings.lost_at_most_once()?;
     pods[0].reaches(pods[1].ip(Family::V4)?)?;
-    pods[1].reaches(pods[0].ip(Family::V4)?)
+    pods[1].reaches(pods[0].ip(Family::V4)?)?;
+    machines.have_passed()
 }
 
 /// By a modprobe that finds nothing: the words name it with the command that loads it, and once it is there the daemon goes
@@ -138,7 +142,8 @@ fn a_vxlan_module_that_is_missing_is_named_until_it_is_there() -> Result<()> {
         Ok(())
     })?;
     vm.run("rm /etc/modprobe.d/missing.conf")?;
-    vm.wait_ready()
+    vm.wait_ready()?;
+    machines.have_passed()
 }
 
 #[test]
@@ -162,7 +167,8 @@ fn loss_and_delay_of_the_underlay_are_told() -> Result<()> {
         let mesh = vm.exec("fabricctl mesh")?.stdout;
         ensure!(!mesh.contains("lossy"), "{mesh}");
         Ok(())
-    })
+    })?;
+    machines.have_passed()
 }
 
 #[test]
@@ -173,5 +179,6 @@ fn ipvs_beside_the_fabric_changes_nothing() -> Result<()> {
     vm.start_fabricd("")?;
     vm.wait_ready()?;
     let outside = machines.lab.node("node-1")?.add_pod("outside")?;
-    vm.add_pod("a", Plugin::Bridge)?.reaches(outside.ip(Family::V4)?)
+    vm.add_pod("a", Plugin::Bridge)?.reaches(outside.ip(Family::V4)?)?;
+    machines.have_passed()
 }

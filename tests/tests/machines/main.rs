@@ -4,6 +4,7 @@
 
 mod debian;
 mod fabric;
+mod fast_path;
 mod hardware;
 mod identity;
 mod kernels;
