@@ -1,7 +1,9 @@
 //! Our tables of nftables in the real kernel, with `nft` as an independent witness.
 
 use std::collections::BTreeSet;
+use std::io::Write as _;
 use std::net::Ipv4Addr;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,9 +13,9 @@ use fabric_core::network::NetworkConfig;
 use fabric_core::plan::filter::{FilterInputs, FilterOptions, Member, Pod, ruleset};
 use fabric_core::state::nft::{Ruleset, TableKey};
 use fabric_tests::conformance::kernel::{look, settle, v, woken};
-use fabric_tests::netns::{in_netns_async, run};
+use fabric_tests::netns::{in_netns, in_netns_async, ip, run};
 use fabricd::kernel::netlink::Netlink;
-use fabricd::kernel::{Kernel as _, Options};
+use fabricd::kernel::{Kernel as _, Options, kube_proxy};
 
 const CONFIG: &str = r#"{"EnableIPv6":true,"Network":"10.64.0.0/12","IPv6Network":"2001:db8::/48",
                          "Backend":{"Type":"vxlan","VNI":7}}"#;
@@ -205,4 +207,128 @@ fn five_thousand_peers_are_a_few_transactions_and_one_more_costs_little() {
 /// A daemon that knows nothing but what the kernel tells it.
 fn kernel_anew() -> Netlink {
     kernel()
+}
+
+/// Rules of iptables in which kube-proxy's are among those of others, and the same without what is kube-proxy's.
+const BESIDE_KUBE_PROXY: &str = "
+*nat
+:PREROUTING ACCEPT [0:0]
+:INPUT ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+:POSTROUTING ACCEPT [0:0]
+:DOCKER - [0:0]
+:KUBE-MARK-DROP - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+:KUBE-NODEPORTS - [0:0]
+:KUBE-POSTROUTING - [0:0]
+:KUBE-SEP-A - [0:0]
+:KUBE-SERVICES - [0:0]
+:KUBE-SVC-A - [0:0]
+:LAST - [0:0]
+[3:180] -A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES
+[5:300] -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+[1:60] -A PREROUTING -p tcp
+[7:420] -A PREROUTING -j LAST
+[0:0] -A OUTPUT -j KUBE-SERVICES
+[0:0] -A OUTPUT ! -d 127.0.0.0/8 -j DOCKER
+[0:0] -A POSTROUTING -j KUBE-POSTROUTING
+[2:120] -A POSTROUTING -s 198.51.100.0/24 -j MASQUERADE
+[0:0] -A DOCKER -i docker0 -j RETURN
+[0:0] -A DOCKER -p tcp -m tcp --dport 8080 -j DNAT --to-destination 198.51.100.2:80
+[0:0] -A KUBE-MARK-DROP -j MARK --set-xmark 0x8000/0x8000
+[0:0] -A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
+[0:0] -A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN
+[0:0] -A KUBE-POSTROUTING -j MASQUERADE
+[0:0] -A KUBE-SEP-A -p tcp -j DNAT --to-destination 192.0.2.7:8080
+[9:540] -A KUBE-SERVICES -d 203.0.113.10/32 -p tcp -m tcp --dport 80 -j KUBE-SVC-A
+[0:0] -A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS
+[0:0] -A KUBE-SVC-A ! -s 192.0.2.0/24 -j KUBE-MARK-MASQ
+[0:0] -A KUBE-SVC-A -m statistic --mode random --probability 0.5 -j KUBE-SEP-A
+[0:0] -A LAST -d 192.0.2.1/32 -j DOCKER
+[4:240] -A LAST -g DOCKER
+COMMIT
+*filter
+:INPUT DROP [0:0]
+:FORWARD ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+:KUBE-FIREWALL - [0:0]
+:KUBE-FORWARD - [0:0]
+[0:0] -A INPUT -j KUBE-FIREWALL
+[0:0] -A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+[0:0] -A FORWARD -j KUBE-FORWARD
+[0:0] -A KUBE-FIREWALL ! -s 127.0.0.0/8 -d 127.0.0.0/8 -j DROP
+[0:0] -A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
+COMMIT
+";
+
+/// Loads it as rules of a family, with its counters.
+fn restore(program: &str, rules: &str) {
+    let mut child = Command::new(program).args(["--counters", "--wait"]).stdin(Stdio::piped()).spawn().expect(program);
+    child.stdin.take().expect("piped").write_all(rules.as_bytes()).expect("it reads");
+    assert!(child.wait().expect("it ends").success(), "{program}");
+}
+
+#[test]
+fn rules_of_kube_proxy_in_iptables_legacy_go_and_those_of_others_stay_with_their_counters() {
+    in_netns(|| {
+        assert!(kube_proxy::found().expect("readable").is_empty());
+        let v6 = |rules: &str| {
+            [("192.0.2.", "2001:db8::"), ("198.51.100.2:80", "[2001:db8::2]:80"), ("127.0.0.0/8", "::1/128")]
+                .into_iter()
+                .fold(rules.replace("198.51.100.0/24", "2001:db8:1::/48"), |rules, (v4, v6)| rules.replace(v4, v6))
+                .replace("203.0.113.10/32", "2001:db8:2::10/128")
+                .replace("2001:db8::7:8080", "[2001:db8::7]:8080")
+                .replace("2001:db8::0/24", "2001:db8::/64")
+                .replace("2001:db8::1/32", "2001:db8::1/128")
+        };
+        restore("iptables-legacy-restore", BESIDE_KUBE_PROXY);
+        restore("ip6tables-legacy-restore", &v6(BESIDE_KUBE_PROXY));
+        let saved = |program: &str| -> Vec<String> {
+            let all = run(program, "-c");
+            // Packets of the namespace's own count against policies.
+            let lines = all.lines().filter(|line| !line.starts_with('#'));
+            lines
+                .map(|line| if line.starts_with(':') { line.split(" [").next().unwrap() } else { line }.to_owned())
+                .collect()
+        };
+        let is_its = |line: &String| {
+            let of_kubelet = ["KUBE-MARK-DROP", "KUBE-FIREWALL"].iter().any(|chain| line.contains(chain));
+            line.contains("KUBE-") && !of_kubelet
+        };
+        let programs = ["iptables-legacy-save", "ip6tables-legacy-save"];
+        let before = programs.map(saved);
+        assert!(before.iter().all(|rules| rules.iter().filter(|rule| is_its(rule)).count() > 15), "{before:?}");
+        assert_eq!(kube_proxy::found().expect("readable"), ["iptables-legacy"]);
+        let removed = kube_proxy::remove().expect("removed");
+        let of = |program: &str| [format!("6 chains of {program} nat"), format!("1 chains of {program} filter")];
+        assert_eq!(removed, [of("iptables-legacy"), of("ip6tables-legacy")].concat());
+        for (program, mut before) in programs.into_iter().zip(before) {
+            before.retain(|line| !is_its(line));
+            assert_eq!(saved(program), before);
+        }
+        assert!(kube_proxy::found().expect("readable").is_empty());
+        assert!(kube_proxy::remove().expect("nothing to do").is_empty());
+    });
+}
+
+/// What kube-proxy leaves in IPVS mode but for the virtual servers: this kernel may have no IPVS.
+#[test]
+fn interface_and_sets_of_kube_proxy_in_ipvs_mode_go_and_those_of_others_stay() {
+    in_netns(|| {
+        ip("link add kube-ipvs0 type bridge");
+        ip("address add 203.0.113.10/32 dev kube-ipvs0");
+        ip("link add other type bridge");
+        run("ipset", "create KUBE-CLUSTER-IP hash:ip,port");
+        run("ipset", "create KUBE-6-CLUSTER-IP hash:ip,port family inet6");
+        run("ipset", "create others hash:ip");
+        let chains = "*nat\n:KUBE-SERVICES - [0:0]\n-A PREROUTING -j KUBE-SERVICES\n\
+            -A KUBE-SERVICES -m set --match-set KUBE-CLUSTER-IP dst,dst -j ACCEPT\nCOMMIT\n";
+        restore("iptables-legacy-restore", chains);
+        assert_eq!(kube_proxy::found().expect("readable"), ["iptables-legacy", "IPVS"]);
+        let removed = kube_proxy::remove().expect("removed").join(", ");
+        assert_eq!(removed, "1 chains of iptables-legacy nat, interface kube-ipvs0, 2 sets of ipset");
+        assert_eq!(run("ipset", "list -n").trim(), "others");
+        let links = ip("-br link show type bridge");
+        assert!(links.contains("other") && !links.contains("kube-ipvs0"), "{links}");
+    });
 }

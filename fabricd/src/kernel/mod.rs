@@ -21,6 +21,7 @@ pub mod conntrack;
 pub mod fast_path;
 mod firewalls;
 pub mod handover;
+pub mod kube_proxy;
 pub mod links;
 mod mirror;
 mod monitor;

@@ -1,27 +1,8 @@
-//! What of the kernel must be so that Services work, beside their table: who else translates them, and how connection
-//! tracking takes TCP.
+//! What of the kernel must be so that Services work, beside their table: how connection tracking takes TCP.
 
 use std::fs;
 use std::io;
 use std::path::Path;
-
-use super::nft::Filter;
-
-/// Whether kube-proxy's rules are here. Of iptables-legacy nothing is seen.
-///
-/// # Errors
-/// When a netlink socket can't be opened.
-pub fn has_kube_proxy() -> io::Result<bool> {
-    Ok(Filter::open()?.has_kube_proxy())
-}
-
-/// Removes kube-proxy's rules, and says in words which there were. Those of iptables-legacy and of IPVS stay.
-///
-/// # Errors
-/// When they can't be read, or the kernel refuses.
-pub fn remove_kube_proxy() -> io::Result<Vec<String>> {
-    Filter::open()?.remove_kube_proxy()
-}
 
 /// Takes packets of TCP beyond the window for such of their connection: conntrack would call them invalid, they would go
 /// untranslated, and the client would reset the connection.

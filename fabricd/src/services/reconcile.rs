@@ -33,7 +33,7 @@ use crate::files::Files;
 use crate::host::attachments::AttachedPods;
 use crate::kernel::links::HostLinks;
 use crate::kernel::section::SectionTable;
-use crate::kernel::{bridged, services};
+use crate::kernel::{bridged, kube_proxy, services};
 use crate::kubernetes::client::ApiServer;
 use crate::kubernetes::notices::{Kind, Notice, Notices, Reason};
 use crate::retry::Backoff;
@@ -92,17 +92,31 @@ pub struct Reconciler {
 }
 
 /// What is there of kube-proxy.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct KubeProxy {
-    /// Its rules.
-    has_rules: bool,
+    /// Of which mode its rules are.
+    rules: Vec<&'static str>,
     /// Somebody answers where it answers health checks.
     is_alive: bool,
 }
 
 impl KubeProxy {
-    fn is_here(self) -> bool {
-        self.has_rules || self.is_alive
+    fn is_here(&self) -> bool {
+        self.is_alive || !self.rules.is_empty()
+    }
+
+    /// Why Services stay off beside it.
+    fn in_the_way(&self) -> String {
+        let what = match (self.is_alive, self.rules.as_slice()) {
+            (_, []) => "kube-proxy runs on this node".to_owned(),
+            (true, rules) => format!("kube-proxy runs on this node (by {})", rules.join(", ")),
+            (false, rules) => format!("kube-proxy runs on this node, or has left its rules ({})", rules.join(", ")),
+        };
+        format!(
+            "{what}, and two must not translate the same Services; remove it from the cluster (kubectl -n kube-system delete \
+             daemonset kube-proxy), then its rules with kube-proxy --cleanup or a reboot, or let fabricd do that \
+             (--replace-kube-proxy), or turn --services off"
+        )
     }
 }
 
@@ -181,12 +195,7 @@ impl Reconciler {
         let kube_proxy = self.kube_proxy().await;
         if kube_proxy.is_here() && !self.inputs.replaces_kube_proxy {
             self.health.close();
-            return Err(
-                "kube-proxy runs on this node, and two must not translate the same Services; remove it from the \
-                        cluster (kubectl -n kube-system delete daemonset kube-proxy), then its rules with kube-proxy \
-                        --cleanup or a reboot, or let fabricd do that (--replace-kube-proxy), or turn --services off"
-                    .to_owned(),
-            );
+            return Err(kube_proxy.in_the_way());
         }
         if kube_proxy.is_alive {
             warnings.push(
@@ -236,7 +245,7 @@ impl Reconciler {
             self.table.execute(&steps).await?;
             self.counters.written(woken.elapsed());
         }
-        if kube_proxy.has_rules && !kube_proxy.is_alive {
+        if !kube_proxy.rules.is_empty() && !kube_proxy.is_alive {
             // All that it did is done by now, before its rules are asked.
             warnings.extend(remove_kube_proxy().await.err());
         }
@@ -280,11 +289,12 @@ impl Reconciler {
 
     /// Looks for kube-proxy, by its rules and by its health check.
     async fn kube_proxy(&self) -> KubeProxy {
-        let has_rules = tokio::task::spawn_blocking(services::has_kube_proxy).await;
+        let rules = tokio::task::spawn_blocking(kube_proxy::found).await;
         // Once the port is ours nobody else answers there.
         let is_alive = !self.health.has_node_port()
             && matches!(timeout(Duration::from_secs(1), TcpStream::connect(KUBE_PROXY)).await, Ok(Ok(_)));
-        KubeProxy { has_rules: matches!(has_rules, Ok(Ok(true))), is_alive }
+        // What can't be read isn't there.
+        KubeProxy { rules: rules.ok().and_then(Result::ok).unwrap_or_default(), is_alive }
     }
 
     /// What of the host must be so that Services work.
@@ -348,7 +358,7 @@ impl Reconciler {
 
 /// Removes the rules of a kube-proxy that has ended.
 async fn remove_kube_proxy() -> Result<(), String> {
-    let removed = tokio::task::spawn_blocking(services::remove_kube_proxy).await.map_err(|error| error.to_string())?;
+    let removed = tokio::task::spawn_blocking(kube_proxy::remove).await.map_err(|error| error.to_string())?;
     let removed = removed.map_err(|error| {
         format!("kube-proxy's rules can't be removed, and may refuse what Services take: {error}; it is tried again")
     })?;

@@ -23,21 +23,23 @@ use super::xt::{self, Info};
 
 /// The tables that judge, and where they stand among the chains of a hook (`NF_IP_PRI_*`).
 const TABLES: [(&str, i32); 4] = [("raw", -300), ("mangle", -150), ("filter", 0), ("security", 50)];
-const HOOKS: [Hook; 5] = [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting];
+pub(in crate::kernel) const HOOKS: [Hook; 5] =
+    [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting];
 
 /// Where one family has it: the socket options' numbers and the sizes of `struct ipt_entry` and `struct ip6t_entry`.
-struct Protocol {
-    kind: TableKind,
-    sockets: AddressFamily,
-    level: i32,
-    in_use: &'static str,
+pub(in crate::kernel) struct Protocol {
+    pub(in crate::kernel) kind: TableKind,
+    pub(in crate::kernel) sockets: AddressFamily,
+    pub(in crate::kernel) level: i32,
+    /// The file that has the names of the tables that somebody uses.
+    pub(in crate::kernel) in_use: &'static str,
     /// Bytes of an entry, without matches and target.
     entry: usize,
     /// Bytes of an address.
     address: usize,
 }
 
-const PROTOCOLS: [Protocol; 2] = [
+pub(in crate::kernel) const PROTOCOLS: [Protocol; 2] = [
     Protocol {
         kind: TableKind::Iptables,
         sockets: AddressFamily::Inet,
@@ -61,21 +63,21 @@ const GET_INFO: i32 = 64;
 const GET_ENTRIES: i32 = 65;
 
 /// `struct ipt_getinfo`: name, valid hooks, each hook's first entry and its policy's, how many entries, their size.
-const NAME: usize = 32;
-const FIRST_ENTRIES: usize = NAME + 4;
-const POLICIES: usize = FIRST_ENTRIES + 4 * HOOKS.len();
+pub(in crate::kernel) const NAME: usize = 32;
+pub(in crate::kernel) const FIRST_ENTRIES: usize = NAME + 4;
+pub(in crate::kernel) const POLICIES: usize = FIRST_ENTRIES + 4 * HOOKS.len();
 const BYTES: usize = POLICIES + 4 * HOOKS.len() + 4;
 const INFO: usize = BYTES + 4;
 /// `struct ipt_get_entries`: name, size, and (from a multiple of eight on) the entries.
 const ENTRIES: usize = 40;
 /// Behind a match's or a target's size, name and revision is what it has to say.
-const HEADER: usize = 32;
+pub(in crate::kernel) const HEADER: usize = 32;
 /// `struct xt_counters`, with which an entry's head ends.
-const COUNTERS: usize = 16;
+pub(in crate::kernel) const COUNTERS: usize = 16;
 /// `XT_RETURN`: verdicts below zero are `-NF_… - 1`.
 const RETURN: i32 = -5;
 /// A table that somebody changes between the two questions is asked for again.
-const TRIES: usize = 5;
+pub(in crate::kernel) const TRIES: usize = 5;
 
 /// The tables that are in use, as they were last read.
 #[derive(Default)]
@@ -122,7 +124,7 @@ impl Block {
 }
 
 /// `struct ipt_getinfo` of a table, and its entries.
-fn read_table(protocol: &Protocol, name: &str) -> io::Result<Option<(Vec<u8>, Vec<u8>)>> {
+pub(in crate::kernel) fn read_table(protocol: &Protocol, name: &str) -> io::Result<Option<(Vec<u8>, Vec<u8>)>> {
     // Any socket of the family takes these options; a raw one, which iptables itself uses, would need CAP_NET_RAW.
     let socket = socket(protocol.sockets, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     for _ in 0..TRIES {
@@ -165,20 +167,20 @@ fn ask(socket: &OwnedFd, level: i32, option: i32, buffer: &mut [u8]) -> io::Resu
     if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-fn number(bytes: &[u8], offset: usize) -> Option<usize> {
+pub(in crate::kernel) fn number(bytes: &[u8], offset: usize) -> Option<usize> {
     usize::try_from(Info(bytes).long(offset)?).ok()
 }
 
 /// One entry, where it stands.
-struct Entry<'a> {
-    offset: usize,
-    bytes: &'a [u8],
+pub(in crate::kernel) struct Entry<'a> {
+    pub(in crate::kernel) offset: usize,
+    pub(in crate::kernel) bytes: &'a [u8],
     /// Where its target begins.
-    target: usize,
+    pub(in crate::kernel) target: usize,
 }
 
 impl<'a> Entry<'a> {
-    fn at(protocol: &Protocol, block: &'a [u8], offset: usize) -> Option<Self> {
+    pub(in crate::kernel) fn at(protocol: &Protocol, block: &'a [u8], offset: usize) -> Option<Self> {
         let rest = block.get(offset..)?;
         // `target_offset` and `next_offset` are before the counters, which are the last of the entry.
         let offsets = protocol.entry - COUNTERS - if protocol.address == 4 { 8 } else { 12 };
@@ -188,16 +190,18 @@ impl<'a> Entry<'a> {
         Some(Self { offset, bytes, target })
     }
 
-    fn next(&self) -> usize {
+    /// Where the next one begins.
+    pub(in crate::kernel) fn next(&self) -> usize {
         self.offset + self.bytes.len()
     }
 
     /// The target's name; a standard one has none.
-    fn target_name(&self) -> &'a str {
+    pub(in crate::kernel) fn target_name(&self) -> &'a str {
         Info(self.bytes).text(self.target + 2, 29).unwrap_or_default()
     }
 
-    fn verdict(&self) -> Option<i32> {
+    /// Below zero what happens to the packet, else where it goes on.
+    pub(in crate::kernel) fn verdict(&self) -> Option<i32> {
         Info(self.bytes).long(self.target + HEADER).map(u32::cast_signed)
     }
 }

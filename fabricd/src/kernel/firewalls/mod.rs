@@ -13,9 +13,9 @@
 
 pub(super) mod bridge_nf;
 mod expressions;
-mod legacy;
+pub(super) mod legacy;
 mod nftables;
-mod xt;
+pub(super) mod xt;
 
 use std::io;
 use std::sync::Arc;

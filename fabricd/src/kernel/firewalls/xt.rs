@@ -169,7 +169,7 @@ pub(super) fn target(name: &str, revision: u32, info: &[u8]) -> Vec<Step> {
 }
 
 /// A structure of the kernel.
-pub(super) struct Info<'a>(pub(super) &'a [u8]);
+pub(in crate::kernel) struct Info<'a>(pub(in crate::kernel) &'a [u8]);
 
 impl<'a> Info<'a> {
     pub(super) fn bytes(&self, at: usize, len: usize) -> Option<&'a [u8]> {
@@ -184,12 +184,12 @@ impl<'a> Info<'a> {
         self.bytes(at, 2)?.first_chunk().map(|bytes| u16::from_ne_bytes(*bytes))
     }
 
-    pub(super) fn long(&self, at: usize) -> Option<u32> {
+    pub(in crate::kernel) fn long(&self, at: usize) -> Option<u32> {
         self.bytes(at, 4)?.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes))
     }
 
     /// A name that ends with a zero, or with the field.
-    pub(super) fn text(&self, at: usize, len: usize) -> Option<&'a str> {
+    pub(in crate::kernel) fn text(&self, at: usize, len: usize) -> Option<&'a str> {
         let bytes = self.bytes(at, len)?;
         let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(len);
         std::str::from_utf8(&bytes[..end]).ok()

@@ -10,18 +10,14 @@ use fabric_netlink::{Frame, Request, RequestSocket};
 use super::attributes::{Attributes, Nfnetlink as _, Values};
 use super::encode::batch;
 use super::uapi::{DELETE_CHAIN, DELETE_RULES, DELETE_TABLE, GET_CHAIN, GET_RULE, GET_TABLE, message};
+use crate::kernel::kube_proxy::{IPTABLES, SERVICES, is_its_chain};
 
 /// Its table of nftables.
 const TABLE: &str = "kube-proxy";
-/// Tables of iptables in which it has chains.
-const IPTABLES: [&str; 4] = ["mangle", "nat", "filter", "raw"];
-/// What its chains begin with, and those of kubelet, which stay (kubernetes/pkg/kubelet/kubelet_network_linux.go).
-const CHAINS: &str = "KUBE-";
-const OF_KUBELET: [&str; 4] = ["KUBE-FIREWALL", "KUBE-KUBELET-CANARY", "KUBE-IPTABLES-HINT", "KUBE-MARK-DROP"];
 
 /// Whether kube-proxy is or was here, by a chain that it makes with iptables-nft, or with nftables.
 pub(super) fn is_here(socket: &mut RequestSocket) -> bool {
-    let known = [("nat", "KUBE-SERVICES"), (TABLE, "services")];
+    let known = [("nat", SERVICES), (TABLE, "services")];
     Family::ALL.into_iter().any(|family| {
         known.iter().any(|(table, chain)| {
             // NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME
@@ -86,7 +82,7 @@ fn is_there(socket: &mut RequestSocket, kind: u16, what: Attributes) -> bool {
 fn chain(frame: &Frame<'_>) -> Option<(String, String)> {
     let values = Values::of(frame);
     let (table, name) = (values.text(1)?, values.text(3)?);
-    let is_its = IPTABLES.contains(&table) && name.starts_with(CHAINS) && !OF_KUBELET.contains(&name);
+    let is_its = IPTABLES.contains(&table) && is_its_chain(name);
     is_its.then(|| (table.to_owned(), name.to_owned()))
 }
 
