@@ -55,7 +55,7 @@ pub struct PluginConf {
     /// How many seconds ADD waits for the node to become ready.
     #[serde(default = "default_ready_timeout")]
     pub ready_timeout: u16,
-    /// How many seconds ADD waits for the pod's network policies to be in force, where these are on; with 0 it doesn't wait.
+    /// How many seconds ADD waits for the pod's network policies to be applied, where these are on; with 0 it doesn't wait.
     #[serde(default = "default_ready_timeout")]
     pub policy_timeout: u16,
     /// The result of the plugin before, or, on CHECK and DEL, of ADD.

@@ -28,7 +28,7 @@
 //! | [`node_ipam`]  | one IPAM state for the node's subnet, whatever networks there are   |
 //! | [`bridge`]     | `fabric-bridge`: pods on a bridge, without any other process        |
 //! | [`host_local`] | who has which address, in the files of the plugin host-local        |
-//! | [`judged`]     | network policies: ADD waits for them, DEL closes the pod's addresses    |
+//! | [`policy`]     | network policies: ADD waits for them, DEL closes the pod's addresses    |
 //! | [`netlink`]    | rtnetlink over the crate `fabric_netlink`, told as `ip` commands     |
 //! | [`version`]    | the spec's versions and the forms of a result                       |
 //! | [`error`]      | the spec's error object and its codes                               |
@@ -43,9 +43,9 @@ pub mod exec;
 pub mod fast_path;
 pub mod flannel;
 pub mod host_local;
-pub mod judged;
 pub mod netlink;
 pub mod node_ipam;
+pub mod policy;
 pub mod process;
 pub mod ready;
 pub mod request;

@@ -21,8 +21,8 @@ use crate::error::{CniError, Code};
 use crate::exec::Exec;
 use crate::fast_path;
 use crate::flannel;
-use crate::judged;
 use crate::node_ipam::NodeIpam;
+use crate::policy;
 use crate::ready::{await_ready_node, known_node, ready_node};
 use crate::request::{Action, Attachment, Call, Request};
 use crate::spec::{AttachmentId, Identifier, Verb};
@@ -89,7 +89,7 @@ impl Answering<'_> {
         match attached {
             Ok(result) => {
                 held.attached(&attached_by(&result, &saved.config));
-                self.await_judgement(&pod.id);
+                self.await_policies(&pod.id);
                 Ok(result)
             }
             Err((failure, undone)) => Err(match undone.and_then(|()| held.forget()) {
@@ -113,30 +113,30 @@ impl Answering<'_> {
         }
     }
 
-    /// Waits until the pod's network policies are in force. Until then it is closed, so a pod whose time is up is attached
+    /// Waits until the pod's network policies are applied. Until then it is closed, so a pod whose time is up is attached
     /// all the same.
-    fn await_judgement(&self, id: &AttachmentId) {
+    fn await_policies(&self, id: &AttachmentId) {
         let conf = &self.call.conf;
         let patience = Duration::from_secs(conf.policy_timeout.into());
-        let Some(folder) = judged::folder(&conf.node_file).filter(|_| !patience.is_zero()) else { return };
-        if !judged::is_judged(&folder, id, patience) {
+        let Some(folder) = policy::folder(&conf.node_file).filter(|_| !patience.is_zero()) else { return };
+        if !policy::is_applied(&folder, id, patience) {
             // By the spec, text for the runtime's log.
             let _ = writeln!(
                 io::stderr(),
-                "{id} is attached, but its network policies are not in force after {} s: it reaches nobody before \
-                 fabricd has put them in force; to see what it waits for: fabricctl status",
+                "{id} is attached, but its network policies are not applied after {} s: it reaches nobody before \
+                 fabricd has applied them; to see what it waits for: fabricctl status",
                 conf.policy_timeout
             );
         }
     }
 
-    /// Closes a pod that goes: whoever gets its addresses next is judged anew.
+    /// Closes a pod that goes: whoever gets its addresses next is closed until its own policies are applied.
     fn close(&self, saved: Option<&Saved>) -> Result<(), CniError> {
         let ips = saved.and_then(|saved| saved.attached.as_ref()).map_or(&[][..], |attached| &attached.ips);
-        if judged::folder(&self.call.conf.node_file).is_none() {
+        if policy::folder(&self.call.conf.node_file).is_none() {
             return Ok(());
         }
-        judged::close(ips).map_err(|error| {
+        policy::close(ips).map_err(|error| {
             let msg =
                 format!("cannot take the pod's addresses from the table fabric-policy: {error}; nothing was detached");
             CniError::new(Code::Io, msg)

@@ -384,18 +384,18 @@ fn add_waits_for_the_pods_network_policies_where_they_are_on() {
     let node = Node::new();
     let mut conf = node.conf("1.0.0");
     conf["policyTimeout"] = json!(30);
-    fs::create_dir(node.path("judged")).expect("a folder");
-    let (state, judged) = (node.state_file(), node.path("judged/c1@eth0"));
+    fs::create_dir(node.path("policy-applied")).expect("a folder");
+    let (state, applied) = (node.state_file(), node.path("policy-applied/c1@eth0"));
     let daemon = thread::spawn(move || {
         while fs::read(&state).is_ok_and(|saved| saved.iter().filter(|byte| **byte == b'\n').count() == 0)
             || !state.exists()
         {
             thread::yield_now();
         }
-        fs::write(judged, "").expect("written");
+        fs::write(applied, "").expect("written");
     });
     add_of_kubernetes(&node, &conf);
-    assert!(node.path("judged/c1@eth0").exists(), "it came back before");
+    assert!(node.path("policy-applied/c1@eth0").exists(), "it came back before");
     daemon.join().expect("it ends");
 }
 
@@ -405,7 +405,7 @@ fn add_ends_though_network_policies_are_late_or_nobody_is_to_wait() {
         let node = Node::new();
         let mut conf = node.conf("1.0.0");
         conf["policyTimeout"] = json!(timeout);
-        fs::create_dir(node.path("judged")).expect("a folder");
+        fs::create_dir(node.path("policy-applied")).expect("a folder");
         add_of_kubernetes(&node, &conf);
     }
 }

@@ -33,7 +33,7 @@ use crate::kubernetes::notices::Notices;
 use crate::lease::{Hosts, Keeper, LeaseOptions};
 use crate::mesh::Mesh;
 use crate::metrics::Metrics;
-use crate::policy::judged::Judged;
+use crate::policy::applied::AppliedPolicies;
 use crate::policy::reconcile::Inputs;
 use crate::reconcile::fast_path::Mode;
 use crate::reconcile::{Node, Reconciler};
@@ -102,15 +102,15 @@ async fn serve(
         fast_path: config.fast_path,
     };
     let mut reconciler = Reconciler::new(node, store.clone(), open_kernel(config)?, files, before);
-    let (judges, translates) = (config.judges_pods(), config.translates_services());
-    let attached = (config.filter.check_pods || judges || translates || config.fast_path != Mode::Off)
+    let (enforces, translates) = (config.enforces_policies(), config.translates_services());
+    let attached = (config.filter.check_pods || enforces || translates || config.fast_path != Mode::Off)
         .then(|| attachments::watch_attachments(config.cni_state_dir.clone()));
     if let Some(attached) = attached.clone() {
         reconciler.take_pods(attached);
     }
-    if judges {
+    if enforces {
         reconciler.refuse_fast_path(
-            "NetworkPolicies are put in force here, and its programs do not judge them; switch --network-policy off for it",
+            "NetworkPolicies are enforced here, and its programs bypass them; switch --network-policy off for it",
         );
     }
     if let Some(attached) = attached.clone().filter(|_| config.filter.check_pods) {
@@ -123,14 +123,14 @@ async fn serve(
         }
         None => None,
     };
-    let judged = Judged::new(&config.run_dir);
-    let policies = match attached.filter(|_| judges) {
+    let applied = AppliedPolicies::new(&config.run_dir);
+    let policies = match attached.filter(|_| enforces) {
         Some(attached) => {
             reconciler.leave(Section::Policy);
-            Some(policies(config, attached, judged)?)
+            Some(policies(config, attached, applied)?)
         }
         None => {
-            judged.turn_off().context("cannot say that network policies are off")?;
+            applied.turn_off().context("cannot say that network policies are off")?;
             None
         }
     };
@@ -153,7 +153,7 @@ async fn serve(
     if let Some(policies) = policies {
         let view = policies.view();
         tasks.spawn(async move {
-            view.drops.run(view.in_force).await;
+            view.drops.run(view.applied).await;
             "the task that reads what network policies drop has ended".to_owned()
         });
         tasks.spawn(async {
@@ -265,7 +265,7 @@ async fn serve(
 fn policies(
     config: &Config,
     attached: watch::Receiver<Arc<AttachedPods>>,
-    judged: Judged,
+    applied: AppliedPolicies,
 ) -> anyhow::Result<policy::reconcile::Reconciler> {
     let api = Arc::new(config.api_server());
     let inputs = Inputs {
@@ -275,9 +275,9 @@ fn policies(
         attached,
         pods: NodePods::new(config.cni_dirs()),
         files: Files::new(&config.run_dir, &config.subnet_file),
-        judged,
+        applied,
         own_node_allowed: config.policy.policy_own_node == OwnNode::Allow,
-        judges_open: config.policy.policy_open_connections == OpenConnections::Judge,
+        reevaluates_open: config.policy.policy_open_connections == OpenConnections::Enforce,
         sysctl_root: config.sysctl_root.clone(),
     };
     let open = |table| {

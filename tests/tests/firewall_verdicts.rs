@@ -11,7 +11,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use fabric_core::firewall::packet::Content;
-use fabric_core::firewall::{Connection, Interface, Packet, Path, Unknown, Verdict, judge};
+use fabric_core::firewall::{Connection, Interface, Packet, Path, Unknown, Verdict, evaluate};
 use fabric_core::model::{Family, Subnet};
 use fabric_tests::conformance::kernel::{look, v};
 use fabric_tests::netns::{in_netns_async, ip, run};
@@ -164,7 +164,7 @@ impl World {
         let (mut open, mut wrong) = (0, vec![]);
         for family in Family::ALL {
             for path in PATHS {
-                let verdict = judge(&firewall, &packet(family, path, self.links));
+                let verdict = evaluate(&firewall, &packet(family, path, self.links));
                 let said = match &verdict {
                     Verdict::Passes => true,
                     Verdict::Dropped(_) => false,
@@ -178,7 +178,7 @@ impl World {
                 };
                 let did = self.arrives(family, path, said);
                 if did != said {
-                    wrong.push(format!("{family} {path:?}, judged: {verdict:?}\n{rules}"));
+                    wrong.push(format!("{family} {path:?}, evaluated: {verdict:?}\n{rules}"));
                 }
             }
         }

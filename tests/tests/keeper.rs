@@ -94,8 +94,8 @@ impl Node {
         }
     }
 
-    fn rival(&self) -> String {
-        self.holding.borrow().rival.clone().unwrap_or_default()
+    fn duplicate_name(&self) -> String {
+        self.holding.borrow().duplicate_name.clone().unwrap_or_default()
     }
 }
 
@@ -189,10 +189,10 @@ async fn newcomer_with_the_name_of_a_node_that_lives_waits_and_both_say_who_is_w
         for word in ["another machine that lives is called node-1 too", &key, "192.0.2.1", "192.0.2.2", "--node-name"] {
             assert!(told.contains(word), "{word} is not in: {told}");
         }
-        assert!(first.rival().contains("192.0.2.2"), "{}", first.rival());
+        assert!(first.duplicate_name().contains("192.0.2.2"), "{}", first.duplicate_name());
         drop(second);
         sleep(Duration::from_secs(300)).await;
-        assert_eq!(first.rival(), "", "it has gone");
+        assert_eq!(first.duplicate_name(), "", "it has gone");
     }
 }
 
@@ -267,7 +267,7 @@ async fn lease_that_a_newcomer_took_without_asking_is_taken_back() {
         a_moment().await;
         assert_eq!((first.own().key, first.own().epoch), (own.key, epoch));
         for word in ["192.0.2.2", "boot-2", "had to give it back", "--node-name"] {
-            assert!(first.rival().contains(word), "{word} is not in: {}", first.rival());
+            assert!(first.duplicate_name().contains(word), "{word} is not in: {}", first.duplicate_name());
         }
     }
 }

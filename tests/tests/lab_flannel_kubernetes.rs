@@ -125,7 +125,7 @@ fn network_policies_close_no_pod_of_flannels_plugin() -> Result<()> {
 
     take_over(&flannel, None)?;
     let table = ["nft", "list", "table", "inet", "fabric-policy"];
-    wait_until("network policies are in force", SOON, || node.run(&table))?;
+    wait_until("network policies are applied", SOON, || node.run(&table))?;
     reaches(&pod)?;
     reaches(&node.add_pod("new")?)?;
 

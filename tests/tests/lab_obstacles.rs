@@ -85,8 +85,8 @@ fn a_network_config_that_flannel_runs_on_is_taken_and_what_was_masked_is_told() 
     ensure!(status.stdout.contains(told) && status.status.code() == Some(4), "{status:?}");
     ensure!(node.log("fabricd").contains("the network is 10.10.0.0/16"), "{}", node.log_tail("fabricd"));
     let shown = node.exec(&["fabricctl", "network", "show", "-o", "json"])?;
-    let in_force: serde_json::Value = serde_json::from_str(&shown.stdout)?;
-    ensure!(in_force["Network"] == "10.10.0.0/16" && in_force["SubnetLen"] == 24, "{shown:?}");
+    let applied: serde_json::Value = serde_json::from_str(&shown.stdout)?;
+    ensure!(applied["Network"] == "10.10.0.0/16" && applied["SubnetLen"] == 24, "{shown:?}");
     ensure!(shown.stderr.contains(told), "{shown:?}");
     // Written as it is told, it is the same network, and no word is left to say.
     lab.etcd().ctl(&["put", "/coreos.com/network/config", &shown.stdout])?;

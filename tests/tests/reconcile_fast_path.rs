@@ -104,7 +104,7 @@ impl Host {
         let own = daemon.own().await;
         host.add_pod("veth1", own, 5);
         daemon.fast(2, 1).await;
-        host.refused = Some("NetworkPolicies are put in force here");
+        host.refused = Some("NetworkPolicies are enforced here");
         host
     }
 

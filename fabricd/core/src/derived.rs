@@ -1,9 +1,9 @@
-//! [`Derived`]: which objects of the user are in force, and so which rows there are, kept up to date change by change.
+//! [`Derived`]: which objects of the user are accepted, and so which rows there are, kept up to date change by change.
 //!
 //! An object (a lease, a Service, a policy) makes rows of kernel tables, by a [`Planner`] that looks at this object and its
 //! context alone. What objects can take from each other is said by *keys*: a subnet, a MAC address, a port. Of two objects
-//! that claim clashing keys the older one is in force; the other is refused as a whole, with a reason that names the older,
-//! and comes into force by itself when that goes. So what is in force depends on the objects alone, never on the order in
+//! that claim clashing keys the older one is accepted; the other is refused as a whole, with a reason that names the older,
+//! and is accepted by itself when that goes. So what is accepted depends on the objects alone, never on the order in
 //! which they came, and a change costs what it changes:
 //!
 //! ```text
@@ -81,7 +81,7 @@ pub trait Planner {
     type Rank: Ord + Copy;
     /// What only one object can have.
     type Key: Key;
-    /// Why an object is not in force.
+    /// Why an object is not accepted.
     type Refusal;
 
     /// The rank of an object.
@@ -90,14 +90,14 @@ pub trait Planner {
     /// What an object claims.
     ///
     /// # Errors
-    /// It can't be in force, whatever other objects there are.
+    /// It can't be accepted, whatever other objects there are.
     fn claims(&self, object: &Self::Object) -> Result<Vec<Self::Key>, Self::Refusal>;
 
-    /// Why an object that claims `key` is not in force beside `holder`, an older one.
+    /// Why an object that claims `key` is not accepted beside `holder`, an older one.
     fn refusal(&self, key: &Self::Key, holder: &Self::Object) -> Self::Refusal;
 }
 
-/// Objects that have come into force, and that no longer are. One that has changed is in both.
+/// Objects that have been accepted, and that no longer are. One that has changed is in both.
 #[derive(Debug)]
 pub struct Turned<O> {
     /// As they were.
@@ -122,12 +122,12 @@ impl<O> Default for Turned<O> {
 
 type Refused<P> = BTreeMap<<P as Planner>::Rank, (Arc<<P as Planner>::Object>, <P as Planner>::Refusal)>;
 
-/// The objects in force, by their keys, and those that are not.
+/// The objects accepted, by their keys, and those that are not.
 pub struct Derived<P: Planner> {
     planner: P,
     /// Who has which key. No two of these keys clash.
     holders: BTreeMap<P::Key, Arc<P::Object>>,
-    in_force: usize,
+    accepted: usize,
     /// Those for which an older one has a key.
     waiting: Refused<P>,
     /// Those that can't be used at all.
@@ -138,7 +138,7 @@ impl<P: Planner> Derived<P> {
     /// Of these objects. No two have the same rank.
     pub fn new(planner: P, objects: impl IntoIterator<Item = Arc<P::Object>>) -> (Self, Turned<P::Object>) {
         let (holders, waiting, unusable) = (BTreeMap::new(), Refused::<P>::new(), Refused::<P>::new());
-        let mut derived = Self { planner, holders, in_force: 0, waiting, unusable };
+        let mut derived = Self { planner, holders, accepted: 0, waiting, unusable };
         let turned = derived.update([], objects);
         derived.holders = derived.holders.into_iter().collect();
         (derived, turned)
@@ -150,10 +150,10 @@ impl<P: Planner> Derived<P> {
         &self.planner
     }
 
-    /// How many objects are in force.
+    /// How many objects are accepted.
     #[must_use]
-    pub fn in_force(&self) -> usize {
-        self.in_force
+    pub fn accepted(&self) -> usize {
+        self.accepted
     }
 
     /// Those that are not, with the reason.
@@ -204,7 +204,7 @@ impl<P: Planner> Derived<P> {
                 turned.went.push(holder);
             }
             self.holders.extend(keys.into_iter().map(|key| (key, Arc::clone(&object))));
-            self.in_force += 1;
+            self.accepted += 1;
             self.ask_again(rank, &mut due);
             turned.came.push(object);
         }
@@ -224,15 +224,15 @@ impl<P: Planner> Derived<P> {
         before.into_iter().chain(following).map(|(_, holder)| holder)
     }
 
-    /// Takes its keys from an object in force.
+    /// Takes its keys from an accepted object.
     fn release(&mut self, object: &P::Object) {
         for key in self.planner.claims(object).ok().into_iter().flatten() {
             self.holders.remove(&key);
         }
-        self.in_force -= 1;
+        self.accepted -= 1;
     }
 
-    /// One of this rank has come into force or has gone: those that wait and are younger may be in force now, or refused
+    /// One of this rank has been accepted or has gone: those that wait and are younger may be accepted now, or refused
     /// because of another.
     fn ask_again(&mut self, rank: P::Rank, due: &mut BTreeMap<P::Rank, Arc<P::Object>>) {
         due.extend(self.waiting.split_off(&rank).into_iter().map(|(rank, (object, _))| (rank, object)));
@@ -242,7 +242,7 @@ impl<P: Planner> Derived<P> {
 impl<P: Planner> fmt::Debug for Derived<P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let refused = self.waiting.len() + self.unusable.len();
-        f.debug_struct("Derived").field("in_force", &self.in_force).field("refused", &refused).finish_non_exhaustive()
+        f.debug_struct("Derived").field("accepted", &self.accepted).field("refused", &refused).finish_non_exhaustive()
     }
 }
 
@@ -283,21 +283,21 @@ mod tests {
         }
     }
 
-    /// Who is in force and who is not, decided one after the other from the oldest on: what [`Derived`] must come to.
+    /// Who is accepted and who is not, decided one after the other from the oldest on: what [`Derived`] must come to.
     fn all_at_once(objects: &BTreeMap<u8, Object>) -> (BTreeSet<u8>, BTreeMap<u8, String>) {
-        let (mut in_force, mut refused): (BTreeMap<u8, &Object>, BTreeMap<u8, String>) = Default::default();
+        let (mut accepted, mut refused): (BTreeMap<u8, &Object>, BTreeMap<u8, String>) = Default::default();
         for (rank, object) in objects {
             let held = |key: &Subnet| {
-                let held = in_force.values().flat_map(|holder| holder.1.iter().map(move |held| (*held, holder.0)));
+                let held = accepted.values().flat_map(|holder| holder.1.iter().map(move |held| (*held, holder.0)));
                 held.filter(|(held, _)| held.overlaps(*key)).min().map(|(_, holder)| format!("{key} is of {holder}"))
             };
             match object.1.iter().find_map(held) {
                 _ if object.1.is_empty() => drop(refused.insert(*rank, "it claims nothing".into())),
                 Some(why) => drop(refused.insert(*rank, why)),
-                None => drop(in_force.insert(*rank, object)),
+                None => drop(accepted.insert(*rank, object)),
             }
         }
-        (in_force.into_keys().collect(), refused)
+        (accepted.into_keys().collect(), refused)
     }
 
     /// Both families; a /22 spans four /24, a /62 four /64.
@@ -324,7 +324,7 @@ mod tests {
     type Batch = BTreeMap<u8, Option<Vec<Subnet>>>;
 
     proptest! {
-        /// Whatever order objects come, change and go in, in batches of up to 64, all that is in force and refused is as if
+        /// Whatever order objects come, change and go in, in batches of up to 64, all that is accepted and refused is as if
         /// they had come at once; and what has turned is exactly the difference.
         #[test]
         fn any_order_of_puts_and_removes_is_all_at_once(
@@ -333,7 +333,7 @@ mod tests {
             let batches: Vec<Batch> = batches;
             let (mut derived, _) = Derived::new(Prefixes, []);
             let mut objects: BTreeMap<u8, Arc<Object>> = BTreeMap::new();
-            let mut in_force: BTreeMap<u8, Arc<Object>> = BTreeMap::new();
+            let mut accepted: BTreeMap<u8, Arc<Object>> = BTreeMap::new();
             for batch in batches {
                 let (mut went, mut came) = (vec![], vec![]);
                 for (rank, claims) in batch {
@@ -346,15 +346,15 @@ mod tests {
                 }
                 let turned = derived.update(went, came);
                 for object in &turned.went {
-                    prop_assert!(in_force.remove(&object.0).is_some_and(|was| Arc::ptr_eq(&was, object)));
+                    prop_assert!(accepted.remove(&object.0).is_some_and(|was| Arc::ptr_eq(&was, object)));
                 }
                 for object in turned.came {
-                    prop_assert!(in_force.insert(object.0, object).is_none());
+                    prop_assert!(accepted.insert(object.0, object).is_none());
                 }
                 let plain = objects.iter().map(|(rank, object)| (*rank, (**object).clone())).collect();
                 let (expected, refused) = all_at_once(&plain);
-                prop_assert_eq!(in_force.keys().copied().collect::<BTreeSet<_>>(), expected);
-                prop_assert_eq!(derived.in_force(), in_force.len());
+                prop_assert_eq!(accepted.keys().copied().collect::<BTreeSet<_>>(), expected);
+                prop_assert_eq!(derived.accepted(), accepted.len());
                 let said: BTreeMap<u8, String> = derived.refused().map(|(object, why)| (object.0, why.clone())).collect();
                 prop_assert_eq!(&said, &refused);
                 let (at_once, _) = Derived::new(Prefixes, objects.values().cloned());

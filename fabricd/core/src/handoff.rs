@@ -155,13 +155,13 @@ impl NodeFile {
     }
 }
 
-/// The folder beside [`NODE_FILE`] in which there is a file for each pod whose network policies are in force; there while
+/// The folder beside [`NODE_FILE`] in which there is a file for each pod whose network policies are applied; there while
 /// network policies are on.
-pub const JUDGED: &str = "judged";
+pub const POLICY_APPLIED: &str = "policy-applied";
 
-/// The name of an attachment's file in [`JUDGED`].
+/// The name of an attachment's file in [`POLICY_APPLIED`].
 #[must_use]
-pub fn judged_file(container: &str, ifname: &IfName) -> String {
+pub fn policy_file(container: &str, ifname: &IfName) -> String {
     format!("{container}@{ifname}")
 }
 

@@ -18,6 +18,7 @@ pub mod family;
 pub mod firewall;
 pub mod handoff;
 pub mod inquiry;
+pub mod interner;
 pub mod lease;
 pub mod leases;
 pub mod model;

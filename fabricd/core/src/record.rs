@@ -162,6 +162,21 @@ impl Owner {
     /// The version that this fabricd writes.
     pub const VERSION: u32 = 1;
 
+    /// One of which nothing is known but the node.
+    #[must_use]
+    pub fn of(node: NodeName) -> Self {
+        Self {
+            version: Self::VERSION,
+            node,
+            boot: String::new(),
+            netns: 0,
+            epoch: 0,
+            taken_from: None,
+            taken_back: false,
+            unknown: Map::new(),
+        }
+    }
+
     /// The run of the node that wrote the record.
     #[must_use]
     pub fn instance(&self) -> Instance {
@@ -310,17 +325,7 @@ impl Record {
             _ => 0x0800_0000 | (stable_hash(key.encode().as_bytes()) & 0x03ff_ffff) as u32,
         };
         let address = Ipv4Addr::from_bits(0xf000_0000 | place);
-        let owner = Owner {
-            version: Owner::VERSION,
-            node: node.clone(),
-            boot: String::new(),
-            netns: 0,
-            epoch: 0,
-            taken_from: None,
-            taken_back: false,
-            unknown: Map::new(),
-        };
-        Self { backend: Backend::Reserved(address), owner: Some(owner), unknown: Map::new() }
+        Self { backend: Backend::Reserved(address), owner: Some(Owner::of(node.clone())), unknown: Map::new() }
     }
 
     /// True for a placeholder, behind which there is no node.

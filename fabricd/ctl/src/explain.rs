@@ -86,7 +86,7 @@ fn send(sender: &PacketSender, port: Option<(Protocol, u16)>) -> Result<Sent, St
     let attempt = move || match port {
         None => packet::ping(from, to),
         Some((Protocol::Tcp, port)) => packet::connect(from, to, port),
-        Some((Protocol::Udp, port)) => packet::knock(from, to, port),
+        Some((Protocol::Udp, port)) => packet::probe_port(from, to, port),
         Some((Protocol::Sctp, _)) => Err(std::io::Error::other("nothing is sent by SCTP")),
     };
     let pod = packet::inside(Path::new(&sender.netns), attempt)

@@ -10,7 +10,7 @@ use crate::output::{Output, Screen, Tone};
 use crate::table::{Cell, render};
 use crate::{Answer, NOT_ALL_WELL, daemon, events, print};
 
-/// Shows them; exit code 4 when they are not in force, or something needs attention.
+/// Shows them; exit code 4 when they are not enforced, or something needs attention.
 pub async fn show(socket: &Path, output: Output) -> anyhow::Result<Answer> {
     let answer = daemon::connect(socket).await?.get_policies(GetPoliciesRequest {}).await;
     let policies = answer.map_err(|status| daemon::told(&status))?.into_inner();
@@ -20,11 +20,11 @@ pub async fn show(socket: &Path, output: Output) -> anyhow::Result<Answer> {
 
 fn describe(screen: &Screen, policies: &GetPoliciesResponse) -> String {
     if !policies.on {
-        return "Network policies are not put in force here; fabricd does it with --network-policy on.\n".to_owned();
+        return "Network policies are not enforced here; fabricd does it with --network-policy on.\n".to_owned();
     }
     let isolated = policies.pods.iter().filter(|pod| !pod.ingress.is_empty() || !pod.egress.is_empty()).count();
     let state = match policies.reason.as_str() {
-        "" => screen.paint("in force", Tone::Good),
+        "" => screen.paint("enforced", Tone::Good),
         reason => format!("{}: {reason}", screen.paint("not up to date", Tone::Bad)),
     };
     let mut text = format!(
@@ -50,8 +50,8 @@ fn describe(screen: &Screen, policies: &GetPoliciesResponse) -> String {
 
 fn pod(pod: &PolicyPod) -> [Cell; 4] {
     let name = if pod.pod.is_empty() { "(none of Kubernetes)".to_owned() } else { pod.pod.clone() };
-    let isolation = |policies: &Vec<String>| match (pod.judged, policies.is_empty()) {
-        (false, _) => Cell::toned("closed: not judged yet", Tone::Doubtful),
+    let isolation = |policies: &Vec<String>| match (pod.applied, policies.is_empty()) {
+        (false, _) => Cell::toned("closed: policies not applied yet", Tone::Doubtful),
         (true, true) => "open".into(),
         (true, false) => policies.join(", ").into(),
     };
@@ -107,7 +107,7 @@ mod tests {
         let pod = |pod: &str, ip: &str, ingress: &[&str]| PolicyPod {
             pod: pod.into(),
             addresses: vec![ip.into()],
-            judged: true,
+            applied: true,
             ingress: ingress.iter().map(|name| (*name).into()).collect(),
             egress: vec![],
         };
@@ -121,18 +121,18 @@ mod tests {
             warnings: vec!["NetworkPolicy shop/odd: spec.ingress[0]: it is no object".into()],
             pods: vec![
                 pod("", "192.0.2.3", &[]),
-                PolicyPod { judged: false, ..pod("shop/new", "192.0.2.2", &[]) },
+                PolicyPod { applied: false, ..pod("shop/new", "192.0.2.2", &[]) },
                 pod("shop/web", "192.0.2.1", &["shop/web"]),
             ],
             rules: vec![rule(0, false, 12), rule(0, true, 3)],
             ..GetPoliciesResponse::default()
         };
-        let want = "Network policies: in force; 3 in the cluster, 1 of 3 pods here are isolated
+        let want = "Network policies: enforced; 3 in the cluster, 1 of 3 pods here are isolated
 Warning: NetworkPolicy shop/odd: spec.ingress[0]: it is no object
 
 POD                   ADDRESSES  INGRESS                 EGRESS
 (none of Kubernetes)  192.0.2.3  open                    open
-shop/new              192.0.2.2  closed: not judged yet  closed: not judged yet
+shop/new              192.0.2.2  closed: policies not applied yet  closed: not applied yet
 shop/web              192.0.2.1  shop/web                open
 
 DIRECTION  POLICY    RULE           PACKETS

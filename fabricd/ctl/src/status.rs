@@ -157,7 +157,7 @@ fn describe(screen: &Screen, status: &GetStatusResponse) -> String {
     }
     if !status.tracked_for_rule.is_empty() {
         let rule = &status.tracked_for_rule;
-        line("Tracked", format!("encapsulated packets, since this rule judges connection states: {rule}"));
+        line("Tracked", format!("encapsulated packets, since this rule matches connection states: {rule}"));
     }
     if !status.unguarded_ports.is_empty() {
         let ports = status.unguarded_ports.join(", ");
@@ -276,7 +276,7 @@ FastPath  on, 2 peers, 5 pod addresses, 97 % of 1000 packets
 Pending   VNI: 1 → 2
 Warning   look here
 Dropped   3 packets: from no peer
-Tracked   encapsulated packets, since this rule judges connection states: inet filter input: ct state new drop
+Tracked   encapsulated packets, since this rule matches connection states: inet filter input: ct state new drop
 Unknown   pods on bridge ports veth1, veth2: source addresses are filtered by subnet only
 
 PEER       STATE       MESH       SINCE  SUBNET         UNDERLAY   VTEP

@@ -81,7 +81,7 @@ pub fn status_of(view: &View, now: Instant) -> v1::GetStatusResponse {
         unguarded_ports: view.unguarded_ports.iter().map(ToString::to_string).collect(),
         addresses: vec![],
         fast_path: Some(&view.fast_path).filter(|fast_path| fast_path.asked).map(fast_path),
-        tracked_for_rule: view.firewall.judges_state.as_ref().map(ToString::to_string).unwrap_or_default(),
+        tracked_for_rule: view.firewall.state_rule.as_ref().map(ToString::to_string).unwrap_or_default(),
     }
 }
 

@@ -13,21 +13,22 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::Status;
 
 use crate::kernel::{self, Counted};
+use crate::policy::applied::Applied;
 use crate::policy::drops::{DropEvent, Dropped};
-use crate::policy::status::{InForce, PolicyView};
+use crate::policy::status::PolicyView;
 
 /// A stream of what is dropped.
 pub type Drops = Pin<Box<dyn Stream<Item = Result<v1::Drop, Status>> + Send>>;
 
-const OFF: &str = "network policies are not put in force here; fabricd does it with --network-policy on";
+const OFF: &str = "network policies are not enforced here; fabricd does it with --network-policy on";
 
 /// Who is isolated, and what the rules have counted.
 ///
 /// # Errors
 /// When the kernel can't be asked.
 pub async fn all(policy: Option<PolicyView>) -> Result<v1::GetPoliciesResponse, Status> {
-    let Some(PolicyView { status, in_force, .. }) = policy else { return Ok(v1::GetPoliciesResponse::default()) };
-    let (status, in_force) = (status.borrow().clone(), in_force.borrow().clone().unwrap_or_default());
+    let Some(PolicyView { status, applied, .. }) = policy else { return Ok(v1::GetPoliciesResponse::default()) };
+    let (status, applied) = (status.borrow().clone(), applied.borrow().clone().unwrap_or_default());
     let counted = spawn_blocking(|| kernel::counted(TableKey::Policy)).await;
     let counted = counted.map_err(|error| Status::internal(error.to_string()))?;
     let counted = counted.map_err(|error| Status::unavailable(format!("the kernel can't be asked: {error}")))?;
@@ -35,16 +36,16 @@ pub async fn all(policy: Option<PolicyView>) -> Result<v1::GetPoliciesResponse, 
         on: true,
         reason: status.ready.clone().err().unwrap_or_default(),
         warnings: status.warnings.clone(),
-        policies: u32::try_from(in_force.state.policies.len()).unwrap_or(u32::MAX),
-        pods: pods(&in_force),
-        rules: rules(&in_force, &counted),
+        policies: u32::try_from(applied.state.policies.len()).unwrap_or(u32::MAX),
+        pods: pods(&applied),
+        rules: rules(&applied, &counted),
     })
 }
 
 /// What is dropped from now on.
 ///
 /// # Errors
-/// When policies are not put in force here.
+/// When policies are not enforced here.
 pub fn drops(policy: Option<&PolicyView>) -> Result<Drops, Status> {
     let policy = policy.ok_or_else(|| Status::failed_precondition(OFF))?;
     Ok(Box::pin(policy.drops.listen().map(|told| match told {
@@ -57,20 +58,20 @@ pub fn drops(policy: Option<&PolicyView>) -> Result<Drops, Status> {
 }
 
 /// Pods with all their addresses; those without a name each by itself.
-fn pods(in_force: &InForce) -> Vec<v1::PolicyPod> {
+fn pods(applied: &Applied) -> Vec<v1::PolicyPod> {
     let mut pods: BTreeMap<(Option<&ObjectName>, Option<String>), v1::PolicyPod> = BTreeMap::new();
-    for (ip, local) in &in_force.state.local.pods {
-        let isolation = in_force.pods.get(ip);
+    for (ip, local) in &applied.state.local.pods {
+        let isolation = applied.pods.get(ip);
         let name = isolation.and_then(|isolation| isolation.pod.as_ref());
         let name = name.or_else(|| local.identity.as_ref().map(|identity| &identity.name));
         let key = (name, name.is_none().then(|| ip.to_string()));
         let pod = pods.entry(key).or_insert_with(|| v1::PolicyPod {
             pod: name.map(ToString::to_string).unwrap_or_default(),
-            judged: true,
+            applied: true,
             ..v1::PolicyPod::default()
         });
         pod.addresses.push(ip.to_string());
-        pod.judged &= isolation.is_some();
+        pod.applied &= isolation.is_some();
         if let Some(isolation) = isolation {
             (pod.ingress, pod.egress) = (names(&isolation.ingress), names(&isolation.egress));
         }
@@ -83,13 +84,13 @@ fn names(policies: &[ObjectName]) -> Vec<String> {
 }
 
 /// Each rule of a policy, and what each set of policies drops, whichever chains they are in.
-fn rules(in_force: &InForce, counted: &[Counted]) -> Vec<v1::PolicyRule> {
+fn rules(applied: &Applied, counted: &[Counted]) -> Vec<v1::PolicyRule> {
     let mut by_chain: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
     for rule in counted {
         by_chain.entry(&rule.chain).or_default().push(rule.packets.unwrap_or(0));
     }
     let mut sums: BTreeMap<(Vec<String>, Direction, Option<usize>), u64> = BTreeMap::new();
-    for (chain, origin) in &in_force.chains {
+    for (chain, origin) in &applied.chains {
         let rules = origin.rules.iter().map(|(policy, rule)| (vec![policy.to_string()], Some(*rule)));
         let all = rules.chain([(names(&origin.policies), None)]);
         // Of a chain that was written anew meanwhile nothing is known.

@@ -33,7 +33,7 @@ pub struct Sources {
     pub view: watch::Receiver<Arc<View>>,
     /// The loop of Services, if they are translated here.
     pub services: Option<services::handle::Handle>,
-    /// What there is to see of network policies, if they are put in force here.
+    /// What there is to see of network policies, if they are enforced here.
     pub policy: Option<PolicyView>,
     /// What happened.
     pub events: Arc<Events>,

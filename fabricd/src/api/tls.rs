@@ -117,7 +117,7 @@ pub(super) fn accept(listener: TcpListener, tls: Tls) -> ReceiverStream<io::Resu
             };
             let acceptor = tls.acceptor();
             match &acceptor {
-                // Once, and not for everybody who knocks.
+                // Once, and not for each connection attempt.
                 Err(error) if usable => warn!(error = format!("{error:#}"), "other nodes can't ask this one"),
                 Ok(_) if !usable => info!("other nodes can ask this one"),
                 _ => {}

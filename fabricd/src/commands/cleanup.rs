@@ -18,7 +18,7 @@ use crate::files::{Files, remove_if_there};
 use crate::host::lock::{self, Lock};
 use crate::kernel::Kernel as _;
 use crate::lease::{GivenBack, Leaver};
-use crate::policy::judged::Judged;
+use crate::policy::applied::AppliedPolicies;
 use crate::store::etcd::Etcd;
 use crate::store::kubernetes::Kubernetes;
 
@@ -35,7 +35,9 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
     let leftovers = Leftovers::of_node(&config);
     // No pod may be added while the rest goes.
     Files::new(&config.run_dir, &config.subnet_file).remove()?;
-    Judged::new(&config.run_dir).turn_off().context("cannot remove the folder of pods whose policies are in force")?;
+    AppliedPolicies::new(&config.run_dir)
+        .turn_off()
+        .context("cannot remove the folder of pods whose policies are applied")?;
     let disk = Disk::new(&config.state_dir, config.node());
     let remembered = Uptime::now().ok().and_then(|now| disk.load(&now).lease);
     disk.remove()?;

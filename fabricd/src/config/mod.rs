@@ -448,9 +448,9 @@ impl Config {
         Ok(Self::from_arg_matches(&matches)?)
     }
 
-    /// Whether network policies are in force here.
+    /// Whether network policies are enforced here.
     #[must_use]
-    pub fn judges_pods(&self) -> bool {
+    pub fn enforces_policies(&self) -> bool {
         self.policy.network_policy == PolicySwitch::On
     }
 

@@ -43,7 +43,7 @@ pub const ALL: [Check; 36] = [
     ("overlap", "routes into the network", overlay::overlap),
     ("foreign-input", "input chains of other firewalls", foreign_input),
     ("foreign-forward", "forward chains of other firewalls", foreign_forward),
-    ("policy-controllers", "programs that put NetworkPolicies in force", controllers),
+    ("policy-controllers", "programs that enforce NetworkPolicies", controllers),
     ("peers", "peers", peers),
     ("mesh", "reachability of peers", mesh),
     ("filter-drops", "packets dropped by the packet filter", filter_drops),
@@ -247,9 +247,9 @@ fn foreign_forward(scene: &Scene) -> Finding {
 
 /// What chains of others do to encapsulated packets.
 fn foreign_input(scene: &Scene) -> Finding {
-    let judged = &scene.view.firewall;
-    let tracked = match &judged.judges_state {
-        Some(rule) => format!("; they are tracked, since this rule judges connection states: {rule}"),
+    let evaluation = &scene.view.firewall;
+    let tracked = match &evaluation.state_rule {
+        Some(rule) => format!("; they are tracked, since this rule matches connection states: {rule}"),
         None => String::new(),
     };
     foreign(scene, &[Flow::Received, Flow::Sent], &format!("encapsulated packets pass the chains of others{tracked}"))
@@ -259,15 +259,15 @@ fn foreign(scene: &Scene, flows: &[Flow], fine: &str) -> Finding {
     if scene.view.vteps.is_empty() {
         return Finding::skipped("there is no VTEP yet");
     }
-    let judged = &scene.view.firewall;
-    let problems = judged.of(flows).map(|obstacle| Problem {
+    let evaluation = &scene.view.firewall;
+    let problems = evaluation.of(flows).map(|obstacle| Problem {
         hurts: obstacle.is_sure(),
         what: obstacle.to_string(),
         fix: obstacle.remedy.join("\n"),
     });
-    let unread = match judged.unread.as_slice() {
+    let unread = match evaluation.unread.as_slice() {
         [] => String::new(),
-        chains => format!("; not judged: {}", chains.join(", ")),
+        chains => format!("; not evaluated: {}", chains.join(", ")),
     };
     Finding::of(problems.collect(), format!("{fine}{unread}"))
 }
@@ -323,7 +323,7 @@ fn services(scene: &Scene) -> Finding {
 }
 
 fn policies(scene: &Scene) -> Finding {
-    let off = "fabricd doesn't put them in force here (--network-policy is off)";
+    let off = "fabricd doesn't enforce them here (--network-policy is off)";
     section(scene.sections.policy.as_ref(), off, "each warning includes its fix")
 }
 

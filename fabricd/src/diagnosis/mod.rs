@@ -5,7 +5,7 @@
 //! |---|---|
 //! | [`checks`] | the list of checks, and those that need no more than what the daemon knows |
 //! | `overlay_checks` | the VTEP, and what stands beside it: other overlays, other routes |
-//! | `policy_checks` | network policies, and who else puts them in force |
+//! | `policy_checks` | network policies, and who else enforces them |
 //! | `pod_checks`, [`addresses`] | the bridge, the pods that are attached to it, and their addresses |
 //! | [`host_checks`], `manager_checks`, [`cni_config`] | the host's files; programs that manage interfaces; CNI configurations |
 //! | [`standalone`] | what can be checked without a daemon |
@@ -127,7 +127,7 @@ pub struct Inspector {
     pub places: Places,
     /// Services and network policies.
     pub sections: Sections,
-    /// Network policies, if they are put in force here.
+    /// Network policies, if they are enforced here.
     pub policy: Option<PolicyView>,
 }
 
@@ -146,7 +146,7 @@ pub struct Scene {
     pub fib: Arc<Fib>,
     /// How it stands with Services and network policies.
     pub sections: Sections,
-    /// Network policies, if they are put in force here.
+    /// Network policies, if they are enforced here.
     pub policy: Option<PolicyView>,
 }
 

@@ -134,7 +134,7 @@ pub fn connect(from: IpAddr, to: IpAddr, port: u16) -> io::Result<Seen> {
 #[must_use]
 pub fn probe(from: IpAddr, to: IpAddr) -> Seen {
     let seen = match ping(from, to) {
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => knock(from, to, CLOSED_PORT),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => probe_port(from, to, CLOSED_PORT),
         seen => seen,
     };
     seen.unwrap_or_else(|error| unsent(&error))
@@ -144,7 +144,7 @@ pub fn probe(from: IpAddr, to: IpAddr) -> Seen {
 ///
 /// # Errors
 /// When no socket can be opened.
-pub fn knock(from: IpAddr, to: IpAddr, port: u16) -> io::Result<Seen> {
+pub fn probe_port(from: IpAddr, to: IpAddr, port: u16) -> io::Result<Seen> {
     let socket = match UdpSocket::bind(SocketAddr::new(from, 0)) {
         Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
             return Ok(Seen::Unsent(format!("{from} is not an address there")));
@@ -352,8 +352,11 @@ mod tests {
     fn closed_port_of_the_other_end_is_an_answer_in_both_families() {
         for ip in ["127.0.0.1", "::1"] {
             let ip: IpAddr = ip.parse().unwrap();
-            assert!(knock(ip, ip, CLOSED_PORT).unwrap().answered(), "{ip}");
+            assert!(probe_port(ip, ip, CLOSED_PORT).unwrap().answered(), "{ip}");
         }
-        assert!(matches!(knock("192.0.2.77".parse().unwrap(), "127.0.0.1".parse().unwrap(), 9), Ok(Seen::Unsent(_))));
+        assert!(matches!(
+            probe_port("192.0.2.77".parse().unwrap(), "127.0.0.1".parse().unwrap(), 9),
+            Ok(Seen::Unsent(_))
+        ));
     }
 }

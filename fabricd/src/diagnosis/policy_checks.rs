@@ -7,7 +7,7 @@ use fabric_core::firewall::Firewall;
 use super::Scene;
 use super::finding::{Finding, Problem};
 
-/// Programs that put NetworkPolicies in force, by what their chains or their table are called.
+/// Programs that enforce NetworkPolicies, by what their chains or their table are called.
 const CONTROLLERS: [(&str, &str); 8] = [
     ("KUBE-ROUTER-", "kube-router"),
     ("KUBE-NWPLCY-", "kube-router"),
@@ -25,7 +25,7 @@ pub(super) fn controllers(scene: &Scene) -> Finding {
     let Some(observed) = &scene.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
     let names = names(&observed.firewall);
     if scene.policy.is_none() && !names.is_empty() {
-        return Finding::fine(format!("NetworkPolicies are put in force by {}", list(names)));
+        return Finding::fine(format!("NetworkPolicies are enforced by {}", list(names)));
     }
     let problems = names.into_iter().map(|name| {
         Problem::warning(

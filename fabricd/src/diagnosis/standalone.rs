@@ -21,7 +21,7 @@ use super::finding::{Finding, Problem};
 use super::{Places, Scene, Sections, overlay_checks};
 use crate::config::{Config, StoreKind};
 use crate::host::addresses;
-use crate::host::firewall::Judge;
+use crate::host::firewall::Evaluator;
 use crate::host::lock;
 use crate::host::underlay;
 use crate::kernel::netlink::Netlink;
@@ -258,7 +258,7 @@ async fn scene(config: &Result<Config, String>, node: Option<NodeFile>) -> Resul
             ..Holding::default()
         };
         view.readiness = node.readiness;
-        view.firewall = Judge::default().judge(&view, &observed);
+        view.firewall = Evaluator::default().evaluate(&view, &observed);
     }
     let snapshot = Snapshot {
         wanted: None,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use fabric_core::diff::{Op, Plan, nft};
 use fabric_core::firewall::packet::{Content, Flow};
 use fabric_core::firewall::traffic::{Node, Obstacle};
-use fabric_core::firewall::{Connection, Firewall, Hook, Interface, Judged, Verdict, judge};
+use fabric_core::firewall::{Connection, Evaluation, Firewall, Hook, Interface, Verdict, evaluate};
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::{Family, IfName, Subnet};
 use fabric_core::plan::filter::senders::has_notrack;
@@ -18,17 +18,17 @@ use fabric_core::state::nft::TableKey;
 use crate::kernel::Observed;
 use crate::status::view::{View, VtepView};
 
-/// Judges once, as long as nothing changes that decides.
+/// Evaluates once, as long as nothing changes that decides.
 #[derive(Debug, Default)]
-pub struct Judge {
+pub struct Evaluator {
     /// Whether it is asked what packets between pods would pass by on the fast path.
     bypass: bool,
-    known: Option<(JudgedFrom, Arc<Judged>)>,
+    known: Option<(EvaluatedFrom, Arc<Evaluation>)>,
 }
 
 /// What decides.
 #[derive(Debug)]
-struct JudgedFrom {
+struct EvaluatedFrom {
     firewall: Arc<Firewall>,
     nodes: Vec<Node>,
     leases: Option<Arc<LeaseSet>>,
@@ -36,7 +36,7 @@ struct JudgedFrom {
     by_peer: bool,
 }
 
-impl JudgedFrom {
+impl EvaluatedFrom {
     /// Whether what was found for this is what would be found for `now`.
     fn decides_as(&self, now: &Self) -> bool {
         let same_leases = match (&self.leases, &now.leases) {
@@ -49,7 +49,7 @@ impl JudgedFrom {
     }
 }
 
-impl Judge {
+impl Evaluator {
     /// One that also tells what the fast path would pass by, if `bypass`.
     #[must_use]
     pub fn new(bypass: bool) -> Self {
@@ -57,19 +57,19 @@ impl Judge {
     }
 
     /// What the chains that were just seen make of packets of ours.
-    pub fn judge(&mut self, view: &View, observed: &Observed) -> Arc<Judged> {
-        let mut given = JudgedFrom {
+    pub fn evaluate(&mut self, view: &View, observed: &Observed) -> Arc<Evaluation> {
+        let mut given = EvaluatedFrom {
             firewall: Arc::clone(&observed.firewall),
             nodes: nodes(view, observed),
             leases: view.leases.clone(),
             by_peer: false,
         };
-        if let Some((before, judged)) = &self.known
+        if let Some((before, evaluation)) = &self.known
             && before.decides_as(&given)
         {
-            return Arc::clone(judged);
+            return Arc::clone(evaluation);
         }
-        let judges_state = given.nodes.iter().find_map(|node| node.needs_tracking(&given.firewall));
+        let state_rule = given.nodes.iter().find_map(|node| node.needs_tracking(&given.firewall));
         let by_peer = Cell::new(false);
         let obstacles = |node: &Node| {
             let peers = || {
@@ -78,7 +78,7 @@ impl Judge {
                 endpoints.map(|endpoint| endpoint.public_ip).collect()
             };
             // Where states decide, the rules that keep packets untracked are taken back in this very pass.
-            let node = Node { untracked: node.untracked && judges_state.is_none(), ..node.clone() };
+            let node = Node { untracked: node.untracked && state_rule.is_none(), ..node.clone() };
             node.obstacles(&given.firewall, peers)
         };
         let mut all: Vec<Obstacle> = vec![];
@@ -97,15 +97,15 @@ impl Judge {
             false => BTreeSet::new(),
         };
         let bypassed = bypassed.into_iter().collect();
-        let judged = Arc::new(Judged { obstacles, judges_state, unread, bypassed });
-        self.known = Some((given, Arc::clone(&judged)));
-        judged
+        let evaluation = Arc::new(Evaluation { obstacles, state_rule, unread, bypassed });
+        self.known = Some((given, Arc::clone(&evaluation)));
+        evaluation
     }
 }
 
 /// What an operator has to know, each with the commands; without what rules of ours in `plan` are about to let through.
 #[must_use]
-pub fn warnings_beside(judged: &Judged, plan: &Plan) -> Vec<String> {
+pub fn warnings_beside(evaluation: &Evaluation, plan: &Plan) -> Vec<String> {
     let is_opened = |obstacle: &Obstacle| {
         let is_docker = obstacle.by.table == docker_user::TABLE && obstacle.by.hook == Hook::Forward;
         let opened = |op: &Op| match op {
@@ -114,7 +114,7 @@ pub fn warnings_beside(judged: &Judged, plan: &Plan) -> Vec<String> {
         };
         is_docker && !obstacle.by.kind.is_legacy() && plan.ops().iter().any(opened)
     };
-    let sure = judged.obstacles.iter().filter(|obstacle| obstacle.is_sure() && !is_opened(obstacle));
+    let sure = evaluation.obstacles.iter().filter(|obstacle| obstacle.is_sure() && !is_opened(obstacle));
     sure.map(|obstacle| format!("{obstacle}; let them pass with: {}", obstacle.remedy.join("; "))).collect()
 }
 
@@ -185,7 +185,7 @@ pub fn ask(view: &View, observed: &Observed, asked: Asked) -> Option<(Verdict, V
             (flow, node.forwarded(source, target, Content::Icmp { reply: false }, Connection::New))
         }
     };
-    let verdict = judge(&observed.firewall, &packet);
+    let verdict = evaluate(&observed.firewall, &packet);
     let mut commands: Vec<String> = vec![];
     if let Verdict::Dropped(by) = &verdict {
         for command in by.iter().flat_map(|by| node.remedy(&observed.firewall, by, flow)) {

@@ -13,6 +13,10 @@ use super::KernelError;
 /// Missing rights, wherever it is told.
 pub(super) const CAPABILITY: &str = "does fabricd have CAP_NET_ADMIN? See: grep CapEff /proc/$(pidof fabricd)/status";
 
+/// What to look at when the kernel lets nothing of eBPF be made or opened.
+pub(super) const BPF_CAPABILITIES: &str =
+    "does fabricd have CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN? See: grep CapEff /proc/$(pidof fabricd)/status";
+
 impl KernelError {
     /// A step that was refused. `words` are the kernel's own, or what else is known.
     #[must_use]
@@ -41,7 +45,7 @@ impl KernelError {
     #[must_use]
     pub fn of_fast_path(op: &fast_path::Op, source: io::Error, words: Option<String>) -> Self {
         let advice = match (op, source.raw_os_error().unwrap_or_default()) {
-            (_, libc::EPERM | libc::EACCES) if words.is_none() => super::fast_path::RIGHTS,
+            (_, libc::EPERM | libc::EACCES) if words.is_none() => BPF_CAPABILITIES,
             (fast_path::Op::Link(..), libc::EINVAL) if words.is_none() => {
                 "does the kernel take programs at the hooks of tc? See: uname -r; tc qdisc show"
             }

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fabric_core::handoff::NotReady;
-use fabric_core::lease::{Assigned, Bid, ExpiredLease, Held, Loss, Obstacle, Previous, Situation, Step, next_step};
+use fabric_core::lease::{
+    Assigned, ClaimRequest, ExpiredLease, Held, Loss, Obstacle, Previous, Situation, Step, next_step,
+};
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::{Subnet, stable_hash};
 use fabric_core::record::{Instance, LeaseKey, Record};
@@ -68,7 +70,7 @@ pub struct Keeper<S> {
     /// The question that was answered last.
     pub(super) answered: Option<u64>,
     /// Until when it is said that another machine has this node's name.
-    pub(super) rival: Option<Instant>,
+    pub(super) duplicate_name: Option<Instant>,
     leave: Option<LeaseKey>,
     /// What pods had that were cut off by that.
     left: Vec<Subnet>,
@@ -93,8 +95,14 @@ impl<S: LeaseStore> Keeper<S> {
         if let Some(Remembered { own, mark, expires, .. }) = in_use {
             let reason = "the lease is remembered from disk; waiting for the store to confirm it".to_owned();
             let trouble = Some((NotReady::Starting, reason));
-            holding =
-                Holding { own: Some(own.clone()), mark: *mark, trouble, expires: *expires, rival: None, left: vec![] };
+            holding = Holding {
+                own: Some(own.clone()),
+                mark: *mark,
+                trouble,
+                expires: *expires,
+                duplicate_name: None,
+                left: vec![],
+            };
         }
         Self {
             previous: remembered.as_ref().map(|before| Previous {
@@ -111,7 +119,7 @@ impl<S: LeaseStore> Keeper<S> {
             taken_from: None,
             inquiries: Inquiries::default(),
             answered: None,
-            rival: None,
+            duplicate_name: None,
             leave: None,
             left: remembered.as_ref().map(|before| before.left.clone()).unwrap_or_default(),
             in_the_way: None,
@@ -160,7 +168,7 @@ impl<S: LeaseStore> Keeper<S> {
                 }
                 _ => self.renew_if_due().await,
             };
-            let wake = self.forget_rival().map_or(wake, |forget| wake.min(forget));
+            let wake = self.forget_duplicate_name().map_or(wake, |forget| wake.min(forget));
             tokio::select! {
                 changed = wanted.changed() => if changed.is_err() { return },
                 changed = leases.changed(), if self.pause.is_none() => if changed.is_err() { return },
@@ -237,9 +245,9 @@ impl<S: LeaseStore> Keeper<S> {
                 return due.min(now + self.retry.delay());
             }
             Step::Adopt(held, record) => self.adopt(held, &record).await,
-            Step::Claim(bid) => self.claim(bid, seen).await,
+            Step::Claim(request) => self.claim(request, seen).await,
             Step::Rewrite(record) => self.rewrite(record).await,
-            Step::Withdraw(bid) => self.withdraw(bid, seen).await,
+            Step::Withdraw(request) => self.withdraw(request, seen).await,
             Step::GiveBack => self.give_back().await,
         };
         self.conclude(outcome).await
@@ -306,7 +314,7 @@ impl<S: LeaseStore> Keeper<S> {
         let now = Instant::now();
         match obstacle {
             Obstacle::Settling => self.settles_until().unwrap_or(now),
-            Obstacle::Occupied { .. } | Obstacle::Unfit(_) | Obstacle::Moved { .. } | Obstacle::Astray { .. } => {
+            Obstacle::Occupied { .. } | Obstacle::Unfit(_) | Obstacle::Moved { .. } | Obstacle::PodsOutside { .. } => {
                 now + PODS
             }
             _ => now + IDLE,
@@ -376,8 +384,8 @@ impl<S: LeaseStore> Keeper<S> {
         self.store.assigned().is_some_and(|assigned| has(&assigned.borrow()))
     }
 
-    async fn claim(&mut self, bid: Bid, seen: Seen) -> Result<(), StoreError> {
-        let claim = self.as_claim(bid, seen);
+    async fn claim(&mut self, request: ClaimRequest, seen: Seen) -> Result<(), StoreError> {
+        let claim = self.as_claim(request, seen);
         let outcome = self.store.claim(&claim).await;
         let is_decided = !matches!(outcome, Err(StoreError::Unreachable { .. } | StoreError::Refused { .. }));
         let record = claim.record.clone();
@@ -443,8 +451,8 @@ impl<S: LeaseStore> Keeper<S> {
         self.expired.clear();
         let (expires, left) = (Some(grant.expires), self.left.clone());
         self.holding.send_modify(|holding| {
-            let rival = holding.rival.take();
-            *holding = Holding { own: Some(own), mark: Some(mark), trouble: None, expires, rival, left };
+            let duplicate_name = holding.duplicate_name.take();
+            *holding = Holding { own: Some(own), mark: Some(mark), trouble: None, expires, duplicate_name, left };
         });
         self.grant = Some(grant);
     }
@@ -458,8 +466,8 @@ impl<S: LeaseStore> Keeper<S> {
         Ok(())
     }
 
-    async fn withdraw(&mut self, bid: Bid, seen: Seen) -> Result<(), StoreError> {
-        let grant = self.store.claim(&self.as_claim(bid, seen)).await?;
+    async fn withdraw(&mut self, request: ClaimRequest, seen: Seen) -> Result<(), StoreError> {
+        let grant = self.store.claim(&self.as_claim(request, seen)).await?;
         info!(subnet = %grant.key, "record of this node withdrawn: it is to have another subnet");
         self.store.release(&grant).await
     }
@@ -473,7 +481,7 @@ impl<S: LeaseStore> Keeper<S> {
         Ok(())
     }
 
-    fn as_claim(&self, Bid { key, record, expect, evict, formerly }: Bid, seen: Seen) -> Claim {
+    fn as_claim(&self, ClaimRequest { key, record, expect, evict, formerly }: ClaimRequest, seen: Seen) -> Claim {
         let (node, ttl) = (self.options.node.clone(), self.options.ttl);
         let (seen_revision, outdated) = (seen.revision, seen.outdated);
         // The lease of an attempt that nobody answered may be there; for another subnet it would keep both.

@@ -1,9 +1,9 @@
 //! This node's lease: what it should say, what is held, and the task that sees to both.
 
+mod duplicate_name;
 mod give_back;
 mod inquiries;
 mod keeper;
-mod rivals;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -66,7 +66,7 @@ pub struct Holding {
     /// When the lease ends unless it is kept alive.
     pub expires: Option<Instant>,
     /// What is to be said of another machine that has this node's name.
-    pub rival: Option<String>,
+    pub duplicate_name: Option<String>,
     /// What pods had that a person has cut off: addresses and subnets.
     pub left: Vec<Subnet>,
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use fabric_core::firewall::Judged;
+use fabric_core::firewall::Evaluation;
 use fabric_core::firewall::packet::Flow;
 use fabric_core::firewall::traffic::Obstacle;
 use fabric_core::model::Family;
@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep};
 
 use super::batch::{self, Question};
 use super::probe::{Answer, ReceivedProbes, Reply, Size, ask, complain};
-use super::tunnel::{Answered, Knocked};
+use super::tunnel::{Answered, PortReplies};
 use super::verdict::{Evidence, LocalDrop, Seen};
 use super::{Key, Mesh, ROUND, Target, routes, tunnel};
 use crate::kernel;
@@ -175,7 +175,13 @@ pub fn is_well(turn: &Turn, first: First) -> Option<Round> {
 }
 
 /// One round, or the rest of it once its first probes are answered or lost.
-pub async fn examine(turn: &Turn, first: Option<First>, context: &Context, mesh: &Mesh, firewall: &Judged) -> Round {
+pub async fn examine(
+    turn: &Turn,
+    first: Option<First>,
+    context: &Context,
+    mesh: &Mesh,
+    firewall: &Evaluation,
+) -> Round {
     let to = &turn.target;
     let prober = Prober { to, next: AtomicU32::new(turn.first), samples: Mutex::default() };
     let full = Size::Packet(to.ours.mtu);
@@ -186,22 +192,23 @@ pub async fn examine(turn: &Turn, first: Option<First>, context: &Context, mesh:
             None => tokio::join!(prober.ask(Size::Small), prober.ask(full)),
         }
     };
-    let (knocked, (small, large, small_after)) = if turn.failing.is_some() {
+    let (replies, (small, large, small_after)) = if turn.failing.is_some() {
         // It will be needed.
         let asked = async {
             let (small, large) = asks.await;
             (small, large, prober.again(small, Size::Small).await)
         };
-        tokio::join!(tunnel::knock(to), asked)
+        tokio::join!(tunnel::probe_ports(to), asked)
     } else {
         let (small, large) = asks.await;
-        let knock = async { if small.rtt().is_none() { tunnel::knock(to).await } else { Knocked::default() } };
-        let (knocked, small_after) = tokio::join!(knock, prober.again(small, Size::Small));
-        (knocked, (small, large, small_after))
+        let probes =
+            async { if small.rtt().is_none() { tunnel::probe_ports(to).await } else { PortReplies::default() } };
+        let (replies, small_after) = tokio::join!(probes, prober.again(small, Size::Small));
+        (replies, (small, large, small_after))
     };
     let times = Times { failing: turn.failing.unwrap_or(begun), begun };
     let around = Around { context, mesh, firewall };
-    let seen = look(&prober, (small, large, small_after), knocked, times, &around).await;
+    let seen = look(&prober, (small, large, small_after), replies, times, &around).await;
     let mut samples = prober.samples.into_inner().unwrap_or_else(PoisonError::into_inner);
     samples.sort_by_key(|(number, _)| number.wrapping_sub(turn.first));
     Round { target: to.clone(), begun, small, full: large, seen, samples }
@@ -220,20 +227,20 @@ struct Around<'a> {
     context: &'a Context,
     mesh: &'a Mesh,
     /// What the firewalls of others on this node make of encapsulated packets.
-    firewall: &'a Judged,
+    firewall: &'a Evaluation,
 }
 
 async fn look(
     prober: &Prober<'_>,
     (small, large, mut small_after): (Answer, Answer, Answer),
-    knocked: Knocked,
+    replies: PortReplies,
     times: Times,
     around: &Around<'_>,
 ) -> Seen {
     let context = around.context;
     if small_after.rtt().is_none() {
         let slot = context.slots.acquire().await;
-        let evidence = evidence(prober, knocked, times, around).await;
+        let evidence = evidence(prober, replies, times, around).await;
         drop(slot);
         // Whatever it was, it may be over.
         small_after = prober.ask(Size::Small).await;
@@ -284,20 +291,20 @@ async fn path_mtu(prober: &Prober<'_>) -> u32 {
 
 /// Of one that went while it was looked into.
 async fn gone(to: &Target) -> Evidence {
-    let Knocked { host, vxlan } = tunnel::knock(to).await;
+    let PortReplies { host, vxlan } = tunnel::probe_ports(to).await;
     Evidence { any_mac: Some(false), host, vxlan, ..Evidence::default() }
 }
 
-async fn evidence(prober: &Prober<'_>, knocked: Knocked, times: Times, around: &Around<'_>) -> Evidence {
+async fn evidence(prober: &Prober<'_>, replies: PortReplies, times: Times, around: &Around<'_>) -> Evidence {
     let (Around { context, mesh, firewall }, to) = (*around, prober.to);
     let before = dropped().await;
     let in_the_tunnel = async {
-        if knocked.is_turned_away() {
+        if replies.is_turned_away() {
             return (false, (Answered { any_mac: Some(false), ..Answered::default() }, None));
         }
-        tokio::join!(unsummed_only(prober), tunnel::look(to, prober.number()))
+        tokio::join!(answers_without_checksum_alone(prober), tunnel::look(to, prober.number()))
     };
-    let ((unsummed, (answered, no_ping)), (overriding, underlay)) = tokio::join!(in_the_tunnel, astray(to));
+    let ((no_checksum, (answered, no_ping)), (overriding, underlay)) = tokio::join!(in_the_tunnel, host_routes(to));
     let mut dropped = dropped().await.saturating_sub(before);
     if dropped > 0 {
         dropped = dropped_of_this_peer(prober).await;
@@ -315,13 +322,13 @@ async fn evidence(prober: &Prober<'_>, knocked: Knocked, times: Times, around: &
     let mut evidence = Evidence {
         overriding,
         underlay,
-        local: if answered.kernel { None } else { in_the_way(firewall, to) }.or_else(|| own_output(prober, knocked)),
-        unsummed,
+        local: if answered.kernel { None } else { in_the_way(firewall, to) }.or_else(|| own_output(prober, replies)),
+        no_checksum,
         kernel: answered.kernel,
         by_hand: answered.by_hand,
         any_mac: answered.any_mac,
-        host: knocked.host,
-        vxlan: knocked.vxlan,
+        host: replies.host,
+        vxlan: replies.vxlan,
         received: false,
         it_drops: false,
         dropped,
@@ -337,9 +344,9 @@ async fn evidence(prober: &Prober<'_>, knocked: Knocked, times: Times, around: &
 
 /// Whether packets without a checksum are answered and those with one are not: by turns, so that a peer which has only just
 /// begun to answer is not taken for that.
-async fn unsummed_only(prober: &Prober<'_>) -> bool {
+async fn answers_without_checksum_alone(prober: &Prober<'_>) -> bool {
     for _ in 0..2 {
-        if prober.ask(Size::Unsummed).await.rtt().is_none() || prober.ask(Size::Small).await.rtt().is_some() {
+        if prober.ask(Size::NoChecksum).await.rtt().is_none() || prober.ask(Size::Small).await.rtt().is_some() {
             return false;
         }
     }
@@ -347,7 +354,7 @@ async fn unsummed_only(prober: &Prober<'_>) -> bool {
 }
 
 /// What this node's routes and rules say.
-async fn astray(to: &Target) -> (Vec<routes::Override>, Option<String>) {
+async fn host_routes(to: &Target) -> (Vec<routes::Override>, Option<String>) {
     let fib = tokio::task::spawn_blocking(kernel::fib).await.ok().and_then(Result::ok);
     let (overriding, unrouted) = fib.map(|fib| routes::look(&fib, to)).unwrap_or_default();
     (overriding, unrouted.or_else(|| no_carrier(to)))
@@ -361,7 +368,7 @@ fn no_carrier(to: &Target) -> Option<String> {
 }
 
 /// The rule of somebody's firewall on this node that surely drops what the two nodes send each other.
-fn in_the_way(firewall: &Judged, to: &Target) -> Option<LocalDrop> {
+fn in_the_way(firewall: &Evaluation, to: &Target) -> Option<LocalDrop> {
     let concerns = |obstacle: &&Obstacle| {
         obstacle.is_sure()
             && obstacle.family == Family::of(to.public_ip)
@@ -372,11 +379,11 @@ fn in_the_way(firewall: &Judged, to: &Target) -> Option<LocalDrop> {
 }
 
 /// What this node sent and its own firewall let nowhere, where no rule was found that does so.
-fn own_output(prober: &Prober<'_>, knocked: Knocked) -> Option<LocalDrop> {
+fn own_output(prober: &Prober<'_>, replies: PortReplies) -> Option<LocalDrop> {
     let (to, port) = (prober.to, prober.to.ours.port);
     let not_sent = |(_, answer): &(u32, Answer)| *answer == Answer::NotSent;
     let inside = prober.samples.lock().unwrap_or_else(PoisonError::into_inner).iter().any(not_sent);
-    let what: (IpAddr, u16) = match knocked.vxlan {
+    let what: (IpAddr, u16) = match replies.vxlan {
         Reply::NotSent => (to.public_ip, port),
         _ if inside => (to.overlay, super::PORT),
         _ => return None,

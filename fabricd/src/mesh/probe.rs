@@ -41,7 +41,7 @@ pub enum Size {
     /// As small as it may be.
     Small,
     /// Small, and without a checksum of UDP.
-    Unsummed,
+    NoChecksum,
     /// So many bytes, IP header included.
     Packet(u32),
 }
@@ -50,7 +50,7 @@ impl Size {
     /// Bytes behind the header of UDP, in the family of `ip`.
     pub(super) fn payload(self, ip: IpAddr) -> usize {
         let bytes = match self {
-            Self::Small | Self::Unsummed => SMALL,
+            Self::Small | Self::NoChecksum => SMALL,
             Self::Packet(bytes) => usize::try_from(bytes).unwrap_or(usize::MAX).saturating_sub(headers(ip)).max(SMALL),
         };
         bytes.min(usize::from(u16::MAX))
@@ -103,8 +103,8 @@ pub async fn ask(from: IpAddr, to: IpAddr, size: Size, number: u32) -> Answer {
 
 async fn send(from: IpAddr, to: IpAddr, size: Size, number: u32) -> io::Result<Answer> {
     let socket = bind(SocketAddr::new(from, 0))?;
-    if size == Size::Unsummed {
-        set(&socket, unsummed(from))?;
+    if size == Size::NoChecksum {
+        set(&socket, no_checksum(from))?;
     }
     socket.connect(SocketAddr::new(to, PORT)).await?;
     let token = fastrand::u64(..);
@@ -167,7 +167,7 @@ impl Reply {
 }
 
 /// Sends `payload` at once, and waits for what comes back.
-pub(super) async fn knock(from: IpAddr, to: SocketAddr, payload: &[u8]) -> Reply {
+pub(super) async fn probe_port(from: IpAddr, to: SocketAddr, payload: &[u8]) -> Reply {
     let send = || {
         let socket = connected(from, to)?;
         socket.send(payload)?;
@@ -249,7 +249,7 @@ fn icmp_error(socket: &UdpSocket) -> Reply {
 pub async fn is_host_there(to: IpAddr) -> bool {
     let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let udp = async {
-        match knock(any, SocketAddr::new(to, PORT), &[]).await {
+        match probe_port(any, SocketAddr::new(to, PORT), &[]).await {
             Reply::Answer | Reply::Refused => true,
             // A router on the path says such things of a host that isn't there.
             Reply::Rejected { by, .. } => by == to,
@@ -420,7 +420,7 @@ fn open(address: SocketAddr) -> io::Result<std::net::UdpSocket> {
 }
 
 /// `SO_NO_CHECK`, in IPv6 `UDP_NO_CHECK6_TX`.
-fn unsummed(ip: IpAddr) -> (i32, i32, i32) {
+fn no_checksum(ip: IpAddr) -> (i32, i32, i32) {
     if ip.is_ipv4() { (libc::SOL_SOCKET, libc::SO_NO_CHECK, 1) } else { (libc::SOL_UDP, 101, 1) }
 }
 
@@ -473,14 +473,14 @@ mod tests {
         let (us, peer): (IpAddr, IpAddr) = ("127.0.0.1".parse().unwrap(), "127.9.4.74".parse().unwrap());
         let received = Arc::new(ReceivedProbes::default());
         assert!(matches!(ask(us, peer, Size::Small, 1).await, Answer::Kernel(_)), "nobody listens yet");
-        assert_eq!(knock(us, SocketAddr::new(peer, PORT), &question(1)).await, Reply::Refused);
+        assert_eq!(probe_port(us, SocketAddr::new(peer, PORT), &question(1)).await, Reply::Refused);
         assert!(is_host_there(peer).await, "its kernel says so");
         let listening = Arc::clone(&received);
         let answering = tokio::spawn(async move { answer(peer, &listening).await });
         tokio::task::yield_now().await;
         assert_eq!(ask(us, peer, Size::Small, 2).await, Answer::Nothing, "we are not known");
         received.set_peers([us]);
-        for (number, size) in [(4, Size::Small), (5, Size::Unsummed), (6, Size::Packet(1450))] {
+        for (number, size) in [(4, Size::Small), (5, Size::NoChecksum), (6, Size::Packet(1450))] {
             let Answer::Daemon { arrived, .. } = ask(us, peer, size, number).await else { panic!("{size:?}") };
             assert_eq!(arrived, (1 << (number - 3)) - 1, "those from the fourth on have arrived");
         }

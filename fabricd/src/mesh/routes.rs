@@ -36,9 +36,9 @@ pub fn look(fib: &Fib, to: &Target) -> (Vec<Override>, Option<String>) {
     add(underlay.filter(|decision| !leads(decision)));
     // The VTEP first: it is what is probed. Then a pod's packet, which comes in by the bridge.
     if let Some(subnet) = to.lease.key.subnets().get(Family::of(to.overlay)).copied() {
-        add(astray(fib, &Packet { from: ours.overlay, to: to.overlay, iif: "lo" }, subnet));
+        add(overriding(fib, &Packet { from: ours.overlay, to: to.overlay, iif: "lo" }, subnet));
         for bridge in &ours.pod_bridges {
-            add(astray(fib, &Packet { from: ours.overlay, to: subnet.gateway(), iif: bridge.as_str() }, subnet));
+            add(overriding(fib, &Packet { from: ours.overlay, to: subnet.gateway(), iif: bridge.as_str() }, subnet));
         }
     }
     let unrouted = underlay.is_none().then(|| format!("this node has no route to {}", to.public_ip));
@@ -47,7 +47,7 @@ pub fn look(fib: &Fib, to: &Target) -> (Vec<Override>, Option<String>) {
 
 /// What decides on a packet for the peer's subnet, unless it is ours. That ours is missing is the business of the reconcile
 /// loop, which writes it: a wider route, which the packet meets then, is not to blame.
-fn astray<'a>(fib: &'a Fib, packet: &Packet<'_>, subnet: Subnet) -> Option<Decision<'a>> {
+fn overriding<'a>(fib: &'a Fib, packet: &Packet<'_>, subnet: Subnet) -> Option<Decision<'a>> {
     let wider = |route: &Route| route.dst.prefix_len() < subnet.prefix_len();
     fib.decide(packet).filter(|decision| match decision.route {
         Some(route) if decision.rule.is_usual() => !route.ours && !wider(route),
@@ -88,18 +88,7 @@ mod tests {
     }
 
     fn rule(priority: u32, to: Option<&str>, action: Action) -> PolicyRule {
-        PolicyRule {
-            family: Family::V4,
-            priority,
-            from: None,
-            to: to.map(|to| to.parse().unwrap()),
-            iif: None,
-            mark: None,
-            other: false,
-            invert: false,
-            action,
-            suppress: None,
-        }
+        PolicyRule { to: to.map(|to| to.parse().unwrap()), ..PolicyRule::of_all(Family::V4, priority, action) }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Packets that go around parts of our own kernel, and knocks at the peer's host: which of them are answered tells whose
+//! Packets that go around parts of our own kernel, and probes of ports of the peer's host: which of them are answered tells whose
 //! entries are stale, and what becomes of packets on the way.
 //!
 //! | packet | route, neighbour, FDB | destination MAC address |
@@ -24,8 +24,8 @@ use super::{PATIENCE, PORT, Target};
 /// A port at which nobody listens (traceroute's), so that the peer's kernel itself answers.
 const CLOSED: u16 = 33434;
 
-/// How often the VXLAN port is knocked at.
-const KNOCKS: usize = 3;
+/// How often the VXLAN port is probed.
+const PORT_PROBES: usize = 3;
 
 /// The pings, by their numbers.
 const BY_KERNEL: u16 = 1;
@@ -45,14 +45,14 @@ pub struct Answered {
 
 /// What the peer's host said, in the underlay.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Knocked {
+pub struct PortReplies {
     /// Of a port at which nobody listens.
     pub host: Reply,
     /// Of the VXLAN port.
     pub vxlan: Reply,
 }
 
-impl Knocked {
+impl PortReplies {
     /// Whether what is sent to the VXLAN port is turned away, so that nothing more has to be sent there.
     #[must_use]
     pub fn is_turned_away(&self) -> bool {
@@ -60,14 +60,14 @@ impl Knocked {
     }
 }
 
-/// Knocks at the peer's host. A host that refuses UDP says so once a second on the average (`net.ipv4.icmp_ratelimit`),
-/// and what else is refused counts: so the VXLAN port is knocked at several times, and the host by TCP too, whose refusals
+/// Probes ports of the peer's host. A host that refuses UDP says so once a second on the average (`net.ipv4.icmp_ratelimit`),
+/// and what else is refused counts: so the VXLAN port is probed several times, and the host by TCP too, whose refusals
 /// are not limited.
-pub async fn knock(to: &Target) -> Knocked {
+pub async fn probe_ports(to: &Target) -> PortReplies {
     let (local, remote, port) = (to.ours.local, to.public_ip, to.ours.port);
     let at_vxlan = async {
-        for _ in 0..KNOCKS {
-            let reply = probe::knock(local, SocketAddr::new(remote, port), &frame::NOBODYS).await;
+        for _ in 0..PORT_PROBES {
+            let reply = probe::probe_port(local, SocketAddr::new(remote, port), &frame::NOBODYS).await;
             if reply != Reply::Silence {
                 return reply;
             }
@@ -76,11 +76,11 @@ pub async fn knock(to: &Target) -> Knocked {
     };
     let closed = SocketAddr::new(remote, PORT);
     let (vxlan, by_udp, by_tcp) =
-        tokio::join!(at_vxlan, probe::knock(local, closed, b"fabricd?"), knock_by_tcp(local, closed));
-    Knocked { host: if by_udp == Reply::Silence { by_tcp } else { by_udp }, vxlan }
+        tokio::join!(at_vxlan, probe::probe_port(local, closed, b"fabricd?"), probe_tcp_port(local, closed));
+    PortReplies { host: if by_udp == Reply::Silence { by_tcp } else { by_udp }, vxlan }
 }
 
-async fn knock_by_tcp(from: IpAddr, to: SocketAddr) -> Reply {
+async fn probe_tcp_port(from: IpAddr, to: SocketAddr) -> Reply {
     let connect = async {
         let socket = if from.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
         socket.bind(SocketAddr::new(from, 0))?;
@@ -103,7 +103,7 @@ pub async fn look(to: &Target, number: u32) -> (Answered, Option<io::Error>) {
     let everybody = if overlay.is_ipv4() { [0xff; 6] } else { [0x33, 0x33, 0, 0, 0, 1] };
     let published = to.mac.octets();
     let (kernel, hand, closed, any, pings) = tokio::join!(
-        probe::knock(ours.overlay, SocketAddr::new(overlay, CLOSED), b"fabricd?"),
+        probe::probe_port(ours.overlay, SocketAddr::new(overlay, CLOSED), b"fabricd?"),
         by_hand(to, published, PORT, number),
         by_hand(to, published, CLOSED, number),
         by_hand(to, everybody, PORT, number),

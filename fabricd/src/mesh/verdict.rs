@@ -149,7 +149,7 @@ pub struct Evidence {
     /// What of this node's own firewall drops them.
     pub local: Option<LocalDrop>,
     /// Packets without a checksum were answered, twice, and those with one between them were not.
-    pub unsummed: bool,
+    pub no_checksum: bool,
     /// Its kernel answered through the tunnel.
     pub kernel: bool,
     /// A packet that was encapsulated by hand, per its lease, was answered.
@@ -200,7 +200,7 @@ impl Seen {
             e if e.underlay.is_some() => Cause::UnderlayDown,
             e if !e.overriding.is_empty() => Cause::RouteOverride,
             e if e.local.is_some() => Cause::LocalFirewall,
-            e if e.unsummed => Cause::ChecksumOffload,
+            e if e.no_checksum => Cause::ChecksumOffload,
             e if e.kernel => Cause::NoDaemon,
             e if e.dropped > 0 => Cause::OwnFilter,
             e if e.by_hand => Cause::StaleFdb,
@@ -241,7 +241,7 @@ mod tests {
             (nothing(|e| (e.host, e.received) = (Reply::Refused, true)), Cause::Asymmetric),
             (nothing(|e| (e.host, e.received) = (Reply::Silence, true)), Cause::Asymmetric),
             (nothing(|e| (e.received, e.dropped) = (true, 4)), Cause::OwnFilter),
-            (nothing(|e| (e.unsummed, e.received) = (true, true)), Cause::ChecksumOffload),
+            (nothing(|e| (e.no_checksum, e.received) = (true, true)), Cause::ChecksumOffload),
             (nothing(|e| (e.kernel, e.by_hand, e.received) = (true, true, true)), Cause::NoDaemon),
             (nothing(|e| (e.by_hand, e.received) = (true, true)), Cause::StaleFdb),
             (nothing(|e| (e.any_mac, e.received) = (Some(true), true)), Cause::StaleMac),

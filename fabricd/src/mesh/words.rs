@@ -276,7 +276,7 @@ mod tests {
             nothing(|e| e.vxlan = Reply::Refused),
             nothing(|e| e.received = true),
             nothing(|e| e.dropped = 8),
-            nothing(|e| e.unsummed = true),
+            nothing(|e| e.no_checksum = true),
             nothing(|e| e.kernel = true),
             nothing(|e| e.by_hand = true),
             nothing(|e| e.any_mac = Some(true)),
@@ -313,7 +313,7 @@ mod tests {
             ),
             (nothing(|e| e.any_mac = None), "or its VTEP has another MAC address than 02:00:00:00:00:02", ""),
             (nothing(|e| e.host = Reply::Silence), "neither in the tunnel nor at 192.0.2.2", "lease release node-2"),
-            (nothing(|e| e.unsummed = true), "by turns", "ethtool -K fabric.1 tx-checksum-ip-generic off"),
+            (nothing(|e| e.no_checksum = true), "by turns", "ethtool -K fabric.1 tx-checksum-ip-generic off"),
             (told(Seen::SmallOnly { largest: 1350, full: 1450 }), "1350 bytes", "fabricctl network set --mtu 1400"),
             (told(Seen::KernelBoth), "flannel", "systemctl status fabricd"),
         ] {

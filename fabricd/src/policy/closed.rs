@@ -1,4 +1,4 @@
-//! [`Closed`]: pods whose policies are not in force yet. Each is closed for a moment when it starts, which nobody has to know;
+//! [`Closed`]: pods whose policies are not applied yet. Each is closed for a moment when it starts, which nobody has to know;
 //! one that stays so is told.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,7 +33,11 @@ mod tests {
         let (mut closed, begin) = (Closed::default(), Instant::now());
         assert_eq!(closed.are(begin, [&one].into_iter()), [].into());
         assert_eq!(closed.are(begin + LATE, [&one, &other].into_iter()), [one.clone()].into());
-        assert_eq!(closed.are(begin + LATE, [&other].into_iter()), [].into(), "the first was judged meanwhile");
+        assert_eq!(
+            closed.are(begin + LATE, [&other].into_iter()),
+            [].into(),
+            "the first had its policies applied meanwhile"
+        );
         assert_eq!(closed.are(begin + LATE * 2, [&one, &other].into_iter()), [other].into());
     }
 }

@@ -1,7 +1,7 @@
-//! Connections that are open when policies change: judged again, as if they began now. Those of pods that are gone are
+//! Connections that are open when policies change: evaluated again, as if they began now. Those of pods that are gone are
 //! forgotten, so that whoever gets their addresses has none of them.
 //!
-//! The packet filter judges the first packet of a connection and lets its others pass. So one that is not allowed any more
+//! The packet filter evaluates the first packet of a connection and lets its others pass. So one that is not allowed any more
 //! gets a label ([`DENIED_LABEL`]), by which the filter drops what it has to say, in both directions; and loses it when it is
 //! allowed again, and goes on. Nobody else's connections are touched.
 
@@ -16,7 +16,7 @@ use crate::kernel::conntrack::{Change, Connection, Connections, Filter};
 
 /// How many connections changed.
 #[derive(Debug, Default)]
-pub(super) struct Judged {
+pub(super) struct Evaluated {
     /// Cut off.
     pub denied: usize,
     /// Allowed again.
@@ -34,7 +34,7 @@ pub(super) struct Judged {
 ///
 /// # Errors
 /// When they can't be listed.
-pub(super) fn judge(state: &State, gone: &BTreeSet<IpAddr>) -> Result<Judged, KernelError> {
+pub(super) fn reevaluate(state: &State, gone: &BTreeSet<IpAddr>) -> Result<Evaluated, KernelError> {
     let cluster = Cluster::new(state);
     let ends = |connection: &Connection| [connection.original.source, connection.reply.source];
     let mut changes = vec![];
@@ -49,21 +49,21 @@ pub(super) fn judge(state: &State, gone: &BTreeSet<IpAddr>) -> Result<Judged, Ke
             }
         }
     })?;
-    let mut judged = Judged::default();
+    let mut evaluated = Evaluated::default();
     for ((_, change), result) in changes.iter().zip(connections.change(&changes)) {
         match (result, change) {
             // It has ended.
             (Ok(false), _) => {}
-            (Ok(true), Change::Label { on: true, .. }) => judged.denied += 1,
-            (Ok(true), Change::Delete) => judged.forgotten += 1,
-            (Ok(true), _) => judged.allowed += 1,
+            (Ok(true), Change::Label { on: true, .. }) => evaluated.denied += 1,
+            (Ok(true), Change::Delete) => evaluated.forgotten += 1,
+            (Ok(true), _) => evaluated.allowed += 1,
             (Err(error), _) => {
-                judged.failed += 1;
-                judged.why.get_or_insert(error);
+                evaluated.failed += 1;
+                evaluated.why.get_or_insert(error);
             }
         }
     }
-    Ok(judged)
+    Ok(evaluated)
 }
 
 /// What policies see of it: who began it, and who answers where.

@@ -1,7 +1,7 @@
 //! [`DropLog`]: what network policies drop, with the names of pods and policies, for who listens.
 //!
 //! Rules show packets only while somebody listens, and so many a second; [`DropLog::is_wanted`] tells the loop. Then a
-//! thread reads them, names them by what is in force, and tells all who listen. Whoever is slow misses some.
+//! thread reads them, names them by the policies that are applied, and tells all who listen. Whoever is slow misses some.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use tokio::task::spawn_blocking;
 use tokio_stream::wrappers::BroadcastStream;
 use tokio_stream::{Stream, StreamExt as _};
 
-use super::status::InForce;
+use super::applied::Applied;
 use crate::kernel::nflog::{Nflog, Shown};
 use crate::status::events::unix_millis;
 
@@ -124,10 +124,10 @@ impl DropLog {
     }
 
     /// Reads what the rules show, whenever somebody listens. Runs until the task is dropped.
-    pub async fn run(self, in_force: watch::Receiver<Option<Arc<InForce>>>) {
+    pub async fn run(self, applied: watch::Receiver<Option<Arc<Applied>>>) {
         loop {
             self.changed(false).await;
-            let (log, known) = (self.clone(), in_force.clone());
+            let (log, known) = (self.clone(), applied.clone());
             let read = spawn_blocking(move || log.read(&known)).await;
             if let Err(reason) = read.map_err(|error| error.to_string()).flatten() {
                 self.refuse(reason);
@@ -136,15 +136,15 @@ impl DropLog {
     }
 
     /// Until nobody listens.
-    fn read(&self, in_force: &watch::Receiver<Option<Arc<InForce>>>) -> Result<(), String> {
+    fn read(&self, applied: &watch::Receiver<Option<Arc<Applied>>>) -> Result<(), String> {
         let mut nflog = Nflog::open(DROPS_GROUP, LOOKED_AT).map_err(|error| error.to_string())?;
         while self.is_wanted() {
             match nflog.wait(PATIENCE) {
                 Ok(shown) if shown.is_empty() => {}
                 Ok(shown) => {
-                    let in_force = in_force.borrow().clone();
+                    let applied = applied.borrow().clone();
                     let now = unix_millis(SystemTime::now());
-                    for dropped in named(&shown, in_force.as_deref(), now) {
+                    for dropped in named(&shown, applied.as_deref(), now) {
                         let _ = self.coming.send(DropEvent::Dropped(dropped.into()));
                     }
                 }
@@ -175,8 +175,8 @@ impl Drop for Listener {
 }
 
 /// Packets with the names of pods, and with what policies say.
-fn named(shown: &[Shown], in_force: Option<&InForce>, now: i64) -> Vec<Dropped> {
-    let cluster = in_force.map(|in_force| Cluster::new(&in_force.state));
+fn named(shown: &[Shown], applied: Option<&Applied>, now: i64) -> Vec<Dropped> {
+    let cluster = applied.map(|applied| Cluster::new(&applied.state));
     let all = shown.iter().filter_map(|shown| {
         let (cause, packet) = (DropCause::of(&shown.prefix)?, Headers::read(&shown.packet)?);
         let pod = |ip| match cluster.as_ref()?.member(ip)?.who {

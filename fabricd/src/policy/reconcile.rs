@@ -27,11 +27,11 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
 
+use super::applied::{Applied, AppliedPolicies};
 use super::closed::Closed;
-use super::connections::{self, Judged};
+use super::connections::{self, Evaluated};
 use super::drops::DropLog;
-use super::judged;
-use super::status::{Counts, InForce, PolicyCounters, PolicyView};
+use super::status::{Counts, PolicyCounters, PolicyView};
 use super::watch::Sources;
 use crate::files::Files;
 use crate::host::addresses::{Entry, NodePods};
@@ -46,8 +46,8 @@ use crate::status::section::SectionStatus;
 
 /// How often it is looked at what nobody announces.
 const AUDIT: Duration = Duration::from_secs(10);
-/// How long it takes at least from one judgement of open connections to the next.
-const REJUDGE: Duration = Duration::from_secs(1);
+/// How long it takes at least from one evaluation of open connections to the next.
+const REEVALUATE: Duration = Duration::from_secs(1);
 /// The longest delay after the first pass that failed.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -65,12 +65,12 @@ pub struct Inputs {
     pub pods: NodePods,
     /// What this node has said of itself: its subnets.
     pub files: Files,
-    /// Whom to tell which pods' policies are in force.
-    pub judged: judged::Judged,
+    /// Whom to tell which pods' policies are applied.
+    pub applied: AppliedPolicies,
     /// Pods may always connect to their own node.
     pub own_node_allowed: bool,
-    /// Connections that are open when policies change are judged again.
-    pub judges_open: bool,
+    /// Connections that are open when policies change are evaluated again.
+    pub reevaluates_open: bool,
     /// Where the settings are: `/proc/sys/net`.
     pub sysctl_root: PathBuf,
 }
@@ -85,7 +85,7 @@ pub struct Reconciler {
     /// What holds between pods of this node where the table doesn't see them.
     frames: SectionTable,
     status: watch::Sender<Arc<SectionStatus>>,
-    in_force: watch::Sender<Option<Arc<InForce>>>,
+    applied: watch::Sender<Option<Arc<Applied>>>,
     drops: DropLog,
     counters: PolicyCounters,
     retry: Backoff,
@@ -97,11 +97,11 @@ pub struct Reconciler {
     closed: Closed,
 }
 
-/// Connections that are open, and have to be judged again.
+/// Connections that are open, and have to be evaluated again.
 struct Open {
-    /// Something has changed since they were judged.
+    /// Something has changed since they were evaluated.
     is_due: bool,
-    /// They are not judged before: at most once a second.
+    /// They are not evaluated before: at most once a second.
     not_before: Instant,
     /// Addresses that are nobody's any more.
     gone: BTreeSet<IpAddr>,
@@ -113,19 +113,19 @@ impl Reconciler {
     pub fn new(inputs: Inputs, [table, frames]: [SectionTable; 2]) -> Self {
         let (status, retry) = (watch::Sender::new(Arc::default()), Backoff::new(RETRY, AUDIT));
         // What has changed while no daemon was here is not known.
-        let open = Open { is_due: inputs.judges_open, not_before: Instant::now(), gone: BTreeSet::new() };
+        let open = Open { is_due: inputs.reevaluates_open, not_before: Instant::now(), gone: BTreeSet::new() };
         let (counters, known) = (PolicyCounters::default(), BTreeSet::new());
-        let (in_force, drops) = (watch::Sender::new(None), DropLog::default());
+        let (applied, drops) = (watch::Sender::new(None), DropLog::default());
         let notices = Notices::start(inputs.api.clone(), inputs.node.clone());
         let (planner, closed) = (Planner::default(), Closed::default());
-        Self { inputs, table, frames, status, in_force, drops, counters, retry, known, open, planner, notices, closed }
+        Self { inputs, table, frames, status, applied, drops, counters, retry, known, open, planner, notices, closed }
     }
 
     /// What it knows.
     #[must_use]
     pub fn view(&self) -> PolicyView {
-        let (status, in_force) = (self.status.subscribe(), self.in_force.subscribe());
-        PolicyView { status, in_force, drops: self.drops.clone() }
+        let (status, applied) = (self.status.subscribe(), self.applied.subscribe());
+        PolicyView { status, applied, drops: self.drops.clone() }
     }
 
     /// What it counts.
@@ -136,8 +136,8 @@ impl Reconciler {
 
     /// Runs until the task is dropped.
     pub async fn run(mut self) {
-        if let Err(error) = self.inputs.judged.turn_on() {
-            warn!(%error, "fabric-cni can't be told which pods are judged, and doesn't wait for it");
+        if let Err(error) = self.inputs.applied.turn_on() {
+            warn!(%error, "fabric-cni can't be told which pods have their policies applied, and doesn't wait for it");
         }
         loop {
             let (mut warnings, shows_drops) = (vec![], self.drops.is_wanted());
@@ -218,18 +218,18 @@ impl Reconciler {
             (bridged, separated) => bridged.and(separated),
         };
         let known: BTreeSet<IpAddr> = planned.pods.keys().copied().collect();
-        if self.inputs.judges_open {
+        if self.inputs.reevaluates_open {
             self.open.gone.extend(self.known.difference(&known));
             self.open.gone.retain(|ip| !known.contains(ip));
             self.open.is_due |= is_changed || !self.open.gone.is_empty();
         }
         self.known = known;
-        let counts = self.judged(&attachments, &planned, warnings);
+        let counts = self.tell_applied(&attachments, &planned, warnings);
         self.counters.counted(Counts { policies, unreadable, ..counts });
         let PolicyPlan { pods, chains, .. } = planned;
-        self.in_force.send_replace(Some(Arc::new(InForce { state: Arc::clone(&state), pods, chains })));
+        self.applied.send_replace(Some(Arc::new(Applied { state: Arc::clone(&state), pods, chains })));
         if self.open.is_due && Instant::now() >= self.open.not_before {
-            self.judge_open(state, warnings).await;
+            self.reevaluate_open(state, warnings).await;
         }
         bridged
     }
@@ -253,23 +253,24 @@ impl Reconciler {
     }
 
     /// Judges the connections again that are open.
-    async fn judge_open(&mut self, state: Arc<State>, warnings: &mut Vec<String>) {
+    async fn reevaluate_open(&mut self, state: Arc<State>, warnings: &mut Vec<String>) {
         let gone = std::mem::take(&mut self.open.gone);
-        (self.open.is_due, self.open.not_before) = (false, Instant::now() + REJUDGE);
-        let judged = spawn_blocking(move || connections::judge(&state, &gone)).await;
-        let judged = judged.map_err(|error| error.to_string()).and_then(|it| it.map_err(|error| error.to_string()));
-        judged.iter().for_each(|judged| self.counters.judged(judged));
-        match judged {
-            Ok(Judged { failed, why: Some(why), .. }) => warnings.push(format!(
+        (self.open.is_due, self.open.not_before) = (false, Instant::now() + REEVALUATE);
+        let evaluated = spawn_blocking(move || connections::reevaluate(&state, &gone)).await;
+        let evaluated =
+            evaluated.map_err(|error| error.to_string()).and_then(|it| it.map_err(|error| error.to_string()));
+        evaluated.iter().for_each(|open| self.counters.reevaluated(open));
+        match evaluated {
+            Ok(Evaluated { failed, why: Some(why), .. }) => warnings.push(format!(
                 "{failed} open connections are not allowed any more and go on, as they can't be labelled: {why}"
             )),
-            Ok(Judged { denied, allowed, forgotten, .. }) if denied + allowed + forgotten > 0 => {
-                info!(denied, allowed, forgotten, "open connections were judged again");
+            Ok(Evaluated { denied, allowed, forgotten, .. }) if denied + allowed + forgotten > 0 => {
+                info!(denied, allowed, forgotten, "open connections were evaluated again");
             }
             Ok(_) => {}
             Err(error) => {
                 self.open.is_due = true;
-                warnings.push(format!("open connections go on as they were judged when they began: {error}"));
+                warnings.push(format!("open connections go on as policies were when they began: {error}"));
             }
         }
     }
@@ -283,8 +284,8 @@ impl Reconciler {
         self.write(&planned, None).await.map(drop)
     }
 
-    /// Tells `fabric-cni` which pods' policies are in force, and a person which are not.
-    fn judged(&mut self, attachments: &Attachments, planned: &PolicyPlan, warnings: &mut Vec<String>) -> Counts {
+    /// Tells `fabric-cni` which pods' policies are applied, and a person which are not.
+    fn tell_applied(&mut self, attachments: &Attachments, planned: &PolicyPlan, warnings: &mut Vec<String>) -> Counts {
         let is_known = |ips: &BTreeSet<IpAddr>| ips.iter().all(|ip| planned.pods.contains_key(ip));
         let (known, waiting): (Vec<_>, Vec<_>) = attachments.iter().partition(|(_, pod)| is_known(&pod.ips));
         let late = self.closed.are(Instant::now(), waiting.iter().map(|(owner, _)| *owner));
@@ -296,13 +297,14 @@ impl Reconciler {
                 owner.container
             ));
         }
-        if let Err(error) = self.inputs.judged.are(known.into_iter().map(|(owner, _)| owner)) {
-            warnings
-                .push(format!("fabric-cni can't be told which pods are judged, so each waits its whole time: {error}"));
+        if let Err(error) = self.inputs.applied.are(known.into_iter().map(|(owner, _)| owner)) {
+            warnings.push(format!(
+                "fabric-cni can't be told which pods have their policies applied, so each waits its whole time: {error}"
+            ));
         }
         let isolated = planned.pods.values().filter(|pod| !pod.ingress.is_empty() || !pod.egress.is_empty());
         let isolated: BTreeSet<_> = isolated.map(|isolation| &isolation.pod).collect();
-        Counts { policies: 0, unreadable: 0, isolated: isolated.len(), not_judged: waiting.len() }
+        Counts { policies: 0, unreadable: 0, isolated: isolated.len(), pending: waiting.len() }
     }
 
     /// Lets the packet filter see what passes between pods of this node.

@@ -68,8 +68,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         view.pod_bridges = self.filter.pod_bridges();
         view.unguarded_ports = self.filter.unguarded_ports(observed);
         view.dropped = observed.dropped.clone();
-        view.firewall = self.firewall.judge(view, observed);
-        let states_decide = view.firewall.judges_state.is_some();
+        view.firewall = self.firewall.evaluate(view, observed);
+        let states_decide = view.firewall.state_rule.is_some();
         let docker_user = &self.filter.docker_user(network, observed);
         let filter = self.filter.wanted(network, own, observed, leases, refused, turned, states_decide);
         let fast_path = self.fast_path.wanted(network, own, &vteps, underlays, &desired, observed, &view.firewall);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use fabric_bpf::abi::Traffic;
 use fabric_core::diff::{Op, fast_path as steps};
-use fabric_core::firewall::Judged;
+use fabric_core::firewall::Evaluation;
 use fabric_core::leases::Lease;
 use fabric_core::model::{IfName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
@@ -117,7 +117,7 @@ impl FastPathPlan {
         }
     }
 
-    /// What should be there now. `judged` is what the chains of others make of pods' packets.
+    /// What should be there now. `evaluation` is what the chains of others make of pods' packets.
     #[expect(clippy::too_many_arguments, reason = "all that a pass knows, each used once")]
     pub fn wanted(
         &mut self,
@@ -127,7 +127,7 @@ impl FastPathPlan {
         underlays: &PerFamily<Underlay>,
         desired: &Desired,
         observed: &Observed,
-        judged: &Judged,
+        evaluation: &Evaluation,
     ) -> &FastPath {
         (self.wanted, self.lacks) = (FastPath::new(), None);
         let pods = Arc::clone(&self.pods.borrow_and_update());
@@ -150,7 +150,7 @@ impl FastPathPlan {
                 |index: &u32| observed.host.links.iter().find(|link| link.index == *index).map(|link| link.name);
             let uplinks: BTreeSet<IfName> = uplinks.iter().filter_map(named).collect();
             let through = pods.bridges.iter().chain(desired.devices.values()).copied().collect();
-            let now = passed_by(judged, &found.shaping, &through, &uplinks).map(|found| found.to_string());
+            let now = passed_by(evaluation, &found.shaping, &through, &uplinks).map(|found| found.to_string());
             if let Some(why) = self.leaves_off(now) {
                 self.lacks = Some(why);
                 return &self.wanted;
@@ -229,7 +229,7 @@ impl FastPathPlan {
     pub fn stays(&self, failures: &[(Op, String)]) -> Option<String> {
         let is_link = |op: &Op| matches!(op, Op::FastPath(steps::Op::Link(..)));
         let (_, why) = failures.iter().find(|(op, _)| self.refused.is_some() && is_link(op))?;
-        Some(format!("packets of pods still take the fast path, where network policies are not in force: {why}"))
+        Some(format!("packets of pods still take the fast path, where network policies are not enforced: {why}"))
     }
 
     /// What became of it, given the steps of this pass that failed.

@@ -40,7 +40,7 @@ pub(crate) use self::write::lines;
 use crate::files::Files;
 use crate::files::state_dir::State;
 use crate::host::attachments::AttachedPods;
-use crate::host::firewall::Judge;
+use crate::host::firewall::Evaluator;
 use crate::host::underlay::{Selector, Steady};
 use crate::kernel::{Kernel, Observed, Touched};
 use crate::lease::{Holding, Wanted};
@@ -88,7 +88,7 @@ pub struct Reconciler<S, K> {
     underlays: Steady,
     /// The underlay addresses of the last pass.
     sources: PerFamily<IpAddr>,
-    firewall: Judge,
+    firewall: Evaluator,
     applied: Option<NetworkConfig>,
     /// The config that was in force before the start, until the store has shown one.
     remembered: Option<NetworkConfig>,
@@ -178,7 +178,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
             fast_path: FastPathPlan::new(node.fast_path),
             underlays: Steady::default(),
             sources: PerFamily::default(),
-            firewall: Judge::new(node.fast_path == Mode::Auto),
+            firewall: Evaluator::new(node.fast_path == Mode::Auto),
             node,
             store,
             kernel,
@@ -387,8 +387,8 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 warn!(warning, "needs attention");
             }
             // Who writes rules often, as kube-proxy does, gives the same rule another handle each time.
-            if current.firewall.judges_state.is_some() != view.firewall.judges_state.is_some() {
-                match &view.firewall.judges_state {
+            if current.firewall.state_rule.is_some() != view.firewall.state_rule.is_some() {
+                match &view.firewall.state_rule {
                     Some(rule) => info!(%rule, "encapsulated packets are tracked: a rule of others judges states"),
                     None => info!("no rule of others judges the state of encapsulated packets any more"),
                 }

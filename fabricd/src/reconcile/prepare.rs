@@ -84,7 +84,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
                 differs
             });
         }
-        view.warnings.extend(holding.rival.clone());
+        view.warnings.extend(holding.duplicate_name.clone());
         let ours = observed.hazards.iter().filter(|(family, _)| network.spaces.get(*family).is_some());
         view.warnings.extend(ours.map(|(_, words)| words.clone()));
         let own = holding.own.clone().ok_or_else(|| match &holding.trouble {

@@ -68,7 +68,7 @@ impl Outage {
         if self.logged.is_none_or(|logged| now - logged >= LOG_EVERY) {
             self.logged = Some(now);
             let seconds = (now - since).as_secs();
-            warn!(kind, %error, failures = self.failures, seconds, "cannot watch; what is known stays in force");
+            warn!(kind, %error, failures = self.failures, seconds, "cannot watch; what is known stays applied");
         }
     }
 

@@ -67,7 +67,7 @@ impl SectionStatus {
         let before = to.borrow().clone();
         if before.ready != self.ready {
             match &self.ready {
-                Ok(()) => info!(section, "section is in force"),
+                Ok(()) => info!(section, "section is applied"),
                 Err(reason) => warn!(section, reason, "section is not up to date"),
             }
         }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use fabric_core::firewall::Judged;
+use fabric_core::firewall::Evaluation;
 use fabric_core::handoff::{NotReady, Readiness};
 use fabric_core::leases::{Lease, LeaseSet};
 use fabric_core::model::{IfName, NodeName};
@@ -57,7 +57,7 @@ pub struct View {
     /// What another program changed and was written again, the last of it.
     pub repairs: Arc<VecDeque<Repair>>,
     /// What the firewalls of others make of packets of ours.
-    pub firewall: Arc<Judged>,
+    pub firewall: Arc<Evaluation>,
     /// The fast path.
     pub fast_path: FastPathView,
 }

@@ -32,7 +32,7 @@ use crate::files::{remove_if_there, sweep_drafts};
 use crate::host::addresses;
 use crate::kernel::Options;
 use crate::kernel::netlink::Netlink;
-use crate::policy::judged::Judged;
+use crate::policy::applied::AppliedPolicies;
 use crate::store::etcd::Etcd;
 use crate::store::kubernetes::Kubernetes;
 use crate::store::{Grant, LeaseStore};
@@ -209,9 +209,9 @@ impl Handover {
         for file in [&config.socket, &config.run_dir.join(fabric_core::handoff::NODE_FILE)] {
             remove_if_there(file)?;
         }
-        Judged::new(&config.run_dir)
+        AppliedPolicies::new(&config.run_dir)
             .turn_off()
-            .context("cannot remove the folder of pods whose policies are in force")?;
+            .context("cannot remove the folder of pods whose policies are applied")?;
         self.forget_addresses(config)?;
         // Nobody writes a conflist of ours any more.
         sweep_drafts(&config.cni_conf_dir, Duration::ZERO)?;

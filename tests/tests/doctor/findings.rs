@@ -85,11 +85,11 @@ fn without_a_device_or_a_table_nothing_is_said_of_them() -> Result<()> {
 }
 
 #[test]
-fn program_that_puts_policies_in_force_where_fabricd_does_not_is_named_and_fine() -> Result<()> {
+fn program_that_enforces_policies_where_fabricd_does_not_is_named_and_fine() -> Result<()> {
     let mut node = Node::well()?;
     node.observed.firewall = Arc::new(kube_router());
     let found = node.check("policy-controllers")?;
-    assert_eq!(found, Finding::fine("NetworkPolicies are put in force by kube-router"));
+    assert_eq!(found, Finding::fine("NetworkPolicies are enforced by kube-router"));
     Ok(())
 }
 

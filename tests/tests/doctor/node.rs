@@ -150,11 +150,11 @@ impl Node {
     }
 }
 
-/// Network policies that are put in force, as they stand.
+/// Network policies that are enforced, as they stand.
 pub fn policies(ready: Result<(), String>, warnings: &[&str]) -> PolicyView {
     let warnings = warnings.iter().map(|warning| (*warning).to_owned()).collect();
     let status = watch::channel(Arc::new(SectionStatus { ready, warnings })).1;
-    PolicyView { status, in_force: watch::channel(None).1, drops: DropLog::default() }
+    PolicyView { status, applied: watch::channel(None).1, drops: DropLog::default() }
 }
 
 /// The chains that kube-router makes with iptables.
@@ -166,18 +166,7 @@ pub fn kube_router() -> firewall::Firewall {
 }
 
 pub fn rule(priority: u32, table: u32) -> PolicyRule {
-    PolicyRule {
-        family: Family::V4,
-        priority,
-        from: None,
-        to: None,
-        iif: None,
-        mark: None,
-        other: false,
-        invert: false,
-        action: Action::Table(table),
-        suppress: None,
-    }
+    PolicyRule::of_all(Family::V4, priority, Action::Table(table))
 }
 
 pub fn route(dst: &str, device: &str, ours: bool) -> Route {

@@ -113,7 +113,7 @@ const OTHERS: [(&str, &str, &str); 7] = [
     (
         "ip xfrm policy add dir out src 198.51.100.1 dst 198.51.100.2 tmpl proto esp mode tunnel",
         "ip xfrm policy flush",
-        "an IPsec policy is in force",
+        "an IPsec policy is installed",
     ),
     (
         "tc qdisc add dev fabric.1 root tbf rate 1gbit burst 1mbit latency 10ms",

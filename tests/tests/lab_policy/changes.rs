@@ -1,4 +1,4 @@
-//! What is judged again when policies or pods change: connections that are open, addresses that are used again.
+//! What is evaluated again when policies or pods change: connections that are open, addresses that are used again.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::{Cluster, Open, PORTS, SOON, Server, connects, open_and_closed};
 
 #[test]
-fn pod_with_the_address_of_one_that_is_gone_is_judged_anew() -> Result<()> {
+fn pod_with_the_address_of_one_that_is_gone_is_closed_until_its_policies_are_applied() -> Result<()> {
     let cluster = open_and_closed()?;
     let node = &cluster.nodes[0];
     let target = cluster.add_pod(node, "open", "target")?;
@@ -36,7 +36,7 @@ fn pod_with_the_address_of_one_that_is_gone_is_judged_anew() -> Result<()> {
     }
     let second = cluster.add_pod(node, "closed", "second")?;
     assert_eq!(second.ips(), ips, "the same addresses");
-    assert!(!connects(&second, &conn)?, "no daemon has judged it");
+    assert!(!connects(&second, &conn)?, "no daemon has applied its policies");
     cluster.start_fabricd(node)?;
     assert!(!connects(&second, &conn)?, "it may send nothing");
     assert_eq!(server.heard(), heard);

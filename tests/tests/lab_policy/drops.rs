@@ -84,7 +84,7 @@ fn what_is_dropped_is_told_with_pods_and_policies_and_a_rule_that_would_allow_it
         Ok(())
     })?;
     let pod = seen["pods"].as_array().and_then(|pods| pods.iter().find(|pod| pod["pod"] == "shop/db")).context("db")?;
-    assert_eq!((&pod["ingress"], &pod["egress"], &pod["judged"]), (&json!(["shop/db"]), &json!([]), &json!(true)));
+    assert_eq!((&pod["ingress"], &pod["egress"], &pod["applied"]), (&json!(["shop/db"]), &json!([]), &json!(true)));
     let packets = |drops: bool| {
         let rules = seen["rules"].as_array().into_iter().flatten();
         let mut rules = rules.filter(move |rule| rule["drops"] == drops && rule["rule"] == 0);

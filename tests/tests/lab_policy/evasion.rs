@@ -160,7 +160,7 @@ fn without_br_netfilter_pods_that_a_policy_isolates_are_cut_off_from_those_of_th
     // With the module all is as ever.
     node.kill_fabricd()?;
     cluster.start_fabricd(node)?;
-    wait_until("nothing judges frames any more", SOON, || {
+    wait_until("nothing filters frames any more", SOON, || {
         let tables = node.run(&["nft", "list", "tables"])?;
         ensure!(!tables.contains("bridge fabric-policy"), "{tables}");
         Ok(())

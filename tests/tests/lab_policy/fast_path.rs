@@ -1,4 +1,4 @@
-//! Policies and the fast path: its programs judge nothing, so there is none.
+//! Policies and the fast path: its programs bypass the packet filter, so there is none.
 
 use std::thread;
 
@@ -73,7 +73,7 @@ fn an_isolated_pod_is_never_on_the_fast_path() -> Result<()> {
         assert!(!pins.success(), "{}: {}", node.name, pins.stdout);
         let fast = node.status()?["fast_path"].clone();
         let reason = fast["reason"].as_str().unwrap_or_default();
-        assert!(fast["on"] != true && reason.contains("NetworkPolicies are put in force here"), "{fast}");
+        assert!(fast["on"] != true && reason.contains("NetworkPolicies are enforced here"), "{fast}");
     }
     // New ones, all at once: each that is refused takes its whole time.
     let refused = || {

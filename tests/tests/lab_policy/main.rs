@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use fabric_core::policy::objects::{NamespaceObject, PodObject, PolicyObject};
 use fabric_core::policy::sets::{NamespaceSet, PodSet, PolicySet};
-use fabric_core::policy::{Cluster as Judge, Conn, State};
+use fabric_core::policy::{Cluster as Rules, Conn, State};
 use fabric_tests::fake_api::FakeApi;
 use fabric_tests::kubernetes::Nodes as _;
 use fabric_tests::lab::{Families, Lab, Node, Pod, wait_until};
@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 /// How long anything here may take on a busy machine.
 const SOON: Duration = Duration::from_secs(60);
 
-/// A lab whose nodes put the policies of an API server in force.
+/// A lab whose nodes enforce the policies of an API server.
 struct Cluster {
     api: FakeApi,
     env: Vec<(&'static str, String)>,
@@ -47,7 +47,7 @@ impl Cluster {
         Ok(Self { api, env, _lab: lab, nodes })
     }
 
-    /// Starts the daemon of a node, and waits until policies are in force.
+    /// Starts the daemon of a node, and waits until policies are applied.
     fn start_fabricd(&self, node: &Node) -> Result<()> {
         self.start_fabricd_with(node, &[])
     }
@@ -55,7 +55,7 @@ impl Cluster {
     /// The same with more flags.
     fn start_fabricd_with(&self, node: &Node, flags: &[&str]) -> Result<()> {
         start_fabricd(node, flags, &self.env)?;
-        wait_until("policies are in force", SOON, || {
+        wait_until("policies are applied", SOON, || {
             let reply = node.http_get(9472, "/readyz")?;
             ensure!(reply.status == 200, "{}", reply.body);
             Ok(())
@@ -197,7 +197,7 @@ impl Open {
 }
 
 /// All connections of these to each other that differ from what policies say, in words.
-fn wrong(pods: &BTreeMap<String, Pod>, judge: &Judge<'_>) -> Result<Vec<String>> {
+fn wrong(pods: &BTreeMap<String, Pod>, rules: &Rules<'_>) -> Result<Vec<String>> {
     let mut conns = vec![];
     for (from, source) in pods {
         for (to, target) in pods.iter().filter(|(to, _)| *to != from) {
@@ -221,7 +221,7 @@ fn wrong(pods: &BTreeMap<String, Pod>, judge: &Judge<'_>) -> Result<Vec<String>>
             probes.into_iter().map(|probe| probe.join().expect("a probe does not panic")).collect()
         });
         for ((from, to, conn), seen) in batch.iter().zip(seen) {
-            let (said, seen) = (judge.evaluate(conn), seen.with_context(|| format!("{from} to {to}: {conn:?}"))?);
+            let (said, seen) = (rules.evaluate(conn), seen.with_context(|| format!("{from} to {to}: {conn:?}"))?);
             if said.is_allowed() != seen {
                 wrong.push(format!("{from} → {to} {conn:?}: {}; {} | {}", seen, said.egress, said.ingress));
             }
@@ -300,14 +300,14 @@ fn every_connection_of_nine_pods_on_two_nodes_is_what_policies_say() -> Result<(
     }
     let servers: Vec<Server> = pods.values().map(Server::start).collect::<Result<_>>()?;
     let state = state(&cluster, &namespaces, &pods, &policies)?;
-    let judge = Judge::new(&state);
+    let rules = Rules::new(&state);
     // The other node hears of a pod's addresses a moment later.
     wait_until("every connection is as policies say", SOON * 2, || {
-        let wrong = wrong(&pods, &judge)?;
+        let wrong = wrong(&pods, &rules)?;
         ensure!(wrong.is_empty(), "{} connections: {}", wrong.len(), wrong.join("\n"));
         Ok(())
     })?;
-    // Restarted, it finds all in force, and writes nothing.
+    // Restarted, it finds all applied, and writes nothing.
     let before = cluster.nodes[0].run(&["nft", "list", "table", "inet", "fabric-policy"])?;
     cluster.nodes[0].kill_fabricd()?;
     cluster.start_fabricd(&cluster.nodes[0])?;

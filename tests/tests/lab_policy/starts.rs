@@ -26,7 +26,7 @@ fn pod_that_is_attached_without_a_daemon_sends_nothing_that_is_forbidden() -> Re
     let sender = Sender::start(&closed, SocketAddr::new(to, PORTS[1]))?;
     let free = cluster.add_pod(node, "open", "web")?;
     let conn = |from: &Pod| Conn { src: from.ips()[0], dst: to, protocol: 17, port: PORTS[0] };
-    assert!(!connects(&free, &conn(&free))?, "nobody has judged it");
+    assert!(!connects(&free, &conn(&free))?, "nobody has applied its policies");
     assert!(
         !connects(&target, &Conn { src: to, dst: free.ips()[0], protocol: 6, port: 1 })?,
         "nor may others reach it"
@@ -34,7 +34,7 @@ fn pod_that_is_attached_without_a_daemon_sends_nothing_that_is_forbidden() -> Re
     node.run(&["ping", "-c1", "-W5", &free.ips()[0].to_string()]).context("its own node reaches it")?;
     assert_eq!(server.heard(), [0, 0]);
     cluster.start_fabricd(node)?;
-    wait_until("the pod that no policy selects is judged", SOON, || {
+    wait_until("the pod that no policy selects is known", SOON, || {
         ensure!(connects(&free, &conn(&free))?, "it is closed");
         Ok(())
     })?;
@@ -105,10 +105,10 @@ fn pods_that_start_while_the_daemon_is_stopped_slow_or_crashing_send_nothing_tha
             1 => node.thaw_fabricd()?,
             _ => {}
         }
-        // It is judged, and then gone: the next one may have its address.
-        let judged = format!("/run/fabric/judged/closed-{name}-");
-        wait_until("the pod is judged", SOON, || {
-            node.run(&["sh", "-c", &format!("ls {judged}*")])?;
+        // Its policies are applied, and then it is gone: the next one may have its address.
+        let applied = format!("/run/fabric/policy-applied/closed-{name}-");
+        wait_until("the policies of the pod are applied", SOON, || {
+            node.run(&["sh", "-c", &format!("ls {applied}*")])?;
             Ok(())
         })?;
         assert_eq!(server.heard()[1], 0, "start {start}: forbidden packets");

@@ -10,7 +10,7 @@ use super::Comparison;
 pub enum Unknown {
     /// The connection's state: the packet left it open.
     State,
-    /// The packet's address: some of those that are judged at once are meant.
+    /// The packet's address: some of those that are evaluated at once are meant.
     Address,
     /// A condition that can't be read or foreseen.
     Condition(String),

@@ -1,4 +1,4 @@
-//! [`Node::bypassed`]: what of others judges or changes the packets between pods, so that the fast path would pass it by.
+//! [`Node::bypassed`]: what of others filters or changes the packets between pods, so that the fast path would pass it by.
 //!
 //! Asked is not whether a packet passes, as for [`Obstacle`](super::traffic::Obstacle)s, but whether every packet of TCP and
 //! UDP does, whatever its ports, its state and its addresses in the network are. What can't be read counts as if it dropped.
@@ -60,7 +60,7 @@ const KUBE_PROXY: [&str; 9] = [
 const KUBE_PROXY_TABLE: &str = "kube-proxy";
 
 impl Node {
-    /// What of others judges or changes packets between pods: those of this node, and those of others. `encapsulated` is what
+    /// What of others filters or changes packets between pods: those of this node, and those of others. `encapsulated` is what
     /// stands in the way of what carries them between nodes.
     #[must_use]
     pub fn bypassed(&self, firewall: &Firewall, encapsulated: &[Obstacle]) -> Vec<Bypassed> {

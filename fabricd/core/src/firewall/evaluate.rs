@@ -1,6 +1,6 @@
-//! [`judge`]: what the rules make of a packet.
+//! [`evaluate`]: what the rules make of a packet.
 //!
-//! An accept ends one base chain, a drop ends the packet; so each base chain is judged by itself, the later ones also
+//! An accept ends one base chain, a drop ends the packet; so each base chain is evaluated by itself, the later ones also
 //! after a drop: all that stand in the way are told. Where it is open whether a rule applies, both outcomes are
 //! followed: what would then be decided is noted, and the walk goes on as if it didn't apply. A drop that is certain
 //! whatever the open conditions are is a drop.
@@ -63,7 +63,7 @@ const CONNTRACK: i32 = -200;
 
 /// What the rules make of a packet.
 #[must_use]
-pub fn judge(firewall: &Firewall, packet: &Packet) -> Verdict {
+pub fn evaluate(firewall: &Firewall, packet: &Packet) -> Verdict {
     let Walk { dropped, doubts, .. } = Walk::through(firewall, packet);
     match (dropped.is_empty(), doubts.is_empty()) {
         (false, _) => Verdict::Dropped(dropped),

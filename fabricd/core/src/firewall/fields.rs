@@ -164,7 +164,7 @@ fn connection(field: &Field, packet: &Packet) -> Option<Bits> {
         }
         Field::ConnectionMark if is_new => Some(Bits::known([0; 4])),
         Field::ConnectionMark => known(0, 0, "ct mark"),
-        // Nobody helps VXLAN, nor what pods are judged by.
+        // Nobody helps VXLAN, nor what pods are evaluated by.
         _ => None,
     }
 }

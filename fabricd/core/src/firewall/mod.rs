@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! kernel ──> Firewall (tables, chains, rules) ──┐
-//!                                               ├── judge() ──> Verdict ──> remedy()
+//!                                               ├── evaluate() ──> Verdict ──> remedy()
 //! traffic (packets of ours) ──> Packet ─────────┘
 //! ```
 //!
@@ -14,9 +14,9 @@
 //! | module | what |
 //! |---|---|
 //! | [`packet`] | a packet, of which some bits may be open, and where it passes |
-//! | [`traffic`] | the packets of ours that are judged |
+//! | [`traffic`] | the packets of ours that are evaluated |
 //! | [`evaluate`] | rules applied to a packet |
-//! | [`bypass`] | what judges or changes the packets between pods, whatever these are |
+//! | [`bypass`] | what filters or changes the packets between pods, whatever these are |
 //! | [`remedy`] | the commands that let it through, in the words of the firewall's owner |
 //! | `text` | rules as `nft` would write them |
 //!
@@ -25,8 +25,8 @@
 mod bits;
 pub mod bypass;
 pub mod evaluate;
+mod evaluation;
 mod fields;
-mod judged;
 pub mod packet;
 pub mod remedy;
 #[cfg(test)]
@@ -39,9 +39,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::model::Family;
 
 pub use self::bits::Unknown;
-pub use self::evaluate::{Blocked, Doubt, Verdict, judge, state_decides};
+pub use self::evaluate::{Blocked, Doubt, Verdict, evaluate, state_decides};
+pub use self::evaluation::Evaluation;
 pub use self::fields::state;
-pub use self::judged::Judged;
 pub use self::packet::{Connection, Interface, Packet, Path};
 
 /// All tables of others that packets of ours meet.
@@ -49,7 +49,7 @@ pub use self::packet::{Connection, Interface, Packet, Path};
 pub struct Firewall {
     /// The tables.
     pub tables: Vec<Table>,
-    /// Base chains of other families with rules or a policy that drops (`bridge`, `netdev`): nobody judges these.
+    /// Base chains of other families with rules or a policy that drops (`bridge`, `netdev`): they are not evaluated.
     pub unread: BTreeSet<String>,
 }
 

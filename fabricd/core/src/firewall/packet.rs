@@ -1,4 +1,4 @@
-//! A packet that is judged. Addresses may be prefixes: then all packets of the prefix are judged at once.
+//! A packet that is evaluated. Addresses may be prefixes: then all packets of the prefix are evaluated at once.
 
 use super::Hook;
 use super::bits::{Bits, Unknown};

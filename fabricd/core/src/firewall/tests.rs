@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use super::bits::Unknown;
-use super::evaluate::{Verdict, judge};
+use super::evaluate::{Verdict, evaluate};
 use super::fields::state;
 use super::packet::Flow;
 use super::traffic::{Node, Obstacle};
@@ -139,29 +139,29 @@ fn jumps_gotos_and_returns_are_followed_as_the_kernel_follows_them() {
     let jump = |name: &str| Decision::Jump(name.to_owned());
     let goto = |name: &str| Decision::Goto(name.to_owned());
     let called = |rules| Chain { base: None, rules };
-    let judged = |first: Decision, called_rules, drops| {
+    let evaluated = |first: Decision, called_rules, drops| {
         let rules = vec![rule([], first), rule([], drop())];
         let chains = [("base", chain(Hook::Forward, drops, rules)), ("called", called(called_rules))];
-        judge(&firewall(chains), &new_pod_packet()) == Verdict::Passes
+        evaluate(&firewall(chains), &new_pod_packet()) == Verdict::Passes
     };
-    assert!(!judged(jump("called"), vec![], false), "it comes back, and is dropped");
-    assert!(judged(jump("called"), vec![rule([], Decision::Accept)], true), "an accept ends the base chain");
-    assert!(judged(goto("called"), vec![], false), "it does not come back: the policy decides");
-    assert!(!judged(goto("called"), vec![], true));
-    assert!(!judged(jump("called"), vec![rule([], Decision::Return), rule([], Decision::Accept)], false));
-    assert!(judged(Decision::Return, vec![], false), "a return from a base chain is its policy");
+    assert!(!evaluated(jump("called"), vec![], false), "it comes back, and is dropped");
+    assert!(evaluated(jump("called"), vec![rule([], Decision::Accept)], true), "an accept ends the base chain");
+    assert!(evaluated(goto("called"), vec![], false), "it does not come back: the policy decides");
+    assert!(!evaluated(goto("called"), vec![], true));
+    assert!(!evaluated(jump("called"), vec![rule([], Decision::Return), rule([], Decision::Accept)], false));
+    assert!(evaluated(Decision::Return, vec![], false), "a return from a base chain is its policy");
 }
 
 #[test]
 fn accept_ends_one_base_chain_and_a_drop_ends_the_packet() {
     let accept = || vec![rule([], Decision::Accept)];
     let two = [("first", chain(Hook::Forward, false, accept())), ("second", chain(Hook::Forward, true, vec![]))];
-    let Verdict::Dropped(by) = judge(&firewall(two), &new_pod_packet()) else { panic!("the second drops") };
+    let Verdict::Dropped(by) = evaluate(&firewall(two), &new_pod_packet()) else { panic!("the second drops") };
     assert_eq!(by[0].to_string(), "inet fw second policy drop");
     let raw = [("raw", chain(Hook::Prerouting, false, vec![rule([], drop())]))];
-    assert!(matches!(judge(&firewall(raw), &new_pod_packet()), Verdict::Dropped(_)));
+    assert!(matches!(evaluate(&firewall(raw), &new_pod_packet()), Verdict::Dropped(_)));
     let input = [("input", chain(Hook::Input, true, vec![]))];
-    assert_eq!(judge(&firewall(input), &new_pod_packet()), Verdict::Passes, "it is not for this host");
+    assert_eq!(evaluate(&firewall(input), &new_pod_packet()), Verdict::Passes, "it is not for this host");
 }
 
 #[test]
@@ -190,7 +190,7 @@ fn rules_see_the_interfaces_that_their_hook_has() {
         for name in ["cni0", "fabric.1", "eth0", ""] {
             let dropped = |condition: Vec<Step>| {
                 let rules = vec![rule([condition], drop())];
-                matches!(judge(&firewall([("base", chain(hook, false, rules))]), packet), Verdict::Dropped(_))
+                matches!(evaluate(&firewall([("base", chain(hook, false, rules))]), packet), Verdict::Dropped(_))
             };
             let found = [
                 dropped(by_nft(Field::InName, name)),
@@ -212,9 +212,9 @@ fn mark_that_an_earlier_chain_has_set_is_seen_by_a_later_one() {
     let drops = || vec![rule([equals(Field::Mark, &mark(9))], drop())];
     let both =
         [("marks", chain(Hook::Prerouting, false, vec![marks])), ("drops", chain(Hook::Forward, false, drops()))];
-    assert!(matches!(judge(&firewall(both), &new_pod_packet()), Verdict::Dropped(_)));
+    assert!(matches!(evaluate(&firewall(both), &new_pod_packet()), Verdict::Dropped(_)));
     let alone = [("drops", chain(Hook::Forward, false, drops()))];
-    assert_eq!(judge(&firewall(alone), &new_pod_packet()), Verdict::Passes);
+    assert_eq!(evaluate(&firewall(alone), &new_pod_packet()), Verdict::Passes);
 }
 
 #[test]
@@ -223,38 +223,41 @@ fn mark_of_a_chain_of_the_same_priority_is_seen_or_not() {
     let marks =
         || vec![Rule { steps: vec![Step::Constant { data: mark(3), to: 0 }, Step::SetMark(0)], ..Rule::default() }];
     let of = |number, hook| chain(hook, false, vec![rule([equals(Field::Mark, &mark(number))], drop())]);
-    let judged = |other: Chain| {
+    let evaluated = |other: Chain| {
         let chains = [("one", chain(Hook::Forward, false, marks())), ("other", other)];
-        judge(&firewall(chains), &new_pod_packet())
+        evaluate(&firewall(chains), &new_pod_packet())
     };
     for number in [0, 3] {
-        assert!(matches!(judged(of(number, Hook::Forward)), Verdict::Unknown(_)), "mark {number}");
+        assert!(matches!(evaluated(of(number, Hook::Forward)), Verdict::Unknown(_)), "mark {number}");
     }
-    assert!(matches!(judged(of(3, Hook::Postrouting)), Verdict::Dropped(_)), "a later hook sees it");
-    assert_eq!(judged(of(0, Hook::Postrouting)), Verdict::Passes);
-    assert_eq!(judged(chain(Hook::Forward, false, vec![])), Verdict::Passes);
+    assert!(matches!(evaluated(of(3, Hook::Postrouting)), Verdict::Dropped(_)), "a later hook sees it");
+    assert_eq!(evaluated(of(0, Hook::Postrouting)), Verdict::Passes);
+    assert_eq!(evaluated(chain(Hook::Forward, false, vec![])), Verdict::Passes);
     let three = [
         ("one", chain(Hook::Forward, false, marks())),
         ("two", chain(Hook::Forward, false, vec![])),
         ("behind", of(3, Hook::Postrouting)),
     ];
-    assert!(matches!(judge(&firewall(three), &new_pod_packet()), Verdict::Dropped(_)), "the other leaves it as it is");
+    assert!(
+        matches!(evaluate(&firewall(three), &new_pod_packet()), Verdict::Dropped(_)),
+        "the other leaves it as it is"
+    );
 }
 
 #[test]
 fn type_of_the_input_interface_is_open_on_the_way_out() {
-    let judged = |hook| {
+    let evaluated = |hook| {
         let rules = vec![rule([equals(Field::InType, &1_u16.to_ne_bytes())], drop())];
-        judge(&firewall([("base", chain(hook, false, rules))]), &new_pod_packet())
+        evaluate(&firewall([("base", chain(hook, false, rules))]), &new_pod_packet())
     };
-    assert!(matches!(judged(Hook::Forward), Verdict::Dropped(_)));
-    assert!(matches!(judged(Hook::Postrouting), Verdict::Unknown(_)));
+    assert!(matches!(evaluated(Hook::Forward), Verdict::Dropped(_)));
+    assert!(matches!(evaluated(Hook::Postrouting), Verdict::Unknown(_)));
 }
 
 #[test]
 fn condition_that_cannot_be_read_is_told_as_neither_fine_nor_failed() {
     let limit = || vec![Step::Opaque("limit".to_owned())];
-    let of = |rules, drops| judge(&firewall([("base", chain(Hook::Forward, drops, rules))]), &new_pod_packet());
+    let of = |rules, drops| evaluate(&firewall([("base", chain(Hook::Forward, drops, rules))]), &new_pod_packet());
     let because = |verdict| match verdict {
         Verdict::Unknown(doubts) => doubts.into_iter().map(|doubt| doubt.because).collect::<Vec<_>>(),
         known => panic!("{known:?}"),
@@ -276,7 +279,7 @@ fn rule_for_one_pod_is_told_as_depending_on_the_address_and_judged_for_that_pod(
     let obstacles = node().obstacles(&firewall, Vec::new);
     assert_eq!(obstacles.len(), 1, "{obstacles:?}");
     assert_eq!((obstacles[0].because.clone(), obstacles[0].flow), (Some(Unknown::Address), Flow::Pods));
-    assert!(matches!(judge(&firewall, &new_pod_packet()), Verdict::Dropped(_)));
+    assert!(matches!(evaluate(&firewall, &new_pod_packet()), Verdict::Dropped(_)));
 }
 
 #[test]
@@ -349,7 +352,7 @@ fn sets_ranges_and_verdict_maps_are_looked_into() {
         let steps = vec![Step::Load { field: Field::Network { offset: 16 }, len: 4, to: 0 }, look];
         let mut firewall = firewall([("base", chain(Hook::Forward, false, vec![rule([steps], decision)]))]);
         firewall.tables[0].sets.insert("set".to_owned(), set);
-        judge(&firewall, &new_pod_packet())
+        evaluate(&firewall, &new_pod_packet())
     };
     let ranges = || Set {
         elements: vec![

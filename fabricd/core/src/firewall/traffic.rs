@@ -1,7 +1,7 @@
 //! The packets of ours that foreign chains are asked about, and what stands in their way.
 //!
-//! They are judged as classes: the packets of any peer, of any pod of this node. Only where a rule tells some addresses
-//! from others is each peer judged by itself.
+//! They are evaluated as classes: the packets of any peer, of any pod of this node. Only where a rule tells some addresses
+//! from others is each peer evaluated by itself.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,7 +9,7 @@ use std::net::IpAddr;
 
 use super::Firewall;
 use super::bits::Unknown;
-use super::evaluate::{Blocked, Verdict, judge, state_decides};
+use super::evaluate::{Blocked, Verdict, evaluate, state_decides};
 use super::packet::{Connection, Content, Flow, Interface, Packet, Path};
 use super::remedy::remedy;
 use crate::model::{Family, Subnet, Vni};
@@ -163,7 +163,7 @@ impl Node {
         Packet { input: over(packet.input), output: over(packet.output), ..packet.clone() }
     }
 
-    /// All packets that are judged, as classes.
+    /// All packets that are evaluated, as classes.
     #[must_use]
     pub fn packets(&self) -> Vec<(Flow, Packet)> {
         use Connection::{Established, New};
@@ -191,7 +191,7 @@ impl Node {
     pub fn obstacles(&self, firewall: &Firewall, peers: impl Fn() -> Vec<IpAddr>) -> Vec<Obstacle> {
         let mut found = Found::new();
         for (flow, packet) in self.packets() {
-            match judge(firewall, &packet) {
+            match evaluate(firewall, &packet) {
                 Verdict::Passes => {}
                 Verdict::Dropped(by) => {
                     found.extend(by.into_iter().map(|by| ((flow, by), (None, vec![]))));
@@ -236,7 +236,7 @@ impl Node {
 
     fn of_peer(&self, firewall: &Firewall, flow: Flow, peer: IpAddr, found: &mut Found) {
         let packet = if flow == Flow::Received { self.received(Some(peer)) } else { self.sent(Some(peer)) };
-        match judge(firewall, &packet) {
+        match evaluate(firewall, &packet) {
             Verdict::Passes => {}
             Verdict::Dropped(by) => {
                 by.into_iter().for_each(|by| found.entry((flow, by)).or_insert((None, vec![])).1.push(peer));

@@ -11,10 +11,10 @@
 //!      └─ no pod is in the old ─ quarantine
 //! ```
 
-use super::bid::{bid, endpoints, same_address};
-use super::homes;
+use super::claim::{claim_of, endpoints, same_address};
+use super::pod_subnets;
 use super::reason::{Loss, Obstacle};
-use super::situation::{Assigned, Bid, Expect, Held, Situation, Step};
+use super::situation::{Assigned, ClaimRequest, Expect, Held, Situation, Step};
 use crate::leases::Lease;
 use crate::record::LeaseKey;
 
@@ -65,16 +65,16 @@ fn acquire(now: &Situation<'_>, key: LeaseKey) -> Step {
     if let Some(obstacle) = same_address(now, &ours) {
         return Step::Wait(obstacle);
     }
-    if homes::astray(now, &key).is_empty() {
+    if pod_subnets::pods_outside(now, &key).is_empty() {
         return Step::Claim(publish(now, key, now.leases.get(&key).map(AsRef::as_ref)));
     }
     match now.previous.map(|previous| previous.key).filter(|had| *had != key) {
-        Some(had) if homes::occupied(now, &had) => Step::Wait(Obstacle::Moved { had, assigned: key }),
-        _ => homes::cut_off(now, &key).map_or(Step::Keep, Step::Wait),
+        Some(had) if pod_subnets::occupied(now, &had) => Step::Wait(Obstacle::Moved { had, assigned: key }),
+        _ => pod_subnets::cut_off(now, &key).map_or(Step::Keep, Step::Wait),
     }
 }
 
-fn publish(now: &Situation<'_>, key: LeaseKey, before: Option<&Lease>) -> Bid {
+fn publish(now: &Situation<'_>, key: LeaseKey, before: Option<&Lease>) -> ClaimRequest {
     let expect = before.map_or(Expect::Absent, |lease| Expect::Revision(lease.mod_revision));
-    bid(now, key, expect, before)
+    claim_of(now, key, expect, before)
 }

@@ -16,19 +16,21 @@
 
 pub mod alloc;
 mod assigned;
-mod bid;
-mod homes;
+mod claim;
+mod duplicate_name;
+mod pod_subnets;
 mod reason;
-mod rival;
 mod situation;
 #[cfg(test)]
 mod tests;
 
 use self::alloc::{Taken, choose};
-use self::bid::{bid, endpoints, same_address, written_here};
-pub use self::reason::{Life, Loss, Obstacle, Place, Rivals};
-pub use self::rival::{QUICK, REMEMBERED};
-pub use self::situation::{Assigned, Bid, Expect, ExpiredLease, Findings, Held, Previous, Question, Situation, Step};
+use self::claim::{claim_of, endpoints, same_address, written_here};
+pub use self::duplicate_name::{QUICK, REMEMBERED};
+pub use self::reason::{DuplicateName, Life, Loss, Obstacle, Place};
+pub use self::situation::{
+    Assigned, ClaimRequest, Expect, ExpiredLease, Findings, Held, Previous, Question, Situation, Step,
+};
 use crate::leases::Lease;
 use crate::model::{Family, NodeName, Subnet, stable_hash};
 use crate::network::NetworkConfig;
@@ -84,8 +86,8 @@ fn acquire(now: &Situation<'_>) -> Step {
     // The one that was had before first, then the newest.
     let had = now.previous.map(|previous| previous.key);
     ours.sort_by_key(|lease| (Some(lease.key) != had, -lease.create_revision));
-    if let Some(contested) = ours.iter().find_map(|lease| rival::contest(now, lease)) {
-        return contested;
+    if let Some(asked) = ours.iter().find_map(|lease| duplicate_name::ask_holder(now, lease)) {
+        return asked;
     }
     if let Some(obstacle) = same_address(now, &ours) {
         return Step::Wait(obstacle);
@@ -95,22 +97,23 @@ fn acquire(now: &Situation<'_>) -> Step {
         _ => settle(now, &ours),
     };
     let key = match &step {
-        Step::Claim(bid) => bid.key,
+        Step::Claim(claim) => claim.key,
         Step::Adopt(held, _) => held.key,
         _ => return step,
     };
-    homes::cut_off(now, &key).map_or(step, Step::Wait)
+    pod_subnets::cut_off(now, &key).map_or(step, Step::Wait)
 }
 
 /// The subnets to have, if any are to be preferred: those that the pods live in, else those of before.
 fn wanted(now: &Situation<'_>, ours: &[&Lease]) -> Option<LeaseKey> {
-    let (home, had) = (homes::home(now), now.previous.map(|previous| previous.key));
+    let (pod_subnet, had) = (pod_subnets::pod_subnet(now), now.previous.map(|previous| previous.key));
     let had = had.filter(|key| now.leave != Some(*key));
-    let is_home = |key: &LeaseKey| home.iter().all(|(family, subnet)| key.subnets().get(family) == Some(subnet));
-    let known = had.into_iter().chain(ours.iter().map(|lease| lease.key)).find(is_home);
+    let is_pod_subnet =
+        |key: &LeaseKey| pod_subnet.iter().all(|(family, subnet)| key.subnets().get(family) == Some(subnet));
+    let known = had.into_iter().chain(ours.iter().map(|lease| lease.key)).find(is_pod_subnet);
     // A family without pods may have any subnet; a key of all families is needed to ask for it.
-    let whole = LeaseKey::new(home).filter(|key| key.subnets().families().eq(now.network.spaces.families()));
-    if home.is_empty() { had } else { known.or(whole) }
+    let whole = LeaseKey::new(pod_subnet).filter(|key| key.subnets().families().eq(now.network.spaces.families()));
+    if pod_subnet.is_empty() { had } else { known.or(whole) }
 }
 
 /// Tries to have these subnets.
@@ -124,19 +127,19 @@ fn regain(now: &Situation<'_>, ours: &[&Lease], key: LeaseKey) -> Step {
     }
     match holder(now, &key) {
         // Guards of others that rest there are no reason: the pods are here.
-        None if homes::occupied(now, &key) => {
-            Step::Claim(Bid { evict: resting_in(now, &key), ..bid(now, key, Expect::Absent, None) })
+        None if pod_subnets::occupied(now, &key) => {
+            Step::Claim(ClaimRequest { evict: resting_in(now, &key), ..claim_of(now, key, Expect::Absent, None) })
         }
-        None => Step::Claim(bid(now, key, Expect::Absent, None)),
+        None => Step::Claim(claim_of(now, key, Expect::Absent, None)),
         Some(_) if now.settling => Step::Wait(Obstacle::Settling),
-        Some(holder) if homes::occupied(now, &key) => Step::Wait(Obstacle::Occupied { key, holder }),
+        Some(holder) if pod_subnets::occupied(now, &key) => Step::Wait(Obstacle::Occupied { key, holder }),
         Some(_) => settle(now, ours),
     }
 }
 
 /// Takes whatever subnets there are.
 fn settle(now: &Situation<'_>, ours: &[&Lease]) -> Step {
-    let unfit = |key: &LeaseKey| !fits(now.network, key) && now.leave != Some(*key) && homes::occupied(now, key);
+    let unfit = |key: &LeaseKey| !fits(now.network, key) && now.leave != Some(*key) && pod_subnets::occupied(now, key);
     match ours.first() {
         Some(lease) if now.leave == Some(lease.key) => Step::Withdraw(take(now, lease)),
         Some(lease) if fits(now.network, &lease.key) => {
@@ -168,7 +171,7 @@ fn is_ours(now: &Situation<'_>, lease: &Lease) -> bool {
             let formerly = now.previous.and_then(|previous| previous.formerly.as_ref());
             let remembered = formerly == Some(&owner.node) && written_here(now, lease);
             let wrote = remembered || owner.instance() == *now.instance;
-            wrote && !lease.record.is_placeholder() && rival::shares_address(now, lease)
+            wrote && !lease.record.is_placeholder() && duplicate_name::shares_address(now, lease)
         }
         None => {
             let endpoints = lease.record.endpoints();
@@ -223,7 +226,7 @@ fn adopt(now: &Situation<'_>, lease: &Lease) -> Option<Step> {
 
 /// A subnet for a node that has none: one that is reserved for it, else one that doesn't rest, else any; the one that it
 /// was told to leave only when there is no other at all.
-fn fresh(now: &Situation<'_>) -> Result<Bid, Obstacle> {
+fn fresh(now: &Situation<'_>) -> Result<ClaimRequest, Obstacle> {
     let seed = stable_hash(now.node.as_str().as_bytes());
     let others = |family| {
         let reserved = now.leases.reservations().iter().filter(|(_, node)| *node != now.node).map(|(key, _)| key);
@@ -231,10 +234,10 @@ fn fresh(now: &Situation<'_>) -> Result<Bid, Obstacle> {
     };
     let expired: Vec<&ExpiredLease> =
         now.expired.iter().filter(|lease| lease.node.as_ref() != Some(now.node)).collect();
-    let home = homes::home(now);
-    let had = LeaseKey::new(home).or_else(|| now.previous.map(|previous| previous.key));
+    let pod_subnet = pod_subnets::pod_subnet(now);
+    let had = LeaseKey::new(pod_subnet).or_else(|| now.previous.map(|previous| previous.key));
     let reserved = now.leases.reservations().iter().find(|(_, node)| *node == now.node).map(|(key, _)| *key);
-    let preferred = if home.is_empty() { reserved.or(had) } else { had };
+    let preferred = if pod_subnet.is_empty() { reserved.or(had) } else { had };
     let subnets = now.network.spaces.try_map(|family, space| {
         let preferred = preferred.and_then(|key| key.subnets().get(family).copied());
         let at_rest = || expired.iter().map(|lease| lease.subnet).filter(|subnet| subnet.family() == family);
@@ -249,7 +252,7 @@ fn fresh(now: &Situation<'_>) -> Result<Bid, Obstacle> {
     let in_the_way = expired.iter().filter(|rest| subnets.values().any(|subnet| subnet.overlaps(rest.subnet)));
     let evict = in_the_way.map(|lease| lease.mod_revision).collect();
     let key = LeaseKey::new(subnets).expect("a valid config has a family");
-    Ok(Bid { evict, ..bid(now, key, Expect::Absent, None) })
+    Ok(ClaimRequest { evict, ..claim_of(now, key, Expect::Absent, None) })
 }
 
 /// A reserved subnet without any record, if this node is among those that see to it.
@@ -269,6 +272,6 @@ fn place_to_hold(now: &Situation<'_>) -> Option<Step> {
 }
 
 /// A claim of a record that is this node's to take over.
-fn take(now: &Situation<'_>, lease: &Lease) -> Bid {
-    bid(now, lease.key, Expect::Revision(lease.mod_revision), Some(lease))
+fn take(now: &Situation<'_>, lease: &Lease) -> ClaimRequest {
+    claim_of(now, lease.key, Expect::Revision(lease.mod_revision), Some(lease))
 }

@@ -91,7 +91,7 @@ pub enum Obstacle {
     },
     /// Two machines have one name, or may have.
     #[error("{0}")]
-    SameName(Box<Rivals>),
+    SameName(Box<DuplicateName>),
     /// The subnet is another's, and pods of this node still have addresses in it.
     #[error(
         "{key} is held by {holder} now, and pods of this node still have addresses in it; it is taken again when it \
@@ -109,7 +109,7 @@ pub enum Obstacle {
          cut off; remove them, and ip link delete their bridge; or cut them off with: fabricctl lease renumber --force",
         list(pods)
     )]
-    Astray {
+    PodsOutside {
         /// The subnets to have.
         key: LeaseKey,
         /// The pods' addresses, and the subnets of their bridges.
@@ -158,7 +158,7 @@ impl Obstacle {
     /// True while the holder of a record in this node's name has been asked a moment ago.
     #[must_use]
     pub fn is_being_asked(&self) -> bool {
-        matches!(self, Self::SameName(rivals) if rivals.life == Life::Asked)
+        matches!(self, Self::SameName(duplicate) if duplicate.life == Life::Asked)
     }
 
     /// The subnets of pods that are in the way.
@@ -167,7 +167,7 @@ impl Obstacle {
         match self {
             Self::Occupied { key, .. } | Self::Unfit(key) => Some(*key),
             Self::Moved { had, .. } => Some(*had),
-            Self::Astray { pods, .. } => LeaseKey::new(pods.iter().map(|pod| (pod.family(), *pod)).collect()),
+            Self::PodsOutside { pods, .. } => LeaseKey::new(pods.iter().map(|pod| (pod.family(), *pod)).collect()),
             _ => None,
         }
     }
@@ -187,7 +187,7 @@ fn list(subnets: &[Subnet]) -> String {
 
 /// Two runs that have one name.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rivals {
+pub struct DuplicateName {
     /// The name.
     pub node: NodeName,
     /// What the other one holds.
@@ -247,7 +247,7 @@ impl fmt::Display for Place {
     }
 }
 
-impl fmt::Display for Rivals {
+impl fmt::Display for DuplicateName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { node, key, there, here, life } = self;
         let until = |ends: &Option<i64>| {

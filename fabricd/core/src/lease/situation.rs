@@ -103,11 +103,11 @@ pub enum Step {
     /// The record is the one that this node wrote before it was started again: keep it alive, and that is all.
     Adopt(Held, Record),
     /// Ask the store for this.
-    Claim(Bid),
+    Claim(ClaimRequest),
     /// The lease is ours and should say this instead.
     Rewrite(Record),
     /// A record of ours is in the way or no longer fits the config: claim it, give it back, then decide again.
-    Withdraw(Bid),
+    Withdraw(ClaimRequest),
     /// Give back the lease that is held, then decide again.
     GiveBack,
     /// The lease that we held is not ours any more. Stop handing out addresses, then decide again without it.
@@ -122,7 +122,7 @@ pub enum Step {
 
 /// What to ask the store for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Bid {
+pub struct ClaimRequest {
     /// The subnets.
     pub key: LeaseKey,
     /// What to say there.

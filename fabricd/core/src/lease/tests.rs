@@ -82,9 +82,9 @@ impl Node {
         })
     }
 
-    fn bid(&self, leases: &LeaseSet) -> Bid {
+    fn claim(&self, leases: &LeaseSet) -> ClaimRequest {
         match self.step(leases) {
-            Step::Claim(bid) => bid,
+            Step::Claim(claim) => claim,
             other => panic!("{other:?}"),
         }
     }
@@ -157,29 +157,29 @@ fn fabric_of(boot: &str, node: &str, ip: &str) -> Vec<u8> {
 #[test]
 fn first_claim_is_for_a_free_subnet_that_only_the_name_decides() {
     let node = Node::new();
-    let bid = node.bid(&LeaseSet::default());
-    assert_eq!(bid, node.bid(&LeaseSet::default()));
-    assert_eq!(bid.expect, Expect::Absent);
-    let owner = bid.record.owner.expect("named");
+    let claim = node.claim(&LeaseSet::default());
+    assert_eq!(claim, node.claim(&LeaseSet::default()));
+    assert_eq!(claim.expect, Expect::Absent);
+    let owner = claim.record.owner.expect("named");
     assert_eq!((owner.epoch, owner.boot.as_str()), (1, "boot"));
 }
 
 #[test]
 fn restarted_node_takes_its_own_record_over_and_keeps_subnet_and_mac() {
     let node = Node { findings: silent_for(QUICK), ..Node::new() };
-    let bid = node.bid(&set(&[("10.244.9.0-24", fabric("node-1", "192.0.2.99"), 5)], 5));
-    assert_eq!((bid.key, bid.expect), (key("10.244.9.0-24"), Expect::Revision(5)));
-    let endpoint = bid.record.endpoints().v4.expect("IPv4");
+    let claim = node.claim(&set(&[("10.244.9.0-24", fabric("node-1", "192.0.2.99"), 5)], 5));
+    assert_eq!((claim.key, claim.expect), (key("10.244.9.0-24"), Expect::Revision(5)));
+    let endpoint = claim.record.endpoints().v4.expect("IPv4");
     assert_eq!(endpoint.vtep_mac.to_string(), "c6:d2:32:6f:8f:44");
     assert_eq!(endpoint.public_ip.to_string(), "192.0.2.1", "the underlay address is today's");
-    assert_eq!(bid.record.owner.expect("named").epoch, 5);
+    assert_eq!(claim.record.owner.expect("named").epoch, 5);
 }
 
 #[test]
 fn flannels_record_of_this_address_is_taken_over() {
-    let bid = Node::new().bid(&set(&[("10.244.9.0-24", flannel("192.0.2.1"), 5)], 5));
-    assert_eq!((bid.key, bid.expect), (key("10.244.9.0-24"), Expect::Revision(5)));
-    assert_eq!(bid.record.endpoints().v4.expect("IPv4").vtep_mac.to_string(), "c6:d2:32:6f:8f:44");
+    let claim = Node::new().claim(&set(&[("10.244.9.0-24", flannel("192.0.2.1"), 5)], 5));
+    assert_eq!((claim.key, claim.expect), (key("10.244.9.0-24"), Expect::Revision(5)));
+    assert_eq!(claim.record.endpoints().v4.expect("IPv4").vtep_mac.to_string(), "c6:d2:32:6f:8f:44");
 }
 
 #[test]
@@ -193,17 +193,17 @@ fn two_nodes_with_one_address_are_both_named() {
 #[test]
 fn record_that_no_longer_fits_the_config_is_withdrawn_first() {
     let step = Node::new().step(&set(&[("10.99.9.0-24", fabric("node-1", "192.0.2.1"), 5)], 5));
-    let Step::Withdraw(bid) = step else { panic!("{step:?}") };
-    assert_eq!((bid.key, bid.expect), (key("10.99.9.0-24"), Expect::Revision(5)));
+    let Step::Withdraw(claim) = step else { panic!("{step:?}") };
+    assert_eq!((claim.key, claim.expect), (key("10.99.9.0-24"), Expect::Revision(5)));
 }
 
 #[test]
 fn subnet_of_before_is_asked_for_again() {
     let node = Node::that_had_a_lease();
-    let bid = node.bid(&empty());
-    assert_eq!((bid.key, bid.expect), (key(NINE), Expect::Absent));
-    assert_eq!(bid.record.endpoints().v4.expect("IPv4").vtep_mac.to_string(), "c6:d2:32:6f:8f:44", "the MAC too");
-    assert_eq!(bid.record.owner.expect("named").epoch, 5, "the count goes on though the store forgot it");
+    let claim = node.claim(&empty());
+    assert_eq!((claim.key, claim.expect), (key(NINE), Expect::Absent));
+    assert_eq!(claim.record.endpoints().v4.expect("IPv4").vtep_mac.to_string(), "c6:d2:32:6f:8f:44", "the MAC too");
+    assert_eq!(claim.record.owner.expect("named").epoch, 5, "the count goes on though the store forgot it");
 }
 
 #[test]
@@ -257,7 +257,7 @@ fn restart_with_nothing_changed_adopts_the_record_as_it_is() {
             "another write" => node.previous.as_mut().expect("had").written = Some(3),
             _ => node.instance.boot = "new".into(),
         }
-        assert_eq!(node.bid(&leases).expect, Expect::Revision(5), "{changed}");
+        assert_eq!(node.claim(&leases).expect, Expect::Revision(5), "{changed}");
     }
 }
 
@@ -267,12 +267,12 @@ fn subnet_that_another_has_is_waited_for_while_pods_are_in_it() {
     let mut node = Node { pods: pods(&["10.244.9.2"]), ..Node::that_had_a_lease() };
     let told = node.obstacle(&taken);
     assert!(told.contains("node-2") && told.contains("fabricctl lease renumber --force"), "{told}");
-    assert_eq!(node.bid(&empty()).key, key(NINE), "free again");
+    assert_eq!(node.claim(&empty()).key, key(NINE), "free again");
     // A person may insist; without pods nobody has to.
     node.leave = Some(key(NINE));
-    assert_ne!(node.bid(&taken).key, key(NINE));
+    assert_ne!(node.claim(&taken).key, key(NINE));
     node = Node { pods: vec![], leave: None, ..node };
-    assert_ne!(node.bid(&taken).key, key(NINE));
+    assert_ne!(node.claim(&taken).key, key(NINE));
 }
 
 #[test]
@@ -282,12 +282,12 @@ fn node_that_is_told_to_leave_its_subnet_gives_it_back_and_takes_another() {
     assert_eq!(node.step(&leases), Step::GiveBack);
     node.held = None;
     assert!(matches!(node.step(&leases), Step::Withdraw(_)), "its record is still there");
-    assert_ne!(node.bid(&empty()).key, key(NINE));
+    assert_ne!(node.claim(&empty()).key, key(NINE));
 
     let json =
         br#"{"Network":"10.244.0.0/16","SubnetMin":"10.244.9.0","SubnetMax":"10.244.9.0","Backend":{"Type":"vxlan"}}"#;
     node.network = NetworkConfig::decode(json).expect("valid");
-    assert_eq!(node.bid(&empty()).key, key(NINE), "better than none");
+    assert_eq!(node.claim(&empty()).key, key(NINE), "better than none");
 }
 
 #[test]
@@ -311,7 +311,7 @@ fn after_a_wipe_those_that_had_a_subnet_come_first() {
     let new = Node { settling: true, ..Node::new() };
     assert!(new.obstacle(&empty()).contains("two minutes"));
     let held = Node { settling: true, ..Node::that_had_a_lease() };
-    assert_eq!(held.bid(&empty()).key, key(NINE));
+    assert_eq!(held.claim(&empty()).key, key(NINE));
     // An old record of another node, which will go: no reason to move.
     let stale = set(&[(NINE, fabric("node-2", "192.0.2.2"), 6)], 6);
     assert!(held.obstacle(&stale).contains("two minutes"));
@@ -322,52 +322,52 @@ fn record_from_before_a_rollback_is_withdrawn_and_the_present_subnet_kept() {
     let node = Node::that_had_a_lease();
     let older = set(&[("10.244.3.0-24", fabric("node-1", "192.0.2.1"), 2)], 3);
     let step = node.step(&older);
-    let Step::Withdraw(bid) = step else { panic!("{step:?}") };
-    assert_eq!(bid.key, key("10.244.3.0-24"));
-    assert_eq!(node.bid(&empty()).key, key(NINE));
+    let Step::Withdraw(claim) = step else { panic!("{step:?}") };
+    assert_eq!(claim.key, key("10.244.3.0-24"));
+    assert_eq!(node.claim(&empty()).key, key(NINE));
 }
 
 #[test]
 fn resting_subnet_is_left_alone_unless_it_is_our_own_or_there_is_no_other() {
     let mut node = Node::new();
-    let first = node.bid(&empty()).key;
+    let first = node.claim(&empty()).key;
     let rest = |key: LeaseKey, name: &str, mod_revision| ExpiredLease {
         subnet: key.subnets().v4.expect("IPv4"),
         node: name.parse().ok(),
         mod_revision,
     };
     node.expired = vec![rest(first, "node-2", 3)];
-    let bid = node.bid(&empty());
-    assert!(bid.key != first && bid.evict.is_empty());
+    let claim = node.claim(&empty());
+    assert!(claim.key != first && claim.evict.is_empty());
     node.expired = vec![rest(first, "node-1", 3)];
-    assert_eq!(node.bid(&empty()).key, first);
+    assert_eq!(node.claim(&empty()).key, first);
 
     let json = br#"{"Network":"192.0.2.0/24","SubnetLen":26,"Backend":{"Type":"vxlan"}}"#;
     node.network = NetworkConfig::decode(json).expect("valid");
     node.expired = vec![rest(key("192.0.2.64-26"), "n2", 8), rest(key("192.0.2.128-26"), "n3", 9)];
-    assert_eq!(node.bid(&empty()).key, key("192.0.2.192-26"));
+    assert_eq!(node.claim(&empty()).key, key("192.0.2.192-26"));
     let full = set(
         &[("192.0.2.64-26", fabric("n2", "198.51.100.1"), 3), ("192.0.2.192-26", fabric("n4", "198.51.100.1"), 3)],
         3,
     );
-    let bid = node.bid(&full);
-    assert_eq!((bid.key, bid.evict), (key("192.0.2.128-26"), vec![9]));
+    let claim = node.claim(&full);
+    assert_eq!((claim.key, claim.evict), (key("192.0.2.128-26"), vec![9]));
 }
 
 #[test]
 fn reserved_subnet_is_for_its_node_alone() {
     let node = Node::new();
-    let free = node.bid(&empty()).key;
+    let free = node.claim(&empty()).key;
     let mut leases = empty();
     leases.reserve(&free.encode(), Some(b"node-2"), 7);
-    assert_ne!(node.bid(&leases).key, free);
+    assert_ne!(node.claim(&leases).key, free);
     leases.reserve("10.244.77.0-24", Some(b"node-1"), 8);
-    assert_eq!(node.bid(&leases).key, key("10.244.77.0-24"));
+    assert_eq!(node.claim(&leases).key, key("10.244.77.0-24"));
 
     let placeholder = Record::placeholder(&node.name, &key("10.244.77.0-24")).encode();
-    let bid = node.bid(&set(&[("10.244.77.0-24", placeholder, 9)], 9));
-    assert_eq!((bid.key, bid.expect), (key("10.244.77.0-24"), Expect::Revision(9)));
-    assert!(!bid.record.is_placeholder());
+    let claim = node.claim(&set(&[("10.244.77.0-24", placeholder, 9)], 9));
+    assert_eq!((claim.key, claim.expect), (key("10.244.77.0-24"), Expect::Revision(9)));
+    assert!(!claim.record.is_placeholder());
 }
 
 #[test]
@@ -406,17 +406,17 @@ fn node_takes_the_subnet_that_its_attached_pods_live_in_if_it_can_be_had() {
         [pods(&["10.244.9.2", "10.244.9.7"]), pods(&["10.244.9.0/24"]), pods(&["10.244.9.0/24", "10.244.9.2"])]
     {
         let mut node = Node { pods: living, ..Node::new() };
-        assert_eq!(node.bid(&empty()).key, key(NINE), "nothing is known");
-        assert!(matches!(node.step(&elsewhere), Step::Withdraw(bid) if bid.key == key("10.244.3.0-24")));
+        assert_eq!(node.claim(&empty()).key, key(NINE), "nothing is known");
+        assert!(matches!(node.step(&elsewhere), Step::Withdraw(claim) if claim.key == key("10.244.3.0-24")));
         node.previous = Node::that_had_a_lease().previous;
-        assert_eq!(node.bid(&empty()).key, key(NINE));
+        assert_eq!(node.claim(&empty()).key, key(NINE));
         let other = Previous { key: key("10.244.3.0-24"), ..node.previous.clone().expect("had") };
         node.previous = Some(other);
-        assert_eq!(node.bid(&empty()).key, key(NINE), "the disk remembers another");
+        assert_eq!(node.claim(&empty()).key, key(NINE), "the disk remembers another");
         // Its guard rests for another name: as that of a node that was renamed and released.
         node.expired =
             vec![ExpiredLease { subnet: "10.244.9.0/24".parse().expect("valid"), node: None, mod_revision: 8 }];
-        assert_eq!(node.bid(&empty()).evict, [8]);
+        assert_eq!(node.claim(&empty()).evict, [8]);
     }
 }
 
@@ -456,8 +456,8 @@ fn family_without_pods_follows_the_one_that_has_some() {
     let mut node = Node { network: NetworkConfig::decode(json).expect("valid"), ..Node::new() };
     node.public_ips.v6 = "2001:db8::1".parse().ok();
     node.pods = pods(&["10.244.9.2"]);
-    assert_eq!(node.bid(&empty()).key.subnets().v4, "10.244.9.0/24".parse().ok());
+    assert_eq!(node.claim(&empty()).key.subnets().v4, "10.244.9.0/24".parse().ok());
     let had = key("10.244.9.0-24&fd00:0:0:7::-64");
     node.previous = Node::that_had_a_lease().previous.map(|previous| Previous { key: had, ..previous });
-    assert_eq!(node.bid(&empty()).key, had);
+    assert_eq!(node.claim(&empty()).key, had);
 }

@@ -2,14 +2,14 @@
 //!
 //! On the kernel's path the packets between pods meet chains of the packet filter, queueing disciplines and IPsec policies,
 //! ours and everybody's. The programs do what ours do. So the fast path changes nothing for as long as nobody else has
-//! anything there that judges, changes, delays or encrypts these packets. What is shaped at a single pod's port concerns that
+//! anything there that filters, changes, delays or encrypts these packets. What is shaped at a single pod's port concerns that
 //! pod alone, and keeps it alone from the fast path: see [`shaped`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use super::fast_path::Port;
-use crate::firewall::Judged;
+use crate::firewall::Evaluation;
 use crate::firewall::bypass::Bypassed;
 use crate::model::IfName;
 
@@ -18,7 +18,7 @@ use crate::model::IfName;
 pub struct Shaping {
     /// Queueing disciplines, without those that every interface begins with and that only pass packets on.
     pub qdiscs: BTreeSet<Qdisc>,
-    /// How many IPsec policies are in force, in any direction.
+    /// How many IPsec policies are installed, in any direction.
     pub ipsec_policies: u32,
     /// Why chains, queueing disciplines or policies can't be read: then nobody knows.
     pub unread: Option<String>,
@@ -49,7 +49,7 @@ pub enum Side {
 pub enum PassedBy {
     /// Nobody knows.
     Unread(String),
-    /// A chain of bridges or devices, which nobody judges here.
+    /// A chain of bridges or devices, which is not evaluated.
     Chain(String),
     /// A rule or a policy of the packet filter, and how many more.
     Rule(Bypassed, usize),
@@ -63,14 +63,14 @@ impl fmt::Display for PassedBy {
     /// What, and how to look at it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Unread(why) => write!(f, "it is not known what else judges packets between pods: {why}"),
+            Self::Unread(why) => write!(f, "it is not known what else filters packets between pods: {why}"),
             Self::Chain(chain) => {
-                write!(f, "the chain {chain} may judge packets between pods (nft list chain {chain})")
+                write!(f, "the chain {chain} may drop or change packets between pods (nft list chain {chain})")
             }
             Self::Rule(bypassed, 0) => bypassed.fmt(f),
             Self::Rule(bypassed, more) => write!(f, "{bypassed}, and so do {more} more rules"),
-            Self::Ipsec(1) => f.write_str("an IPsec policy is in force (ip xfrm policy)"),
-            Self::Ipsec(count) => write!(f, "{count} IPsec policies are in force (ip xfrm policy)"),
+            Self::Ipsec(1) => f.write_str("an IPsec policy is installed (ip xfrm policy)"),
+            Self::Ipsec(count) => write!(f, "{count} IPsec policies are installed (ip xfrm policy)"),
             Self::Qdisc(Qdisc { dev, kind, side }) => {
                 let side = if *side == Side::Ingress { "ingress" } else { "root" };
                 write!(f, "{dev} has the {side} queueing discipline {kind} (tc qdisc show dev {dev})")
@@ -83,7 +83,7 @@ impl fmt::Display for PassedBy {
 /// directions; an uplink's own queue is not passed by, only what it has on receiving.
 #[must_use]
 pub fn passed_by(
-    judged: &Judged,
+    evaluation: &Evaluation,
     shaping: &Shaping,
     through: &BTreeSet<IfName>,
     uplinks: &BTreeSet<IfName>,
@@ -92,8 +92,8 @@ pub fn passed_by(
     let on_the_way =
         |qdisc: &&Qdisc| through.contains(&qdisc.dev) || qdisc.side == Side::Ingress && uplinks.contains(&qdisc.dev);
     let unread = unread.clone().map(PassedBy::Unread);
-    let rule = || Some(PassedBy::Rule(judged.bypassed.first()?.clone(), judged.bypassed.len() - 1));
-    let chain = || judged.unread.first().cloned().map(PassedBy::Chain);
+    let rule = || Some(PassedBy::Rule(evaluation.bypassed.first()?.clone(), evaluation.bypassed.len() - 1));
+    let chain = || evaluation.unread.first().cloned().map(PassedBy::Chain);
     let ipsec = || (*ipsec_policies > 0).then_some(PassedBy::Ipsec(*ipsec_policies));
     let qdisc = || qdiscs.iter().find(on_the_way).cloned().map(PassedBy::Qdisc);
     unread.or_else(rule).or_else(chain).or_else(ipsec).or_else(qdisc)
@@ -115,9 +115,9 @@ mod tests {
         text.parse().unwrap_or_else(|_| panic!("{text} in a test is wrong"))
     }
 
-    fn said(judged: &Judged, shaping: &Shaping) -> String {
+    fn said(evaluation: &Evaluation, shaping: &Shaping) -> String {
         let names = |names: &[&str]| names.iter().map(|name| v(name)).collect();
-        let found = passed_by(judged, shaping, &names(&["cni0", "fabric.1"]), &names(&["eth0"]));
+        let found = passed_by(evaluation, shaping, &names(&["cni0", "fabric.1"]), &names(&["eth0"]));
         found.map(|found| found.to_string()).unwrap_or_default()
     }
 
@@ -128,7 +128,7 @@ mod tests {
     #[test]
     fn all_that_packets_are_led_past_is_told_and_nothing_else() {
         use Side::{Egress, Ingress};
-        let nothing = Judged::default();
+        let nothing = Evaluation::default();
         for (shaping, want) in [
             (Shaping::default(), ""),
             (qdisc("eth0", Egress, "fq"), ""),
@@ -142,17 +142,16 @@ mod tests {
                 qdisc("fabric.1", Egress, "tbf"),
                 "fabric.1 has the root queueing discipline tbf (tc qdisc show dev fabric.1)",
             ),
-            (Shaping { ipsec_policies: 3, ..Shaping::default() }, "3 IPsec policies are in force (ip xfrm policy)"),
+            (Shaping { ipsec_policies: 3, ..Shaping::default() }, "3 IPsec policies are installed (ip xfrm policy)"),
             (
                 Shaping { unread: Some("no".to_owned()), ipsec_policies: 3, ..Shaping::default() },
-                "it is not known what else judges packets between pods: no",
+                "it is not known what else filters packets between pods: no",
             ),
         ] {
             assert_eq!(said(&nothing, &shaping), want);
         }
-        let bridge = Judged { unread: vec!["bridge filter forward".to_owned()], ..Judged::default() };
-        let want =
-            "the chain bridge filter forward may judge packets between pods (nft list chain bridge filter forward)";
+        let bridge = Evaluation { unread: vec!["bridge filter forward".to_owned()], ..Evaluation::default() };
+        let want = "the chain bridge filter forward may drop or change packets between pods (nft list chain bridge filter forward)";
         assert_eq!(said(&bridge, &Shaping::default()), want);
         let by = Blocked {
             kind: TableKind::Ip,
@@ -164,7 +163,7 @@ mod tests {
         };
         let bypassed = vec![Bypassed { by, does: Does::Drops }; 2];
         let want = "ip filter FORWARD policy drop may drop packets between pods, and so do 1 more rules";
-        assert_eq!(said(&Judged { bypassed, ..Judged::default() }, &Shaping::default()), want);
+        assert_eq!(said(&Evaluation { bypassed, ..Evaluation::default() }, &Shaping::default()), want);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! [`PeerPlan`]: what is desired for this node and its peers, kept up to date change by change.
 //!
-//! A lease that is in force decides its own entries and nothing else; which leases are in force [`Derived`] tells. So a
+//! A lease that is accepted decides its own entries and nothing else; which leases are accepted [`Derived`] tells. So a
 //! few changed leases change a few entries, which are named, and nobody has to look for them among thousands.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -82,7 +82,7 @@ impl PeerPlan {
         dirty
     }
 
-    /// Takes the entries of leases out that are not in force any more, and puts those in that are now.
+    /// Takes the entries of leases out that are not accepted any more, and puts those in that are now.
     fn turn(&mut self, inputs: &PeerInputs<'_>, turned: &Turned<Lease>) -> Dirty<Key> {
         let mut dirty = BTreeSet::new();
         let has_refused = self.derived.refused().next().is_some();
@@ -98,7 +98,7 @@ impl PeerPlan {
             Conflict::Name { .. } | Conflict::Vni { .. } => None,
             Conflict::Route { dst, .. } => Some(*dst),
         });
-        desired.peers = derived.in_force();
+        desired.peers = derived.accepted();
         desired.refused = derived.refused().map(|(lease, refusal)| (lease.key, refusal.clone())).collect();
         Dirty::Keys(dirty)
     }

@@ -9,9 +9,9 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use super::json::object;
 use super::model::{Direction, IpBlock, Namespaces, Peers, PodPeer, Policy, PortMatch, Problem, Protocol, Rule};
 use super::selector::Selector;
 use crate::model::Subnet;
@@ -98,14 +98,6 @@ fn policy_types(types: Option<&Value>, problems: &mut Problems) -> Result<Option
         }
     }
     if ingress || egress { Ok(Some((ingress, egress))) } else { Err("none of them is known here".into()) }
-}
-
-/// Reads an object. A list would do for serde, member by member, and an empty one for an object without any.
-pub(super) fn object<T: DeserializeOwned>(json: &Value) -> Result<T, String> {
-    if !json.is_object() {
-        return Err("it is no object".into());
-    }
-    T::deserialize(json).map_err(|error| error.to_string())
 }
 
 fn decode_rules(namespace: &str, direction: Direction, rules: &[Value], problems: &mut Problems) -> Vec<Rule> {

@@ -3,7 +3,6 @@
 
 use std::fmt;
 
-use super::plan::PolicyPlan;
 use crate::state::nft::{Chain, Match, Name, Rule, Step, Verdict};
 
 /// The group of nflog that shows what is dropped (`nft … log group 8472`).
@@ -20,13 +19,13 @@ pub enum DropCause {
     NotAnyMore,
     /// It belongs to no connection that is known, and one of its ends is isolated.
     NoConnection,
-    /// The policies of a pod are not in force yet.
-    NotJudged,
+    /// The policies of a pod are not applied yet.
+    NotApplied,
 }
 
 impl DropCause {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::NoRule, Self::NotAnyMore, Self::NoConnection, Self::NotJudged];
+    pub const ALL: [Self; 4] = [Self::NoRule, Self::NotAnyMore, Self::NoConnection, Self::NotApplied];
 
     /// The chain that drops for this cause; what nflog calls it, too.
     #[must_use]
@@ -35,7 +34,7 @@ impl DropCause {
             Self::NoRule => "drop-no-rule",
             Self::NotAnyMore => "drop-not-any-more",
             Self::NoConnection => "drop-no-connection",
-            Self::NotJudged => "drop-not-judged",
+            Self::NotApplied => "drop-not-applied",
         }
     }
 
@@ -51,7 +50,8 @@ impl DropCause {
         Rule { steps: matches.into_iter().map(Step::Match).chain(then).collect(), why: why.into().into() }
     }
 
-    fn chain(self, is_shown: bool) -> Chain {
+    /// This chain; it shows the packets if somebody listens.
+    pub(super) fn chain(self, is_shown: bool) -> Chain {
         let show = Rule {
             steps: vec![
                 Step::Limit { per_second: SHOWN_PER_SECOND, burst: SHOWN_PER_SECOND },
@@ -70,16 +70,7 @@ impl fmt::Display for DropCause {
             Self::NoRule => "no rule allows it",
             Self::NotAnyMore => "allowed when it began, and not any more",
             Self::NoConnection => "of no known connection, and a pod is isolated",
-            Self::NotJudged => "the policies of a pod are not in force yet",
+            Self::NotApplied => "the policies of a pod are not applied yet",
         })
-    }
-}
-
-impl PolicyPlan {
-    /// Shows what is dropped, or doesn't. Nothing but these chains is another then, so all counters go on.
-    pub fn show_drops(&mut self, is_shown: bool) {
-        for cause in DropCause::ALL {
-            self.table.chains.insert(Name::new(cause.name()), cause.chain(is_shown));
-        }
     }
 }

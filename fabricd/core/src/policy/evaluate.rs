@@ -6,9 +6,8 @@ use std::fmt;
 use std::net::IpAddr;
 
 use super::labels::Labels;
-use super::model::{
-    Conn, Direction, NamedPort, Namespaces, ObjectName, Peers, Pod, PodPeer, Policy, PortMatch, Rule, State,
-};
+use super::model::{Conn, Direction, NamedPort, Namespaces, ObjectName, Peers, Pod, PodPeer, Policy, PortMatch, Rule};
+use super::state::State;
 
 /// The state with its policies by their namespaces and this node's pods by their names: what looking at many connections
 /// needs. However many pods the cluster has, this costs nothing more.
@@ -60,7 +59,7 @@ pub struct Verdict {
 pub enum Side {
     /// It may be: there is no pod at this end that a policy could be about.
     NoPod,
-    /// It may be, as far as this node is asked: the pod is another node's, which judges it.
+    /// It may be, as far as this node is asked: the pod is another node's, which evaluates it.
     Elsewhere,
     /// It may be: no policy isolates the pod in this direction.
     NotIsolated,
@@ -101,7 +100,7 @@ impl fmt::Display for Side {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoPod => f.write_str("allowed: no pod that a policy could select"),
-            Self::Elsewhere => f.write_str("allowed here: the pod's own node judges it"),
+            Self::Elsewhere => f.write_str("allowed here: the pod's own node evaluates it"),
             Self::NotIsolated => f.write_str("allowed: no policy selects the pod"),
             Self::OwnNode => f.write_str("allowed: the pod's own node"),
             Self::Itself => f.write_str("allowed: the pod itself"),
@@ -194,7 +193,7 @@ impl<'a> Cluster<'a> {
         }
     }
 
-    /// What the ends on this node say. The others' nodes judge for themselves.
+    /// What the ends on this node say. The others' nodes evaluate for themselves.
     #[must_use]
     pub fn evaluate_here(&self, conn: &Conn) -> Verdict {
         let is_elsewhere = |ip| self.member(ip).is_some_and(|member| !member.is_local);

@@ -8,7 +8,7 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`model`] | policies, rules, peers, ports, pods: the [`State`] |
+//! | [`model`], [`state`] | policies, rules, peers, ports, pods; all of them: the [`State`] |
 //! | [`pods`] | all pods, by name and by address |
 //! | [`objects`], [`sets`] | what the API server tells of them |
 //! | [`labels`], [`selector`] | labels, kept once each, and what selects by them |
@@ -31,6 +31,7 @@ pub mod decode;
 pub mod drops;
 pub mod evaluate;
 pub mod groups;
+mod json;
 pub mod labels;
 pub mod members;
 pub mod model;
@@ -41,6 +42,8 @@ pub mod reasons;
 pub mod selector;
 pub mod separation;
 pub mod sets;
+pub mod state;
 
 pub use self::evaluate::{Cluster, Side, Verdict, Who};
-pub use self::model::{Conn, Direction, ObjectName, Policy, State};
+pub use self::model::{Conn, Direction, ObjectName, Policy};
+pub use self::state::State;

@@ -6,9 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use super::labels::Labels;
-use super::pods::Pods;
 use super::selector::Selector;
-use crate::cow_map::CowMap;
 use crate::model::Subnet;
 pub use crate::services::{ObjectName, Protocol};
 
@@ -260,21 +258,6 @@ pub struct Local {
     pub host: BTreeSet<IpAddr>,
     /// Pods may always connect to their own node, as Kubernetes' page on NetworkPolicy has it.
     pub own_node_allowed: bool,
-}
-
-/// All that decides.
-#[derive(Clone, Debug, Default)]
-pub struct State {
-    /// The policies.
-    pub policies: CowMap<ObjectName, Arc<Policy>>,
-    /// The namespaces' labels.
-    pub namespaces: CowMap<Arc<str>, Arc<Labels>>,
-    /// The pods.
-    pub pods: Pods,
-    /// This node.
-    pub local: Local,
-    /// The time, in seconds since 1970: a pod whose grace period is over has no address.
-    pub now: i64,
 }
 
 /// A connection as it is after all translation of its destination.

@@ -10,8 +10,9 @@ use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::labels::{Labels, Pool};
+use super::labels::Labels;
 use super::model::{NamedPort, Pod, Protocol, Template};
+use crate::interner::Interner;
 use crate::model::stable_hash;
 use crate::services::objects::Metadata;
 
@@ -101,9 +102,9 @@ pub struct PodIp {
 /// What pods have in common.
 #[derive(Clone, Debug, Default)]
 pub struct Shared {
-    names: Pool<str>,
-    labels: Pool<Labels>,
-    templates: Pool<Template>,
+    names: Interner<str>,
+    labels: Interner<Labels>,
+    templates: Interner<Template>,
 }
 
 impl Shared {

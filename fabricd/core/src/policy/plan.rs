@@ -1,7 +1,7 @@
 //! The policies of this node's pods as a table of the packet filter.
 //!
 //! ```text
-//! forward, input: denied by a change? drop · established? accept · ─► judge ─► judge4, judge6:
+//! forward, input: denied by a change? drop · established? accept · ─► evaluate ─► evaluate4, evaluate6:
 //!     no connection, and an isolated pod at either end ..................... drop
 //!     from a pod to itself ................................................. accept
 //!     from or to a port of the bridge, by an address that is not known ..... drop
@@ -14,7 +14,7 @@
 //! both directions, and after any translation of the destination. A packet without a connection can't be asked, and would
 //! slip past: so it is dropped where an isolated pod sends it or gets it.
 //!
-//! A pod is known once its policies are in force; until then it reaches nobody but itself, and is reached by nobody but its
+//! A pod is known once its policies are applied; until then it reaches nobody but itself, and is reached by nobody but its
 //! own node, whose packets meet none of these chains.
 //!
 //! Chains come and go with combos, and elements with pods. Sets are few, whatever there is.
@@ -42,7 +42,7 @@ pub const DENIED_LABEL: u8 = 31;
 /// Where others filter too (`NF_IP_PRI_FILTER`): after every translation of a destination, before that of a source.
 const FILTER: i32 = 0;
 
-/// What should be in force for this node's pods.
+/// What should be applied for this node's pods.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PolicyPlan {
     /// The table.
@@ -53,10 +53,19 @@ pub struct PolicyPlan {
     pub chains: BTreeMap<Name, Origin>,
 }
 
+impl PolicyPlan {
+    /// Shows what is dropped, or doesn't. Nothing but these chains is another then, so all counters go on.
+    pub fn show_drops(&mut self, is_shown: bool) {
+        for cause in DropCause::ALL {
+            self.table.chains.insert(Name::new(cause.name()), cause.chain(is_shown));
+        }
+    }
+}
+
 /// What the rules of a chain are made of, in their order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Origin {
-    /// The direction that it judges.
+    /// The direction that it evaluates.
     pub direction: Direction,
     /// The policies that isolate its pods: those whom the drop at its end is for.
     pub policies: Vec<ObjectName>,
@@ -123,7 +132,7 @@ fn plan_with(members: &mut Members, cluster: &Cluster<'_>, bridges: &BTreeSet<If
     for (name, place) in [("forward", Place::Forward), ("input", Place::Input)] {
         table.at(name, ChainKind::Filter, place, FILTER).extend(entrance());
     }
-    judge(&mut table);
+    evaluate(&mut table);
     // Nothing jumps here: connections have room for labels only while a rule sets one (nf_connlabels_get).
     let steps = vec![Step::SetCtLabel(DENIED_LABEL)];
     table.called("labels").push(Rule { steps, why: "so that connections have room for labels".into() });
@@ -133,7 +142,7 @@ fn plan_with(members: &mut Members, cluster: &Cluster<'_>, bridges: &BTreeSet<If
     members.update(cluster, &numbers.pods, &numbers.named);
     for family in Family::ALL {
         let sets = Sets::of(family);
-        judge_family(&mut table, &sets, cluster.state().local.own_node_allowed);
+        evaluate_family(&mut table, &sets, cluster.state().local.own_node_allowed);
         let known = || pods.iter().filter(|(ip, _)| Family::of(**ip) == family);
         let address = |(ip, _): (&IpAddr, &Isolation)| Element::from([Part::Ip(*ip)]);
         // Last of all, and gone first: a pod that is known has its chains.
@@ -168,8 +177,8 @@ fn entrance() -> Vec<Rule> {
     let established = Match::new(Field::CtState, Test::AnyBit(ct_state::ESTABLISHED | ct_state::RELATED));
     vec![
         DropCause::NotAnyMore.rule([denied], "NetworkPolicy: a connection that is not allowed any more"),
-        Rule::new([established], Verdict::Accept, "judged when it began"),
-        Rule::new([], Verdict::Jump("judge".into()), "a new connection, or none"),
+        Rule::new([established], Verdict::Accept, "evaluated when it began"),
+        Rule::new([], Verdict::Jump("evaluate".into()), "a new connection, or none"),
     ]
 }
 
@@ -182,15 +191,13 @@ const NOT_ROUTED: u32 = 255;
 /// `IPPROTO_ICMPV6`.
 const ICMPV6: u32 = 58;
 
-fn judge(table: &mut Table) {
+fn evaluate(table: &mut Table) {
     let icmpv6 = [Match::family(Family::V6), Match::is(Field::Protocol, ICMPV6)];
     let mut rules = vec![Rule::new(icmpv6, Verdict::Jump("icmpv6".into()), "neighbour discovery?")];
-    rules.extend(
-        Family::ALL.map(|family| {
-            Rule::new([Match::family(family)], Verdict::Goto(Sets::of(family).judge), "by its addresses")
-        }),
-    );
-    table.called("judge").extend(rules);
+    rules.extend(Family::ALL.map(|family| {
+        Rule::new([Match::family(family)], Verdict::Goto(Sets::of(family).evaluate), "by its addresses")
+    }));
+    table.called("evaluate").extend(rules);
     let accept = |kind: u32, on_the_link: Match, why: &'static str| {
         Rule::new([Match::is(Field::IcmpType, kind), on_the_link], Verdict::Accept, why)
     };
@@ -201,7 +208,7 @@ fn judge(table: &mut Table) {
     table.called("icmpv6").extend(NEIGHBOURS.map(neighbour).into_iter().chain(LISTENERS.map(listener)));
 }
 
-fn judge_family(table: &mut Table, sets: &Sets, own_node_allowed: bool) {
+fn evaluate_family(table: &mut Table, sets: &Sets, own_node_allowed: bool) {
     let lost = Match::new(Field::CtState, Test::AnyBit(ct_state::INVALID | ct_state::UNTRACKED));
     let (source, target) = (Field::Source(sets.family), Field::Target(sets.family));
     let not_known = |address| Match { fields: vec![address], test: Test::NotIn(sets.known) };
@@ -217,7 +224,7 @@ fn judge_family(table: &mut Table, sets: &Sets, own_node_allowed: bool) {
     rules.push(Rule::new([both], Verdict::Accept, "a pod to itself, through a Service"));
     for (interface, address) in [(Field::InInterface, source), (Field::OutInterface, target)] {
         let matches = [bridge(interface), not_known(address)];
-        rules.push(DropCause::NotJudged.rule(matches, "NetworkPolicy: a pod that is not judged yet"));
+        rules.push(DropCause::NotApplied.rule(matches, "NetworkPolicy: a pod whose policies are not applied yet"));
     }
     if own_node_allowed {
         let own_node = Match::is(Field::TargetType, LOCAL);
@@ -229,14 +236,14 @@ fn judge_family(table: &mut Table, sets: &Sets, own_node_allowed: bool) {
     };
     rules.push(look_up(sets.began(), sets.egress));
     rules.push(look_up(sets.answers(), sets.ingress));
-    table.called(sets.judge).extend(rules);
+    table.called(sets.evaluate).extend(rules);
 }
 
 /// Sets and chains of one family.
 struct Sets {
     family: Family,
     ip: Datatype,
-    judge: Name,
+    evaluate: Name,
     known: Name,
     isolated: Name,
     itself: Name,
@@ -257,7 +264,7 @@ impl Sets {
                 Self {
                     family,
                     ip: $ip,
-                    judge: Name::new(concat!("judge", $n)),
+                    evaluate: Name::new(concat!("evaluate", $n)),
                     known: Name::new(concat!("known", $n)),
                     isolated: Name::new(concat!("isolated", $n)),
                     itself: Name::new(concat!("itself", $n)),

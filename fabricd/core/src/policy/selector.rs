@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::decode::object;
+use super::json::object;
 use super::labels::Labels;
 
 /// Requirements that all must hold; without any it matches everything. Two that say the same are equal.

@@ -1,5 +1,5 @@
 //! Pods of one node where the host's packet filter doesn't see what passes between ports of a bridge: those that a policy
-//! isolates, or that are not judged yet, exchange nothing with the others there.
+//! isolates, or whose policies are not applied yet, exchange nothing with the others there.
 //!
 //! There is no connection tracking for frames, so who began a connection isn't known, and nothing of it can be let through.
 
@@ -20,7 +20,7 @@ const FILTER: i32 = -200;
 const ICMPV6: u32 = 58;
 const NEIGHBOURS: [u32; 4] = [133, 134, 135, 136];
 
-/// The table of frames: `pods` are those that are judged, of all that are `local`.
+/// The table of frames: `pods` are those whose policies are applied, of all that are `local`.
 #[must_use]
 pub fn separate(pods: &BTreeMap<IpAddr, Isolation>, local: &Local) -> Table {
     let is_open =

@@ -54,7 +54,7 @@ impl PolicySet {
             let isolates = |policy: &&Arc<Policy>| policy.ingress.is_some() || policy.egress.is_some();
             let before = self.policies.get(&name).filter(isolates).map(|policy| (**policy).clone());
             let what = match before {
-                Some(_) => format!("{}; what it said before stays in force", problem.what),
+                Some(_) => format!("{}; what it said before stays applied", problem.what),
                 None => format!("{}; it isolates nobody", problem.what),
             };
             Policy { problems: vec![Problem { what, ..problem }], ..before.unwrap_or_else(Policy::nothing) }

@@ -1,7 +1,6 @@
 //! [`Service`], [`Slice`] and [`Endpoint`]: what objects of the API say, once it is checked, in little memory: names that
-//! thousands share are one text ([`Names`]).
+//! thousands share are one text ([`Interner`]).
 
-use std::collections::HashSet;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -12,6 +11,7 @@ use super::balance::Algorithm;
 use super::objects::{
     EndpointObject, EndpointPort, HintsObject, Metadata, NodeObject, ServiceObject, ServicePortSpec, SliceObject,
 };
+use crate::interner::Interner;
 use crate::model::{Family, Subnet, stable_hash};
 
 /// Who else handles a Service or a slice, if anybody: then it is none of ours (KEP-2447).
@@ -72,45 +72,6 @@ impl fmt::Display for ObjectName {
 impl fmt::Debug for ObjectName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
-    }
-}
-
-/// Texts that thousands of objects have in common, each kept once.
-#[derive(Debug, Default)]
-pub struct Names {
-    known: HashSet<Arc<str>>,
-    /// When there are so many, those that nobody has any more are forgotten.
-    sweep_at: usize,
-}
-
-impl Names {
-    /// Fewer are not worth a sweep.
-    const FEW: usize = 64;
-
-    /// The text that all share.
-    pub fn share(&mut self, text: &str) -> Arc<str> {
-        if let Some(known) = self.known.get(text) {
-            return Arc::clone(known);
-        }
-        if self.known.len() >= self.sweep_at.max(Self::FEW) {
-            self.known.retain(|name| Arc::strong_count(name) > 1);
-            self.sweep_at = self.known.len() * 2;
-        }
-        let new: Arc<str> = text.into();
-        self.known.insert(Arc::clone(&new));
-        new
-    }
-
-    /// How many are known.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.known.len()
-    }
-
-    /// True when none is.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.known.is_empty()
     }
 }
 
@@ -254,7 +215,7 @@ pub struct ServicePort {
 impl Service {
     /// What an object says; `None` for a Service that has no address here or is another proxy's.
     #[must_use]
-    pub fn read(object: &ServiceObject, names: &mut Names) -> Option<Self> {
+    pub fn read(object: &ServiceObject, names: &mut Interner<str>) -> Option<Self> {
         let ServiceObject { metadata, spec, status } = object;
         let kind = match spec.kind.as_deref() {
             None | Some("" | "ClusterIP") => ServiceType::ClusterIp,
@@ -320,7 +281,12 @@ impl Service {
 }
 
 impl ServicePort {
-    fn read(port: &ServicePortSpec, kind: ServiceType, names: &mut Names, refused: &mut Vec<String>) -> Option<Self> {
+    fn read(
+        port: &ServicePortSpec,
+        kind: ServiceType,
+        names: &mut Interner<str>,
+        refused: &mut Vec<String>,
+    ) -> Option<Self> {
         let Some(protocol) = Protocol::read(port.protocol.as_deref()) else {
             refused.push(format!("port {} has the unknown protocol {:?}", port.port, port.protocol));
             return None;
@@ -461,7 +427,7 @@ pub struct Hints {
 impl Slice {
     /// What an object says; `None` for one that says nothing of a Service's endpoints.
     #[must_use]
-    pub fn read(object: &SliceObject, names: &mut Names) -> Option<Self> {
+    pub fn read(object: &SliceObject, names: &mut Interner<str>) -> Option<Self> {
         let metadata = &object.metadata;
         let family = match object.address_type.as_str() {
             "IPv4" => Family::V4,
@@ -488,14 +454,14 @@ impl Slice {
 }
 
 impl SlicePort {
-    fn read(port: &EndpointPort, names: &mut Names) -> Option<Self> {
+    fn read(port: &EndpointPort, names: &mut Interner<str>) -> Option<Self> {
         let name = names.share(port.name.as_deref().unwrap_or_default());
         Some(Self { name, protocol: Protocol::read(port.protocol.as_deref())?, port: number(port.port?)? })
     }
 }
 
 impl Endpoint {
-    fn read(object: &EndpointObject, family: Family, names: &mut Names) -> Option<Self> {
+    fn read(object: &EndpointObject, family: Family, names: &mut Interner<str>) -> Option<Self> {
         let ip: IpAddr = object.addresses.first()?.parse().ok()?;
         if is_special(ip) || Family::of(ip) != family {
             return None;
@@ -503,7 +469,7 @@ impl Endpoint {
         let conditions = object.conditions.unwrap_or_default();
         let ready = conditions.ready.unwrap_or(true);
         let beta = || object.topology.as_ref().and_then(|topology| topology.get(HOSTNAME));
-        let node = object.node_name.as_ref().or_else(beta).map(|name| names.share(name));
+        let node = object.node_name.as_ref().or_else(beta).map(|name| names.share(&**name));
         let uid = object.target_ref.as_ref().and_then(|target| target.uid.as_deref());
         Some(Self {
             ip,
@@ -518,9 +484,9 @@ impl Endpoint {
 }
 
 impl Hints {
-    fn read(object: &HintsObject, names: &mut Names) -> Option<Box<Self>> {
+    fn read(object: &HintsObject, names: &mut Interner<str>) -> Option<Box<Self>> {
         let mut shared = |list: &Option<Vec<super::objects::Named>>| -> Box<[Arc<str>]> {
-            list.iter().flatten().map(|named| names.share(&named.name)).collect()
+            list.iter().flatten().map(|named| names.share(&*named.name)).collect()
         };
         let hints = Self { zones: shared(&object.for_zones), nodes: shared(&object.for_nodes) };
         (hints != Self::default()).then(|| Box::new(hints))

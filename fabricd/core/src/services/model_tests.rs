@@ -3,8 +3,9 @@
 use serde_json::{Value, json};
 
 use super::balance::Algorithm;
-use super::model::{Names, NodeFacts, Policy, Protocol, Service, ServiceType, Slice};
+use super::model::{NodeFacts, Policy, Protocol, Service, ServiceType, Slice};
 use super::objects::{NodeObject, ServiceObject, SliceObject};
+use crate::interner::Interner;
 use crate::model::Family;
 
 /// A Service with another spec, status, or labels.
@@ -18,7 +19,7 @@ fn service(patch: &Value) -> Option<Service> {
     });
     merge(&mut object, patch);
     let object: ServiceObject = serde_json::from_value(object).unwrap();
-    Service::read(&object, &mut Names::default())
+    Service::read(&object, &mut Interner::default())
 }
 
 fn slice(patch: &Value) -> Option<Slice> {
@@ -33,7 +34,7 @@ fn slice(patch: &Value) -> Option<Slice> {
     });
     merge(&mut object, patch);
     let object: SliceObject = serde_json::from_value(object).unwrap();
-    Slice::read(&object, &mut Names::default())
+    Slice::read(&object, &mut Interner::default())
 }
 
 /// A merge patch (RFC 7386).
@@ -183,14 +184,14 @@ fn what_cant_be_used_costs_itself_alone_and_is_told() {
 #[test]
 fn null_is_nothing_said() {
     let object: ServiceObject = serde_json::from_value(json!({"metadata": {}, "spec": null, "status": null})).unwrap();
-    assert_eq!(Service::read(&object, &mut Names::default()), None);
+    assert_eq!(Service::read(&object, &mut Interner::default()), None);
     let status = json!({"loadBalancer": null});
     let object = json!({"metadata": {}, "spec": {"clusterIP": "198.51.100.1", "clusterIPs": null}, "status": status});
     let object: ServiceObject = serde_json::from_value(object).unwrap();
-    assert!(Service::read(&object, &mut Names::default()).is_some());
+    assert!(Service::read(&object, &mut Interner::default()).is_some());
     let endpoints = json!([{"addresses": null, "conditions": null, "hints": null, "targetRef": null}]);
     let object: SliceObject = serde_json::from_value(json!({"metadata": {}, "endpoints": endpoints})).unwrap();
-    assert_eq!(Slice::read(&object, &mut Names::default()), None);
+    assert_eq!(Slice::read(&object, &mut Interner::default()), None);
     let object: NodeObject = serde_json::from_value(json!({"metadata": {}, "spec": null})).unwrap();
     assert_eq!(NodeFacts::read(&object), NodeFacts::default());
 }
@@ -306,10 +307,10 @@ fn nodes_zone_addresses_and_going_are_read() {
 
 #[test]
 fn names_that_nobody_has_any_more_are_forgotten() {
-    let mut names = Names::default();
+    let mut names = Interner::<str>::default();
     let kept = names.share("kept");
     for number in 0..1_000 {
-        names.share(&format!("node-{number}"));
+        names.share(format!("node-{number}").as_str());
     }
     assert!(std::sync::Arc::ptr_eq(&kept, &names.share("kept")));
     assert!(names.len() <= 200, "{} names are known", names.len());

@@ -4,9 +4,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::model::{Names, ObjectName, Service, Slice};
+use super::model::{ObjectName, Service, Slice};
 use super::objects::{Metadata, ServiceObject, SliceObject};
 use crate::cow_map::CowMap;
+use crate::interner::Interner;
 
 /// As many have to be known before it matters that most are gone.
 const FEW: usize = 4;
@@ -15,7 +16,7 @@ const FEW: usize = 4;
 #[derive(Debug, Default)]
 pub struct ServiceSet {
     services: Services,
-    names: Names,
+    names: Interner<str>,
 }
 
 /// Services by name. Cheap to clone.
@@ -25,7 +26,7 @@ impl ServiceSet {
     /// Those of a list.
     #[must_use]
     pub fn listed<'a>(objects: impl IntoIterator<Item = &'a ServiceObject>) -> Self {
-        let mut names = Names::default();
+        let mut names = Interner::default();
         let services = objects.into_iter().filter_map(|object| Service::read(object, &mut names));
         let services = services.map(|service| (service.name.clone(), Arc::new(service))).collect();
         Self { services, names }
@@ -62,7 +63,7 @@ pub struct SliceSet {
     slices: Slices,
     /// The Service of each slice.
     services: HashMap<ObjectName, ObjectName>,
-    names: Names,
+    names: Interner<str>,
 }
 
 /// Slices by Service. Cheap to clone.
@@ -81,7 +82,7 @@ impl SliceSet {
     /// Those of a list.
     #[must_use]
     pub fn listed<'a>(objects: impl IntoIterator<Item = &'a SliceObject>) -> Self {
-        let mut names = Names::default();
+        let mut names = Interner::default();
         let slices: Vec<Slice> = objects.into_iter().filter_map(|object| Slice::read(object, &mut names)).collect();
         let services = slices.iter().map(|slice| (slice.name.clone(), slice.service.clone())).collect();
         let slices = slices.into_iter().map(|slice| (key(&slice), Arc::new(slice))).collect();

@@ -255,7 +255,7 @@ pub enum Refusal {
         wanted: String,
     },
     /// The device sends from an address that the host hasn't got.
-    #[error("{0} sends from {1}, which is no address of this host; flanneld makes the device anew when it is started")]
+    #[error("{0} sends from {1}, which is no address of this host; flanneld recreates the device when it starts")]
     NotOurAddress(IfName, IpAddr),
     /// The store knows no lease of this node.
     #[error(
@@ -292,7 +292,7 @@ pub enum Refusal {
     FabricdRuns(String),
     /// The kernel can't rename a device that is up.
     #[error(
-        "this kernel is older than 6.2 and renames no device that is up; drain the node and start it anew with fabricd"
+        "this kernel is older than 6.2 and renames no device that is up; drain the node and restart it with fabricd"
     )]
     OldKernel,
     /// The daemon would not masquerade.

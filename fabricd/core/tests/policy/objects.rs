@@ -112,7 +112,7 @@ fn policy_that_cannot_be_read_keeps_its_last_good_value_and_is_named() {
             assert_eq!(read.ingress.is_some(), is_known, "isolates as before, or nobody");
             let told = problems(set.policies())[&name("shop/p")][0].to_string();
             assert!(told.starts_with("spec.podSelector: "), "{told}");
-            let words = if is_known { "what it said before stays in force" } else { "it isolates nobody" };
+            let words = if is_known { "what it said before stays applied" } else { "it isolates nobody" };
             assert!(told.ends_with(words), "{told}");
         }
         assert!(set.apply(&good) && problems(set.policies()).is_empty());

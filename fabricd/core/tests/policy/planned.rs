@@ -455,7 +455,7 @@ fn showing_what_is_dropped_changes_no_verdict_and_no_chain_of_a_pod() {
         .filter(|name| plan.table.chains[*name] != shown.table.chains[*name])
         .map(Name::as_str)
         .collect();
-    assert_eq!(differ, ["drop-no-connection", "drop-no-rule", "drop-not-any-more", "drop-not-judged"]);
+    assert_eq!(differ, ["drop-no-connection", "drop-no-rule", "drop-not-any-more", "drop-not-applied"]);
     for conn in [tcp(WEB, DB), tcp(DB, WEB), tcp(WEB, WEB)] {
         let passes = |plan: &PolicyPlan| Seen::first(&world, conn).passes(&Interpreter::new(&plan.table));
         assert_eq!(passes(&plan), passes(&shown), "{conn:?}");

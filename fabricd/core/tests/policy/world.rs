@@ -3,8 +3,10 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use fabric_core::policy::labels::{Labels, Pool};
-use fabric_core::policy::model::{LocalPod, NamedPort, Pod, PodIdentity, Protocol, State, Template};
+use fabric_core::interner::Interner;
+use fabric_core::policy::State;
+use fabric_core::policy::labels::Labels;
+use fabric_core::policy::model::{LocalPod, NamedPort, Pod, PodIdentity, Protocol, Template};
 use fabric_core::policy::{Cluster, Conn, ObjectName, Policy, Side, Verdict};
 use serde_json::Value;
 
@@ -17,8 +19,8 @@ pub const ICMP: u8 = 1;
 #[derive(Clone, Debug, Default)]
 pub struct World {
     pub state: State,
-    names: Pool<str>,
-    labels: Pool<Labels>,
+    names: Interner<str>,
+    labels: Interner<Labels>,
 }
 
 /// `namespace/name`.

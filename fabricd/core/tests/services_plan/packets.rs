@@ -200,7 +200,7 @@ fn source_ranges_let_nobody_else_in() {
             "status": {"loadBalancer": {"ingress": [{"ip": "10.244.203.1"}]}},
         });
         let object = serde_json::from_value(object).unwrap();
-        Arc::new(Service::read(&object, &mut fabric_core::services::model::Names::default()).unwrap())
+        Arc::new(Service::read(&object, &mut fabric_core::interner::Interner::default()).unwrap())
     };
     let mut fates = |ranges: &[&str]| {
         services.insert(ObjectName::new("default", "s1"), with(ranges));

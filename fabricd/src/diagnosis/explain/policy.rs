@@ -9,19 +9,19 @@ use crate::diagnosis::Scene;
 /// How many rules that don't allow it are told.
 const TOLD: usize = 5;
 
-/// What the policies of one end say; `None` where they are not put in force, or are not asked.
+/// What the policies of one end say; `None` where they are not enforced, or are not asked.
 pub(super) fn hop(scene: &Scene, question: &Question, direction: Direction) -> Option<Hop> {
     let policy = scene.policy.as_ref()?;
-    let Some(in_force) = policy.in_force.borrow().clone() else {
+    let Some(applied) = policy.applied.borrow().clone() else {
         let reason = policy.status.borrow().ready.clone().err().unwrap_or_default();
-        return Some(Hop::unknown("policy", format!("network policies are not in force yet: {reason}")));
+        return Some(Hop::unknown("policy", format!("network policies are not applied yet: {reason}")));
     };
     // They see the endpoint that a Service leads to.
     if question.to.is_none() && Place::of(scene, question.target) == Place::Service {
         return None;
     }
     let conn = Conn { src: question.source, dst: question.target, protocol: question.protocol, port: question.port };
-    let cluster = Cluster::new(&in_force.state);
+    let cluster = Cluster::new(&applied.state);
     let verdict = cluster.evaluate_here(&conn);
     let (side, pod) = match direction {
         Direction::Egress => (verdict.egress, conn.src),

@@ -84,18 +84,7 @@ mod tests {
 
     #[test]
     fn overriding_route_or_rule_is_named_with_the_command_that_takes_it_away() {
-        let usual = PolicyRule {
-            family: Family::V4,
-            priority: 32766,
-            from: None,
-            to: None,
-            iif: None,
-            mark: None,
-            other: false,
-            invert: false,
-            action: Action::Table(254),
-            suppress: None,
-        };
+        let usual = PolicyRule::of_all(Family::V4, 32766, Action::Table(254));
         let vpn = PolicyRule { priority: 100, action: Action::Table(100), ..usual.clone() };
         let refusing = PolicyRule { priority: 7, action: Action::Refuse("prohibit"), ..usual.clone() };
         let lost = Route {

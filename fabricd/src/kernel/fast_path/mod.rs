@@ -34,13 +34,10 @@ use self::hooks::Hooks;
 use self::maps::Maps;
 pub use self::maps::{Counts, Traffic};
 use self::pins::Pins;
+use super::refusal::BPF_CAPABILITIES;
 
 /// How long a mark of the NAT guard lasts at least, and at most twice that: the tables of connections may be long.
 const RENEWAL: Duration = Duration::from_secs(300);
-
-/// What to look at when the kernel lets nothing of eBPF be made or opened.
-pub(super) const RIGHTS: &str =
-    "does fabricd have CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN? See: grep CapEff /proc/$(pidof fabricd)/status";
 
 /// What the object file has.
 static OBJECT: LazyLock<Result<Object, fabric_ebpf::ObjectError>> = LazyLock::new(|| Object::parse(fabric_bpf::OBJECT));
@@ -125,7 +122,7 @@ impl Bpf {
                     self.trouble = Some(match refused.words {
                         Some(words) => words,
                         None if is_denied(&refused.error) => {
-                            format!("cannot open what is pinned: {}; {RIGHTS}", refused.error)
+                            format!("cannot open what is pinned: {}; {BPF_CAPABILITIES}", refused.error)
                         }
                         None => refused.error.to_string(),
                     });

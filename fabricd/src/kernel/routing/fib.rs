@@ -151,6 +151,13 @@ impl Fib {
 }
 
 impl PolicyRule {
+    /// A rule for all packets of a family.
+    #[must_use]
+    pub fn of_all(family: Family, priority: u32, action: Action) -> Self {
+        let (from, to, iif, mark, suppress) = (None, None, None, None, None);
+        Self { family, priority, from, to, iif, mark, other: false, invert: false, action, suppress }
+    }
+
     fn matches(&self, packet: &Packet<'_>) -> bool {
         // A pod's packet carries no mark.
         let all = self.from.is_none_or(|from| from.contains(packet.from))
@@ -292,16 +299,9 @@ fn nothing_if_missing<T>(rows: std::io::Result<Vec<T>>) -> std::io::Result<Vec<T
 fn rule_of(message: &RuleMessage) -> PolicyRule {
     let family = if message.header.family == AddressFamily::Inet6 { Family::V6 } else { Family::V4 };
     let mut rule = PolicyRule {
-        family,
-        priority: 0,
-        from: None,
-        to: None,
-        iif: None,
-        mark: None,
         other: message.header.tos != 0,
         invert: message.header.flags.contains(RuleFlags::Invert),
-        action: Action::Nop,
-        suppress: None,
+        ..PolicyRule::of_all(family, 0, Action::Nop)
     };
     let (mut table, mut goto, mut mask) = (u32::from(message.header.table), 0, u32::MAX);
     for attribute in &message.attributes {
@@ -420,18 +420,7 @@ mod tests {
     }
 
     fn rule(priority: u32, action: Action) -> PolicyRule {
-        PolicyRule {
-            family: Family::V4,
-            priority,
-            from: None,
-            to: None,
-            iif: None,
-            mark: None,
-            other: false,
-            invert: false,
-            action,
-            suppress: None,
-        }
+        PolicyRule::of_all(Family::V4, priority, action)
     }
 
     /// The rules of every host, and ours for a peer.

@@ -93,17 +93,7 @@ pub(super) fn read(node: &Node) -> Option<Published> {
         }
     }
     // Whoever wrote it: in Kubernetes a lease has its node's name.
-    let owner = Owner {
-        version: Owner::VERSION,
-        node: name,
-        boot: String::new(),
-        netns: 0,
-        epoch: 0,
-        taken_from: None,
-        taken_back: false,
-        unknown: Map::new(),
-    };
-    record.insert("Fabric".into(), json!(owner));
+    record.insert("Fabric".into(), json!(Owner::of(name)));
     Some(Published { key, value: Value::Object(record).to_string().into_bytes() })
 }
 

@@ -23,15 +23,15 @@ fn node_takes_what_it_is_assigned_and_nothing_else() {
     assert!(node.obstacle(&empty()).contains("lies outside the network 10.244.0.0/16"));
     // Its size is not the network config's to say.
     node.assigned = assigned("10.244.7.0/26");
-    let bid = node.bid(&empty());
-    assert_eq!((bid.key, bid.expect), (key("10.244.7.0-26"), Expect::Absent));
+    let claim = node.claim(&empty());
+    assert_eq!((claim.key, claim.expect), (key("10.244.7.0-26"), Expect::Absent));
 }
 
 #[test]
 fn flannels_mac_is_kept_and_an_address_that_a_person_wants_published() {
     let mut node = Node { assigned: assigned("10.244.9.0/24"), ..Node::new() };
     let flannels = set(&[(NINE, fabric("node-1", "192.0.2.1"), 5)], 6);
-    let published = |node: &Node| node.bid(&flannels).record.endpoints().v4.expect("IPv4");
+    let published = |node: &Node| node.claim(&flannels).record.endpoints().v4.expect("IPv4");
     assert_eq!(published(&node).vtep_mac.to_string(), "c6:d2:32:6f:8f:44");
     node.assigned.as_mut().expect("assigned").public_ips.v4 = Some("203.0.113.1".parse().expect("ip"));
     assert_eq!(published(&node).public_ip.to_string(), "203.0.113.1");
@@ -70,9 +70,9 @@ fn other_assignment_is_a_loss_and_waits_for_the_pods_of_the_old_subnet() {
     (node.held, node.pods) = (None, pods(&["10.244.9.2"]));
     assert!(node.obstacle(&empty()).contains("its pods still have addresses in 10.244.9.0/24"));
     node.leave = Some(key(NINE));
-    assert_eq!(node.bid(&empty()).key, key(SEVEN), "told to cut them off");
+    assert_eq!(node.claim(&empty()).key, key(SEVEN), "told to cut them off");
     (node.leave, node.pods) = (None, vec![]);
-    assert_eq!(node.bid(&empty()).key, key(SEVEN));
+    assert_eq!(node.claim(&empty()).key, key(SEVEN));
 }
 
 #[test]
@@ -88,7 +88,7 @@ fn pods_of_another_subnet_are_seen_without_a_memory_too() {
     let told = node.obstacle(&empty());
     assert!(told.contains("addresses in 10.244.9.0/24, outside of 10.244.7.0/24"), "{told}");
     let left = Node { left: pods(&["10.244.9.0/24"]), ..node };
-    assert_eq!(left.bid(&empty()).key, key(SEVEN));
+    assert_eq!(left.claim(&empty()).key, key(SEVEN));
 }
 
 #[test]
@@ -99,7 +99,7 @@ fn machine_that_the_cluster_does_not_mean_by_this_nodes_name_waits() {
     let told = node.obstacle(&empty());
     assert!(told.contains("boot id another") && told.contains("this machine's boot id is boot"), "{told}");
     says(&mut node, "boot");
-    assert_eq!(node.bid(&empty()).key, key(SEVEN));
+    assert_eq!(node.claim(&empty()).key, key(SEVEN));
     // One that has its lease doesn't lose it to whatever a second kubelet writes.
     let (mut held, leases) = holder();
     says(&mut held, "another");

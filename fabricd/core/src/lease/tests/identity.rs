@@ -55,7 +55,7 @@ fn silence_gives_a_machine_its_subnet_back_where_nobody_else_can_have_it() {
         let told = node.obstacle(&leases);
         if let Some(patience) = patience {
             node.findings = silent_for(patience);
-            assert_eq!(node.bid(&leases).key, key(NINE), "{who}");
+            assert_eq!(node.claim(&leases).key, key(NINE), "{who}");
             // Silence about another record says nothing about this one.
             node.findings[0].revision = 4;
             assert!(matches!(node.step(&leases), Step::Ask(..)), "{who}");
@@ -81,7 +81,7 @@ fn machine_that_answers_at_the_address_of_before_is_waited_for_unless_it_is_anot
     assert_eq!(question.probe, ["192.0.2.9".parse::<IpAddr>().expect("ip")]);
     assert!(obstacle.to_string().contains("where a machine answers though its fabricd doesn't"), "{obstacle}");
     leases.push(("10.244.3.0-24", fabric("node-2", "192.0.2.9"), 4));
-    assert_eq!(node.bid(&set(&leases, 5)).key, key(NINE), "the address is node-2's by now");
+    assert_eq!(node.claim(&set(&leases, 5)).key, key(NINE), "the address is node-2's by now");
     node.findings = vec![];
     let Step::Ask(question, _) = node.step(&set(&leases, 5)) else { panic!("nobody was asked") };
     assert_eq!(question.probe, [] as [IpAddr; 0], "node-2 would answer");
@@ -94,26 +94,26 @@ fn node_whose_lease_was_taken_takes_it_back_and_says_whom_it_took_one_from() {
     let Step::Lost(Loss::Twin { by, there, .. }) = node.step(&usurped) else { panic!("{:?}", node.step(&usurped)) };
     assert_eq!((by, there.as_str()), (run("thief"), "192.0.2.9"));
     let node = Node { held: None, overruled: Some(run("thief")), ..node };
-    let bid = node.bid(&usurped);
-    let owner = bid.record.owner.clone().expect("named");
-    assert_eq!((bid.expect, owner.taken_from, owner.taken_back), (Expect::Revision(6), None, true));
+    let claim = node.claim(&usurped);
+    let owner = claim.record.owner.clone().expect("named");
+    assert_eq!((claim.expect, owner.taken_from, owner.taken_back), (Expect::Revision(6), None, true));
     // So the thief, which may have found the key absent, knows that it must not take it back in turn.
     let thief = Node { instance: run("thief"), ..Node::with_a_lease() };
-    let told = set(&[(NINE, bid.record.encode(), 7)], 7);
+    let told = set(&[(NINE, claim.record.encode(), 7)], 7);
     assert!(matches!(thief.step(&told), Step::Lost(Loss::Twin { back: true, .. })), "{:?}", thief.step(&told));
     // The other one, in its turn, would have said whom it took it from.
     let thief = Node { instance: run("thief"), findings: silent_for(QUICK), ..Node::new() };
-    let bid = thief.bid(&set(&[(NINE, fabric("node-1", "192.0.2.1"), 5)], 5));
-    assert_eq!(bid.record.owner.expect("named").taken_from, Some(run("boot")));
+    let claim = thief.claim(&set(&[(NINE, fabric("node-1", "192.0.2.1"), 5)], 5));
+    assert_eq!(claim.record.owner.expect("named").taken_from, Some(run("boot")));
 }
 
 #[test]
 fn renamed_machine_keeps_its_subnet() {
     let ours = set(&[(NINE, fabric("other-name", "192.0.2.1"), 5)], 5);
-    let bid = Node::new().bid(&ours);
-    assert_eq!((bid.key, bid.expect), (key(NINE), Expect::Revision(5)), "the same boot wrote it");
-    assert_eq!(bid.formerly.expect("guards have that name").as_str(), "other-name");
-    assert_eq!(bid.record.node().expect("named").as_str(), "node-1");
+    let claim = Node::new().claim(&ours);
+    assert_eq!((claim.key, claim.expect), (key(NINE), Expect::Revision(5)), "the same boot wrote it");
+    assert_eq!(claim.formerly.expect("guards have that name").as_str(), "other-name");
+    assert_eq!(claim.record.node().expect("named").as_str(), "node-1");
 
     // Renamed at a reboot: the disk remembers, and nobody of the former name answers.
     let formerly = "other-name".parse().ok();
@@ -121,7 +121,7 @@ fn renamed_machine_keeps_its_subnet() {
     let mut node = Node { instance: run("reboot"), previous: Some(remembered), ..Node::new() };
     assert!(matches!(node.step(&ours), Step::Ask(question, _) if question.node.as_str() == "other-name"));
     node.findings = silent_for(QUICK);
-    assert_eq!(node.bid(&ours).key, key(NINE));
+    assert_eq!(node.claim(&ours).key, key(NINE));
 }
 
 #[test]
@@ -131,15 +131,15 @@ fn copied_disk_of_a_node_with_another_name_is_no_claim_to_its_subnet() {
     let node =
         Node { instance: run("clone"), previous: Some(remembered), findings: silent_for(REMEMBERED), ..Node::new() };
     for leases in [set(&[(NINE, fabric("other-name", "192.0.2.9"), 5)], 5), empty()] {
-        let bid = node.bid(&leases);
-        assert_ne!(bid.key, key(NINE));
-        assert_eq!(bid.formerly, None);
-        let mac = bid.record.endpoints().v4.expect("IPv4").vtep_mac;
+        let claim = node.claim(&leases);
+        assert_ne!(claim.key, key(NINE));
+        assert_eq!(claim.formerly, None);
+        let mac = claim.record.endpoints().v4.expect("IPv4").vtep_mac;
         assert_eq!(mac, MacAddr::derived(&node.name, node.network.vxlan.vni, Family::V4), "nor to its VTEP's address");
     }
     // This very boot held it under that name, and it is free.
     let mut renamed = node;
     renamed.previous.as_mut().expect("had").this_boot = true;
-    let bid = renamed.bid(&empty());
-    assert_eq!((bid.key, bid.formerly.expect("its guards").as_str()), (key(NINE), "other-name"));
+    let claim = renamed.claim(&empty());
+    assert_eq!((claim.key, claim.formerly.expect("its guards").as_str()), (key(NINE), "other-name"));
 }

@@ -16,33 +16,34 @@ pub(super) fn occupied(now: &Situation<'_>, key: &LeaseKey) -> bool {
 }
 
 /// What attached pods have of the network outside of these subnets.
-pub(super) fn astray(now: &Situation<'_>, key: &LeaseKey) -> Vec<Subnet> {
+pub(super) fn pods_outside(now: &Situation<'_>, key: &LeaseKey) -> Vec<Subnet> {
     let is_outside = |pod: &Subnet| key.subnets().get(pod.family()).is_some_and(|subnet| !subnet.covers(*pod));
     counted(now).filter(|pod| in_network(now, *pod) && is_outside(pod)).collect()
 }
 
 /// The subnet of each family that all attached pods live in, as the network cuts them; none where there are no pods, or
 /// where they live in several.
-pub(super) fn home(now: &Situation<'_>) -> PerFamily<Subnet> {
+pub(super) fn pod_subnet(now: &Situation<'_>) -> PerFamily<Subnet> {
     let of_family = |family: Family| {
         let space = now.network.spaces.get(family)?;
         let pods = counted(now).filter(|pod| pod.family() == family && in_network(now, *pod));
-        let mut homes = pods.map(|pod| match Subnet::holding(pod.base(), space.subnet_len) {
+        let mut subnets = pods.map(|pod| match Subnet::holding(pod.base(), space.subnet_len) {
             Ok(whole) if whole.covers(pod) => whole,
             _ => pod,
         });
-        let first = homes.next()?;
-        (homes.all(|home| home == first) && first.prefix_len() == space.subnet_len).then_some((family, first))
+        let first = subnets.next()?;
+        (subnets.all(|pod_subnet| pod_subnet == first) && first.prefix_len() == space.subnet_len)
+            .then_some((family, first))
     };
     Family::ALL.into_iter().filter_map(of_family).collect()
 }
 
 /// Why this node can't be ready with these subnets.
 pub(super) fn cut_off(now: &Situation<'_>, key: &LeaseKey) -> Option<Obstacle> {
-    let mut pods = astray(now, key);
+    let mut pods = pods_outside(now, key);
     pods.sort_unstable();
     pods.dedup();
-    (!pods.is_empty()).then_some(Obstacle::Astray { key: *key, pods })
+    (!pods.is_empty()).then_some(Obstacle::PodsOutside { key: *key, pods })
 }
 
 fn in_network(now: &Situation<'_>, pod: Subnet) -> bool {

@@ -1,9 +1,9 @@
-//! Network policies, as far as attaching a pod has to do with them: a pod reaches nobody until the daemon has put its
-//! policies in force, so ADD waits for that, and DEL takes the pod's addresses from those that are known, so that whoever
+//! Network policies, as far as attaching a pod has to do with them: a pod reaches nobody until the daemon has applied its
+//! policies, so ADD waits for that, and DEL takes the pod's addresses from those that are known, so that whoever
 //! gets them next is closed again, with or without a daemon.
 //!
 //! ```text
-//! <folder of node.json>/judged/<container>@<ifname>   its policies are in force; the folder is there while policies are on
+//! <folder of node.json>/policy-applied/<container>@<ifname>   its policies are applied; the folder is there while policies are on
 //! ```
 
 use std::io;
@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use fabric_core::handoff::{JUDGED, judged_file};
+use fabric_core::handoff::{POLICY_APPLIED, policy_file};
 use fabric_netlink::{Attributes, Refusal, Request, RequestSocket};
 use netlink_packet_core::NLM_F_ACK;
 use netlink_sys::protocols::NETLINK_NETFILTER;
@@ -20,18 +20,18 @@ use rustix::io::Errno;
 use crate::ready::wait_for;
 use crate::spec::AttachmentId;
 
-/// Where the daemon says which pods' policies are in force; `None` while network policies are off.
+/// Where the daemon says which pods' policies are applied; `None` while network policies are off.
 #[must_use]
 pub fn folder(node_file: &Path) -> Option<PathBuf> {
-    let folder = node_file.with_file_name(JUDGED);
+    let folder = node_file.with_file_name(POLICY_APPLIED);
     folder.is_dir().then_some(folder)
 }
 
-/// Waits until an attachment's policies are in force. False when the time was up before; the pod is closed then, and the
+/// Waits until an attachment's policies are applied. False when the time was up before; the pod is closed then, and the
 /// daemon opens it whenever it comes to it.
 #[must_use]
-pub fn is_judged(folder: &Path, id: &AttachmentId, patience: Duration) -> bool {
-    let file = folder.join(judged_file(id.container.as_str(), &id.ifname));
+pub fn is_applied(folder: &Path, id: &AttachmentId, patience: Duration) -> bool {
+    let file = folder.join(policy_file(id.container.as_str(), &id.ifname));
     wait_for(&file, patience, || file.try_exists().ok().filter(|there| *there).ok_or(())).is_ok()
 }
 

@@ -81,7 +81,7 @@ impl<S: LeaseStore> Keeper<S> {
             self.answered = Some(inquiry.number);
             // Before its last restart or reboot this very machine may have asked.
             if !inquiry.by.addresses.iter().any(|ip| ours.addresses.contains(ip)) {
-                self.say_rival(&format!(
+                self.warn_of_duplicate_name(&format!(
                     "another machine is called {name} too, and waits for this node's lease: it is at {}; name it \
                      differently there with --node-name",
                     Place::from(&inquiry.by)
@@ -102,7 +102,7 @@ impl<S: LeaseStore> Keeper<S> {
                 self.options.node, by.boot
             );
             error!("{told}");
-            self.say_rival(&told);
+            self.warn_of_duplicate_name(&told);
         }
     }
 
@@ -118,26 +118,26 @@ impl<S: LeaseStore> Keeper<S> {
         });
     }
 
-    fn say_rival(&mut self, told: &str) {
-        self.rival = Some(Instant::now() + SAY);
+    fn warn_of_duplicate_name(&mut self, told: &str) {
+        self.duplicate_name = Some(Instant::now() + SAY);
         self.holding.send_if_modified(|holding| {
-            if holding.rival.as_deref() == Some(told) {
+            if holding.duplicate_name.as_deref() == Some(told) {
                 return false;
             }
             warn!("{told}");
-            holding.rival = Some(told.to_owned());
+            holding.duplicate_name = Some(told.to_owned());
             true
         });
     }
 
     /// Forgets a machine of this name that has given no sign for a while; gives when the next one is forgotten.
-    pub(super) fn forget_rival(&mut self) -> Option<Instant> {
-        let until = self.rival?;
+    pub(super) fn forget_duplicate_name(&mut self) -> Option<Instant> {
+        let until = self.duplicate_name?;
         if Instant::now() < until {
             return Some(until);
         }
-        self.rival = None;
-        self.holding.send_modify(|holding: &mut Holding| holding.rival = None);
+        self.duplicate_name = None;
+        self.holding.send_modify(|holding: &mut Holding| holding.duplicate_name = None);
         None
     }
 

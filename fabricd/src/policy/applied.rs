@@ -1,24 +1,41 @@
-//! The folder `judged` beside `node.json`: a file for each attachment whose policies are in force, for which `fabric-cni`
-//! waits. The folder itself says that policies are on.
+//! Which policies are applied, for readers ([`Applied`]), and for `fabric-cni`, which waits for it: the folder
+//! `policy-applied` beside `node.json`, with a file for each attachment whose policies are applied. The folder itself says
+//! that policies are on.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use fabric_core::attachments::Owner;
-use fabric_core::handoff::{JUDGED, judged_file};
+use fabric_core::handoff::{POLICY_APPLIED, policy_file};
 use fabric_core::model::IfName;
+use fabric_core::policy::State;
+use fabric_core::policy::plan::{Isolation, Origin};
+use fabric_core::state::nft::Name;
+
+/// What the kernel holds of network policies, and from what it was made.
+#[derive(Clone, Debug, Default)]
+pub struct Applied {
+    /// All that decides.
+    pub state: Arc<State>,
+    /// Pods of this node by their addresses, those whose policies are applied, with the policies that isolate them.
+    pub pods: BTreeMap<IpAddr, Isolation>,
+    /// What the rules of their chains are made of.
+    pub chains: BTreeMap<Name, Origin>,
+}
 
 /// The folder.
 #[derive(Clone, Debug)]
-pub struct Judged(PathBuf);
+pub struct AppliedPolicies(PathBuf);
 
-impl Judged {
+impl AppliedPolicies {
     /// The one below this runtime directory.
     #[must_use]
     pub fn new(run_dir: &Path) -> Self {
-        Self(run_dir.join(JUDGED))
+        Self(run_dir.join(POLICY_APPLIED))
     }
 
     /// Says that policies are on.
@@ -40,13 +57,13 @@ impl Judged {
         }
     }
 
-    /// Says that the policies of these attachments are in force, and of no others.
+    /// Says that the policies of these attachments are applied, and of no others.
     ///
     /// # Errors
     /// When a file can't be written or removed.
     pub fn are<'a>(&self, owners: impl IntoIterator<Item = &'a Owner>) -> io::Result<()> {
         self.turn_on()?;
-        let file = |owner: &Owner| Some(judged_file(&owner.container, &owner.ifname.parse::<IfName>().ok()?));
+        let file = |owner: &Owner| Some(policy_file(&owner.container, &owner.ifname.parse::<IfName>().ok()?));
         let wanted: BTreeSet<String> = owners.into_iter().filter_map(file).collect();
         let there =
             fs::read_dir(&self.0)?.map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned()));
@@ -66,20 +83,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn folder_has_a_file_for_each_attachment_that_is_judged_and_no_other() {
+    fn folder_has_a_file_for_each_attachment_whose_policies_are_applied_and_no_other() {
         let dir = tempfile::tempdir().expect("a folder");
-        let judged = Judged::new(dir.path());
+        let applied = AppliedPolicies::new(dir.path());
         let owner = |container: &str| Owner { network: "n".into(), container: container.into(), ifname: "eth0".into() };
         let files = || {
-            let files = fs::read_dir(dir.path().join(JUDGED)).expect("a folder");
+            let files = fs::read_dir(dir.path().join(POLICY_APPLIED)).expect("a folder");
             files.map(|file| file.expect("a file").file_name().into_string().expect("text")).collect::<BTreeSet<_>>()
         };
-        judged.are(&[owner("c1"), owner("c2")]).expect("written");
+        applied.are(&[owner("c1"), owner("c2")]).expect("written");
         assert_eq!(files(), ["c1@eth0", "c2@eth0"].map(str::to_owned).into());
-        judged.are(&[owner("c2")]).expect("written");
+        applied.are(&[owner("c2")]).expect("written");
         assert_eq!(files(), ["c2@eth0".to_owned()].into());
-        judged.turn_off().expect("removed");
-        judged.turn_off().expect("there is none");
-        assert!(!dir.path().join(JUDGED).exists());
+        applied.turn_off().expect("removed");
+        applied.turn_off().expect("there is none");
+        assert!(!dir.path().join(POLICY_APPLIED).exists());
     }
 }

@@ -1,7 +1,7 @@
 //! What a node says of itself in its record, and the claim of one.
 
 use super::reason::Obstacle;
-use super::situation::{Bid, Expect, Situation};
+use super::situation::{ClaimRequest, Expect, Situation};
 use crate::leases::Lease;
 use crate::model::{MacAddr, PerFamily};
 use crate::record::{Backend, Endpoint, LeaseKey, Owner, Record};
@@ -19,7 +19,7 @@ pub(super) fn endpoints(now: &Situation<'_>, published: Option<&Lease>) -> PerFa
 }
 
 /// A claim of `key`. What the record there says today, `before`, stays where we have nothing to say.
-pub(super) fn bid(now: &Situation<'_>, key: LeaseKey, expect: Expect, before: Option<&Lease>) -> Bid {
+pub(super) fn claim_of(now: &Situation<'_>, key: LeaseKey, expect: Expect, before: Option<&Lease>) -> ClaimRequest {
     let endpoints = endpoints(now, before);
     let before = before.map(|lease| &lease.record);
     let owner = before.and_then(|record| record.owner.as_ref());
@@ -46,7 +46,7 @@ pub(super) fn bid(now: &Situation<'_>, key: LeaseKey, expect: Expect, before: Op
     };
     let unknown = before.map(|record| record.unknown.clone()).unwrap_or_default();
     let record = Record { backend: Backend::Vxlan(endpoints), owner: Some(owner), unknown };
-    Bid { key, record, expect, evict: vec![], formerly: formerly.filter(|name| name != now.node) }
+    ClaimRequest { key, record, expect, evict: vec![], formerly: formerly.filter(|name| name != now.node) }
 }
 
 /// True for a record that is as this node's disk remembers to have written it.

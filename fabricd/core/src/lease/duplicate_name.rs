@@ -16,8 +16,8 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use super::bid::written_here;
-use super::reason::{Life, Obstacle, Place, Rivals};
+use super::claim::written_here;
+use super::reason::{DuplicateName, Life, Obstacle, Place};
 use super::situation::{Question, Situation, Step};
 use crate::leases::Lease;
 
@@ -28,7 +28,7 @@ pub const QUICK: Duration = Duration::from_secs(3);
 pub const REMEMBERED: Duration = Duration::from_secs(30);
 
 /// Asks, or waits, while a record may be a living machine's; `None` when it may be taken over.
-pub(super) fn contest(now: &Situation<'_>, lease: &Lease) -> Option<Step> {
+pub(super) fn ask_holder(now: &Situation<'_>, lease: &Lease) -> Option<Step> {
     let owner = lease.record.owner.as_ref().filter(|_| !lease.record.is_placeholder())?;
     let writer = owner.instance();
     let (same_run, at_our_address) = (writer == *now.instance, shares_address(now, lease));
@@ -69,8 +69,8 @@ pub(super) fn contest(now: &Situation<'_>, lease: &Lease) -> Option<Step> {
         since: Some(now.since),
     };
     let question = Question { node: owner.node.clone(), key: lease.key, revision: lease.mod_revision, probe };
-    let rivals = Rivals { node: owner.node.clone(), key: lease.key, there, here, life };
-    Some(Step::Ask(question, Obstacle::SameName(Box::new(rivals))))
+    let duplicate = DuplicateName { node: owner.node.clone(), key: lease.key, there, here, life };
+    Some(Step::Ask(question, Obstacle::SameName(Box::new(duplicate))))
 }
 
 /// True when a record has an address that this node publishes.
