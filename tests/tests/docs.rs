@@ -128,16 +128,56 @@ fn files_in_the_table_of_times_are_there() -> Result<()> {
     let places: Vec<_> =
         times.lines().filter_map(|line| place.captures(line).map(|found| found[1].to_owned())).collect();
     ensure!(places.len() > 40, "only {} lines of the table name a place", places.len());
-    for place in places {
-        // `store/kubernetes/{follow,write}.rs` are two.
-        let names = match place.split_once('{').and_then(|(head, rest)| Some((head, rest.split_once('}')?))) {
-            Some((head, (names, tail))) => names.split(',').map(|name| format!("{head}{name}{tail}")).collect(),
-            None => vec![place],
-        };
-        for name in names {
-            ensure!(root().join(&name).exists(), "the table of times names {name}");
-        }
+    for name in places.iter().flat_map(|place| alternatives(place)) {
+        ensure!(root().join(&name).exists(), "the table of times names {name}");
     }
+    Ok(())
+}
+
+/// `kernel/{nft,routing}/mod.rs` are two.
+fn alternatives(name: &str) -> Vec<String> {
+    match name.split_once('{').and_then(|(head, rest)| Some((head, rest.split_once('}')?))) {
+        Some((head, (names, tail))) => names.split(',').map(|name| format!("{head}{}{tail}", name.trim())).collect(),
+        None => vec![name.to_owned()],
+    }
+}
+
+/// What a page names of the source and isn't there. Files may lack folders in front, names of functions may be cut by `…`.
+fn gone(markdown: &str, sources: &[String], identifiers: &BTreeSet<String>) -> Result<Vec<String>> {
+    let file = Regex::new(r"`([A-Za-z0-9_./{},-]+\.rs)`")?;
+    let function = Regex::new(r"`(?:[A-Za-z_]+::)+(\{[^`]+\}|[A-Za-z0-9_…]+)`")?;
+    let of = |pattern: &Regex| -> Vec<String> {
+        pattern.captures_iter(markdown).flat_map(|found| alternatives(&found[1])).collect()
+    };
+    let has_file = |name: &String| sources.iter().any(|path| format!("/{path}").ends_with(&format!("/{name}")));
+    let has_function = |name: &String| {
+        if !name.contains('…') {
+            return identifiers.contains(name);
+        }
+        let pieces: Vec<&str> = name.split('…').filter(|piece| !piece.is_empty()).collect();
+        identifiers
+            .iter()
+            .any(|known| !pieces.contains(&known.as_str()) && pieces.iter().all(|piece| known.contains(piece)))
+    };
+    let files = of(&file).into_iter().filter(|name| !has_file(name));
+    Ok(files.chain(of(&function).into_iter().filter(|name| !has_function(name))).collect())
+}
+
+#[test]
+fn sources_and_tests_that_the_pages_name_are_there() -> Result<()> {
+    let (mut sources, mut identifiers) = (Vec::new(), BTreeSet::new());
+    for path in files(".rs")? {
+        let text = fs::read_to_string(&path)?;
+        let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        identifiers.extend(words.filter(|word| !word.is_empty()).map(str::to_owned));
+        sources.push(path.strip_prefix(root())?.display().to_string());
+    }
+    for page in files(".md")? {
+        let gone = gone(&fs::read_to_string(&page)?, &sources, &identifiers)?;
+        ensure!(gone.is_empty(), "{} names what is not there: {gone:?}", page.display());
+    }
+    let wrong = gone("`docs.rs` `tests/{docs,nowhere}.rs` `docs::{gone, xyzzy_…}`", &sources, &identifiers)?;
+    ensure!(wrong == ["tests/nowhere.rs", "xyzzy_…"], "{wrong:?}");
     Ok(())
 }
 
