@@ -1,6 +1,7 @@
 //! The packet filter in the Lab: attacks fail, rules come back, others' rules stay, and pods reach the outside.
 
-use std::net::{IpAddr, UdpSocket};
+use std::fs;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,10 @@ use anyhow::{Context, Result, ensure};
 use fabric_core::model::{Family, Subnet};
 use fabric_tests::faults::rules::{Field, is_repaired, mac, nobodys, restart_with, rules_of};
 use fabric_tests::lab::spaces::Spaces;
-use fabric_tests::lab::{Families, Forged, Lab, Node, Outside, Pod, Stream, addresses, wait_until};
+use fabric_tests::lab::{
+    Answer, By, Families, Forged, Lab, Node, Outside, Pod, Server, Stream, addresses, ask, wait_until,
+};
+use serde_json::json;
 
 /// How long a rule may be missing.
 const REPAIR: Duration = Duration::from_secs(2);
@@ -348,5 +352,50 @@ fn sender_that_is_allowed_by_option_gets_through() -> Result<()> {
     let stranger = field.lab.underlay().machine.network()?;
     let began = Instant::now();
     assert!(forged.reaches(&stranger, node.underlay_ip(Family::V4), &field.target)?, "{:?}", began.elapsed());
+    Ok(())
+}
+
+/// hostPort, as the plugin portmap makes it. The pod that serves asks itself too, which comes back by the port that it left.
+#[test]
+fn host_ports_answer_everybody_and_see_the_client_of_another_node() -> Result<()> {
+    let lab = Lab::builder().nodes(3).families(Families::Dual).masquerade(true).start()?;
+    let [one, two, three] = ["node-1", "node-2", "node-3"].map(|name| lab.node(name));
+    let (one, two, three) = (one?, two?, three?);
+    for node in [one, two, three] {
+        node.run(&["sh", "-ec", "for file in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 1 >$file; done"])?;
+    }
+    let (beside, far) = (one.add_pod("beside")?, two.add_pod("far")?);
+    let ports = ["tcp", "udp"].map(|protocol| json!({"hostPort": 8080, "containerPort": 80, "protocol": protocol}));
+    let portmap = json!({
+        "type": "portmap", "capabilities": {"portMappings": true}, "runtimeConfig": {"portMappings": ports},
+    });
+    let conflist = json!({"cniVersion": "1.0.0", "name": "fabric", "plugins": [{"type": "fabric-cni"}, portmap]});
+    fs::write(one.path("/etc/cni/net.d/00-ports.conflist")?, conflist.to_string())?;
+    let serving = one.add_pod("serving")?;
+
+    for family in Family::ALL {
+        let at = SocketAddr::new(serving.ip(family)?, 80);
+        let _server = Server::start(&serving.network()?, "serving", at, at)?;
+        let target = SocketAddr::new(one.underlay_ip(family), 8080);
+        let clients = [
+            ("a pod of another node", far.network()?, Some(two.underlay_ip(family))),
+            ("another node", two.network()?, Some(two.underlay_ip(family))),
+            ("a third node", three.network()?, Some(three.underlay_ip(family))),
+            ("a pod of this node", beside.network()?, None),
+            ("this node", one.network()?, None),
+            ("the pod itself", serving.network()?, None),
+        ];
+        for ((who, place, address), by) in clients.iter().flat_map(|client| [(client, By::Tcp), (client, By::Udp)]) {
+            wait_until(&format!("{who} is answered by {by:?} over {family}"), SOON, || {
+                let answer = ask(place, by, target)?;
+                let Answer::From(name, seen) = &answer else { anyhow::bail!("{answer:?}") };
+                ensure!(name == "serving" && address.is_none_or(|address| address == *seen), "{answer:?}");
+                Ok(())
+            })?;
+        }
+    }
+    serving.del()?;
+    let left = one.run(&["sh", "-c", "iptables-save -t nat; ip6tables-save -t nat"])?;
+    ensure!(!left.contains("dport 8080") && !left.contains("--dports 8080"), "{left}");
     Ok(())
 }

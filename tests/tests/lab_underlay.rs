@@ -218,3 +218,31 @@ fn interface_that_is_not_there_is_told_before_etcd_answers() -> Result<()> {
     ensure!(reason.contains("eth0 (10.99.0.11"), "{reason}");
     Ok(())
 }
+
+#[test]
+fn interface_named_by_iface_that_is_deleted_is_told_and_taken_again_when_it_is_back() -> Result<()> {
+    let lab = Lab::builder().nodes(2).start()?;
+    let (one, two) = (lab.node("node-1")?, lab.node("node-2")?);
+    let (ip, gateway) = (own(one, Family::V4), addresses::gateway(Family::V4));
+    let make = format!(
+        "ip link add uplink up type bridge; ip link set eth0 master uplink
+         ip address del {ip} dev eth0 2>/dev/null || true; ip address add {ip} dev uplink
+         ip route replace default via {gateway} dev uplink"
+    );
+    one.stop_fabricd()?;
+    one.run(&["sh", "-ec", &make])?;
+    one.start_fabricd_with(&["--iface", "uplink"], &[])?;
+    one.wait_ready()?;
+    let before = used(one)?;
+    let pods = (one.add_pod("a")?, two.add_pod("b")?);
+    for _ in 0..2 {
+        one.run(&["ip", "link", "del", "uplink"])?;
+        let reason = one.wait_trouble("no interface fits --iface uplink")?;
+        ensure!(reason.contains("this host has"), "{reason}");
+        one.run(&["sh", "-ec", &make])?;
+        one.wait_ready()?;
+        ensure!(used(one)? == before, "{:?}", used(one)?);
+        lost_nothing(vec![Stream::start(&pods.0, &pods.1)?, Stream::start(&pods.1, &pods.0)?])?;
+    }
+    Ok(())
+}
