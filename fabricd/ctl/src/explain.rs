@@ -64,7 +64,7 @@ pub async fn show(
         None => Err("neither end is a pod of this node that can send one".to_owned()),
     };
     let well = conclude(&mut path, sent);
-    Ok(Answer::well_if(well, output.show(&path, |screen| describe(screen, &path))?, NOT_ALL_WELL))
+    Ok(Answer::well_if(well, output.show(&path, |screen| describe(screen, &path, (source, target)))?, NOT_ALL_WELL))
 }
 
 /// What became of the ping from the pod, and of one from this host to a place outside, to compare.
@@ -182,12 +182,18 @@ fn add(text: &mut String, more: &str) {
     text.push_str(more);
 }
 
-fn describe(screen: &Screen, path: &ExplainResponse) -> String {
+fn describe(screen: &Screen, path: &ExplainResponse, (source, target): (IpAddr, IpAddr)) -> String {
     // Packets show that they are lost, what was read shows where: so that is marked first.
     let first = |result: CheckResult, packets: bool| {
         path.hops.iter().position(|hop| hop.result() == result && (hop.layer == PACKET) == packets)
     };
-    let arrived = path.hops.last().is_some_and(|hop| hop.layer == PACKET && hop.result() == CheckResult::Ok);
+    // From one end to the other: that a daemon reaches the pod of its own node proves nothing of what lies between.
+    let crosses =
+        |found: &str| found.contains(&format!("to {target}")) || found.contains(&format!("{target} to {source}"));
+    let arrived = path
+        .hops
+        .last()
+        .is_some_and(|hop| hop.layer == PACKET && hop.result() == CheckResult::Ok && crosses(&hop.found));
     let lost = path.hops.iter().any(|hop| hop.layer == PACKET && hop.result() == CheckResult::Failed);
     let marked = first(CheckResult::Failed, false)
         .or_else(|| first(CheckResult::Warning, false).filter(|_| lost))
@@ -233,6 +239,9 @@ mod tests {
 
     use super::*;
 
+    const ENDS: (IpAddr, IpAddr) =
+        (IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2)), IpAddr::V4(Ipv4Addr::new(198, 51, 100, 2)));
+
     fn hop(layer: &str, result: CheckResult, expected: &str) -> Hop {
         Hop {
             node: "node-1".into(),
@@ -271,7 +280,7 @@ Here packets are lost: route of node-1: something
 
 Not seen: node-2 was not asked
 ";
-        assert_eq!(describe(&Screen::default(), &path(hops, "node-2 was not asked")), want);
+        assert_eq!(describe(&Screen::default(), &path(hops, "node-2 was not asked"), ENDS), want);
     }
 
     #[test]
@@ -314,7 +323,21 @@ Not seen: node-2 was not asked
     #[test]
     fn doubt_before_a_ping_that_is_lost_is_where_it_is_lost() {
         let hops = vec![hop("masquerade", CheckResult::Warning, "switch it on"), hop(PACKET, CheckResult::Failed, "")];
-        let text = describe(&Screen::default(), &path(hops, ""));
+        let text = describe(&Screen::default(), &path(hops, ""), ENDS);
         assert!(text.contains("Here packets are lost: masquerade of node-1"), "{text}");
+    }
+
+    #[test]
+    fn answer_of_the_pod_on_this_node_is_no_proof_that_the_other_end_is_reached() {
+        for (found, said) in [
+            ("from this node's 192.0.2.1 to 192.0.2.2: answered in 0.1 ms", "Here packets are lost"),
+            ("from this node's 192.0.2.1 to 198.51.100.2: answered in 0.1 ms", "The packet was answered"),
+            ("ping from the pod, 198.51.100.2 to 192.0.2.2: answered in 0.1 ms", "The packet was answered"),
+        ] {
+            let packet = Hop { found: found.into(), ..hop(PACKET, CheckResult::Ok, "") };
+            let hops = vec![hop("lease", CheckResult::Failed, "a lease"), packet];
+            let text = describe(&Screen::default(), &path(hops, ""), ENDS);
+            assert!(text.contains(said), "{found}: {text}");
+        }
     }
 }

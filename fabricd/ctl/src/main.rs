@@ -227,7 +227,8 @@ async fn main() -> ExitCode {
             code
         }
         Err(error) => {
-            eprintln!("fabricctl: {error:#}");
+            // Nobody may read that either: `fabricctl doctor 2>&1 | head`.
+            let _ = writeln!(std::io::stderr(), "fabricctl: {error:#}");
             ExitCode::FAILURE
         }
     }
