@@ -34,6 +34,10 @@ impl Place for Folder {
         self.file(item, "crt").display().to_string()
     }
 
+    fn flags(&self) -> String {
+        format!("--out {}", self.0.display())
+    }
+
     async fn read(&self, item: Item) -> Result<Option<Pair>> {
         let read = |file: PathBuf| fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()));
         let certificate = match fs::read_to_string(self.file(item, "crt")) {

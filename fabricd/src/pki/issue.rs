@@ -23,6 +23,9 @@ pub trait Place {
     /// What a person calls the place of an item.
     fn name(&self, item: Item) -> String;
 
+    /// The flags of `fabricd pki` that name the place.
+    fn flags(&self) -> String;
+
     /// What is there.
     async fn read(&self, item: Item) -> Result<Option<Pair>>;
 
@@ -49,6 +52,11 @@ impl Plan {
         [(Item::Server, Subject::Server(self.addresses.clone())), (Item::Client, Subject::Client)]
     }
 
+    /// The command that does this for the same members, in the same place.
+    fn command(&self, verb: &str, place: &impl Place) -> String {
+        format!("fabricd pki {verb} --etcd-address {} {}", self.addresses.join(","), place.flags())
+    }
+
     /// Makes what is missing.
     ///
     /// # Errors
@@ -61,9 +69,10 @@ impl Plan {
             let objection = objection.with_context(|| format!("cannot use {}", place.name(item)))?;
             ensure!(
                 objection.is_none(),
-                "{} can't be used: {}; replace it with: fabricd pki renew",
+                "{} can't be used: {}; replace it with: {}",
                 place.name(item),
-                objection.unwrap_or_default()
+                objection.unwrap_or_default(),
+                self.command("renew", place)
             );
         }
         Ok(())
@@ -74,7 +83,8 @@ impl Plan {
     /// # Errors
     /// A place can't be read or written; there is nothing yet to renew.
     pub async fn renew(&self, place: &impl Place, all: bool) -> Result<()> {
-        let missing = |item| format!("there is no {}; create it with: fabricd pki init", place.name(item));
+        let missing =
+            |item| format!("there is no {}; create it with: {}", place.name(item), self.command("init", place));
         let authority = place.read(Item::Authority).await?.with_context(|| missing(Item::Authority))?;
         let authority = Authority::open(authority)?;
         for (item, subject) in self.subjects() {

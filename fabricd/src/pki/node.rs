@@ -56,7 +56,10 @@ impl NodeArgs {
     pub fn run(&self) -> Result<()> {
         if !self.stay {
             let authority = self.authority()?;
-            let none = || format!("there is no {}; create it with: fabricd pki ca", self.ca.join("ca.crt").display());
+            let none = || {
+                let (file, folder) = (self.ca.join("ca.crt"), self.ca.display());
+                format!("there is no {}; create it with: fabricd pki ca --out {folder}", file.display())
+            };
             return self.issue(&authority.with_context(none)?, true);
         }
         let mut told = false;

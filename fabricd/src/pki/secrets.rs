@@ -85,6 +85,10 @@ impl Place for Secrets {
         format!("Secret {}/{}", self.namespace, self.secret(item))
     }
 
+    fn flags(&self) -> String {
+        format!("--namespace {} --secret-prefix {}", self.namespace, self.prefix)
+    }
+
     async fn read(&self, item: Item) -> Result<Option<Pair>> {
         let name = self.secret(item);
         let Some(data) = self.get(&name).await? else { return Ok(None) };
