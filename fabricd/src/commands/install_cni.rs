@@ -163,7 +163,7 @@ impl InstallCni {
         match symlink(PLUGINS[1], &loopback) {
             Ok(()) => println!("{}", loopback.display()),
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(source) => return Err(FileError { file: loopback, source }.into()),
+            Err(error) => return Err(FileError { file: loopback, error }.into()),
         }
         Ok(())
     }
@@ -200,7 +200,7 @@ impl InstallCni {
         for file in [self.conflist_path()].iter().chain(is_ours.then_some(&loopback)).chain(&plugins) {
             match fs::remove_file(file) {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-                Err(source) => return Err(FileError { file: file.clone(), source }.into()),
+                Err(error) => return Err(FileError { file: file.clone(), error }.into()),
                 Ok(()) => println!("{} removed", file.display()),
             }
         }

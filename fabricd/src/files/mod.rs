@@ -29,12 +29,12 @@ pub struct Files {
 
 /// A file could not be written or removed.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot write {}: {}: {}", .file.display(), errno::named(source), errno::unwritable(source))]
+#[error("cannot write {}: {}: {}", .file.display(), errno::named(error), errno::unwritable(file, error))]
 pub struct FileError {
     /// The file.
     pub file: PathBuf,
-    /// Why.
-    pub source: io::Error,
+    /// Why. The text above says it, so it is no `source` that would be told behind it again.
+    pub error: io::Error,
 }
 
 impl Files {
@@ -96,7 +96,7 @@ impl Files {
 /// When it is there and stays.
 pub fn remove_if_there(file: &Path) -> Result<(), FileError> {
     match fs::remove_file(file) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(FileError { file: file.into(), source }),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(FileError { file: file.into(), error }),
         _ => Ok(()),
     }
 }
@@ -137,7 +137,7 @@ pub(crate) fn replace(file: &Path, content: &[u8], mode: u32) -> Result<(), File
         fresh.persist(file).map_err(|e| e.error)?;
         fs::File::open(dir)?.sync_all()
     };
-    write().map_err(|source| FileError { file: file.into(), source })
+    write().map_err(|error| FileError { file: file.into(), error })
 }
 
 /// Removes what [`replace`] leaves in a folder when it is killed; files that are younger may be somebody's at work.

@@ -253,7 +253,7 @@ impl Disk {
     pub fn remove(&self) -> Result<(), FileError> {
         for file in [LEASE, PEERS, addresses::FILE].map(|name| self.dir.join(name)) {
             match fs::remove_file(&file) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(FileError { file, source }),
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(FileError { file, error }),
                 _ => {}
             }
         }

@@ -1,6 +1,7 @@
 //! Errors of the operating system in words: a number alone would leave the operator to guess.
 
 use std::io;
+use std::path::Path;
 
 use nix::errno::Errno;
 
@@ -15,16 +16,17 @@ pub fn named(error: &io::Error) -> String {
     }
 }
 
-/// What to do about a file or folder that can't be written.
+/// What to do about a file that can't be written.
 #[must_use]
-pub fn unwritable(error: &io::Error) -> &'static str {
+pub fn unwritable(file: &Path, error: &io::Error) -> String {
+    let folder = file.parent().unwrap_or(file).display();
     match error.raw_os_error().unwrap_or_default() {
-        libc::ENOSPC | libc::EDQUOT => "the file system is full; see: df -h; df -i",
-        libc::EROFS => "it is mounted read-only; mount it writable, or choose another folder",
-        libc::EACCES | libc::EPERM => "may fabricd write there? See: ls -ld",
-        libc::ENOENT | libc::ENOTDIR => "is its folder there? See: ls -ld",
-        libc::EIO => "the disk fails; see: dmesg | tail",
-        _ => "see: dmesg | tail",
+        libc::ENOSPC | libc::EDQUOT => format!("the file system is full; see: df -h {folder}; df -i {folder}"),
+        libc::EROFS => "it is mounted read-only; mount it writable, or choose another folder".to_owned(),
+        libc::EACCES | libc::EPERM => format!("may fabricd write there? See: ls -ld {folder}"),
+        libc::ENOENT | libc::ENOTDIR => format!("is its folder there? See: ls -ld {folder}"),
+        libc::EIO => "the disk fails; see: dmesg | tail".to_owned(),
+        _ => "see: dmesg | tail".to_owned(),
     }
 }
 
@@ -37,6 +39,8 @@ mod tests {
         assert_eq!(named(&io::Error::from_raw_os_error(libc::EROFS)), "Read-only file system (EROFS)");
         assert_eq!(named(&io::Error::from_raw_os_error(41)), "Unknown error 41");
         assert_eq!(named(&io::Error::other("torn")), "torn");
-        assert!(unwritable(&io::Error::from_raw_os_error(libc::ENOSPC)).contains("df -h"));
+        let advice = |number| unwritable(Path::new("/run/fabric/node.json"), &io::Error::from_raw_os_error(number));
+        assert!(advice(libc::ENOSPC).contains("df -h /run/fabric"));
+        assert!(advice(libc::ENOENT).ends_with("ls -ld /run/fabric"));
     }
 }
