@@ -130,10 +130,10 @@ mod tests {
         let want = "Network policies: enforced; 3 in the cluster, 1 of 3 pods here are isolated
 Warning: NetworkPolicy shop/odd: spec.ingress[0]: it is no object
 
-POD                   ADDRESSES  INGRESS                 EGRESS
-(none of Kubernetes)  192.0.2.3  open                    open
-shop/new              192.0.2.2  closed: policies not applied yet  closed: not applied yet
-shop/web              192.0.2.1  shop/web                open
+POD                   ADDRESSES  INGRESS                           EGRESS
+(none of Kubernetes)  192.0.2.3  open                              open
+shop/new              192.0.2.2  closed: policies not applied yet  closed: policies not applied yet
+shop/web              192.0.2.1  shop/web                          open
 
 DIRECTION  POLICY    RULE           PACKETS
 ingress    shop/web  0              12

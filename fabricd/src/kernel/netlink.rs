@@ -230,7 +230,7 @@ impl Worker {
                     for position in positions {
                         let same = copy_of(&error);
                         results[position] =
-                            Err(KernelError::of_filter(ops[position], same, words.clone(), owner.clone()));
+                            Err(KernelError::of_filter(ops[position], &steps, same, words.clone(), owner.clone()));
                     }
                 }
             }

@@ -14,8 +14,8 @@ use super::KernelError;
 pub(super) const CAPABILITY: &str = "does fabricd have CAP_NET_ADMIN? See: grep CapEff /proc/$(pidof fabricd)/status";
 
 /// What to look at when the kernel lets nothing of eBPF be made or opened.
-pub(super) const BPF_CAPABILITIES: &str =
-    "does fabricd have CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN? See: grep CapEff /proc/$(pidof fabricd)/status";
+pub(super) const BPF_CAPABILITIES: &str = "does fabricd have CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN, and before Linux 5.11 the memory? \
+     See: grep CapEff /proc/$(pidof fabricd)/status; ulimit -l";
 
 impl KernelError {
     /// A step that was refused. `words` are the kernel's own, or what else is known.
@@ -23,7 +23,7 @@ impl KernelError {
     pub fn of_op(op: &Op, source: io::Error, words: Option<String>) -> Self {
         match op {
             Op::Routing(op) => Self::of_routing(op, source, words),
-            Op::Filter(op) => Self::of_filter(op, source, words, None),
+            Op::Filter(op) => Self::of_filter(op, &[op], source, words, None),
             Op::FastPath(op) => Self::of_fast_path(op, source, words),
         }
     }
@@ -58,14 +58,21 @@ impl KernelError {
         Self::Refused { op: without_sign(op), detail: joined(words, Some(advice.to_owned())), source }
     }
 
-    /// A step of the packet filter that was refused, be it for another of its transaction. `owner` says who owns the table,
-    /// if it is another program.
+    /// A step of the packet filter that was refused, be it for another of its `transaction`: the kernel doesn't say which, so
+    /// a module that is missing may be that of any. `owner` says who owns the table, if it is another program.
     #[must_use]
-    pub fn of_filter(op: &nft::Op, source: io::Error, words: Option<String>, owner: Option<String>) -> Self {
+    pub fn of_filter(
+        op: &nft::Op,
+        transaction: &[&nft::Op],
+        source: io::Error,
+        words: Option<String>,
+        owner: Option<String>,
+    ) -> Self {
         let advice = match source.raw_os_error() {
             Some(libc::EPERM | libc::EACCES) if owner.is_some() => None,
             Some(libc::ENOENT | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT | libc::EAFNOSUPPORT) => {
-                let modules = modules(op).into_iter().collect::<Vec<_>>().join(" ");
+                let modules: BTreeSet<_> = transaction.iter().flat_map(|op| modules(op)).collect();
+                let modules = modules.into_iter().collect::<Vec<_>>().join(" ");
                 Some(format!("does the kernel have all that it takes? Load it with: modprobe -a {modules}"))
             }
             Some(libc::EEXIST | libc::EBUSY) => {
@@ -276,7 +283,8 @@ mod tests {
     fn refused_filter_change_is_told_in_a_line() {
         let refused = |errno, owner: Option<&str>| {
             let source = io::Error::from_raw_os_error(errno);
-            KernelError::of_filter(&elements(2000), source, None, owner.map(str::to_owned)).to_string()
+            let op = elements(2000);
+            KernelError::of_filter(&op, &[&op], source, None, owner.map(str::to_owned)).to_string()
         };
         assert_eq!(
             refused(libc::ENOMEM, None),
@@ -294,7 +302,8 @@ mod tests {
         let refused = |table: TableKey, chain: Chain| {
             let change = ChainsChange { chains: [("forward".into(), chain)].into(), ..ChainsChange::default() };
             let source = io::Error::from_raw_os_error(libc::ENOENT);
-            let told = KernelError::of_filter(&nft::Op::Chains(table, change), source, None, None).to_string();
+            let (first, chains) = (elements(1), nft::Op::Chains(table, change));
+            let told = KernelError::of_filter(&first, &[&first, &chains], source, None, None).to_string();
             told.rsplit_once("modprobe -a ").expect("the way out").1.to_owned()
         };
         let hook = |kind| Some(Hook { kind, place: Place::Forward, priority: 0 });

@@ -191,7 +191,8 @@ impl Worker {
                     self.read = None;
                     for position in positions {
                         let same = copy_of(&error);
-                        results[position] = Err(KernelError::of_filter(&ops[position], same, words.clone(), None));
+                        results[position] =
+                            Err(KernelError::of_filter(&ops[position], &steps, same, words.clone(), None));
                     }
                 }
             }

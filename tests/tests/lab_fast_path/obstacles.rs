@@ -256,7 +256,7 @@ fn without_capabilities_the_node_is_ready_and_says_which_it_lacks() -> Result<()
     node.wait_ready()?;
     wait_until("the capabilities are named", SOON, || {
         let warnings = node.status()?["warnings"].to_string();
-        ensure!(warnings.contains("does fabricd have CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN?"), "{warnings}");
+        ensure!(warnings.contains("does fabricd have CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN"), "{warnings}");
         Ok(())
     })?;
     let doctor = node.exec(&["fabricctl", "doctor"])?.stdout;
