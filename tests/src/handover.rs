@@ -1,6 +1,7 @@
 //! A cluster of flannel nodes and nodes of ours, everything that must not notice when one of them changes hands, and the
 //! change itself, in both directions.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -17,6 +18,9 @@ pub const SOON: Duration = Duration::from_secs(60);
 
 /// The daemon's settings on a node that was flannel's.
 pub const MASQUERADE: &[(&str, &str)] = &[("FABRICD_IP_MASQ", "true")];
+
+/// How the step begins in which a giveback waits for flanneld.
+const AWAITS_FLANNELD: &str = "# flanneld takes";
 
 /// A cluster of two flannel nodes and one of ours.
 pub struct Cluster {
@@ -170,6 +174,21 @@ pub fn add_foreign_rules(node: &Node, forward_drop: bool) -> Result<()> {
     Ok(())
 }
 
+/// What lets pods through where the policy of `FORWARD` is DROP and flannel's rules are nftables: a verdict there counts for
+/// nothing in iptables, so flannel needs it too.
+///
+/// # Errors
+/// They can't be made.
+pub fn let_pods_through(node: &Node) -> Result<()> {
+    for (program, family) in [("iptables", Family::V4), ("ip6tables", Family::V6)] {
+        let network = addresses::pod_network(family);
+        for from in ["-s", "-d"] {
+            node.run(&[program, "-A", "FORWARD", from, network, "-j", "ACCEPT"])?;
+        }
+    }
+    Ok(())
+}
+
 /// Key and value of a node's record.
 ///
 /// # Errors
@@ -221,18 +240,29 @@ pub fn hand_to_fabricd(flannel: &Flannel) -> Result<()> {
     Ok(())
 }
 
-/// A giveback until its end. The node is flannel's when this returns.
+/// A giveback until its end: flanneld is started when it is waited for. The node is flannel's when this returns.
 ///
 /// # Errors
 /// It refuses, or doesn't get there.
 pub fn give_back(flannel: &Flannel) -> Result<()> {
-    hand_to_flannel(flannel)?;
-    let told = flannel.fabricd(&["giveback", "--wait", "45"])?.run()?;
+    if flannel.node.service("fabricd").is_some() {
+        flannel.node.stop_fabricd()?;
+    }
+    let started = RefCell::new(Ok(()));
+    let start = |line: &str| {
+        if line.starts_with(AWAITS_FLANNELD) && !flannel.is_running() {
+            *started.borrow_mut() = flannel.start();
+        }
+        false
+    };
+    let told = flannel.fabricd(&["giveback", "--wait", "45"])?.kill_after_line(start, Duration::ZERO)?.ok();
+    started.into_inner()?;
+    let told = told?;
     ensure!(told.contains("this node is flannel's"), "{told}");
     Ok(())
 }
 
-/// fabricd ends; when the devices have flannel's names, flanneld starts. If they haven't yet.
+/// fabricd ends; when a giveback waits for flanneld, that starts. If they haven't yet.
 ///
 /// # Errors
 /// One of them doesn't.
@@ -241,10 +271,10 @@ pub fn hand_to_flannel(flannel: &Flannel) -> Result<()> {
     if node.service("fabricd").is_some() {
         node.stop_fabricd()?;
     }
-    while flannel.fabricd(&["giveback", "--dry-run"])?.run()?.contains("ip link set") {
-        flannel.fabricd(&["giveback", "--steps", "1"])?.run()?;
-    }
     if !flannel.is_running() {
+        while !flannel.fabricd(&["giveback", "--dry-run"])?.run()?.starts_with(AWAITS_FLANNELD) {
+            flannel.fabricd(&["giveback", "--steps", "1"])?.run()?;
+        }
         flannel.start()?;
     }
     Ok(())

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use fabric_core::model::Family;
 use fabric_tests::handover::{
-    Cluster, MASQUERADE, SOON, Traffic, add_foreign_rules, all_addresses_differ, foreign_rules, give_back, mac,
-    nothing_of_ours_is_left, record, take_over, the_record_is_flannels,
+    Cluster, MASQUERADE, SOON, Traffic, add_foreign_rules, all_addresses_differ, foreign_rules, give_back,
+    let_pods_through, mac, nothing_of_ours_is_left, record, take_over, the_record_is_flannels,
 };
 use fabric_tests::lab::flannel::{Flannel, Options};
 use fabric_tests::lab::{Families, Pod, wait_until};
@@ -26,6 +26,9 @@ fn rounds(usually: u32) -> Result<u32> {
 fn a_node_changes_hands(cluster: &Cluster, forward_drop: bool, rounds: u32) -> Result<()> {
     let (flannel, node) = (&cluster.flannels[0], &cluster.flannels[0].node);
     add_foreign_rules(node, forward_drop)?;
+    if forward_drop && flannel.options.nftables {
+        let_pods_through(node)?;
+    }
     let foreign = foreign_rules(node)?;
     let (pods, far) = cluster.pods(node)?;
     let traffic = Traffic::start(&cluster.lab, &pods, &far)?;

@@ -172,9 +172,15 @@ fn what_refuses_a_takeover_is_told_and_nothing_is_changed() -> Result<()> {
     ensure!(!output.success() && output.stderr.contains("the store does not answer"), "{output:?}");
     cluster.lab.etcd().thaw()?;
 
-    // flanneld that comes back in the middle ends what has begun, and either way leads on.
+    // flanneld that comes back in the middle ends without its device, and leaves what has begun as it is.
     node.run(&["fabricd", "takeover", "--steps", "1"])?;
     node.wait_ready()?;
+    let (was, peers) = (record(node)?, node.run(&["ip", "route", "show", "proto", "250"])?);
+    ensure!(flannel.start().is_err() && !flannel.is_running(), "flanneld runs without its device");
+    ensure!(
+        record(node)? == was && node.run(&["ip", "route", "show", "proto", "250"])? == peers,
+        "it has changed something"
+    );
     node.run(&["fabricd", "takeover"])?;
     ensure!(node.exec(&["ls", &format!("/etc/cni/net.d/{CONFLIST}")]).is_ok_and(|output| !output.success()));
     Ok(())

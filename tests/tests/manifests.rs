@@ -125,6 +125,8 @@ fn a_nodes_label_says_whether_it_is_taken_over_from_flannel_or_given_back() -> R
             }
         }
     }
+    let giveback = &object(objects, "DaemonSet", "fabricd-giveback")?["spec"]["template"]["spec"];
+    assert_eq!(mounts(giveback, "run-flannel"), [("giveback", "/run/flannel", true), ("done", "/run/flannel", true)]);
     let patch = std::fs::read_to_string(deploy().join("kubernetes/beside-flannel/kube-flannel.yaml"))?;
     let patch: Value = serde_saphyr::from_str(&patch)?;
     let affinity = &patch["spec"]["template"]["spec"]["affinity"]["nodeAffinity"];

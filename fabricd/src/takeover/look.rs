@@ -16,6 +16,7 @@ use fabric_core::record::LeaseKey;
 use fabric_core::state::nft::TableKey;
 use fabric_core::state::{Routing, State};
 use fabric_core::takeover::{Facts, Iptables, Pod};
+use nix::unistd::{SysconfVar, sysconf};
 use serde_json::Value;
 use tokio::time::timeout;
 
@@ -75,6 +76,7 @@ pub(super) async fn facts(args: &Handover, config: &Config, store: &impl LeaseSt
     let flannels = cni.flannels.as_ref().or(cni.aside.as_ref());
     cni.has_flannels_pods = flannels.is_some_and(|file| remembers(&args.flannel_dir, &file.network));
     let running = lock::holder().await;
+    let flanneld = process_of("flanneld")?;
     Ok(Facts {
         node: config.node().clone(),
         network,
@@ -82,7 +84,8 @@ pub(super) async fn facts(args: &Handover, config: &Config, store: &impl LeaseSt
         addresses: kernel.addresses()?,
         public_ips: config.public_ips(),
         renames_live: renames_live(),
-        flanneld: process_of("flanneld")?.map(how_to_end),
+        flanneld: flanneld.map(how_to_end),
+        flanneld_wrote_subnet_env: flanneld.is_some_and(|pid| is_younger(&config.subnet_file, pid) == Some(true)),
         fabricd: running.map(|(_, pid)| pid.map_or_else(|| "ss -xlp shows its process".to_owned(), how_to_end)),
         ready,
         masquerades: has_filter.map(|table| table.chains.contains_key("postrouting")),
@@ -140,6 +143,18 @@ fn process_of(name: &str) -> Result<Option<i32>> {
         }
     }
     Ok(None)
+}
+
+/// Whether a file was written after a process was started. `None` when one of them is not there any more.
+fn is_younger(file: &Path, pid: i32) -> Option<bool> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Field 22 of proc(5), `starttime`; the second one is a name in parentheses, which may have spaces.
+    let ticks: f64 = stat.rsplit(')').next()?.split_whitespace().nth(19)?.parse().ok()?;
+    let per_second = sysconf(SysconfVar::CLK_TCK).ok()??;
+    let uptime: f64 = fs::read_to_string("/proc/uptime").ok()?.split(' ').next()?.parse().ok()?;
+    let runs_for = uptime - ticks / per_second as f64;
+    let written = fs::metadata(file).ok()?.modified().ok()?;
+    Some(written.elapsed().unwrap_or_default().as_secs_f64() < runs_for)
 }
 
 /// How a process is ended so that whoever started it doesn't start it again.

@@ -6,7 +6,7 @@
 //! | device | `flannel.1`, `flannel-v6.1`: `id 1 local IP dev eth0 dstport 8472 nolearning`, the subnet's first address, accept_ra 0 |
 //! | peer | FDB entry, neighbour, and a route `via` the subnet's first address `onlink`, or to the peer itself (`DirectRouting`), of protocol boot |
 //! | record | without a member of ours, on an etcd lease of a day; found again by its PublicIP |
-//! | rules | chains `FLANNEL-POSTRTG` and `FLANNEL-FWD`, or the tables `flannel-ipv4` and `flannel-ipv6` |
+//! | rules | chains `FLANNEL-POSTRTG` and `FLANNEL-FWD`, emptied and filled at each start, or the tables `flannel-ipv4` and `flannel-ipv6` |
 //! | files | `/run/flannel/subnet.env`, `10-flannel.conflist`, `/var/lib/cni/flannel/<container>` |
 //!
 //! Without the real one nobody watches etcd: [`Flannel::follow`] makes the entries of all peers that are there now.
@@ -14,7 +14,6 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -83,7 +82,8 @@ pub struct Flannel {
     registry: Registry,
     /// IPv4's, if it isn't the usual one.
     network: Option<String>,
-    options: Options,
+    /// How it is set up.
+    pub options: Options,
 }
 
 /// Where flannel's records are.
@@ -206,12 +206,15 @@ impl Flannel {
             return self.start_real(&real);
         }
         self.node.run(&["cp", "/bin/sleep", "/opt/flanneld"])?;
-        let own = self.lease()?;
-        self.follow()?;
-        self.rules(&own)?;
-        self.write_subnet_env(&own)?;
         self.node.start_service(SERVICE, &["/opt/flanneld", "infinity"], &[])?;
-        Ok(())
+        // In the order of its main.go.
+        let comes_up = || {
+            let own = self.lease()?;
+            self.rules(&own)?;
+            self.write_subnet_env(&own)?;
+            self.follow()
+        };
+        comes_up().or_else(|error| self.stop().and(Err(error)))
     }
 
     fn start_real(&self, program: &str) -> Result<()> {
@@ -220,6 +223,9 @@ impl Flannel {
         let masquerade = format!("--ip-masq={}", self.options.masquerade);
         self.node.start_service(SERVICE, &[program, &endpoints, &masquerade, "--iface=eth0"], &[])?;
         wait_until("flanneld has routes to all peers", Duration::from_secs(60), || {
+            if !self.is_running() {
+                return Ok(false);
+            }
             self.node.run(&["cat", "/run/flannel/subnet.env"])?;
             for &family in self.families.each() {
                 let flag = if family == Family::V4 { "-4" } else { "-6" };
@@ -231,8 +237,9 @@ impl Flannel {
                     ensure!(is_own || (!route.is_empty() && !route.contains("proto 250")), "{subnet}: {route}");
                 }
             }
-            Ok(())
+            Ok(true)
         })
+        .and_then(|is_there| is_there.then_some(()).context("flanneld has ended"))
         .with_context(|| self.node.log_tail(SERVICE))
     }
 
@@ -378,49 +385,66 @@ impl Flannel {
             let (network, pods) = (self.network(family), own.subnet(family).context("a subnet")?);
             let multicast = if family == Family::V4 { "224.0.0.0/4" } else { "ff00::/8" };
             if self.options.nftables {
-                let (ip, table) = if family == Family::V4 { ("ip", "flannel-ipv4") } else { ("ip6", "flannel-ipv6") };
-                let mut text = format!(
-                    "table {ip} {table} {{ chain forward {{ type filter hook forward priority 0; \
-                     {ip} saddr {network} accept; {ip} daddr {network} accept; }}\n}}\n"
-                );
-                if self.options.masquerade {
-                    text += &format!(
-                        "table {ip} {table} {{ chain postrtg {{ type nat hook postrouting priority 100; \
-                         meta mark 0x4000 return; {ip} saddr {pods} {ip} daddr {network} return; \
-                         {ip} saddr {network} {ip} daddr {pods} return; {ip} saddr != {pods} {ip} daddr {network} return; \
-                         {ip} saddr {network} {ip} daddr != {multicast} masquerade fully-random; \
-                         {ip} saddr != {network} {ip} daddr {network} masquerade fully-random; }}\n}}\n"
-                    );
-                }
-                self.node.command(&["nft", "-f", "-"])?.stdin(text).run()?;
+                self.tables(family, network, &pods, multicast)?;
                 continue;
             }
-            let (program, forward, masq) = (
-                if family == Family::V4 { "iptables" } else { "ip6tables" },
-                "-m comment --comment \"flanneld forward\"",
-                "-m comment --comment \"flanneld masq\"",
-            );
-            if self.node.exec(&[program, "-S", "FLANNEL-FWD"])?.success() {
-                continue;
-            }
-            let mut text = format!(
-                "*filter\n:FLANNEL-FWD - [0:0]\n-A FORWARD {forward} -j FLANNEL-FWD\n\
-                 -A FLANNEL-FWD -s {network} {forward} -j ACCEPT\n-A FLANNEL-FWD -d {network} {forward} -j ACCEPT\nCOMMIT\n"
-            );
             if self.options.masquerade {
-                text += &format!(
-                    "*nat\n:FLANNEL-POSTRTG - [0:0]\n-A POSTROUTING {masq} -j FLANNEL-POSTRTG\n\
-                     -A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 {masq} -j RETURN\n\
-                     -A FLANNEL-POSTRTG -s {pods} -d {network} {masq} -j RETURN\n\
-                     -A FLANNEL-POSTRTG -s {network} -d {pods} {masq} -j RETURN\n\
-                     -A FLANNEL-POSTRTG ! -s {network} -d {pods} {masq} -j RETURN\n\
-                     -A FLANNEL-POSTRTG -s {network} ! -d {multicast} {masq} -j MASQUERADE --random-fully\n\
-                     -A FLANNEL-POSTRTG ! -s {network} -d {network} {masq} -j MASQUERADE --random-fully\nCOMMIT\n"
-                );
+                let rules = [
+                    ("-m mark --mark 0x4000/0x4000", "RETURN"),
+                    (&format!("-s {pods} -d {network}"), "RETURN"),
+                    (&format!("-s {network} -d {pods}"), "RETURN"),
+                    (&format!("! -s {network} -d {pods}"), "RETURN"),
+                    (&format!("-s {network} ! -d {multicast}"), "MASQUERADE --random-fully"),
+                    (&format!("! -s {network} -d {network}"), "MASQUERADE --random-fully"),
+                ];
+                self.chain(family, ["nat", "POSTROUTING", "FLANNEL-POSTRTG", "flanneld masq"], &rules)?;
             }
-            self.node.command(&[&format!("{program}-restore"), "--noflush"])?.stdin(text).run()?;
+            let rules = [(&*format!("-s {network}"), "ACCEPT"), (&format!("-d {network}"), "ACCEPT")];
+            self.chain(family, ["filter", "FORWARD", "FLANNEL-FWD", "flanneld forward"], &rules)?;
         }
         Ok(())
+    }
+
+    /// One of its chains of iptables, whether or not it is there: emptied by one command, filled by another.
+    fn chain(&self, family: Family, names: [&str; 4], rules: &[(&str, &str)]) -> Result<()> {
+        let [table, from, chain, comment] = names;
+        let program = if family == Family::V4 { "iptables" } else { "ip6tables" };
+        self.sh(&format!("{program} -t {table} -F {chain} 2>/dev/null || {program} -t {table} -N {chain}"))?;
+        let comment = format!("-m comment --comment \"{comment}\"");
+        let jump = format!("{from} {comment} -j {chain}");
+        let mut text = format!("*{table}\n");
+        if self.node.exec(&["sh", "-c", &format!("{program} -t {table} -C {jump}")])?.success() {
+            writeln!(text, "-D {jump}")?;
+        }
+        writeln!(text, "-A {jump}")?;
+        for (matches, verdict) in rules {
+            writeln!(text, "-A {chain} {matches} {comment} -j {verdict}")?;
+        }
+        text += "COMMIT\n";
+        self.node.command(&[&format!("{program}-restore"), "--noflush"])?.stdin(text).run().map(drop)
+    }
+
+    /// Its table of nftables (`EnableNFTables`): each chain in one transaction, whether or not it is there.
+    fn tables(&self, family: Family, network: &str, pods: &str, multicast: &str) -> Result<()> {
+        let (ip, table) = if family == Family::V4 { ("ip", "ip flannel-ipv4") } else { ("ip6", "ip6 flannel-ipv6") };
+        let chain = |name: &str, hook: &str, rules: &str| {
+            let text = format!(
+                "table {table} {{ chain {name} {{ {hook} }}\n}}\nflush chain {table} {name}\n\
+                 table {table} {{ chain {name} {{ {rules} }}\n}}\n"
+            );
+            self.node.command(&["nft", "-f", "-"])?.stdin(text).run().map(drop)
+        };
+        if self.options.masquerade {
+            let rules = format!(
+                "meta mark 0x4000 return; {ip} saddr {pods} {ip} daddr {network} return; \
+                 {ip} saddr {network} {ip} daddr {pods} return; {ip} saddr != {pods} {ip} daddr {network} return; \
+                 {ip} saddr {network} {ip} daddr != {multicast} masquerade fully-random; \
+                 {ip} saddr != {network} {ip} daddr {network} masquerade fully-random;"
+            );
+            chain("postrtg", "type nat hook postrouting priority 100;", &rules)?;
+        }
+        let rules = format!("{ip} saddr {network} accept; {ip} daddr {network} accept;");
+        chain("forward", "type filter hook forward priority 0;", &rules)
     }
 
     fn write_subnet_env(&self, own: &Record) -> Result<()> {
@@ -457,10 +481,4 @@ pub fn extend_config(lab: &Lab, options: Options) -> Result<()> {
     config["Backend"]["DirectRouting"] = options.direct.into();
     etcd.run(&["env", "ETCDCTL_API=3", "etcdctl", &endpoints, "put", CONFIG, &config.to_string()])?;
     Ok(())
-}
-
-/// Whether the real programs are tried.
-#[must_use]
-pub fn is_real() -> bool {
-    std::env::var_os("FLANNELD").is_some_and(|path| Path::new(&path).exists())
 }

@@ -7,6 +7,12 @@ use crate::model::{Family, Subnet};
 /// The comment of our rules in the chain `FORWARD`.
 pub const OUR_COMMENT: &str = "fabricd: forward";
 
+/// flannel's chain of `filter`.
+const FORWARDING: &str = "FLANNEL-FWD";
+
+/// flannel's chain of `nat`.
+const MASQUERADING: &str = "FLANNEL-POSTRTG";
+
 /// The rules of one family: what `iptables -t TABLE -S` prints.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Iptables {
@@ -36,52 +42,62 @@ impl Iptables {
     /// What takes flannel's rules away, each table in one transaction: first those of `filter`, where two rules of ours
     /// take their place if anything else there decides about forwarded packets.
     pub(super) fn without_flannels(&self, network: Subnet) -> Vec<String> {
-        let mut filter = removal(&self.filter, "FORWARD", "FLANNEL-FWD");
-        let jump = rules(&self.filter, "FORWARD").position(|rule| rule.ends_with("-j FLANNEL-FWD"));
-        if let Some(jump) = jump {
-            let decides = self.filter.iter().any(|line| line == "-P FORWARD DROP")
-                || rules(&self.filter, "FORWARD").any(|rule| !rule.ends_with("-j FLANNEL-FWD"));
-            if decides && !self.has_ours() {
-                filter = format!("{}{filter}", self.ours(network, jump + 1));
-            }
-        }
-        let nat = removal(&self.nat, "POSTROUTING", "FLANNEL-POSTRTG");
+        let filter = self.missing(network).unwrap_or_default() + &removal(&self.filter, "FORWARD", FORWARDING);
+        let nat = removal(&self.nat, "POSTROUTING", MASQUERADING);
         [("filter", filter), ("nat", nat)].into_iter().filter_map(|(table, lines)| transaction(table, &lines)).collect()
+    }
+
+    /// What puts our rules beside flannel's jump before flanneld starts: it empties its chain then, and fills it in a
+    /// second step.
+    pub(super) fn with_ours(&self, network: Subnet) -> Option<String> {
+        transaction("filter", &self.missing(network)?)
     }
 
     /// What takes our rules away once flannel's are there.
     pub(super) fn without_ours(&self) -> Option<String> {
-        let is_there = self.filter.iter().any(|line| line == "-N FLANNEL-FWD");
-        let ours = self.filter.iter().filter(|line| line.starts_with("-A FORWARD") && is_ours(line));
-        let lines: String = ours.map(|line| format!("-D{}\n", line.trim_start_matches("-A"))).collect();
-        transaction("filter", &lines).filter(|_| is_there)
+        transaction("filter", &self.removal_of_ours())
+    }
+
+    /// What takes away what [`Iptables::with_ours`] adds.
+    pub(super) fn without_added(network: Subnet) -> String {
+        let lines = rules_of_ours(network).map(|rule| format!("-D FORWARD {rule}\n")).concat();
+        format!("*filter\n{lines}COMMIT\n")
     }
 
     /// Whether flannel masquerades here.
     pub(super) fn has_flannels_masquerade(&self) -> bool {
-        rules(&self.nat, "POSTROUTING").any(|rule| rule.ends_with("-j FLANNEL-POSTRTG"))
+        has_jump(&self.nat, "POSTROUTING", MASQUERADING)
+            && rules(&self.nat, MASQUERADING).any(|rule| rule.contains("-j MASQUERADE"))
     }
 
-    fn has_ours(&self) -> bool {
-        rules(&self.filter, "FORWARD").filter(|rule| is_ours(rule)).count() == 2
+    /// Whether flannel lets packets of pods and packets for pods through.
+    pub(super) fn has_flannels_forward(&self) -> bool {
+        has_jump(&self.filter, "FORWARD", FORWARDING)
+            && rules(&self.filter, FORWARDING).filter(|rule| rule.ends_with("-j ACCEPT")).count() >= 2
     }
 
-    /// Two rules at this place, counted from 1: packets of pods, and packets for pods.
-    fn ours(&self, network: Subnet, place: usize) -> String {
-        let mut lines = String::new();
-        for old in self.filter.iter().filter(|line| line.starts_with("-A FORWARD") && is_ours(line)) {
-            let _ = writeln!(lines, "-D{}", old.trim_start_matches("-A"));
-        }
-        for from in ["-s", "-d"] {
-            let _ =
-                writeln!(lines, "-I FORWARD {place} {from} {network} -m comment --comment \"{OUR_COMMENT}\" -j ACCEPT");
-        }
-        lines
+    fn of_ours(&self) -> impl Iterator<Item = &str> {
+        rules(&self.filter, "FORWARD").filter(|rule| rule.contains(&format!("--comment \"{OUR_COMMENT}\"")))
+    }
+
+    fn removal_of_ours(&self) -> String {
+        self.of_ours().map(|rule| format!("-D{}\n", rule.trim_start_matches("-A"))).collect()
+    }
+
+    /// What adds our two rules at the place of flannel's jump, if anything else in `FORWARD` decides and they aren't there.
+    fn missing(&self, network: Subnet) -> Option<String> {
+        let to_flannels = |rule: &str| jumps_to(rule, FORWARDING);
+        let jump = rules(&self.filter, "FORWARD").position(to_flannels)?;
+        let decides = self.filter.iter().any(|line| line == "-P FORWARD DROP")
+            || rules(&self.filter, "FORWARD").any(|rule| !to_flannels(rule));
+        let add = rules_of_ours(network).map(|rule| format!("-I FORWARD {} {rule}\n", jump + 1));
+        (decides && self.of_ours().count() != add.len()).then(|| self.removal_of_ours() + &add.concat())
     }
 }
 
-fn is_ours(line: &str) -> bool {
-    line.contains(&format!("--comment \"{OUR_COMMENT}\""))
+/// Packets of pods, and packets for pods.
+fn rules_of_ours(network: Subnet) -> [String; 2] {
+    ["-s", "-d"].map(|from| format!("{from} {network} -m comment --comment \"{OUR_COMMENT}\" -j ACCEPT"))
 }
 
 /// The rules of a chain, in order.
@@ -90,10 +106,18 @@ fn rules<'a>(lines: &'a [String], chain: &str) -> impl Iterator<Item = &'a str> 
     lines.iter().filter(move |line| line.starts_with(&begins)).map(String::as_str)
 }
 
+fn jumps_to(rule: &str, chain: &str) -> bool {
+    rule.ends_with(&format!("-j {chain}"))
+}
+
+fn has_jump(lines: &[String], from: &str, chain: &str) -> bool {
+    rules(lines, from).any(|rule| jumps_to(rule, chain))
+}
+
 /// What removes the jump from `from` to a chain of flannel's, and the chain.
 fn removal(lines: &[String], from: &str, chain: &str) -> String {
     let mut removal = String::new();
-    for jump in rules(lines, from).filter(|rule| rule.ends_with(&format!("-j {chain}"))) {
+    for jump in rules(lines, from).filter(|rule| jumps_to(rule, chain)) {
         let _ = writeln!(removal, "-D{}", jump.trim_start_matches("-A"));
     }
     if lines.iter().any(|line| *line == format!("-N {chain}")) {

@@ -51,6 +51,8 @@ pub struct Facts {
     pub renames_live: bool,
     /// How to end the flanneld that runs here, if one does.
     pub flanneld: Option<String>,
+    /// Whether the flanneld that runs here has written `subnet.env` since it started.
+    pub flanneld_wrote_subnet_env: bool,
     /// How to end the fabricd that runs here, if one does.
     pub fabricd: Option<String>,
     /// The subnets for which `node.json` says that pods may be added.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{Cni, Conflist, Device, Facts, Pod, Refusal, Route, Step};
+use super::{Cni, Conflist, Device, Facts, Iptables, Pod, Refusal, Route, Step};
 use crate::device;
 use crate::leases::Lease;
 use crate::model::{Family, IfName, PerFamily, Subnet};
@@ -80,29 +80,38 @@ pub fn giveback(facts: &Facts) -> Result<Vec<Step>, Vec<Refusal>> {
     }
     let Some(lease) = lease.filter(|_| refusals.is_empty()) else { return Err(refusals) };
 
+    let has_begun = facts.flanneld_wrote_subnet_env && (facts.assigned || lease.record.owner.is_none());
+    // It has made its rules before it writes that file; one of older versions makes them at the same time.
+    let has_begun = has_begun && !facts.network.spaces.families().any(|family| facts.lacks_flannels_rules(family));
+
     let fast_path = (!facts.fast_path.is_empty()).then(|| Step::DeleteFastPath(facts.fast_path.clone()));
     let mut steps: Vec<Step> = fast_path.into_iter().collect();
+    let mut last = vec![];
+    for (family, space) in facts.network.spaces.iter() {
+        let Some(rules) = facts.iptables.get(family) else { continue };
+        // While the device has our name flanneld can't start, so they are there when it does.
+        let beside = rules.with_ours(space.network).filter(|_| !has_begun);
+        last.extend(match beside {
+            Some(beside) => {
+                steps.push(Step::Iptables(family, beside));
+                Some(Step::Iptables(family, Iptables::without_added(space.network)))
+            }
+            // A flanneld with --iptables-forward-rules=false makes none: then ours stay.
+            None if has_begun && !rules.has_flannels_forward() => None,
+            None => rules.without_ours().map(|rules| Step::Iptables(family, rules)),
+        });
+    }
     let misnamed = renames(facts, &devices, |facts, device| !facts.is_flannels(device), Facts::flannels_name);
     let is_misnamed = !misnamed.is_empty();
     steps.extend(misnamed);
     let of_peers = |route: &&Route| route.ours && facts.is_leased(route.dst);
-    let has_begun = facts.flanneld.is_some() && (facts.assigned || lease.record.owner.is_none());
-    // flanneld makes its rules beside its routes, and in between nobody would masquerade.
-    let lacks_rules = |family| {
-        let lacks = facts.iptables.get(family).is_some_and(|rules| !rules.has_flannels_masquerade());
-        facts.flannels_masquerade && lacks && facts.flannel_tables.get(family).is_none()
-    };
-    let has_begun = has_begun && !facts.network.spaces.families().any(lacks_rules);
     if !has_begun || facts.routes.iter().any(|route| of_peers(&route)) || is_misnamed {
         steps.push(Step::AwaitFlanneld);
     }
     if !facts.ours.is_empty() {
         steps.push(Step::DeleteOurs(facts.ours.clone()));
     }
-    for family in facts.network.spaces.families() {
-        let rules = facts.iptables.get(family).and_then(|rules| rules.without_ours());
-        steps.extend(rules.map(|rules| Step::Iptables(family, rules)));
-    }
+    steps.extend(last);
     if let Some(flannels) = flannels {
         if facts.ready.is_some() {
             steps.push(Step::CloseNode);
@@ -239,6 +248,12 @@ impl Facts {
 
     fn is_leased(&self, subnet: Subnet) -> bool {
         self.leases.subnets(subnet.family()).any(|leased| leased == subnet)
+    }
+
+    /// Whether rules of flannel's that ours give way to are not there yet.
+    fn lacks_flannels_rules(&self, family: Family) -> bool {
+        let lacks = self.iptables.get(family).is_some_and(|rules| !rules.has_flannels_masquerade());
+        self.flannels_masquerade && lacks && self.flannel_tables.get(family).is_none()
     }
 
     /// A route over this node's device to a subnet of the network that nobody leases: flannel's, of a node that left.

@@ -85,6 +85,7 @@ fn flannel_node(config: &str) -> Facts {
         ],
         renames_live: true,
         flanneld: None,
+        flanneld_wrote_subnet_env: false,
         fabricd: None,
         ready: None,
         masquerades: None,
@@ -201,12 +202,15 @@ rm /etc/cni/net.d/10-fabric.conflist
     assert_eq!(told(giveback(&facts)), expected);
     facts.devices[0].name = v("flannel.1");
     assert!(told(giveback(&facts)).starts_with("# flanneld takes"));
-    // It runs, has its record and its route.
+    // It runs, has its record and has made its rules, but not yet its route.
     facts.flanneld = Some("kill 7".into());
     facts.leases = Arc::new(leases(OWN));
+    facts.flanneld_wrote_subnet_env = true;
     assert!(told(giveback(&facts)).starts_with("# flanneld takes"), "a route of ours leads to a peer");
     facts.routes[0].ours = false;
     assert!(told(giveback(&facts)).starts_with("ip nexthop flush"));
+    facts.flanneld_wrote_subnet_env = false;
+    assert!(told(giveback(&facts)).starts_with("# flanneld takes"), "it has been started, and not more");
 }
 
 #[test]
@@ -268,13 +272,20 @@ fn pods_of_an_earlier_network_name_are_handed_over_too() {
     assert!(told(giveback(&facts)).contains("write /var/lib/cni/flannel/c1 and its addresses in cbr0"));
 }
 
-#[test]
-fn giveback_waits_for_flannels_masquerade_before_ours_goes() {
+/// Of a node that is taken over: fabricd was ended, flanneld has the device, the lease and the routes.
+fn flanneld_is_back() -> Facts {
     let mut facts = taken_over();
-    (facts.fabricd, facts.flanneld, facts.flannels_masquerade) = (None, Some("kill 7".into()), true);
+    (facts.fabricd, facts.flanneld, facts.flanneld_wrote_subnet_env) = (None, Some("kill 7".into()), true);
     facts.devices[0].name = v("flannel.1");
     facts.leases = Arc::new(leases(OWN));
     facts.routes[0].ours = false;
+    facts
+}
+
+#[test]
+fn giveback_waits_for_flannels_masquerade_before_ours_goes() {
+    let mut facts = flanneld_is_back();
+    facts.flannels_masquerade = true;
     assert!(told(giveback(&facts)).starts_with("ip nexthop flush"), "nobody can look at its rules");
     facts.iptables.v4 = Some(Iptables::default());
     assert!(told(giveback(&facts)).starts_with("# flanneld takes"));
@@ -283,25 +294,64 @@ fn giveback_waits_for_flannels_masquerade_before_ours_goes() {
     facts.flannel_tables = PerFamily::default();
     facts.iptables = flannel_node(V4).iptables;
     assert!(told(giveback(&facts)).starts_with("ip nexthop flush"));
+    facts.iptables.v4.as_mut().expect("there").nat.retain(|rule| !rule.starts_with("-A FLANNEL-POSTRTG"));
+    assert!(told(giveback(&facts)).contains("# flanneld takes"), "its chain is empty");
+}
+
+const WITH_OURS: &str = r#"iptables-restore --noflush --wait <<EOF
+*filter
+-I FORWARD 2 -s 10.244.0.0/16 -m comment --comment "fabricd: forward" -j ACCEPT
+-I FORWARD 2 -d 10.244.0.0/16 -m comment --comment "fabricd: forward" -j ACCEPT
+COMMIT
+EOF
+"#;
+
+const WITHOUT_OURS: &str = r#"iptables-restore --noflush --wait <<EOF
+*filter
+-D FORWARD -s 10.244.0.0/16 -m comment --comment "fabricd: forward" -j ACCEPT
+-D FORWARD -d 10.244.0.0/16 -m comment --comment "fabricd: forward" -j ACCEPT
+COMMIT
+EOF
+"#;
+
+/// Rules of ours in `FORWARD`, as `iptables -S` shows them.
+fn our_forward_rules() -> Vec<String> {
+    WITHOUT_OURS.lines().filter_map(|line| Some(format!("-A{}", line.strip_prefix("-D")?))).collect()
 }
 
 #[test]
 fn our_forward_rules_go_once_flannels_are_there() {
-    let mut facts = taken_over();
-    (facts.fabricd, facts.flanneld) = (None, Some("kill 7".into()));
-    facts.devices[0].name = v("flannel.1");
-    facts.leases = Arc::new(leases(OWN));
-    facts.routes[0].ours = false;
+    let mut facts = flanneld_is_back();
     facts.ours.clear();
-    let ours = r#"-P FORWARD DROP
-        -A FORWARD -s 10.244.0.0/16 -m comment --comment "fabricd: forward" -j ACCEPT"#;
-    facts.iptables.v4 = Some(Iptables { nat: vec![], filter: lines(ours) });
-    assert!(!told(giveback(&facts)).contains("iptables"));
-    facts.iptables.v4.as_mut().expect("there").filter.push("-N FLANNEL-FWD".into());
-    assert!(told(giveback(&facts)).starts_with(
-        "iptables-restore --noflush --wait <<EOF\n*filter\n-D FORWARD -s 10.244.0.0/16 -m comment --comment \
-         \"fabricd: forward\" -j ACCEPT\nCOMMIT\nEOF\n"
-    ));
+    let filter = [vec!["-P FORWARD DROP".to_owned()], our_forward_rules()].concat();
+    facts.iptables.v4 = Some(Iptables { nat: vec![], filter });
+    assert!(!told(giveback(&facts)).contains("iptables"), "flanneld makes no such rules");
+    let rules = &mut facts.iptables.v4.as_mut().expect("there").filter;
+    rules.extend(flannel_node(V4).iptables.v4.expect("there").filter);
+    let mut halfway = facts.clone();
+    assert!(told(giveback(&facts)).starts_with(WITHOUT_OURS));
+    halfway.iptables.v4.as_mut().expect("there").filter.pop();
+    assert!(!told(giveback(&halfway)).contains("iptables"), "the second of flannel's two rules is missing");
+}
+
+/// A takeover that is turned round before flannel's rules went: flanneld empties its chain when it starts.
+#[test]
+fn our_forward_rules_are_there_before_flanneld_can_start_and_go_when_it_has_made_its_own() {
+    let mut facts = flannel_node(V4);
+    facts.devices[0].name = v("fabric.1");
+    facts.routes.clear();
+    let rest = format!(
+        "ip link set dev fabric.1 name flannel.1
+# flanneld takes device and lease over and replaces fabricd's routes; start it if it doesn't run
+{WITHOUT_OURS}"
+    );
+    assert_eq!(told(giveback(&facts)), format!("{WITH_OURS}{rest}"));
+    facts.iptables.v4.as_mut().expect("there").filter.extend(our_forward_rules());
+    assert_eq!(told(giveback(&facts)), rest);
+    // A node that is flannel's and always was.
+    let mut facts = flannel_node(V4);
+    (facts.flanneld, facts.flanneld_wrote_subnet_env) = (Some("kill 7".into()), true);
+    assert_eq!(told(giveback(&facts)), "");
 }
 
 #[test]
