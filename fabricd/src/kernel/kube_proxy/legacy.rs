@@ -10,6 +10,8 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{SockFlag, SockType, socket};
@@ -22,6 +24,9 @@ use crate::kernel::firewalls::xt::Info;
 
 /// The lock of all programs of iptables-legacy (`XT_LOCK_NAME`).
 const LOCK: &str = "/run/xtables.lock";
+/// How long to wait for it, and from one try to the next: others have it for the time of one command.
+const LOCK_TIME: Duration = Duration::from_secs(5);
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 /// `IP(6)T_SO_SET_REPLACE` and `IP(6)T_SO_SET_ADD_COUNTERS`: the same for both families.
 const REPLACE: i32 = 64;
@@ -94,15 +99,21 @@ fn uses(protocol: &Protocol, table: &str) -> bool {
 }
 
 /// None where there can be no such file: then nobody else has it either.
+#[expect(clippy::disallowed_methods, reason = "no task waits on this thread: it was made for blocking calls")]
 fn take_lock() -> io::Result<Option<Flock<File>>> {
     let file = File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(LOCK);
-    let Ok(file) = file else { return Ok(None) };
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(Some(lock)),
-        Err((_, errno)) => {
-            let told = format!("another program changes rules of iptables-legacy, see: fuser -v {LOCK} ({errno})");
-            Err(io::Error::new(io::ErrorKind::WouldBlock, told))
+    let Ok(mut file) = file else { return Ok(None) };
+    let end = Instant::now() + LOCK_TIME;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(Some(lock)),
+            Err((unlocked, _)) if Instant::now() < end => file = unlocked,
+            Err((_, errno)) => {
+                let told = format!("another program changes rules of iptables-legacy, see: fuser -v {LOCK} ({errno})");
+                return Err(io::Error::new(io::ErrorKind::WouldBlock, told));
+            }
         }
+        sleep(LOCK_PAUSE);
     }
 }
 
