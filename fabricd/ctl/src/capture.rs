@@ -76,7 +76,10 @@ fn of_pod(owner: &Owner, saved: &SavedAttachment, arguments: Vec<String>) -> any
 /// What is encapsulated has the nodes' addresses; what goes without (`DirectRouting`) those of the pods.
 fn of_peer(status: &GetStatusResponse, peer: &Peer, arguments: Vec<String>) -> anyhow::Result<Vec<String>> {
     let port = status.network.as_ref().context("this node does not know the network yet")?.port;
-    let device = &status.vteps.first().context("this node has no end of the tunnels yet")?.underlay_device;
+    let first = &status.vteps.first().context("this node has no end of the tunnels yet")?.underlay_device;
+    // Each family may have an underlay of its own.
+    let is_the_only_one = status.vteps.iter().all(|vtep| vtep.underlay_device == *first);
+    let device = if is_the_only_one { first } else { "any" };
     let hosts = peer.public_addresses.iter().map(|address| format!("(host {address} and udp port {port})"));
     let subnets = peer.subnets.iter().map(|subnet| format!("net {subnet}"));
     let expression = hosts.chain(subnets).collect::<Vec<_>>().join(" or ");
@@ -137,5 +140,9 @@ mod tests {
         let expected = "tcpdump -n -i eth1 -c3 '(host 192.0.2.2 and udp port 8472) or net 198.18.2.0/24'";
         assert_eq!(words.join(" "), expected);
         assert!(of_peer(&GetStatusResponse::default(), &peer, vec![]).is_err());
+
+        let other = Vtep { underlay_device: "eth2".into(), ..Vtep::default() };
+        let of_both = GetStatusResponse { vteps: [status.vteps.clone(), vec![other]].concat(), ..status };
+        assert_eq!(of_peer(&of_both, &peer, vec![]).expect("known")[..4], ["tcpdump", "-n", "-i", "any"]);
     }
 }

@@ -293,8 +293,7 @@ impl Reconciler {
         // Once the port is ours nobody else answers there.
         let is_alive = !self.health.has_node_port()
             && matches!(timeout(Duration::from_secs(1), TcpStream::connect(KUBE_PROXY)).await, Ok(Ok(_)));
-        // What can't be read isn't there.
-        KubeProxy { rules: rules.ok().and_then(Result::ok).unwrap_or_default(), is_alive }
+        KubeProxy { rules: rules.unwrap_or_default(), is_alive }
     }
 
     /// What of the host must be so that Services work.

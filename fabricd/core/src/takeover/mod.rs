@@ -307,12 +307,14 @@ pub enum Refusal {
     NoPlugin(PathBuf),
     /// Services would be nobody's.
     #[error(
-        "fabricd translates this node's Services (nft list table inet fabric-services), and flannel translates none: start kube-proxy, then fabricd with --services off, which deletes the table; end it and run this again"
+        "fabricd translates this node's Services (nft list table inet fabric-services), and flannel translates none: start \
+         kube-proxy, then fabricd with --services off, which deletes the table; end it and run this again"
     )]
     ServicesAreOurs,
     /// Network policies would hold no longer.
     #[error(
-        "fabricd enforces this node's NetworkPolicies (nft list table inet fabric-policy), and flannel enforces none: start fabricd with --network-policy off, which deletes the table; end it and run this again"
+        "fabricd enforces this node's NetworkPolicies (nft list table inet fabric-policy), and flannel enforces none: start \
+         fabricd with --network-policy off, which deletes the table; end it and run this again"
     )]
     PoliciesAreOurs,
     /// There is no conflist of flannel's to go back to.

@@ -11,6 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use fabric_netlink::{Attributes, Frame, Request, RequestSocket};
 use netlink_packet_route::RouteNetlinkMessage as Rtnl;
 use netlink_sys::protocols::{NETLINK_GENERIC, NETLINK_NETFILTER, NETLINK_ROUTE};
+use nix::net::if_::if_nametoindex;
 use rtnetlink::LinkUnspec;
 
 use super::ITS;
@@ -38,6 +39,10 @@ const PROTOCOL: u16 = 2;
 const ADDRESS: u16 = 3;
 const PORT: u16 = 4;
 
+/// `AF_INET` and `AF_INET6`, as the attribute has them.
+const INET: u16 = 2;
+const INET6: u16 = 10;
+
 /// `NFNL_SUBSYS_IPSET << 8`, with `IPSET_CMD_DESTROY` and `IPSET_CMD_LIST`.
 const DESTROY_SET: u16 = 6 << 8 | 3;
 const LIST_SETS: u16 = 6 << 8 | 7;
@@ -57,11 +62,8 @@ struct VirtualServer {
 }
 
 /// Whether kube-proxy is or was here.
-///
-/// # Errors
-/// When the links can't be read.
-pub(super) fn is_here() -> io::Result<bool> {
-    Ok(links()?.has(DEVICE))
+pub(super) fn is_here() -> bool {
+    if_nametoindex(DEVICE).is_ok()
 }
 
 /// Removes its virtual servers, its interface and its sets; says in words what there was.
@@ -70,8 +72,8 @@ pub(super) fn is_here() -> io::Result<bool> {
 /// When it can't be read, or the kernel refuses.
 pub(super) fn remove() -> io::Result<Vec<String>> {
     let mut removed = vec![];
-    let links = links()?;
-    if links.has(DEVICE) {
+    if is_here() {
+        let links = HostLinks::ask().map_err(io::Error::other)?;
         let of = |is_its: bool| {
             let links = links.addresses.iter().filter(move |(name, _)| (name.as_str() == DEVICE) == is_its);
             links.flat_map(|(_, addresses)| addresses).map(|(ip, _)| *ip).collect::<BTreeSet<_>>()
@@ -90,10 +92,6 @@ pub(super) fn remove() -> io::Result<Vec<String>> {
         removed.push(format!("{sets} sets of ipset"));
     }
     Ok(removed)
-}
-
-fn links() -> io::Result<HostLinks> {
-    HostLinks::ask().map_err(io::Error::other)
 }
 
 fn done(socket: &mut RequestSocket, requests: &[Request]) -> io::Result<()> {
@@ -125,9 +123,9 @@ fn server(frame: &Frame<'_>) -> Option<VirtualServer> {
     let values = Values::of(frame).nested(SERVER)?;
     let short = |kind| values.bytes(kind).and_then(|bytes| <[u8; 2]>::try_from(bytes).ok());
     let address = values.bytes(ADDRESS)?;
-    let ip = match i32::from(u16::from_ne_bytes(short(AF)?)) {
-        libc::AF_INET => Ipv4Addr::from(*address.first_chunk::<4>()?).into(),
-        libc::AF_INET6 => Ipv6Addr::from(*address.first_chunk::<16>()?).into(),
+    let ip = match u16::from_ne_bytes(short(AF)?) {
+        INET => Ipv4Addr::from(*address.first_chunk::<4>()?).into(),
+        INET6 => Ipv6Addr::from(*address.first_chunk::<16>()?).into(),
         _ => return None,
     };
     let (protocol, port) = (u16::from_ne_bytes(short(PROTOCOL)?), u16::from_be_bytes(short(PORT)?));
@@ -143,13 +141,18 @@ impl VirtualServer {
     /// `ipvsadm --delete-service --tcp-service ADDRESS:PORT`.
     fn deletion(self) -> Attributes {
         // `union nf_inet_addr`
-        let (family, mut address) = (if self.ip.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 }, [0; 16]);
-        match self.ip {
-            IpAddr::V4(ip) => address[..4].copy_from_slice(&ip.octets()),
-            IpAddr::V6(ip) => address = ip.octets(),
-        }
+        let mut address = [0; 16];
+        let family: u16 = match self.ip {
+            IpAddr::V4(ip) => {
+                address[..4].copy_from_slice(&ip.octets());
+                INET
+            }
+            IpAddr::V6(ip) => {
+                address = ip.octets();
+                INET6
+            }
+        };
         Attributes::behind([DELETE_SERVER, 1, 0, 0]).nested(SERVER, |server| {
-            let family = u16::try_from(family).expect("a small number");
             server
                 .bytes(AF, &family.to_ne_bytes())
                 .bytes(PROTOCOL, &self.protocol.to_ne_bytes())

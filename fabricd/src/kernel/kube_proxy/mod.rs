@@ -30,17 +30,16 @@ pub(super) fn is_its_chain(name: &str) -> bool {
     name.starts_with(ITS) && !OF_KUBELET.contains(&name)
 }
 
-/// What is there of kube-proxy, in words; nothing where it isn't and wasn't.
-///
-/// # Errors
-/// When the kernel can't be asked.
-pub fn found() -> io::Result<Vec<&'static str>> {
+/// What is there of kube-proxy, in words; nothing where it isn't and wasn't. Of a part that can't be read nothing is there,
+/// and the others count.
+#[must_use]
+pub fn found() -> Vec<&'static str> {
     let places = [
-        (Filter::open()?.has_kube_proxy(), "nftables or iptables-nft"),
-        (legacy::is_here()?, "iptables-legacy"),
-        (ipvs::is_here()?, "IPVS"),
+        (Filter::open().is_ok_and(|mut filter| filter.has_kube_proxy()), "nftables or iptables-nft"),
+        (legacy::is_here().unwrap_or_default(), "iptables-legacy"),
+        (ipvs::is_here(), "IPVS"),
     ];
-    Ok(places.into_iter().filter(|(is_there, _)| *is_there).map(|(_, place)| place).collect())
+    places.into_iter().filter(|(is_there, _)| *is_there).map(|(_, place)| place).collect()
 }
 
 /// Removes all of it, and says in words what there was. What is another's stays.

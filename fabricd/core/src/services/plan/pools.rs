@@ -1,8 +1,8 @@
 //! [`Pools`]: the endpoints that frontends lead to, by number.
 //!
 //! A pool never changes, so a packet that meets a change between two look-ups finds the whole of one or the whole of the
-//! other. Frontends with equal endpoints share a pool, unless these have turns. Numbers count up, and after a restart each pool has the number that
-//! the kernel has for these endpoints, so nothing is written.
+//! other. Frontends with equal endpoints share a pool, unless these have turns. Numbers count up, and after a restart each
+//! pool has the number that the kernel has for these endpoints, so nothing is written.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
