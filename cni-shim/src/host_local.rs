@@ -51,7 +51,7 @@ pub struct Range {
 
 /// Why no address was given.
 #[derive(Debug, thiserror::Error)]
-pub enum Ungiven {
+pub enum AllocateError {
     /// None is left.
     #[error("no IP addresses available in range set: {0}; delete pods, or give the node a larger subnet")]
     Exhausted(String),
@@ -130,14 +130,14 @@ impl IpamState {
     /// in the set. Returns it with its prefix length, and its gateway.
     ///
     /// # Errors
-    /// [`Ungiven`]; nothing is taken then.
+    /// [`AllocateError`]; nothing is taken then.
     pub fn reserve(
         &self,
         owner: &AttachmentId,
         set: usize,
         ranges: &[Range],
         requested: &[IpAddr],
-    ) -> Result<(IpNetwork, IpAddr), Ungiven> {
+    ) -> Result<(IpNetwork, IpAddr), AllocateError> {
         let spans = ranges.iter().map(Span::of).collect::<Result<Vec<_>, _>>()?;
         let given = |ip: IpAddr, span: &Span| {
             let address = IpNetwork::new(ip, span.range.subnet.prefix()).expect("the subnet's own length");
@@ -145,9 +145,13 @@ impl IpamState {
         };
         if let Some((ip, span)) = requested.iter().find_map(|ip| Some((*ip, spans.iter().find(|s| s.has(*ip))?))) {
             if ip == span.gateway {
-                return Err(Ungiven::Gateway(ip));
+                return Err(AllocateError::Gateway(ip));
             }
-            return if self.take(ip, owner)? { Ok(given(ip, span)) } else { Err(Ungiven::Taken(ip, names(ranges))) };
+            return if self.take(ip, owner)? {
+                Ok(given(ip, span))
+            } else {
+                Err(AllocateError::Taken(ip, names(ranges)))
+            };
         }
         let cursor = self.dir.join(format!("last_reserved_ip.{set}"));
         let last = fs::read_to_string(&cursor).ok().and_then(|text| text.trim().parse().ok());
@@ -158,7 +162,7 @@ impl IpamState {
                 return Ok(given(ip, span));
             }
         }
-        Err(Ungiven::Exhausted(names(ranges)))
+        Err(AllocateError::Exhausted(names(ranges)))
     }
 
     /// Frees all addresses of `owner` and returns them.
@@ -207,7 +211,7 @@ impl IpamState {
     }
 
     /// Takes an address; false when it is somebody's.
-    fn take(&self, ip: IpAddr, owner: &AttachmentId) -> Result<bool, Ungiven> {
+    fn take(&self, ip: IpAddr, owner: &AttachmentId) -> Result<bool, AllocateError> {
         let (path, draft) = (self.dir.join(ip.to_string()), self.dir.join(DRAFT));
         if path.exists() {
             return Ok(false);
@@ -218,21 +222,21 @@ impl IpamState {
             renameat_with(CWD, &draft, CWD, &path, RenameFlags::NOREPLACE)?;
             Ok(true)
         };
-        written().map_err(|source| Ungiven::Io { path, source })
+        written().map_err(|source| AllocateError::Io { path, source })
     }
 }
 
 impl Span {
     /// As host-local fills it in (plugins' ipam/host-local/backend/allocator, `Range.Canonicalize`).
-    fn of(range: &Range) -> Result<Self, Ungiven> {
+    fn of(range: &Range) -> Result<Self, AllocateError> {
         let subnet = range.subnet;
         let bits = if subnet.is_ipv4() { 32 } else { 128 };
         if subnet.ip() != subnet.network() {
             let msg = format!("subnet {subnet} has host bits set; for example it could be {}", subnet.network());
-            return Err(Ungiven::Senseless(msg));
+            return Err(AllocateError::Senseless(msg));
         }
         if subnet.prefix() > bits - 2 {
-            return Err(Ungiven::Senseless(format!("subnet {subnet} is too small to have addresses for pods")));
+            return Err(AllocateError::Senseless(format!("subnet {subnet} is too small to have addresses for pods")));
         }
         let (base, end) = (to_bits(subnet.network()), to_bits(last_of(subnet)));
         let span = Self {
@@ -243,7 +247,7 @@ impl Span {
         };
         if !(base..=end).contains(&span.first) || !(span.first..=end).contains(&span.last) {
             let msg = format!("rangeStart and rangeEnd do not lie in this order in subnet {subnet}");
-            return Err(Ungiven::Senseless(msg));
+            return Err(AllocateError::Senseless(msg));
         }
         Ok(span)
     }

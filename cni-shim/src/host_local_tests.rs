@@ -18,7 +18,7 @@ fn range(subnet: &str) -> Range {
     Range { subnet: subnet.parse().expect("valid"), range_start: None, range_end: None, gateway: None }
 }
 
-fn reserve(dir: &TempDir, name: &str, range: &Range) -> Result<String, Ungiven> {
+fn reserve(dir: &TempDir, name: &str, range: &Range) -> Result<String, AllocateError> {
     let ipam = IpamState::open(dir.path(), &network()).expect("IPAM state");
     ipam.reserve(&pod(name), 0, std::slice::from_ref(range), &[]).map(|(ip, _)| ip.to_string())
 }
@@ -53,8 +53,8 @@ fn requested_address_is_given_if_it_is_free_and_for_pods() {
     let ranges = [range("192.0.2.0/24")];
     let ask = |name: &str, ip: &str| ipam.reserve(&pod(name), 0, &ranges, &[ip.parse().expect("an address")]);
     assert_eq!(ask("c1", "192.0.2.77").expect("free").0.to_string(), "192.0.2.77/24");
-    assert!(matches!(ask("c2", "192.0.2.77"), Err(Ungiven::Taken(..))));
-    assert!(matches!(ask("c2", "192.0.2.1"), Err(Ungiven::Gateway(_))));
+    assert!(matches!(ask("c2", "192.0.2.77"), Err(AllocateError::Taken(..))));
+    assert!(matches!(ask("c2", "192.0.2.1"), Err(AllocateError::Gateway(_))));
     assert_eq!(ask("c2", "198.51.100.1").expect("of another set").0.to_string(), "192.0.2.2/24");
 }
 

@@ -144,8 +144,8 @@ fn whatever_is_done_to_our_tables_wakes_and_is_put_right() {
             "flush chain inet fabric senders",
             "delete table bridge fabric",
             "delete element inet fabric members4 { 198.18.0.2 . 10.64.2.0 }",
-            "add element inet fabric odd4 { 198.18.0.9 . 10.64.0.0/12 }",
-            "add element inet fabric odd4 { 198.18.0.9 . 10.64.0.3-10.64.0.5 }",
+            "add element inet fabric prefixes4 { 198.18.0.9 . 10.64.0.0/12 }",
+            "add element inet fabric prefixes4 { 198.18.0.9 . 10.64.0.3-10.64.0.5 }",
             "flush set inet fabric members4",
             "insert rule inet fabric input accept",
             "add chain inet fabric extra",
@@ -199,7 +199,7 @@ fn five_thousand_peers_are_a_few_transactions_and_one_more_costs_little() {
         assert!(lines.len() <= 4 && lines.iter().all(|line| line.starts_with("+ nft add element")), "{lines:?}");
         assert!(kernel.apply(more.ops()).await.iter().all(Result::is_ok));
         let found = &look(&mut kernel_anew()).await.filter[&TableKey::Fabric];
-        let (usual, odd) = (found.sets["members4"].elements.len(), found.sets["odd4"].elements.len());
+        let (usual, odd) = (found.sets["members4"].elements.len(), found.sets["prefixes4"].elements.len());
         assert_eq!((usual + odd, odd), (10_002, 19), "addresses that end in 0");
     });
 }

@@ -3,7 +3,7 @@
 use rustix::io::Errno;
 
 use crate::error::{CniError, Code};
-use crate::host_local::Ungiven;
+use crate::host_local::AllocateError;
 use crate::netlink::Refused;
 
 /// Why wiring failed.
@@ -26,12 +26,12 @@ pub(super) fn refused(e: &Refused) -> CniError {
 }
 
 /// Why an address can't be given.
-pub(super) fn ungiven(e: &Ungiven) -> CniError {
+pub(super) fn ungiven(e: &AllocateError) -> CniError {
     let code = match e {
-        Ungiven::Exhausted(_) => Code::TryAgainLater,
-        Ungiven::Duplicate(..) => Code::AlreadyAttached,
-        Ungiven::Taken(..) | Ungiven::Gateway(_) | Ungiven::Senseless(_) => Code::InvalidConfig,
-        Ungiven::Io { .. } => Code::Io,
+        AllocateError::Exhausted(_) => Code::TryAgainLater,
+        AllocateError::Duplicate(..) => Code::AlreadyAttached,
+        AllocateError::Taken(..) | AllocateError::Gateway(_) | AllocateError::Senseless(_) => Code::InvalidConfig,
+        AllocateError::Io { .. } => Code::Io,
     };
     CniError::new(code, e.to_string())
 }

@@ -21,7 +21,7 @@ use super::wiring::{self, Link, Veth};
 use super::{in_the_way, make, open_netlink, port_name, random_mac};
 use crate::conf::Conf;
 use crate::error::{CniError, Code};
-use crate::host_local::{IpamState, Ungiven};
+use crate::host_local::{AllocateError, IpamState};
 use crate::netlink::{self, Netlink, Refused};
 use crate::request::{Action, Attachment, Call};
 use crate::spec::AttachmentId;
@@ -85,7 +85,7 @@ impl Call<BridgeConf> {
         let wishes = self.conf.wished_ips(&self.args)?;
         let ipam = self.ipam()?;
         if let Some(ip) = ipam.held_by(id).map_err(|e| self.unreadable(&e))?.first() {
-            return Err(ungiven(&Ungiven::Duplicate(*ip, id.clone())));
+            return Err(ungiven(&AllocateError::Duplicate(*ip, id.clone())));
         }
         let sets = self.conf.ipam.ranges.iter().enumerate();
         let given: Result<Vec<_>, _> = sets
@@ -94,7 +94,7 @@ impl Call<BridgeConf> {
             .collect();
         let given = given.and_then(|given| {
             let unmet = wishes.iter().find(|wish| !given.iter().any(|given| given.address.ip() == **wish));
-            unmet.map_or(Ok(given.clone()), |wish| Err(Ungiven::Taken(*wish, "of this network".into())))
+            unmet.map_or(Ok(given.clone()), |wish| Err(AllocateError::Taken(*wish, "of this network".into())))
         });
         given.map_err(|e| {
             // What an earlier set has given.

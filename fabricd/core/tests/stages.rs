@@ -93,7 +93,7 @@ fn sets_and_chains_come_before_devices_and_tables_go_after_them() {
     assert_eq!(
         diff(want, empty).to_string(),
         "+ nft add set inet fabric members4 { type ipv4_addr . ipv4_addr; }
-+ nft add set inet fabric odd4 { type ipv4_addr . ipv4_addr; flags interval; }
++ nft add set inet fabric prefixes4 { type ipv4_addr . ipv4_addr; flags interval; }
 + nft add set bridge fabric known { type ifname; }
 + nft add set bridge fabric pods4 { type ifname . ether_addr . ipv4_addr; }
 + nft add set bridge fabric pods6 { type ifname . ether_addr . ipv6_addr; }

@@ -12,7 +12,7 @@ use fabric_proto::v1::{
     AskNodesRequest, CheckResult, Checks, GetMeshResponse, GetStatusRequest, GetStatusResponse, NodeAnswer,
 };
 
-use crate::output::{Output, Screen, Tone};
+use crate::output::{Output, Screen, Severity};
 use crate::table::{Cell, render};
 use crate::{Answer, NOT_ALL_WELL, daemon, mesh, status};
 
@@ -48,7 +48,7 @@ impl AllArgs {
 /// Asks, and shows a line for each node; exit code 4 when one has not answered, or is not well.
 pub async fn ask(socket: &Path, output: Output, args: AllArgs, question: Question) -> anyhow::Result<Answer> {
     let answers = answers(socket, args, question).await?;
-    let well = answers.iter().all(|answer| said(answer).1 == Tone::Good);
+    let well = answers.iter().all(|answer| said(answer).1 == Severity::Good);
     Ok(Answer::well_if(well, output.show(&answers, |screen| table(screen, &answers))?, NOT_ALL_WELL))
 }
 
@@ -79,9 +79,9 @@ async fn answers(socket: &Path, args: AllArgs, question: Question) -> anyhow::Re
 
 fn table(screen: &Screen, answers: &[NodeAnswer]) -> String {
     let row = |answer: &NodeAnswer| -> [Cell; 3] {
-        let (words, tone) = said(answer);
+        let (words, severity) = said(answer);
         let took = Duration::from_secs_f64((answer.took_ms / 1e3).max(0.0));
-        [answer.node.clone().into(), format!("{} ms", took.as_millis()).into(), Cell::toned(words, tone)]
+        [answer.node.clone().into(), format!("{} ms", took.as_millis()).into(), Cell::coloured(words, severity)]
     };
     let rows: Vec<[Cell; 3]> = answers.iter().map(row).collect();
     let mut text = render(screen, ["NODE", "TOOK", "ANSWER"], &rows);
@@ -91,45 +91,45 @@ fn table(screen: &Screen, answers: &[NodeAnswer]) -> String {
 }
 
 /// An answer in a few words.
-fn said(answer: &NodeAnswer) -> (String, Tone) {
+fn said(answer: &NodeAnswer) -> (String, Severity) {
     match &answer.answer {
-        None => (format!("no answer: {}", answer.error), Tone::Bad),
+        None => (format!("no answer: {}", answer.error), Severity::Bad),
         Some(Said::Status(status)) => of_status(status),
         Some(Said::Mesh(mesh)) => of_mesh(mesh),
         Some(Said::Checks(checks)) => of_checks(checks),
-        Some(Said::Explain(path)) => (format!("{} hops", path.hops.len()), Tone::Good),
+        Some(Said::Explain(path)) => (format!("{} hops", path.hops.len()), Severity::Good),
     }
 }
 
-fn of_status(status: &GetStatusResponse) -> (String, Tone) {
+fn of_status(status: &GetStatusResponse) -> (String, Severity) {
     let subnets = status.lease.iter().flat_map(|lease| lease.subnets.clone()).collect::<Vec<_>>().join(" ");
     let peers = format!("{} of {} peers programmed", status.peers_programmed, status.peers.len());
     let wrong: Vec<String> = status::not_well(status).into_iter().map(|what| format!(", {what}")).collect();
-    let tone = if wrong.is_empty() { Tone::Good } else { Tone::Doubtful };
+    let severity = if wrong.is_empty() { Severity::Good } else { Severity::Doubtful };
     match status.ready {
-        true => (format!("ready, {subnets}, {peers}{}, version {}", wrong.concat(), status.version), tone),
-        false => (format!("NOT READY: {}", status.reason), Tone::Bad),
+        true => (format!("ready, {subnets}, {peers}{}, version {}", wrong.concat(), status.version), severity),
+        false => (format!("NOT READY: {}", status.reason), Severity::Bad),
     }
 }
 
-fn of_mesh(said: &GetMeshResponse) -> (String, Tone) {
+fn of_mesh(said: &GetMeshResponse) -> (String, Severity) {
     let bad: Vec<String> = said
         .peers
         .iter()
-        .filter(|peer| mesh::tone(peer.cause()) == Tone::Bad)
+        .filter(|peer| mesh::severity(peer.cause()) == Severity::Bad)
         .map(|peer| format!("{}: {}", peer.node, peer.cause().word()))
         .collect();
     match bad.first() {
-        None => (format!("{} peers, none is bad", said.peers.len()), Tone::Good),
-        Some(_) => (format!("{} of {} peers are bad: {}", bad.len(), said.peers.len(), bad.join(", ")), Tone::Bad),
+        None => (format!("{} peers, none is bad", said.peers.len()), Severity::Good),
+        Some(_) => (format!("{} of {} peers are bad: {}", bad.len(), said.peers.len(), bad.join(", ")), Severity::Bad),
     }
 }
 
-fn of_checks(said: &Checks) -> (String, Tone) {
+fn of_checks(said: &Checks) -> (String, Severity) {
     let failed: Vec<&str> =
         said.checks.iter().filter(|c| c.result() == CheckResult::Failed).map(|c| c.id.as_str()).collect();
     match failed.first() {
-        None => (format!("{} checks, none has failed", said.checks.len()), Tone::Good),
-        Some(_) => (format!("failed: {}", failed.join(", ")), Tone::Bad),
+        None => (format!("{} checks, none has failed", said.checks.len()), Severity::Good),
+        Some(_) => (format!("failed: {}", failed.join(", ")), Severity::Bad),
     }
 }

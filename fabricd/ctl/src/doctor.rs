@@ -15,7 +15,7 @@ use fabricd::config::Config;
 use fabricd::diagnosis::standalone::{self, Made};
 use tokio::time::timeout;
 
-use crate::output::{Output, Screen, Tone};
+use crate::output::{Output, Screen, Severity};
 use crate::table::cut;
 use crate::{Answer, NOT_ALL_WELL, bundle, daemon, print};
 
@@ -113,11 +113,11 @@ fn settings() -> Result<Config, String> {
 
 /// A check in a line, with evidence and fix below when something is wrong.
 pub fn line(screen: &Screen, check: &Check) -> String {
-    let (word, tone) = match check.result() {
-        CheckResult::Ok => ("ok", Tone::Good),
-        CheckResult::Warning => ("WARNING", Tone::Doubtful),
-        CheckResult::Failed => ("FAILED", Tone::Bad),
-        CheckResult::Skipped | CheckResult::Unspecified => ("skipped", Tone::Plain),
+    let (word, severity) = match check.result() {
+        CheckResult::Ok => ("ok", Severity::Good),
+        CheckResult::Warning => ("WARNING", Severity::Doubtful),
+        CheckResult::Failed => ("FAILED", Severity::Bad),
+        CheckResult::Skipped | CheckResult::Unspecified => ("skipped", Severity::Plain),
     };
     let padding = " ".repeat(8 - word.len());
     let indent = format!("\n{}", " ".repeat(8 + 19 + check.title.chars().count() + 2));
@@ -129,7 +129,7 @@ pub fn line(screen: &Screen, check: &Check) -> String {
     } else {
         told
     };
-    let mut text = format!("{}{padding}{told}\n", screen.paint(word, tone));
+    let mut text = format!("{}{padding}{told}\n", screen.paint(word, severity));
     for (place, fix) in check.fix.lines().enumerate() {
         let _ = writeln!(text, "        {} {fix}", if place == 0 { "fix:" } else { "    " });
     }
@@ -137,12 +137,12 @@ pub fn line(screen: &Screen, check: &Check) -> String {
 }
 
 /// The word of a result, for other commands.
-pub fn tone(result: CheckResult) -> (String, Tone) {
-    let tone = match result {
-        CheckResult::Ok => Tone::Good,
-        CheckResult::Warning => Tone::Doubtful,
-        CheckResult::Failed => Tone::Bad,
-        CheckResult::Skipped | CheckResult::Unspecified => Tone::Plain,
+pub fn severity(result: CheckResult) -> (String, Severity) {
+    let severity = match result {
+        CheckResult::Ok => Severity::Good,
+        CheckResult::Warning => Severity::Doubtful,
+        CheckResult::Failed => Severity::Bad,
+        CheckResult::Skipped | CheckResult::Unspecified => Severity::Plain,
     };
-    (result.word(), tone)
+    (result.word(), severity)
 }

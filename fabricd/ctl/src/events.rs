@@ -7,7 +7,7 @@ use fabric_proto::Word as _;
 use fabric_proto::v1::{Event, WatchEventsRequest};
 use time::OffsetDateTime;
 
-use crate::output::{Output, Screen, Tone};
+use crate::output::{Output, Screen, Severity};
 use crate::table::span;
 use crate::{Answer, daemon, print};
 
@@ -34,8 +34,8 @@ pub async fn show(socket: &Path, output: Output, follow: bool) -> anyhow::Result
 pub fn line(screen: &Screen, event: &Event, now: SystemTime) -> String {
     let ago = format!("{} ago", ago(event.unix_millis, now));
     let subject = if event.subject.is_empty() { String::new() } else { format!("{} ", event.subject) };
-    let tone = if event.warning { Tone::Doubtful } else { Tone::Plain };
-    let said = screen.paint(&format!("{subject}{}", event.message), tone);
+    let severity = if event.warning { Severity::Doubtful } else { Severity::Plain };
+    let said = screen.paint(&format!("{subject}{}", event.message), severity);
     format!("{ago:>12}  {:10} {said}\n", event.kind().word())
 }
 

@@ -14,8 +14,8 @@ use fabricd::diagnosis::explain::PACKET;
 use fabricd::diagnosis::packet::{self, Seen};
 use tokio::task::spawn_blocking;
 
-use crate::doctor::tone;
-use crate::output::{Output, Screen, Tone};
+use crate::doctor::severity;
+use crate::output::{Output, Screen, Severity};
 use crate::table::{Cell, render};
 use crate::{Answer, NOT_ALL_WELL, daemon};
 
@@ -204,13 +204,13 @@ fn describe(screen: &Screen, path: &ExplainResponse, (source, target): (IpAddr, 
         .iter()
         .enumerate()
         .map(|(place, hop)| {
-            let (word, tone) = tone(hop.result());
+            let (word, severity) = severity(hop.result());
             let mark = if Some(place) == marked { "→" } else { "" };
             [
                 mark.into(),
                 hop.node.clone().into(),
                 hop.layer.clone().into(),
-                Cell::toned(word, tone),
+                Cell::coloured(word, severity),
                 hop.found.clone().into(),
             ]
         })
@@ -219,8 +219,8 @@ fn describe(screen: &Screen, path: &ExplainResponse, (source, target): (IpAddr, 
         if rows.is_empty() { String::new() } else { render(screen, ["", "NODE", "LAYER", "STATE", "FOUND"], &rows) };
     if let Some(hop) = marked.and_then(|place| path.hops.get(place)) {
         let said = match arrived {
-            true => screen.paint("The packet was answered, though this is wrong", Tone::Doubtful),
-            false => screen.paint("Here packets are lost", Tone::Bad),
+            true => screen.paint("The packet was answered, though this is wrong", Severity::Doubtful),
+            false => screen.paint("Here packets are lost", Severity::Bad),
         };
         let _ = writeln!(text, "\n{said}: {} of {}: {}", hop.layer, hop.node, hop.found);
         for (place, line) in hop.expected.lines().enumerate() {
@@ -228,7 +228,7 @@ fn describe(screen: &Screen, path: &ExplainResponse, (source, target): (IpAddr, 
         }
     }
     if !path.missing.is_empty() {
-        let _ = writeln!(text, "\n{}: {}", screen.paint("Not seen", Tone::Doubtful), path.missing);
+        let _ = writeln!(text, "\n{}: {}", screen.paint("Not seen", Severity::Doubtful), path.missing);
     }
     text
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use fabric_proto::Word as _;
 use fabric_proto::v1::{GetMeshRequest, GetMeshResponse, MeshCause, MeshPeer, ProbeMeshRequest};
 
-use crate::output::{Output, Screen, Tone};
+use crate::output::{Output, Screen, Severity};
 use crate::table::{Cell, render, span};
 use crate::{Answer, NOT_ALL_WELL, daemon};
 
@@ -23,16 +23,16 @@ pub async fn show(socket: &Path, output: Output, nodes: Vec<String>, probe: bool
         anyhow::bail!("there is no peer {stranger}; see them with: fabricctl peers");
     }
     mesh.peers.retain(|peer| nodes.is_empty() || nodes.contains(&peer.node));
-    let well = mesh.peers.iter().all(|peer| tone(peer.cause()) != Tone::Bad);
+    let well = mesh.peers.iter().all(|peer| severity(peer.cause()) != Severity::Bad);
     Ok(Answer::well_if(well, output.show(&mesh, |screen| describe(screen, &mesh))?, NOT_ALL_WELL))
 }
 
 /// What a cause means for pods.
-pub fn tone(cause: MeshCause) -> Tone {
+pub fn severity(cause: MeshCause) -> Severity {
     match cause {
-        MeshCause::Fine => Tone::Good,
-        MeshCause::Unspecified | MeshCause::Unknown | MeshCause::NoDaemon => Tone::Plain,
-        _ => Tone::Bad,
+        MeshCause::Fine => Severity::Good,
+        MeshCause::Unspecified | MeshCause::Unknown | MeshCause::NoDaemon => Severity::Plain,
+        _ => Severity::Bad,
     }
 }
 
@@ -46,7 +46,7 @@ pub fn table(screen: &Screen, peers: &[MeshPeer]) -> String {
 fn describe(screen: &Screen, mesh: &GetMeshResponse) -> String {
     let mut text = table(screen, &mesh.peers);
     for peer in mesh.peers.iter().filter(|peer| !peer.fix.is_empty()) {
-        let verdict = screen.paint(&verdict(peer.cause()), tone(peer.cause()));
+        let verdict = screen.paint(&verdict(peer.cause()), severity(peer.cause()));
         let _ = writeln!(text, "\n{} {}: {verdict}\n  {}\n  fix: {}", peer.node, peer.address, peer.evidence, peer.fix);
     }
     let (seconds, packets) = (mesh.round_seconds, mesh.packets_per_second);
@@ -55,7 +55,7 @@ fn describe(screen: &Screen, mesh: &GetMeshResponse) -> String {
         "\nEvery peer is probed each {seconds:.0} s; this node sends {packets:.1} packets a second for it."
     );
     if !mesh.limits.is_empty() {
-        let _ = writeln!(text, "{}", screen.paint(&mesh.limits, Tone::Doubtful));
+        let _ = writeln!(text, "{}", screen.paint(&mesh.limits, Severity::Doubtful));
     }
     text
 }
@@ -78,7 +78,7 @@ fn row(peer: &MeshPeer) -> [Cell; 9] {
     };
     [
         peer.node.clone().into(),
-        Cell::toned(verdict(peer.cause()), tone(peer.cause())),
+        Cell::coloured(verdict(peer.cause()), severity(peer.cause())),
         if peer.since_seconds >= 0.0 { ago(peer.since_seconds).into() } else { Cell::default() },
         if peer.rtt_ms > 0.0 { format!("{:.2} ms", peer.rtt_ms).into() } else { Cell::default() },
         if_probed(percent(peer.loss)).into(),

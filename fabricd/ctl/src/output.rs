@@ -73,13 +73,13 @@ impl Screen {
         Self { width: width.filter(|width| *width > 0), colour }
     }
 
-    /// `text` in the colour of `tone`.
-    pub fn paint(&self, text: &str, tone: Tone) -> String {
-        let code = match tone {
-            Tone::Good => 32,
-            Tone::Doubtful => 33,
-            Tone::Bad => 31,
-            Tone::Plain => return text.to_owned(),
+    /// `text` in the colour of `severity`.
+    pub fn paint(&self, text: &str, severity: Severity) -> String {
+        let code = match severity {
+            Severity::Good => 32,
+            Severity::Doubtful => 33,
+            Severity::Bad => 31,
+            Severity::Plain => return text.to_owned(),
         };
         if self.colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
     }
@@ -87,7 +87,7 @@ impl Screen {
 
 /// What a word means.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Tone {
+pub enum Severity {
     /// Nothing in particular.
     #[default]
     Plain,

@@ -9,14 +9,14 @@ use fabric_proto::v1::{
     WatchPeersRequest,
 };
 
-use crate::output::{Output, Screen, Tone};
+use crate::output::{Output, Screen, Severity};
 use crate::table::{Cell, render, span};
 use crate::{Answer, NOT_ALL_WELL, daemon, mesh, print};
 
 /// Lists the peers; exit code 4 when not all of them are programmed and reached.
 pub async fn peers(socket: &Path, output: Output) -> anyhow::Result<Answer> {
     let peers = daemon::connect(socket).await?.list_peers(ListPeersRequest {}).await?.into_inner();
-    let is_well = |peer: &Peer| peer.state() == PeerState::Programmed && mesh::tone(peer.mesh()) != Tone::Bad;
+    let is_well = |peer: &Peer| peer.state() == PeerState::Programmed && mesh::severity(peer.mesh()) != Severity::Bad;
     let well = peers.peers.iter().all(is_well);
     Ok(Answer::well_if(well, output.show(&peers, |screen| peer_table(screen, &peers.peers))?, NOT_ALL_WELL))
 }
@@ -57,34 +57,34 @@ pub fn peer_table(screen: &Screen, peers: &[Peer]) -> String {
     let header = ["PEER", "STATE", "MESH", "SINCE", "SUBNET", "UNDERLAY", "VTEP", "FAST SENT", "FAST RECEIVED"];
     let mut text = render(screen, header, &rows);
     for (place, peer) in peers.iter().filter(|peer| !peer.reason.is_empty()).enumerate() {
-        let (word, tone) = state(peer);
+        let (word, severity) = state(peer);
         let gap = if place == 0 { "\n" } else { "" };
-        let word = screen.paint(&word, tone);
+        let word = screen.paint(&word, severity);
         let _ = writeln!(text, "{gap}{} {} {word}: {}", named(&peer.node), peer.subnets.join(" "), peer.reason);
     }
     text
 }
 
-fn state(peer: &Peer) -> (String, Tone) {
-    let tone = match peer.state() {
-        PeerState::Programmed => Tone::Good,
-        PeerState::Pending => Tone::Doubtful,
-        PeerState::Refused => Tone::Bad,
-        PeerState::Unspecified => Tone::Plain,
+fn state(peer: &Peer) -> (String, Severity) {
+    let severity = match peer.state() {
+        PeerState::Programmed => Severity::Good,
+        PeerState::Pending => Severity::Doubtful,
+        PeerState::Refused => Severity::Bad,
+        PeerState::Unspecified => Severity::Plain,
     };
-    (peer.state().word(), tone)
+    (peer.state().word(), severity)
 }
 
 fn peer_row(peer: &Peer) -> [Cell; 9] {
-    let (word, tone) = state(peer);
+    let (word, severity) = state(peer);
     let carried = |packets: u64, bytes: u64| Cell::from(format!("{packets} packets, {bytes} bytes"));
     let traffic = peer.fast_path.as_ref();
     #[expect(clippy::cast_possible_truncation, reason = "seconds")]
     let since = peer.mesh_since_seconds as i64;
     [
         named(&peer.node).into(),
-        Cell::toned(word, tone),
-        Cell::toned(peer.mesh().word(), mesh::tone(peer.mesh())),
+        Cell::coloured(word, severity),
+        Cell::coloured(peer.mesh().word(), mesh::severity(peer.mesh())),
         if since < 0 { Cell::default() } else { span(since).into() },
         peer.subnets.join(" ").into(),
         peer.public_addresses.join(" ").into(),
@@ -104,8 +104,8 @@ fn peer_line(change: &PeerEvent) -> String {
 fn lease_table(screen: &Screen, leases: &[LeaseRecord]) -> String {
     let row = |lease: &LeaseRecord| -> [Cell; 7] {
         let state = match (lease.own, lease.reserved) {
-            (true, _) => Cell::toned("ours", Tone::Good),
-            (_, true) => Cell::toned("reserved, node away", Tone::Doubtful),
+            (true, _) => Cell::coloured("ours", Severity::Good),
+            (_, true) => Cell::coloured("reserved, node away", Severity::Doubtful),
             _ => "held".into(),
         };
         [

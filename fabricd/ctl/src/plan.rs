@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use fabric_proto::v1::{GetKernelStateRequest, GetKernelStateResponse, KernelTables};
 
 use crate::events::ago;
-use crate::output::{Output, Screen, Tone};
+use crate::output::{Output, Screen, Severity};
 use crate::table::{Cell, render};
 use crate::{Answer, NOT_ALL_WELL, daemon};
 
@@ -35,7 +35,7 @@ fn describe(screen: &Screen, state: &GetKernelStateResponse, now: SystemTime) ->
     text.push('\n');
     match (&state.desired, state.plan.is_empty()) {
         (None, _) => {
-            let _ = writeln!(text, "{}: {}", screen.paint("Nothing is planned", Tone::Bad), state.blocked);
+            let _ = writeln!(text, "{}: {}", screen.paint("Nothing is planned", Severity::Bad), state.blocked);
         }
         (Some(_), true) if state.conflicts.is_empty() => text += "In sync: the kernel's state is the desired one.\n",
         (Some(_), true) => {}
@@ -48,7 +48,7 @@ fn describe(screen: &Screen, state: &GetKernelStateResponse, now: SystemTime) ->
         let _ = writeln!(
             text,
             "{}",
-            screen.paint("Conflicts with objects of other programs, which are not touched:", Tone::Bad)
+            screen.paint("Conflicts with objects of other programs, which are not touched:", Severity::Bad)
         );
         state.conflicts.iter().for_each(|conflict| text += &format!("  {conflict}\n"));
     }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use fabric_proto::v1::{Drop, GetPoliciesRequest, GetPoliciesResponse, PolicyPod, PolicyRule, WatchDropsRequest};
 
-use crate::output::{Output, Screen, Tone};
+use crate::output::{Output, Screen, Severity};
 use crate::table::{Cell, render};
 use crate::{Answer, NOT_ALL_WELL, daemon, events, print};
 
@@ -24,8 +24,8 @@ fn describe(screen: &Screen, policies: &GetPoliciesResponse) -> String {
     }
     let isolated = policies.pods.iter().filter(|pod| !pod.ingress.is_empty() || !pod.egress.is_empty()).count();
     let state = match policies.reason.as_str() {
-        "" => screen.paint("enforced", Tone::Good),
-        reason => format!("{}: {reason}", screen.paint("not up to date", Tone::Bad)),
+        "" => screen.paint("enforced", Severity::Good),
+        reason => format!("{}: {reason}", screen.paint("not up to date", Severity::Bad)),
     };
     let mut text = format!(
         "Network policies: {state}; {} in the cluster, {isolated} of {} pods here are isolated\n",
@@ -33,7 +33,7 @@ fn describe(screen: &Screen, policies: &GetPoliciesResponse) -> String {
         policies.pods.len()
     );
     for warning in &policies.warnings {
-        let _ = writeln!(text, "{}: {warning}", screen.paint("Warning", Tone::Doubtful));
+        let _ = writeln!(text, "{}: {warning}", screen.paint("Warning", Severity::Doubtful));
     }
     if !policies.pods.is_empty() {
         let rows: Vec<[Cell; 4]> = policies.pods.iter().map(pod).collect();
@@ -51,7 +51,7 @@ fn describe(screen: &Screen, policies: &GetPoliciesResponse) -> String {
 fn pod(pod: &PolicyPod) -> [Cell; 4] {
     let name = if pod.pod.is_empty() { "(none of Kubernetes)".to_owned() } else { pod.pod.clone() };
     let isolation = |policies: &Vec<String>| match (pod.applied, policies.is_empty()) {
-        (false, _) => Cell::toned("closed: policies not applied yet", Tone::Doubtful),
+        (false, _) => Cell::coloured("closed: policies not applied yet", Severity::Doubtful),
         (true, true) => "open".into(),
         (true, false) => policies.join(", ").into(),
     };
@@ -60,12 +60,12 @@ fn pod(pod: &PolicyPod) -> [Cell; 4] {
 
 fn rule(rule: &PolicyRule) -> [Cell; 4] {
     let what = if rule.drops { "none: dropped".to_owned() } else { rule.rule.to_string() };
-    let tone = if rule.drops && rule.packets > 0 { Tone::Doubtful } else { Tone::Plain };
+    let severity = if rule.drops && rule.packets > 0 { Severity::Doubtful } else { Severity::Plain };
     [
         rule.direction.clone().into(),
         rule.policies.join(", ").into(),
         what.into(),
-        Cell::toned(rule.packets.to_string(), tone),
+        Cell::coloured(rule.packets.to_string(), severity),
     ]
 }
 

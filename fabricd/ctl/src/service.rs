@@ -7,7 +7,7 @@ use anyhow::bail;
 use fabric_proto::Word as _;
 use fabric_proto::v1::{ListServicesRequest, ListServicesResponse, Service, ServiceEndpoint, ServiceFrontend};
 
-use crate::output::{Output, Screen, Tone};
+use crate::output::{Output, Screen, Severity};
 use crate::table::{Cell, render};
 use crate::{Answer, NOT_ALL_WELL, NOT_READY, daemon};
 
@@ -33,7 +33,7 @@ pub async fn show(socket: &Path, output: Output, name: Option<String>) -> anyhow
     let text = if answer.ready || output.is_data() {
         text
     } else {
-        format!("{}: {}\n{text}", Screen::stdout().paint("not up to date", Tone::Bad), answer.reason)
+        format!("{}: {}\n{text}", Screen::stdout().paint("not up to date", Severity::Bad), answer.reason)
     };
     Ok(Answer::well_if(code == 0, text, code))
 }
@@ -41,19 +41,19 @@ pub async fn show(socket: &Path, output: Output, name: Option<String>) -> anyhow
 /// All Services as a table, and what is wrong with them below it.
 fn list(screen: &Screen, answer: &ListServicesResponse) -> String {
     let row = |service: &Service| -> [Cell; 6] {
-        let tone = match (service.endpoints_used, service.endpoints) {
-            (0, _) => Tone::Doubtful,
-            _ => Tone::Plain,
+        let severity = match (service.endpoints_used, service.endpoints) {
+            (0, _) => Severity::Doubtful,
+            _ => Severity::Plain,
         };
         [
             service.name.clone().into(),
             service.r#type.clone().into(),
-            Cell::toned(format!("{} of {}", service.endpoints_used, service.endpoints), tone),
+            Cell::coloured(format!("{} of {}", service.endpoints_used, service.endpoints), severity),
             service.ports.join(" ").into(),
             service.addresses.join(" ").into(),
             match service.problems.len() {
                 0 => Cell::default(),
-                count => Cell::toned(count.to_string(), Tone::Bad),
+                count => Cell::coloured(count.to_string(), Severity::Bad),
             },
         ]
     };
@@ -61,7 +61,7 @@ fn list(screen: &Screen, answer: &ListServicesResponse) -> String {
     let mut text = render(screen, ["SERVICE", "TYPE", "ENDPOINTS", "PORTS", "ADDRESSES", "PROBLEMS"], &rows);
     for (place, warning) in answer.warnings.iter().enumerate() {
         let gap = if place == 0 { "\n" } else { "" };
-        let _ = writeln!(text, "{gap}{}: {warning}", screen.paint("warning", Tone::Doubtful));
+        let _ = writeln!(text, "{gap}{}: {warning}", screen.paint("warning", Severity::Doubtful));
     }
     text
 }
@@ -93,16 +93,16 @@ fn in_full(screen: &Screen, service: &Service) -> String {
     };
     for (place, problem) in service.problems.iter().enumerate() {
         let gap = if place == 0 { "\n" } else { "" };
-        let _ = writeln!(text, "{gap}{}: {problem}", screen.paint("problem", Tone::Bad));
+        let _ = writeln!(text, "{gap}{}: {problem}", screen.paint("problem", Severity::Bad));
     }
     text
 }
 
 fn frontend(frontend: &ServiceFrontend) -> [Cell; 5] {
     let kernel = match (frontend.taken_by.as_str(), frontend.programmed) {
-        ("", true) => Cell::toned("as it should be", Tone::Good),
-        ("", false) => Cell::toned("something else", Tone::Bad),
-        (other, _) => Cell::toned(format!("{other} has it"), Tone::Bad),
+        ("", true) => Cell::coloured("as it should be", Severity::Good),
+        ("", false) => Cell::coloured("something else", Severity::Bad),
+        (other, _) => Cell::coloured(format!("{other} has it"), Severity::Bad),
     };
     let outside = if frontend.outside == frontend.inside { "the same".to_owned() } else { frontend.outside.clone() };
     [
@@ -116,9 +116,9 @@ fn frontend(frontend: &ServiceFrontend) -> [Cell; 5] {
 
 fn endpoint(endpoint: &ServiceEndpoint) -> [Cell; 5] {
     let takes = match (endpoint.takes_inside, endpoint.takes_outside) {
-        (false, false) => Cell::toned("no", Tone::Doubtful),
-        (true, true) => Cell::toned("yes", Tone::Good),
-        (true, false) if endpoint.reason.is_empty() => Cell::toned("yes", Tone::Good),
+        (false, false) => Cell::coloured("no", Severity::Doubtful),
+        (true, true) => Cell::coloured("yes", Severity::Good),
+        (true, false) if endpoint.reason.is_empty() => Cell::coloured("yes", Severity::Good),
         (true, false) => "from inside".into(),
         (false, true) => "from outside".into(),
     };

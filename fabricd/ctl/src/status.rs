@@ -8,7 +8,7 @@ use fabric_proto::Word as _;
 use fabric_proto::v1::{AddressUse, Dropped, FastPath, GetStatusRequest, GetStatusResponse, Lease, MeshCause, Peer};
 use tokio::time::{Instant, sleep};
 
-use crate::output::{Output, Screen, Tone};
+use crate::output::{Output, Screen, Severity};
 use crate::peers::peer_table;
 use crate::table::span;
 use crate::{Answer, NOT_ALL_WELL, NOT_READY, daemon, mesh};
@@ -67,7 +67,7 @@ pub fn not_well(status: &GetStatusResponse) -> Vec<String> {
 
 /// The peers that are not reached, or not well.
 fn mesh_trouble(peers: &[Peer]) -> Option<String> {
-    let bad: Vec<&Peer> = peers.iter().filter(|peer| mesh::tone(peer.mesh()) == Tone::Bad).collect();
+    let bad: Vec<&Peer> = peers.iter().filter(|peer| mesh::severity(peer.mesh()) == Severity::Bad).collect();
     let impaired = |peer: &&&Peer| matches!(peer.mesh(), MeshCause::MtuBlackHole | MeshCause::Lossy);
     let count = bad.iter().filter(impaired).count();
     let counts = [(bad.len() - count, "unreachable"), (count, "impaired")];
@@ -84,7 +84,7 @@ fn mesh_trouble(peers: &[Peer]) -> Option<String> {
 
 fn mesh_line(screen: &Screen, peers: &[Peer]) -> String {
     if let Some(trouble) = mesh_trouble(peers) {
-        return screen.paint(&trouble, Tone::Bad);
+        return screen.paint(&trouble, Severity::Bad);
     }
     let count = |cause| peers.iter().filter(|peer| peer.mesh() == cause).count();
     let counts = [
@@ -106,15 +106,15 @@ fn describe(screen: &Screen, status: &GetStatusResponse) -> String {
     line(
         "State",
         match status.ready {
-            true => screen.paint("ready", Tone::Good),
-            false => screen.paint(&format!("NOT READY: {}", status.reason), Tone::Bad),
+            true => screen.paint("ready", Severity::Good),
+            false => screen.paint(&format!("NOT READY: {}", status.reason), Severity::Bad),
         },
     );
     if let Some(store) = &status.store {
         let state = if store.connected {
             "connected".into()
         } else {
-            screen.paint(&format!("NOT CONNECTED: {}", store.reason), Tone::Bad)
+            screen.paint(&format!("NOT CONNECTED: {}", store.reason), Severity::Bad)
         };
         line("Store", format!("{state}, revision {}", store.revision));
     }
@@ -147,10 +147,10 @@ fn describe(screen: &Screen, status: &GetStatusResponse) -> String {
         line("FastPath", fast_path_line(fast_path));
     }
     for change in &status.pending {
-        line("Pending", screen.paint(change, Tone::Doubtful));
+        line("Pending", screen.paint(change, Severity::Doubtful));
     }
     for warning in &status.warnings {
-        line("Warning", screen.paint(warning, Tone::Doubtful));
+        line("Warning", screen.paint(warning, Severity::Doubtful));
     }
     for Dropped { reason, packets, .. } in &status.dropped {
         line("Dropped", format!("{packets} packets: {reason}"));

@@ -1,24 +1,24 @@
 //! Columns that line up.
 
-use crate::output::{Screen, Tone};
+use crate::output::{Screen, Severity};
 
 /// One cell of a table.
 #[derive(Clone, Debug, Default)]
 pub struct Cell {
     text: String,
-    tone: Tone,
+    severity: Severity,
 }
 
 impl Cell {
     /// A cell that means something.
-    pub fn toned(text: impl Into<String>, tone: Tone) -> Self {
-        Self { text: text.into(), tone }
+    pub fn coloured(text: impl Into<String>, severity: Severity) -> Self {
+        Self { text: text.into(), severity }
     }
 }
 
 impl<T: Into<String>> From<T> for Cell {
     fn from(text: T) -> Self {
-        Self::toned(text, Tone::Plain)
+        Self::coloured(text, Severity::Plain)
     }
 }
 
@@ -52,7 +52,7 @@ fn line<const N: usize>(screen: &Screen, widths: [usize; N], row: &[Cell; N]) ->
         }
         let text = cut(&cell.text, room);
         let padding = if Some(position) == last { 0 } else { width + 2 - cell.text.chars().count() };
-        line += &screen.paint(&text, cell.tone);
+        line += &screen.paint(&text, cell.severity);
         room = room.saturating_sub(text.chars().count());
         line += &" ".repeat(padding.min(room));
         room = room.saturating_sub(padding);
@@ -114,7 +114,7 @@ mod tests {
 
     #[test]
     fn colours_cost_no_width_and_are_for_terminals_only() {
-        let rows = [[Cell::toned("ready", Tone::Good), "x".into()]];
+        let rows = [[Cell::coloured("ready", Severity::Good), "x".into()]];
         let screen = Screen { width: Some(8), colour: true };
         assert_eq!(render(&screen, ["A", "B"], &rows), "A      B\n\u{1b}[32mready\u{1b}[0m  x\n");
         assert_eq!(render(&Screen::default(), ["A", "B"], &rows), "A      B\nready  x\n");

@@ -10,7 +10,7 @@ use fabric_proto::v1::{
 
 use serde::Serialize;
 
-use crate::output::{Output, Screen, Tone};
+use crate::output::{Output, Screen, Severity};
 use crate::{Answer, daemon, events, mesh, print};
 
 /// How many events are shown.
@@ -92,14 +92,14 @@ fn page(
     now: SystemTime,
 ) -> String {
     let state = match status.ready {
-        true => screen.paint("ready", Tone::Good),
-        false => screen.paint(&format!("NOT READY: {}", status.reason), Tone::Bad),
+        true => screen.paint("ready", Severity::Good),
+        false => screen.paint(&format!("NOT READY: {}", status.reason), Severity::Bad),
     };
     let lease = status.lease.as_ref().map_or_else(|| "no lease".into(), |lease| lease.subnets.join(" "));
     let (done, all) = (status.peers_programmed, status.peers.len());
     let mut lines = vec![format!("{}  {state}  {lease}  {done} of {all} peers programmed", status.node), String::new()];
 
-    seen.peers.sort_by_key(|peer| (mesh::tone(peer.cause()) != Tone::Bad, peer.cause() == MeshCause::Fine));
+    seen.peers.sort_by_key(|peer| (mesh::severity(peer.cause()) != Severity::Bad, peer.cause() == MeshCause::Fine));
     let events = past.len().min(EVENTS);
     let room = height.saturating_sub(lines.len() + events + 4);
     let table = mesh::table(screen, &seen.peers);

@@ -20,7 +20,7 @@ use tonic::Status;
 use super::convert;
 use super::remote::{NO_ACCESS, PATIENCE};
 use super::sources::Sources;
-use crate::diagnosis::Scene;
+use crate::diagnosis::Inspection;
 use crate::diagnosis::checks;
 use crate::diagnosis::explain::{PACKET, Question, explain, sender};
 use crate::diagnosis::finding::Finding;
@@ -34,10 +34,10 @@ const EXPLAIN: Duration = Duration::from_secs(6);
 /// A stream of answers.
 pub type Answers<T> = ReceiverStream<Result<T, Status>>;
 
-async fn look(sources: &Sources) -> Result<Scene, Status> {
+async fn look(sources: &Sources) -> Result<Inspection, Status> {
     let view = sources.view.borrow().clone();
-    let scene = sources.inspector.look(view, &sources.controls.network).await;
-    scene.ok_or_else(|| Status::unavailable("the daemon is ending; try again"))
+    let inspection = sources.inspector.look(view, &sources.controls.network).await;
+    inspection.ok_or_else(|| Status::unavailable("the daemon is ending; try again"))
 }
 
 /// Makes all checks, each told when it is done.
@@ -54,15 +54,15 @@ async fn make_checks(
     sources: &Sources,
     to: &mpsc::Sender<Result<v1::Check, Status>>,
 ) -> Result<(), mpsc::error::SendError<Result<v1::Check, Status>>> {
-    let scene = match look(sources).await {
-        Ok(scene) => scene,
+    let inspection = match look(sources).await {
+        Ok(inspection) => inspection,
         Err(status) => return to.send(Err(status)).await,
     };
-    let store = checks::store(&sources.inspector, &scene).await;
+    let store = checks::store(&sources.inspector, &inspection).await;
     to.send(Ok(convert::check("store", "datastore", store))).await?;
     for (id, title, check) in checks::ALL {
-        let scene = scene.clone();
-        let finding = spawn_blocking(move || check(&scene)).await;
+        let inspection = inspection.clone();
+        let finding = spawn_blocking(move || check(&inspection)).await;
         let finding = finding.unwrap_or_else(|error| Finding::skipped(format!("the check broke: {error}")));
         to.send(Ok(convert::check(id, title, finding))).await?;
     }
@@ -79,12 +79,12 @@ pub async fn explain_all(sources: &Sources, request: v1::ExplainRequest) -> Resu
     };
     let (source, target) = (parse(&request.source)?, parse(&request.target)?);
     let to = destination(&request)?;
-    let scene = look(sources).await?;
-    let mut question = Question::new(&scene, source, target, to);
+    let inspection = look(sources).await?;
+    let mut question = Question::new(&inspection, source, target, to);
     if let Some(services) = &sources.services {
         question.services = services.describe(&target.to_string()).await.unwrap_or_default();
     }
-    let own = scene.view.holding.own.as_ref().map(|own| own.key);
+    let own = inspection.view.holding.own.as_ref().map(|own| own.key);
     let mut response = v1::ExplainResponse::default();
     let mut asked: BTreeSet<LeaseKey> = BTreeSet::new();
     for lease in [&question.from, &question.to] {
@@ -92,9 +92,9 @@ pub async fn explain_all(sources: &Sources, request: v1::ExplainRequest) -> Resu
             None => {}
             Some(lease) if !asked.insert(lease.key) => {}
             Some(lease) if Some(lease.key) == own => {
-                let (scene, question) = (scene.clone(), question.clone());
-                let node = scene.view.node.to_string();
-                let told = spawn_blocking(move || (explain(&scene, &question), sender(&scene, &question)));
+                let (inspection, question) = (inspection.clone(), question.clone());
+                let node = inspection.view.node.to_string();
+                let told = spawn_blocking(move || (explain(&inspection, &question), sender(&inspection, &question)));
                 let (hops, sender) = told.await.map_err(|error| Status::internal(error.to_string()))?;
                 response.sender = sender.map(|sender| convert::sender(&node, sender));
                 response.hops.extend(hops.into_iter().map(|hop| convert::hop(&node, hop)));

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use fabric_core::model::Family;
 use fabric_core::services::model::{Policy, ServicePort, ServiceType};
-use fabric_core::services::plan::{AddressKind, Described, DescribedFrontend, DescribedPort, Fate, Socket};
+use fabric_core::services::plan::{AddressKind, Described, DescribedFrontend, DescribedPort, Outcome, Socket};
 use fabric_proto::v1;
 
 use super::convert::number;
@@ -51,7 +51,7 @@ pub fn problems(described: &Described) -> Vec<String> {
         Some(format!("the Service {owner} has {} too, and keeps it; change this one", frontend.key))
     });
     let differs = described.differences().map(|frontend| {
-        let found = |fate: &Option<Fate>| fate.as_ref().map_or_else(|| "not translated".to_owned(), Fate::to_string);
+        let found = |outcome: &Option<Outcome>| outcome.as_ref().map_or_else(|| "not translated".to_owned(), Outcome::to_string);
         let [inside, outside] = &frontend.kernel;
         format!(
             "{}: the kernel has {} (from outside: {}), and should have {} (from outside: {}); it is written with the next \
@@ -68,7 +68,9 @@ pub fn problems(described: &Described) -> Vec<String> {
 
 fn frontend(port: &DescribedPort, frontend: &DescribedFrontend) -> v1::ServiceFrontend {
     let is_programmed = frontend.is_programmed();
-    let found = |fate: &Option<Fate>| fate.as_ref().filter(|_| !is_programmed).map(Fate::to_string).unwrap_or_default();
+    let found = |outcome: &Option<Outcome>| {
+        outcome.as_ref().filter(|_| !is_programmed).map(Outcome::to_string).unwrap_or_default()
+    };
     let kind = match frontend.kind {
         AddressKind::ClusterIp => v1::ServiceAddressKind::ClusterIp,
         AddressKind::ExternalIp => v1::ServiceAddressKind::ExternalIp,

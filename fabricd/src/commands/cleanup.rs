@@ -17,7 +17,7 @@ use crate::files::state_dir::{Disk, Uptime};
 use crate::files::{Files, remove_if_there};
 use crate::host::lock::{self, Lock};
 use crate::kernel::Kernel as _;
-use crate::lease::{GivenBack, Leaver};
+use crate::lease::{DepartingNode, GivenBack};
 use crate::policy::applied::AppliedPolicies;
 use crate::store::etcd::Etcd;
 use crate::store::kubernetes::Kubernetes;
@@ -44,7 +44,7 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
 
     let observed = kernel.observe().await?;
     let has = observed.host.links.iter().flat_map(|link| link.addresses.iter().map(|(ip, _)| *ip));
-    let leaver = Leaver {
+    let departing = DepartingNode {
         node: config.node().clone(),
         instance: instance()?,
         addresses: has.chain(config.public_ips().values().copied()).collect(),
@@ -67,7 +67,7 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
     if is_without_store(&config).await {
         println!("no datastore is named: a lease, if there is one, expires");
     } else {
-        give_lease_back(&config, leaver).await;
+        give_lease_back(&config, departing).await;
     }
     for file in [&config.socket, &lock::file(&config.run_dir)] {
         remove_if_there(file)?;
@@ -90,11 +90,11 @@ async fn is_without_store(config: &Config) -> bool {
 }
 
 /// Waits for the store for a while, and then leaves the lease to end by itself.
-async fn give_lease_back(config: &Config, leaver: Leaver) {
+async fn give_lease_back(config: &Config, departing: DepartingNode) {
     let released = timeout(GIVE_UP, async {
         match config.store {
-            StoreKind::Etcd => leaver.give_back(&Etcd::start(config.etcd.options()?)).await,
-            StoreKind::Kubernetes => leaver.give_back(&Kubernetes::start(config.kubernetes())).await,
+            StoreKind::Etcd => departing.give_back(&Etcd::start(config.etcd.options()?)).await,
+            StoreKind::Kubernetes => departing.give_back(&Kubernetes::start(config.kubernetes())).await,
         }
     });
     match released.await {

@@ -6,18 +6,18 @@ use std::path::Path;
 
 use fabric_core::attachments::{IPAM_NETWORK, Owner, told_container};
 
-use super::Scene;
+use super::Inspection;
 use super::finding::Finding;
 use crate::host::addresses::{Addresses, Entry};
 
-pub(super) fn check(scene: &Scene) -> Finding {
-    let addresses = match scene.addresses() {
+pub(super) fn check(inspection: &Inspection) -> Finding {
+    let addresses = match inspection.addresses() {
         Ok(addresses) => addresses,
         Err(why) => return Finding::skipped(why),
     };
-    let own = scene.view.holding.own.as_ref().map(|own| own.key.subnets());
+    let own = inspection.view.holding.own.as_ref().map(|own| own.key.subnets());
     let in_ours = |ip: IpAddr| own.as_ref().is_some_and(|all| all.values().any(|subnet| subnet.contains(ip)));
-    let folder = scene.places.addresses.join(IPAM_NETWORK);
+    let folder = inspection.places.addresses.join(IPAM_NETWORK);
 
     if let Some((ip, owners)) = addresses.duplicates().iter().next() {
         let second = owners.last().expect("more than one");

@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout};
 
 use super::finding::{Finding, Problem, all};
 use super::policy_checks::controllers;
-use super::{Inspector, Scene, addresses, cni_config};
+use super::{Inspection, Inspector, addresses, cni_config};
 use super::{host_checks as host, manager_checks as managers, overlay_checks as overlay, pod_checks as pods};
 use crate::config::StoreKind;
 use crate::kernel;
@@ -24,7 +24,7 @@ use crate::status::view::PeerTrouble;
 use crate::store::Connection;
 
 /// A check: its name, what is checked, and how. It may read files and ask the kernel.
-pub type Check = (&'static str, &'static str, fn(&Scene) -> Finding);
+pub type Check = (&'static str, &'static str, fn(&Inspection) -> Finding);
 
 /// All checks but that of the store's speed, in the order in which they are made: what others follow from comes first.
 /// A title is a noun, so that it reads well before any finding.
@@ -74,8 +74,8 @@ const FIXES: usize = 5;
 const TRIPS: u32 = 5;
 
 /// How long the store takes to answer.
-pub async fn store(inspector: &Inspector, scene: &Scene) -> Finding {
-    let (is_up, is_quick) = match scene.places.store {
+pub async fn store(inspector: &Inspector, inspection: &Inspection) -> Finding {
+    let (is_up, is_quick) = match inspection.places.store {
         StoreKind::Etcd => (
             "is etcd up and reached? etcdctl endpoint health; pods that run go on",
             "is etcd overloaded? etcdctl endpoint status; its disk must be fast",
@@ -85,7 +85,7 @@ pub async fn store(inspector: &Inspector, scene: &Scene) -> Finding {
             "is the API server overloaded? kubectl get --raw '/readyz?verbose'",
         ),
     };
-    match &scene.view.connection {
+    match &inspection.view.connection {
         Connection::Down(reason) => return Finding::failed(format!("away: {reason}"), is_up),
         // What it said has the way out, as far as there is one.
         Connection::Refused(reason) => {
@@ -101,7 +101,7 @@ pub async fn store(inspector: &Inspector, scene: &Scene) -> Finding {
     match timeout(Duration::from_secs(5), probe()).await {
         Err(_) => Finding::failed("a read took more than 5 s", is_quick),
         Ok(Err(error)) => Finding::failed(format!("a read failed: {error}"), "see docs/symptoms.md for this message"),
-        Ok(Ok(())) => read_took(begin.elapsed(), median_trip(&scene.mesh), losses(&scene.mesh)),
+        Ok(Ok(())) => read_took(begin.elapsed(), median_trip(&inspection.mesh), losses(&inspection.mesh)),
     }
 }
 
@@ -145,8 +145,8 @@ fn losses(mesh: &Mesh) -> usize {
     losses
 }
 
-fn ready(scene: &Scene) -> Finding {
-    match &scene.view.readiness {
+fn ready(inspection: &Inspection) -> Finding {
+    match &inspection.view.readiness {
         Readiness::Ready => Finding::fine("ready"),
         Readiness::NotReady { reason, .. } => {
             Finding::failed(reason, "see the reason; docs/symptoms.md has a line for each")
@@ -154,8 +154,8 @@ fn ready(scene: &Scene) -> Finding {
     }
 }
 
-fn lease(scene: &Scene) -> Finding {
-    let holding = &scene.view.holding;
+fn lease(inspection: &Inspection) -> Finding {
+    let holding = &inspection.view.holding;
     match (&holding.own, &holding.trouble, holding.expires) {
         (_, Some((NotReady::Quarantine, reason)), _) => Finding::failed(
             format!("in quarantine: {reason}"),
@@ -172,8 +172,8 @@ fn lease(scene: &Scene) -> Finding {
     }
 }
 
-fn kernel_state(scene: &Scene) -> Finding {
-    match (&scene.snapshot.wanted, &scene.snapshot.left) {
+fn kernel_state(inspection: &Inspection) -> Finding {
+    match (&inspection.snapshot.wanted, &inspection.snapshot.left) {
         (Some(wanted), Some(left)) => {
             let left = left.ops().len();
             if left == 0 {
@@ -185,14 +185,14 @@ fn kernel_state(scene: &Scene) -> Finding {
                 )
             }
         }
-        _ => Finding::skipped(format!("nothing is planned: {}", scene.snapshot.blocked)),
+        _ => Finding::skipped(format!("nothing is planned: {}", inspection.snapshot.blocked)),
     }
 }
 
-fn duplicates(scene: &Scene) -> Finding {
+fn duplicates(inspection: &Inspection) -> Finding {
     let mut seen: BTreeMap<String, String> = BTreeMap::new();
     let mut problems = vec![];
-    for lease in scene.view.leases.iter().flat_map(|leases| leases.iter()) {
+    for lease in inspection.view.leases.iter().flat_map(|leases| leases.iter()) {
         for endpoint in lease.record.endpoints().values() {
             for what in [format!("address {}", endpoint.public_ip), format!("MAC {}", endpoint.vtep_mac)] {
                 if let Some(other) = seen.insert(what.clone(), lease.holder()) {
@@ -211,21 +211,21 @@ fn duplicates(scene: &Scene) -> Finding {
 }
 
 /// Those refused first: the others are retried.
-fn peers(scene: &Scene) -> Finding {
-    let mut troubles: Vec<_> = scene.view.troubles.iter().collect();
+fn peers(inspection: &Inspection) -> Finding {
+    let mut troubles: Vec<_> = inspection.view.troubles.iter().collect();
     troubles.sort_by_key(|(_, trouble)| !matches!(trouble, PeerTrouble::Refused(_)));
     let problems = troubles.into_iter().map(|(key, trouble)| {
-        let lease = scene.view.leases.as_ref().and_then(|leases| leases.get(key));
+        let lease = inspection.view.leases.as_ref().and_then(|leases| leases.get(key));
         let name = lease.map_or_else(|| key.to_string(), |lease| lease.holder());
         let word = if matches!(trouble, PeerTrouble::Refused(_)) { "refused" } else { "pending" };
         Problem::failure(format!("{name} {word}: {trouble}"), "fabricctl peers")
     });
-    Finding::of(problems.collect(), format!("{} peers, all programmed", scene.view.peers().count()))
+    Finding::of(problems.collect(), format!("{} peers, all programmed", inspection.view.peers().count()))
 }
 
-fn mesh(scene: &Scene) -> Finding {
+fn mesh(inspection: &Inspection) -> Finding {
     let (mut probed, mut bad) = (0, vec![]);
-    scene.mesh.each(|path| {
+    inspection.mesh.each(|path| {
         probed += usize::from(path.cause() != Cause::Unknown);
         if path.cause().hurts() {
             let (name, verdict) = (path.target.name(), words::verdict(path));
@@ -241,25 +241,29 @@ fn mesh(scene: &Scene) -> Finding {
 }
 
 /// What chains of others do to the packets of pods.
-fn foreign_forward(scene: &Scene) -> Finding {
-    foreign(scene, &[Flow::Pods, Flow::Outside], "packets of pods pass the chains of others")
+fn foreign_forward(inspection: &Inspection) -> Finding {
+    foreign(inspection, &[Flow::Pods, Flow::Outside], "packets of pods pass the chains of others")
 }
 
 /// What chains of others do to encapsulated packets.
-fn foreign_input(scene: &Scene) -> Finding {
-    let evaluation = &scene.view.firewall;
+fn foreign_input(inspection: &Inspection) -> Finding {
+    let evaluation = &inspection.view.firewall;
     let tracked = match &evaluation.state_rule {
         Some(rule) => format!("; they are tracked, since this rule matches connection states: {rule}"),
         None => String::new(),
     };
-    foreign(scene, &[Flow::Received, Flow::Sent], &format!("encapsulated packets pass the chains of others{tracked}"))
+    foreign(
+        inspection,
+        &[Flow::Received, Flow::Sent],
+        &format!("encapsulated packets pass the chains of others{tracked}"),
+    )
 }
 
-fn foreign(scene: &Scene, flows: &[Flow], fine: &str) -> Finding {
-    if scene.view.vteps.is_empty() {
+fn foreign(inspection: &Inspection, flows: &[Flow], fine: &str) -> Finding {
+    if inspection.view.vteps.is_empty() {
         return Finding::skipped("there is no VTEP yet");
     }
-    let evaluation = &scene.view.firewall;
+    let evaluation = &inspection.view.firewall;
     let problems = evaluation.of(flows).map(|obstacle| Problem {
         hurts: obstacle.is_sure(),
         what: obstacle.to_string(),
@@ -272,9 +276,9 @@ fn foreign(scene: &Scene, flows: &[Flow], fine: &str) -> Finding {
     Finding::of(problems.collect(), format!("{fine}{unread}"))
 }
 
-fn filter_drops(scene: &Scene) -> Finding {
+fn filter_drops(inspection: &Inspection) -> Finding {
     let there =
-        scene.snapshot.observed.as_ref().is_some_and(|observed| observed.filter.contains_key(&TableKey::Fabric));
+        inspection.snapshot.observed.as_ref().is_some_and(|observed| observed.filter.contains_key(&TableKey::Fabric));
     if !there {
         return Finding::skipped("there is no table inet fabric");
     }
@@ -284,7 +288,7 @@ fn filter_drops(scene: &Scene) -> Finding {
     };
     drops.retain(|drops| drops.chain == "senders" && drops.packets > 0);
     drops.sort_by_key(|drops| std::cmp::Reverse(drops.packets));
-    let port = scene.view.network.map_or(8472, |network| network.vxlan.port);
+    let port = inspection.view.network.map_or(8472, |network| network.vxlan.port);
     let problems = drops.iter().map(|drops| {
         Problem::warning(
             format!("{} encapsulated packets: {}", drops.packets, drops.why),
@@ -298,8 +302,8 @@ fn filter_drops(scene: &Scene) -> Finding {
 }
 
 /// Whether packets of pods take the fast path, if they are to. That `auto` leaves it off is as it was asked for.
-fn fast_path(scene: &Scene) -> Finding {
-    let FastPathView { asked, on, left_off, reason, pods, peers, counts, traffic: _ } = &scene.view.fast_path;
+fn fast_path(inspection: &Inspection) -> Finding {
+    let FastPathView { asked, on, left_off, reason, pods, peers, counts, traffic: _ } = &inspection.view.fast_path;
     let (fast, slow) = fast_and_slow(counts);
     let with_reason = if reason.is_empty() { String::new() } else { format!("; {reason}") };
     match (asked, on) {
@@ -317,14 +321,14 @@ fn fast_path(scene: &Scene) -> Finding {
     }
 }
 
-fn services(scene: &Scene) -> Finding {
+fn services(inspection: &Inspection) -> Finding {
     let off = "fabricd doesn't translate them here (--services is off); kube-proxy or another program does";
-    section(scene.sections.services.as_ref(), off, "fabricctl service shows each, and what the kernel holds of it")
+    section(inspection.sections.services.as_ref(), off, "fabricctl service shows each, and what the kernel holds of it")
 }
 
-fn policies(scene: &Scene) -> Finding {
+fn policies(inspection: &Inspection) -> Finding {
     let off = "fabricd doesn't enforce them here (--network-policy is off)";
-    section(scene.sections.policy.as_ref(), off, "each warning includes its fix")
+    section(inspection.sections.policy.as_ref(), off, "each warning includes its fix")
 }
 
 /// How it stands with a section that has a loop of its own.
@@ -338,8 +342,8 @@ fn section(status: Option<&watch::Receiver<Arc<SectionStatus>>>, off: &str, more
     }
 }
 
-fn warnings(scene: &Scene) -> Finding {
-    let words = &scene.view.warnings;
+fn warnings(inspection: &Inspection) -> Finding {
+    let words = &inspection.view.warnings;
     match words.first() {
         None => Finding::fine("none"),
         Some(_) => Finding::warning(all(words.iter().cloned()), "each warning includes its fix"),

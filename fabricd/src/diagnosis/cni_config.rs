@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::Scene;
+use super::Inspection;
 use super::finding::{Finding, Problem};
 
 /// The plugin by which our configuration is known.
@@ -39,8 +39,8 @@ pub fn move_away(file: &Path) -> String {
     format!("mv {0} {0}.disabled", file.display())
 }
 
-pub(super) fn check(scene: &Scene) -> Finding {
-    let dir = &scene.places.cni_conf;
+pub(super) fn check(inspection: &Inspection) -> Finding {
+    let dir = &inspection.places.cni_conf;
     let all = match configs(dir) {
         Ok(all) => all,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -55,7 +55,7 @@ pub(super) fn check(scene: &Scene) -> Finding {
         );
     };
     let problems = taken_first(&all, ours).map(|(file, what)| Problem::failure(what, move_away(file)));
-    Finding::of(problems.chain(missing_plugin(&scene.places.root)).collect(), ours.display().to_string())
+    Finding::of(problems.chain(missing_plugin(&inspection.places.root)).collect(), ours.display().to_string())
 }
 
 /// Which configurations of a folder a runtime takes in the place of ours, each with the command against it; none when ours

@@ -7,26 +7,26 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use fabric_core::model::Family;
 
-use super::Scene;
+use super::Inspection;
 use super::certificates::not_after;
 use super::finding::{Finding, Problem};
 
 /// A certificate should last longer than that, in seconds: 14 days.
 const SOON: i64 = 14 * 24 * 3600;
 
-pub(super) fn read(scene: &Scene, path: &str) -> Option<String> {
-    fs::read_to_string(scene.places.root.join(path)).ok().map(|text| text.trim().to_owned())
+pub(super) fn read(inspection: &Inspection, path: &str) -> Option<String> {
+    fs::read_to_string(inspection.places.root.join(path)).ok().map(|text| text.trim().to_owned())
 }
 
-pub(super) fn number(scene: &Scene, path: &str) -> Option<u64> {
-    read(scene, path)?.parse().ok()
+pub(super) fn number(inspection: &Inspection, path: &str) -> Option<u64> {
+    read(inspection, path)?.parse().ok()
 }
 
-pub(super) fn kernel_version(scene: &Scene) -> Finding {
-    let Some(release) = read(scene, "proc/sys/kernel/osrelease") else { return Finding::skipped("unknown") };
+pub(super) fn kernel_version(inspection: &Inspection) -> Finding {
+    let Some(release) = read(inspection, "proc/sys/kernel/osrelease") else { return Finding::skipped("unknown") };
     let mut numbers = release.split(['.', '-']).map(|part| part.parse::<u32>().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    let nexthops = scene.snapshot.observed.as_ref().is_none_or(|observed| observed.nexthop_objects);
+    let nexthops = inspection.snapshot.observed.as_ref().is_none_or(|observed| observed.nexthop_objects);
     if version < (4, 18) {
         Finding::failed(release, "fabricd is not tested below 4.18: netlink can't be asked strictly")
     } else if !nexthops {
@@ -39,15 +39,15 @@ pub(super) fn kernel_version(scene: &Scene) -> Finding {
     }
 }
 
-pub(super) fn forwarding(scene: &Scene) -> Finding {
-    let Some(network) = scene.view.network else { return Finding::skipped("the network is not known yet") };
+pub(super) fn forwarding(inspection: &Inspection) -> Finding {
+    let Some(network) = inspection.view.network else { return Finding::skipped("the network is not known yet") };
     let settings = [
         (Family::V4, "proc/sys/net/ipv4/ip_forward", "net.ipv4.ip_forward"),
         (Family::V6, "proc/sys/net/ipv6/conf/all/forwarding", "net.ipv6.conf.all.forwarding"),
     ];
     let off = settings
         .into_iter()
-        .filter(|(family, file, _)| network.spaces.get(*family).is_some() && number(scene, file) == Some(0));
+        .filter(|(family, file, _)| network.spaces.get(*family).is_some() && number(inspection, file) == Some(0));
     let problems = off.map(|(family, _, setting)| {
         Problem::failure(
             format!("{family} is not forwarded"),
@@ -61,11 +61,14 @@ pub(super) fn forwarding(scene: &Scene) -> Finding {
 }
 
 /// Strict filtering (1) drops what comes in where answers would not go out: the highest of `all` and the device counts.
-pub(super) fn rp_filter(scene: &Scene) -> Finding {
-    let of = |dev: &str| number(scene, &format!("proc/sys/net/ipv4/conf/{dev}/rp_filter")).unwrap_or(0);
-    let devices = scene.view.vteps.iter().flat_map(|end| [end.device.to_string(), end.underlay.to_string()]);
-    let direct = scene.view.network.is_some_and(|network| network.vxlan.direct_routing);
-    match devices.chain(scene.pod_bridges().iter().map(ToString::to_string)).find(|dev| of(dev).max(of("all")) == 1) {
+pub(super) fn rp_filter(inspection: &Inspection) -> Finding {
+    let of = |dev: &str| number(inspection, &format!("proc/sys/net/ipv4/conf/{dev}/rp_filter")).unwrap_or(0);
+    let devices = inspection.view.vteps.iter().flat_map(|end| [end.device.to_string(), end.underlay.to_string()]);
+    let direct = inspection.view.network.is_some_and(|network| network.vxlan.direct_routing);
+    match devices
+        .chain(inspection.pod_bridges().iter().map(ToString::to_string))
+        .find(|dev| of(dev).max(of("all")) == 1)
+    {
         Some(dev) if direct => Finding::warning(
             format!("{dev} filters strictly, and with direct routing answers may take another path"),
             format!("sysctl -w net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.{dev}.rp_filter=2"),
@@ -77,8 +80,8 @@ pub(super) fn rp_filter(scene: &Scene) -> Finding {
     }
 }
 
-pub(super) fn br_netfilter(scene: &Scene) -> Finding {
-    match number(scene, "proc/sys/net/bridge/bridge-nf-call-iptables") {
+pub(super) fn br_netfilter(inspection: &Inspection) -> Finding {
+    match number(inspection, "proc/sys/net/bridge/bridge-nf-call-iptables") {
         Some(1) => Finding::fine("packets between pods of this node pass iptables"),
         Some(_) => Finding::warning(
             "bridge-nf-call-iptables is 0: a service's answer from a pod of the same node bypasses address translation",
@@ -91,9 +94,9 @@ pub(super) fn br_netfilter(scene: &Scene) -> Finding {
     }
 }
 
-pub(super) fn conntrack(scene: &Scene) -> Finding {
-    let count = number(scene, "proc/sys/net/netfilter/nf_conntrack_count");
-    let most = number(scene, "proc/sys/net/netfilter/nf_conntrack_max");
+pub(super) fn conntrack(inspection: &Inspection) -> Finding {
+    let count = number(inspection, "proc/sys/net/netfilter/nf_conntrack_count");
+    let most = number(inspection, "proc/sys/net/netfilter/nf_conntrack_max");
     let Some((count, most)) = count.zip(most) else { return Finding::skipped("connections are not tracked") };
     let evidence = format!("{count} of {most}");
     if count * 10 < most * 9 {
@@ -109,8 +112,8 @@ pub(super) fn conntrack(scene: &Scene) -> Finding {
     }
 }
 
-pub(super) fn clock(scene: &Scene) -> Finding {
-    if scene.places.root != Path::new("/") {
+pub(super) fn clock(inspection: &Inspection) -> Finding {
+    if inspection.places.root != Path::new("/") {
         return Finding::skipped("this is not the host's root");
     }
     judge_clock(clock_error())
@@ -153,14 +156,14 @@ fn days(seconds: i64) -> String {
     }
 }
 
-pub(super) fn certificates(scene: &Scene) -> Finding {
-    if scene.places.certificates.is_empty() {
+pub(super) fn certificates(inspection: &Inspection) -> Finding {
+    if inspection.places.certificates.is_empty() {
         return Finding::skipped("none are used");
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs().try_into().unwrap_or(0));
     let mut problems = vec![];
     let mut first: Option<(i64, &Path)> = None;
-    for file in &scene.places.certificates {
+    for file in &inspection.places.certificates {
         let ends = fs::read_to_string(file).map_err(|error| error.to_string());
         let ends = ends.and_then(|pem| not_after(&pem).ok_or_else(|| "no certificate in it".to_owned()));
         let shown = file.display();
@@ -180,10 +183,10 @@ pub(super) fn certificates(scene: &Scene) -> Finding {
     Finding::of(problems, fine.unwrap_or_default())
 }
 
-pub(super) fn disk(scene: &Scene) -> Finding {
+pub(super) fn disk(inspection: &Inspection) -> Finding {
     // It comes with the first pod.
-    let Some(dir) = scene.places.addresses.ancestors().find(|dir| dir.exists()) else {
-        return Finding::skipped(format!("{} is not visible here", scene.places.addresses.display()));
+    let Some(dir) = inspection.places.addresses.ancestors().find(|dir| dir.exists()) else {
+        return Finding::skipped(format!("{} is not visible here", inspection.places.addresses.display()));
     };
     match nix::sys::statvfs::statvfs(dir) {
         Err(error) => Finding::skipped(format!("{}: {error}", dir.display())),

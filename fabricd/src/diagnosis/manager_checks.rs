@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::Scene;
+use super::Inspection;
 use super::finding::{Finding, Problem, all};
 use super::host_checks::{number, read};
 
@@ -20,11 +20,11 @@ const DEVICES: [&str; 4] = ["fabric.*", "fab.*", "fabric6.*", "fab6.*"];
 const VETHS: [&str; 2] = ["veth????????", "veth???????????"];
 
 /// What a packet of a pod passes on this host, by name, with the interface's kind.
-fn interfaces(scene: &Scene) -> Vec<(String, &'static str)> {
+fn interfaces(inspection: &Inspection) -> Vec<(String, &'static str)> {
     let mut all: Vec<(String, &'static str)> =
-        scene.view.vteps.iter().map(|end| (end.device.to_string(), "vxlan")).collect();
-    all.extend(scene.pod_bridges().iter().map(|name| (name.to_string(), "bridge")));
-    let pods = scene.addresses().map(|addresses| addresses.pods).unwrap_or_default();
+        inspection.view.vteps.iter().map(|end| (end.device.to_string(), "vxlan")).collect();
+    all.extend(inspection.pod_bridges().iter().map(|name| (name.to_string(), "bridge")));
+    let pods = inspection.addresses().map(|addresses| addresses.pods).unwrap_or_default();
     let attached = pods.into_iter().filter_map(|pod| pod.saved.attached);
     all.extend(attached.flat_map(|attached| attached.ports).map(|port| (port, "veth")));
     all.sort();
@@ -33,10 +33,10 @@ fn interfaces(scene: &Scene) -> Vec<(String, &'static str)> {
 }
 
 /// Patterns that match what a packet of a pod passes, now and when more pods come, and nothing else of the host.
-fn patterns(scene: &Scene) -> Vec<String> {
+fn patterns(inspection: &Inspection) -> Vec<String> {
     let mut all: Vec<String> = DEVICES.iter().chain(&VETHS).map(ToString::to_string).collect();
-    all.extend(scene.pod_bridges().iter().map(ToString::to_string));
-    for (name, _) in interfaces(scene) {
+    all.extend(inspection.pod_bridges().iter().map(ToString::to_string));
+    for (name, _) in interfaces(inspection) {
         if !all.iter().any(|pattern| glob(pattern, &name)) {
             all.push(name);
         }
@@ -44,8 +44,8 @@ fn patterns(scene: &Scene) -> Vec<String> {
     all
 }
 
-fn index(scene: &Scene, name: &str) -> Option<u64> {
-    number(scene, &format!("sys/class/net/{name}/ifindex"))
+fn index(inspection: &Inspection, name: &str) -> Option<u64> {
+    number(inspection, &format!("sys/class/net/{name}/ifindex"))
 }
 
 /// What is managed though it should not be, by the file that says so.
@@ -55,14 +55,14 @@ fn by_file(managed: impl Iterator<Item = (String, String)>) -> BTreeMap<String, 
     files
 }
 
-pub(super) fn networkd(scene: &Scene) -> Finding {
-    let root = &scene.places.root;
+pub(super) fn networkd(inspection: &Inspection) -> Finding {
+    let root = &inspection.places.root;
     if !root.join("run/systemd/netif/state").exists() && !root.join("run/systemd/netif/links").exists() {
         return Finding::skipped("systemd-networkd doesn't run, or its files are not visible here");
     }
-    let ours = interfaces(scene);
+    let ours = interfaces(inspection);
     let managed = ours.iter().filter_map(|(name, _)| {
-        let state = read(scene, &format!("run/systemd/netif/links/{}", index(scene, name)?))?;
+        let state = read(inspection, &format!("run/systemd/netif/links/{}", index(inspection, name)?))?;
         let value = |key: &str| state.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
         let manages = matches!(value("ADMIN_STATE"), Some("configured" | "configuring" | "failed"));
         manages.then(|| (value("NETWORK_FILE").unwrap_or("a file that it doesn't name").to_owned(), name.clone()))
@@ -71,7 +71,10 @@ pub(super) fn networkd(scene: &Scene) -> Finding {
     let mut problems: Vec<Problem> = managed
         .iter()
         .map(|(file, names)| {
-            Problem::failure(format!("it manages {} by {file}", all(names.iter().cloned())), unmanage(scene, names))
+            Problem::failure(
+                format!("it manages {} by {file}", all(names.iter().cloned())),
+                unmanage(inspection, names),
+            )
         })
         .collect();
     // What it will do when it is restarted, or when the next pod comes.
@@ -89,8 +92,10 @@ pub(super) fn networkd(scene: &Scene) -> Finding {
             let mut names: Vec<String> = names.into_iter().map(word).collect();
             names.dedup();
             let names = all(names);
-            problems
-                .push(Problem::warning(format!("{file} matches {names}: it takes them over"), unmanage(scene, &[])));
+            problems.push(Problem::warning(
+                format!("{file} matches {names}: it takes them over"),
+                unmanage(inspection, &[]),
+            ));
         }
     }
     problems.extend(foreign_routes(root));
@@ -98,9 +103,9 @@ pub(super) fn networkd(scene: &Scene) -> Finding {
 }
 
 /// The commands that keep it away, and put ports back that it took off the bridge.
-fn unmanage(scene: &Scene, names: &[String]) -> String {
-    let bridges = scene.pod_bridges();
-    let observed = scene.snapshot.observed.as_ref();
+fn unmanage(inspection: &Inspection, names: &[String]) -> String {
+    let bridges = inspection.pod_bridges();
+    let observed = inspection.snapshot.observed.as_ref();
     let on_bridge = |name: &str| {
         let ports = observed.iter().flat_map(|seen| bridges.iter().filter_map(|bridge| seen.bridges.get(bridge)));
         ports.flatten().any(|port| port.as_str() == name)
@@ -109,11 +114,11 @@ fn unmanage(scene: &Scene, names: &[String]) -> String {
         "mkdir -p /etc/systemd/network".to_owned(),
         format!(
             "printf '[Match]\\nName={}\\n\\n[Link]\\nUnmanaged=yes\\n' > /etc/systemd/network/00-fabric.network",
-            patterns(scene).join(" ")
+            patterns(inspection).join(" ")
         ),
         "networkctl reload".to_owned(),
     ];
-    let pods = scene.addresses().map(|addresses| addresses.pods).unwrap_or_default();
+    let pods = inspection.addresses().map(|addresses| addresses.pods).unwrap_or_default();
     for pod in pods {
         let (Some(bridge), Some(attached)) = (pod.saved.bridge, pod.saved.attached) else { continue };
         for port in attached.ports.iter().filter(|port| names.contains(port) && !on_bridge(port)) {
@@ -249,12 +254,13 @@ fn foreign_routes(root: &Path) -> Option<Problem> {
     ))
 }
 
-pub(super) fn network_manager(scene: &Scene) -> Finding {
-    if !scene.places.root.join("run/NetworkManager").exists() {
+pub(super) fn network_manager(inspection: &Inspection) -> Finding {
+    if !inspection.places.root.join("run/NetworkManager").exists() {
         return Finding::skipped("NetworkManager doesn't run, or its files are not visible here");
     }
-    let managed = interfaces(scene).into_iter().filter(|(name, _)| {
-        let state = index(scene, name).and_then(|index| read(scene, &format!("run/NetworkManager/devices/{index}")));
+    let managed = interfaces(inspection).into_iter().filter(|(name, _)| {
+        let state =
+            index(inspection, name).and_then(|index| read(inspection, &format!("run/NetworkManager/devices/{index}")));
         state.is_some_and(|state| state.lines().any(|line| line == "managed=true"))
     });
     let managed: Vec<String> = managed.map(|(name, _)| name).collect();
@@ -268,15 +274,15 @@ pub(super) fn network_manager(scene: &Scene) -> Finding {
             "mkdir -p /etc/NetworkManager/conf.d\n\
              printf '[keyfile]\\nunmanaged-devices+={}\\n' > /etc/NetworkManager/conf.d/fabric.conf\n\
              systemctl reload NetworkManager",
-            patterns(scene).iter().map(|name| format!("interface-name:{name}")).collect::<Vec<_>>().join(";")
+            patterns(inspection).iter().map(|name| format!("interface-name:{name}")).collect::<Vec<_>>().join(";")
         ),
     )
 }
 
 /// The default policy of systemd since 242 gives virtual devices an address of its own, unless it was set when they were
 /// made, as ours is.
-pub(super) fn udev(scene: &Scene) -> Finding {
-    let root = &scene.places.root;
+pub(super) fn udev(inspection: &Inspection) -> Finding {
+    let root = &inspection.places.root;
     let names_ours = |text: &str| ["fabric", "Driver=vxlan", "Kind=vxlan"].iter().any(|word| text.contains(word));
     let sets = |text: &str| ["persistent", "random"].iter().any(|by| text.contains(&format!("MACAddressPolicy={by}")));
     let first = systemd_files(root, ".link").into_iter().find(|(_, text)| names_ours(text));

@@ -1,5 +1,5 @@
 //! Questions about what is wrong on this node: the checks of `fabricctl doctor`, and the path of a packet that `fabricctl
-//! explain` shows. Both look at a [`Scene`], and change nothing.
+//! explain` shows. Both look at a [`Inspection`], and change nothing.
 //!
 //! | file | what it is |
 //! |---|---|
@@ -133,7 +133,7 @@ pub struct Inspector {
 
 /// All that is known at one moment.
 #[derive(Clone, Debug)]
-pub struct Scene {
+pub struct Inspection {
     /// What the reconcile loop knows.
     pub view: Arc<View>,
     /// What it saw in the kernel and wants there.
@@ -150,7 +150,7 @@ pub struct Scene {
     pub policy: Option<PolicyView>,
 }
 
-impl Scene {
+impl Inspection {
     /// Which addresses are taken, and by whom. Reads the CNI plugins' files.
     ///
     /// # Errors
@@ -193,14 +193,14 @@ impl Inspector {
         not_ready.into_iter().chain(cni_config::warnings(&self.places.cni_conf)).collect()
     }
 
-    /// The scene now. `None` when the daemon is ending.
-    pub async fn look(&self, view: Arc<View>, network: &mpsc::Sender<reconcile::Command>) -> Option<Scene> {
+    /// The inspection now. `None` when the daemon is ending.
+    pub async fn look(&self, view: Arc<View>, network: &mpsc::Sender<reconcile::Command>) -> Option<Inspection> {
         let (reply, answer) = oneshot::channel();
         network.send(reconcile::Command::Snapshot { reply }).await.ok()?;
         let snapshot = answer.await.ok()?;
         let fib = tokio::task::spawn_blocking(kernel::fib).await.ok().and_then(Result::ok).unwrap_or_default();
         let (mesh, places, policy) = (Arc::clone(&self.mesh), self.places.clone(), self.policy.clone());
         let sections = self.sections.clone();
-        Some(Scene { view, snapshot, mesh, places, fib: Arc::new(fib), sections, policy })
+        Some(Inspection { view, snapshot, mesh, places, fib: Arc::new(fib), sections, policy })
     }
 }

@@ -2,7 +2,7 @@
 
 use fabric_core::model::{Family, MacAddr, Subnet};
 
-use super::Scene;
+use super::Inspection;
 use super::finding::{Finding, Problem};
 use super::host_checks::read;
 use crate::kernel::routing::fib::{Action, Packet, Route};
@@ -19,9 +19,9 @@ const OVERLAYS: [(&str, &str, &str); 7] = [
 ];
 
 /// Other VXLAN devices. One that has our port while ours is missing is the cause of all else, so this comes first.
-pub(super) fn other_overlays(scene: &Scene) -> Finding {
-    let Some(observed) = &scene.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
-    let ours = scene.view.network.map(|network| (network.vxlan.port, network.vxlan.vni.get()));
+pub(super) fn other_overlays(inspection: &Inspection) -> Finding {
+    let Some(observed) = &inspection.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
+    let ours = inspection.view.network.map(|network| (network.vxlan.port, network.vxlan.vni.get()));
     let standing = ours.is_some_and(|(port, _)| observed.ours.links.values().any(|link| link.up && link.port == port));
     let problems = observed.foreign.links.iter().filter_map(|(name, link)| {
         let (vni, port, _) = link.vxlan?;
@@ -47,11 +47,11 @@ pub(super) fn other_overlays(scene: &Scene) -> Finding {
 
 /// The kernel opens the port with the first device that is up: nobody else can have it then, and it can't be had while
 /// somebody else has it.
-pub(super) fn udp_port(scene: &Scene) -> Finding {
-    let Some(port) = scene.view.network.map(|network| network.vxlan.port) else {
+pub(super) fn udp_port(inspection: &Inspection) -> Finding {
+    let Some(port) = inspection.view.network.map(|network| network.vxlan.port) else {
         return Finding::skipped("the network is not known yet");
     };
-    let Some(observed) = &scene.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
+    let Some(observed) = &inspection.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
     if observed.ours.links.values().any(|link| link.up && link.port == port) {
         return Finding::fine(format!("the kernel listens at UDP port {port}"));
     }
@@ -61,7 +61,7 @@ pub(super) fn udp_port(scene: &Scene) -> Finding {
     if let Some((name, _)) = device {
         return Finding::skipped(format!("the device {name} has UDP port {port}: see the check foreign-vxlan"));
     }
-    match socket_at(scene, port) {
+    match socket_at(inspection, port) {
         true => Finding::failed(
             format!("another program has UDP port {port}"),
             format!(
@@ -74,17 +74,17 @@ pub(super) fn udp_port(scene: &Scene) -> Finding {
 }
 
 /// Whether a socket of a program is bound to this UDP port.
-pub(super) fn socket_at(scene: &Scene, port: u16) -> bool {
+pub(super) fn socket_at(inspection: &Inspection, port: u16) -> bool {
     let local = format!(":{port:04X}");
     ["proc/net/udp", "proc/net/udp6"].into_iter().any(|file| {
-        let table = read(scene, file).unwrap_or_default();
+        let table = read(inspection, file).unwrap_or_default();
         table.lines().any(|line| line.split_whitespace().nth(1).is_some_and(|at| at.ends_with(&local)))
     })
 }
 
-pub(super) fn underlay_mtu(scene: &Scene) -> Finding {
-    let Some(observed) = &scene.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
-    let problems = scene.view.vteps.iter().filter_map(|end| {
+pub(super) fn underlay_mtu(inspection: &Inspection) -> Finding {
+    let Some(observed) = &inspection.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
+    let problems = inspection.view.vteps.iter().filter_map(|end| {
         let link = observed.host.links.iter().find(|link| link.name == end.underlay)?;
         let needs = end.vtep.mtu + Family::of(end.vtep.local).vxlan_overhead();
         (link.mtu < needs).then(|| {
@@ -97,13 +97,13 @@ pub(super) fn underlay_mtu(scene: &Scene) -> Finding {
     Finding::of(problems.collect(), "packets fit with the headers of VXLAN")
 }
 
-pub(super) fn mac(scene: &Scene) -> Finding {
-    let (Some(observed), Some(own)) = (&scene.snapshot.observed, &scene.view.holding.own) else {
+pub(super) fn mac(inspection: &Inspection) -> Finding {
+    let (Some(observed), Some(own)) = (&inspection.snapshot.observed, &inspection.view.holding.own) else {
         return Finding::skipped("there is no VTEP yet");
     };
     let mut seen = 0;
     let mut problems = vec![];
-    for end in &scene.view.vteps {
+    for end in &inspection.view.vteps {
         // Without a device there is nothing to compare; why there is none, others say.
         let Some(there) = observed.ours.links.get(&end.device).map(|link| link.mac) else { continue };
         seen += 1;
@@ -123,31 +123,31 @@ pub(super) fn mac(scene: &Scene) -> Finding {
 }
 
 /// Routes of others that lead into the network. Those that hide a subnet that is leased hurt.
-pub(super) fn overlap(scene: &Scene) -> Finding {
-    let Some(network) = scene.view.network else { return Finding::skipped("the network is not known yet") };
+pub(super) fn overlap(inspection: &Inspection) -> Finding {
+    let Some(network) = inspection.view.network else { return Finding::skipped("the network is not known yet") };
     let inside =
         |prefix: &Subnet| network.spaces.get(prefix.family()).is_some_and(|space| space.network.covers(*prefix));
-    let bridges = scene.pod_bridges();
+    let bridges = inspection.pod_bridges();
     let of_bridge = |device: &str| bridges.iter().any(|name| name.as_str() == device);
-    let consulted = |table: u32| scene.fib.rules.iter().any(|rule| rule.action == Action::Table(table));
-    let others = scene.fib.routes.iter().filter(|route| {
-        let ours =
-            route.ours || route.device.as_deref().is_some_and(|device| of_bridge(device) || is_vtep(scene, device));
+    let consulted = |table: u32| inspection.fib.rules.iter().any(|rule| rule.action == Action::Table(table));
+    let others = inspection.fib.routes.iter().filter(|route| {
+        let ours = route.ours
+            || route.device.as_deref().is_some_and(|device| of_bridge(device) || is_vtep(inspection, device));
         let of_the_host = ["local", "broadcast", "anycast", "multicast"].contains(&route.kind.as_str());
         inside(&route.dst) && !ours && !of_the_host && consulted(route.table)
     });
     // A policy rule may have its table looked up before ours: then a shorter prefix wins too.
     let hides = |route: &Route, subnet: Subnet| {
-        let own = scene.view.holding.own.as_ref().and_then(|own| own.key.subnets().get(subnet.family()));
+        let own = inspection.view.holding.own.as_ref().and_then(|own| own.key.subnets().get(subnet.family()));
         let iif = bridges.first().map_or("lo", |bridge| bridge.as_str());
         let packet = Packet { from: own.unwrap_or(&subnet).base(), to: subnet.base(), iif };
-        let decides = || scene.fib.decide(&packet).is_some_and(|decision| decision.route == Some(route));
+        let decides = || inspection.fib.decide(&packet).is_some_and(|decision| decision.route == Some(route));
         // Before the first pod there is no route to this node's own subnet.
         subnet.covers(route.dst) || own != Some(&subnet) && decides()
     };
     let mut problems: Vec<(u8, Problem)> = others
         .map(|route| {
-            let leases = scene.view.leases.iter().flat_map(|leases| leases.iter());
+            let leases = inspection.view.leases.iter().flat_map(|leases| leases.iter());
             let met = leases.filter_map(|lease| {
                 let subnet = lease.key.subnets().get(route.dst.family()).copied()?;
                 (subnet.covers(route.dst) || route.dst.covers(subnet)).then(|| (subnet, lease.holder()))
@@ -169,6 +169,6 @@ pub(super) fn overlap(scene: &Scene) -> Finding {
     Finding::of(problems.into_iter().map(|(_, problem)| problem).collect(), "no foreign route leads into the network")
 }
 
-fn is_vtep(scene: &Scene, device: &str) -> bool {
-    scene.view.vteps.iter().any(|end| end.device.as_str() == device)
+fn is_vtep(inspection: &Inspection, device: &str) -> bool {
+    inspection.view.vteps.iter().any(|end| end.device.as_str() == device)
 }

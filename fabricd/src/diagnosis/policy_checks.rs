@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use fabric_core::firewall::Firewall;
 
-use super::Scene;
+use super::Inspection;
 use super::finding::{Finding, Problem};
 
 /// Programs that enforce NetworkPolicies, by what their chains or their table are called.
@@ -21,10 +21,10 @@ const CONTROLLERS: [(&str, &str); 8] = [
 
 /// Whoever else drops what policies don't allow: two of them agree on less than each allows, and one that has been removed
 /// leaves its rules.
-pub(super) fn controllers(scene: &Scene) -> Finding {
-    let Some(observed) = &scene.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
+pub(super) fn controllers(inspection: &Inspection) -> Finding {
+    let Some(observed) = &inspection.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
     let names = names(&observed.firewall);
-    if scene.policy.is_none() && !names.is_empty() {
+    if inspection.policy.is_none() && !names.is_empty() {
         return Finding::fine(format!("NetworkPolicies are enforced by {}", list(names)));
     }
     let problems = names.into_iter().map(|name| {

@@ -18,7 +18,7 @@ use tokio::time::timeout;
 
 use super::checks::{ALL, Check};
 use super::finding::{Finding, Problem};
-use super::{Places, Scene, Sections, overlay_checks};
+use super::{Inspection, Places, Sections, overlay_checks};
 use crate::config::{Config, StoreKind};
 use crate::host::addresses;
 use crate::host::firewall::Evaluator;
@@ -95,11 +95,11 @@ pub async fn without_daemon(config: &Result<Config, String>, why: &str) -> Vec<M
         ("settings", "settings", settings(config)),
         ("node-file", "node.json", of_node_file(&run_dir, &node)),
     ];
-    match scene(config, node.ok().map(|(node, _)| node)).await {
+    match inspection(config, node.ok().map(|(node, _)| node)).await {
         Err(error) => made.push(("kernel-state", "kernel entries", Finding::skipped(error))),
-        Ok(scene) => {
-            made.push(("kernel-state", "kernel entries", standing(&scene)));
-            made.extend(run(&scene, &ON_A_NODE));
+        Ok(inspection) => {
+            made.push(("kernel-state", "kernel entries", standing(&inspection)));
+            made.extend(run(&inspection, &ON_A_NODE));
         }
     }
     if let Ok(config) = config {
@@ -112,14 +112,14 @@ pub async fn without_daemon(config: &Result<Config, String>, why: &str) -> Vec<M
 pub async fn preflight(config: &Result<Config, String>) -> Vec<Made> {
     let mut made =
         vec![("settings", "settings", settings(config)), ("modules", "kernel modules", modules(Path::new("/")))];
-    match scene(config, None).await {
+    match inspection(config, None).await {
         Err(error) => made.push(("kernel-state", "kernel entries", Finding::skipped(error))),
-        Ok(scene) => {
-            made.push(("udp-port", "VXLAN port", port(&scene)));
+        Ok(inspection) => {
+            made.push(("udp-port", "VXLAN port", port(&inspection)));
             if let Ok(config) = config {
-                made.push(("underlay", "underlay interface", interface(&scene, config)));
+                made.push(("underlay", "underlay interface", interface(&inspection, config)));
             }
-            made.extend(run(&scene, &ON_A_NEW_HOST));
+            made.extend(run(&inspection, &ON_A_NEW_HOST));
             made.push(("cni-plugins", "CNI plugins", plugins()));
         }
     }
@@ -129,9 +129,9 @@ pub async fn preflight(config: &Result<Config, String>) -> Vec<Made> {
     made
 }
 
-fn run(scene: &Scene, ids: &[&str]) -> Vec<Made> {
+fn run(inspection: &Inspection, ids: &[&str]) -> Vec<Made> {
     let wanted = |check: &&Check| ids.contains(&check.0);
-    ALL.iter().filter(wanted).map(|(id, title, check)| (*id, *title, check(scene))).collect()
+    ALL.iter().filter(wanted).map(|(id, title, check)| (*id, *title, check(inspection))).collect()
 }
 
 /// The command that shows the log, and the one that starts the daemon, by what manages it.
@@ -236,7 +236,7 @@ fn of_node_file(run_dir: &Path, node: &Result<(NodeFile, Duration), String>) -> 
 }
 
 /// What the daemon would know, from the kernel and `node.json`.
-async fn scene(config: &Result<Config, String>, node: Option<NodeFile>) -> Result<Scene, String> {
+async fn inspection(config: &Result<Config, String>, node: Option<NodeFile>) -> Result<Inspection, String> {
     let mut netlink = Netlink::new(Options::default()).map_err(|error| error.to_string())?;
     let observed = netlink.observe().await.map_err(|error| format!("{error}; are you root?"))?;
     let fib = tokio::task::spawn_blocking(kernel::fib).await.map_err(|error| error.to_string())?;
@@ -267,7 +267,7 @@ async fn scene(config: &Result<Config, String>, node: Option<NodeFile>) -> Resul
         last: None,
         blocked: "the daemon doesn't answer".into(),
     };
-    Ok(Scene {
+    Ok(Inspection {
         view: Arc::new(view),
         snapshot,
         mesh: Arc::new(Mesh::default()),
@@ -311,8 +311,8 @@ fn network(node: &NodeFile, observed: &Observed) -> Option<NetworkConfig> {
 }
 
 /// What stands of ours in the kernel, which running pods go by.
-fn standing(scene: &Scene) -> Finding {
-    let Some(observed) = &scene.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
+fn standing(inspection: &Inspection) -> Finding {
+    let Some(observed) = &inspection.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
     let ours = &observed.ours;
     let names: Vec<String> = ours.links.keys().map(ToString::to_string).collect();
     let down = ours
@@ -356,9 +356,9 @@ async fn store(config: &Config) -> Finding {
 }
 
 /// Whether the VXLAN port is free for fabricd: that of flannel on Linux, unless the network config says another.
-fn port(scene: &Scene) -> Finding {
+fn port(inspection: &Inspection) -> Finding {
     const USUAL: u16 = 8472;
-    let observed = scene.snapshot.observed.iter();
+    let observed = inspection.snapshot.observed.iter();
     let others = observed.flat_map(|observed| &observed.foreign.links);
     let device = others.filter(|(_, link)| link.vxlan.is_some_and(|(_, port, _)| port == USUAL)).map(|(name, _)| name);
     let choose = "or choose another Port in the network config";
@@ -370,7 +370,7 @@ fn port(scene: &Scene) -> Finding {
             )
         })
         .collect();
-    if problems.is_empty() && overlay_checks::socket_at(scene, USUAL) && scene.view.vteps.is_empty() {
+    if problems.is_empty() && overlay_checks::socket_at(inspection, USUAL) && inspection.view.vteps.is_empty() {
         problems.push(Problem::failure(
             format!("a program has UDP port {USUAL}"),
             format!("end it, {choose}:\nss -ulpn sport = :{USUAL}"),
@@ -379,8 +379,8 @@ fn port(scene: &Scene) -> Finding {
     Finding::of(problems, format!("UDP port {USUAL} is free for fabricd"))
 }
 
-fn interface(scene: &Scene, config: &Config) -> Finding {
-    let Some(observed) = &scene.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
+fn interface(inspection: &Inspection, config: &Config) -> Finding {
+    let Some(observed) = &inspection.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
     match underlay::choose(&config.selectors(), &observed.host, Family::V4, &[]).map(|choice| choice.underlay) {
         Ok(chosen) => Finding::fine(format!("{}, {}, MTU {}", chosen.dev, chosen.local, chosen.mtu)),
         Err(error) => Finding::failed(error.to_string(), "name it: --iface NAME, or FABRICD_IFACE"),

@@ -17,7 +17,7 @@ use crate::store::{Claim, LeaseStore};
 
 /// The machine that is cleaned up.
 #[derive(Clone, Debug)]
-pub struct Leaver {
+pub struct DepartingNode {
     /// Its name as a node.
     pub node: NodeName,
     /// This boot of it.
@@ -41,7 +41,7 @@ pub enum GivenBack {
     Anothers(LeaseKey, Place),
 }
 
-impl Leaver {
+impl DepartingNode {
     /// Gives the lease back.
     ///
     /// # Errors

@@ -18,7 +18,7 @@ use futures::future::BoxFuture;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-pub use self::give_back::{GivenBack, Leaver};
+pub use self::give_back::{DepartingNode, GivenBack};
 pub use self::keeper::{Keeper, SETTLING};
 use crate::host::addresses::NodePods;
 use crate::mesh::probe;

@@ -113,9 +113,9 @@ mod tests {
     /// `.` was answered, `>` was lost on the way there, `<` on the way back. The peer says what arrived if `tells`.
     fn record(probes: &str, tells: bool) -> Record {
         let (mut record, mut arrived) = (Record::default(), 0_u64);
-        for (number, fate) in (u32::MAX - 5..=u32::MAX).chain(0..).zip(probes.chars()) {
-            arrived = arrived << 1 | u64::from(fate != '>');
-            record.note(number, fate == '.', if tells && fate == '.' { arrived } else { 0 });
+        for (number, outcome) in (u32::MAX - 5..=u32::MAX).chain(0..).zip(probes.chars()) {
+            arrived = arrived << 1 | u64::from(outcome != '>');
+            record.note(number, outcome == '.', if tells && outcome == '.' { arrived } else { 0 });
         }
         record
     }

@@ -199,7 +199,7 @@ mod tests {
 
     /// A round whose probes met these fates: `.` answered, `x` not.
     fn round(path: &Path, fates: &str, seen: Seen) -> Round {
-        let answer = |fate| match fate {
+        let answer = |outcome| match outcome {
             '.' => Answer::Daemon { rtt: Duration::from_millis(80), arrived: u64::MAX },
             _ => Answer::Nothing,
         };

@@ -15,7 +15,7 @@ use fabric_core::state::{Routing, VxlanLink};
 use fabric_tests::served::view;
 use fabricd::config::StoreKind;
 use fabricd::diagnosis::finding::Finding;
-use fabricd::diagnosis::{Places, Scene, Sections, checks};
+use fabricd::diagnosis::{Inspection, Places, Sections, checks};
 use fabricd::host::underlay::HostLink;
 use fabricd::kernel::Observed;
 use fabricd::kernel::routing::fib::{Action, Fib, PolicyRule, Route};
@@ -144,9 +144,9 @@ impl Node {
         };
         let (view, mesh, fib) = (Arc::new(self.view.clone()), Arc::new(Mesh::default()), Arc::new(self.fib.clone()));
         let sections = self.sections.clone();
-        let scene = Scene { view, snapshot, mesh, places, fib, sections, policy: self.policy.clone() };
+        let inspection = Inspection { view, snapshot, mesh, places, fib, sections, policy: self.policy.clone() };
         let (_, _, check) = checks::ALL.iter().find(|(name, ..)| *name == id).context("no such check")?;
-        Ok(check(&scene))
+        Ok(check(&inspection))
     }
 }
 

@@ -14,7 +14,7 @@ use proptest::prelude::*;
 
 use crate::cluster::{Seed, balancer, context, described, ip, plan, seed, service, sets, slice, vip};
 use crate::interpreter::{Machine, Outcome, Packet};
-use crate::question::{Fate, From, Question, To, question};
+use crate::question::{Delivery, From, Question, To, question};
 
 /// Numbers that look random and are always the same.
 fn numbers(mut state: u64) -> impl FnMut(u32) -> u32 {
@@ -37,14 +37,14 @@ proptest! {
         let mut machine = Machine::new(plan.table(), numbers(start));
         let mut clients: BTreeMap<(IpAddr, u8, bool, Family), Socket> = BTreeMap::new();
         for question in questions {
-            let (fate, may) = (question.fate(&mut machine), question.may(&seeds));
-            prop_assert!(may.contains(&fate), "{:?}: {:?} is none of {:?}", question, fate, may);
+            let (delivery, may) = (question.delivery(&mut machine), question.may(&seeds));
+            prop_assert!(may.contains(&delivery), "{:?}: {:?} is none of {:?}", question, delivery, may);
             // A client that has been somewhere stays there, whatever address of the Service it asks, as long as it may.
             let is_sticky = seeds.get(&question.service).is_some_and(|seed| seed.3);
-            if let (Fate::To(socket, _), true) = (&fate, is_sticky) {
+            if let (Delivery::To(socket, _), true) = (&delivery, is_sticky) {
                 let client = (question.packet().source, question.service, question.is_udp, question.family);
                 let before = clients.insert(client, *socket);
-                let might = |socket: &Socket| may.iter().any(|fate| matches!(fate, Fate::To(to, _) if to == socket));
+                let might = |socket: &Socket| may.iter().any(|delivery| matches!(delivery, Delivery::To(to, _) if to == socket));
                 if let Some(before) = before.filter(might) {
                     prop_assert_eq!(*socket, before, "{:?}", question);
                 }
@@ -63,12 +63,12 @@ proptest! {
         let plan = plan(&seeds);
         let may = question.may(&seeds);
         let endpoints = may.len();
-        for (number, fate) in may.iter().enumerate().filter(|(_, fate)| matches!(fate, Fate::To(..))) {
+        for (number, delivery) in may.iter().enumerate().filter(|(_, delivery)| matches!(delivery, Delivery::To(..))) {
             let mut machine = Machine::new(plan.table(), move |below| {
                 assert_eq!(below as usize, endpoints);
                 u32::try_from(number).unwrap()
             });
-            prop_assert_eq!(&question.fate(&mut machine), fate);
+            prop_assert_eq!(&question.delivery(&mut machine), delivery);
         }
     }
 }
@@ -84,22 +84,22 @@ proptest! {
         let endpoints = |hosts: &[u8]| hosts.iter().map(|host| (1, *host, 0)).collect::<Vec<_>>();
         let hosts: Vec<u8> = hosts.into_iter().collect();
         let question = Question { service: 3, wrong_port: false, to: To::ClusterIp, ..from };
-        let fates = |hosts: &[u8], before: &FoundTable| {
+        let deliveries = |hosts: &[u8], before: &FoundTable| {
             let (services, slices) = sets(&BTreeMap::from([(3, (endpoints(hosts), false, false, false, 0))]));
             let plan = ServicePlan::new(context(), &services, &slices, before);
-            let fates: Vec<Fate> = (10..60)
-                .map(|client| Question { from: From::Pod(client), ..question }.fate(&mut Machine::new(plan.table(), |_| 0)))
+            let deliveries: Vec<Delivery> = (10..60)
+                .map(|client| Question { from: From::Pod(client), ..question }.delivery(&mut Machine::new(plan.table(), |_| 0)))
                 .collect();
-            (fates, plan.table().found())
+            (deliveries, plan.table().found())
         };
-        let (was, table) = fates(&hosts, &FoundTable::default());
+        let (was, table) = deliveries(&hosts, &FoundTable::default());
         let turned: Vec<u8> = hosts.iter().rev().copied().collect();
-        prop_assert_eq!(&fates(&turned, &FoundTable::default()).0, &was);
+        prop_assert_eq!(&deliveries(&turned, &FoundTable::default()).0, &was);
         let mut left = hosts;
         let gone = left.remove(gone.index(left.len()));
         let of_gone = ip(question.family, 2, 10 + gone);
-        for (was, is) in was.iter().zip(fates(&left, &table).0) {
-            let (Fate::To(was, _), Fate::To(is, _)) = (was, &is) else { panic!("{was:?} {is:?}") };
+        for (was, is) in was.iter().zip(deliveries(&left, &table).0) {
+            let (Delivery::To(was, _), Delivery::To(is, _)) = (was, &is) else { panic!("{was:?} {is:?}") };
             prop_assert!(was == is || was.0 == of_gone, "{:?} was moved to {:?}", was, is);
         }
     }
@@ -116,8 +116,8 @@ fn round_robin_gives_each_endpoint_its_turn_whatever_other_services_do() {
         for (from, to) in [(From::Pod(10), To::ClusterIp), (From::Host, To::NodePort), (From::Outside, To::NodePort)] {
             let mut ask = |service| {
                 let asked = Question { service, is_udp: false, from, to, family, wrong_port: false };
-                match asked.fate(&mut machine) {
-                    Fate::To(socket, _) => socket,
+                match asked.delivery(&mut machine) {
+                    Delivery::To(socket, _) => socket,
                     other => panic!("{asked:?}: {other:?}"),
                 }
             };
@@ -182,8 +182,8 @@ fn frontend_that_two_services_claim_is_the_older_ones_and_a_cluster_ip_goes_firs
         family: Family::V4,
         wrong_port: false,
     };
-    let fate = question.fate(&mut Machine::new(plan.table(), |_| 0));
-    assert_eq!(fate, Fate::To((ip(Family::V4, 1, 11), 8080), false));
+    let delivery = question.delivery(&mut Machine::new(plan.table(), |_| 0));
+    assert_eq!(delivery, Delivery::To((ip(Family::V4, 1, 11), 8080), false));
 }
 
 #[test]
@@ -202,7 +202,7 @@ fn source_ranges_let_nobody_else_in() {
         let object = serde_json::from_value(object).unwrap();
         Arc::new(Service::read(&object, &mut fabric_core::interner::Interner::default()).unwrap())
     };
-    let mut fates = |ranges: &[&str]| {
+    let mut deliveries = |ranges: &[&str]| {
         services.insert(ObjectName::new("default", "s1"), with(ranges));
         let plan = ServicePlan::new(context(), &services, &slices, &FoundTable::default());
         let mut machine = Machine::new(plan.table(), |_| 0);
@@ -213,13 +213,13 @@ fn source_ranges_let_nobody_else_in() {
             (From::Host, To::Balancer),
             (From::Outside, To::NodePort),
         ]
-        .map(|(from, to)| ask(from, to).fate(&mut machine) != Fate::Dropped)
+        .map(|(from, to)| ask(from, to).delivery(&mut machine) != Delivery::Dropped)
     };
-    assert_eq!(fates(&[]), [true, true, true, true]);
-    assert_eq!(fates(&["10.244.198.0/24"]), [true, false, false, true]);
-    assert_eq!(fates(&["10.244.1.0/24"]), [false, true, false, true]);
-    assert_eq!(fates(&["10.244.99.11/32"]), [false, false, true, true]);
-    assert_eq!(fates(&["everybody"]), [false, false, false, true]);
+    assert_eq!(deliveries(&[]), [true, true, true, true]);
+    assert_eq!(deliveries(&["10.244.198.0/24"]), [true, false, false, true]);
+    assert_eq!(deliveries(&["10.244.1.0/24"]), [false, true, false, true]);
+    assert_eq!(deliveries(&["10.244.99.11/32"]), [false, false, true, true]);
+    assert_eq!(deliveries(&["everybody"]), [false, false, false, true]);
 }
 
 #[test]
@@ -238,7 +238,7 @@ fn sctp_is_translated_as_tcp_is() {
             Question { service: 1, is_udp: false, from: From::Pod(10), to: To::ClusterIp, family, wrong_port: false };
         let sctp = Packet { protocol: Protocol::Sctp.number(), ..from_pod.packet() };
         assert_eq!(machine.run("prerouting", &sctp), Outcome::Translated(ip(family, 1, 11), 8080));
-        assert_eq!(from_pod.fate(&mut machine), Fate::Rejected, "it has no such port of TCP");
+        assert_eq!(from_pod.delivery(&mut machine), Delivery::Rejected, "it has no such port of TCP");
     }
 }
 
@@ -250,13 +250,13 @@ fn address_that_no_service_has_is_dropped_where_the_prefixes_of_services_are_kno
             let context = Context { service_cidrs: cidrs, ..context() };
             let plan = ServicePlan::new(context, &services, &slices, &FoundTable::default());
             let question = Question { service, is_udp: false, from, to: To::ClusterIp, family, wrong_port: false };
-            question.fate(&mut Machine::new(plan.table(), |_| 0))
+            question.delivery(&mut Machine::new(plan.table(), |_| 0))
         };
         let prefix = Subnet::holding(vip(family, 0), if family == Family::V4 { 24 } else { 64 }).unwrap();
         for from in [From::Pod(10), From::Host, From::Outside] {
-            assert_eq!(of(vec![prefix], 9, from), Fate::Dropped);
-            assert_eq!(of(vec![], 9, from), Fate::Passes);
-            assert!(matches!(of(vec![prefix], 1, from), Fate::To(..)));
+            assert_eq!(of(vec![prefix], 9, from), Delivery::Dropped);
+            assert_eq!(of(vec![], 9, from), Delivery::Passes);
+            assert!(matches!(of(vec![prefix], 1, from), Delivery::To(..)));
         }
     }
 }

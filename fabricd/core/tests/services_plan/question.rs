@@ -58,7 +58,7 @@ pub fn question() -> impl Strategy<Value = Question> {
 
 /// What becomes of a connection's first packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fate {
+pub enum Delivery {
     /// It goes there, and whether with another source.
     To(Socket, bool),
     Rejected,
@@ -87,12 +87,12 @@ impl Question {
     }
 
     /// What the rules make of it, chain by chain.
-    pub fn fate(&self, machine: &mut Machine<'_>) -> Fate {
+    pub fn delivery(&self, machine: &mut Machine<'_>) -> Delivery {
         let mut packet = self.packet();
         let is_host = self.from == From::Host;
         let hooks = if is_host { ["guard-output", "output"] } else { ["guard-prerouting", "prerouting"] };
         match machine.run(hooks[0], &packet) {
-            Outcome::Dropped => return Fate::Dropped,
+            Outcome::Dropped => return Delivery::Dropped,
             outcome => assert_eq!(outcome, Outcome::Passes),
         }
         let is_translated = match machine.run(hooks[1], &packet) {
@@ -106,17 +106,17 @@ impl Question {
             }
         };
         match machine.run(if is_host { "refuse-output" } else { "forward" }, &packet) {
-            Outcome::Dropped => return Fate::Dropped,
-            Outcome::Rejected(Reject::PortUnreachable) => return Fate::Rejected,
+            Outcome::Dropped => return Delivery::Dropped,
+            Outcome::Rejected(Reject::PortUnreachable) => return Delivery::Rejected,
             outcome => assert_eq!(outcome, Outcome::Passes),
         }
         let is_masqueraded = machine.run("postrouting", &packet) == Outcome::Masqueraded;
-        if is_translated { Fate::To((packet.target, packet.port), is_masqueraded) } else { Fate::Passes }
+        if is_translated { Delivery::To((packet.target, packet.port), is_masqueraded) } else { Delivery::Passes }
     }
 
     /// What it may become, by the objects.
-    pub fn may(&self, seeds: &BTreeMap<u8, Seed>) -> Vec<Fate> {
-        let Some(seed) = seeds.get(&self.service) else { return vec![Fate::Passes] };
+    pub fn may(&self, seeds: &BTreeMap<u8, Seed>) -> Vec<Delivery> {
+        let Some(seed) = seeds.get(&self.service) else { return vec![Delivery::Passes] };
         let service = service(self.service, seed);
         let exists = match self.to {
             To::ClusterIp => true,
@@ -124,7 +124,7 @@ impl Question {
             To::NodePort => service.kind != ServiceType::ClusterIp,
         };
         if !exists {
-            return vec![Fate::Passes];
+            return vec![Delivery::Passes];
         }
         let packet = self.packet();
         let has_port = match self.to {
@@ -135,7 +135,7 @@ impl Question {
             _ => !self.wrong_port,
         };
         if !has_port {
-            return vec![if self.to == To::ClusterIp { Fate::Rejected } else { Fate::Passes }];
+            return vec![if self.to == To::ClusterIp { Delivery::Rejected } else { Delivery::Passes }];
         }
         let port = &service.ports[usize::from(self.is_udp)];
         let slice = slice(self.service, self.family, seed);
@@ -144,15 +144,15 @@ impl Question {
         let frontend = if self.to == To::ClusterIp { Frontend::ClusterIp } else { Frontend::External };
         let origin = if self.from == From::Outside { Origin::Outside } else { Origin::Inside };
         match choice.answer(service.policy(frontend, origin)) {
-            Answer::Reject => vec![Fate::Rejected],
-            Answer::Drop => vec![Fate::Dropped],
+            Answer::Reject => vec![Delivery::Rejected],
+            Answer::Drop => vec![Delivery::Dropped],
             Answer::To(list) => {
-                let fate = |backend: &fabric_core::services::Backend<'_>| {
+                let delivery = |backend: &fabric_core::services::Backend<'_>| {
                     let itself = backend.endpoint.ip == packet.source;
                     let answers_here = matches!(self.from, From::Pod(_)) || HERE.has(backend.endpoint);
-                    Fate::To(backend.socket(), itself || !answers_here)
+                    Delivery::To(backend.socket(), itself || !answers_here)
                 };
-                list.iter().map(fate).collect()
+                list.iter().map(delivery).collect()
             }
         }
     }

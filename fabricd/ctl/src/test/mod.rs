@@ -23,7 +23,7 @@ use std::time::Duration;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use crate::output::{OutputArg, Screen, Tone};
+use crate::output::{OutputArg, Screen, Severity};
 use crate::table::{Cell, render};
 use crate::{Answer, NOT_ALL_WELL};
 
@@ -163,15 +163,15 @@ fn describe(screen: &Screen, steps: &[Step]) -> String {
     let rows: Vec<[Cell; 5]> = steps
         .iter()
         .map(|step| {
-            let (word, tone) = match step.result {
-                Outcome::Ok => ("ok", Tone::Good),
-                Outcome::Failed => ("FAILED", Tone::Bad),
-                Outcome::Skipped => ("skipped", Tone::Plain),
+            let (word, severity) = match step.result {
+                Outcome::Ok => ("ok", Severity::Good),
+                Outcome::Failed => ("FAILED", Severity::Bad),
+                Outcome::Skipped => ("skipped", Severity::Plain),
             };
             // The reason of a failure is told whole, below.
             let detail = if step.result == Outcome::Failed { "" } else { &step.detail };
             [
-                Cell::toned(word, tone),
+                Cell::coloured(word, severity),
                 step.from.clone().into(),
                 step.step.clone().into(),
                 step.to.clone().into(),
@@ -183,7 +183,7 @@ fn describe(screen: &Screen, steps: &[Step]) -> String {
     let failed: Vec<&Step> = steps.iter().filter(|step| step.result == Outcome::Failed).collect();
     for Step { from, step, to, detail, .. } in &failed {
         let to = if to.is_empty() { String::new() } else { format!(" to {to}") };
-        let _ = writeln!(text, "\n{} {step} from {from}{to}: {detail}", screen.paint("FAILED", Tone::Bad));
+        let _ = writeln!(text, "\n{} {step} from {from}{to}: {detail}", screen.paint("FAILED", Severity::Bad));
     }
     let skipped = steps.iter().filter(|step| step.result == Outcome::Skipped).count();
     let _ = writeln!(text, "\n{} steps, {} failed, {skipped} skipped", steps.len(), failed.len());

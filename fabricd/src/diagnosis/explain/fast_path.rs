@@ -5,16 +5,16 @@ use std::net::IpAddr;
 use fabric_core::state::fast_path::{FastPath, Pod};
 
 use super::Hop;
-use crate::diagnosis::Scene;
+use crate::diagnosis::Inspection;
 
 /// The hop that says it; `None` where the fast path isn't asked for: then there is but one. `here` are those of the two
 /// addresses that are pods' of this node, `there` is the address of another node's.
-pub(super) fn hop(scene: &Scene, here: &[IpAddr], there: Option<IpAddr>) -> Option<Hop> {
-    let view = &scene.view.fast_path;
+pub(super) fn hop(inspection: &Inspection, here: &[IpAddr], there: Option<IpAddr>) -> Option<Hop> {
+    let view = &inspection.view.fast_path;
     if !view.asked {
         return None;
     }
-    let observed = scene.snapshot.observed.as_ref()?;
+    let observed = inspection.snapshot.observed.as_ref()?;
     let why = match view.on {
         true => slow(&observed.fast_path.state, here, there),
         false if view.reason.is_empty() => Some("the fast path is not on yet".to_owned()),

@@ -34,7 +34,7 @@ use fabric_core::state::{Routing, Via, VxlanLink};
 pub use self::outside::Place;
 use self::probes::Probes;
 use self::route::FromPod;
-use super::{Outcome, Scene};
+use super::{Inspection, Outcome};
 use crate::host::firewall::{self, Asked};
 use crate::mesh::{Cause, words};
 use crate::status::view::PeerTrouble;
@@ -99,9 +99,9 @@ pub struct Question {
 impl Question {
     /// Looks for the leases of both addresses. `to` is protocol and port; without these it is about a ping.
     #[must_use]
-    pub fn new(scene: &Scene, source: IpAddr, target: IpAddr, to: Option<(Protocol, u16)>) -> Self {
+    pub fn new(inspection: &Inspection, source: IpAddr, target: IpAddr, to: Option<(Protocol, u16)>) -> Self {
         let lease = |ip: IpAddr| {
-            let mut leases = scene.view.leases.iter().flat_map(|leases| leases.iter());
+            let mut leases = inspection.view.leases.iter().flat_map(|leases| leases.iter());
             leases.find(|lease| lease.key.subnets().values().any(|subnet| subnet.contains(ip))).cloned()
         };
         let (protocol, port) = match to {
@@ -127,86 +127,86 @@ pub struct Sender {
 
 /// The pod of this node that can send on this path: the source's, else, the other way round, the target's.
 #[must_use]
-pub fn sender(scene: &Scene, question: &Question) -> Option<Sender> {
+pub fn sender(inspection: &Inspection, question: &Question) -> Option<Sender> {
     let Question { source, target, from, to, services, .. } = question;
-    let own = scene.view.holding.own.as_ref().map(|own| own.key)?;
+    let own = inspection.view.holding.own.as_ref().map(|own| own.key)?;
     let ours = |lease: &Option<Arc<Lease>>| lease.as_ref().is_some_and(|lease| lease.key == own);
-    let place = to.is_none().then(|| if services.is_empty() { Place::of(scene, *target) } else { Place::Service });
+    let place = to.is_none().then(|| if services.is_empty() { Place::of(inspection, *target) } else { Place::Service });
     let (pod, other) = match (ours(from), ours(to)) {
         // Nobody answers pings in a Service's place.
         (true, _) if !matches!(place, Some(Place::Service | Place::Nobodys)) => (*source, *target),
         (false, true) if from.is_some() => (*target, *source),
         _ => return None,
     };
-    let netns = scene.addresses().ok()?.pod_with(pod)?.saved.netns.clone().unwrap_or_default();
+    let netns = inspection.addresses().ok()?.pod_with(pod)?.saved.netns.clone().unwrap_or_default();
     Some(Sender { netns, from: pod, to: other, outside: place.is_some() })
 }
 
 /// The hops on this node. Reads files, asks the kernel, and sends packets: for a thread that may wait.
 #[must_use]
-pub fn explain(scene: &Scene, question: &Question) -> Vec<Hop> {
+pub fn explain(inspection: &Inspection, question: &Question) -> Vec<Hop> {
     let Question { source, target, from, to, services, .. } = question;
-    let own = scene.view.holding.own.as_ref().map(|own| own.key);
+    let own = inspection.view.holding.own.as_ref().map(|own| own.key);
     let ours = |lease: &Option<Arc<Lease>>| lease.as_ref().is_some_and(|lease| Some(lease.key) == own);
     if !ours(from) && !ours(to) {
         return vec![];
     }
     let in_network = [(source, from), (target, to)].into_iter().filter(|(_, lease)| lease.is_some());
-    let probes = Probes::send(scene, &in_network.map(|(ip, _)| *ip).collect::<Vec<_>>());
+    let probes = Probes::send(inspection, &in_network.map(|(ip, _)| *ip).collect::<Vec<_>>());
     let mut hops = vec![];
     if ours(from) {
-        hops.extend(pod::hops(scene, *source, &probes));
-        hops.extend(policy::hop(scene, question, Direction::Egress));
-        let from_pod = FromPod { ip: *source, bridge: bridge_of(scene, *source) };
+        hops.extend(pod::hops(inspection, *source, &probes));
+        hops.extend(policy::hop(inspection, question, Direction::Egress));
+        let from_pod = FromPod { ip: *source, bridge: bridge_of(inspection, *source) };
         match to {
             Some(_) if ours(to) => {
-                hops.extend(policy::hop(scene, question, Direction::Ingress));
-                hops.extend(fast_path::hop(scene, &[*source, *target], None));
-                hops.extend(pod::hops(scene, *target, &probes));
+                hops.extend(policy::hop(inspection, question, Direction::Ingress));
+                hops.extend(fast_path::hop(inspection, &[*source, *target], None));
+                hops.extend(pod::hops(inspection, *target, &probes));
             }
             Some(lease) => {
-                hops.extend(fast_path::hop(scene, &[*source], Some(*target)));
-                hops.extend(towards(scene, from_pod, *target, lease, &probes));
+                hops.extend(fast_path::hop(inspection, &[*source], Some(*target)));
+                hops.extend(towards(inspection, from_pod, *target, lease, &probes));
             }
             None if !services.is_empty() => {
                 hops.extend(services.iter().flat_map(|of| service::hops(of, *source, *target)));
             }
-            None => hops.extend(outside::hops(scene, from_pod, *target)),
+            None => hops.extend(outside::hops(inspection, from_pod, *target)),
         }
     } else {
-        hops.extend(arrival(scene, question));
-        hops.extend(from.is_some().then(|| fast_path::hop(scene, &[*target], Some(*source))).flatten());
-        let bridge = bridge_of(scene, *target);
-        hops.extend(not_fine(foreign(scene, Asked::Between { source: *source, target: *target, bridge })));
-        hops.extend(policy::hop(scene, question, Direction::Ingress));
-        hops.extend(pod::hops(scene, *target, &probes));
+        hops.extend(arrival(inspection, question));
+        hops.extend(from.is_some().then(|| fast_path::hop(inspection, &[*target], Some(*source))).flatten());
+        let bridge = bridge_of(inspection, *target);
+        hops.extend(not_fine(foreign(inspection, Asked::Between { source: *source, target: *target, bridge })));
+        hops.extend(policy::hop(inspection, question, Direction::Ingress));
+        hops.extend(pod::hops(inspection, *target, &probes));
         // What is answered goes back.
         if let Some(lease) = from {
             let from_pod = FromPod { ip: *target, bridge };
-            hops.extend(towards(scene, from_pod, *source, lease, &probes));
+            hops.extend(towards(inspection, from_pod, *source, lease, &probes));
         }
     }
     hops
 }
 
 /// The bridge that the pod with this address is attached to.
-fn bridge_of(scene: &Scene, ip: IpAddr) -> IfName {
-    let addresses = scene.addresses().unwrap_or_default();
+fn bridge_of(inspection: &Inspection, ip: IpAddr) -> IfName {
+    let addresses = inspection.addresses().unwrap_or_default();
     let own = addresses.pod_with(ip).and_then(|pod| pod.saved.bridge);
-    let bridge = own.or_else(|| scene.pod_bridges().first().copied());
+    let bridge = own.or_else(|| inspection.pod_bridges().first().copied());
     bridge.unwrap_or_else(|| DEFAULT_BRIDGE.parse().expect("a valid name"))
 }
 
 /// What the chains of others make of a packet here.
-fn foreign(scene: &Scene, asked: Asked) -> Option<Hop> {
-    let observed = scene.snapshot.observed.as_ref()?;
+fn foreign(inspection: &Inspection, asked: Asked) -> Option<Hop> {
+    let observed = inspection.snapshot.observed.as_ref()?;
     let what = match asked {
         Asked::Between { source, target, .. } => format!("{source} to {target}"),
         Asked::From(peer) => format!("VXLAN from {peer}"),
         Asked::To(peer) => format!("VXLAN to {peer}"),
     };
     let all = |words: Vec<String>| words.join("; ");
-    Some(match firewall::ask(&scene.view, observed, asked)? {
+    Some(match firewall::ask(&inspection.view, observed, asked)? {
         (Verdict::Passes, _) => Hop::fine("filter", format!("{what} passes the chains of others")),
         (Verdict::Dropped(by), commands) => Hop::failed(
             "filter",
@@ -226,13 +226,13 @@ fn not_fine(hop: Option<Hop>) -> Option<Hop> {
 }
 
 /// From this node to the one that has `ip`.
-fn towards(scene: &Scene, from: FromPod, ip: IpAddr, lease: &Lease, probes: &Probes) -> Vec<Hop> {
+fn towards(inspection: &Inspection, from: FromPod, ip: IpAddr, lease: &Lease, probes: &Probes) -> Vec<Hop> {
     let family = Family::of(ip);
     let name = lease.record.node().map_or_else(|| "a flannel node".to_owned(), ToString::to_string);
     let (Some(subnet), endpoints) = (lease.key.subnets().get(family).copied(), lease.record.endpoints()) else {
         return vec![Hop::failed("lease", lease.key.to_string(), format!("a subnet of {family}"))];
     };
-    let mut hops = vec![match scene.view.troubles.get(&lease.key) {
+    let mut hops = vec![match inspection.view.troubles.get(&lease.key) {
         Some(trouble @ PeerTrouble::Refused(_)) => {
             Hop::failed("lease", format!("{subnet} is {name}'s, refused: {trouble}"), "see fabricctl peers")
         }
@@ -246,21 +246,28 @@ fn towards(scene: &Scene, from: FromPod, ip: IpAddr, lease: &Lease, probes: &Pro
             format!("{subnet} is {name}'s, at {}", list(endpoints.get(family).map(|e| e.public_ip.to_string()))),
         ),
     }];
-    let (Some(wanted), Some(observed)) = (&scene.snapshot.wanted, &scene.snapshot.observed) else {
-        hops.push(Hop::unknown("route", format!("nothing is planned: {}", scene.snapshot.blocked)));
+    let (Some(wanted), Some(observed)) = (&inspection.snapshot.wanted, &inspection.snapshot.observed) else {
+        hops.push(Hop::unknown("route", format!("nothing is planned: {}", inspection.snapshot.blocked)));
         return hops;
     };
-    hops.extend(entries(scene, from, &wanted.state, &observed.ours, subnet, ip));
-    hops.extend(foreign(scene, Asked::Between { source: from.ip, target: ip, bridge: from.bridge }));
-    hops.extend(endpoints.get(family).and_then(|end| not_fine(foreign(scene, Asked::To(end.public_ip)))));
-    hops.push(underlay(scene, lease, family));
+    hops.extend(entries(inspection, from, &wanted.state, &observed.ours, subnet, ip));
+    hops.extend(foreign(inspection, Asked::Between { source: from.ip, target: ip, bridge: from.bridge }));
+    hops.extend(endpoints.get(family).and_then(|end| not_fine(foreign(inspection, Asked::To(end.public_ip)))));
+    hops.push(underlay(inspection, lease, family));
     hops.extend(probes.hop(ip));
     hops
 }
 
 /// Route, nexthop, neighbour and FDB entry: what is there beside what should be.
-fn entries(scene: &Scene, from: FromPod, wanted: &Routing, had: &Routing, subnet: Subnet, ip: IpAddr) -> Vec<Hop> {
-    let routed = |device| route::hop(scene, from, ip, Some(device)).0;
+fn entries(
+    inspection: &Inspection,
+    from: FromPod,
+    wanted: &Routing,
+    had: &Routing,
+    subnet: Subnet,
+    ip: IpAddr,
+) -> Vec<Hop> {
+    let routed = |device| route::hop(inspection, from, ip, Some(device)).0;
     let mut hops = vec![];
     let via = wanted.routes.get(&subnet);
     hops.push(compare("route", had.routes.get(&subnet).map(via_line), via.map(via_line), &subnet.to_string()));
@@ -320,10 +327,10 @@ fn via_line(via: &Via) -> String {
 }
 
 /// What the mesh knows of the path.
-fn underlay(scene: &Scene, lease: &Lease, family: Family) -> Hop {
+fn underlay(inspection: &Inspection, lease: &Lease, family: Family) -> Hop {
     let overlay = lease.key.subnets().get(family).map(|subnet| subnet.base());
     let mut hop = Hop::unknown("underlay", "not probed yet: see fabricctl mesh");
-    scene.mesh.each(|path| {
+    inspection.mesh.each(|path| {
         if Some(path.target.overlay) == overlay {
             let (verdict, host) = (words::verdict(path), path.target.public_ip);
             hop = match verdict.cause {
@@ -342,9 +349,9 @@ fn underlay(scene: &Scene, lease: &Lease, family: Family) -> Hop {
 }
 
 /// What meets a packet that comes from the source's node.
-fn arrival(scene: &Scene, question: &Question) -> Vec<Hop> {
+fn arrival(inspection: &Inspection, question: &Question) -> Vec<Hop> {
     let family = Family::of(question.target);
-    let Some(observed) = &scene.snapshot.observed else {
+    let Some(observed) = &inspection.snapshot.observed else {
         return vec![Hop::unknown("device", "the kernel can't be read")];
     };
     let Some(from) = &question.from else {
@@ -358,7 +365,7 @@ fn arrival(scene: &Scene, question: &Question) -> Vec<Hop> {
     let public_ip = from.record.endpoints().get(family).map(|endpoint| endpoint.public_ip);
     let table = observed.filter.get(&TableKey::Fabric);
     let mut hops: Vec<Hop> =
-        public_ip.and_then(|peer| not_fine(foreign(scene, Asked::From(peer)))).into_iter().collect();
+        public_ip.and_then(|peer| not_fine(foreign(inspection, Asked::From(peer)))).into_iter().collect();
     hops.push(match (table, subnet, public_ip) {
         (Some(table), Some(subnet), Some(public_ip)) => match senders::may_send(table, public_ip, subnet) {
             None => Hop::unknown("filter", "who sends is not checked"),
@@ -373,7 +380,7 @@ fn arrival(scene: &Scene, question: &Question) -> Vec<Hop> {
         _ => Hop::failed("filter", format!("{} has no {family}", from.key), "a subnet of that family"),
     });
     let published = question.to.as_ref().and_then(|to| to.record.endpoints().get(family).copied());
-    let devices: BTreeMap<_, _> = scene
+    let devices: BTreeMap<_, _> = inspection
         .view
         .vteps
         .iter()

@@ -6,7 +6,7 @@ use fabric_core::model::{Family, IfName};
 
 use super::route::{self, FromPod};
 use super::{Hop, foreign};
-use crate::diagnosis::{Scene, pod_checks};
+use crate::diagnosis::{Inspection, pod_checks};
 use crate::host::firewall::Asked;
 use crate::kernel::{self, Taken};
 
@@ -28,18 +28,18 @@ pub enum Place {
 impl Place {
     /// Looks for the address on this host, among the leases, and in kube-proxy's rules.
     #[must_use]
-    pub fn of(scene: &Scene, ip: IpAddr) -> Self {
-        let own = scene.snapshot.observed.iter().flat_map(|observed| &observed.host.links);
+    pub fn of(inspection: &Inspection, ip: IpAddr) -> Self {
+        let own = inspection.snapshot.observed.iter().flat_map(|observed| &observed.host.links);
         if let Some(link) = own.into_iter().find(|link| link.addresses.iter().any(|(own, _)| *own == ip)) {
             // With IPVS kube-proxy puts every Service's address on an interface of its own.
             return if link.name.as_str() == "kube-ipvs0" { Self::Service } else { Self::Ours(link.name) };
         }
         let space =
-            scene.view.network.and_then(|network| network.spaces.get(Family::of(ip)).map(|space| space.network));
+            inspection.view.network.and_then(|network| network.spaces.get(Family::of(ip)).map(|space| space.network));
         if space.is_some_and(|space| space.contains(ip)) {
             return Self::Nobodys;
         }
-        let mut leases = scene.view.leases.iter().flat_map(|leases| leases.iter());
+        let mut leases = inspection.view.leases.iter().flat_map(|leases| leases.iter());
         if let Some(lease) = leases.find(|lease| lease.record.endpoints().values().any(|end| end.public_ip == ip)) {
             return Self::Node(lease.holder());
         }
@@ -48,9 +48,10 @@ impl Place {
 }
 
 /// The hops of a pod's packet to such an address.
-pub(super) fn hops(scene: &Scene, pod: FromPod, to: IpAddr) -> Vec<Hop> {
-    let spaces = scene.view.network.map(|network| super::list(network.spaces.values().map(|s| s.network.to_string())));
-    let what = match Place::of(scene, to) {
+pub(super) fn hops(inspection: &Inspection, pod: FromPod, to: IpAddr) -> Vec<Hop> {
+    let spaces =
+        inspection.view.network.map(|network| super::list(network.spaces.values().map(|s| s.network.to_string())));
+    let what = match Place::of(inspection, to) {
         Place::Nobodys => {
             return vec![Hop::failed(
                 "lease",
@@ -69,11 +70,11 @@ pub(super) fn hops(scene: &Scene, pod: FromPod, to: IpAddr) -> Vec<Hop> {
         Place::Outside => format!("{to} is outside the network {}", spaces.unwrap_or_default()),
     };
     let mut hops = vec![Hop::fine("address", what)];
-    let (hop, taken) = route::hop(scene, pod, to, None);
+    let (hop, taken) = route::hop(inspection, pod, to, None);
     hops.push(hop);
     let Some(Taken::Out { device, .. }) = taken else { return hops };
-    hops.extend(foreign(scene, Asked::Between { source: pod.ip, target: to, bridge: pod.bridge }));
-    hops.push(if pod_checks::masquerades(scene) {
+    hops.extend(foreign(inspection, Asked::Between { source: pod.ip, target: to, bridge: pod.bridge }));
+    hops.push(if pod_checks::masquerades(inspection) {
         match kernel::route_to(to) {
             Ok(Some((_, source))) => Hop::fine("masquerade", format!("on: it leaves {device} with {source} as source")),
             _ => Hop::fine("masquerade", format!("on: it leaves with the address of {device}")),
@@ -84,7 +85,7 @@ pub(super) fn hops(scene: &Scene, pod: FromPod, to: IpAddr) -> Vec<Hop> {
             format!("off: it leaves {device} with {} as source", pod.ip),
             format!(
                 "answers find back only if the routers outside know this node's subnet; to switch it on:\n{}",
-                pod_checks::how_to_masquerade(scene)
+                pod_checks::how_to_masquerade(inspection)
             ),
         )
     });

@@ -4,20 +4,20 @@ use fabric_core::policy::{Cluster, Conn, Direction, evaluate::Side};
 
 use super::outside::Place;
 use super::{Hop, ICMP, ICMPV6, Question};
-use crate::diagnosis::Scene;
+use crate::diagnosis::Inspection;
 
 /// How many rules that don't allow it are told.
 const TOLD: usize = 5;
 
 /// What the policies of one end say; `None` where they are not enforced, or are not asked.
-pub(super) fn hop(scene: &Scene, question: &Question, direction: Direction) -> Option<Hop> {
-    let policy = scene.policy.as_ref()?;
+pub(super) fn hop(inspection: &Inspection, question: &Question, direction: Direction) -> Option<Hop> {
+    let policy = inspection.policy.as_ref()?;
     let Some(applied) = policy.applied.borrow().clone() else {
         let reason = policy.status.borrow().ready.clone().err().unwrap_or_default();
         return Some(Hop::unknown("policy", format!("network policies are not applied yet: {reason}")));
     };
     // They see the endpoint that a Service leads to.
-    if question.to.is_none() && Place::of(scene, question.target) == Place::Service {
+    if question.to.is_none() && Place::of(inspection, question.target) == Place::Service {
         return None;
     }
     let conn = Conn { src: question.source, dst: question.target, protocol: question.protocol, port: question.port };

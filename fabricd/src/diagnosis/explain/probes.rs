@@ -12,7 +12,7 @@ use std::thread;
 use fabric_core::model::Family;
 
 use super::{Hop, PACKET};
-use crate::diagnosis::Scene;
+use crate::diagnosis::Inspection;
 use crate::diagnosis::packet::{self, Seen};
 
 /// What became of the packets, by where they went to.
@@ -23,10 +23,10 @@ pub(super) struct Probes {
 
 impl Probes {
     /// Sends to all of them at once, and waits.
-    pub(super) fn send(scene: &Scene, targets: &[IpAddr]) -> Self {
+    pub(super) fn send(inspection: &Inspection, targets: &[IpAddr]) -> Self {
         let from = |to: IpAddr| {
-            let own = scene.view.holding.own.as_ref()?.key.subnets().get(Family::of(to)).copied()?;
-            let links = &scene.snapshot.observed.as_ref()?.host.links;
+            let own = inspection.view.holding.own.as_ref()?.key.subnets().get(Family::of(to)).copied()?;
+            let links = &inspection.snapshot.observed.as_ref()?.host.links;
             let has = links.iter().any(|link| link.addresses.iter().any(|(ip, _)| *ip == own.gateway()));
             (has && own.gateway() != to && own.base() != to).then(|| own.gateway())
         };

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use fabric_core::model::IfName;
 
 use super::Hop;
-use crate::diagnosis::Scene;
+use crate::diagnosis::Inspection;
 use crate::kernel::routing::fib::{Decision, Packet};
 use crate::kernel::{self, Taken};
 
@@ -19,7 +19,7 @@ pub(super) struct FromPod {
 }
 
 /// The hop, and the device and router that the packet leaves by. It should be `expected`, if that is given.
-pub(super) fn hop(scene: &Scene, pod: FromPod, to: IpAddr, expected: Option<IfName>) -> (Hop, Option<Taken>) {
+pub(super) fn hop(inspection: &Inspection, pod: FromPod, to: IpAddr, expected: Option<IfName>) -> (Hop, Option<Taken>) {
     let asked = format!("ip route get {to} from {} iif {}", pod.ip, pod.bridge);
     let taken = match kernel::route_of_packet(pod.ip, to, pod.bridge) {
         Ok(taken) => taken,
@@ -34,7 +34,7 @@ pub(super) fn hop(scene: &Scene, pod: FromPod, to: IpAddr, expected: Option<IfNa
         return (Hop::fine("route", format!("{asked}: {taken}")), Some(taken));
     }
     let iif = pod.bridge.to_string();
-    let decision = scene.fib.decide(&Packet { from: pod.ip, to, iif: &iif });
+    let decision = inspection.fib.decide(&Packet { from: pod.ip, to, iif: &iif });
     let should = expected.map_or("a route".to_owned(), |device| format!("dev {device}"));
     (judge(&asked, &taken, decision.filter(|decision| explains(decision, &taken)), &should, &iif), Some(taken))
 }

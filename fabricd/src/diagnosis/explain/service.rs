@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use fabric_core::services::plan::{Described, DescribedFrontend, Fate};
+use fabric_core::services::plan::{Described, DescribedFrontend, Outcome};
 
 use super::Hop;
 
@@ -19,7 +19,7 @@ fn hop(described: &Described, frontend: &DescribedFrontend, source: IpAddr) -> H
         return Hop::doubtful("service", format!("{key} is {owner}'s, and {name} claims it too"), "change one of them");
     }
     if !frontend.is_programmed() {
-        let kernel = frontend.kernel[0].as_ref().map_or_else(|| "not translated".to_owned(), Fate::to_string);
+        let kernel = frontend.kernel[0].as_ref().map_or_else(|| "not translated".to_owned(), Outcome::to_string);
         let should = format!("{}; it is written with the next pass: fabricctl service {name}", frontend.inside);
         return Hop::failed("service", format!("{found}: {kernel}"), should);
     }
@@ -29,7 +29,7 @@ fn hop(described: &Described, frontend: &DescribedFrontend, source: IpAddr) -> H
          kubectl -n {namespace} get endpointslices -l kubernetes.io/service-name={service}"
     );
     match &frontend.inside {
-        Fate::To(sockets) => {
+        Outcome::To(sockets) => {
             let (ip, port) = sockets[0];
             let to = SocketAddr::new(ip, port);
             let others = match sockets.len() - 1 {
@@ -38,7 +38,9 @@ fn hop(described: &Described, frontend: &DescribedFrontend, source: IpAddr) -> H
             };
             Hop::fine("service", format!("{found}: to {to}{others}; go on with: fabricctl explain {source} {ip}"))
         }
-        Fate::Rejected => Hop::failed("service", format!("{found}: rejected, as nobody serves"), endpoints),
-        Fate::Dropped => Hop::failed("service", format!("{found}: dropped, as nobody serves on this node"), endpoints),
+        Outcome::Rejected => Hop::failed("service", format!("{found}: rejected, as nobody serves"), endpoints),
+        Outcome::Dropped => {
+            Hop::failed("service", format!("{found}: dropped, as nobody serves on this node"), endpoints)
+        }
     }
 }

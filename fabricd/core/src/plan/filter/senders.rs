@@ -37,14 +37,18 @@ struct Sets {
     /// Who may send what.
     members: &'static str,
     /// The same, where it doesn't fit there.
-    odd: &'static str,
+    prefixes: &'static str,
     kind: SetKind,
 }
 
 const fn sets(family: Family) -> Sets {
     match family {
-        Family::V4 => Sets { members: "members4", odd: "odd4", kind: SetKind::of(&[Datatype::V4, Datatype::V4]) },
-        Family::V6 => Sets { members: "members6", odd: "odd6", kind: SetKind::of(&[Datatype::V6, Datatype::V6]) },
+        Family::V4 => {
+            Sets { members: "members4", prefixes: "prefixes4", kind: SetKind::of(&[Datatype::V4, Datatype::V4]) }
+        }
+        Family::V6 => {
+            Sets { members: "members6", prefixes: "prefixes6", kind: SetKind::of(&[Datatype::V6, Datatype::V6]) }
+        }
     }
 }
 
@@ -55,8 +59,8 @@ pub fn may_send(table: &FoundTable, underlay: IpAddr, subnet: Subnet) -> Option<
     let sets = sets(Family::of(underlay));
     let has = |set: &str, element: &Element| table.sets.get(set).map(|found| found.elements.contains(element));
     let usual = has(sets.members, &Element::from([Part::Ip(underlay), Part::Ip(subnet.base())]))?;
-    let odd = Element::range(&[Part::Ip(underlay), Part::Net(subnet)]);
-    Some(usual || has(sets.odd, &odd).unwrap_or_default())
+    let range = Element::range(&[Part::Ip(underlay), Part::Net(subnet)]);
+    Some(usual || has(sets.prefixes, &range).unwrap_or_default())
 }
 
 /// Whether the table has the rules against tracking. Once there they stay, so that a restart finds nothing to write.
@@ -68,8 +72,8 @@ pub fn has_notrack(table: &FoundTable) -> bool {
 /// Holds for packets whose `underlay`, an address, is that of a peer, if one of the two does: each peer is a member with
 /// its own address inside. [`add_members`] makes the sets.
 pub(super) fn of_a_peer(underlay: Field, family: Family) -> [Match; 2] {
-    let Sets { members, odd, .. } = sets(family);
-    [members, odd].map(|set| Match::all_in(&[underlay, underlay], set))
+    let Sets { members, prefixes, .. } = sets(family);
+    [members, prefixes].map(|set| Match::all_in(&[underlay, underlay], set))
 }
 
 /// The sets of who may send.
@@ -79,11 +83,11 @@ pub(super) fn add_members(ruleset: &mut Ruleset, inputs: &FilterInputs<'_>, fami
     let places = of_family(inputs.members, family).flat_map(|member| {
         [member.subnet, Subnet::host(member.underlay)].map(|inside| place(member.underlay, inside, length))
     });
-    let (usual, odd): (Vec<_>, Vec<_>) = places.partition(|(name, _)| *name == sets.members);
+    let (usual, prefixes): (Vec<_>, Vec<_>) = places.partition(|(name, _)| *name == sets.members);
     let table = ruleset.entry(TableKey::Fabric).or_default();
     let order = Order::BeforeChains;
     table.set(sets.members, sets.kind, order, usual.into_iter().map(|(_, element)| element));
-    table.set(sets.odd, sets.kind.of_ranges(), order, odd.into_iter().map(|(_, element)| element));
+    table.set(sets.prefixes, sets.kind.of_ranges(), order, prefixes.into_iter().map(|(_, element)| element));
 }
 
 fn of_family(members: &BTreeSet<Member>, family: Family) -> impl Iterator<Item = &Member> {
@@ -92,7 +96,7 @@ fn of_family(members: &BTreeSet<Member>, family: Family) -> impl Iterator<Item =
 
 /// Where one pair of addresses goes: an underlay address, and what may come from it inside.
 fn place(underlay: IpAddr, inside: Subnet, length: u8) -> (&'static str, Element) {
-    let Sets { members, odd, .. } = sets(inside.family());
+    let Sets { members, prefixes, .. } = sets(inside.family());
     // An address that could be a subnet's would stand for all of that subnet.
     let is_usual = match inside == Subnet::host(underlay) {
         true => !is_base(underlay, length),
@@ -100,7 +104,7 @@ fn place(underlay: IpAddr, inside: Subnet, length: u8) -> (&'static str, Element
     };
     match is_usual {
         true => (members, Element::from([Part::Ip(underlay), Part::Ip(inside.base())])),
-        false => (odd, Element::range(&[Part::Ip(underlay), Part::Net(inside)])),
+        false => (prefixes, Element::range(&[Part::Ip(underlay), Part::Net(inside)])),
     }
 }
 
@@ -197,11 +201,11 @@ fn is_base(ip: IpAddr, length: u8) -> bool {
 
 /// What is not from a peer's pod.
 fn judge(rules: &mut Chain, inputs: &FilterInputs<'_>, family: Family) {
-    let Sets { members, odd, .. } = sets(family);
+    let Sets { members, prefixes, .. } = sets(family);
     let (source, inside) = (Field::Source(family), Field::InnerSource(family));
     let outer = Match::family(family);
     let inner = Match::is(Field::InnerType, ether_type(family));
-    for (set, why) in [(members, "a peer's node"), (odd, "a peer, from a subnet of another length")] {
+    for (set, why) in [(members, "a peer's node"), (prefixes, "a peer, from a subnet of another length")] {
         let matches = [outer.clone(), inner.clone(), Match::all_in(&[source, inside], set)];
         rules.push(Rule::new(matches, Verdict::Accept, why));
     }

@@ -87,7 +87,7 @@ fn senders_are_judged_by_underlay_address_and_inner_source_together() {
     assert_eq!(
         node.inet(),
         r#"set members4 { type ipv4_addr . ipv4_addr; elements = { 192.0.2.2 . 10.64.2.0, 192.0.2.2 . 192.0.2.2 } }
-set odd4 { type ipv4_addr . ipv4_addr; flags interval; }
+set prefixes4 { type ipv4_addr . ipv4_addr; flags interval; }
 chain input {
   type filter hook input priority 0; policy accept;
   meta nfproto ipv4 meta l4proto udp th dport 8472 @th,96,24 7 @th,224,16 0x0800 ip saddr . @th,336,32/24 @members4 accept comment "a peer, from its own subnet"
@@ -95,12 +95,12 @@ chain input {
 }
 chain senders {
   meta nfproto ipv4 @th,224,16 0x0800 ip saddr . @th,336,32 @members4 accept comment "a peer's node"
-  meta nfproto ipv4 @th,224,16 0x0800 ip saddr . @th,336,32 @odd4 accept comment "a peer, from a subnet of another length"
+  meta nfproto ipv4 @th,224,16 0x0800 ip saddr . @th,336,32 @prefixes4 accept comment "a peer, from a subnet of another length"
   meta nfproto ipv4 @th,224,16 0x0800 ip saddr 198.51.100.7/32 @th,336,32 10.64.0.0/12 accept comment "allowed by --allow-sender"
   meta nfproto ipv4 @th,224,16 0x0800 ip saddr . ip saddr @members4 counter drop comment "a peer, but its source is not in the peer's subnet"
-  meta nfproto ipv4 @th,224,16 0x0800 ip saddr . ip saddr @odd4 counter drop comment "a peer, but its source is not in the peer's subnet"
+  meta nfproto ipv4 @th,224,16 0x0800 ip saddr . ip saddr @prefixes4 counter drop comment "a peer, but its source is not in the peer's subnet"
   meta nfproto ipv4 ip saddr . ip saddr @members4 counter drop comment "a peer, but inside is something else"
-  meta nfproto ipv4 ip saddr . ip saddr @odd4 counter drop comment "a peer, but inside is something else"
+  meta nfproto ipv4 ip saddr . ip saddr @prefixes4 counter drop comment "a peer, but inside is something else"
   counter drop comment "from no peer"
 }
 "#
@@ -114,7 +114,7 @@ fn what_can_not_be_cut_to_our_length_is_kept_as_ranges() {
     let text = node.inet();
     for line in [
         "members4 { type ipv4_addr . ipv4_addr; elements = { 192.0.2.0 . 10.64.2.0, 192.0.2.3 . 192.0.2.3 } }",
-        "odd4 { type ipv4_addr . ipv4_addr; flags interval; elements = { 192.0.2.0 . 192.0.2.0, 192.0.2.3 . 10.64.8.0/22 } }",
+        "prefixes4 { type ipv4_addr . ipv4_addr; flags interval; elements = { 192.0.2.0 . 192.0.2.0, 192.0.2.3 . 10.64.8.0/22 } }",
     ] {
         assert!(text.contains(line), "{line}\nis not in\n{text}");
     }
@@ -146,7 +146,7 @@ fn what_leaves_the_network_is_masqueraded_and_nothing_else() {
     assert_eq!(
         node.inet(),
         r#"set members4 { type ipv4_addr . ipv4_addr; elements = { 192.0.2.2 . 10.64.2.0, 192.0.2.2 . 192.0.2.2 } }
-set odd4 { type ipv4_addr . ipv4_addr; flags interval; }
+set prefixes4 { type ipv4_addr . ipv4_addr; flags interval; }
 chain postrouting {
   type nat hook postrouting priority 99; policy accept;
   meta mark & 0x4000 == 0x4000 return comment "others translate it"
@@ -155,7 +155,7 @@ chain postrouting {
   meta nfproto ipv4 ip saddr 10.64.0.0/12 ip daddr 224.0.0.0/4 return comment "multicast"
   meta nfproto ipv4 ip saddr 10.64.0.0/12 ip daddr 203.0.113.0/24 return comment "excepted by --no-masquerade-to"
   meta nfproto ipv4 ip saddr 10.64.0.0/12 ip daddr . ip daddr @members4 return comment "to a node, excepted by --no-masquerade-to"
-  meta nfproto ipv4 ip saddr 10.64.0.0/12 ip daddr . ip daddr @odd4 return comment "to a node, excepted by --no-masquerade-to"
+  meta nfproto ipv4 ip saddr 10.64.0.0/12 ip daddr . ip daddr @prefixes4 return comment "to a node, excepted by --no-masquerade-to"
   meta nfproto ipv4 ip saddr 10.64.0.0/12 masquerade fully-random comment "out of the network"
   meta nfproto ipv4 ip daddr 10.64.0.0/12 masquerade fully-random comment "into the network"
 }
@@ -402,8 +402,8 @@ fn whatever_others_do_to_a_table_is_put_right_around_the_sets_that_serve() {
             "~ nft delete table inet fabric\n\
              + nft add set inet fabric members4 { type ipv4_addr . ipv4_addr; }\n\
              + nft add set inet fabric members6 { type ipv6_addr . ipv6_addr; }\n\
-             + nft add set inet fabric odd4 { type ipv4_addr . ipv4_addr; flags interval; }\n\
-             + nft add set inet fabric odd6 { type ipv6_addr . ipv6_addr; flags interval; }\n\
+             + nft add set inet fabric prefixes4 { type ipv4_addr . ipv4_addr; flags interval; }\n\
+             + nft add set inet fabric prefixes6 { type ipv6_addr . ipv6_addr; flags interval; }\n\
              ~ nft replace chains of table inet fabric: forward, input, output, pods, postrouting, prerouting, senders\n",
         ),
     ];

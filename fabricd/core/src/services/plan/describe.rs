@@ -58,16 +58,16 @@ pub struct DescribedFrontend {
     /// The Service that has it, where that is another one.
     pub taken_by: Option<ObjectName>,
     /// What becomes of connections from pods and nodes.
-    pub inside: Fate,
+    pub inside: Outcome,
     /// What becomes of those from elsewhere.
-    pub outside: Fate,
+    pub outside: Outcome,
     /// What the kernel makes of both; `None` where it translates none.
-    pub kernel: [Option<Fate>; 2],
+    pub kernel: [Option<Outcome>; 2],
 }
 
 /// What becomes of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fate {
+pub enum Outcome {
     /// It goes to one of these.
     To(Vec<Socket>),
     /// The client is told that nobody serves.
@@ -120,7 +120,7 @@ impl fmt::Display for Unused {
     }
 }
 
-impl fmt::Display for Fate {
+impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::To(sockets) => {
@@ -219,13 +219,13 @@ impl ServicePlan {
             AddressKind::NodePort
         };
         let frontend = if kind == AddressKind::ClusterIp { Frontend::ClusterIp } else { Frontend::External };
-        let fate = |origin| match choice.answer(service.policy(frontend, origin)) {
-            Answer::To(list) => Fate::To(drawn(service, list).into()),
-            Answer::Reject => Fate::Rejected,
-            Answer::Drop => Fate::Dropped,
+        let outcome = |origin| match choice.answer(service.policy(frontend, origin)) {
+            Answer::To(list) => Outcome::To(drawn(service, list).into()),
+            Answer::Reject => Outcome::Rejected,
+            Answer::Drop => Outcome::Dropped,
         };
         let owner = self.owners.get(&key).filter(|owner| **owner != service.name);
-        let (inside, outside) = (fate(Origin::Inside), fate(Origin::Outside));
+        let (inside, outside) = (outcome(Origin::Inside), outcome(Origin::Outside));
         DescribedFrontend { key, kind, taken_by: owner.cloned(), inside, outside, kernel: held(found, key) }
     }
 }
@@ -242,7 +242,7 @@ fn unused(endpoint: &Endpoint, policy: Policy, here: Here<'_>) -> Unused {
 }
 
 /// What a table makes of connections to a frontend, from inside and from outside.
-fn held(found: &FoundTable, key: FrontendKey) -> [Option<Fate>; 2] {
+fn held(found: &FoundTable, key: FrontendKey) -> [Option<Outcome>; 2] {
     let family = key.family();
     let set = |map: Map| found.sets.get(map.name(family).as_str()).filter(|set| set.kind == Some(map.kind(family)));
     let has = |map: Map, element: &Element| set(map).is_some_and(|set| set.elements.contains(element));
@@ -260,17 +260,17 @@ fn held(found: &FoundTable, key: FrontendKey) -> [Option<Fate>; 2] {
         sockets.sort_unstable();
         // One that clients are hashed to has several slots.
         sockets.dedup();
-        Fate::To(sockets)
+        Outcome::To(sockets)
     };
     let vip = Element::new([Part::Ip(key.ip)]);
     let inside = match target(Map::Services) {
         Some(target) => Some(endpoints(target.pool)),
-        None if has(Map::Held, &key.element()) => Some(Fate::Dropped),
-        None if has(Map::Rejected, &key.element()) || has(Map::ClusterIps, &vip) => Some(Fate::Rejected),
+        None if has(Map::Held, &key.element()) => Some(Outcome::Dropped),
+        None if has(Map::Rejected, &key.element()) || has(Map::ClusterIps, &vip) => Some(Outcome::Rejected),
         None => None,
     };
     let outside = match target(Map::Outside) {
-        _ if has(Map::Shut, &key.element()) => Some(Fate::Dropped),
+        _ if has(Map::Shut, &key.element()) => Some(Outcome::Dropped),
         Some(target) => Some(endpoints(target.pool)),
         None => inside.clone(),
     };

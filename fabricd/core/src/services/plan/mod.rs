@@ -25,7 +25,9 @@ use jiff::Timestamp;
 
 use self::chains::Draw;
 use self::change::{Ids, Planned};
-pub use self::describe::{AddressKind, Described, DescribedEndpoint, DescribedFrontend, DescribedPort, Fate, Unused};
+pub use self::describe::{
+    AddressKind, Described, DescribedEndpoint, DescribedFrontend, DescribedPort, Outcome, Unused,
+};
 pub use self::health::{HealthCheck, HealthChecks};
 use self::pools::{Numbers, Pools};
 use self::rows::{Class, Map, Shape};
