@@ -29,7 +29,7 @@ use crate::host::lock::{Holder, Lock};
 use crate::kernel::Options;
 use crate::kernel::netlink::Netlink;
 use crate::kernel::section::SectionTable;
-use crate::kubernetes::notices::Notices;
+use crate::kubernetes::event_recorder::EventRecorder;
 use crate::lease::{Hosts, Keeper, LeaseOptions};
 use crate::mesh::Mesh;
 use crate::metrics::Metrics;
@@ -218,10 +218,10 @@ async fn serve(
     };
     let inspector = Arc::new(inspector);
     if config.store == StoreKind::Kubernetes {
-        let notices = Notices::start(Arc::new(config.api_server()), config.node().clone());
+        let events = EventRecorder::start(Arc::new(config.api_server()), config.node().clone());
         let (seen, inspector) = (view.clone(), inspector.clone());
         tasks.spawn(async {
-            node_events::run(notices, seen, inspector).await;
+            node_events::run(events, seen, inspector).await;
             "the reconcile loop has ended".to_owned()
         });
     }

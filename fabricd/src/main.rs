@@ -9,7 +9,7 @@ use fabricd::config::log_level::LogLevel;
 use fabricd::config::{Config, ConfigError};
 use fabricd::daemon;
 use fabricd::pki::Pki;
-use fabricd::takeover::Handover;
+use fabricd::takeover::TakeoverArgs;
 
 fn main() -> ExitCode {
     if let Some(install) = InstallCni::asked(std::env::args_os()) {
@@ -24,8 +24,8 @@ fn main() -> ExitCode {
             Err(error) => fail(&format!("{error:#}")),
         };
     }
-    if let Some((handover, direction)) = Handover::asked(std::env::args_os()) {
-        return match handover.run(direction) {
+    if let Some((takeover, direction)) = TakeoverArgs::asked(std::env::args_os()) {
+        return match takeover.run(direction) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&format!("{error:#}")),
         };

@@ -11,7 +11,7 @@ use fabric_core::network::NetworkConfig;
 use fabric_core::record::Instance;
 use fabricd::host::addresses::{CniDirs, NodePods};
 use fabricd::kernel::links::HostLinks;
-use fabricd::lease::{Holding, Hosts, Keeper, LeaseOptions, Wanted};
+use fabricd::lease::{DesiredLease, Holding, Hosts, Keeper, LeaseOptions};
 use fabricd::store::etcd::{Etcd, Options};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -33,7 +33,7 @@ pub struct OneKeeper {
     pub node: NodeName,
     /// What it holds.
     pub holding: watch::Receiver<Holding>,
-    _wanted: watch::Sender<Option<Wanted>>,
+    _wanted: watch::Sender<Option<DesiredLease>>,
     _task: JoinSet<()>,
 }
 
@@ -57,7 +57,7 @@ impl Keepers {
         let keeper = Keeper::new(Arc::new(Etcd::start(self.etcd.clone())), options, None);
         let ip = Ipv4Addr::from_bits(Ipv4Addr::new(198, 18, 0, 0).to_bits() + n);
         let public_ips = PerFamily { v4: Some(ip.into()), v6: None };
-        let (wanted, wants) = watch::channel(Some(Wanted { network: self.network, public_ips }));
+        let (wanted, wants) = watch::channel(Some(DesiredLease { network: self.network, public_ips }));
         let holding = keeper.holding();
         let mut task = JoinSet::new();
         task.spawn(keeper.run(wants));

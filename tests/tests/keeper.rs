@@ -13,7 +13,7 @@ use fabric_core::record::Instance;
 use fabric_tests::conformance::store::flannel_value;
 use fabric_tests::keepers::pods_in;
 use fabric_tests::memory_store::{MemoryCluster, MemoryStore};
-use fabricd::lease::{Holding, Hosts, Keeper, LeaseOptions, Own, Remembered, Wanted};
+use fabricd::lease::{DesiredLease, Holding, Hosts, Keeper, LeaseOptions, Own, Remembered};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
@@ -24,7 +24,7 @@ const TTL: Duration = Duration::from_secs(60);
 struct Node {
     store: Arc<MemoryStore>,
     holding: watch::Receiver<Holding>,
-    wanted: watch::Sender<Option<Wanted>>,
+    wanted: watch::Sender<Option<DesiredLease>>,
     _task: JoinSet<()>,
 }
 
@@ -34,10 +34,10 @@ fn cluster() -> MemoryCluster {
     cluster
 }
 
-fn wanted(public_ip: &str) -> Wanted {
+fn wanted(public_ip: &str) -> DesiredLease {
     let v4: IpAddr = public_ip.parse().expect("an address");
     let network = NetworkConfig::decode(CONFIG.as_bytes()).expect("valid");
-    Wanted { network, public_ips: PerFamily { v4: Some(v4), v6: None } }
+    DesiredLease { network, public_ips: PerFamily { v4: Some(v4), v6: None } }
 }
 
 impl Node {

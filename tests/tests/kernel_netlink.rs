@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use fabric_core::diff::Change;
 use fabric_core::diff::routing::Op;
 use fabric_core::firewall::Interface;
-use fabric_core::firewall::traffic::{Node, Obstacle};
+use fabric_core::firewall::traffic::{BlockingChain, Node};
 use fabric_core::model::{Family, IfName, Vni};
 use fabric_core::state::{NexthopId, Routing, Sysctl, Via};
 use fabric_tests::conformance::kernel::{World, device, look, settle, v, wanted, woken};
@@ -382,7 +382,7 @@ fn node(family: Family) -> Node {
 }
 
 /// What stands in the way of packets of ours, in both families.
-async fn obstacles(kernel: &mut impl Kernel) -> Vec<Obstacle> {
+async fn obstacles(kernel: &mut impl Kernel) -> Vec<BlockingChain> {
     kernel.audit();
     let firewall = look(kernel).await.firewall.clone();
     Family::ALL.iter().flat_map(|family| node(*family).obstacles(&firewall, Vec::new)).collect()

@@ -21,7 +21,7 @@ use fabric_core::record::Instance;
 use fabric_tests::conformance::store::flannel_value;
 use fabric_tests::keepers::pods_in;
 use fabric_tests::memory_store::{MemoryCluster, MemoryStore, Snapshot};
-use fabricd::lease::{Command, Holding, Keeper, LeaseOptions, Own, Remembered, Wanted};
+use fabricd::lease::{Command, DesiredLease, Holding, Keeper, LeaseOptions, Own, Remembered};
 use futures::task::AtomicWaker;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -123,7 +123,7 @@ struct Node {
     store: Arc<MemoryStore>,
     holding: watch::Receiver<Holding>,
     commands: mpsc::Sender<Command>,
-    _wanted: watch::Sender<Option<Wanted>>,
+    _wanted: watch::Sender<Option<DesiredLease>>,
     task: JoinHandle<()>,
     pause: Arc<Pause>,
     reachable: bool,
@@ -165,7 +165,7 @@ impl Node {
         let (holding, commands, pause) = (keeper.holding(), keeper.commands(), Arc::new(Pause::default()));
         let network = NetworkConfig::decode(CONFIG.as_bytes()).expect("valid");
         let public_ips = PerFamily { v4: Some(machine.ip()), v6: None };
-        let (wanted, wants) = watch::channel(Some(Wanted { network, public_ips }));
+        let (wanted, wants) = watch::channel(Some(DesiredLease { network, public_ips }));
         let task = Box::pin(keeper.run(wants));
         let task = tokio::spawn(Pausable { pause: pause.clone(), task });
         Self { machine, store, holding, commands, _wanted: wanted, task, pause, reachable: true }

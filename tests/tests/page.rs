@@ -20,7 +20,7 @@ use fabricd::api::{self, Remote, Tls};
 use fabricd::http;
 use fabricd::mesh::probe::Answer;
 use fabricd::mesh::verdict::Seen;
-use fabricd::mesh::{Mesh, Ours, Path, Target};
+use fabricd::mesh::{LocalVtep, Mesh, Path, Target};
 use fabricd::metrics::Metrics;
 use fabricd::status::counters::Counters;
 use fabricd::status::events::Kind;
@@ -105,7 +105,7 @@ impl Open {
 fn mesh(others: &[u16]) -> Result<Mesh> {
     let view = view(others)?;
     let leases = view.leases.context("leases")?;
-    let ours = Arc::new(Ours {
+    let ours = Arc::new(LocalVtep {
         node: "node-1".parse()?,
         device: "fabric.1".parse()?,
         underlay: "eth0".parse()?,

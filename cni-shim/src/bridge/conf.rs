@@ -52,7 +52,7 @@ pub struct BridgeConf {
     /// Where addresses come from.
     pub ipam: Ipam,
     #[serde(default)]
-    runtime_config: Wishes,
+    runtime_config: Requested,
     #[serde(default)]
     args: Args,
     #[serde(flatten)]
@@ -91,23 +91,23 @@ pub struct Route {
 #[derive(Clone, Debug, Default, Deserialize)]
 struct Args {
     #[serde(default)]
-    cni: Wishes,
+    cni: Requested,
 }
 
-/// What is wished for one pod.
+/// What is requested for one pod.
 #[derive(Clone, Debug, Default, Deserialize)]
-struct Wishes {
+struct Requested {
     mac: Option<MacAddr>,
     #[serde(default)]
-    ips: Vec<Wish>,
+    ips: Vec<RequestedAddress>,
 }
 
 /// An address with or without its length.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(try_from = "String")]
-struct Wish(IpAddr);
+struct RequestedAddress(IpAddr);
 
-impl TryFrom<String> for Wish {
+impl TryFrom<String> for RequestedAddress {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
@@ -172,22 +172,22 @@ impl BridgeConf {
         self.promisc_mode && !self.hairpin_mode
     }
 
-    /// The addresses wished for a pod, by whom they may be: `CNI_ARGS`, `args`, `runtimeConfig`.
+    /// The addresses requested for a pod, by whom they may be: `CNI_ARGS`, `args`, `runtimeConfig`.
     ///
     /// # Errors
     /// Code 4 when `CNI_ARGS` names something else.
-    pub fn wished_ips(&self, cni_args: &str) -> Result<Vec<IpAddr>, CniError> {
-        let named = |text: &str| Wish::try_from(text.to_owned()).map_err(|e| args_error("IP", &e));
+    pub fn requested_ips(&self, cni_args: &str) -> Result<Vec<IpAddr>, CniError> {
+        let named = |text: &str| RequestedAddress::try_from(text.to_owned()).map_err(|e| args_error("IP", &e));
         let by_args = value_of(cni_args, "IP").map(named).transpose()?;
         let all = by_args.iter().chain(&self.args.cni.ips).chain(&self.runtime_config.ips);
         Ok(all.map(|wish| wish.0).collect())
     }
 
-    /// The MAC address wished for a pod.
+    /// The MAC address requested for a pod.
     ///
     /// # Errors
     /// Code 4 when `CNI_ARGS` names something else.
-    pub fn wished_mac(&self, cni_args: &str) -> Result<Option<MacAddr>, CniError> {
+    pub fn requested_mac(&self, cni_args: &str) -> Result<Option<MacAddr>, CniError> {
         let named = |text: &str| text.parse().map_err(|e: fabric_core::model::Invalid| args_error("MAC", &e));
         let by_args = value_of(cni_args, "MAC").map(named).transpose()?;
         Ok(self.runtime_config.mac.or(self.args.cni.mac).or(by_args))

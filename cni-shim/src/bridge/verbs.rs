@@ -67,7 +67,7 @@ impl Call<BridgeConf> {
             port: port_name(&self.conf.name, &pod.id),
             port_mac: random_mac(),
             ifname: pod.id.ifname,
-            mac: self.conf.wished_mac(&self.args)?.unwrap_or_else(random_mac),
+            mac: self.conf.requested_mac(&self.args)?.unwrap_or_else(random_mac),
             mtu: self.conf.mtu,
         };
         let given = self.reserve(&pod.id)?;
@@ -82,19 +82,19 @@ impl Call<BridgeConf> {
 
     /// An address of each set of ranges.
     fn reserve(&self, id: &AttachmentId) -> Result<Vec<PodAddress>, CniError> {
-        let wishes = self.conf.wished_ips(&self.args)?;
+        let requested = self.conf.requested_ips(&self.args)?;
         let ipam = self.ipam()?;
         if let Some(ip) = ipam.held_by(id).map_err(|e| self.unreadable(&e))?.first() {
             return Err(ungiven(&AllocateError::Duplicate(*ip, id.clone())));
         }
         let sets = self.conf.ipam.ranges.iter().enumerate();
         let given: Result<Vec<_>, _> = sets
-            .map(|(set, ranges)| ipam.reserve(id, set, ranges, &wishes))
+            .map(|(set, ranges)| ipam.reserve(id, set, ranges, &requested))
             .map(|given| given.map(|(address, gateway)| PodAddress { address, gateway }))
             .collect();
         let given = given.and_then(|given| {
-            let unmet = wishes.iter().find(|wish| !given.iter().any(|given| given.address.ip() == **wish));
-            unmet.map_or(Ok(given.clone()), |wish| Err(AllocateError::Taken(*wish, "of this network".into())))
+            let unmet = requested.iter().find(|ip| !given.iter().any(|given| given.address.ip() == **ip));
+            unmet.map_or(Ok(given.clone()), |ip| Err(AllocateError::Taken(*ip, "of this network".into())))
         });
         given.map_err(|e| {
             // What an earlier set has given.

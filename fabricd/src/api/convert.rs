@@ -17,7 +17,7 @@ use crate::diagnosis::explain::{Hop, Sender};
 use crate::diagnosis::finding::Finding;
 use crate::host::addresses::{self, Use};
 use crate::kernel::Count;
-use crate::mesh::{Cause, Mesh, Path, words};
+use crate::mesh::{Cause, Mesh, Path, messages};
 use crate::reconcile::fast_path::{FastPathView, fast_and_slow};
 use crate::reconcile::{Snapshot, Written, lines};
 use crate::status::events::{Event, Kind, unix_millis};
@@ -306,7 +306,7 @@ pub fn mesh(mesh: &Mesh, now: Instant) -> v1::GetMeshResponse {
 
 fn mesh_peer(path: &Path, now: Instant) -> v1::MeshPeer {
     let ago = |at: Instant| now.saturating_duration_since(at).as_secs_f64();
-    let verdict = words::verdict(path);
+    let verdict = messages::verdict(path);
     let halves = path.loss().and_then(|loss| loss.halves);
     v1::MeshPeer {
         node: path.target.name(),

@@ -17,7 +17,7 @@ use super::{Inspection, Inspector, addresses, cni_config};
 use super::{host_checks as host, manager_checks as managers, overlay_checks as overlay, pod_checks as pods};
 use crate::config::StoreKind;
 use crate::kernel;
-use crate::mesh::{Cause, Mesh, words};
+use crate::mesh::{Cause, Mesh, messages};
 use crate::reconcile::fast_path::{FastPathView, fast_and_slow};
 use crate::status::section::SectionStatus;
 use crate::status::view::PeerTrouble;
@@ -228,7 +228,7 @@ fn mesh(inspection: &Inspection) -> Finding {
     inspection.mesh.each(|path| {
         probed += usize::from(path.cause() != Cause::Unknown);
         if path.cause().hurts() {
-            let (name, verdict) = (path.target.name(), words::verdict(path));
+            let (name, verdict) = (path.target.name(), messages::verdict(path));
             // In a large cluster there may be thousands.
             let fix = if bad.len() < FIXES { verdict.fix } else { "the others: fabricctl mesh".into() };
             bad.push(Problem::failure(format!("{name}: {}: {}", verdict.cause.word(), verdict.evidence), fix));

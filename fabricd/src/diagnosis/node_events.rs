@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use super::Inspector;
-use crate::kubernetes::notices::{Kind, Notice, Notices, OF_NODES, Reason};
+use crate::kubernetes::event_recorder::{EventRecorder, Kind, OF_NODES, ObjectEvent, Reason};
 use crate::status::view::View;
 use crate::store::Connection;
 
@@ -19,22 +19,22 @@ use crate::store::Connection;
 const EVERY: Duration = Duration::from_secs(10);
 
 /// Tells until the reconcile loop has ended.
-pub async fn run(mut notices: Notices, view: watch::Receiver<Arc<View>>, inspector: Arc<Inspector>) {
-    let mut before: Vec<Notice> = vec![];
+pub async fn run(mut events: EventRecorder, view: watch::Receiver<Arc<View>>, inspector: Arc<Inspector>) {
+    let mut before: Vec<ObjectEvent> = vec![];
     while view.has_changed().is_ok() {
         let now = troubles(&view.borrow(), inspector.warnings_of_node());
-        let lasting: Vec<Notice> = now.iter().filter(|notice| before.contains(notice)).cloned().collect();
-        notices.are(&lasting);
+        let lasting: Vec<ObjectEvent> = now.iter().filter(|event| before.contains(event)).cloned().collect();
+        events.update(&lasting);
         before = now;
         sleep(EVERY).await;
     }
 }
 
 /// What is wrong at one moment, each with the way out.
-fn troubles(view: &View, warnings: Vec<String>) -> Vec<Notice> {
-    let notice = |reason, message| {
+fn troubles(view: &View, warnings: Vec<String>) -> Vec<ObjectEvent> {
+    let event = |reason, message| {
         let object = ObjectName::new(OF_NODES, view.node.as_str());
-        Notice { kind: Kind::Node, object, reason, message }
+        ObjectEvent { kind: Kind::Node, object, reason, message }
     };
     let not_ready = match &view.readiness {
         Readiness::NotReady { code, reason } if *code != NotReady::Starting => Some(reason.clone()),
@@ -53,7 +53,7 @@ fn troubles(view: &View, warnings: Vec<String>) -> Vec<Notice> {
     let all = [not_ready.map(|words| (Reason::NotReady, words)), store.map(|words| (Reason::StoreRefuses, words))];
     let warnings = peers.into_iter().chain(view.warnings.iter().cloned()).chain(warnings);
     let warnings = warnings.map(|words| (Reason::NodeWarning, words));
-    all.into_iter().flatten().chain(warnings).map(|(reason, words)| notice(reason, words)).collect()
+    all.into_iter().flatten().chain(warnings).map(|(reason, words)| event(reason, words)).collect()
 }
 
 #[cfg(test)]
@@ -68,11 +68,11 @@ mod tests {
         view.connection = Connection::Refused("forbidden".into());
         view.warnings = vec!["one".into()];
         let all = troubles(&view, vec!["two".into()]);
-        let told: Vec<_> = all.iter().map(|notice| (notice.reason, notice.message.as_str())).collect();
+        let told: Vec<_> = all.iter().map(|event| (event.reason, event.message.as_str())).collect();
         let warned = |words| (Reason::NodeWarning, words);
         let expected =
             [(Reason::NotReady, "no device"), (Reason::StoreRefuses, "forbidden"), warned("one"), warned("two")];
         assert_eq!(told, expected);
-        assert!(all.iter().all(|notice| notice.kind == Kind::Node && notice.object.name() == "node-1"));
+        assert!(all.iter().all(|event| event.kind == Kind::Node && event.object.name() == "node-1"));
     }
 }

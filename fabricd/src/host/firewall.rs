@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use fabric_core::diff::{Op, Plan, nft};
 use fabric_core::firewall::packet::{Content, Flow};
-use fabric_core::firewall::traffic::{Node, Obstacle};
+use fabric_core::firewall::traffic::{BlockingChain, Node};
 use fabric_core::firewall::{Connection, Evaluation, Firewall, Hook, Interface, Verdict, evaluate};
 use fabric_core::leases::LeaseSet;
 use fabric_core::model::{Family, IfName, Subnet};
@@ -81,7 +81,7 @@ impl Evaluator {
             let node = Node { untracked: node.untracked && state_rule.is_none(), ..node.clone() };
             node.obstacles(&given.firewall, peers)
         };
-        let mut all: Vec<Obstacle> = vec![];
+        let mut all: Vec<BlockingChain> = vec![];
         for obstacle in given.nodes.iter().flat_map(obstacles) {
             // What the underlay carries meets the same chains whatever the pods' bridge is.
             if !all.contains(&obstacle) {
@@ -106,7 +106,7 @@ impl Evaluator {
 /// What an operator has to know, each with the commands; without what rules of ours in `plan` are about to let through.
 #[must_use]
 pub fn warnings_beside(evaluation: &Evaluation, plan: &Plan) -> Vec<String> {
-    let is_opened = |obstacle: &Obstacle| {
+    let is_opened = |obstacle: &BlockingChain| {
         let is_docker = obstacle.by.table == docker_user::TABLE && obstacle.by.hook == Hook::Forward;
         let opened = |op: &Op| match op {
             Op::Filter(nft::Op::DockerUser(change)) => change.family == obstacle.family && !change.added.is_empty(),

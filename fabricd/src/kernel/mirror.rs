@@ -224,8 +224,8 @@ impl Mirror {
                     self.stale.extend([HostRoutes]);
                 }
                 self.touched.add(Key::Route(row.dst));
-                match row.way {
-                    Some(way) => drop(observed.ours.routes.insert(row.dst, way.via(row.dst, &self.links))),
+                match row.target {
+                    Some(target) => drop(observed.ours.routes.insert(row.dst, target.via(row.dst, &self.links))),
                     None => drop(observed.ours.routes.remove(&row.dst)),
                 }
             }

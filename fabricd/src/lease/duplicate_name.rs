@@ -12,7 +12,7 @@ use tokio::time::{Instant, timeout};
 use tracing::{debug, error, info, warn};
 
 use super::keeper::Keeper;
-use super::{Holding, Wanted};
+use super::{DesiredLease, Holding};
 use crate::store::{Inquired, LeaseStore, StoreError};
 
 /// How long it is said that another machine has this node's name, after the last sign of it.
@@ -23,7 +23,7 @@ const ANSWER: Duration = Duration::from_secs(2);
 
 impl<S: LeaseStore> Keeper<S> {
     /// Asks about a record that may be a living machine's, if that is due, and says when to go on.
-    pub(super) async fn ask(&mut self, want: &Wanted, question: &Question, obstacle: &Obstacle) -> Instant {
+    pub(super) async fn ask(&mut self, want: &DesiredLease, question: &Question, obstacle: &Obstacle) -> Instant {
         if self.inquiries.is_due(question)
             && let Err(error) = self.ask_now(want, question).await
         {
@@ -39,7 +39,7 @@ impl<S: LeaseStore> Keeper<S> {
         self.inquiries.look_again(question)
     }
 
-    async fn ask_now(&mut self, want: &Wanted, question: &Question) -> Result<(), StoreError> {
+    async fn ask_now(&mut self, want: &DesiredLease, question: &Question) -> Result<(), StoreError> {
         // 0 is no number of a question.
         let number = fastrand::u64(1..);
         self.inquiries.asks(question, number);
@@ -64,7 +64,7 @@ impl<S: LeaseStore> Keeper<S> {
     }
 
     /// Takes in what others of this name ask and answer: a daemon that holds its lease answers that it lives.
-    pub(super) async fn attend(&mut self, want: &Wanted, inquired: &[(NodeName, Inquiry)]) {
+    pub(super) async fn attend(&mut self, want: &DesiredLease, inquired: &[(NodeName, Inquiry)]) {
         for (name, inquiry) in inquired {
             if self.inquiries.hear(inquiry) || *name != self.options.node || inquiry.answer.is_some() {
                 continue;
@@ -141,7 +141,7 @@ impl<S: LeaseStore> Keeper<S> {
         None
     }
 
-    fn party(&self, want: &Wanted) -> Party {
+    fn party(&self, want: &DesiredLease) -> Party {
         Party {
             instance: self.options.instance.clone(),
             addresses: want.public_ips.values().copied().collect(),

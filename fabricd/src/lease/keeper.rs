@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::{debug, error, info, warn};
 
 use super::inquiries::Inquiries;
-use super::{Command, Holding, LeaseOptions, Mark, Own, Remembered, Wanted};
+use super::{Command, DesiredLease, Holding, LeaseOptions, Mark, Own, Remembered};
 use crate::retry::Backoff;
 use crate::store::{Claim, Connection, Grant, LeaseStore, Network, StoreError};
 
@@ -145,7 +145,7 @@ impl<S: LeaseStore> Keeper<S> {
     }
 
     /// Runs until the other end of `wanted` is gone. The lease stays: a restart is no reason to lose it.
-    pub async fn run(mut self, mut wanted: watch::Receiver<Option<Wanted>>) {
+    pub async fn run(mut self, mut wanted: watch::Receiver<Option<DesiredLease>>) {
         let mut leases = self.store.leases();
         let mut replaced = self.store.replaced();
         let mut assigned = self.store.assigned();
@@ -185,7 +185,7 @@ impl<S: LeaseStore> Keeper<S> {
     }
 
     /// Does what is to be done now, and says when to look again should nothing change until then.
-    async fn advance(&mut self, want: &Wanted, leases: &LeaseSet, assigned: Option<&Assigned>) -> Instant {
+    async fn advance(&mut self, want: &DesiredLease, leases: &LeaseSet, assigned: Option<&Assigned>) -> Instant {
         if self.remembered_revision.take().is_some_and(|revision| leases.revision() < revision) {
             warn!("the store is older than what this node has seen of it before its start");
             self.replaced = Some(Instant::now());

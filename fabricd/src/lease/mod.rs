@@ -25,7 +25,7 @@ use crate::mesh::probe;
 
 /// What the reconcile loop wants the lease to say.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wanted {
+pub struct DesiredLease {
     /// The config in force.
     pub network: NetworkConfig,
     /// The addresses that peers send to, one for each family of the network.

@@ -1,4 +1,4 @@
-//! [`Judgement`]: what is told of a path, by the rounds so far. One round is never enough to blame anybody: a peer that
+//! [`ConfirmedVerdict`]: what is told of a path, by the rounds so far. One round is never enough to blame anybody: a peer that
 //! is just going, or just coming, looks like anything for a moment.
 //!
 //! - What is certain is told at once: an answer came, or this node's own kernel names the culprit.
@@ -16,7 +16,7 @@ pub const NEW: Duration = Duration::from_secs(60);
 
 /// What is told of a path.
 #[derive(Clone, Copy, Debug)]
-pub struct Judgement {
+pub struct ConfirmedVerdict {
     /// The verdict.
     pub cause: Cause,
     /// When it began; `None` until there was a round.
@@ -31,7 +31,7 @@ pub struct Judgement {
     bad: u32,
 }
 
-impl Judgement {
+impl ConfirmedVerdict {
     /// Nothing is known yet of a path that is there since `now`.
     #[must_use]
     pub fn new(now: Instant) -> Self {
@@ -87,7 +87,7 @@ mod tests {
     /// What is told after each round, rounds being five seconds apart; `@` begins anew.
     fn told(history: &[Option<Cause>]) -> Vec<Cause> {
         let begin = Instant::now();
-        let mut judgement = Judgement::new(begin);
+        let mut judgement = ConfirmedVerdict::new(begin);
         let mut told = vec![];
         for (place, found) in history.iter().enumerate() {
             let at = begin + Duration::from_secs(5) * u32::try_from(place).unwrap();
@@ -154,7 +154,7 @@ mod tests {
     fn since_is_when_the_trouble_began_not_when_its_cause_was_known() {
         let begin = Instant::now();
         let at = |seconds| begin + Duration::from_secs(seconds);
-        let mut judgement = Judgement::new(begin);
+        let mut judgement = ConfirmedVerdict::new(begin);
         for (found, seconds, since) in
             [(Fine, 0, 0), (Fine, 5, 0), (PeerDown, 10, 10), (PeerDown, 15, 10), (PeerDown, 20, 10), (Fine, 25, 25)]
         {
@@ -166,7 +166,7 @@ mod tests {
     #[test]
     fn what_is_over_after_one_round_is_no_news_and_what_stays_unknown_is() {
         let begin = Instant::now();
-        let mut judgement = Judgement::new(begin);
+        let mut judgement = ConfirmedVerdict::new(begin);
         let mut news = |found| {
             judgement.round(found, begin, begin);
             judgement.is_news()

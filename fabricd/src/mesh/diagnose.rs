@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use fabric_core::firewall::Evaluation;
 use fabric_core::firewall::packet::Flow;
-use fabric_core::firewall::traffic::Obstacle;
+use fabric_core::firewall::traffic::BlockingChain;
 use fabric_core::model::Family;
 use futures::future::join_all;
 use tokio::sync::Semaphore;
@@ -111,7 +111,7 @@ impl Prober<'_> {
 
 /// A peer whose turn it is.
 #[derive(Clone, Debug)]
-pub struct Turn {
+pub struct DuePeer {
     /// Who is asked.
     pub target: Target,
     /// The number of its first probe.
@@ -132,7 +132,7 @@ pub struct First {
 }
 
 /// Sends the first probes of peers that have answered so far, and waits for what comes back: one for each, in their order.
-pub async fn ask_first(turns: &[(Key, Turn)]) -> Vec<First> {
+pub async fn ask_first(turns: &[(Key, DuePeer)]) -> Vec<First> {
     let begun = Instant::now();
     let mut families: BTreeMap<IpAddr, Vec<usize>> = BTreeMap::new();
     for (place, (_, turn)) in turns.iter().enumerate() {
@@ -142,7 +142,7 @@ pub async fn ask_first(turns: &[(Key, Turn)]) -> Vec<First> {
     let asked = families.into_iter().map(async |(from, places)| {
         let of = |size: fn(&Target) -> Size, later| {
             let question = |place: &usize| {
-                let Turn { target, first, .. } = &turns[*place].1;
+                let DuePeer { target, first, .. } = &turns[*place].1;
                 Question { to: target.overlay, size: size(target), number: first.wrapping_add(later) }
             };
             places.iter().map(question).collect::<Vec<_>>()
@@ -162,7 +162,7 @@ pub async fn ask_first(turns: &[(Key, Turn)]) -> Vec<First> {
 
 /// The whole round of a peer that has answered both; `None` if there is more to be asked.
 #[must_use]
-pub fn is_well(turn: &Turn, first: First) -> Option<Round> {
+pub fn is_well(turn: &DuePeer, first: First) -> Option<Round> {
     let First { begun, small, full } = first;
     (small.rtt().is_some() && full.rtt().is_some()).then(|| Round {
         target: turn.target.clone(),
@@ -176,7 +176,7 @@ pub fn is_well(turn: &Turn, first: First) -> Option<Round> {
 
 /// One round, or the rest of it once its first probes are answered or lost.
 pub async fn examine(
-    turn: &Turn,
+    turn: &DuePeer,
     first: Option<First>,
     context: &Context,
     mesh: &Mesh,
@@ -369,7 +369,7 @@ fn no_carrier(to: &Target) -> Option<String> {
 
 /// The rule of somebody's firewall on this node that surely drops what the two nodes send each other.
 fn in_the_way(firewall: &Evaluation, to: &Target) -> Option<LocalDrop> {
-    let concerns = |obstacle: &&Obstacle| {
+    let concerns = |obstacle: &&BlockingChain| {
         obstacle.is_sure()
             && obstacle.family == Family::of(to.public_ip)
             && (obstacle.peers.is_empty() || obstacle.peers.contains(&to.public_ip))

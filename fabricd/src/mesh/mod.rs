@@ -16,7 +16,7 @@
 //! | [`confirm`] | the cause, by the rounds so far: pure |
 //! | [`loss`] | how much is lost, and on which half of the path |
 //! | [`path`] | what is remembered of a peer |
-//! | [`words`] | a verdict as an operator reads it |
+//! | [`messages`] | a verdict as an operator reads it |
 //! | [`transitions`] | verdicts that change, as events and log lines |
 //!
 //! Nothing here writes to the kernel or waits for the reconcile loop, and nothing needs a capability.
@@ -26,6 +26,7 @@ pub mod confirm;
 pub mod diagnose;
 pub mod frame;
 pub mod loss;
+pub mod messages;
 pub mod path;
 pub mod ping;
 pub mod probe;
@@ -34,7 +35,6 @@ pub mod schedule;
 pub mod transitions;
 pub mod tunnel;
 pub mod verdict;
-pub mod words;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -78,13 +78,13 @@ pub struct Target {
     /// Its address in the underlay, as published.
     pub public_ip: IpAddr,
     /// Our side.
-    pub ours: Arc<Ours>,
+    pub ours: Arc<LocalVtep>,
 }
 
 impl Target {
     /// The path to a peer in one family; `None` if it isn't in that family.
     #[must_use]
-    pub fn new(lease: &Arc<Lease>, family: Family, ours: &Arc<Ours>) -> Option<Self> {
+    pub fn new(lease: &Arc<Lease>, family: Family, ours: &Arc<LocalVtep>) -> Option<Self> {
         let endpoint = *lease.record.endpoints().get(family)?;
         Some(Self {
             overlay: lease.key.subnets().get(family)?.base(),
@@ -111,7 +111,7 @@ impl Target {
 
 /// This node's end of the tunnels in one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ours {
+pub struct LocalVtep {
     /// This node.
     pub node: NodeName,
     /// The VXLAN device.
@@ -239,7 +239,7 @@ mod tests {
 
     /// The path from node-1 (10.244.1.0 at 192.0.2.1) to node-2 (10.244.2.0 at 192.0.2.2).
     pub(super) fn target() -> Target {
-        let ours = Ours {
+        let ours = LocalVtep {
             node: "node-1".parse().unwrap(),
             device: "fabric.1".parse().unwrap(),
             underlay: "eth0".parse().unwrap(),

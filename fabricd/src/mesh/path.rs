@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::Target;
-use super::confirm::Judgement;
+use super::confirm::ConfirmedVerdict;
 use super::diagnose::Round;
 use super::loss::{Loss, Record, Window};
 use super::probe::Answer;
@@ -38,7 +38,7 @@ pub struct Path {
     pub(super) logged: Cause,
     /// The number of its next probe.
     pub(super) next: u32,
-    judgement: Judgement,
+    judgement: ConfirmedVerdict,
     record: Record,
     /// When the first round began that nothing came back in; `None` while something does.
     failing: Option<Instant>,
@@ -63,7 +63,7 @@ impl Path {
             logged: Cause::Unknown,
             // Any: so one of a daemon that has begun anew isn't taken for one of before.
             next: fastrand::u32(..),
-            judgement: Judgement::new(due),
+            judgement: ConfirmedVerdict::new(due),
             record: Record::default(),
             failing: None,
             round_trips: RoundTrips::default(),
@@ -108,12 +108,12 @@ impl Path {
         self.failing
     }
 
-    /// Whether its cause is worth saying: [`Judgement::is_news`].
+    /// Whether its cause is worth saying: [`ConfirmedVerdict::is_news`].
     pub(super) fn is_news(&self) -> bool {
         self.judgement.is_news()
     }
 
-    /// Whether the next round may tell the cause: [`Judgement::is_open`].
+    /// Whether the next round may tell the cause: [`ConfirmedVerdict::is_open`].
     pub(super) fn is_open(&self) -> bool {
         self.judgement.is_open()
     }

@@ -15,12 +15,12 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::diagnose::{Context, First, Round, Turn, ask_first, examine, is_well};
+use super::diagnose::{Context, DuePeer, First, Round, ask_first, examine, is_well};
+use super::messages;
 use super::path::Path;
 use super::transitions::{Transition, Transitions};
 use super::verdict::Cause;
-use super::words;
-use super::{BATCH, Key, Mesh, Ours, ROUND, Target, pause, probe, round};
+use super::{BATCH, Key, LocalVtep, Mesh, ROUND, Target, pause, probe, round};
 use crate::status::events::Events;
 use crate::status::view::{PeerTrouble, View, VtepView};
 
@@ -113,7 +113,7 @@ pub async fn run(mesh: Arc<Mesh>, events: Arc<Events>, mut view: watch::Receiver
 /// What a task has found out.
 enum Ended {
     /// What the first probes of a batch brought back.
-    Asked(Vec<((Key, Turn), First)>),
+    Asked(Vec<((Key, DuePeer), First)>),
     /// A whole round.
     Examined(Key, Box<Round>),
 }
@@ -121,7 +121,7 @@ enum Ended {
 /// A round of a peer that doesn't answer, or that has lost one of its first probes.
 fn look_into(
     key: Key,
-    turn: Turn,
+    turn: DuePeer,
     first: Option<First>,
     context: &Arc<Context>,
     mesh: &Arc<Mesh>,
@@ -132,7 +132,7 @@ fn look_into(
 }
 
 /// Those that are due, but no more than a batch. One that is probed already, or gone, is none.
-fn begin(mesh: &Mesh, due: &mut BinaryHeap<Due>, now: Instant) -> Vec<(Key, Turn)> {
+fn begin(mesh: &Mesh, due: &mut BinaryHeap<Due>, now: Instant) -> Vec<(Key, DuePeer)> {
     let mut paths = mesh.lock();
     let mut turns = Vec::with_capacity(BATCH);
     while turns.len() < BATCH
@@ -142,7 +142,7 @@ fn begin(mesh: &Mesh, due: &mut BinaryHeap<Due>, now: Instant) -> Vec<(Key, Turn
         due.pop();
         if let Some(path) = paths.get_mut(&key).filter(|path| path.due == Some(at)) {
             path.due = None;
-            turns.push((key, Turn { target: path.target.clone(), first: path.next, failing: path.failing() }));
+            turns.push((key, DuePeer { target: path.target.clone(), first: path.next, failing: path.failing() }));
         }
     }
     turns
@@ -199,7 +199,7 @@ fn transition(path: &mut Path) -> Option<Transition> {
     path.logged = now;
     // That a path is there, and fine, is no news.
     let news = before != Cause::Unknown || now.hurts();
-    news.then(|| Transition { peer: path.target.name(), before, now, evidence: words::verdict(path).evidence })
+    news.then(|| Transition { peer: path.target.name(), before, now, evidence: messages::verdict(path).evidence })
 }
 
 /// Whether the peers, or our own end, may be others now.
@@ -226,13 +226,13 @@ fn targets(view: &View) -> Vec<(Key, Target)> {
     paths.collect()
 }
 
-fn ours(view: &View) -> PerFamily<Arc<Ours>> {
+fn ours(view: &View) -> PerFamily<Arc<LocalVtep>> {
     let end = |end: &VtepView| {
         // The overlay is of the underlay's family.
         let family = Family::of(end.vtep.local);
         let overlay = view.holding.own.as_ref()?.key.subnets().get(family)?.base();
         let vxlan = &view.network?.vxlan;
-        let ours = Ours {
+        let ours = LocalVtep {
             node: view.node.clone(),
             device: end.device,
             underlay: end.underlay,

@@ -1,5 +1,5 @@
 //! [`Cause`]: why a peer isn't reached, by the [`Evidence`] of one round of probes. Pure: every situation is put before
-//! it in a test. What is told of it, and when, is [`confirm`](super::confirm)'s; the words are [`words`](super::words)'s.
+//! it in a test. What is told of it, and when, is [`confirm`](super::confirm)'s; the text is [`messages`](super::messages)'s.
 
 use super::probe::Reply;
 use super::routes::Override;

@@ -12,7 +12,7 @@ use prometheus_client::registry::{Registry, Unit};
 
 use super::paths::EACH;
 use crate::reconcile::fast_path::FastPathView;
-use crate::status::counters::Word;
+use crate::status::counters::LabelValue;
 use crate::status::view::View;
 
 /// The numbers.
@@ -38,7 +38,7 @@ struct Seen {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Carried {
-    peer: Word,
+    peer: LabelValue,
     direction: &'static str,
 }
 
@@ -88,7 +88,7 @@ impl FastPath {
                 ("received", traffic.received_packets, traffic.received_bytes),
             ];
             for (direction, packets, bytes) in both {
-                let carried = Carried { peer: Word(node.to_string()), direction };
+                let carried = Carried { peer: LabelValue(node.to_string()), direction };
                 let set = |family: &Family<Carried, Counter>, number| {
                     family.get_or_create(&carried).inner().store(number, Ordering::Relaxed);
                 };

@@ -10,7 +10,7 @@ use prometheus_client::registry::{Registry, Unit};
 
 use crate::kernel::Drops;
 use crate::mesh::{Cause, Mesh};
-use crate::status::counters::Word;
+use crate::status::counters::LabelValue;
 
 /// Each peer has numbers of its own up to so many: beyond, a cluster would have millions of them.
 pub(super) const EACH: usize = 100;
@@ -40,20 +40,20 @@ struct BySize {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByPeer {
-    peer: Word,
+    peer: LabelValue,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByPeerAndSize {
-    peer: Word,
+    peer: LabelValue,
     size: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Filtered {
-    table: Word,
-    chain: Word,
-    reason: Word,
+    table: LabelValue,
+    chain: LabelValue,
+    reason: LabelValue,
 }
 
 impl Paths {
@@ -73,7 +73,7 @@ impl Paths {
         self.show_mesh(mesh);
         for drop in drops {
             let (table, chain, reason) = (drop.table.to_string(), drop.chain.clone(), drop.why.clone());
-            let labels = Filtered { table: Word(table), chain: Word(chain), reason: Word(reason) };
+            let labels = Filtered { table: LabelValue(table), chain: LabelValue(chain), reason: LabelValue(reason) };
             self.dropped.get_or_create(&labels).inner().store(drop.packets, Ordering::Relaxed);
         }
     }
@@ -89,7 +89,7 @@ impl Paths {
             (small, full) = (small + path.small.loss(), full + path.full.loss());
             (probes, count) = (probes + path.probes, count + 1);
             if each {
-                let peer = Word(path.target.name());
+                let peer = LabelValue(path.target.name());
                 if let Some(trip) = path.round_trip() {
                     self.peer_rtt.get_or_create(&ByPeer { peer: peer.clone() }).set(trip.as_secs_f64());
                 }

@@ -9,7 +9,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::status::counters::Word;
+use crate::status::counters::LabelValue;
 use crate::status::view::View;
 
 /// The table of `/proc/net/dev`, of this process' network namespace: it needs no sysfs.
@@ -32,7 +32,7 @@ struct Direction {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Device {
-    device: Word,
+    device: LabelValue,
 }
 
 impl Traffic {
@@ -74,7 +74,7 @@ impl Direction {
 
     fn show(&self, device: &str, counters: &[u64]) {
         for (family, count) in [&self.bytes, &self.packets, &self.errors, &self.dropped].into_iter().zip(counters) {
-            let device = Device { device: Word(device.to_owned()) };
+            let device = Device { device: LabelValue(device.to_owned()) };
             family.get_or_create(&device).inner().store(*count, Ordering::Relaxed);
         }
     }

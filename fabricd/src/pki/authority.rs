@@ -23,7 +23,7 @@ const LOCAL: [&str; 3] = ["127.0.0.1", "::1", "localhost"];
 
 /// A certificate and its key, in PEM.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Pair {
+pub struct CertifiedKey {
     /// The certificate.
     pub certificate: String,
     /// The private key.
@@ -62,7 +62,7 @@ impl Subject {
 
 /// Somebody who signs certificates.
 pub struct Authority {
-    pair: Pair,
+    pair: CertifiedKey,
     issuer: Issuer<'static, KeyPair>,
 }
 
@@ -71,20 +71,20 @@ impl Authority {
     ///
     /// # Errors
     /// When the machine has no randomness.
-    pub fn create(name: &str) -> Result<Pair> {
+    pub fn create(name: &str) -> Result<CertifiedKey> {
         let mut wanted = lasting(AUTHORITY_DAYS);
         wanted.distinguished_name.push(DnType::CommonName, name);
         wanted.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         wanted.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let key = KeyPair::generate()?;
-        Ok(Pair { certificate: wanted.self_signed(&key)?.pem(), key: key.serialize_pem() })
+        Ok(CertifiedKey { certificate: wanted.self_signed(&key)?.pem(), key: key.serialize_pem() })
     }
 
     /// The one with this certificate and key.
     ///
     /// # Errors
     /// When they can't be read.
-    pub fn open(pair: Pair) -> Result<Self> {
+    pub fn open(pair: CertifiedKey) -> Result<Self> {
         let key = KeyPair::from_pem(&pair.key).context("cannot read the authority's key")?;
         let issuer =
             Issuer::from_ca_cert_pem(&pair.certificate, key).context("cannot read the authority's certificate")?;
@@ -101,7 +101,7 @@ impl Authority {
     ///
     /// # Errors
     /// When a name is no ASCII.
-    pub fn sign(&self, subject: &Subject, days: u32) -> Result<Pair> {
+    pub fn sign(&self, subject: &Subject, days: u32) -> Result<CertifiedKey> {
         let mut wanted = lasting(days.into());
         wanted.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         wanted.use_authority_key_identifier_extension = true;
@@ -113,7 +113,7 @@ impl Authority {
         wanted.subject_alt_names = alternatives(&subject.names())?;
         wanted.distinguished_name.push(DnType::CommonName, subject.common_name());
         let key = KeyPair::generate()?;
-        Ok(Pair { certificate: wanted.signed_by(&key, &self.issuer)?.pem(), key: key.serialize_pem() })
+        Ok(CertifiedKey { certificate: wanted.signed_by(&key, &self.issuer)?.pem(), key: key.serialize_pem() })
     }
 
     /// Why a certificate can't serve this subject: another signed it, or it lacks an address.

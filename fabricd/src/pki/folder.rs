@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 
-use super::authority::Pair;
+use super::authority::CertifiedKey;
 use super::issue::{Item, Place};
 use crate::files::replace;
 
@@ -38,20 +38,20 @@ impl Place for Folder {
         format!("--out {}", self.0.display())
     }
 
-    async fn read(&self, item: Item) -> Result<Option<Pair>> {
+    async fn read(&self, item: Item) -> Result<Option<CertifiedKey>> {
         let read = |file: PathBuf| fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()));
         let certificate = match fs::read_to_string(self.file(item, "crt")) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             _ => read(self.file(item, "crt"))?,
         };
-        Ok(Some(Pair { certificate, key: read(self.file(item, "key"))? }))
+        Ok(Some(CertifiedKey { certificate, key: read(self.file(item, "key"))? }))
     }
 
-    async fn create(&self, item: Item, pair: &Pair, ca: &str) -> Result<bool> {
+    async fn create(&self, item: Item, pair: &CertifiedKey, ca: &str) -> Result<bool> {
         self.replace(item, pair, ca).await.map(|()| true)
     }
 
-    async fn replace(&self, item: Item, pair: &Pair, _ca: &str) -> Result<()> {
+    async fn replace(&self, item: Item, pair: &CertifiedKey, _ca: &str) -> Result<()> {
         replace(&self.file(item, "key"), pair.key.as_bytes(), 0o600)?;
         replace(&self.file(item, "crt"), pair.certificate.as_bytes(), 0o644)?;
         Ok(())

@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result, ensure};
 use time::OffsetDateTime;
 
-use super::authority::{Authority, Pair, Subject, ends_soon};
+use super::authority::{Authority, CertifiedKey, Subject, ends_soon};
 
 /// One of the certificates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,13 +27,13 @@ pub trait Place {
     fn flags(&self) -> String;
 
     /// What is there.
-    async fn read(&self, item: Item) -> Result<Option<Pair>>;
+    async fn read(&self, item: Item) -> Result<Option<CertifiedKey>>;
 
     /// Puts it there, with the authority's certificate beside it; false when there is one by now.
-    async fn create(&self, item: Item, pair: &Pair, ca: &str) -> Result<bool>;
+    async fn create(&self, item: Item, pair: &CertifiedKey, ca: &str) -> Result<bool>;
 
     /// Puts it in the place of the one that is there.
-    async fn replace(&self, item: Item, pair: &Pair, ca: &str) -> Result<()>;
+    async fn replace(&self, item: Item, pair: &CertifiedKey, ca: &str) -> Result<()>;
 
     /// Shows the authority's certificate to those who may not see its key.
     async fn publish(&self, ca: &str) -> Result<()>;
@@ -117,7 +117,12 @@ pub async fn authority(place: &impl Place, name: &str) -> Result<Authority> {
 }
 
 /// What is there, or else what is made now. Of two that make it at once, one gives way.
-async fn obtain(place: &impl Place, item: Item, ca: &str, make: impl FnOnce() -> Result<Pair>) -> Result<Pair> {
+async fn obtain(
+    place: &impl Place,
+    item: Item,
+    ca: &str,
+    make: impl FnOnce() -> Result<CertifiedKey>,
+) -> Result<CertifiedKey> {
     if let Some(pair) = place.read(item).await? {
         println!("{} exists, unchanged", place.name(item));
         return Ok(pair);

@@ -45,11 +45,11 @@ pub struct Pki {
 #[derive(Debug, Subcommand)]
 enum Action {
     /// Create what is missing for etcd: an authority, etcd's certificate, the clients'. What exists stays as it is
-    Init(Wish),
+    Init(IssueArgs),
     /// Renew etcd's and the clients' certificate, if less than a third of its life is left or it lacks an address
     Renew {
         #[command(flatten)]
-        wish: Wish,
+        args: IssueArgs,
         /// Both of them in any case
         #[arg(long)]
         all: bool,
@@ -65,7 +65,7 @@ enum Action {
 }
 
 #[derive(Debug, Args)]
-struct Wish {
+struct IssueArgs {
     /// Addresses and names of etcd's members; 127.0.0.1, ::1 and localhost are always in
     #[arg(long = "etcd-address", value_name = "IP|NAME", value_delimiter = ',', required = true, value_parser = address)]
     addresses: Vec<String>,
@@ -115,7 +115,7 @@ impl Pki {
         let (place, prefix) = match &self.action {
             Action::Node(node) => return node.run(),
             Action::Ca { place } => (place, API),
-            Action::Init(wish) | Action::Renew { wish, .. } => (&wish.place, ETCD),
+            Action::Init(args) | Action::Renew { args, .. } => (&args.place, ETCD),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
@@ -134,10 +134,10 @@ impl Pki {
 
 impl Action {
     async fn take(&self, place: &impl Place) -> Result<()> {
-        let plan = |wish: &Wish| Plan { addresses: wish.addresses.clone(), days: wish.days };
+        let plan = |args: &IssueArgs| Plan { addresses: args.addresses.clone(), days: args.days };
         match self {
-            Self::Init(wish) => plan(wish).init(place).await,
-            Self::Renew { wish, all } => plan(wish).renew(place, *all).await,
+            Self::Init(args) => plan(args).init(place).await,
+            Self::Renew { args, all } => plan(args).renew(place, *all).await,
             Self::Ca { .. } => authority(place, "fabric-api-ca").await.map(drop),
             Self::Node(node) => node.run(),
         }

@@ -10,7 +10,7 @@ use kube::api::{Api, ObjectMeta, Patch, PatchParams, PostParams};
 use kube::{Client, Error};
 use serde_json::json;
 
-use super::authority::Pair;
+use super::authority::CertifiedKey;
 use super::issue::{Item, Place};
 
 const CA: &str = "ca.crt";
@@ -72,7 +72,7 @@ impl Secrets {
 }
 
 /// What a Secret of an item holds.
-fn data(item: Item, pair: &Pair, ca: &str) -> BTreeMap<String, ByteString> {
+fn data(item: Item, pair: &CertifiedKey, ca: &str) -> BTreeMap<String, ByteString> {
     let members: &[(&str, &str)] = match item {
         Item::Authority => &[(CA, &pair.certificate), (CA_KEY, &pair.key)],
         _ => &[(CERTIFICATE, &pair.certificate), (KEY, &pair.key), (CA, ca)],
@@ -89,7 +89,7 @@ impl Place for Secrets {
         format!("--namespace {} --secret-prefix {}", self.namespace, self.prefix)
     }
 
-    async fn read(&self, item: Item) -> Result<Option<Pair>> {
+    async fn read(&self, item: Item) -> Result<Option<CertifiedKey>> {
         let name = self.secret(item);
         let Some(data) = self.get(&name).await? else { return Ok(None) };
         let (certificate, key) = match item {
@@ -97,10 +97,10 @@ impl Place for Secrets {
             _ => (CERTIFICATE, KEY),
         };
         let certificate = self.member(&name, &data, certificate)?;
-        Ok(Some(Pair { certificate, key: self.member(&name, &data, key)? }))
+        Ok(Some(CertifiedKey { certificate, key: self.member(&name, &data, key)? }))
     }
 
-    async fn create(&self, item: Item, pair: &Pair, ca: &str) -> Result<bool> {
+    async fn create(&self, item: Item, pair: &CertifiedKey, ca: &str) -> Result<bool> {
         let kind = match item {
             Item::Authority => "Opaque",
             _ => "kubernetes.io/tls",
@@ -108,7 +108,7 @@ impl Place for Secrets {
         self.put(&self.secret(item), kind, data(item, pair, ca)).await
     }
 
-    async fn replace(&self, item: Item, pair: &Pair, ca: &str) -> Result<()> {
+    async fn replace(&self, item: Item, pair: &CertifiedKey, ca: &str) -> Result<()> {
         let name = self.secret(item);
         let change = Patch::Merge(json!({ "data": data(item, pair, ca) }));
         let patched = self.secrets.patch(&name, &PatchParams::default(), &change).await;

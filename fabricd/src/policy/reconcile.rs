@@ -40,7 +40,7 @@ use crate::kernel::bridged;
 use crate::kernel::links::HostLinks;
 use crate::kernel::section::SectionTable;
 use crate::kubernetes::client::ApiServer;
-use crate::kubernetes::notices::{Kind, Notice, Notices, Reason};
+use crate::kubernetes::event_recorder::{EventRecorder, Kind, ObjectEvent, Reason};
 use crate::retry::Backoff;
 use crate::status::section::SectionStatus;
 
@@ -93,7 +93,7 @@ pub struct Reconciler {
     known: BTreeSet<IpAddr>,
     open: Open,
     planner: Planner,
-    notices: Notices,
+    events: EventRecorder,
     closed: Closed,
 }
 
@@ -116,9 +116,9 @@ impl Reconciler {
         let open = Open { is_due: inputs.reevaluates_open, not_before: Instant::now(), gone: BTreeSet::new() };
         let (counters, known) = (PolicyCounters::default(), BTreeSet::new());
         let (applied, drops) = (watch::Sender::new(None), DropLog::default());
-        let notices = Notices::start(inputs.api.clone(), inputs.node.clone());
+        let events = EventRecorder::start(inputs.api.clone(), inputs.node.clone());
         let (planner, closed) = (Planner::default(), Closed::default());
-        Self { inputs, table, frames, status, applied, drops, counters, retry, known, open, planner, notices, closed }
+        Self { inputs, table, frames, status, applied, drops, counters, retry, known, open, planner, events, closed }
     }
 
     /// What it knows.
@@ -189,10 +189,10 @@ impl Reconciler {
             now: now(),
         };
         let problems = problems(&state.policies);
-        let notices: Vec<Notice> =
+        let events: Vec<ObjectEvent> =
             problems.iter().flat_map(|(policy, all)| all.iter().map(|it| refused(policy, it))).collect();
-        warnings.extend(notices.iter().map(|notice| format!("NetworkPolicy {}: {}", notice.object, notice.message)));
-        self.notices.are(&notices);
+        warnings.extend(events.iter().map(|event| format!("NetworkPolicy {}: {}", event.object, event.message)));
+        self.events.update(&events);
         let unreadable = problems.len();
         let policies = state.policies.len();
         // Some milliseconds with thousands of pods.
@@ -361,9 +361,9 @@ impl Reconciler {
     }
 }
 
-fn refused(policy: &ObjectName, problem: &Problem) -> Notice {
+fn refused(policy: &ObjectName, problem: &Problem) -> ObjectEvent {
     let (object, message) = (policy.clone(), problem.to_string());
-    Notice { kind: Kind::NetworkPolicy, object, reason: Reason::Refused, message }
+    ObjectEvent { kind: Kind::NetworkPolicy, object, reason: Reason::Refused, message }
 }
 
 fn identity(pod: &SavedPod) -> PodIdentity {

@@ -12,8 +12,8 @@ use fabric_core::firewall::Evaluation;
 use fabric_core::leases::Lease;
 use fabric_core::model::{IfName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
+use fabric_core::plan::bypass::{bypass, shaped};
 use fabric_core::plan::fast_path::{FastPathInputs, Planned, fast_path};
-use fabric_core::plan::passed_by::{passed_by, shaped};
 use fabric_core::plan::{Desired, Vtep};
 use fabric_core::state::fast_path::{FastPath, Place, Program, Role};
 use tokio::sync::watch;
@@ -150,7 +150,7 @@ impl FastPathPlan {
                 |index: &u32| observed.host.links.iter().find(|link| link.index == *index).map(|link| link.name);
             let uplinks: BTreeSet<IfName> = uplinks.iter().filter_map(named).collect();
             let through = pods.bridges.iter().chain(desired.devices.values()).copied().collect();
-            let now = passed_by(evaluation, &found.shaping, &through, &uplinks).map(|found| found.to_string());
+            let now = bypass(evaluation, &found.shaping, &through, &uplinks).map(|found| found.to_string());
             if let Some(why) = self.leaves_off(now) {
                 self.lacks = Some(why);
                 return &self.wanted;

@@ -41,9 +41,9 @@ use crate::files::Files;
 use crate::files::state_dir::State;
 use crate::host::attachments::AttachedPods;
 use crate::host::firewall::Evaluator;
-use crate::host::underlay::{Selector, Steady};
+use crate::host::underlay::{HoldDown, Selector};
 use crate::kernel::{Kernel, Observed, Touched};
-use crate::lease::{Holding, Wanted};
+use crate::lease::{DesiredLease, Holding};
 use crate::reconcile::fast_path::{FastPathPlan, Mode};
 use crate::reconcile::filter::Filter;
 use crate::reconcile::repairs::Repairs;
@@ -81,11 +81,11 @@ pub struct Reconciler<S, K> {
     store: Arc<S>,
     kernel: K,
     files: Files,
-    wanted: watch::Sender<Option<Wanted>>,
+    wanted: watch::Sender<Option<DesiredLease>>,
     view: watch::Sender<Arc<View>>,
     filter: Filter,
     fast_path: FastPathPlan,
-    underlays: Steady,
+    underlays: HoldDown,
     /// The underlay addresses of the last pass.
     sources: PerFamily<IpAddr>,
     firewall: Evaluator,
@@ -176,7 +176,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         Self {
             filter: Filter::new(node.filter.clone()),
             fast_path: FastPathPlan::new(node.fast_path),
-            underlays: Steady::default(),
+            underlays: HoldDown::default(),
             sources: PerFamily::default(),
             firewall: Evaluator::new(node.fast_path == Mode::Auto),
             node,
@@ -222,7 +222,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
     }
 
     /// What the lease should say, for the keeper.
-    pub fn wanted(&self) -> watch::Receiver<Option<Wanted>> {
+    pub fn wanted(&self) -> watch::Receiver<Option<DesiredLease>> {
         self.wanted.subscribe()
     }
 

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::{Blocked, Reconciler, failed, starting};
 use crate::host::underlay::{self, Underlay, UnderlayError};
 use crate::kernel::{Kernel, Observed};
-use crate::lease::{Holding, Own, Wanted};
+use crate::lease::{DesiredLease, Holding, Own};
 use crate::status::view::View;
 use crate::store::{LeaseStore, Network};
 
@@ -77,7 +77,7 @@ impl<S: LeaseStore, K: Kernel> Reconciler<S, K> {
         let public_ips = underlays.map(|family, u| self.node.public_ips.get(family).copied().unwrap_or(u.local));
         // Which address the lease has, and so which one is to stay, shows with the leases.
         if view.leases.is_some() {
-            let wanted = Some(Wanted { network, public_ips });
+            let wanted = Some(DesiredLease { network, public_ips });
             self.wanted.send_if_modified(|current| {
                 let differs = *current != wanted;
                 *current = wanted;

@@ -35,7 +35,7 @@ use crate::kernel::links::HostLinks;
 use crate::kernel::section::SectionTable;
 use crate::kernel::{bridged, kube_proxy, services};
 use crate::kubernetes::client::ApiServer;
-use crate::kubernetes::notices::{Kind, Notice, Notices, Reason};
+use crate::kubernetes::event_recorder::{EventRecorder, Kind, ObjectEvent, Reason};
 use crate::retry::Backoff;
 use crate::status::section::SectionStatus;
 use crate::status::view::View;
@@ -87,7 +87,7 @@ pub struct Reconciler {
     retry: Backoff,
     health: HealthServer,
     progress: Progress,
-    notices: Notices,
+    events: EventRecorder,
     questions: (mpsc::Sender<Question>, mpsc::Receiver<Question>),
 }
 
@@ -131,9 +131,9 @@ impl Reconciler {
         let (counters, retry) = (ServicesCounters::default(), Backoff::new(RETRY, AUDIT));
         let progress = Progress::default();
         let health = HealthServer::new(progress.clone());
-        let notices = Notices::start(inputs.api.clone(), inputs.node.clone());
+        let events = EventRecorder::start(inputs.api.clone(), inputs.node.clone());
         let questions = mpsc::channel(QUESTIONS);
-        Self { inputs, table, plan: None, udp: None, status, counters, retry, health, progress, notices, questions }
+        Self { inputs, table, plan: None, udp: None, status, counters, retry, health, progress, events, questions }
     }
 
     /// How others watch it, and ask what it knows.
@@ -250,16 +250,16 @@ impl Reconciler {
             warnings.extend(remove_kube_proxy().await.err());
         }
         self.counters.programmed(&plan.take_triggers(), Timestamp::now());
-        let mut notices = troubles(plan);
-        notices.extend(late.into_iter().map(|service| {
+        let mut events = troubles(plan);
+        events.extend(late.into_iter().map(|service| {
             health_check_refused(service, "another Service, which is older, has this healthCheckNodePort")
         }));
         let unanswered = self.health.answer(checks).await;
-        notices.extend(unanswered.into_iter().map(|(address, check, error)| {
+        events.extend(unanswered.into_iter().map(|(address, check, error)| {
             health_check_refused(check.service, &format!("cannot listen on {address} of this node: {error}"))
         }));
-        warnings.extend(notices.iter().map(|notice| format!("Service {}: {}", notice.object, notice.message)));
-        self.notices.are(&notices);
+        warnings.extend(events.iter().map(|event| format!("Service {}: {}", event.object, event.message)));
+        self.events.update(&events);
         // A kernel without ctnetlink translates all the same.
         warnings.extend(self.forget_udp(found.as_ref()).await.err());
         Ok(())
@@ -388,12 +388,12 @@ fn node_port_ips(
 }
 
 /// What is wrong with Services, whichever node looks at them.
-fn troubles(plan: &ServicePlan) -> Vec<Notice> {
+fn troubles(plan: &ServicePlan) -> Vec<ObjectEvent> {
     let mut conflicts: BTreeMap<(&ObjectName, &ObjectName), Vec<String>> = BTreeMap::new();
     for conflict in plan.conflicts() {
         conflicts.entry((conflict.other, conflict.owner)).or_default().push(conflict.frontend.to_string());
     }
-    let conflicts = conflicts.into_iter().map(|((service, owner), frontends)| Notice {
+    let conflicts = conflicts.into_iter().map(|((service, owner), frontends)| ObjectEvent {
         kind: Kind::Service,
         object: service.clone(),
         reason: Reason::Conflict,
@@ -403,20 +403,20 @@ fn troubles(plan: &ServicePlan) -> Vec<Notice> {
         ),
     });
     let refused = plan.refused().flat_map(|service| {
-        let notice = |message: &String| Notice {
+        let event = |message: &String| ObjectEvent {
             kind: Kind::Service,
             object: service.name.clone(),
             reason: Reason::Refused,
             message: message.clone(),
         };
-        service.refused.iter().map(notice)
+        service.refused.iter().map(event)
     });
     conflicts.chain(refused).collect()
 }
 
-fn health_check_refused(service: ObjectName, why: &str) -> Notice {
+fn health_check_refused(service: ObjectName, why: &str) -> ObjectEvent {
     let message = format!("its load balancer gets no answer from this node's health check: {why}; it is tried again");
-    Notice { kind: Kind::Service, object: service, reason: Reason::HealthCheck, message }
+    ObjectEvent { kind: Kind::Service, object: service, reason: Reason::HealthCheck, message }
 }
 
 #[cfg(test)]

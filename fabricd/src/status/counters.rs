@@ -34,7 +34,7 @@ struct Operation {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Failure {
-    errno: Word,
+    errno: LabelValue,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -44,9 +44,9 @@ struct Repairs {
 
 /// A label that is made at run time.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Word(pub(crate) String);
+pub(crate) struct LabelValue(pub(crate) String);
 
-impl EncodeLabelValue for Word {
+impl EncodeLabelValue for LabelValue {
     fn encode(&self, encoder: &mut prometheus_client::encoding::LabelValueEncoder<'_>) -> Result<(), fmt::Error> {
         self.0.encode(encoder)
     }
@@ -109,7 +109,7 @@ impl Counters {
         }
         if let Err(error) = result {
             let errno = error.errno().map_or_else(|| "none".into(), |errno| format!("{:?}", Errno::from_raw(errno)));
-            self.errors.get_or_create(&Failure { errno: Word(errno) }).inc();
+            self.errors.get_or_create(&Failure { errno: LabelValue(errno) }).inc();
         }
     }
 

@@ -15,18 +15,18 @@ use fabric_core::takeover::{ASIDE, Facts, Pod, Step};
 use nix::fcntl::{Flock, FlockArg};
 use serde_json::{Map, Value};
 
-use super::{Handover, open_kernel};
+use super::{TakeoverArgs, open_kernel};
 use crate::commands::install_cni::{InstallCni, Part};
 use crate::config::Config;
 use crate::files::{remove_if_there, replace};
-use crate::kernel::{Kernel as _, handover};
+use crate::kernel::{Kernel as _, takeover};
 
 /// Takes a step that isn't one of waiting.
-pub(super) async fn take(step: &Step, args: &Handover, config: &Config, facts: &Facts) -> Result<()> {
+pub(super) async fn take(step: &Step, args: &TakeoverArgs, config: &Config, facts: &Facts) -> Result<()> {
     match step {
         Step::AwaitFabricd | Step::AwaitFlanneld => Ok(()),
-        Step::Rename(from, to) => Ok(handover::Handover::open()?.rename(from, to)?),
-        Step::DeleteRoute(route) => Ok(handover::Handover::open()?.delete_route(route)?),
+        Step::Rename(from, to) => Ok(takeover::TakeoverSocket::open()?.rename(from, to)?),
+        Step::DeleteRoute(route) => Ok(takeover::TakeoverSocket::open()?.delete_route(route)?),
         Step::Iptables(family, rules) => {
             let program = if *family == Family::V4 { "iptables-restore" } else { "ip6tables-restore" };
             run(program, &["--noflush", "--wait", "5"], rules)
@@ -88,7 +88,7 @@ fn run(program: &str, args: &[&str], input: &str) -> Result<()> {
 /// Routes of peers that are gone, all nexthop objects, and then the packet filter: while peers are reached by a route of
 /// ours, nothing of it goes.
 async fn delete_ours(config: &Config, facts: &Facts) -> Result<()> {
-    let mut kernel = handover::Handover::open()?;
+    let mut kernel = takeover::TakeoverSocket::open()?;
     let is_leased = |route: &fabric_core::takeover::Route| {
         facts.leases.subnets(route.dst.family()).any(|subnet| subnet == route.dst)
     };

@@ -20,12 +20,12 @@ use nix::unistd::{SysconfVar, sysconf};
 use serde_json::Value;
 use tokio::time::timeout;
 
-use super::{Handover, open_kernel};
+use super::{TakeoverArgs, open_kernel};
 use crate::commands::conflists;
 use crate::config::Config;
 use crate::host::addresses::attachments;
 use crate::host::lock;
-use crate::kernel::{Kernel as _, handover};
+use crate::kernel::{Kernel as _, takeover};
 use crate::store::{LeaseStore, Network};
 
 /// The network's name in our conflist as it is shipped.
@@ -35,7 +35,7 @@ const DEFAULT_NETWORK: &str = "fabric";
 const ANSWER: Duration = Duration::from_secs(10);
 
 /// Everything that the decision depends on.
-pub(super) async fn facts(args: &Handover, config: &Config, store: &impl LeaseStore) -> Result<Facts> {
+pub(super) async fn facts(args: &TakeoverArgs, config: &Config, store: &impl LeaseStore) -> Result<Facts> {
     let (network, leases) = timeout(ANSWER, async {
         let network = store.network().wait_for(|network| *network != Network::Unknown).await?.clone();
         let leases = store.leases().wait_for(Option::is_some).await?.clone();
@@ -52,7 +52,7 @@ pub(super) async fn facts(args: &Handover, config: &Config, store: &impl LeaseSt
 
     // Before the kernel is looked at: a node that is ready by then has its whole filter.
     let ready = ready(config);
-    let mut kernel = handover::Handover::open()?;
+    let mut kernel = takeover::TakeoverSocket::open()?;
     let routes = kernel.routes()?;
     let observed = open_kernel(config)?.observe().await?;
     let plan = diff(State::default(), observed.found(&Routing::new()));

@@ -57,7 +57,7 @@ pub enum Direction {
 
 /// Take this node over from flannel, or give it to flannel, with its pods running
 #[derive(Clone, Debug, Parser)]
-pub struct Handover {
+pub struct TakeoverArgs {
     /// Print what would be changed, and what refuses it, and change nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -99,7 +99,7 @@ pub struct Handover {
     pub no_masquerade: bool,
 }
 
-impl Handover {
+impl TakeoverArgs {
     /// Both commands.
     #[must_use]
     pub fn commands() -> [Command; 2] {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use fabric_core::diff::{Change, Op, Stage, diff, fast_path as fast, routing};
 use fabric_core::model::{Family, PerFamily};
 use fabric_core::state::fast_path::{
-    End, FastPath, MapSizes, OwnEnd, Peer, PeerSlot, Place, Pod, PodSlot, UnderlayPath,
+    End, FastPath, LocalVtep, MapSizes, Peer, PeerSlot, Place, Pod, PodSlot, UnderlayPath,
 };
 use fabric_core::state::{Routing, VxlanLink};
 use fabricd::kernel::{Kernel, Touched, fast_path::programs};
@@ -45,7 +45,7 @@ async fn wanted(kernel: &mut impl Kernel, family: Family, peers: u32) -> FastPat
     };
     FastPath {
         maps: Some(MapSizes { subnets4: 4096, subnets6: 65_536, peers: 256, addresses4: 256, pods: 8 }),
-        node: Some(OwnEnd { vni: 7_u32.try_into().expect("a VNI"), port: 8472, guard: true, ends }),
+        node: Some(LocalVtep { vni: 7_u32.try_into().expect("a VNI"), port: 8472, guard: true, ends }),
         peers: (1..=peers).map(|n| (PeerSlot(n), peer(family, n, ifindex))).collect(),
         index: (1..=peers).map(|n| (subnet(family, n), PeerSlot(n))).collect(),
         pods: [(PodSlot(1), pod)].into(),

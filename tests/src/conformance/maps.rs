@@ -151,7 +151,7 @@ pub fn services(family: Family, services: &[Service]) -> Table {
         backends.map(|(ip, port)| Element::from([Part::Number(service.pool), Part::Ip(*ip), Part::Port(*port)]))
     });
     table.set("live", SetKind::of(&[Number, address, Port]), Order::AroundChains, alive);
-    let stuck = SetKind::of(&[address, Number]).to(&[address, Port]).grown(65_536);
+    let stuck = SetKind::of(&[address, Number]).to(&[address, Port]).dynamic(65_536);
     table.set("stick", stuck, Order::BeforeChains, []);
     let classes: std::collections::BTreeSet<u32> =
         services.iter().map(Service::class).filter(|class| *class % STICKY_CLASS > 0).collect();

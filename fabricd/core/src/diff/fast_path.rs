@@ -18,7 +18,7 @@ use std::net::IpAddr;
 use super::{Change, Key, Stage, Verb};
 use crate::model::Subnet;
 use crate::state::fast_path::{
-    End, FastPath, MapSizes, OwnEnd, Peer, PeerSlot, Place, Pod, PodSlot, Program, Role, UnderlayPath,
+    End, FastPath, LocalVtep, MapSizes, Peer, PeerSlot, Place, Pod, PodSlot, Program, Role, UnderlayPath,
 };
 
 /// One write to the fast path.
@@ -27,7 +27,7 @@ pub enum Op {
     /// All maps.
     Maps(Change<MapSizes>),
     /// This node's own end.
-    Node(Change<OwnEnd>),
+    Node(Change<LocalVtep>),
     /// A peer.
     Peer(PeerSlot, Change<Peer>),
     /// Which peer has a subnet.
@@ -301,7 +301,7 @@ impl fmt::Display for Op {
             }
             Self::Node(Change::Delete(_)) => f.write_str("this node's own end"),
             Self::Node(Change::Create(own) | Change::Replace { now: own, .. }) => {
-                let OwnEnd { vni, port, guard, ends } = own;
+                let LocalVtep { vni, port, guard, ends } = own;
                 for End { vtep_mac, local, network, subnet } in ends.values() {
                     write!(f, "own subnet {subnet} of {network} local {local} lladdr {vtep_mac}, ")?;
                 }

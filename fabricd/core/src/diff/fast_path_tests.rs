@@ -33,7 +33,7 @@ fn whole() -> FastPath {
         v4: Some(end("10.64.0.0/12", "10.64.1.0/24", "192.0.2.1")),
         v6: Some(end("2001:db8::/48", "2001:db8:0:1::/64", "2001:db8:ff::1")),
     };
-    let own = OwnEnd { vni: 1_u32.try_into().expect("a VNI"), port: 8472, guard: true, ends };
+    let own = LocalVtep { vni: 1_u32.try_into().expect("a VNI"), port: 8472, guard: true, ends };
     let pod =
         Pod { ifindex: 7, mac: v("02:42:0a:40:01:05"), gateway_mac: v("02:42:0a:40:01:01"), mtu: 1450, fast: true };
     FastPath {

@@ -323,7 +323,7 @@ impl Steps<'_> {
             None => (vec![Op::Set(*key, *name, made())], &nothing),
         };
         // The set that was written is the set that was wanted.
-        if there.is_same(&set.elements) || set.kind.grown.is_some() {
+        if there.is_same(&set.elements) || set.kind.dynamic.is_some() {
             return ops;
         }
         let (mut removed, mut added) = (vec![], vec![]);

@@ -28,13 +28,13 @@ impl fmt::Display for Unknown {
 
 /// Whether something holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Truth {
+pub(super) enum Tristate {
     Yes,
     No,
     Maybe(Unknown),
 }
 
-impl Truth {
+impl Tristate {
     pub(super) fn inverted(self, inverted: bool) -> Self {
         match self {
             Self::Yes if inverted => Self::No,
@@ -61,7 +61,7 @@ impl Truth {
     }
 }
 
-impl From<bool> for Truth {
+impl From<bool> for Tristate {
     fn from(holds: bool) -> Self {
         if holds { Self::Yes } else { Self::No }
     }
@@ -149,32 +149,34 @@ impl Bits {
         (&self.value, self.value.iter().zip(&self.known).map(|(value, known)| value | !known).collect())
     }
 
-    fn maybe(&self) -> Truth {
-        Truth::Maybe(self.why.clone().unwrap_or(Unknown::Address))
+    fn maybe(&self) -> Tristate {
+        Tristate::Maybe(self.why.clone().unwrap_or(Unknown::Address))
     }
 
-    pub(super) fn equals(&self, with: &[u8]) -> Truth {
+    pub(super) fn equals(&self, with: &[u8]) -> Tristate {
         let mut all_known = self.len() == with.len();
         for ((value, known), with) in self.value.iter().zip(&self.known).zip(with) {
             if (value ^ with) & known != 0 {
-                return Truth::No;
+                return Tristate::No;
             }
             all_known &= *known == 0xff;
         }
         match self.maybe() {
-            _ if all_known => Truth::Yes,
+            _ if all_known => Tristate::Yes,
             // No packet that comes from another machine or goes to one has a loopback address (RFC 1122 section 3.2.1.3).
-            Truth::Maybe(Unknown::Address) if self.known.first() == Some(&0) && with.first() == Some(&127) => Truth::No,
+            Tristate::Maybe(Unknown::Address) if self.known.first() == Some(&0) && with.first() == Some(&127) => {
+                Tristate::No
+            }
             maybe => maybe,
         }
     }
 
-    pub(super) fn compare(&self, how: Comparison, with: &[u8]) -> Truth {
+    pub(super) fn compare(&self, how: Comparison, with: &[u8]) -> Tristate {
         let (low, high) = self.bounds();
         let (low, high) = (low.cmp(with), high.as_slice().cmp(with));
         let by_order = |holds: fn(Ordering) -> bool| match (holds(low), holds(high)) {
-            (true, true) => Truth::Yes,
-            (false, false) => Truth::No,
+            (true, true) => Tristate::Yes,
+            (false, false) => Tristate::No,
             _ => self.maybe(),
         };
         match how {
@@ -188,7 +190,7 @@ impl Bits {
     }
 
     /// Whether it lies between both.
-    pub(super) fn within(&self, low: &[u8], high: &[u8]) -> Truth {
+    pub(super) fn within(&self, low: &[u8], high: &[u8]) -> Tristate {
         if low == high {
             return self.equals(low);
         }
@@ -197,7 +199,7 @@ impl Bits {
     }
 
     /// Whether all bits of `mask` that are set in `with` are set in it too, as the kernel's `a & mask == with`.
-    pub(super) fn masked(&self, mask: &[u8], with: &[u8]) -> Truth {
+    pub(super) fn masked(&self, mask: &[u8], with: &[u8]) -> Tristate {
         self.bitwise(mask, &[]).equals(with)
     }
 }
@@ -210,32 +212,32 @@ mod tests {
     fn comparisons_know_what_open_bits_leave_open() {
         // 10.244.0.0/16
         let net = Bits::partly([10, 244, 0, 0], [255, 255, 0, 0], Unknown::Address);
-        let maybe = Truth::Maybe(Unknown::Address);
+        let maybe = Tristate::Maybe(Unknown::Address);
         assert_eq!(net.equals(&[10, 244, 3, 2]), maybe);
-        assert_eq!(net.equals(&[10, 245, 3, 2]), Truth::No);
-        assert_eq!(net.masked(&[255, 254, 0, 0], &[10, 244, 0, 0]), Truth::Yes);
+        assert_eq!(net.equals(&[10, 245, 3, 2]), Tristate::No);
+        assert_eq!(net.masked(&[255, 254, 0, 0], &[10, 244, 0, 0]), Tristate::Yes);
         assert_eq!(net.masked(&[255, 255, 255, 0], &[10, 244, 3, 0]), maybe);
-        assert_eq!(net.within(&[10, 0, 0, 0], &[10, 255, 255, 255]), Truth::Yes);
+        assert_eq!(net.within(&[10, 0, 0, 0], &[10, 255, 255, 255]), Tristate::Yes);
         assert_eq!(net.within(&[10, 244, 1, 0], &[10, 255, 255, 255]), maybe);
-        assert_eq!(net.within(&[10, 245, 0, 0], &[10, 255, 255, 255]), Truth::No);
-        assert_eq!(net.compare(Comparison::Less, &[10, 245, 0, 0]), Truth::Yes);
-        assert_eq!(net.compare(Comparison::Greater, &[10, 244, 255, 255]), Truth::No);
+        assert_eq!(net.within(&[10, 245, 0, 0], &[10, 255, 255, 255]), Tristate::No);
+        assert_eq!(net.compare(Comparison::Less, &[10, 245, 0, 0]), Tristate::Yes);
+        assert_eq!(net.compare(Comparison::Greater, &[10, 244, 255, 255]), Tristate::No);
         assert_eq!(net.bitwise(&[0, 0, 255, 0], &[]).equals(&[0, 0, 1, 0]), maybe);
-        assert_eq!(net.part(0, 2).equals(&[10, 244]), Truth::Yes);
+        assert_eq!(net.part(0, 2).equals(&[10, 244]), Tristate::Yes);
         let anybody = Bits::open(4, Unknown::Address);
         assert_eq!(anybody.masked(&[255, 0, 0, 0], &[10, 0, 0, 0]), maybe);
-        assert_eq!(anybody.masked(&[255, 0, 0, 0], &[127, 0, 0, 0]), Truth::No);
-        assert_eq!(Bits::open(4, Unknown::State).equals(&[127, 0, 0, 0]), Truth::Maybe(Unknown::State));
+        assert_eq!(anybody.masked(&[255, 0, 0, 0], &[127, 0, 0, 0]), Tristate::No);
+        assert_eq!(Bits::open(4, Unknown::State).equals(&[127, 0, 0, 0]), Tristate::Maybe(Unknown::State));
     }
 
     #[test]
     fn what_is_false_is_false_whatever_else_is_open() {
-        let maybe = || Truth::Maybe(Unknown::State);
-        assert_eq!(maybe().and(|| Truth::No), Truth::No);
-        assert_eq!(Truth::No.and(maybe), Truth::No);
-        assert_eq!(Truth::Yes.and(maybe), maybe());
-        assert_eq!(maybe().or(|| Truth::Yes), Truth::Yes);
-        assert_eq!(Truth::No.or(maybe), maybe());
+        let maybe = || Tristate::Maybe(Unknown::State);
+        assert_eq!(maybe().and(|| Tristate::No), Tristate::No);
+        assert_eq!(Tristate::No.and(maybe), Tristate::No);
+        assert_eq!(Tristate::Yes.and(maybe), maybe());
+        assert_eq!(maybe().or(|| Tristate::Yes), Tristate::Yes);
+        assert_eq!(Tristate::No.or(maybe), maybe());
         assert_eq!(maybe().inverted(true), maybe());
     }
 }

@@ -1,6 +1,6 @@
 //! [`Node::bypassed`]: what of others filters or changes the packets between pods, so that the fast path would pass it by.
 //!
-//! Asked is not whether a packet passes, as for [`Obstacle`](super::traffic::Obstacle)s, but whether every packet of TCP and
+//! Asked is not whether a packet passes, as for [`BlockingChain`](super::traffic::BlockingChain)s, but whether every packet of TCP and
 //! UDP does, whatever its ports, its state and its addresses in the network are. What can't be read counts as if it dropped.
 //!
 //! Two kinds of rules are passed by and not told. Those that only count, log or remember packets. And those of kube-proxy: in
@@ -12,7 +12,7 @@ use std::fmt;
 
 use super::evaluate::{Blocked, effects};
 use super::packet::{Connection, Content, Flow};
-use super::traffic::{Node, Obstacle};
+use super::traffic::{BlockingChain, Node};
 use super::{Firewall, Packet};
 
 /// A rule or a policy of others that packets between pods would pass by.
@@ -63,7 +63,7 @@ impl Node {
     /// What of others filters or changes packets between pods: those of this node, and those of others. `encapsulated` is what
     /// stands in the way of what carries them between nodes.
     #[must_use]
-    pub fn bypassed(&self, firewall: &Firewall, encapsulated: &[Obstacle]) -> Vec<Bypassed> {
+    pub fn bypassed(&self, firewall: &Firewall, encapsulated: &[BlockingChain]) -> Vec<Bypassed> {
         let mut found = BTreeSet::new();
         for packet in self.between_pods() {
             let effects = effects(firewall, &packet);

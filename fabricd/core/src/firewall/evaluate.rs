@@ -5,8 +5,8 @@
 //! followed: what would then be decided is noted, and the walk goes on as if it didn't apply. A drop that is certain
 //! whatever the open conditions are is a drop.
 
-use super::bits::{Bits, Truth, Unknown};
-use super::fields::{Carried, Tracking, holds, load};
+use super::bits::{Bits, Tristate, Unknown};
+use super::fields::{PacketMeta, Tracking, holds, load};
 use super::packet::{Connection, Packet};
 use super::{Base, Chain, Decision, Destination, Element, Firewall, Hook, Rule, Set, Step, Table, TableKind, Value};
 
@@ -18,7 +18,7 @@ pub enum Verdict {
     /// These drop it, each by itself.
     Dropped(Vec<Blocked>),
     /// These may drop it.
-    Unknown(Vec<Doubt>),
+    Unknown(Vec<PossibleDrop>),
 }
 
 /// What drops a packet.
@@ -51,7 +51,7 @@ pub struct Place {
 
 /// What may drop a packet.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Doubt {
+pub struct PossibleDrop {
     /// What.
     pub by: Blocked,
     /// What isn't known.
@@ -99,9 +99,9 @@ pub(super) fn effects(firewall: &Firewall, packet: &Packet) -> Effects {
 /// A packet on its way through the chains.
 struct Walk<'a> {
     packet: &'a Packet,
-    carried: Carried,
+    meta: PacketMeta,
     dropped: Vec<Blocked>,
-    doubts: Vec<Doubt>,
+    doubts: Vec<PossibleDrop>,
     /// Rules that change it, or may.
     changes: Vec<Blocked>,
     /// Why it may have passed the base chain that it is in.
@@ -132,8 +132,8 @@ const DEPTH: usize = 64;
 
 impl<'a> Walk<'a> {
     fn new(packet: &'a Packet) -> Self {
-        let carried = Carried { mark: Bits::known([0; 4]), tracking: Tracking::NotYet };
-        Self { packet, carried, dropped: vec![], doubts: vec![], changes: vec![], may_have_passed: None }
+        let meta = PacketMeta { mark: Bits::known([0; 4]), tracking: Tracking::NotYet };
+        Self { packet, meta, dropped: vec![], doubts: vec![], changes: vec![], may_have_passed: None }
     }
 
     fn through(firewall: &'a Firewall, packet: &'a Packet) -> Self {
@@ -161,35 +161,35 @@ impl<'a> Walk<'a> {
             return chains.iter().for_each(|chain| self.base_chain(chain));
         };
         self.comes_to(*base);
-        let start = self.carried.clone();
-        let ends: Vec<Carried> = chains
+        let start = self.meta.clone();
+        let ends: Vec<PacketMeta> = chains
             .iter()
             .map(|chain| {
-                let mut alone = Walk { carried: start.clone(), ..Walk::new(self.packet) };
+                let mut alone = Walk { meta: start.clone(), ..Walk::new(self.packet) };
                 alone.base_chain(chain);
-                alone.carried
+                alone.meta
             })
             .collect();
         let mut after = start.clone();
         for (number, chain) in chains.iter().enumerate() {
             let others = ends.iter().enumerate().filter(|(other, _)| *other != number);
             let seen = others.fold(start.clone(), |seen, (_, end)| seen.or(&start, end));
-            self.carried = seen.clone();
+            self.meta = seen.clone();
             self.base_chain(chain);
-            after = match (after == start, self.carried == seen) {
+            after = match (after == start, self.meta == seen) {
                 (_, true) => after,
-                (true, false) => self.carried.clone(),
-                (false, false) => after.or(&seen, &self.carried),
+                (true, false) => self.meta.clone(),
+                (false, false) => after.or(&seen, &self.meta),
             };
         }
-        self.carried = after;
+        self.meta = after;
     }
 
     /// Connection tracking is behind the packet, or isn't.
     fn comes_to(&mut self, base: Base) {
         let later = !matches!(base.hook, Hook::Prerouting | Hook::Output) || base.priority >= CONNTRACK;
-        if later && self.carried.tracking == Tracking::NotYet {
-            self.carried.tracking = match self.packet.connection {
+        if later && self.meta.tracking == Tracking::NotYet {
+            self.meta.tracking = match self.packet.connection {
                 Connection::Untracked => Tracking::Untracked,
                 _ => Tracking::Tracked,
             };
@@ -207,7 +207,7 @@ impl<'a> Walk<'a> {
         if let End::Drop(by) = end {
             match self.may_have_passed.take() {
                 None => self.dropped.push(by),
-                Some(because) => self.doubts.push(Doubt { by, because }),
+                Some(because) => self.doubts.push(PossibleDrop { by, because }),
             }
         }
     }
@@ -217,9 +217,9 @@ impl<'a> Walk<'a> {
         let mut doubt = doubt;
         for (number, rule) in (1..).zip(&chain.rules) {
             let (decision, applies) = match self.rule(at, rule, doubt.is_none()) {
-                None | Some((_, Truth::No)) => continue,
-                Some((decision, Truth::Yes)) => (decision, None),
-                Some((decision, Truth::Maybe(why))) => (decision, Some(why)),
+                None | Some((_, Tristate::No)) => continue,
+                Some((decision, Tristate::Yes)) => (decision, None),
+                Some((decision, Tristate::Maybe(why))) => (decision, Some(why)),
             };
             let is_sure = applies.is_none();
             // Why it is open whether the packet comes here and the rule applies.
@@ -240,12 +240,12 @@ impl<'a> Walk<'a> {
                 },
                 Decision::Drop(_) => match open {
                     None => return End::Drop(blocked()),
-                    Some(because) => self.doubts.push(Doubt { by: blocked(), because }),
+                    Some(because) => self.doubts.push(PossibleDrop { by: blocked(), because }),
                 },
                 Decision::Elsewhere(ref words) => {
                     let words = Unknown::Condition(words.clone());
                     let because = open.clone().map_or(words.clone(), |why| why.min(words));
-                    self.doubts.push(Doubt { by: blocked(), because: because.clone() });
+                    self.doubts.push(PossibleDrop { by: blocked(), because: because.clone() });
                     // It may be let through by whoever decides, and is seen by no further rule of this chain.
                     self.may_pass(because);
                     if open.is_none() {
@@ -281,7 +281,7 @@ impl<'a> Walk<'a> {
     fn called(&mut self, at: At<'a>, target: &str, doubt: Option<Unknown>) -> End {
         let Some((name, chain)) = at.table.chains.get_key_value(target).filter(|_| at.depth < DEPTH) else {
             let because = Unknown::Condition(format!("chain {target}, which was not read"));
-            self.doubts.push(Doubt { by: at.blocked(None), because: because.clone() });
+            self.doubts.push(PossibleDrop { by: at.blocked(None), because: because.clone() });
             self.may_pass(because);
             return End::Return;
         };
@@ -293,33 +293,33 @@ impl<'a> Walk<'a> {
     }
 
     /// What a rule decides, and whether it applies. `certain`: whether the packet comes here for sure.
-    fn rule(&mut self, at: At<'a>, rule: &Rule, certain: bool) -> Option<(Decision, Truth)> {
+    fn rule(&mut self, at: At<'a>, rule: &Rule, certain: bool) -> Option<(Decision, Tristate)> {
         let hook = at.base.1.hook;
         let mut registers = Bits::known(vec![0; 64]);
-        let mut applies = Truth::Yes;
+        let mut applies = Tristate::Yes;
         let mut decision = Decision::Continue;
         for step in &rule.steps {
             let condition = match step {
-                Step::Load { field, len, to } => match load(field, *len, self.packet, hook, &self.carried) {
-                    None => Truth::No,
+                Step::Load { field, len, to } => match load(field, *len, self.packet, hook, &self.meta) {
+                    None => Tristate::No,
                     Some(bits) => {
                         set(&mut registers, *to, &bits);
-                        Truth::Yes
+                        Tristate::Yes
                     }
                 },
                 Step::Constant { data, to } => {
                     set(&mut registers, *to, &Bits::known(data.clone()));
-                    Truth::Yes
+                    Tristate::Yes
                 }
                 Step::Bitwise { from, to, mask, xor } => {
                     let bits = registers.part((*from).into(), mask.len()).bitwise(mask, xor);
                     set(&mut registers, *to, &bits);
-                    Truth::Yes
+                    Tristate::Yes
                 }
                 Step::SwapBytes { from, to, len, size } => {
                     let bits = registers.part((*from).into(), (*len).into()).swapped((*size).into());
                     set(&mut registers, *to, &bits);
-                    Truth::Yes
+                    Tristate::Yes
                 }
                 Step::Compare { register, how, with } => {
                     registers.part((*register).into(), with.len()).compare(*how, with)
@@ -328,12 +328,12 @@ impl<'a> Walk<'a> {
                     registers.part((*register).into(), low.len()).within(low, high).inverted(*inverted)
                 }
                 Step::Lookup { register, set: name, inverted, to } => match at.table.sets.get(name) {
-                    None => Truth::Maybe(Unknown::Condition(format!("set {name}, which was not read"))),
+                    None => Tristate::Maybe(Unknown::Condition(format!("set {name}, which was not read"))),
                     Some(found) => {
                         let (holds, value) = look_up(found, &registers, (*register).into());
                         match (to, value) {
                             (Destination::Verdict, Some(Value::Decision(verdict))) => decision = verdict.clone(),
-                            (Destination::Verdict, None) if holds != Truth::No => {
+                            (Destination::Verdict, None) if holds != Tristate::No => {
                                 decision = Decision::Elsewhere(format!("map {name}"));
                             }
                             (Destination::Register(to), Some(Value::Data(data))) => {
@@ -348,40 +348,40 @@ impl<'a> Walk<'a> {
                         holds.inverted(*inverted)
                     }
                 },
-                Step::Test { test, inverted } => holds(test, self.packet, hook, &self.carried).inverted(*inverted),
+                Step::Test { test, inverted } => holds(test, self.packet, hook, &self.meta).inverted(*inverted),
                 // Whatever it may have loaded isn't known either.
                 Step::Opaque(words) => {
                     registers = Bits::open(64, Unknown::Condition(words.clone()));
-                    Truth::Maybe(Unknown::Condition(words.clone()))
+                    Tristate::Maybe(Unknown::Condition(words.clone()))
                 }
                 Step::SetMark(register) => {
                     let mark = registers.part((*register).into(), 4);
                     self.mark(mark, &applies, certain);
-                    Truth::Yes
+                    Tristate::Yes
                 }
                 Step::ChangeMark { clear, xor } => {
-                    let mark = self.carried.mark.bitwise(&(!clear).to_ne_bytes(), &xor.to_ne_bytes());
+                    let mark = self.meta.mark.bitwise(&(!clear).to_ne_bytes(), &xor.to_ne_bytes());
                     self.mark(mark, &applies, certain);
-                    Truth::Yes
+                    Tristate::Yes
                 }
-                Step::Change(_) => Truth::Yes,
+                Step::Change(_) => Tristate::Yes,
                 Step::Notrack => {
-                    if self.carried.tracking == Tracking::NotYet {
-                        self.carried.tracking = match &applies {
-                            Truth::Maybe(why) => Tracking::Maybe(why.clone()),
+                    if self.meta.tracking == Tracking::NotYet {
+                        self.meta.tracking = match &applies {
+                            Tristate::Maybe(why) => Tracking::Maybe(why.clone()),
                             _ if certain => Tracking::Untracked,
                             _ => Tracking::Maybe(Unknown::Condition("notrack".to_owned())),
                         };
                     }
-                    Truth::Yes
+                    Tristate::Yes
                 }
                 Step::Decide(verdict) => {
                     decision = verdict.clone();
-                    Truth::Yes
+                    Tristate::Yes
                 }
             };
             applies = applies.and(|| condition);
-            if applies == Truth::No {
+            if applies == Tristate::No {
                 return None;
             }
             if decision != Decision::Continue {
@@ -391,10 +391,10 @@ impl<'a> Walk<'a> {
         Some((decision, applies))
     }
 
-    fn mark(&mut self, mark: Bits, applies: &Truth, certain: bool) {
-        self.carried.mark = match applies {
-            Truth::Yes if certain => mark,
-            Truth::Maybe(why) => Bits::open(4, why.clone()),
+    fn mark(&mut self, mark: Bits, applies: &Tristate, certain: bool) {
+        self.meta.mark = match applies {
+            Tristate::Yes if certain => mark,
+            Tristate::Maybe(why) => Bits::open(4, why.clone()),
             _ => Bits::open(4, Unknown::Condition("meta mark".to_owned())),
         };
     }
@@ -406,14 +406,14 @@ fn set(registers: &mut Bits, to: u8, bits: &Bits) {
 }
 
 /// Whether a key is in a set, and the value that a map has for it, if that is known.
-fn look_up<'a>(set: &'a Set, registers: &Bits, register: usize) -> (Truth, Option<&'a Value>) {
+fn look_up<'a>(set: &'a Set, registers: &Bits, register: usize) -> (Tristate, Option<&'a Value>) {
     let in_element = |element: &Element| match set.fields.is_empty() {
         true => registers.part(register, element.low.len()).within(&element.low, &element.high),
         false => {
-            let (mut at, mut found) = (0, Truth::Yes);
+            let (mut at, mut found) = (0, Tristate::Yes);
             for len in set.fields.iter().map(|len| usize::from(*len)) {
                 let Some((low, high)) = element.low.get(at..at + len).zip(element.high.get(at..at + len)) else {
-                    return Truth::No;
+                    return Tristate::No;
                 };
                 found = found.and(|| registers.part(register + at, len).within(low, high));
                 at += len.next_multiple_of(4);
@@ -425,18 +425,18 @@ fn look_up<'a>(set: &'a Set, registers: &Bits, register: usize) -> (Truth, Optio
     for element in candidates(set, registers, register) {
         match in_element(element) {
             // An element before it may have been meant.
-            Truth::Yes if open.is_none() => return (Truth::Yes, element.value.as_ref()),
-            Truth::Yes => return (Truth::Yes, None),
-            Truth::Maybe(why) => open = Some(open.map_or_else(|| why.clone(), |before| before.min(why.clone()))),
-            Truth::No => {}
+            Tristate::Yes if open.is_none() => return (Tristate::Yes, element.value.as_ref()),
+            Tristate::Yes => return (Tristate::Yes, None),
+            Tristate::Maybe(why) => open = Some(open.map_or_else(|| why.clone(), |before| before.min(why.clone()))),
+            Tristate::No => {}
         }
     }
     let rest = if set.dynamic { Some(Unknown::Condition("a set that packets fill".to_owned())) } else { open };
     match (rest, &set.catch_all) {
-        (None, Some(all)) => (Truth::Yes, all.value.as_ref()),
-        (None, None) => (Truth::No, None),
-        (Some(_), Some(_)) => (Truth::Yes, None),
-        (Some(why), None) => (Truth::Maybe(why), None),
+        (None, Some(all)) => (Tristate::Yes, all.value.as_ref()),
+        (None, None) => (Tristate::No, None),
+        (Some(_), Some(_)) => (Tristate::Yes, None),
+        (Some(why), None) => (Tristate::Maybe(why), None),
     }
 }
 

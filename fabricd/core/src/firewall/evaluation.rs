@@ -3,13 +3,13 @@
 use super::Blocked;
 use super::bypass::Bypassed;
 use super::packet::Flow;
-use super::traffic::Obstacle;
+use super::traffic::BlockingChain;
 
 /// What foreign chains make of packets of ours.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Evaluation {
     /// What stands in the way; what is sure comes first.
-    pub obstacles: Vec<Obstacle>,
+    pub obstacles: Vec<BlockingChain>,
     /// A rule whose decision on encapsulated packets hangs on the state of their connection: so they are tracked.
     pub state_rule: Option<Blocked>,
     /// Base chains that are not evaluated: those of bridges and devices.
@@ -20,7 +20,7 @@ pub struct Evaluation {
 
 impl Evaluation {
     /// What stands in the way of these kinds of packets.
-    pub fn of<'a>(&'a self, flows: &'a [Flow]) -> impl Iterator<Item = &'a Obstacle> + use<'a> {
+    pub fn of<'a>(&'a self, flows: &'a [Flow]) -> impl Iterator<Item = &'a BlockingChain> + use<'a> {
         self.obstacles.iter().filter(|obstacle| flows.contains(&obstacle.flow))
     }
 }

@@ -1,6 +1,6 @@
 //! What rules look at: the fields that they load, and the matches of iptables.
 
-use super::bits::{Bits, Truth, Unknown};
+use super::bits::{Bits, Tristate, Unknown};
 use super::packet::{Connection, Interface, Packet, Path, address};
 use super::{End, Field, Hook, Test};
 use crate::model::Family;
@@ -30,12 +30,12 @@ pub(super) enum Tracking {
 
 /// What a packet carries along from chain to chain.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Carried {
+pub(super) struct PacketMeta {
     pub(super) mark: Bits,
     pub(super) tracking: Tracking,
 }
 
-impl Carried {
+impl PacketMeta {
     /// This, or what a chain that changes `start` to `end` makes of it: what that chain changes is open.
     pub(super) fn or(self, start: &Self, end: &Self) -> Self {
         let why = || Unknown::Condition("the order of chains of the same priority".to_owned());
@@ -60,7 +60,7 @@ const CONFIRMED: u32 = 1 << 3;
 const DESTINATION_NAT: u32 = 1 << 5;
 
 /// What a field holds at a hook; `None` when the packet has no such thing, which ends the rule.
-pub(super) fn load(field: &Field, len: u8, packet: &Packet, hook: Hook, carried: &Carried) -> Option<Bits> {
+pub(super) fn load(field: &Field, len: u8, packet: &Packet, hook: Hook, meta: &PacketMeta) -> Option<Bits> {
     let len = usize::from(len);
     let [input, output] = packet.interfaces(hook);
     let number = |number: u32| Bits::known(number.to_ne_bytes());
@@ -91,7 +91,7 @@ pub(super) fn load(field: &Field, len: u8, packet: &Packet, hook: Hook, carried:
             Family::V6 => 10,
         }])),
         Field::Protocol => Some(Bits::known([packet.protocol()])),
-        Field::Mark => Some(carried.mark.clone()),
+        Field::Mark => Some(meta.mark.clone()),
         Field::InIndex => index(input, "iif"),
         Field::OutIndex => index(output, "oif"),
         Field::InName => Some(Bits::known(name(input))),
@@ -106,12 +106,12 @@ pub(super) fn load(field: &Field, len: u8, packet: &Packet, hook: Hook, carried:
         Field::PacketType => Some(Bits::known([0])),
         Field::SocketOwner if packet.path == Path::Forwarded => None,
         Field::SocketOwner => unknown("meta skuid"),
-        Field::ConnectionState => Some(match state_bits(packet, &carried.tracking) {
+        Field::ConnectionState => Some(match state_bits(packet, &meta.tracking) {
             Ok(bits) => number(bits),
             Err(why) => Bits::open(4, why),
         }),
         Field::ConnectionDirection | Field::ConnectionStatus | Field::ConnectionMark | Field::ConnectionHelper => {
-            match &carried.tracking {
+            match &meta.tracking {
                 Tracking::Tracked => connection(field, packet),
                 Tracking::Maybe(why) => Some(Bits::open(len, why.clone())),
                 Tracking::NotYet | Tracking::Untracked => None,
@@ -212,7 +212,7 @@ fn address_type(packet: &Packet, source: bool) -> u32 {
 }
 
 /// Whether a match of iptables holds at a hook.
-pub(super) fn holds(test: &Test, packet: &Packet, hook: Hook, carried: &Carried) -> Truth {
+pub(super) fn holds(test: &Test, packet: &Packet, hook: Hook, meta: &PacketMeta) -> Tristate {
     let end_of = |end: &End| match end {
         End::Source => address(packet.source),
         End::Target => address(packet.target),
@@ -225,38 +225,40 @@ pub(super) fn holds(test: &Test, packet: &Packet, hook: Hook, carried: &Carried)
             Bits::known(name(if *end == End::Source { input } else { output })).masked(mask, wanted)
         }
         // `-p all`
-        Test::Protocol(0) => Truth::Yes,
-        Test::Protocol(number) => Truth::from(packet.protocol() == *number),
-        Test::Fragment => Truth::No,
+        Test::Protocol(0) => Tristate::Yes,
+        Test::Protocol(number) => Tristate::from(packet.protocol() == *number),
+        Test::Fragment => Tristate::No,
         Test::Ports { end, ranges } => match packet.ports() {
-            None => Truth::No,
+            None => Tristate::No,
             Some([source, target]) => in_ranges(if *end == End::Source { &source } else { &target }, ranges),
         },
         Test::AnyPort(ranges) => match packet.ports() {
-            None => Truth::No,
+            None => Tristate::No,
             Some([source, target]) => in_ranges(&source, ranges).or(|| in_ranges(&target, ranges)),
         },
-        Test::State { states, translated } => match state_bits(packet, &carried.tracking) {
-            Ok(bits) if bits & states != 0 => Truth::Yes,
+        Test::State { states, translated } => match state_bits(packet, &meta.tracking) {
+            Ok(bits) if bits & states != 0 => Tristate::Yes,
             // Packets of ours have no translated destination; whether a reply's is that of a masqueraded pod is open.
             Ok(_) if *translated && packet.connection == Connection::Established => {
-                Truth::Maybe(Unknown::Condition("a translated connection".to_owned()))
+                Tristate::Maybe(Unknown::Condition("a translated connection".to_owned()))
             }
-            Ok(_) => Truth::No,
-            Err(why) => Truth::Maybe(why),
+            Ok(_) => Tristate::No,
+            Err(why) => Tristate::Maybe(why),
         },
-        Test::Mark { mark, mask } => carried.mark.masked(&mask.to_ne_bytes(), &mark.to_ne_bytes()),
-        Test::AddressType { end, types } => Truth::from(types & (1 << address_type(packet, *end == End::Source)) != 0),
-        Test::PacketType(kind) => Truth::from(*kind == 0),
+        Test::Mark { mark, mask } => meta.mark.masked(&mask.to_ne_bytes(), &mark.to_ne_bytes()),
+        Test::AddressType { end, types } => {
+            Tristate::from(types & (1 << address_type(packet, *end == End::Source)) != 0)
+        }
+        Test::PacketType(kind) => Tristate::from(*kind == 0),
         Test::ReversePath => match packet.reverse_path {
-            Some(there) => Truth::from(there),
-            None => Truth::Maybe(Unknown::Condition("rpfilter".to_owned())),
+            Some(there) => Tristate::from(there),
+            None => Tristate::Maybe(Unknown::Condition("rpfilter".to_owned())),
         },
-        Test::Always => Truth::Yes,
+        Test::Always => Tristate::Yes,
     }
 }
 
-fn in_ranges(port: &Bits, ranges: &[(u16, u16)]) -> Truth {
+fn in_ranges(port: &Bits, ranges: &[(u16, u16)]) -> Tristate {
     let within = |(low, high): &(u16, u16)| port.within(&low.to_be_bytes(), &high.to_be_bytes());
-    ranges.iter().fold(Truth::No, |found, range| found.or(|| within(range)))
+    ranges.iter().fold(Tristate::No, |found, range| found.or(|| within(range)))
 }

@@ -39,7 +39,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::model::Family;
 
 pub use self::bits::Unknown;
-pub use self::evaluate::{Blocked, Doubt, Verdict, evaluate, state_decides};
+pub use self::evaluate::{Blocked, PossibleDrop, Verdict, evaluate, state_decides};
 pub use self::evaluation::Evaluation;
 pub use self::fields::state;
 pub use self::packet::{Connection, Interface, Packet, Path};

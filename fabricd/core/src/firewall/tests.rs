@@ -6,7 +6,7 @@ use super::bits::Unknown;
 use super::evaluate::{Verdict, evaluate};
 use super::fields::state;
 use super::packet::Flow;
-use super::traffic::{Node, Obstacle};
+use super::traffic::{BlockingChain, Node};
 use super::*;
 use crate::model::{IfName, Subnet, Vni};
 
@@ -88,7 +88,7 @@ fn drop() -> Decision {
     Decision::Drop("drop")
 }
 
-fn said(obstacles: &[Obstacle]) -> Vec<String> {
+fn said(obstacles: &[BlockingChain]) -> Vec<String> {
     obstacles.iter().map(ToString::to_string).collect()
 }
 

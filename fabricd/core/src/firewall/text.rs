@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use super::evaluate::{Blocked, Doubt};
+use super::evaluate::{Blocked, PossibleDrop};
 use super::fields::state;
 use super::{Comparison, Decision, Destination, End, Field, Hook, Register, Rule, Step, TableKind, Test};
 
@@ -50,7 +50,7 @@ impl fmt::Display for Blocked {
     }
 }
 
-impl fmt::Display for Doubt {
+impl fmt::Display for PossibleDrop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}; it depends on {}", self.by, self.because)
     }

@@ -49,7 +49,7 @@ pub struct Node {
 
 /// A chain of others that stands in the way.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Obstacle {
+pub struct BlockingChain {
     /// The family.
     pub family: Family,
     /// Of what.
@@ -66,7 +66,7 @@ pub struct Obstacle {
     pub remedy: Vec<String>,
 }
 
-impl Obstacle {
+impl BlockingChain {
     /// Whether it is sure that packets which should pass are dropped.
     #[must_use]
     pub fn is_sure(&self) -> bool {
@@ -74,7 +74,7 @@ impl Obstacle {
     }
 }
 
-impl fmt::Display for Obstacle {
+impl fmt::Display for BlockingChain {
     /// `inet fw forward policy drop drops IPv4 packets between pods of this node and of others`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { by, family, port, .. } = self;
@@ -188,7 +188,7 @@ impl Node {
     /// What of others stands in the way of packets of ours; what is sure comes first. The peers are asked for only where a
     /// rule looks at their addresses.
     #[must_use]
-    pub fn obstacles(&self, firewall: &Firewall, peers: impl Fn() -> Vec<IpAddr>) -> Vec<Obstacle> {
+    pub fn obstacles(&self, firewall: &Firewall, peers: impl Fn() -> Vec<IpAddr>) -> Vec<BlockingChain> {
         let mut found = Found::new();
         for (flow, packet) in self.packets() {
             match evaluate(firewall, &packet) {
@@ -220,16 +220,17 @@ impl Node {
         let between: Vec<Blocked> =
             found.keys().filter(|(flow, _)| *flow == Flow::Pods).map(|(_, by)| by.clone()).collect();
         found.retain(|(flow, by), _| *flow != Flow::Outside || !between.contains(by));
-        let obstacle = |((flow, by), (because, peers)): ((Flow, Blocked), (Option<Unknown>, Vec<IpAddr>))| Obstacle {
-            family: self.family(),
-            flow,
-            remedy: self.remedy(firewall, &by, flow),
-            by,
-            because,
-            peers,
-            port: self.port,
-        };
-        let mut obstacles: Vec<Obstacle> = found.into_iter().map(obstacle).collect();
+        let obstacle =
+            |((flow, by), (because, peers)): ((Flow, Blocked), (Option<Unknown>, Vec<IpAddr>))| BlockingChain {
+                family: self.family(),
+                flow,
+                remedy: self.remedy(firewall, &by, flow),
+                by,
+                because,
+                peers,
+                port: self.port,
+            };
+        let mut obstacles: Vec<BlockingChain> = found.into_iter().map(obstacle).collect();
         obstacles.sort_by_key(|obstacle| !obstacle.is_sure());
         obstacles
     }

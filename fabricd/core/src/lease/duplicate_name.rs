@@ -17,7 +17,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use super::claim::written_here;
-use super::reason::{DuplicateName, Life, Obstacle, Place};
+use super::reason::{DuplicateName, Liveness, Obstacle, Place};
 use super::situation::{Question, Situation, Step};
 use crate::leases::Lease;
 
@@ -57,11 +57,11 @@ pub(super) fn ask_holder(now: &Situation<'_>, lease: &Lease) -> Option<Step> {
     }
     let ends = found.and_then(|found| found.ends);
     let there = Place { addresses: published, boot: writer.boot.clone(), since: None };
-    let (life, there) = match answer {
-        Some(party) => (Life::Lives, Place::from(party)),
-        None if host_answers && silent >= QUICK => (Life::HostAnswers { ends }, there),
-        None if patience.is_none() && silent >= QUICK => (Life::Silent { ends }, there),
-        None => (Life::Asked, there),
+    let (liveness, there) = match answer {
+        Some(party) => (Liveness::Lives, Place::from(party)),
+        None if host_answers && silent >= QUICK => (Liveness::HostAnswers { ends }, there),
+        None if patience.is_none() && silent >= QUICK => (Liveness::Silent { ends }, there),
+        None => (Liveness::Asked, there),
     };
     let here = Place {
         addresses: now.public_ips.values().copied().collect(),
@@ -69,7 +69,7 @@ pub(super) fn ask_holder(now: &Situation<'_>, lease: &Lease) -> Option<Step> {
         since: Some(now.since),
     };
     let question = Question { node: owner.node.clone(), key: lease.key, revision: lease.mod_revision, probe };
-    let duplicate = DuplicateName { node: owner.node.clone(), key: lease.key, there, here, life };
+    let duplicate = DuplicateName { node: owner.node.clone(), key: lease.key, there, here, liveness };
     Some(Step::Ask(question, Obstacle::SameName(Box::new(duplicate))))
 }
 

@@ -27,7 +27,7 @@ mod tests;
 use self::alloc::{Taken, choose};
 use self::claim::{claim_of, endpoints, same_address, written_here};
 pub use self::duplicate_name::{QUICK, REMEMBERED};
-pub use self::reason::{DuplicateName, Life, Loss, Obstacle, Place};
+pub use self::reason::{DuplicateName, Liveness, Loss, Obstacle, Place};
 pub use self::situation::{
     Assigned, ClaimRequest, Expect, ExpiredLease, Findings, Held, Previous, Question, Situation, Step,
 };

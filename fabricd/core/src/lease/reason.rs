@@ -158,7 +158,7 @@ impl Obstacle {
     /// True while the holder of a record in this node's name has been asked a moment ago.
     #[must_use]
     pub fn is_being_asked(&self) -> bool {
-        matches!(self, Self::SameName(duplicate) if duplicate.life == Life::Asked)
+        matches!(self, Self::SameName(duplicate) if duplicate.liveness == Liveness::Asked)
     }
 
     /// The subnets of pods that are in the way.
@@ -197,7 +197,7 @@ pub struct DuplicateName {
     /// This one.
     pub here: Place,
     /// What is known of the other.
-    pub life: Life,
+    pub liveness: Liveness,
 }
 
 /// A machine, for people.
@@ -213,7 +213,7 @@ pub struct Place {
 
 /// Whether the other machine lives.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Life {
+pub enum Liveness {
     /// It has been asked a moment ago.
     Asked,
     /// It said so.
@@ -249,25 +249,25 @@ impl fmt::Display for Place {
 
 impl fmt::Display for DuplicateName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { node, key, there, here, life } = self;
+        let Self { node, key, there, here, liveness } = self;
         let until = |ends: &Option<i64>| {
             ends.map_or_else(
                 || "when that lease ends".to_owned(),
                 |ends| format!("when that lease ends, {}", utc(ends)),
             )
         };
-        match life {
-            Life::Asked => write!(
+        match liveness {
+            Liveness::Asked => write!(
                 f,
                 "{key} is leased to {node} at {there}, and this machine is {node} at {here}; asking whether the other \
                  one lives"
             ),
-            Life::Lives => write!(
+            Liveness::Lives => write!(
                 f,
                 "another machine that lives is called {node} too: it holds {key} at {there}, this machine is at {here}; \
                  name one of them differently with --node-name"
             ),
-            Life::HostAnswers { ends } => write!(
+            Liveness::HostAnswers { ends } => write!(
                 f,
                 "another machine is called {node} too: it holds {key} at {there}, where a machine answers though its \
                  fabricd doesn't; this machine is at {here}. If both live, name one of them differently with \
@@ -275,7 +275,7 @@ impl fmt::Display for DuplicateName {
                  taken {}",
                 until(ends)
             ),
-            Life::Silent { ends } => write!(
+            Liveness::Silent { ends } => write!(
                 f,
                 "another machine is called {node} too: it holds {key} at {there} and doesn't answer; this machine is at \
                  {here}. If that one is gone, or was this machine before: fabricctl lease release {node}; if both live, \

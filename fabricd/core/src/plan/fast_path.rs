@@ -12,7 +12,7 @@ use crate::model::{Family, IfName, MacAddr, PerFamily, Subnet};
 use crate::network::NetworkConfig;
 use crate::plan::filter::Pod as AttachedPod;
 use crate::state::fast_path::{
-    End, FastPath, MapSizes, OwnEnd, Peer, PeerSlot, Place, Pod, PodSlot, Program, Role, UnderlayPath,
+    End, FastPath, LocalVtep, MapSizes, Peer, PeerSlot, Place, Pod, PodSlot, Program, Role, UnderlayPath,
 };
 use crate::state::{Routing, Via};
 
@@ -116,7 +116,8 @@ pub fn fast_path(inputs: &FastPathInputs<'_>) -> Result<Planned, NoFastPath> {
     if ends.is_empty() {
         return Err(without.values().next().copied().unwrap_or(NoFastPath::NoDevice));
     }
-    let node = OwnEnd { vni: inputs.network.vxlan.vni, port: inputs.network.vxlan.port, guard: inputs.tracked, ends };
+    let node =
+        LocalVtep { vni: inputs.network.vxlan.vni, port: inputs.network.vxlan.port, guard: inputs.tracked, ends };
     let (peers, pods) = (peers(inputs, &ends), pods(inputs, &ends));
     let had = inputs.have.maps;
     let sizes = MapSizes {

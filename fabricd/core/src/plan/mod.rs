@@ -5,10 +5,10 @@
 //! the peer's VTEP; and the FDB entry, which turns that MAC into the underlay address that the packet is
 //! sent to. So a peer costs four entries (three in IPv6), and all of them are made here from its lease.
 
+pub mod bypass;
 pub mod fast_path;
 pub mod filter;
 mod own_device;
-pub mod passed_by;
 mod peers;
 
 use std::collections::BTreeMap;

@@ -3,7 +3,7 @@
 //! ```text
 //! NetworkPolicies ─ decode ─┐
 //! Namespaces, Pods ─────────┼─► State ─► Cluster ─┬─► evaluate(conn): may it be, by which rule?   the truth
-//! pods of this node ────────┘                     └─► combos ─► groups ─► plan: sets and chains   what the kernel does
+//! pods of this node ────────┘                     └─► effective ─► groups ─► plan: sets and chains   what the kernel does
 //! ```
 //!
 //! | module | what |
@@ -14,7 +14,7 @@
 //! | [`labels`], [`selector`] | labels, kept once each, and what selects by them |
 //! | [`decode`] | a policy's JSON, item by item: what can't be understood matches nothing |
 //! | [`evaluate`] | the rules of Kubernetes to the letter |
-//! | [`combos`], [`groups`], [`cover`] | the same for many: what pods and rules have in common, by number |
+//! | [`effective`], [`groups`], [`cover`] | the same for many: what pods and rules have in common, by number |
 //! | [`members`] | who is in each group, kept up to date pod by pod |
 //! | [`plan`], [`drops`] | the table of the packet filter; what becomes there of what isn't allowed |
 //! | [`separation`] | what holds between pods of one node where that table doesn't see them |
@@ -25,10 +25,10 @@
 //! as they are after translation of the destination, so a policy sees the endpoint of a Service and never its virtual
 //! address. Answers pass.
 
-pub mod combos;
 pub mod cover;
 pub mod decode;
 pub mod drops;
+pub mod effective;
 pub mod evaluate;
 pub mod groups;
 mod json;

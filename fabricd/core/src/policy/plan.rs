@@ -17,14 +17,14 @@
 //! A pod is known once its policies are applied; until then it reaches nobody but itself, and is reached by nobody but its
 //! own node, whose packets meet none of these chains.
 //!
-//! Chains come and go with combos, and elements with pods. Sets are few, whatever there is.
+//! Chains come and go with effective policies, and elements with pods. Sets are few, whatever there is.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 
-use super::combos::{Allowance, Combo, PeerTest, PortTest};
 use super::cover::cover;
 use super::drops::DropCause;
+use super::effective::{Allowance, EffectivePolicy, PeerTest, PortTest};
 use super::evaluate::{Cluster, Who};
 use super::groups::{BlockGroup, NamedGroup, Numbers, PodGroup, PortGroup};
 use super::members::Members;
@@ -106,7 +106,7 @@ impl Planner {
 
 fn plan_with(members: &mut Members, cluster: &Cluster<'_>, bridges: &BTreeSet<IfName>) -> PolicyPlan {
     let mut pods = BTreeMap::new();
-    let mut combos: BTreeMap<Combo, BTreeSet<IpAddr>> = BTreeMap::new();
+    let mut effective: BTreeMap<EffectivePolicy, BTreeSet<IpAddr>> = BTreeMap::new();
     for (ip, member) in cluster.locals() {
         let mut isolation = Isolation::default();
         match member.who {
@@ -115,19 +115,19 @@ fn plan_with(members: &mut Members, cluster: &Cluster<'_>, bridges: &BTreeSet<If
             Who::Pod(pod) => {
                 isolation.pod = Some(pod.name.clone());
                 for direction in Direction::ALL {
-                    let Some(combo) = Combo::of(cluster, direction, pod) else { continue };
+                    let Some(policy) = EffectivePolicy::of(cluster, direction, pod) else { continue };
                     match direction {
-                        Direction::Ingress => isolation.ingress.clone_from(&combo.policies),
-                        Direction::Egress => isolation.egress.clone_from(&combo.policies),
+                        Direction::Ingress => isolation.ingress.clone_from(&policy.policies),
+                        Direction::Egress => isolation.egress.clone_from(&policy.policies),
                     }
-                    combos.entry(combo).or_default().insert(ip);
+                    effective.entry(policy).or_default().insert(ip);
                 }
             }
         }
         pods.insert(ip, isolation);
     }
-    let combos: Vec<Planned> = numbered(combos, cluster);
-    let numbers = Groups::of(&combos);
+    let effective: Vec<Planned> = numbered(effective, cluster);
+    let numbers = Groups::of(&effective);
     let (mut table, mut chains) = (Table::default(), BTreeMap::new());
     for (name, place) in [("forward", Place::Forward), ("input", Place::Input)] {
         table.at(name, ChainKind::Filter, place, FILTER).extend(entrance());
@@ -153,14 +153,14 @@ fn plan_with(members: &mut Members, cluster: &Cluster<'_>, bridges: &BTreeSet<If
         let twice = |(ip, _): (&IpAddr, &Isolation)| Element::from([Part::Ip(*ip), Part::Ip(*ip)]);
         table.set(sets.itself, SetKind::of(&[sets.ip, sets.ip]), Order::BeforeChains, isolated().map(twice));
         for (map, direction) in [(sets.ingress, Direction::Ingress), (sets.egress, Direction::Egress)] {
-            let of_direction = combos.iter().filter(|planned| planned.combo.direction == direction);
+            let of_direction = effective.iter().filter(|planned| planned.policy.direction == direction);
             let elements = of_direction.flat_map(|planned| {
                 let jump = Verdict::Jump(planned.chain(family));
                 planned.pods(family).map(move |ip| Element::from([Part::Ip(ip)]).to_verdict(jump))
             });
             table.set(map, SetKind::of(&[sets.ip]).to_verdicts(), Order::default(), elements);
         }
-        for planned in combos.iter().filter(|planned| planned.pods(family).next().is_some()) {
+        for planned in effective.iter().filter(|planned| planned.pods(family).next().is_some()) {
             table.called(planned.chain(family)).extend(planned.rules(&sets, &numbers));
             chains.insert(planned.chain(family), planned.origin());
         }
@@ -296,26 +296,26 @@ impl Sets {
 /// Where it is answered.
 const PORT: Field = Field::Ct(Tuple::Reply, CtField::SourcePort);
 
-/// A combo with its number, what it lets through, and whose it is.
+/// An effective policy with its number, what it lets through, and whose it is.
 struct Planned {
-    combo: Combo,
+    policy: EffectivePolicy,
     number: u32,
     allowances: Vec<Allowance>,
     addresses: BTreeSet<IpAddr>,
 }
 
-fn numbered(combos: BTreeMap<Combo, BTreeSet<IpAddr>>, cluster: &Cluster<'_>) -> Vec<Planned> {
-    let numbers = Numbers::of(combos.keys().cloned());
-    let planned = combos.into_iter().filter_map(|(combo, addresses)| {
-        let number = numbers.get(&combo)?;
-        Some(Planned { allowances: combo.allowances(cluster), combo, number, addresses })
+fn numbered(effective: BTreeMap<EffectivePolicy, BTreeSet<IpAddr>>, cluster: &Cluster<'_>) -> Vec<Planned> {
+    let numbers = Numbers::of(effective.keys().cloned());
+    let planned = effective.into_iter().filter_map(|(policy, addresses)| {
+        let number = numbers.get(&policy)?;
+        Some(Planned { allowances: policy.allowances(cluster), policy, number, addresses })
     });
     planned.collect()
 }
 
 impl Planned {
     fn chain(&self, family: Family) -> Name {
-        let word = match (self.combo.direction, family) {
+        let word = match (self.policy.direction, family) {
             (Direction::Ingress, Family::V4) => "in4",
             (Direction::Ingress, Family::V6) => "in6",
             (Direction::Egress, Family::V4) => "eg4",
@@ -329,7 +329,7 @@ impl Planned {
     }
 
     fn rules(&self, sets: &Sets, groups: &Groups) -> Vec<Rule> {
-        let direction = self.combo.direction;
+        let direction = self.policy.direction;
         let peer = match direction {
             Direction::Ingress => sets.began(),
             Direction::Egress => sets.answers(),
@@ -357,7 +357,7 @@ impl Planned {
             let steps = matches.chain([Step::Count, Verdict::Return.into()]).collect();
             rules.push(Rule { steps, why: why.into() });
         }
-        let policies: Vec<String> = self.combo.policies.iter().map(ToString::to_string).collect();
+        let policies: Vec<String> = self.policy.policies.iter().map(ToString::to_string).collect();
         let why = format!("NetworkPolicy: no {direction} rule of {}", policies.join(", "));
         rules.push(DropCause::NoRule.rule([], why));
         rules
@@ -365,7 +365,7 @@ impl Planned {
 
     fn origin(&self) -> Origin {
         let rules = self.allowances.iter().map(|allowance| (allowance.policy.clone(), allowance.rule)).collect();
-        Origin { direction: self.combo.direction, policies: self.combo.policies.clone(), rules }
+        Origin { direction: self.policy.direction, policies: self.policy.policies.clone(), rules }
     }
 }
 
@@ -378,9 +378,9 @@ struct Groups {
 }
 
 impl Groups {
-    fn of(combos: &[Planned]) -> Self {
+    fn of(effective: &[Planned]) -> Self {
         let (mut pods, mut blocks, mut numbers, mut named) = (vec![], vec![], vec![], vec![]);
-        for Allowance { peers, ports, .. } in combos.iter().flat_map(|planned| &planned.allowances) {
+        for Allowance { peers, ports, .. } in effective.iter().flat_map(|planned| &planned.allowances) {
             match peers {
                 PeerTest::Anybody => {}
                 PeerTest::Pods(group) => pods.push(group.clone()),

@@ -18,7 +18,7 @@ pub struct FastPath {
     /// The maps, `None` when there are none.
     pub maps: Option<MapSizes>,
     /// This node's own end.
-    pub node: Option<OwnEnd>,
+    pub node: Option<LocalVtep>,
     /// Peers by the number of their entry. One that the index names never changes: a peer that moves gets another number.
     pub peers: BTreeMap<PeerSlot, Peer>,
     /// Which peer has a subnet.
@@ -53,7 +53,7 @@ pub struct MapSizes {
 
 /// This node's own end of the tunnels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct OwnEnd {
+pub struct LocalVtep {
     /// VXLAN network identifier.
     pub vni: Vni,
     /// UDP destination port.
@@ -77,7 +77,7 @@ pub struct End {
     pub subnet: Subnet,
 }
 
-impl OwnEnd {
+impl LocalVtep {
     /// Whether an address is of one of the networks: a pod's, somewhere.
     #[must_use]
     pub fn has(&self, ip: IpAddr) -> bool {

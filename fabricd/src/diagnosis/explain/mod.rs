@@ -36,7 +36,7 @@ use self::probes::Probes;
 use self::route::FromPod;
 use super::{Inspection, Outcome};
 use crate::host::firewall::{self, Asked};
-use crate::mesh::{Cause, words};
+use crate::mesh::{Cause, messages};
 use crate::status::view::PeerTrouble;
 
 /// `IPPROTO_ICMP`, `IPPROTO_ICMPV6`.
@@ -332,7 +332,7 @@ fn underlay(inspection: &Inspection, lease: &Lease, family: Family) -> Hop {
     let mut hop = Hop::unknown("underlay", "not probed yet: see fabricctl mesh");
     inspection.mesh.each(|path| {
         if Some(path.target.overlay) == overlay {
-            let (verdict, host) = (words::verdict(path), path.target.public_ip);
+            let (verdict, host) = (messages::verdict(path), path.target.public_ip);
             hop = match verdict.cause {
                 Cause::Unknown => hop.clone(),
                 cause if cause.hurts() => {

@@ -8,7 +8,7 @@ use super::route::{self, FromPod};
 use super::{Hop, foreign};
 use crate::diagnosis::{Inspection, pod_checks};
 use crate::host::firewall::Asked;
-use crate::kernel::{self, Taken};
+use crate::kernel::{self, RouteLookup};
 
 /// What an address is that no lease has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,7 +72,7 @@ pub(super) fn hops(inspection: &Inspection, pod: FromPod, to: IpAddr) -> Vec<Hop
     let mut hops = vec![Hop::fine("address", what)];
     let (hop, taken) = route::hop(inspection, pod, to, None);
     hops.push(hop);
-    let Some(Taken::Out { device, .. }) = taken else { return hops };
+    let Some(RouteLookup::Out { device, .. }) = taken else { return hops };
     hops.extend(foreign(inspection, Asked::Between { source: pod.ip, target: to, bridge: pod.bridge }));
     hops.push(if pod_checks::masquerades(inspection) {
         match kernel::route_to(to) {

@@ -7,7 +7,7 @@ use fabric_core::model::IfName;
 use super::Hop;
 use crate::diagnosis::Inspection;
 use crate::kernel::routing::fib::{Decision, Packet};
-use crate::kernel::{self, Taken};
+use crate::kernel::{self, RouteLookup};
 
 /// A packet of a pod of this node, as the kernel gets it.
 #[derive(Clone, Copy, Debug)]
@@ -19,15 +19,15 @@ pub(super) struct FromPod {
 }
 
 /// The hop, and the device and router that the packet leaves by. It should be `expected`, if that is given.
-pub(super) fn hop(inspection: &Inspection, pod: FromPod, to: IpAddr, expected: Option<IfName>) -> (Hop, Option<Taken>) {
+pub(super) fn hop(inspection: &Inspection, pod: FromPod, to: IpAddr, expected: Option<IfName>) -> (Hop, Option<RouteLookup>) {
     let asked = format!("ip route get {to} from {} iif {}", pod.ip, pod.bridge);
     let taken = match kernel::route_of_packet(pod.ip, to, pod.bridge) {
         Ok(taken) => taken,
         Err(error) => return (Hop::unknown("route", format!("{asked}: {error}")), None),
     };
     let right = match (&taken, expected) {
-        (Taken::Out { device, .. }, Some(expected)) => *device == expected,
-        (Taken::Out { .. } | Taken::Local, None) => true,
+        (RouteLookup::Out { device, .. }, Some(expected)) => *device == expected,
+        (RouteLookup::Out { .. } | RouteLookup::Local, None) => true,
         _ => false,
     };
     if right {
@@ -40,20 +40,22 @@ pub(super) fn hop(inspection: &Inspection, pod: FromPod, to: IpAddr, expected: O
 }
 
 /// Whether what was read leads where the kernel goes.
-fn explains(decision: &Decision<'_>, taken: &Taken) -> bool {
+fn explains(decision: &Decision<'_>, taken: &RouteLookup) -> bool {
     match (decision.route, taken) {
-        (Some(route), Taken::Out { device, .. }) => route.device.as_deref() == Some(device.as_str()),
-        (Some(route), Taken::Refused(_)) => route.kind != "unicast" && route.kind != "local",
-        (Some(route), Taken::Local) => route.kind == "local",
-        (None, taken) => matches!(taken, Taken::Refused(_)),
+        (Some(route), RouteLookup::Out { device, .. }) => route.device.as_deref() == Some(device.as_str()),
+        (Some(route), RouteLookup::Refused(_)) => route.kind != "unicast" && route.kind != "local",
+        (Some(route), RouteLookup::Local) => route.kind == "local",
+        (None, taken) => matches!(taken, RouteLookup::Refused(_)),
     }
 }
 
-fn judge(asked: &str, taken: &Taken, decision: Option<Decision<'_>>, should: &str, iif: &str) -> Hop {
+fn judge(asked: &str, taken: &RouteLookup, decision: Option<Decision<'_>>, should: &str, iif: &str) -> Hop {
     let found = format!("{asked}: {taken}");
     let Some(Decision { rule, route }) = decision else {
         let fix = match taken {
-            Taken::Refused(why) if why.contains("reverse path") => format!("sysctl -w net.ipv4.conf.{iif}.rp_filter=2"),
+            RouteLookup::Refused(why) if why.contains("reverse path") => {
+                format!("sysctl -w net.ipv4.conf.{iif}.rp_filter=2")
+            }
             _ => "ip rule show; ip route show table all".to_owned(),
         };
         return Hop::failed("route", found, format!("{should}\n{fix}"));
@@ -97,7 +99,7 @@ mod tests {
             protocol: "bird".into(),
             ours: false,
         };
-        let refused = Taken::Refused("unreachable");
+        let refused = RouteLookup::Refused("unreachable");
         for (decision, found, fix) in [
             (
                 Some(Decision { rule: &usual, route: Some(&lost) }),
@@ -120,7 +122,7 @@ mod tests {
             assert_eq!((hop.outcome, hop.expected.lines().last()), (Outcome::Failed, Some(fix)));
             assert!(hop.found.ends_with(found), "{hop:?}");
         }
-        let strict = judge("", &Taken::Refused("the reverse path filter"), None, "dev fabric.1", "cni0");
+        let strict = judge("", &RouteLookup::Refused("the reverse path filter"), None, "dev fabric.1", "cni0");
         assert_eq!(strict.expected, "dev fabric.1\nsysctl -w net.ipv4.conf.cni0.rp_filter=2");
     }
 }

@@ -1,9 +1,9 @@
 //! The underlay: which interface and address of this host carry the encapsulated packets.
 //!
 //! The address is chosen so that it stays what it is for as long as it can: peers send to it. See [`choose`] for the order
-//! and [`Steady`] for what happens while it is away.
+//! and [`HoldDown`] for what happens while it is away.
 
-mod steady;
+mod hold_down;
 #[cfg(test)]
 mod tests;
 
@@ -13,7 +13,7 @@ use std::net::IpAddr;
 use fabric_core::model::{Family, IfName, Subnet};
 use regex::Regex;
 
-pub use self::steady::Steady;
+pub use self::hold_down::HoldDown;
 
 /// A host's links, addresses and default routes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -91,14 +91,14 @@ pub struct Choice {
     /// The prefix that its address makes reachable.
     pub prefix: Subnet,
     /// How lasting its address is.
-    pub standing: Standing,
+    pub rank: AddressRank,
     /// True when the operator named this very address.
     pub named: bool,
 }
 
 /// How lasting an address is likely to be, the best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Standing {
+pub enum AddressRank {
     /// An address of the interface.
     Lasting,
     /// Deprecated or temporary.
@@ -177,7 +177,7 @@ pub enum UnderlayError {
 /// a second uplink, moves nothing while the default route in use stands. Of the interface's addresses the first of
 /// 1. those in `in_use`, in that order: the address in the lease, then the VXLAN device's;
 /// 2. the preferred source of the default route that chose the interface;
-/// 3. lasting ones before passing before virtual ones ([`Standing`]), and of these first the one that the kernel would
+/// 3. lasting ones before passing before virtual ones ([`AddressRank`]), and of these first the one that the kernel would
 ///    send from: to the address of `--iface-can-reach`, or to the gateway of that default route;
 /// 4. the rest, in the kernel's order.
 ///
@@ -201,22 +201,22 @@ pub fn choose(selectors: &[Selector], host: &Host, family: Family, in_use: &[IpA
     let Found { link, named, source, sends_from, gateway } = found;
     let of_family = |ip: &IpAddr| Family::of(*ip) == family;
     let named: Vec<IpAddr> = named.into_iter().filter(of_family).collect();
-    let mut candidates: Vec<(IpAddr, Subnet, Standing)> =
-        standings(link).filter(|(ip, ..)| of_family(ip) && (named.is_empty() || named.contains(ip))).collect();
+    let mut candidates: Vec<(IpAddr, Subnet, AddressRank)> =
+        ranked(link).filter(|(ip, ..)| of_family(ip) && (named.is_empty() || named.contains(ip))).collect();
     // A source that the kernel prefers may lie on another link, as where loopback addresses are routed.
     for ip in source.into_iter().chain(sends_from).filter(of_family) {
         if named.is_empty() && !candidates.iter().any(|(candidate, ..)| *candidate == ip) {
-            candidates.push((ip, Subnet::host(ip), Standing::Lasting));
+            candidates.push((ip, Subnet::host(ip), AddressRank::Lasting));
         }
     }
-    let best = candidates.into_iter().min_by_key(|(ip, prefix, standing)| {
+    let best = candidates.into_iter().min_by_key(|(ip, prefix, rank)| {
         let used = in_use.iter().position(|used| used == ip).unwrap_or(usize::MAX);
         let reached_by = sends_from == Some(*ip) || gateway.is_some_and(|gateway| prefix.contains(gateway));
-        (used, Reverse(source == Some(*ip)), *standing, Reverse(reached_by))
+        (used, Reverse(source == Some(*ip)), *rank, Reverse(reached_by))
     });
-    let (local, prefix, standing) = best.ok_or(UnderlayError::NoAddress { dev: link.name, family })?;
+    let (local, prefix, rank) = best.ok_or(UnderlayError::NoAddress { dev: link.name, family })?;
     let underlay = Underlay { dev: link.name, local, mtu: link.mtu };
-    Ok(Choice { underlay, prefix, standing, named: named == [local] })
+    Ok(Choice { underlay, prefix, rank, named: named == [local] })
 }
 
 /// Whether an interface fits what the operator asked for, whatever the network will be.
@@ -285,13 +285,13 @@ fn addresses(link: &HostLink) -> impl Iterator<Item = (IpAddr, Subnet)> + '_ {
     link.addresses.iter().chain(&link.passing).copied()
 }
 
-/// The same, each with its standing.
-fn standings(link: &HostLink) -> impl Iterator<Item = (IpAddr, Subnet, Standing)> + '_ {
-    let lasting = link.addresses.iter().map(|address| (address, Standing::Lasting));
-    let passing = link.passing.iter().map(|address| (address, Standing::Passing));
-    lasting.chain(passing).map(|((ip, prefix), standing)| {
+/// The same, each with its rank.
+fn ranked(link: &HostLink) -> impl Iterator<Item = (IpAddr, Subnet, AddressRank)> + '_ {
+    let lasting = link.addresses.iter().map(|address| (address, AddressRank::Lasting));
+    let passing = link.passing.iter().map(|address| (address, AddressRank::Passing));
+    lasting.chain(passing).map(|((ip, prefix), rank)| {
         let is_virtual = is_host(*prefix) && addresses(link).any(|(other, around)| other != *ip && holds(around, *ip));
-        (*ip, *prefix, if is_virtual { Standing::Virtual } else { standing })
+        (*ip, *prefix, if is_virtual { AddressRank::Virtual } else { rank })
     })
 }
 

@@ -199,13 +199,13 @@ fn what_the_operator_names_wins_over_the_address_in_use() {
 /// One look at a host: after so many seconds it has these addresses, and this is chosen, or said.
 type Look = (u64, &'static str, &'static str);
 
-async fn steady(lease: Option<&str>, looks: &[Look]) {
-    let mut steady = Steady::default();
+async fn hold_down(lease: Option<&str>, looks: &[Look]) {
+    let mut hold_down = HoldDown::default();
     let mut lease: Option<IpAddr> = lease.map(|ip| ip.parse().expect(ip));
     for (seconds, addresses, told) in looks {
         tokio::time::advance(Duration::from_secs(*seconds)).await;
         let family = if addresses.contains("::") { Family::V6 } else { Family::V4 };
-        let chosen = steady.choose(&[], &eth0(addresses, None, None), family, lease, None);
+        let chosen = hold_down.choose(&[], &eth0(addresses, None, None), family, lease, None);
         // The lease follows what is chosen.
         lease = chosen.as_ref().map_or(lease, |underlay| Some(underlay.local));
         let said = chosen.map_or_else(|error| error.to_string(), |underlay| underlay.local.to_string());
@@ -222,7 +222,7 @@ async fn virtual_address_never_takes_the_place_of_one_that_is_away() {
         ["2001:db8::7/64", "~2001:db8::200/128", "2001:db8::7/64 ~2001:db8::200/128", "2001:db8::7/64"],
     ] {
         let ip = own.split_once('/').expect("a prefix").0;
-        steady(
+        hold_down(
             None,
             &[(0, own, ip), (1, both, ip), (1, vip, only), (3600, vip, only), (1, vip_first, ip), (1, own, ip)],
         )
@@ -231,17 +231,17 @@ async fn virtual_address_never_takes_the_place_of_one_that_is_away() {
     let words = "the underlay address 192.0.2.7 of this node is gone from eth0, and 192.0.2.200, which is left there, looks \
                  like a virtual address that moves between hosts (it is a /32 inside 192.0.2.0/24); put 192.0.2.7 back, or \
                  if 192.0.2.200 is this node's own from now on, start fabricd with --iface 192.0.2.200";
-    steady(None, &[(0, "192.0.2.7/24", "192.0.2.7"), (0, "192.0.2.200/32", words)]).await;
+    hold_down(None, &[(0, "192.0.2.7/24", "192.0.2.7"), (0, "192.0.2.200/32", words)]).await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn another_lasting_address_is_taken_at_once_and_a_doubtful_one_after_a_grace_period() {
     // As an operator renumbers a node.
-    steady(None, &[(0, "192.0.2.7/24", "192.0.2.7"), (1, "192.0.2.8/24", "192.0.2.8")]).await;
+    hold_down(None, &[(0, "192.0.2.7/24", "192.0.2.7"), (1, "192.0.2.8/24", "192.0.2.8")]).await;
     // To an address of host length in another network.
-    steady(None, &[(0, "192.0.2.7/24", "192.0.2.7"), (1, "203.0.113.8/32", "203.0.113.8")]).await;
+    hold_down(None, &[(0, "192.0.2.7/24", "192.0.2.7"), (1, "203.0.113.8/32", "203.0.113.8")]).await;
     let waits = "if it does not come back within 30 s, 2001:db8::bad is taken";
-    steady(
+    hold_down(
         None,
         &[
             (0, "2001:db8::7/64 ~2001:db8::bad/64", "2001:db8::7"),
@@ -253,10 +253,11 @@ async fn another_lasting_address_is_taken_at_once_and_a_doubtful_one_after_a_gra
     .await;
     // After a start nobody knows the prefix that the address in the lease had.
     let waits = "the underlay address 192.0.2.7 of this node is gone from eth0; if it does not come back within 30 s, 192.0.2.200";
-    steady(Some("192.0.2.7"), &[(0, "192.0.2.200/32", waits), (9, "192.0.2.200/32 192.0.2.7/24", "192.0.2.7")]).await;
-    steady(Some("192.0.2.7"), &[(0, "192.0.2.200/32", waits), (30, "192.0.2.200/32", "192.0.2.200")]).await;
-    steady(Some("192.0.2.7"), &[(0, "192.0.2.8/24", "192.0.2.8")]).await;
-    steady(None, &[(0, "192.0.2.8/32", "192.0.2.8")]).await;
+    hold_down(Some("192.0.2.7"), &[(0, "192.0.2.200/32", waits), (9, "192.0.2.200/32 192.0.2.7/24", "192.0.2.7")])
+        .await;
+    hold_down(Some("192.0.2.7"), &[(0, "192.0.2.200/32", waits), (30, "192.0.2.200/32", "192.0.2.200")]).await;
+    hold_down(Some("192.0.2.7"), &[(0, "192.0.2.8/24", "192.0.2.8")]).await;
+    hold_down(None, &[(0, "192.0.2.8/32", "192.0.2.8")]).await;
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use fabric_bpf::abi;
 use fabric_core::model::{Family, MacAddr, PerFamily, Subnet, from_bits, to_bits};
-use fabric_core::state::fast_path::{End, OwnEnd, Peer, Pod, UnderlayPath};
+use fabric_core::state::fast_path::{End, LocalVtep, Peer, Pod, UnderlayPath};
 
 /// An address of IPv4, as the programs calculate with it.
 fn v4(ip: IpAddr) -> Ipv4Addr {
@@ -38,7 +38,7 @@ fn either(ip: IpAddr) -> [u8; 16] {
     }
 }
 
-pub(super) fn config(node: &OwnEnd) -> abi::Config {
+pub(super) fn config(node: &LocalVtep) -> abi::Config {
     let mut config = abi::Config {
         flags: if node.guard { abi::CONFIG_GUARD } else { 0 },
         vni: abi::vxlan_vni(node.vni.get()),
@@ -63,7 +63,7 @@ pub(super) fn config(node: &OwnEnd) -> abi::Config {
 }
 
 /// `None` for what was never written, or not by us.
-pub(super) fn own_end(config: &abi::Config) -> Option<OwnEnd> {
+pub(super) fn local_vtep(config: &abi::Config) -> Option<LocalVtep> {
     let subnet =
         |family, base: u128, ones: u32| Subnet::holding(from_bits(family, base), u8::try_from(ones).ok()?).ok();
     let has = |flag| config.flags & flag != 0;
@@ -87,7 +87,7 @@ pub(super) fn own_end(config: &abi::Config) -> Option<OwnEnd> {
     };
     let ends =
         PerFamily { v4: has(abi::CONFIG_IPV4).then(end4).flatten(), v6: has(abi::CONFIG_IPV6).then(end6).flatten() };
-    let node = OwnEnd {
+    let node = LocalVtep {
         vni: (u32::from_be_bytes(config.vni) >> 8).try_into().ok()?,
         port: u16::from_be_bytes(config.port),
         guard: has(abi::CONFIG_GUARD),
@@ -97,7 +97,7 @@ pub(super) fn own_end(config: &abi::Config) -> Option<OwnEnd> {
 }
 
 /// `None` where this node has no end of the peer's family.
-pub(super) fn peer(peer: &Peer, node: &OwnEnd) -> Option<abi::Peer> {
+pub(super) fn peer(peer: &Peer, node: &LocalVtep) -> Option<abi::Peer> {
     let end = node.ends.get(peer.family())?;
     let vteps = [end.vtep_mac.octets(), peer.vtep_mac.octets()];
     let template = match peer.family() {
@@ -120,7 +120,7 @@ pub(super) fn peer(peer: &Peer, node: &OwnEnd) -> Option<abi::Peer> {
 }
 
 /// A peer that was found. One that says anything else than what we would write has the MTU 0, which nobody wants.
-pub(super) fn found_peer(found: &abi::Peer, node: &OwnEnd) -> Option<Peer> {
+pub(super) fn found_peer(found: &abi::Peer, node: &LocalVtep) -> Option<Peer> {
     if *found == abi::Peer::default() {
         return None;
     }
@@ -176,7 +176,7 @@ mod tests {
         text.parse().unwrap_or_else(|_| panic!("{text} in a test is wrong"))
     }
 
-    fn node() -> OwnEnd {
+    fn node() -> LocalVtep {
         let end = |network, subnet, local| End {
             vtep_mac: v("02:42:c0:00:02:01"),
             local: v(local),
@@ -187,7 +187,7 @@ mod tests {
             v4: Some(end("10.64.0.0/12", "10.64.1.0/24", "192.0.2.1")),
             v6: Some(end("2001:db8::/40", "2001:db8:1:100::/56", "2001:db8:ff::1")),
         };
-        OwnEnd { vni: 0x01_0203_u32.try_into().expect("a VNI"), port: 8472, guard: true, ends }
+        LocalVtep { vni: 0x01_0203_u32.try_into().expect("a VNI"), port: 8472, guard: true, ends }
     }
 
     fn a_peer(underlay: &str, gateway: &str) -> Peer {
@@ -209,28 +209,28 @@ mod tests {
     #[test]
     fn what_is_written_is_what_is_read_back() {
         for guard in [false, true] {
-            let both = OwnEnd { guard, ..node() };
+            let both = LocalVtep { guard, ..node() };
             let of_one = |family| {
                 let mut ends = PerFamily::default();
                 *ends.slot(family) = both.ends.get(family).copied();
-                OwnEnd { ends, ..both }
+                LocalVtep { ends, ..both }
             };
             for node in [both, of_one(Family::V4), of_one(Family::V6)] {
-                assert_eq!(own_end(&config(&node)), Some(node));
+                assert_eq!(local_vtep(&config(&node)), Some(node));
             }
         }
         for wanted in peers().into_iter().flat_map(|peer| [false, true].map(|direct| Peer { direct, ..peer })) {
             let written = peer(&wanted, &node()).expect("this node has an end of its family");
             assert_eq!(found_peer(&written, &node()), Some(wanted));
         }
-        let of_v4 = OwnEnd { ends: PerFamily { v6: None, ..node().ends }, ..node() };
+        let of_v4 = LocalVtep { ends: PerFamily { v6: None, ..node().ends }, ..node() };
         assert_eq!(peer(&peers()[1], &of_v4), None, "there is no end to send from");
         for fast in [false, true] {
             let wanted =
                 Pod { ifindex: 7, mac: v("02:42:0a:40:01:05"), gateway_mac: v("02:42:0a:40:01:01"), mtu: 1450, fast };
             assert_eq!(found_pod(&pod(&wanted)), Some(wanted));
         }
-        assert_eq!(own_end(&abi::Config::default()), None);
+        assert_eq!(local_vtep(&abi::Config::default()), None);
         assert_eq!(found_peer(&abi::Peer::default(), &node()), None);
         assert_eq!(found_pod(&abi::Pod::default()), None);
     }
@@ -244,6 +244,6 @@ mod tests {
         let bent = abi::Pod { ifindex: 7, mtu: 1450, ..abi::Pod::default() };
         assert_eq!(found_pod(&bent).map(|pod| pod.mtu), Some(0), "it has no MAC address");
         let bent = abi::Config { network4_mask: 0, own4_mask: 0, ..config(&node()) };
-        assert_ne!(own_end(&bent), Some(node()));
+        assert_ne!(local_vtep(&bent), Some(node()));
     }
 }

@@ -10,7 +10,7 @@ use std::io;
 use std::net::IpAddr;
 
 use fabric_bpf::abi;
-use fabric_core::state::fast_path::{OwnEnd, PodSlot};
+use fabric_core::state::fast_path::{LocalVtep, PodSlot};
 use fabric_ebpf::Map;
 
 use super::maps::Maps;
@@ -23,7 +23,7 @@ const UDP: u8 = 17;
 /// Marks what is translated of the connections of pods with these addresses, and notes those that are tracked as they are:
 /// these stay on the kernel's path to their end. One that is idle meanwhile would be noted by no packet; it would go on fast,
 /// and be called invalid when the fast path is switched off again.
-pub(super) fn seed(maps: &Maps, addresses: &BTreeMap<IpAddr, PodSlot>, node: &OwnEnd) -> io::Result<()> {
+pub(super) fn seed(maps: &Maps, addresses: &BTreeMap<IpAddr, PodSlot>, node: &LocalVtep) -> io::Result<()> {
     let (_, other) = maps.generations()?;
     let (mut translated, mut flows) = (vec![], vec![]);
     each(|connection| match is_translated(connection) {
@@ -39,7 +39,11 @@ pub(super) fn seed(maps: &Maps, addresses: &BTreeMap<IpAddr, PodSlot>, node: &Ow
 }
 
 /// The flows of a connection that is tracked and not translated, as the pods at its ends send them.
-fn tracked(connection: &Connection, addresses: &BTreeMap<IpAddr, PodSlot>, node: &OwnEnd) -> Vec<(PodSlot, abi::Flow)> {
+fn tracked(
+    connection: &Connection,
+    addresses: &BTreeMap<IpAddr, PodSlot>,
+    node: &LocalVtep,
+) -> Vec<(PodSlot, abi::Flow)> {
     let Connection { original, reply, .. } = connection;
     let of = |tuple: &Tuple| {
         let slot = *addresses.get(&tuple.source).filter(|_| node.has(tuple.target))?;
@@ -217,7 +221,7 @@ mod tests {
             v4: Some(end("10.64.0.0/12", "192.0.2.1")),
             v6: Some(end("2001:db8:1::/48", "2001:db8:ff::1")),
         };
-        let node = OwnEnd { vni: 1_u32.try_into().expect("a VNI"), port: 8472, guard: true, ends };
+        let node = LocalVtep { vni: 1_u32.try_into().expect("a VNI"), port: 8472, guard: true, ends };
         let noted = |text: &str| -> Vec<(u32, u16, u16)> {
             let port = u16::from_be_bytes;
             let flows = tracked(&pair(text, false), &addresses, &node);

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use fabric_bpf::abi::{self, MapKind};
 use fabric_bpf::{Program, Reason};
 use fabric_core::model::{Family, Subnet, from_bits, to_bits};
-use fabric_core::state::fast_path::{End, FastPath, MapSizes, OwnEnd, Peer, PeerSlot, Pod, PodSlot};
+use fabric_core::state::fast_path::{End, FastPath, LocalVtep, MapSizes, Peer, PeerSlot, Pod, PodSlot};
 use fabric_ebpf::{Kind, Map, Shape};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -89,7 +89,7 @@ impl Maps {
     pub(super) fn read_into(&self, found: &mut FastPath) -> io::Result<()> {
         found.maps = Some(self.sizes());
         let config = self.map(abi::Map::Config).get(&0_u32.to_ne_bytes())?;
-        found.node = config.and_then(|bytes| encode::own_end(&abi::Config::read_from_bytes(&bytes).ok()?));
+        found.node = config.and_then(|bytes| encode::local_vtep(&abi::Config::read_from_bytes(&bytes).ok()?));
         let Some(node) = found.node else { return Ok(()) };
         self.map(abi::Map::Peers).each_value(|slot, bytes| {
             let peer = abi::Peer::read_from_bytes(bytes).ok().and_then(|peer| encode::found_peer(&peer, &node));
@@ -125,12 +125,12 @@ impl Maps {
         Ok(())
     }
 
-    pub(super) fn set_node(&self, node: Option<&OwnEnd>) -> io::Result<()> {
+    pub(super) fn set_node(&self, node: Option<&LocalVtep>) -> io::Result<()> {
         let config = node.map(encode::config).unwrap_or_default();
         self.map(abi::Map::Config).set(&0_u32.to_ne_bytes(), config.as_bytes())
     }
 
-    pub(super) fn set_peer(&self, slot: PeerSlot, peer: Option<&Peer>, node: Option<&OwnEnd>) -> io::Result<()> {
+    pub(super) fn set_peer(&self, slot: PeerSlot, peer: Option<&Peer>, node: Option<&LocalVtep>) -> io::Result<()> {
         let value = match (peer, node) {
             (Some(peer), Some(node)) => encode::peer(peer, node).ok_or_else(no_node)?,
             (Some(_), None) => return Err(no_node()),
@@ -141,7 +141,7 @@ impl Maps {
         self.map(abi::Map::Peers).set(&slot.0.to_ne_bytes(), value.as_bytes())
     }
 
-    pub(super) fn set_index(&self, subnet: Subnet, slot: Option<PeerSlot>, node: Option<&OwnEnd>) -> io::Result<()> {
+    pub(super) fn set_index(&self, subnet: Subnet, slot: Option<PeerSlot>, node: Option<&LocalVtep>) -> io::Result<()> {
         let family = subnet.family();
         let end = node.and_then(|node| node.ends.get(family)).ok_or_else(no_node)?;
         let (network, shift) = (to_bits(end.network.base()), shift(end));
@@ -157,7 +157,7 @@ impl Maps {
         self.map(abi::Map::Pods).set(&slot.0.to_ne_bytes(), value.as_bytes())
     }
 
-    pub(super) fn set_address(&self, ip: IpAddr, slot: Option<PodSlot>, node: Option<&OwnEnd>) -> io::Result<()> {
+    pub(super) fn set_address(&self, ip: IpAddr, slot: Option<PodSlot>, node: Option<&LocalVtep>) -> io::Result<()> {
         let end = node.and_then(|node| node.ends.get(Family::of(ip))).ok_or_else(no_node)?;
         match ip {
             IpAddr::V4(ip) => {

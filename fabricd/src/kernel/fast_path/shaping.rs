@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
 
-use fabric_core::plan::passed_by::{Qdisc, Shaping, Side};
+use fabric_core::plan::bypass::{Qdisc, Shaping, Side};
 use fabric_core::state::fast_path::Place;
 use fabric_netlink::{Frame, RECEIVE, Request, RequestSocket, attribute, is_overrun};
 use netlink_sys::protocols::NETLINK_XFRM;

@@ -198,10 +198,11 @@ fn make_set(table: TableKey, name: Name, kind: SetKind, id: u32) -> Request {
         Data::Verdict => body.number(6, VERDICT_DATA),
     };
     let several = Some(kind.key.as_slice()).filter(|key| key.len() > 1);
-    let body = body.maybe(several.map(|_| ()).or(kind.grown.map(|_| ())), |body, ()| {
+    let body = body.maybe(several.map(|_| ()).or(kind.dynamic.map(|_| ())), |body, ()| {
         // NFTA_SET_DESC: NFTA_SET_DESC_SIZE, NFTA_SET_DESC_CONCAT
         body.nested(9, |description| {
-            let description = description.maybe(kind.grown, |description, grown| description.number(1, grown.most));
+            let description =
+                description.maybe(kind.dynamic, |description, dynamic| description.number(1, dynamic.most));
             description.maybe(several, |description, key| {
                 // NFTA_SET_FIELD_LEN
                 let add = |list: Attributes, field: &Datatype| {
@@ -256,8 +257,8 @@ pub(super) fn flags(kind: SetKind) -> u32 {
         (kind.key.as_slice().len() > 1, CONCATENATED),
         (kind.ranges, INTERVAL),
         (kind.data != Data::None, MAP),
-        (kind.grown.is_some(), DYNAMIC),
-        (kind.grown.is_some_and(|grown| grown.timeout), TIMEOUT),
+        (kind.dynamic.is_some(), DYNAMIC),
+        (kind.dynamic.is_some_and(|dynamic| dynamic.timeout), TIMEOUT),
     ]
     .into_iter()
     .filter(|(has, _)| *has)

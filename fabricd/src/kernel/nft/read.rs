@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use fabric_core::state::nft::{
-    ChainKind, Data, Datatype, Element, Fields, FoundSet, FoundTable, Grown, Hook, NO_HOOK, Name, Place, SetKind,
+    ChainKind, Data, Datatype, DynamicSet, Element, Fields, FoundSet, FoundTable, Hook, NO_HOOK, Name, Place, SetKind,
     TableFamily, TableKey, Verdict, reason,
 };
 use fabric_netlink::{Frame, Request, RequestSocket};
@@ -60,7 +60,7 @@ pub(super) fn table(socket: &mut RequestSocket, table: TableKey) -> io::Result<(
     }
     for (name, kind) in socket.dump(&ask(GET_SET, start(table)), |frame| set(frame, table))? {
         let there = match kind {
-            Some(kind) if kind.grown.is_none() => elements(socket, table, &name, kind)?,
+            Some(kind) if kind.dynamic.is_none() => elements(socket, table, &name, kind)?,
             kind => FoundSet { kind, ..FoundSet::default() },
         };
         found.sets.insert(name, there);
@@ -187,8 +187,8 @@ fn kind(values: &Values<'_>) -> Option<SetKind> {
         Some(data) => Data::Fields(fields(data).filter(|data| values.number(7) == Some(length(*data)))?),
     };
     let most = || values.nested(9).and_then(|description| description.number(1)).unwrap_or(0);
-    let grown = (had & DYNAMIC != 0).then(|| Grown { most: most(), timeout: had & TIMEOUT != 0 });
-    let kind = SetKind { key, data, ranges: had & INTERVAL != 0, grown };
+    let dynamic = (had & DYNAMIC != 0).then(|| DynamicSet { most: most(), timeout: had & TIMEOUT != 0 });
+    let kind = SetKind { key, data, ranges: had & INTERVAL != 0, dynamic };
     (flags(kind) == had && values.number(5) == Some(length(key)) && values.bytes(11).is_none()).then_some(kind)
 }
 

@@ -10,7 +10,7 @@ pub(super) mod nexthop;
 pub(super) mod routes;
 pub(super) mod tables;
 
-pub use self::routes::{Taken, route_of_packet, route_to};
+pub use self::routes::{RouteLookup, route_of_packet, route_to};
 
 use fabric_netlink::Frame;
 use netlink_packet_route::RouteNetlinkMessage;

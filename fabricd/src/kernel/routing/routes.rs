@@ -42,12 +42,12 @@ pub(in crate::kernel) struct HostRoutes {
 #[derive(Debug)]
 pub(in crate::kernel) struct RouteRow {
     pub(in crate::kernel) dst: Subnet,
-    pub(in crate::kernel) way: Option<Way>,
+    pub(in crate::kernel) target: Option<RouteTarget>,
 }
 
 /// Where a route leads, as the kernel says it. Only what fabricd itself would write has a shape of its own.
 #[derive(Debug)]
-pub(in crate::kernel) enum Way {
+pub(in crate::kernel) enum RouteTarget {
     Nexthop(NexthopId),
     Gateway {
         gateway: IpAddr,
@@ -65,7 +65,7 @@ pub(in crate::kernel) fn ours(socket: &mut RequestSocket, links: &Links) -> Resu
 
 fn our_row(frame: &Frame<'_>, links: &Links) -> Option<(Subnet, Via)> {
     let row = row(frame, false).filter(|_| is_ours(frame))?;
-    Some((row.dst, row.way?.via(row.dst, links)))
+    Some((row.dst, row.target?.via(row.dst, links)))
 }
 
 /// `ip route show table main`, of both families: ours, and the others.
@@ -187,7 +187,7 @@ pub fn route_to(ip: IpAddr) -> Result<Option<(IfName, IpAddr)>, KernelError> {
 
 /// Where a packet goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Taken {
+pub enum RouteLookup {
     /// Out of a device.
     Out {
         /// The device.
@@ -201,7 +201,7 @@ pub enum Taken {
     Refused(&'static str),
 }
 
-impl std::fmt::Display for Taken {
+impl std::fmt::Display for RouteLookup {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Out { device, gateway: Some(gateway) } => write!(f, "via {gateway} dev {device}"),
@@ -216,7 +216,7 @@ impl std::fmt::Display for Taken {
 ///
 /// # Errors
 /// When the kernel can't be asked, or has no such interface.
-pub fn route_of_packet(from: IpAddr, to: IpAddr, iif: IfName) -> Result<Taken, KernelError> {
+pub fn route_of_packet(from: IpAddr, to: IpAddr, iif: IfName) -> Result<RouteLookup, KernelError> {
     let socket = RequestSocket::open(NETLINK_ROUTE);
     let mut socket = socket.map_err(|error| KernelError::Disconnected(error.to_string()))?;
     let links = super::tables::links(&mut socket)?;
@@ -230,27 +230,27 @@ pub fn route_of_packet(from: IpAddr, to: IpAddr, iif: IfName) -> Result<Taken, K
         vec![RouteAttribute::Destination(to.into()), RouteAttribute::Source(from.into()), RouteAttribute::Iif(index)];
     let answer = match socket.ask(&Request::new(&Rtnl::GetRoute(question), 0), route_of) {
         Err(error) => match error.raw_os_error() {
-            Some(libc::EINVAL) => return Ok(Taken::Refused("a blackhole")),
-            Some(libc::EHOSTUNREACH) => return Ok(Taken::Refused("unreachable")),
-            Some(libc::EACCES) => return Ok(Taken::Refused("prohibited")),
-            Some(libc::ENETUNREACH) => return Ok(Taken::Refused("there is no route")),
-            Some(libc::EXDEV) => return Ok(Taken::Refused("the reverse path filter drops it")),
+            Some(libc::EINVAL) => return Ok(RouteLookup::Refused("a blackhole")),
+            Some(libc::EHOSTUNREACH) => return Ok(RouteLookup::Refused("unreachable")),
+            Some(libc::EACCES) => return Ok(RouteLookup::Refused("prohibited")),
+            Some(libc::ENETUNREACH) => return Ok(RouteLookup::Refused("there is no route")),
+            Some(libc::EXDEV) => return Ok(RouteLookup::Refused("the reverse path filter drops it")),
             _ => return Err(reading("route for a packet")(error)),
         },
         Ok(answer) => answer,
     };
-    let Some(route) = answer else { return Ok(Taken::Refused("there is no route")) };
+    let Some(route) = answer else { return Ok(RouteLookup::Refused("there is no route")) };
     let gateway = route.attributes.iter().find_map(|a| match a {
         RouteAttribute::Gateway(address) => ip(address),
         _ => None,
     });
     Ok(match (route.header.kind, device(&route).and_then(|index| links.get(&index))) {
-        (RouteType::Local, _) => Taken::Local,
-        (RouteType::BlackHole, _) => Taken::Refused("a blackhole"),
-        (RouteType::Prohibit, _) => Taken::Refused("prohibited"),
-        (RouteType::Unreachable, _) => Taken::Refused("unreachable"),
-        (_, Some(link)) => Taken::Out { device: link.name, gateway },
-        (_, None) => Taken::Refused("there is no route"),
+        (RouteType::Local, _) => RouteLookup::Local,
+        (RouteType::BlackHole, _) => RouteLookup::Refused("a blackhole"),
+        (RouteType::Prohibit, _) => RouteLookup::Refused("prohibited"),
+        (RouteType::Unreachable, _) => RouteLookup::Refused("unreachable"),
+        (_, Some(link)) => RouteLookup::Out { device: link.name, gateway },
+        (_, None) => RouteLookup::Refused("there is no route"),
     })
 }
 
@@ -296,14 +296,16 @@ pub(in crate::kernel) fn row(frame: &Frame<'_>, gone: bool) -> Option<RouteRow> 
     }
     // A default route names no destination.
     let dst = Subnet::holding(base.unwrap_or(any), length).ok()?;
-    let way = match (nexthop, gateway, index) {
-        _ if gone => return Some(RouteRow { dst, way: None }),
+    let target = match (nexthop, gateway, index) {
+        _ if gone => return Some(RouteRow { dst, target: None }),
         // The kernel adds the gateway and device of the object, for readers that don't know objects.
-        (Some(id), _, _) if !strange => Way::Nexthop(id),
-        (None, Some(gateway), Some(index)) if !strange => Way::Gateway { gateway, index, onlink: flags & ONLINK != 0 },
-        _ => Way::Strange(Box::new(route_of(frame)?)),
+        (Some(id), _, _) if !strange => RouteTarget::Nexthop(id),
+        (None, Some(gateway), Some(index)) if !strange => {
+            RouteTarget::Gateway { gateway, index, onlink: flags & ONLINK != 0 }
+        }
+        _ => RouteTarget::Strange(Box::new(route_of(frame)?)),
     };
-    Some(RouteRow { dst, way: Some(way) })
+    Some(RouteRow { dst, target: Some(target) })
 }
 
 /// `ip route add DST via BASE dev OURS onlink`: over our own device to the first address of the destination, and nothing
@@ -381,7 +383,7 @@ fn route_of(frame: &Frame<'_>) -> Option<RouteMessage> {
     }
 }
 
-impl Way {
+impl RouteTarget {
     /// The same by the names of links.
     pub(in crate::kernel) fn via(&self, dst: Subnet, links: &Links) -> Via {
         match self {

@@ -96,7 +96,7 @@ impl Map {
             Self::Services | Self::Outside => SetKind::of(&[ip, Protocol, Port]).to(&[Number, Number, Number]),
             Self::Pools => SetKind::of(&[Number, Number]).to(&[ip, Port]),
             Self::Picks | Self::OutsidePicks => SetKind::of(&[Number]).to_verdicts(),
-            Self::Clients => SetKind::of(&[ip, Number]).to(&[ip, Port]).grown(MOST_CLIENTS),
+            Self::Clients => SetKind::of(&[ip, Number]).to(&[ip, Port]).dynamic(MOST_CLIENTS),
             Self::Live => SetKind::of(&[Number, ip, Port]),
             Self::Rejected | Self::Held | Self::Shut => SetKind::of(&[ip, Protocol, Port]),
             Self::ClusterIps | Self::Local => SetKind::of(&[ip]),

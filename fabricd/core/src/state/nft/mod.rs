@@ -25,7 +25,7 @@ pub(crate) use self::rule::UDP;
 pub use self::rule::{
     CtField, Direction, Field, LOCAL, Match, Reject, Rule, Step, Test, Update, Verdict, ct_state, ct_status,
 };
-pub use self::set::{Data, Datatype, Element, Fields, Grown, Order, Part, Set, SetKind};
+pub use self::set::{Data, Datatype, DynamicSet, Element, Fields, Order, Part, Set, SetKind};
 use crate::cow_map::CowSet;
 
 /// Tables as they should be.

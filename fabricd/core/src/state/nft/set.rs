@@ -43,7 +43,7 @@ pub struct SetKind {
     /// elements there are, and so does each change of it. Of one field since always, of several since kernel 5.6.
     pub ranges: bool,
     /// Elements that packets add. Such a set is owned as a whole: its elements are neither read nor compared.
-    pub grown: Option<Grown>,
+    pub dynamic: Option<DynamicSet>,
 }
 
 /// What an element leads to.
@@ -59,7 +59,7 @@ pub enum Data {
 
 /// A set that packets add to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Grown {
+pub struct DynamicSet {
     /// How many elements it may have.
     pub most: u32,
     /// Whether elements end by themselves. When is said by the rule that adds them.
@@ -70,7 +70,7 @@ impl SetKind {
     /// A set with these fields.
     #[must_use]
     pub const fn of(key: &[Datatype]) -> Self {
-        Self { key: Fields::of(key), data: Data::None, ranges: false, grown: None }
+        Self { key: Fields::of(key), data: Data::None, ranges: false, dynamic: None }
     }
 
     /// A map to such values.
@@ -93,8 +93,8 @@ impl SetKind {
 
     /// One that packets add to: so many elements at most, which end by themselves.
     #[must_use]
-    pub const fn grown(self, most: u32) -> Self {
-        Self { grown: Some(Grown { most, timeout: true }), ..self }
+    pub const fn dynamic(self, most: u32) -> Self {
+        Self { dynamic: Some(DynamicSet { most, timeout: true }), ..self }
     }
 
     /// Bytes of a key in an element: of both ends where it is a range.

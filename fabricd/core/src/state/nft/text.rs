@@ -24,10 +24,10 @@ impl fmt::Display for SetKind {
         if self.ranges {
             f.write_str(" flags interval;")?;
         }
-        match self.grown {
+        match self.dynamic {
             None => Ok(()),
-            Some(grown) => {
-                write!(f, " size {}; flags dynamic{};", grown.most, if grown.timeout { ",timeout" } else { "" })
+            Some(dynamic) => {
+                write!(f, " size {}; flags dynamic{};", dynamic.most, if dynamic.timeout { ",timeout" } else { "" })
             }
         }
     }

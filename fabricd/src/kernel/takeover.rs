@@ -18,12 +18,12 @@ use super::routing::{nexthop, route_message, routes};
 
 /// A socket of rtnetlink.
 #[derive(Debug)]
-pub struct Handover {
+pub struct TakeoverSocket {
     socket: RequestSocket,
     links: Links,
 }
 
-impl Handover {
+impl TakeoverSocket {
     /// Opens it and looks at the links.
     ///
     /// # Errors

@@ -1,5 +1,5 @@
-//! What the policies of one pod amount to in one direction: a [`Combo`]. Pods that the same policies select share it, and
-//! with it a chain of rules.
+//! What the policies of one pod amount to in one direction: an [`EffectivePolicy`]. Pods that the same policies select share
+//! it, and with it a chain of rules.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use super::model::{Direction, NamedPort, ObjectName, Pod, PortMatch, Protocol, R
 
 /// What tells the chain of a pod from others.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Combo {
+pub struct EffectivePolicy {
     /// Of what comes to it, or of what it sends.
     pub direction: Direction,
     /// The policies that isolate it, in order.
@@ -54,21 +54,21 @@ pub enum PortTest {
     Named(NamedGroup),
 }
 
-impl Combo {
+impl EffectivePolicy {
     /// That of a pod; `None` when no policy isolates it in this direction.
     #[must_use]
     pub fn of(cluster: &Cluster<'_>, direction: Direction, pod: &Pod) -> Option<Self> {
-        let mut combo = Self { direction, policies: vec![], named: BTreeSet::new() };
+        let mut effective = Self { direction, policies: vec![], named: BTreeSet::new() };
         for (policy_name, policy) in cluster.policies_of(pod) {
             let Some(rules) = policy.rules(direction) else { continue };
-            combo.policies.push(policy_name.clone());
+            effective.policies.push(policy_name.clone());
             if direction == Direction::Ingress {
                 let names: BTreeSet<(Protocol, &Arc<str>)> = rules.iter().flat_map(named_ports).collect();
                 let meant = pod.ports().iter().filter(|port| names.contains(&(port.protocol, &port.name)));
-                combo.named.extend(meant.cloned());
+                effective.named.extend(meant.cloned());
             }
         }
-        (!combo.policies.is_empty()).then_some(combo)
+        (!effective.policies.is_empty()).then_some(effective)
     }
 
     /// What it lets through, in the order of the policies and their rules.

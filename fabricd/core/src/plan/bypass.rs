@@ -1,4 +1,4 @@
-//! [`passed_by`]: what of others the fast path would pass by, for which `--fast-path=auto` leaves it off.
+//! [`bypass`]: what of others the fast path would pass by, for which `--fast-path=auto` leaves it off.
 //!
 //! On the kernel's path the packets between pods meet chains of the packet filter, queueing disciplines and IPsec policies,
 //! ours and everybody's. The programs do what ours do. So the fast path changes nothing for as long as nobody else has
@@ -46,7 +46,7 @@ pub enum Side {
 
 /// Something of others that packets of pods would pass by.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum PassedBy {
+pub enum Bypass {
     /// Nobody knows.
     Unread(String),
     /// A chain of bridges or devices, which is not evaluated.
@@ -59,7 +59,7 @@ pub enum PassedBy {
     Qdisc(Qdisc),
 }
 
-impl fmt::Display for PassedBy {
+impl fmt::Display for Bypass {
     /// What, and how to look at it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -82,20 +82,20 @@ impl fmt::Display for PassedBy {
 /// The first that would be passed by. `through` are the bridges and VXLAN devices that packets are led past, in both
 /// directions; an uplink's own queue is not passed by, only what it has on receiving.
 #[must_use]
-pub fn passed_by(
+pub fn bypass(
     evaluation: &Evaluation,
     shaping: &Shaping,
     through: &BTreeSet<IfName>,
     uplinks: &BTreeSet<IfName>,
-) -> Option<PassedBy> {
+) -> Option<Bypass> {
     let Shaping { qdiscs, ipsec_policies, unread } = shaping;
     let on_the_way =
         |qdisc: &&Qdisc| through.contains(&qdisc.dev) || qdisc.side == Side::Ingress && uplinks.contains(&qdisc.dev);
-    let unread = unread.clone().map(PassedBy::Unread);
-    let rule = || Some(PassedBy::Rule(evaluation.bypassed.first()?.clone(), evaluation.bypassed.len() - 1));
-    let chain = || evaluation.unread.first().cloned().map(PassedBy::Chain);
-    let ipsec = || (*ipsec_policies > 0).then_some(PassedBy::Ipsec(*ipsec_policies));
-    let qdisc = || qdiscs.iter().find(on_the_way).cloned().map(PassedBy::Qdisc);
+    let unread = unread.clone().map(Bypass::Unread);
+    let rule = || Some(Bypass::Rule(evaluation.bypassed.first()?.clone(), evaluation.bypassed.len() - 1));
+    let chain = || evaluation.unread.first().cloned().map(Bypass::Chain);
+    let ipsec = || (*ipsec_policies > 0).then_some(Bypass::Ipsec(*ipsec_policies));
+    let qdisc = || qdiscs.iter().find(on_the_way).cloned().map(Bypass::Qdisc);
     unread.or_else(rule).or_else(chain).or_else(ipsec).or_else(qdisc)
 }
 
@@ -117,7 +117,7 @@ mod tests {
 
     fn said(evaluation: &Evaluation, shaping: &Shaping) -> String {
         let names = |names: &[&str]| names.iter().map(|name| v(name)).collect();
-        let found = passed_by(evaluation, shaping, &names(&["cni0", "fabric.1"]), &names(&["eth0"]));
+        let found = bypass(evaluation, shaping, &names(&["cni0", "fabric.1"]), &names(&["eth0"]));
         found.map(|found| found.to_string()).unwrap_or_default()
     }
 

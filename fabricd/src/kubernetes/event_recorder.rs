@@ -1,4 +1,4 @@
-//! [`Notices`]: what is wrong with an object, told as an Event of Kubernetes on it, where its owner looks
+//! [`EventRecorder`]: what is wrong with an object, told as an Event of Kubernetes on it, where its owner looks
 //! (`kubectl describe service`, `kubectl describe networkpolicy`, `kubectl describe node`).
 
 use std::collections::BTreeMap;
@@ -33,7 +33,7 @@ const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 
 /// Something that is wrong with an object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Notice {
+pub struct ObjectEvent {
     /// What it is.
     pub kind: Kind,
     /// Its name.
@@ -120,20 +120,20 @@ impl Reason {
 }
 
 /// Who tells.
-pub struct Notices {
-    queue: mpsc::Sender<Notice>,
+pub struct EventRecorder {
+    queue: mpsc::Sender<ObjectEvent>,
     /// What there was to tell last, and when it was told.
-    known: BTreeMap<Notice, Instant>,
+    known: BTreeMap<ObjectEvent, Instant>,
     task: AbortHandle,
 }
 
-impl Drop for Notices {
+impl Drop for EventRecorder {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-impl Notices {
+impl EventRecorder {
     /// Begins to tell, as this node. Must be called within a tokio runtime.
     #[must_use]
     pub fn start(api: Arc<ApiServer>, node: NodeName) -> Self {
@@ -143,36 +143,36 @@ impl Notices {
     }
 
     /// Says what is wrong by now. Each is told once, and again when it was over meanwhile or lasts for more than an hour.
-    pub fn are(&mut self, notices: &[Notice]) {
-        self.known.retain(|known, told| notices.contains(known) && told.elapsed() < TOLD_AGAIN);
-        for notice in notices {
-            if !self.known.contains_key(notice) && self.queue.try_send(notice.clone()).is_ok() {
-                self.known.insert(notice.clone(), Instant::now());
+    pub fn update(&mut self, events: &[ObjectEvent]) {
+        self.known.retain(|known, told| events.contains(known) && told.elapsed() < TOLD_AGAIN);
+        for event in events {
+            if !self.known.contains_key(event) && self.queue.try_send(event.clone()).is_ok() {
+                self.known.insert(event.clone(), Instant::now());
             }
         }
     }
 }
 
-async fn tell_all(api: Arc<ApiServer>, node: NodeName, mut waiting: mpsc::Receiver<Notice>) {
+async fn tell_all(api: Arc<ApiServer>, node: NodeName, mut waiting: mpsc::Receiver<ObjectEvent>) {
     let mut retry = Backoff::new(RETRY.0, RETRY.1);
     let mut has_warned = false;
-    while let Some(notice) = waiting.recv().await {
+    while let Some(event) = waiting.recv().await {
         loop {
-            match tell(&api, &node, &notice).await {
+            match tell(&api, &node, &event).await {
                 Ok(()) => break,
                 // Another node was first, or the object is gone.
                 Err(ApiError::Refused { reason, .. }) if has_warned || !reason.contains("forbidden") => {
-                    debug!(object = %notice.object, reason, "event was not taken");
+                    debug!(object = %event.object, reason, "event was not taken");
                     break;
                 }
                 Err(ApiError::Refused { reason, .. }) => {
                     has_warned = true;
                     let rights = "isn't told as an Event; grant create of events";
-                    warn!(reason, "what is wrong with a {} {rights}", notice.kind.name());
+                    warn!(reason, "what is wrong with a {} {rights}", event.kind.name());
                     break;
                 }
                 Err(error @ ApiError::Unreachable(_)) => {
-                    debug!(object = %notice.object, %error, "event waits for the API server");
+                    debug!(object = %event.object, %error, "event waits for the API server");
                     sleep(retry.delay()).await;
                 }
             }
@@ -181,8 +181,8 @@ async fn tell_all(api: Arc<ApiServer>, node: NodeName, mut waiting: mpsc::Receiv
     }
 }
 
-async fn tell(api: &ApiServer, node: &NodeName, notice: &Notice) -> Result<(), ApiError> {
-    let Notice { kind, object, .. } = notice;
+async fn tell(api: &ApiServer, node: &NodeName, event: &ObjectEvent) -> Result<(), ApiError> {
+    let ObjectEvent { kind, object, .. } = event;
     let (namespace, name) = (object.namespace(), object.name());
     let uid = match kind.path(namespace) {
         Some(path) => {
@@ -194,8 +194,8 @@ async fn tell(api: &ApiServer, node: &NodeName, notice: &Notice) -> Result<(), A
         }
         None => name.to_owned(),
     };
-    let event = event(notice, &uid, node, Timestamp::now());
-    let bytes = serde_json::to_vec(&event).map_err(|error| ApiError::Unreachable(error.to_string()))?;
+    let document = document(event, &uid, node, Timestamp::now());
+    let bytes = serde_json::to_vec(&document).map_err(|error| ApiError::Unreachable(error.to_string()))?;
     let post = Request::new(format!("/api/v1/namespaces/{namespace}/events")).create(&PostParams::default(), bytes);
     ask::<IgnoredAny>(api, "create", post).await.map(drop)
 }
@@ -230,8 +230,8 @@ async fn ask<T: DeserializeOwned>(
 }
 
 /// The Event. Its name says what it is, so that of many nodes that would tell the same one does.
-fn event(notice: &Notice, uid: &str, node: &NodeName, now: Timestamp) -> Value {
-    let Notice { kind, object, reason, message } = notice;
+fn document(event: &ObjectEvent, uid: &str, node: &NodeName, now: Timestamp) -> Value {
+    let ObjectEvent { kind, object, reason, message } = event;
     let (namespace, name) = (object.namespace(), object.name());
     let of_node = if reason.is_of_one_node() { node.as_str() } else { "" };
     let number = stable_hash(format!("{uid} {of_node} {reason:?} {message}").as_bytes());
@@ -263,8 +263,8 @@ mod tests {
     fn what_all_nodes_see_has_one_name_and_what_one_sees_has_its_own() {
         let name = |reason, node: &str| {
             let object = ObjectName::new("default", "web");
-            let notice = Notice { kind: Kind::Service, object, reason, message: "words".to_owned() };
-            let event = event(&notice, "uid-1", &node.parse().expect("a name"), Timestamp::UNIX_EPOCH);
+            let event = ObjectEvent { kind: Kind::Service, object, reason, message: "words".to_owned() };
+            let event = document(&event, "uid-1", &node.parse().expect("a name"), Timestamp::UNIX_EPOCH);
             event["metadata"]["name"].as_str().expect("text").to_owned()
         };
         assert_eq!(name(Reason::Refused, "node-1"), name(Reason::Refused, "node-2"));

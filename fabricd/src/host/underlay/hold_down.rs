@@ -1,4 +1,4 @@
-//! [`Steady`]: the underlay address stays while it is away for a moment.
+//! [`HoldDown`]: the underlay address stays while it is away for a moment.
 //!
 //! When an interface loses its carrier, or networkd restarts, its addresses go and come back, and meanwhile a virtual
 //! address (keepalived, kube-vip) may be the only one there. To move to it would send every peer's packets to whichever
@@ -10,14 +10,14 @@ use std::time::Duration;
 use fabric_core::model::{Family, PerFamily, Subnet};
 use tokio::time::Instant;
 
-use super::{Choice, Host, Selector, Standing, Underlay, UnderlayError, choose, holds, is_host};
+use super::{AddressRank, Choice, Host, Selector, Underlay, UnderlayError, choose, holds, is_host};
 
 /// How long an address that went may take to come back before one takes its place that may not last either.
 const GRACE: Duration = Duration::from_secs(30);
 
 /// What was chosen last.
 #[derive(Debug, Default)]
-pub struct Steady {
+pub struct HoldDown {
     used: PerFamily<Used>,
     /// Since when the address in use is away.
     away: PerFamily<Instant>,
@@ -29,7 +29,7 @@ struct Used {
     prefix: Subnet,
 }
 
-impl Steady {
+impl HoldDown {
     /// Chooses as [`choose`], but keeps the address of before for as long as only virtual ones are there in its place, and
     /// for a grace period of 30 s when what is there is passing, or when it can't be told (after a start) whether it is
     /// virtual. `lease` is the address that peers send to, `device` the one that the VXLAN device sends from.
@@ -82,7 +82,7 @@ impl Steady {
             return Some(UnderlayError::OnlyVirtual { dev, gone, left, within });
         }
         let unsure = used.is_none() && is_host(choice.prefix);
-        if choice.standing == Standing::Lasting && !unsure {
+        if choice.rank == AddressRank::Lasting && !unsure {
             return None;
         }
         let since = *self.away.slot(family).get_or_insert_with(Instant::now);
