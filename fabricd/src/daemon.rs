@@ -7,6 +7,7 @@ use std::time::SystemTime;
 
 use anyhow::{Context as _, bail};
 use fabric_core::handoff::BOOT_ID;
+use fabric_core::inquiry::unix_millis;
 use fabric_core::record::Instance;
 use fabric_core::state::nft::{Section, TableKey};
 use futures::FutureExt as _;
@@ -35,10 +36,10 @@ use crate::mesh::Mesh;
 use crate::metrics::Metrics;
 use crate::policy::applied::AppliedPolicies;
 use crate::policy::reconcile::Inputs;
-use crate::reconcile::fast_path::Mode;
 use crate::reconcile::{Node, Reconciler};
 use crate::status::events;
 use crate::status::events::Events;
+use crate::status::fast_path::Mode;
 use crate::status::view::View;
 use crate::store::LeaseStore;
 use crate::store::etcd::Etcd;
@@ -90,8 +91,8 @@ async fn serve(
         ttl: config.lease_ttl,
         grace: config.lease_grace,
         pods: NodePods::new(config.cni_dirs()),
-        since: events::unix_millis(SystemTime::now()) / 1000,
-        hosts: Hosts::of_underlay(),
+        since: unix_millis(SystemTime::now()) / 1000,
+        hosts: Hosts::new(|ip| mesh::probe::is_host_there(ip).boxed()),
     };
     let keeper = Keeper::new(store.clone(), options, before.lease.clone());
     let node = Node {

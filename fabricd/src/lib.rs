@@ -12,10 +12,13 @@
 //! Store and kernel never see each other. docs/architecture.md tells the whole story.
 
 pub mod api;
+pub mod atomic_file;
+pub mod command_line;
 pub mod commands;
 pub mod config;
 pub mod daemon;
 pub mod diagnosis;
+pub mod errors;
 pub mod files;
 pub mod host;
 pub mod http;

@@ -2,12 +2,13 @@
 
 use std::process::ExitCode;
 
+use fabricd::command_line::command_line;
 use fabricd::commands::cleanup::cleanup;
-use fabricd::commands::command_line;
 use fabricd::commands::install_cni::InstallCni;
 use fabricd::config::log_level::LogLevel;
 use fabricd::config::{Config, ConfigError};
 use fabricd::daemon;
+use fabricd::errors::chain;
 use fabricd::pki::Pki;
 use fabricd::takeover::TakeoverArgs;
 
@@ -15,19 +16,19 @@ fn main() -> ExitCode {
     if let Some(install) = InstallCni::asked(std::env::args_os()) {
         return match install.run() {
             Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(&format!("{error:#}")),
+            Err(error) => fail(&chain(&error)),
         };
     }
     if let Some(pki) = Pki::asked(std::env::args_os()) {
         return match pki.run() {
             Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(&format!("{error:#}")),
+            Err(error) => fail(&chain(&error)),
         };
     }
     if let Some((takeover, direction)) = TakeoverArgs::asked(std::env::args_os()) {
         return match takeover.run(direction) {
             Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(&format!("{error:#}")),
+            Err(error) => fail(&chain(&error)),
         };
     }
     let config = match Config::load(command_line(), std::env::args_os()) {
@@ -48,7 +49,7 @@ fn main() -> ExitCode {
         .block_on(async { if config.cleanup { cleanup(config).await } else { daemon::run(config, log_level).await } });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&format!("{error:#}")),
+        Err(error) => fail(&chain(&error)),
     }
 }
 

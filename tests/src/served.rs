@@ -11,7 +11,7 @@ use fabric_core::network::NetworkConfig;
 use fabric_core::plan::Vtep;
 use fabric_core::record::LeaseKey;
 use fabricd::api::{Controls, Remote, Sources};
-use fabricd::commands::command_line;
+use fabricd::command_line::command_line;
 use fabricd::config::log_level::LogLevel;
 use fabricd::config::{Config, LogFormat, StoreKind};
 use fabricd::diagnosis::{Inspector, Places, Sections};

@@ -6,6 +6,7 @@
 //! silence is decided in [`crate::lease`].
 
 use std::net::IpAddr;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
@@ -53,6 +54,12 @@ impl Inquiry {
     pub fn encode(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("plain members")
     }
+}
+
+/// As the API counts time.
+#[must_use]
+pub fn unix_millis(at: SystemTime) -> i64 {
+    at.duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
 }
 
 /// A time for people, to the minute.

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::cow_map::CowMap;
-use crate::lease::alloc::Taken;
+use crate::leased_ranges::LeasedRanges;
 use crate::model::{Family, NodeName, Subnet};
 use crate::record::{LeaseKey, Record, RecordError};
 
@@ -158,7 +158,7 @@ impl LeaseSet {
     #[must_use]
     pub fn keeping<'a>(&self, before: impl IntoIterator<Item = &'a Arc<Lease>>) -> Self {
         let subnets = self.leases.keys().flat_map(|key| key.subnets().values().copied());
-        let taken = Taken::all(subnets);
+        let taken = LeasedRanges::all(subnets);
         let nodes: BTreeSet<&NodeName> = self.iter().filter_map(|lease| lease.record.node()).collect();
         let addresses = |lease: &Lease| lease.record.endpoints().values().map(|e| e.public_ip).collect::<Vec<_>>();
         let used: BTreeSet<IpAddr> = self.iter().flat_map(|lease| addresses(lease)).collect();

@@ -20,6 +20,7 @@ pub mod handoff;
 pub mod inquiry;
 pub mod interner;
 pub mod lease;
+pub mod leased_ranges;
 pub mod leases;
 pub mod model;
 pub mod network;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use fabric_proto::v1::fabric_client::FabricClient;
-use fabricd::host::errno;
+use fabricd::errors::errno;
 use hyper_util::rt::TokioIo;
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access};

@@ -36,6 +36,7 @@ use clap_complete::Shell;
 use fabric_proto::v1::ask_nodes_request::Question;
 use fabric_proto::v1::{DiagnoseRequest, GetMeshRequest, GetStatusRequest};
 use fabricd::config::{Config, DEFAULT_SOCKET, parse_duration};
+use fabricd::errors::chain;
 
 use crate::all::AllArgs;
 use crate::manual::Program;
@@ -228,7 +229,7 @@ async fn main() -> ExitCode {
         }
         Err(error) => {
             // Nobody may read that either: `fabricctl doctor 2>&1 | head`.
-            let _ = writeln!(std::io::stderr(), "fabricctl: {error:#}");
+            let _ = writeln!(std::io::stderr(), "fabricctl: {}", chain(&error));
             ExitCode::FAILURE
         }
     }

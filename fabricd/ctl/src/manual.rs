@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use clap::{Command, CommandFactory as _, ValueEnum};
 use clap_complete::Shell;
 use clap_mangen::Man;
-use fabricd::commands::command_line;
+use fabricd::command_line::command_line;
 
 use crate::{Answer, Cli};
 

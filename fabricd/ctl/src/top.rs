@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use crate::output::{Output, Screen, Severity};
 use crate::{Answer, daemon, events, mesh, print};
+use fabricd::errors::chain;
 
 /// How many events are shown.
 const EVENTS: usize = 8;
@@ -60,7 +61,7 @@ async fn draw_on(socket: &Path, every: Duration) -> anyhow::Result<()> {
                 page(&Screen::stdout(), usize::from(height), &status, mesh, &past, SystemTime::now())
             }
             // It may be restarting.
-            Err(error) => format!("{error:#}\n"),
+            Err(error) => format!("{}\n", chain(&error)),
         };
         // From the top, each line and the rest of the screen cleared behind what is written.
         if !print(&format!("\x1b[H{}\x1b[J", page.replace('\n', "\x1b[K\n"))) {

@@ -15,7 +15,8 @@ use tokio::time::{Instant, timeout};
 use tonic::transport::{Channel, Endpoint};
 
 use super::tls::Tls;
-use crate::host::errno;
+use crate::errors::chain;
+use crate::errors::errno;
 
 /// How long a node may take unless it is told otherwise.
 pub const PATIENCE: Duration = Duration::from_secs(2);
@@ -87,7 +88,7 @@ impl Remote {
                 },
             }
         };
-        let tls = tls.client(node).map_err(|error| format!("{error:#}"))?;
+        let tls = tls.client(node).map_err(|error| chain(&error))?;
         let endpoint = Endpoint::new(format!("https://{}", std::net::SocketAddr::new(address, *port))).map_err(told)?;
         let channel = endpoint.tls_config(tls).map_err(told)?.connect().await.map_err(told)?;
         Ok(FabricClient::new(channel).max_decoding_message_size(LARGEST))

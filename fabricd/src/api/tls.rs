@@ -25,6 +25,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 use tracing::{info, warn};
 
+use crate::errors::chain;
+
 /// How long a handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How many handshakes may go on at once.
@@ -103,7 +105,7 @@ pub(super) fn accept(listener: TcpListener, tls: Tls) -> ReceiverStream<io::Resu
         let first = tls.acceptor();
         let mut usable = first.is_ok();
         if let Err(error) = first {
-            info!(reason = format!("{error:#}"), "waiting for the certificates of the API for other nodes");
+            info!(reason = chain(&error), "waiting for the certificates of the API for other nodes");
         }
         loop {
             let Ok(turn) = turns.clone().acquire_owned().await else { return };
@@ -118,7 +120,7 @@ pub(super) fn accept(listener: TcpListener, tls: Tls) -> ReceiverStream<io::Resu
             let acceptor = tls.acceptor();
             match &acceptor {
                 // Once, and not for each connection attempt.
-                Err(error) if usable => warn!(error = format!("{error:#}"), "other nodes can't ask this one"),
+                Err(error) if usable => warn!(error = chain(error), "other nodes can't ask this one"),
                 Ok(_) if !usable => info!("other nodes can ask this one"),
                 _ => {}
             }

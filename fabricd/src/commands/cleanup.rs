@@ -11,10 +11,11 @@ use tokio::time::timeout;
 use tracing::warn;
 
 use super::leftovers::Leftovers;
+use crate::atomic_file::remove_if_there;
 use crate::config::{Config, DEFAULT_ENDPOINT, StoreKind};
 use crate::daemon::{holder, instance, open_kernel};
+use crate::files::Files;
 use crate::files::state_dir::{Disk, Uptime};
-use crate::files::{Files, remove_if_there};
 use crate::host::lock::{self, Lock};
 use crate::kernel::Kernel as _;
 use crate::lease::{DepartingNode, GivenBack};

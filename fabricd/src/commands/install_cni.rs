@@ -22,11 +22,11 @@ use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 use fabric_core::handoff::{NODE_FILE, NodeFile, RUN_DIR, Readiness};
 use serde_json::{Value, json};
 
+use crate::atomic_file::{FileError, replace};
 use crate::commands::conflists;
 use crate::commands::stay::until_terminated;
 use crate::config::asked_for;
 use crate::diagnosis::cni_config;
-use crate::files::{FileError, replace};
 
 /// The first word of the command line that asks for this instead of the daemon.
 pub const COMMAND: &str = "install-cni";

@@ -29,7 +29,7 @@ use crate::host::addresses::CniDirs;
 use crate::host::underlay::Selector;
 use crate::kubernetes::addresses::{self, Addresses};
 use crate::kubernetes::client::ApiServer;
-use crate::reconcile::fast_path::Mode;
+use crate::status::fast_path::Mode;
 use crate::store::etcd::{Options, Tls, User, complete};
 use crate::store::kubernetes;
 
@@ -382,7 +382,7 @@ impl Config {
         CniDirs { addresses: self.cni_data_dir.clone(), attachments: self.cni_state_dir.clone() }
     }
 
-    /// Reads flags, environment and file. `command` is the whole command line, [`crate::commands::command_line`].
+    /// Reads flags, environment and file. `command` is the whole command line, [`crate::command_line::command_line`].
     ///
     /// # Errors
     /// [`ConfigError`], which says what, where, and what would be right.

@@ -11,7 +11,7 @@ fn load(args: &[&str], file: Option<&str>) -> Result<Config, String> {
         all.extend(["--config".into(), path.into()]);
     }
     all.extend(args.iter().map(OsString::from));
-    Config::load(crate::commands::command_line(), all).map_err(|e| e.to_string())
+    Config::load(crate::command_line::command_line(), all).map_err(|e| e.to_string())
 }
 
 #[test]

@@ -18,7 +18,7 @@ use super::{host_checks as host, manager_checks as managers, overlay_checks as o
 use crate::config::StoreKind;
 use crate::kernel;
 use crate::mesh::{Cause, Mesh, messages};
-use crate::reconcile::fast_path::{FastPathView, fast_and_slow};
+use crate::status::fast_path::{FastPathView, fast_and_slow};
 use crate::status::section::SectionStatus;
 use crate::status::view::PeerTrouble;
 use crate::store::Connection;

@@ -36,7 +36,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 use tracing::{error, warn};
 
-use crate::files::{FileError, replace};
+use crate::atomic_file::{FileError, replace};
 use crate::kubernetes::addresses;
 use crate::lease::{Holding, Mark, Own, Remembered};
 use crate::status::view::View;

@@ -10,7 +10,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use super::mirror::{bridges, host_link};
 use super::routing::tables;
 use super::{KernelError, Observed};
-use crate::host::underlay::HostLink;
+use crate::kernel::host::HostLink;
 
 /// The links of this host but for our own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -29,7 +29,7 @@ use super::nft::Filter;
 use super::routing::routes;
 use super::routing::tables::{self, Address, EntryRow, Fit, Link, Links};
 use super::{KernelError, Observed, Options, sysctl};
-use crate::host::underlay::HostLink;
+use crate::kernel::host::HostLink;
 
 /// What the kernel holds.
 #[derive(Default)]

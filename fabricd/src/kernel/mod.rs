@@ -20,6 +20,7 @@ pub mod bridged;
 pub mod conntrack;
 pub mod fast_path;
 mod firewalls;
+pub mod host;
 pub mod kube_proxy;
 pub mod links;
 mod mirror;
@@ -58,8 +59,8 @@ use fabric_core::state::fast_path::{FastPath, UnderlayPath};
 use fabric_core::state::nft::FoundRuleset;
 use fabric_core::state::{Foreign, Found, Routing};
 
-use crate::host::errno;
-use crate::host::underlay::Host;
+use crate::errors::errno;
+use crate::kernel::host::Host;
 
 /// What one look at the kernel found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -72,7 +73,7 @@ pub struct Observed {
     pub host: Host,
     /// Whether the kernel knows nexthop objects (5.3 and later).
     pub nexthop_objects: bool,
-    /// Chains of others that packets of ours meet, as [`fabric_core::firewall::judge`] takes them.
+    /// Chains of others that packets of ours meet, as [`fabric_core::firewall::evaluate`] takes them.
     pub firewall: Arc<Firewall>,
     /// Our tables of nftables.
     pub filter: FoundRuleset,

@@ -217,7 +217,7 @@ mod tests {
     use fabric_core::state::{Nexthop, NexthopId, Routing, Sysctl, Via, VxlanLink};
 
     use super::*;
-    use crate::host::errno::named;
+    use crate::errors::errno::named;
 
     /// A state with a row in each table.
     fn rows() -> Routing {

@@ -19,7 +19,7 @@ use kube::Config;
 use tokio::sync::watch::Receiver;
 use tracing::{info, warn};
 
-use crate::files::replace;
+use crate::atomic_file::replace;
 
 /// The file in the state directory.
 pub const FILE: &str = "api-servers.json";

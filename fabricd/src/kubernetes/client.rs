@@ -23,6 +23,7 @@ use tokio::time::timeout;
 use tower::ServiceBuilder;
 
 use super::addresses::Addresses;
+use crate::errors::chain;
 
 /// How long a connection may be silent before the other end's machine is asked whether it is there, how often then, and
 /// how many times. A watch has nothing to say for minutes, and nobody tells that a router has forgotten it.
@@ -239,7 +240,7 @@ impl ApiServer {
         if let Some(client) = self.held().client.clone() {
             return Ok(client);
         }
-        let (url, made) = self.find().await.map_err(|error| ApiError::Unreachable(format!("{error:#}")))?;
+        let (url, made) = self.find().await.map_err(|error| ApiError::Unreachable(chain(&error)))?;
         let mut held = self.held();
         held.url = Some(url);
         Ok(held.client.insert(made).clone())

@@ -151,5 +151,5 @@ impl<S: LeaseStore> Keeper<S> {
 }
 
 fn unix_now() -> i64 {
-    crate::status::events::unix_millis(std::time::SystemTime::now()) / 1000
+    fabric_core::inquiry::unix_millis(std::time::SystemTime::now()) / 1000
 }

@@ -13,7 +13,6 @@ use fabric_core::handoff::NotReady;
 use fabric_core::model::{NodeName, PerFamily, Subnet};
 use fabric_core::network::NetworkConfig;
 use fabric_core::record::{Endpoint, Instance, LeaseKey};
-use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -21,7 +20,6 @@ use tokio::time::Instant;
 pub use self::give_back::{DepartingNode, GivenBack};
 pub use self::keeper::{Keeper, SETTLING};
 use crate::host::addresses::NodePods;
-use crate::mesh::probe;
 
 /// What the reconcile loop wants the lease to say.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -117,12 +115,6 @@ impl Hosts {
     /// Asks by `probe`.
     pub fn new(probe: impl Fn(IpAddr) -> BoxFuture<'static, bool> + Send + Sync + 'static) -> Self {
         Self(Arc::new(probe))
-    }
-
-    /// Asks by two packets to a port where nobody listens, which a kernel says unless a firewall forbids it.
-    #[must_use]
-    pub fn of_underlay() -> Self {
-        Self::new(|ip| probe::is_host_there(ip).boxed())
     }
 
     /// True if something answers at `ip`.

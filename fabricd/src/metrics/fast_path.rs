@@ -11,8 +11,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::paths::EACH;
-use crate::reconcile::fast_path::FastPathView;
 use crate::status::counters::LabelValue;
+use crate::status::fast_path::FastPathView;
 use crate::status::view::View;
 
 /// The numbers.

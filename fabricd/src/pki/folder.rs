@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 
 use super::authority::CertifiedKey;
 use super::issue::{Item, Place};
-use crate::files::replace;
+use crate::atomic_file::replace;
 
 /// `ca`, `server`, `client` and `node`, each with `.crt` and `.key`, in one folder.
 pub struct Folder(pub PathBuf);

@@ -15,8 +15,9 @@ use time::OffsetDateTime;
 use super::authority::{Authority, Subject, ends_soon};
 use super::folder::Folder;
 use super::issue::{Item, Place as _};
+use crate::atomic_file::replace;
 use crate::commands::stay::until_terminated;
-use crate::files::replace;
+use crate::errors::chain;
 
 /// How often `--stay` looks for the authority while there is none.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -87,7 +88,7 @@ impl NodeArgs {
         let reason = match &there {
             None => Some("it was missing or incomplete".to_owned()),
             Some(there) => match authority.objection(&subject, &there.certificate) {
-                Err(error) => Some(format!("{error:#}")),
+                Err(error) => Some(chain(&error)),
                 Ok(None) if ends_soon(&there.certificate, OffsetDateTime::now_utc())? => {
                     Some("it ends soon".to_owned())
                 }

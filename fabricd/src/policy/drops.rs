@@ -18,7 +18,7 @@ use tokio_stream::{Stream, StreamExt as _};
 
 use super::applied::Applied;
 use crate::kernel::nflog::{Nflog, Shown};
-use crate::status::events::unix_millis;
+use fabric_core::inquiry::unix_millis;
 
 /// How many wait for a slow listener.
 const WAITING: usize = 256;

@@ -13,10 +13,10 @@ use fabric_core::state::Sysctl;
 
 use super::prepare::{Prepared, on_link};
 use super::{Blocked, Reconciler, failed, kernel_state};
-use crate::host::firewall::warnings_beside;
 use crate::host::underlay::Underlay;
 use crate::kernel::Kernel;
 use crate::lease::Own;
+use crate::reconcile::firewall::warnings_beside;
 use crate::reconcile::pending::Pending;
 use crate::reconcile::repairs::Causes;
 use crate::status::view::{PeerTrouble, View, VtepView};

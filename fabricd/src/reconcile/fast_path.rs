@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::ValueEnum;
 use fabric_bpf::abi::Traffic;
 use fabric_core::diff::{Op, fast_path as steps};
 use fabric_core::firewall::Evaluation;
@@ -23,6 +22,7 @@ use crate::host::attachments::AttachedPods;
 use crate::host::underlay::Underlay;
 use crate::kernel::{FastPathFound, Observed, fast_path as kernel};
 use crate::lease::Own;
+use crate::status::fast_path::{FastPathView, Mode};
 
 /// For so long nothing of others may have stood in the way, until `auto` is on again: who loads a firewall rule by rule, or
 /// anew every few seconds, does not switch it each time.
@@ -31,18 +31,6 @@ const CLEAR: Duration = Duration::from_secs(30);
 /// For so long a pod's port must have been there before programs are attached to it as filters of tc. The plugins behind ours
 /// come after it, and `bandwidth` needs the place of our clsact for a qdisc of its own; where that is, programs stay away.
 const FURNISHED: Duration = Duration::from_secs(10);
-
-/// Whether pods' packets take the fast path.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Mode {
-    /// Where the programs know all of it, whatever rules of others that passes by.
-    On,
-    /// The same, as long as it passes by nothing of others.
-    Auto,
-    /// Never: what an earlier daemon made goes.
-    #[default]
-    Off,
-}
 
 /// The fast path of one node, as it should be.
 #[derive(Debug)]
@@ -59,27 +47,6 @@ pub struct FastPathPlan {
     wanted: FastPath,
     /// Why nothing is wanted, or not all of it.
     lacks: Option<String>,
-}
-
-/// What became of the fast path.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct FastPathView {
-    /// It is asked for.
-    pub asked: bool,
-    /// Packets take it.
-    pub on: bool,
-    /// It is off for as long as something of others would be passed by, as `auto` has it.
-    pub left_off: bool,
-    /// Why it is off, or what doesn't take it, with the way out. Empty when there is nothing to say.
-    pub reason: String,
-    /// Addresses of pods that it takes packets of.
-    pub pods: usize,
-    /// Peers that it knows, in the family in which it knows most.
-    pub peers: usize,
-    /// Packets that the programs saw, by program and reason.
-    pub counts: kernel::Counts,
-    /// What they took, by subnet of a peer.
-    pub traffic: Arc<kernel::Traffic>,
 }
 
 impl FastPathPlan {
@@ -299,18 +266,4 @@ impl FastPathView {
         (self.asked && !self.on && !self.left_off && !self.reason.is_empty())
             .then(|| format!("pods' packets take the kernel's path, not the fast one: {}", self.reason))
     }
-}
-
-/// How many packets took the fast path, and how many that could have been fast for all we know did not: of both programs
-/// that packets of pods meet first.
-#[must_use]
-pub fn fast_and_slow(counts: &kernel::Counts) -> (u64, u64) {
-    let by_path: BTreeMap<bool, u64> = counts.iter().fold(BTreeMap::new(), |mut sums, ((program, reason), count)| {
-        if matches!(program, fabric_bpf::Program::PodOut | fabric_bpf::Program::WireIn) {
-            *sums.entry(reason.path() == fabric_bpf::Path::Fast).or_default() += count;
-        }
-        sums
-    });
-    let of = |fast| by_path.get(&fast).copied().unwrap_or_default();
-    (of(true), of(false))
 }

@@ -7,6 +7,7 @@
 mod converge;
 pub mod fast_path;
 pub mod filter;
+pub mod firewall;
 mod hand_off;
 pub mod pending;
 mod prepare;
@@ -40,17 +41,18 @@ pub(crate) use self::write::lines;
 use crate::files::Files;
 use crate::files::state_dir::State;
 use crate::host::attachments::AttachedPods;
-use crate::host::firewall::Evaluator;
 use crate::host::underlay::{HoldDown, Selector};
 use crate::kernel::{Kernel, Observed, Touched};
 use crate::lease::{DesiredLease, Holding};
-use crate::reconcile::fast_path::{FastPathPlan, Mode};
+use crate::reconcile::fast_path::FastPathPlan;
 use crate::reconcile::filter::Filter;
+use crate::reconcile::firewall::Evaluator;
 use crate::reconcile::repairs::Repairs;
 use crate::reconcile::retention::Retention;
 use crate::reconcile::waiting::Doing;
 use crate::retry::Backoff;
 use crate::status::counters::Counters;
+use crate::status::fast_path::Mode;
 use crate::status::view::View;
 use crate::store::{LeaseStore, Network};
 

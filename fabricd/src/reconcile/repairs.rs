@@ -15,6 +15,8 @@ use fabric_core::diff::{Key, Op, TableName, Verb, nft, routing};
 use tokio::time::Instant;
 use tracing::warn;
 
+use crate::status::view::Repair;
+
 /// How many are remembered for those who follow.
 const REMEMBERED: usize = 50;
 /// The least time between two events about one table.
@@ -29,15 +31,6 @@ pub struct Causes {
     pub routing: Dirty<Key>,
     /// True when of the packet filter the same was desired before.
     pub filter_unchanged: bool,
-}
-
-/// Something that was restored.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Repair {
-    /// Rises by one with each.
-    pub number: u64,
-    /// What was done to what, in a sentence.
-    pub message: String,
 }
 
 /// What was restored, and what makes a write a repair.

@@ -3,9 +3,10 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use fabric_core::handoff::{NotReady, Readiness};
+use fabric_core::inquiry::unix_millis;
 use fabric_core::leases::Lease;
 use tokio::sync::{broadcast, watch};
 use tokio_stream::wrappers::BroadcastStream;
@@ -92,12 +93,6 @@ impl Events {
         let past = self.past.lock().unwrap_or_else(PoisonError::into_inner);
         (past.iter().cloned().collect(), BroadcastStream::new(self.coming.subscribe()))
     }
-}
-
-/// As the API counts time.
-#[must_use]
-pub fn unix_millis(at: SystemTime) -> i64 {
-    at.duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
 }
 
 /// Tells what changes in what the loop publishes, until it ends.
@@ -238,8 +233,8 @@ fn name(lease: &Lease) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::reconcile::fast_path::FastPathView;
-    use crate::reconcile::repairs::Repair;
+    use crate::status::fast_path::FastPathView;
+    use crate::status::view::Repair;
 
     #[test]
     fn transitions_are_told_once_and_the_last_are_remembered() {

@@ -2,5 +2,6 @@
 
 pub mod counters;
 pub mod events;
+pub mod fast_path;
 pub mod section;
 pub mod view;

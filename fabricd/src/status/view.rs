@@ -15,8 +15,7 @@ use fabric_core::record::LeaseKey;
 use crate::host::attachments::AttachedPods;
 use crate::kernel::Dropped;
 use crate::lease::Holding;
-use crate::reconcile::fast_path::FastPathView;
-use crate::reconcile::repairs::Repair;
+use crate::status::fast_path::FastPathView;
 use crate::store::Connection;
 
 /// What is known after one pass.
@@ -73,6 +72,15 @@ pub struct VtepView {
     pub public_ip: IpAddr,
     /// The rest.
     pub vtep: Vtep,
+}
+
+/// Something that was restored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Repair {
+    /// Rises by one with each.
+    pub number: u64,
+    /// What was done to what, in a sentence.
+    pub message: String,
 }
 
 /// Why a peer is not fully programmed.

@@ -16,9 +16,9 @@ use nix::fcntl::{Flock, FlockArg};
 use serde_json::{Map, Value};
 
 use super::{TakeoverArgs, open_kernel};
+use crate::atomic_file::{remove_if_there, replace};
 use crate::commands::install_cni::{InstallCni, Part};
 use crate::config::Config;
-use crate::files::{remove_if_there, replace};
 use crate::kernel::{Kernel as _, takeover};
 
 /// Takes a step that isn't one of waiting.

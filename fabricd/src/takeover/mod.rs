@@ -24,11 +24,11 @@ use fabric_core::takeover::{Facts, Refusal, Step, giveback, guarded, takeover};
 use nix::fcntl::{Flock, FlockArg};
 use tokio::time::{Instant, sleep};
 
+use crate::atomic_file::{remove_if_there, sweep_drafts};
 use crate::commands::install_cni::CniVersion;
 use crate::commands::stay::until_terminated;
 use crate::config::{Config, StoreKind, asked_for};
 use crate::files::state_dir::Disk;
-use crate::files::{remove_if_there, sweep_drafts};
 use crate::host::addresses;
 use crate::kernel::Options;
 use crate::kernel::netlink::Netlink;

@@ -26,7 +26,7 @@ use super::docker_user::DockerUserChange;
 use super::{Key, Stage, Verb};
 use crate::cow_map::CowSet;
 use crate::model::Family;
-use crate::plan::filter::senders::SENDERS;
+use crate::state::nft::SENDERS;
 use crate::state::nft::{
     Chain, Data, Element, FoundRuleset, FoundSet, FoundTable, Name, Order, Ruleset, Section, Set, SetKind, Table,
     TableKey,

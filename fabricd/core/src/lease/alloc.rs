@@ -1,53 +1,10 @@
 //! [`choose`]: which subnet a node asks for.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use crate::leased_ranges::LeasedRanges;
 use crate::model::{Subnet, to_bits};
 use crate::network::AddressSpace;
-
-/// Leased subnets of one family that can be asked for the one in a place.
-#[derive(Clone, Debug, Default)]
-pub struct Taken {
-    /// First address → last address, merged: no two ranges overlap.
-    ranges: BTreeMap<IpAddr, IpAddr>,
-}
-
-impl Taken {
-    /// The leased subnets of `space`'s family. Ranges that no node can hold under any config of this network
-    /// (shorter than two bits over the network's length, or outside of it) take nothing: a garbage record
-    /// must not use up the address space.
-    pub fn new(space: &AddressSpace, leased: impl IntoIterator<Item = Subnet>) -> Self {
-        let possible = |s: &Subnet| space.network.covers(*s) && s.prefix_len() >= space.network.prefix_len() + 2;
-        Self::all(leased.into_iter().filter(possible))
-    }
-
-    /// All of these subnets.
-    pub fn all(leased: impl IntoIterator<Item = Subnet>) -> Self {
-        let mut subnets: Vec<Subnet> = leased.into_iter().collect();
-        subnets.sort_by_key(|s| (s.base(), s.prefix_len()));
-        let mut ranges: BTreeMap<IpAddr, IpAddr> = BTreeMap::new();
-        for subnet in subnets {
-            // Subnets nest or lie apart, so one inside another adds nothing.
-            if ranges.last_key_value().is_none_or(|(_, last)| *last < subnet.base()) {
-                ranges.insert(subnet.base(), subnet.last());
-            }
-        }
-        Self { ranges }
-    }
-
-    /// The range that shares an address with `subnet`: its last address.
-    fn blocking(&self, subnet: Subnet) -> Option<IpAddr> {
-        let (_, last) = self.ranges.range(..=subnet.last()).next_back()?;
-        (*last >= subnet.base()).then_some(*last)
-    }
-
-    /// True when nothing of `subnet` is leased.
-    #[must_use]
-    pub fn leaves(&self, subnet: Subnet) -> bool {
-        self.blocking(subnet).is_none()
-    }
-}
 
 /// A free subnet of `space`: `preferred` when it may be had, else the first free one at or after a place that
 /// `seed` picks. With a seed made of the node's name, a node tends to get the same subnet again even when
@@ -55,7 +12,7 @@ impl Taken {
 ///
 /// `None` when the space is exhausted.
 #[must_use]
-pub fn choose(space: &AddressSpace, taken: &Taken, preferred: Option<Subnet>, seed: u64) -> Option<Subnet> {
+pub fn choose(space: &AddressSpace, taken: &LeasedRanges, preferred: Option<Subnet>, seed: u64) -> Option<Subnet> {
     if let Some(subnet) = preferred.filter(|s| space.admits(*s) && taken.leaves(*s)) {
         return Some(subnet);
     }
@@ -63,7 +20,7 @@ pub fn choose(space: &AddressSpace, taken: &Taken, preferred: Option<Subnet>, se
     first_free(space, taken, start..space.capacity()).or_else(|| first_free(space, taken, 0..start))
 }
 
-fn first_free(space: &AddressSpace, taken: &Taken, places: std::ops::Range<u128>) -> Option<Subnet> {
+fn first_free(space: &AddressSpace, taken: &LeasedRanges, places: std::ops::Range<u128>) -> Option<Subnet> {
     let host_bits = space.network.family().bits() - space.subnet_len;
     let mut index = places.start;
     while index < places.end {
@@ -104,10 +61,10 @@ mod tests {
     #[test]
     fn preferred_subnet_is_taken_when_it_is_free_and_fits() {
         let space = space("10.244.0.0/16", 24);
-        let none = Taken::default();
+        let none = LeasedRanges::default();
         assert_eq!(choose(&space, &none, Some(subnet("10.244.9.0/24")), 0), Some(subnet("10.244.9.0/24")));
         // Not of the right length, the first of the network, outside, or taken: the seed decides.
-        let taken = Taken::new(&space, [subnet("10.244.9.0/24")]);
+        let taken = LeasedRanges::new(&space, [subnet("10.244.9.0/24")]);
         for (unfit, taken) in
             [("10.244.9.0/25", &none), ("10.244.0.0/24", &none), ("10.245.9.0/24", &none), ("10.244.9.0/24", &taken)]
         {
@@ -118,24 +75,25 @@ mod tests {
     #[test]
     fn search_wraps_around_and_ends() {
         let space = space("192.0.2.0/24", 26); // three to lease
-        let taken = Taken::new(&space, [subnet("192.0.2.128/26"), subnet("192.0.2.192/26")]);
+        let taken = LeasedRanges::new(&space, [subnet("192.0.2.128/26"), subnet("192.0.2.192/26")]);
         assert_eq!(choose(&space, &taken, None, 1), Some(subnet("192.0.2.64/26")));
-        let all = Taken::new(&space, ["192.0.2.64/26", "192.0.2.128/26", "192.0.2.192/26"].map(subnet));
+        let all = LeasedRanges::new(&space, ["192.0.2.64/26", "192.0.2.128/26", "192.0.2.192/26"].map(subnet));
         assert_eq!(choose(&space, &all, None, 1), None);
     }
 
     #[test]
     fn garbage_that_covers_the_network_takes_nothing() {
         let space = space("10.244.0.0/16", 24);
-        let taken = Taken::new(&space, ["10.244.0.0/16", "0.0.0.0/0", "10.244.0.0/17", "10.0.0.0/24"].map(subnet));
+        let taken =
+            LeasedRanges::new(&space, ["10.244.0.0/16", "0.0.0.0/0", "10.244.0.0/17", "10.0.0.0/24"].map(subnet));
         assert_eq!(choose(&space, &taken, None, 4), Some(subnet("10.244.5.0/24")));
     }
 
     #[test]
     fn huge_space_is_searched_in_one_step_per_lease() {
         let space = space("fd00::/8", 64);
-        let first = choose(&space, &Taken::default(), None, u64::MAX).expect("free");
-        let next = choose(&space, &Taken::new(&space, [first]), None, u64::MAX).expect("free");
+        let first = choose(&space, &LeasedRanges::default(), None, u64::MAX).expect("free");
+        let next = choose(&space, &LeasedRanges::new(&space, [first]), None, u64::MAX).expect("free");
         assert_ne!(first, next);
         assert!(space.admits(next));
     }
@@ -148,7 +106,7 @@ mod tests {
             for (seed, len) in seeds.iter().zip(lens) {
                 // Every claim under another SubnetLen, as after a change of the config.
                 let space = space(network, len + offset);
-                if let Some(got) = choose(&space, &Taken::new(&space, leased.clone()), None, *seed) {
+                if let Some(got) = choose(&space, &LeasedRanges::new(&space, leased.clone()), None, *seed) {
                     prop_assert!(space.admits(got));
                     prop_assert!(leased.iter().all(|l| !l.overlaps(got)));
                     leased.push(got);

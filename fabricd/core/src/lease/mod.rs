@@ -24,13 +24,14 @@ mod situation;
 #[cfg(test)]
 mod tests;
 
-use self::alloc::{Taken, choose};
+use self::alloc::choose;
 use self::claim::{claim_of, endpoints, same_address, written_here};
 pub use self::duplicate_name::{QUICK, REMEMBERED};
 pub use self::reason::{DuplicateName, Liveness, Loss, Obstacle, Place};
 pub use self::situation::{
     Assigned, ClaimRequest, Expect, ExpiredLease, Findings, Held, Previous, Question, Situation, Step,
 };
+use crate::leased_ranges::LeasedRanges;
 use crate::leases::Lease;
 use crate::model::{Family, NodeName, Subnet, stable_hash};
 use crate::network::NetworkConfig;
@@ -242,8 +243,9 @@ fn fresh(now: &Situation<'_>) -> Result<ClaimRequest, Obstacle> {
         let preferred = preferred.and_then(|key| key.subnets().get(family).copied());
         let at_rest = || expired.iter().map(|lease| lease.subnet).filter(|subnet| subnet.family() == family);
         let left = || now.leave.and_then(|key| key.subnets().get(family).copied());
-        let free =
-            |others: &mut dyn Iterator<Item = Subnet>| choose(space, &Taken::new(space, others), preferred, seed);
+        let free = |others: &mut dyn Iterator<Item = Subnet>| {
+            choose(space, &LeasedRanges::new(space, others), preferred, seed)
+        };
         free(&mut others(family).chain(left()).chain(at_rest()))
             .or_else(|| free(&mut others(family).chain(left())))
             .or_else(|| free(&mut others(family)))

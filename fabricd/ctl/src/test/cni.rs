@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use fabricd::errors::chain;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use serde_json::{Value, json};
@@ -126,7 +127,7 @@ impl Pod {
                         Ok(()) => error,
                         // It fails for the same reason where a plugin is missing.
                         Err(more) if more.to_string() == error.to_string() => error,
-                        Err(more) => anyhow!("{error:#}; what it left can't be removed: {more:#}"),
+                        Err(more) => anyhow!("{}; what it left can't be removed: {}", chain(&error), chain(&more)),
                     });
                 }
             }

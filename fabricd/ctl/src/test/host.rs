@@ -19,6 +19,7 @@ use super::ping::ping;
 use super::probe::{connect, millis, query};
 use super::{Step, TestArgs};
 use crate::daemon;
+use fabricd::errors::chain;
 
 /// A small packet, in bytes with its IP header.
 const SMALL: usize = 84;
@@ -82,7 +83,7 @@ impl Test {
         remove_stale(&self.network);
         let pod = match Pod::attach(&self.network) {
             Ok(pod) => pod,
-            Err(error) => return self.with_node(vec![Step::new("attach", "", Err(format!("{error:#}")))]),
+            Err(error) => return self.with_node(vec![Step::new("attach", "", Err(chain(&error)))]),
         };
         let addresses = pod.addresses();
         let ips: Vec<String> = addresses.iter().map(|(ip, _)| ip.to_string()).collect();
@@ -103,7 +104,7 @@ impl Test {
         steps.push(Step::new(
             "detach",
             "",
-            pod.remove().map(|()| "nothing is left".into()).map_err(|error| format!("{error:#}")),
+            pod.remove().map(|()| "nothing is left".into()).map_err(|error| chain(&error)),
         ));
         self.with_node(steps)
     }
@@ -259,7 +260,7 @@ impl Test {
 }
 
 fn inside<T: Send>(pod: &Pod, task: impl FnOnce() -> Result<T, String> + Send) -> Result<T, String> {
-    pod.inside(task).map_err(|error| format!("{error:#}"))?
+    pod.inside(task).map_err(|error| chain(&error))?
 }
 
 /// The gateway of the default route with the smallest metric, by `/proc/net/route`.

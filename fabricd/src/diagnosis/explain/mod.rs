@@ -35,8 +35,8 @@ pub use self::outside::Place;
 use self::probes::Probes;
 use self::route::FromPod;
 use super::{Inspection, Outcome};
-use crate::host::firewall::{self, Asked};
 use crate::mesh::{Cause, messages};
+use crate::reconcile::firewall::{self, Asked};
 use crate::status::view::PeerTrouble;
 
 /// `IPPROTO_ICMP`, `IPPROTO_ICMPV6`.

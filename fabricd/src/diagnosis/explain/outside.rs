@@ -7,8 +7,8 @@ use fabric_core::model::{Family, IfName};
 use super::route::{self, FromPod};
 use super::{Hop, foreign};
 use crate::diagnosis::{Inspection, pod_checks};
-use crate::host::firewall::Asked;
 use crate::kernel::{self, RouteLookup};
+use crate::reconcile::firewall::Asked;
 
 /// What an address is that no lease has.
 #[derive(Clone, Debug, PartialEq, Eq)]

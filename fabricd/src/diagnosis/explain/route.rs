@@ -19,7 +19,12 @@ pub(super) struct FromPod {
 }
 
 /// The hop, and the device and router that the packet leaves by. It should be `expected`, if that is given.
-pub(super) fn hop(inspection: &Inspection, pod: FromPod, to: IpAddr, expected: Option<IfName>) -> (Hop, Option<RouteLookup>) {
+pub(super) fn hop(
+    inspection: &Inspection,
+    pod: FromPod,
+    to: IpAddr,
+    expected: Option<IfName>,
+) -> (Hop, Option<RouteLookup>) {
     let asked = format!("ip route get {to} from {} iif {}", pod.ip, pod.bridge);
     let taken = match kernel::route_of_packet(pod.ip, to, pod.bridge) {
         Ok(taken) => taken,

@@ -20,8 +20,8 @@ use rtnetlink::RouteMessageBuilder;
 use super::encode::IPV6_METRIC;
 use super::route_message;
 use super::tables::{Links, reading};
-use crate::host::underlay::DefaultRoute;
 use crate::kernel::KernelError;
+use crate::kernel::host::DefaultRoute;
 
 /// The main table's routes of others.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

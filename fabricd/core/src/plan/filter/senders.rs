@@ -17,17 +17,14 @@ use std::net::IpAddr;
 use super::{FilterInputs, Member, ether_type};
 use crate::model::{Family, PerFamily, Subnet};
 use crate::state::nft::{
-    Chain, ChainKind, Datatype, Element, Field, FoundTable, Match, Order, Part, Place, Rule, Ruleset, SetKind, Step,
-    Table, TableKey, Test, Verdict,
+    Chain, ChainKind, Datatype, Element, Field, FoundTable, Match, Order, Part, Place, Rule, Ruleset, SENDERS, SetKind,
+    Step, Table, TableKey, Test, Verdict,
 };
 
 /// Before connections are tracked: `NF_IP_PRI_RAW`.
 pub(super) const RAW: i32 = -300;
 /// `NF_IP_PRI_FILTER`.
 pub(super) const FILTER: i32 = 0;
-
-/// The chain that judges what comes from other nodes.
-pub const SENDERS: &str = "senders";
 
 /// The chain of what this host sends: it is there for [`add_notrack`] alone.
 const OUTPUT: &str = "output";

@@ -28,6 +28,9 @@ pub use self::rule::{
 pub use self::set::{Data, Datatype, DynamicSet, Element, Fields, Order, Part, Set, SetKind};
 use crate::cow_map::CowSet;
 
+/// The chain of our table that looks who sends encapsulated packets; a new VXLAN device needs it.
+pub const SENDERS: &str = "senders";
+
 /// Tables as they should be.
 pub type Ruleset = BTreeMap<TableKey, Table>;
 
