@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use fabric_bpf::Reason;
 use fabric_tests::lab::binaries;
 use regex::Regex;
 
@@ -243,6 +244,94 @@ fn folders_import_each_other_in_one_direction() -> Result<()> {
     Ok(())
 }
 
+/// The pages for users and operators, with their names.
+fn pages() -> Result<Vec<(String, String)>> {
+    let mut pages = vec![root().join("README.md"), root().join("deploy/helm/fabricd/README.md")];
+    for page in fs::read_dir(root().join("docs"))? {
+        pages.push(page?.path());
+    }
+    let pages = pages.into_iter().filter(|page| page.extension().is_some_and(|end| end == "md"));
+    pages.map(|page| Ok((page.display().to_string(), fs::read_to_string(&page)?))).collect()
+}
+
+/// Texts in quotes of these folders of sources.
+fn literals(folders: &[&str]) -> Result<BTreeSet<String>> {
+    let quoted = Regex::new(r#""([a-z0-9_{}-]+)""#)?;
+    let mut found = BTreeSet::new();
+    for folder in folders {
+        let folder = root().join(folder);
+        for path in files(".rs")?.into_iter().filter(|path| path.starts_with(&folder)) {
+            found.extend(quoted.captures_iter(&fs::read_to_string(path)?).map(|text| text[1].to_owned()));
+        }
+    }
+    Ok(found)
+}
+
+/// `fabricd_peers` is registered as `peers`, and what its type and unit add stands behind that.
+fn is_metric(name: &str, literals: &BTreeSet<String>) -> bool {
+    const ENDS: [&str; 7] = ["_total", "_bucket", "_info", "_seconds", "_ratio", "_bytes", "_packets"];
+    let Some(mut name) = name.strip_prefix("fabricd_") else { return false };
+    loop {
+        let of_device = name.strip_prefix("device_").and_then(|rest| rest.split_once('_'));
+        let is_direction = of_device.is_some_and(|(direction, _)| literals.contains(direction));
+        // `…_peer_` stands for all of a stem.
+        let is_stem = name.ends_with('_') && literals.iter().any(|literal| literal.starts_with(name));
+        if literals.contains(name) || is_direction || is_stem {
+            return true;
+        }
+        match ENDS.iter().find_map(|end| name.strip_suffix(end)) {
+            Some(shorter) => name = shorter,
+            None => return false,
+        }
+    }
+}
+
+#[test]
+fn metrics_that_the_pages_name_are_registered() -> Result<()> {
+    let literals =
+        literals(&["fabricd/src/metrics", "fabricd/src/status", "fabricd/src/services", "fabricd/src/policy"])?;
+    let name = Regex::new(r"\bfabricd_[a-z0-9_]+")?;
+    let mut known = BTreeSet::new();
+    for (page, text) in pages()? {
+        for found in name.find_iter(&text).map(|found| found.as_str().to_owned()) {
+            ensure!(is_metric(&found, &literals), "{page} names {found}");
+            known.insert(found);
+        }
+    }
+    ensure!(known.len() > 12, "{known:?}");
+    ensure!(!is_metric("fabricd_pears", &literals) && !is_metric("fabricd_total", &literals));
+    Ok(())
+}
+
+#[test]
+fn each_reason_of_the_fast_path_to_leave_a_packet_to_the_kernel_is_explained() -> Result<()> {
+    let page = fs::read_to_string(root().join("docs/datapath.md"))?;
+    for reason in Reason::ALL.into_iter().filter(|reason| reason.path() != fabric_bpf::Path::Fast) {
+        ensure!(page.contains(&format!("`{}`", reason.label())), "docs/datapath.md doesn't explain {}", reason.label());
+    }
+    Ok(())
+}
+
+#[test]
+fn checks_of_doctor_that_the_pages_name_are_made() -> Result<()> {
+    let literals = literals(&["fabricd/src/diagnosis"])?;
+    let named = Regex::new(r"\bchecks? `([a-z-]+)`(?: and `([a-z-]+)`)?")?;
+    let mut known = BTreeSet::new();
+    for (page, text) in pages()? {
+        for name in named.captures_iter(&text).flat_map(|found| [found.get(1), found.get(2)]).flatten() {
+            ensure!(literals.contains(name.as_str()), "{page} names the check {}", name.as_str());
+            known.insert(name.as_str().to_owned());
+        }
+    }
+    ensure!(known.len() > 5, "{known:?}");
+    let table = fs::read_to_string(root().join("fabricd/src/diagnosis/checks.rs"))?;
+    // The read of the store is apart, since it waits.
+    let count = 1 + Regex::new(r#"(?m)^    \("[a-z-]+", "[^"]+", [a-z_:]+\),$"#)?.find_iter(&table).count();
+    let symptoms = fs::read_to_string(root().join("docs/symptoms.md"))?;
+    ensure!(symptoms.contains(&format!("{count} checks of this node")), "doctor makes {count} checks");
+    Ok(())
+}
+
 #[test]
 fn modules_of_the_errors_are_loaded_by_the_package_and_explained() -> Result<()> {
     let read = |path: &str| fs::read_to_string(root().join(path)).with_context(|| path.to_owned());
@@ -312,5 +401,78 @@ fn programs_understand_the_commands_in_the_documentation() -> Result<()> {
     }
     ensure!(tried.len() > 40, "only {} commands were found: {tried:?}", tried.len());
     ensure!(!is_understood("fabricctl no-such-command")? && !is_understood("fabricctl status --no-such-flag")?);
+    Ok(())
+}
+
+/// `kubectl -n NAMESPACE` in texts, pages and manifests: those of ours are in the manifests, the others are Kubernetes' and
+/// flannel's.
+#[test]
+fn namespaces_in_commands_are_those_of_the_manifests() -> Result<()> {
+    let others = ["kube-system", "kube-flannel"];
+    let named = Regex::new(r"kubectl (?:-n|--namespace)[ =]([a-z][a-z-]*)")?;
+    let namespace = Regex::new(r"(?m)^  namespace: ([a-z-]+)$")?;
+    let mut ours = BTreeSet::new();
+    for file in ["fabricd-etcd.yaml", "fabricd-kubernetes.yaml", "fabricd-cleanup.yaml"] {
+        let text = fs::read_to_string(root().join("deploy").join(file))?;
+        ours.extend(namespace.captures_iter(&text).map(|found| found[1].to_owned()));
+    }
+    let mut count = 0;
+    for file in files("")? {
+        let Ok(text) = fs::read_to_string(&file) else { continue };
+        for name in named.captures_iter(&text).map(|found| found[1].to_owned()) {
+            ensure!(ours.contains(&name) || others.contains(&name.as_str()), "{} names {name}", file.display());
+            count += 1;
+        }
+    }
+    ensure!(count > 10 && ours.contains("fabric-system"), "{count} {ours:?}");
+    Ok(())
+}
+
+/// Commands of ours in what programs print, as far as they are sure to be meant as such: up to the first placeholder or
+/// point, and of words only those that are commands.
+fn printed_commands(source: &str) -> Result<BTreeSet<String>> {
+    let command = Regex::new(
+        r"\b(fabricctl(?: [a-z]+(?:-[a-z]+)*){1,2}|fabricd (?:pki [a-z]+|install-cni|takeover|giveback))((?: --[a-z][a-z-]+)*)",
+    )?;
+    let code = source.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+    let code = code.split("#[cfg(test)]\nmod ").next().unwrap_or_default().replace("\\\n", "");
+    let mut found = BTreeSet::new();
+    for text in Regex::new(r#""((?:[^"\\]|\\.)*)""#)?.captures_iter(&code) {
+        for command in command.captures_iter(&text[1]) {
+            let (words, flags) = (&command[1], &command[2]);
+            let mut words: Vec<&str> = words.split(' ').collect();
+            // `fabricctl mesh has the round trip`: two words are a command of these alone.
+            if words.len() > 2 && !["lease", "network", "pki"].contains(&words[1]) {
+                words.truncate(2);
+                found.insert(words.join(" "));
+            } else {
+                found.insert(words.join(" ") + flags);
+            }
+        }
+    }
+    Ok(found)
+}
+
+#[test]
+fn programs_understand_the_commands_that_they_print() -> Result<()> {
+    let mut all = BTreeSet::new();
+    for folder in ["fabricd/src", "fabricd/core/src", "fabricd/ctl/src", "cni-shim/src"] {
+        let folder = root().join(folder);
+        for path in files(".rs")?.into_iter().filter(|path| path.starts_with(&folder)) {
+            if path.to_string_lossy().contains("tests") {
+                continue;
+            }
+            for command in printed_commands(&fs::read_to_string(&path)?)? {
+                ensure!(is_understood(&command)?, "{}: {command}", path.display());
+                all.insert(command);
+            }
+        }
+    }
+    ensure!(all.len() > 20, "{all:?}");
+    let made_up = printed_commands("let a = \"see: fabricctl pears; or fabricctl lease renumber --force\";")?;
+    ensure!(
+        made_up == ["fabricctl lease renumber --force", "fabricctl pears"].map(str::to_owned).into(),
+        "{made_up:?}"
+    );
     Ok(())
 }

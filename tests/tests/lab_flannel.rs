@@ -174,6 +174,8 @@ fn a_node_that_was_born_with_us_is_given_to_flannel_and_taken_again() -> Result<
     traffic.is_masqueraded()?;
     let (was, key) = (mac(&node, "fabric.1")?, record(&node)?);
     let key = key.lines().next().unwrap_or_default();
+    let told = node.run(&["fabricd", "takeover", "--dry-run", "--no-masquerade"])?;
+    ensure!(told == "this node is fabricd's: nothing is to be changed\n", "{told}");
 
     node.stop_fabricd()?;
     let refused = node.exec(&["fabricd", "giveback"])?;
@@ -186,6 +188,8 @@ fn a_node_that_was_born_with_us_is_given_to_flannel_and_taken_again() -> Result<
     ensure!(mac(&node, "flannel.1")? == was && record(&node)?.starts_with(key), "MAC address and subnet stay");
     nothing_of_ours_is_left(&node)?;
     the_record_is_flannels(&node)?;
+    let told = node.run(&["fabricd", "giveback", "--dry-run"])?;
+    ensure!(told.starts_with("this node is flannel's: ") && told.lines().count() == 1, "{told}");
     let new = node.add_pod("new")?;
     all_addresses_differ([&pods[0], &pods[1], &new])?;
 

@@ -206,6 +206,57 @@ fn default_route_of_a_vpn_moves_nothing_while_the_nodes_own_stands() -> Result<(
     })
 }
 
+/// As at cloud providers: the uplink's address has host length, and all else is behind a router that is named as on the
+/// link. Nobody but the router hears this node, and the others' packets to it go by the router too.
+fn behind_a_router(lab: &Lab, node: &Node) -> Result<()> {
+    let router = &lab.underlay().machine;
+    router.run(&["bridge", "link", "set", "dev", &node.name, "isolated", "on"])?;
+    for family in Family::ALL {
+        let (prefix, length) = (own(node, family), if family == Family::V4 { 32 } else { 128 });
+        let (ip, gateway) = (node.underlay_ip(family), addresses::gateway(family));
+        address(node, "del", &prefix)?;
+        address(node, "add", &format!("{ip}/{length}"))?;
+        node.run(&["ip", "route", "replace", "default", "via", &gateway.to_string(), "dev", "eth0", "onlink"])?;
+        if family == Family::V6 {
+            router.run(&["ip", "neigh", "add", "proxy", &ip.to_string(), "dev", "br0"])?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn address_of_host_length_behind_an_onlink_gateway_carries_pods_to_both_kinds_of_nodes() -> Result<()> {
+    let lab = Lab::builder().nodes(3).families(Families::Dual).start()?;
+    let [one, two, three] = ["node-1", "node-2", "node-3"].map(|name| lab.node(name));
+    let (one, two, three) = (one?, two?, three?);
+    // The router answers for the nodes behind it on the very link that it is asked on, and sends nobody elsewhere.
+    let settings =
+        ["ipv4/ip_forward", "ipv4/conf/br0/proxy_arp_pvlan", "ipv6/conf/all/forwarding", "ipv6/conf/br0/proxy_ndp"];
+    let settings = settings.map(|setting| format!("echo 1 >/proc/sys/net/{setting}")).join("; ");
+    let redirects = "for file in /proc/sys/net/ipv4/conf/*/send_redirects; do echo 0 >$file; done";
+    lab.underlay().machine.run(&["sh", "-ec", &format!("{settings}; {redirects}")])?;
+    let (before, written) = (used(one)?, lab.revision()?);
+    for node in [one, two] {
+        behind_a_router(&lab, node)?;
+        after_a_look(node)?;
+    }
+    [one, two, three].iter().try_for_each(|node| node.run(&["ip", "neigh", "flush", "dev", "eth0"]).map(drop))?;
+    let way = one.run(&["ip", "route", "get", &two.underlay_ip(Family::V4).to_string()])?;
+    ensure!(way.contains(&format!("via {} dev eth0", addresses::gateway(Family::V4))), "not a case in point: {way}");
+    ensure!(used(one)? == before && lab.revision()? == written, "{:?}", used(one)?);
+
+    lost_nothing(streams(one, two, "a")?)?;
+    lost_nothing(streams(one, three, "b")?)?;
+    // A start that knows nothing finds these addresses alone.
+    one.stop_fabricd()?;
+    one.run(&["sh", "-c", "rm -rf /var/lib/fabric; ip link del fabric.1; ip link del fabric6.1"])?;
+    one.start_fabricd()?;
+    one.wait_ready()?;
+    ensure!(used(one)? == before, "{:?}", used(one)?);
+    lost_nothing(streams(two, one, "c")?)?;
+    lost_nothing(streams(three, one, "d")?)
+}
+
 #[test]
 fn interface_that_is_not_there_is_told_before_etcd_answers() -> Result<()> {
     let lab = Lab::builder().nodes(1).start()?;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use fabricd::diagnosis::Places;
+use fabricd::diagnosis::{MASQUERADE_IN_KUBERNETES, Places};
 use serde_json::{Value, json};
 
 const FILES: [&str; 3] = ["fabricd-etcd.yaml", "fabricd-kubernetes.yaml", "fabricd-cleanup.yaml"];
@@ -328,5 +328,30 @@ fn without_kube_proxy_all_that_ask_the_api_server_have_its_own_address() -> Resu
             assert_eq!(last, Some(&json!({"configMapRef": {"name": "fabric-api-server"}})), "{folder}: {object}");
         }
     }
+    Ok(())
+}
+
+/// What doctor and explain print, run on the manifest as it is when somebody has switched masquerade off.
+#[test]
+fn printed_commands_switch_masquerade_on_in_what_is_installed() -> Result<()> {
+    let mut commands = MASQUERADE_IN_KUBERNETES.lines();
+    let (patch, restart) = (commands.next().context("a patch")?, commands.next().context("a restart")?);
+    for file in ["fabricd-etcd.yaml", "fabricd-kubernetes.yaml"] {
+        let objects: Vec<Value> = serde_saphyr::from_multiple(&std::fs::read_to_string(deploy().join(file))?)?;
+        let mut off = object(&objects, "ConfigMap", "fabricd")?.clone();
+        off["data"]["FABRICD_IP_MASQ"] = "false".into();
+        let folder = tempfile::tempdir()?;
+        let before = folder.path().join("configmap.json");
+        std::fs::write(&before, off.to_string())?;
+        // The file stands in the place of the object that an API server has.
+        let local = format!("--local --filename {} --output json", before.display());
+        let patch = patch.replace("patch configmap fabricd", &format!("patch {local}"));
+        let after: Value = serde_json::from_str(&output(Command::new("sh").args(["-c", &patch]))?)?;
+        ensure!(after["data"]["FABRICD_IP_MASQ"] == "true", "{file}: {after}");
+        let namespace = &off["metadata"]["namespace"];
+        ensure!(namespace == "fabric-system" && restart.contains("-n fabric-system "), "{file}: {restart}");
+        object(&objects, "DaemonSet", "fabricd")?;
+    }
+    ensure!(restart.ends_with("rollout restart daemonset/fabricd"), "{restart}");
     Ok(())
 }

@@ -166,7 +166,9 @@ impl Keys {
         if of_backend.iter().any(|(_, value)| value.is_some()) {
             let name = spelled(&config, "Backend");
             let Some(Value::Object(backend)) = config.get_mut(&name) else {
-                bail!("it has no Backend; write a whole config with fabricctl network init --force");
+                bail!(
+                    "it has no Backend; write a whole one with fabricctl network init --force --network 10.244.0.0/16"
+                );
             };
             for (name, value) in of_backend {
                 value.into_iter().for_each(|value| put(backend, name, value));

@@ -28,8 +28,8 @@ pub struct ServicesArgs {
     )]
     pub services_health_addr: Address,
 
-    /// With --services on: this host's addresses that take NodePorts: "primary" (the Node's InternalIPs), "all", or those
-    /// within prefixes, as in 192.0.2.0/24,2001:db8::/32
+    /// With --services on: this host's addresses that take NodePorts: "primary" (the Node's first InternalIP of each
+    /// family), "all", or those within prefixes, as in 192.0.2.0/24,2001:db8::/32
     #[arg(long, env = "FABRICD_NODE_PORT_ADDRESSES", value_name = "WHICH", default_value = "primary")]
     pub node_port_addresses: NodePortAddresses,
 

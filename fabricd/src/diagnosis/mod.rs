@@ -36,6 +36,7 @@ use fabric_core::model::{IfName, Subnet};
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot};
 
+pub use self::pod_checks::MASQUERADE_IN_KUBERNETES;
 use crate::config::{Config, StoreKind};
 use crate::host;
 use crate::host::addresses::{Addresses, CniDirs};

@@ -170,10 +170,15 @@ pub(super) fn masquerades(inspection: &Inspection) -> bool {
     table.is_some_and(|table| table.chains.contains_key("postrouting"))
 }
 
+/// The commands that switch masquerade on where fabricd came by the manifests or the chart.
+pub const MASQUERADE_IN_KUBERNETES: &str = "\
+    kubectl -n fabric-system patch configmap fabricd --type merge --patch '{\"data\":{\"FABRICD_IP_MASQ\":\"true\"}}'\n\
+    kubectl -n fabric-system rollout restart daemonset/fabricd";
+
 /// The commands that switch masquerade on, by how the daemon was started.
 pub(super) fn how_to_masquerade(inspection: &Inspection) -> String {
     if inspection.places.kubernetes {
-        "kubectl -n fabricd set env daemonset/fabricd FABRICD_IP_MASQ=true".into()
+        MASQUERADE_IN_KUBERNETES.into()
     } else {
         "echo FABRICD_IP_MASQ=true >> /etc/default/fabricd\nsystemctl restart fabricd".into()
     }

@@ -179,7 +179,8 @@ fn log() -> Finding {
         journal.filter(|text| !text.is_empty()).or_else(|| fs::read_to_string("/var/log/fabricd.log").ok())
     else {
         return Finding::skipped(
-            "there is no journal of fabricd here; in Kubernetes: kubectl -n fabricd logs --previous",
+            "there is no journal of fabricd here; in Kubernetes: kubectl -n fabric-system logs --prefix --container fabricd \
+             --selector app.kubernetes.io/name=fabricd",
         );
     };
     let troubles =

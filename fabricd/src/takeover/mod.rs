@@ -153,6 +153,9 @@ impl TakeoverArgs {
             let steps = steps(direction, &facts)?;
             if self.dry_run {
                 steps.iter().for_each(|step| println!("{step}"));
+                if steps.is_empty() {
+                    println!("{}", nothing_to_do(direction, &facts));
+                }
                 return Ok(());
             }
             let Some(step) = steps.into_iter().next() else {
@@ -280,6 +283,17 @@ fn alone(run_dir: &Path) -> Result<Flock<fs::File>> {
         let why = format!("another takeover or giveback has locked {}; see it with: fuser -v {0}", run_dir.display());
         anyhow::Error::new(errno).context(why)
     })
+}
+
+/// What `--dry-run` says where no step is left.
+fn nothing_to_do(direction: Direction, facts: &Facts) -> &'static str {
+    match direction {
+        Direction::Takeover => "this node is fabricd's: nothing is to be changed",
+        Direction::Giveback if guarded(facts).is_some() => {
+            "this node is flannel's: nothing is to be changed but that what fabricd may have kept goes, its files and the guards of the lease"
+        }
+        Direction::Giveback => "this node is flannel's: nothing is to be changed",
+    }
 }
 
 fn steps(direction: Direction, facts: &Facts) -> Result<Vec<Step>> {

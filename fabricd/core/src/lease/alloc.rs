@@ -1,7 +1,5 @@
 //! [`choose`]: which subnet a node asks for.
 
-use std::net::IpAddr;
-
 use crate::leased_ranges::LeasedRanges;
 use crate::model::{Subnet, to_bits};
 use crate::network::AddressSpace;
