@@ -7,8 +7,7 @@ use fabric_core::model::{IfName, Subnet};
 use fabric_netlink::RequestSocket;
 use netlink_sys::protocols::NETLINK_ROUTE;
 
-use super::mirror::{bridges, host_link};
-use super::routing::tables;
+use super::routing::tables::{self, Address, Fit, Link, Links};
 use super::{KernelError, Observed};
 use crate::kernel::host::HostLink;
 
@@ -49,5 +48,33 @@ impl HostLinks {
 impl From<&Observed> for HostLinks {
     fn from(observed: &Observed) -> Self {
         Self::of(observed.host.links.iter().cloned(), observed.bridges.clone())
+    }
+}
+
+/// The ports of every bridge.
+pub(super) fn bridges(links: &Links) -> BTreeMap<IfName, BTreeSet<IfName>> {
+    let mut bridges: BTreeMap<IfName, BTreeSet<IfName>> = BTreeMap::new();
+    for port in links.values() {
+        if let Some(bridge) = port.controller.and_then(|index| links.get(&index)) {
+            bridges.entry(bridge.name).or_default().insert(port.name);
+        }
+    }
+    bridges
+}
+
+/// A link with its addresses.
+pub(super) fn host_link(link: &Link, addresses: &[Address]) -> HostLink {
+    let fit = |fit| {
+        let of_link = addresses.iter().filter(move |address| address.index == link.index && address.fit == Some(fit));
+        of_link.map(|address| (address.ip, address.prefix)).collect()
+    };
+    HostLink {
+        index: link.index,
+        name: link.name,
+        mtu: link.mtu,
+        up: link.up,
+        loopback: link.loopback,
+        addresses: fit(Fit::Lasting),
+        passing: fit(Fit::Passing),
     }
 }

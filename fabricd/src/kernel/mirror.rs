@@ -24,12 +24,12 @@ use fabric_netlink::RequestSocket;
 
 use super::fast_path::{Bpf, shaping};
 use super::firewalls::{self, bridge_nf};
+use super::links::{bridges, host_link};
 use super::monitor::{Event, Interest, Table};
 use super::nft::Filter;
 use super::routing::routes;
-use super::routing::tables::{self, Address, EntryRow, Fit, Link, Links};
+use super::routing::tables::{self, Address, EntryRow, Link, Links};
 use super::{KernelError, Observed, Options, sysctl};
-use crate::kernel::host::HostLink;
 
 /// What the kernel holds.
 #[derive(Default)]
@@ -406,17 +406,6 @@ fn take_over<K: Ord, V: PartialEq>(touched: &mut Dirty<Key>, known: &mut BTreeMa
     }
 }
 
-/// The ports of every bridge.
-pub(super) fn bridges(links: &Links) -> BTreeMap<IfName, BTreeSet<IfName>> {
-    let mut bridges: BTreeMap<IfName, BTreeSet<IfName>> = BTreeMap::new();
-    for port in links.values() {
-        if let Some(bridge) = port.controller.and_then(|index| links.get(&index)) {
-            bridges.entry(bridge.name).or_default().insert(port.name);
-        }
-    }
-    bridges
-}
-
 /// The ports of bridges, as the fast path needs them.
 fn ports(links: &Links) -> BTreeMap<IfName, Port> {
     let port = |port: &Link| {
@@ -438,20 +427,4 @@ fn addresses_of(devices: &[&Link], addresses: &[Address]) -> BTreeSet<(IfName, S
         (subnet.base() == address.ip).then_some((device.name, subnet))
     };
     addresses.iter().filter_map(ours).collect()
-}
-
-pub(super) fn host_link(link: &Link, addresses: &[Address]) -> HostLink {
-    let fit = |fit| {
-        let of_link = addresses.iter().filter(move |address| address.index == link.index && address.fit == Some(fit));
-        of_link.map(|address| (address.ip, address.prefix)).collect()
-    };
-    HostLink {
-        index: link.index,
-        name: link.name,
-        mtu: link.mtu,
-        up: link.up,
-        loopback: link.loopback,
-        addresses: fit(Fit::Lasting),
-        passing: fit(Fit::Passing),
-    }
 }

@@ -14,7 +14,7 @@ use netlink_sys::protocols::{NETLINK_GENERIC, NETLINK_NETFILTER, NETLINK_ROUTE};
 use nix::net::if_::if_nametoindex;
 use rtnetlink::LinkUnspec;
 
-use super::ITS;
+use super::names::ITS;
 use crate::kernel::links::HostLinks;
 use crate::kernel::nft::{Nfnetlink as _, Values};
 

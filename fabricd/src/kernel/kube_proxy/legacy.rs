@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{SockFlag, SockType, socket};
 
-use super::{IPTABLES, SERVICES, is_its_chain};
+use super::names::{IPTABLES, SERVICES, is_its_chain};
 use crate::kernel::firewalls::legacy::{
     COUNTERS, Entry, FIRST_ENTRIES, HEADER, HOOKS, NAME, POLICIES, PROTOCOLS, Protocol, TRIES, number, read_table,
 };

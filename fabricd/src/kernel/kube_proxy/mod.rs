@@ -10,25 +10,11 @@
 
 mod ipvs;
 mod legacy;
+pub(super) mod names;
 
 use std::io;
 
 use super::nft::Filter;
-
-/// What its chains of iptables and its sets of `ipset` begin with.
-const ITS: &str = "KUBE-";
-/// Those of kubelet, which stay (kubernetes/pkg/kubelet/kubelet_network_linux.go).
-const OF_KUBELET: [&str; 4] = ["KUBE-FIREWALL", "KUBE-KUBELET-CANARY", "KUBE-IPTABLES-HINT", "KUBE-MARK-DROP"];
-
-/// Tables of iptables in which it has chains.
-pub(super) const IPTABLES: [&str; 4] = ["mangle", "nat", "filter", "raw"];
-/// The chain of the table `nat` that it has in each of its modes by iptables.
-pub(super) const SERVICES: &str = "KUBE-SERVICES";
-
-/// Whether a chain of iptables is kube-proxy's.
-pub(super) fn is_its_chain(name: &str) -> bool {
-    name.starts_with(ITS) && !OF_KUBELET.contains(&name)
-}
 
 /// What is there of kube-proxy, in words; nothing where it isn't and wasn't. Of a part that can't be read nothing is there,
 /// and the others count.

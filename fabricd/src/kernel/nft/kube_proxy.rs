@@ -10,7 +10,7 @@ use fabric_netlink::{Frame, Request, RequestSocket};
 use super::attributes::{Attributes, Nfnetlink as _, Values};
 use super::encode::batch;
 use super::uapi::{DELETE_CHAIN, DELETE_RULES, DELETE_TABLE, GET_CHAIN, GET_RULE, GET_TABLE, message};
-use crate::kernel::kube_proxy::{IPTABLES, SERVICES, is_its_chain};
+use crate::kernel::kube_proxy::names::{IPTABLES, SERVICES, is_its_chain};
 
 /// Its table of nftables.
 const TABLE: &str = "kube-proxy";
