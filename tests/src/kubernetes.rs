@@ -1,4 +1,5 @@
-//! [`Cluster`]: the [`Nodes`] of an API server and a `net-conf.json`, as `--store kubernetes` has them before it.
+//! [`Cluster`]: the [`Nodes`] of an API server and a `net-conf.json`, as `--store kubernetes` has them before it; and an API
+//! server on the underlay of a Lab, for whole daemons.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,9 +12,43 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::fake_api::FakeApi;
+use crate::lab::{Lab, Node};
 
 /// The prefix of flannel's annotations.
 pub const PREFIX: &str = "flannel.alpha.coreos.com";
+
+/// A `net-conf.json` of both families, with the network of a Lab.
+pub const DUAL_STACK: &str = r#"{
+    "EnableIPv6": true, "Network": "10.244.0.0/16", "IPv6Network": "fd00:10:244::/48", "Backend": { "Type": "vxlan" }
+}"#;
+
+/// Starts an API server on a Lab's underlay, at the address that etcd has otherwise.
+///
+/// # Errors
+/// The port is taken.
+pub fn api_on_underlay(lab: &Lab) -> Result<FakeApi> {
+    lab.underlay().machine.network()?.run(|| FakeApi::start(([10, 99, 0, 2], 6443).into()))
+}
+
+/// The settings of a daemon whose lease is its Node before this API server, with this `net-conf.json`.
+///
+/// # Errors
+/// The Lab's folder can't be written to.
+pub fn lease_settings(lab: &Lab, api: &FakeApi, network: &str) -> Result<Vec<(&'static str, String)>> {
+    let config = lab.dir().join("net-conf.json");
+    fs::write(&config, network)?;
+    Ok(vec![
+        ("FABRICD_STORE", "kubernetes".to_owned()),
+        ("FABRICD_KUBECONFIG", api.kubeconfig(lab.dir())?.display().to_string()),
+        ("FABRICD_NET_CONFIG_PATH", config.display().to_string()),
+    ])
+}
+
+/// Makes the Node of a Lab's node, with podCIDRs of both families.
+pub fn add_dual_stack_node(api: &FakeApi, node: &Node) {
+    let n = node.index;
+    api.add_node(&node.name, &[&format!("10.244.{n}.0/24"), &format!("fd00:10:244:{n}::/64")]);
+}
 
 /// The taint that goes when a node's network works.
 pub const TAINT: &str = "fabric.io/not-ready";

@@ -1,6 +1,5 @@
 //! A node changes hands in a cluster whose leases are Nodes: flannel's kube subnet manager, fabricd's `--store kubernetes`.
 
-use std::fs;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
@@ -10,14 +9,10 @@ use fabric_tests::handover::{
     SOON, Traffic, add_foreign_rules, all_addresses_differ, foreign_rules, give_back, hand_to_fabricd, mac,
     nothing_of_ours_is_left, take_over,
 };
-use fabric_tests::kubernetes::{Nodes as _, PREFIX};
+use fabric_tests::kubernetes::{DUAL_STACK, PREFIX, add_dual_stack_node, api_on_underlay, lease_settings};
 use fabric_tests::lab::flannel::{CONFLIST, Flannel, Options, Registry};
 use fabric_tests::lab::{Families, Lab, Pod, wait_until};
 use serde_json::Value;
-
-const NETWORK: &str = r#"{
-    "EnableIPv6": true, "Network": "10.244.0.0/16", "IPv6Network": "fd00:10:244::/48", "Backend": { "Type": "vxlan" }
-}"#;
 
 /// Two nodes of flannel.
 struct Cluster {
@@ -30,21 +25,12 @@ struct Cluster {
 impl Cluster {
     fn start() -> Result<Self> {
         let mut lab = Lab::builder().families(Families::Dual).masquerade(true).create()?;
-        let api = lab.underlay().machine.network()?.run(|| FakeApi::start(([10, 99, 0, 2], 6443).into()))?;
+        let api = api_on_underlay(&lab)?;
         let api = Arc::new(api);
-        let config = lab.dir().join("net-conf.json");
-        fs::write(&config, NETWORK)?;
-        let settings = [
-            ("FABRICD_IP_MASQ", "true".to_owned()),
-            ("FABRICD_STORE", "kubernetes".to_owned()),
-            ("FABRICD_KUBECONFIG", api.kubeconfig(lab.dir())?.display().to_string()),
-            ("FABRICD_NET_CONFIG_PATH", config.display().to_string()),
-        ];
+        let mut settings = lease_settings(&lab, &api, DUAL_STACK)?;
+        settings.push(("FABRICD_IP_MASQ", "true".to_owned()));
         let nodes = [lab.boot_node()?, lab.boot_node()?];
-        for node in &nodes {
-            let n = node.index;
-            api.add_node(&node.name, &[&format!("10.244.{n}.0/24"), &format!("fd00:10:244:{n}::/64")]);
-        }
+        nodes.iter().for_each(|node| add_dual_stack_node(&api, node));
         let options = Options { masquerade: true, ..Options::default() };
         let start = |node| {
             let mut flannel = Flannel::start_with(&lab, node, options, Registry::Nodes(Arc::clone(&api)))?;

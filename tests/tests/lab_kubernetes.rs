@@ -7,16 +7,12 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use fabric_core::model::Family;
 use fabric_tests::fake_api::{FakeApi, Fault, NODES};
-use fabric_tests::kubernetes::{Nodes as _, PREFIX, TAINT};
+use fabric_tests::kubernetes::{DUAL_STACK, PREFIX, TAINT, add_dual_stack_node, api_on_underlay, lease_settings};
 use fabric_tests::lab::{Families, Lab, Matrix, Node, Pod, Stream, wait_until};
 use serde_json::{Value, json};
 
 /// How long anything here may take on a busy machine.
 const SOON: Duration = Duration::from_secs(30);
-
-const NETWORK: &str = r#"{
-    "EnableIPv6": true, "Network": "10.244.0.0/16", "IPv6Network": "fd00:10:244::/48", "Backend": { "Type": "vxlan" }
-}"#;
 
 /// A lab whose nodes are Nodes.
 struct Cluster {
@@ -29,15 +25,9 @@ impl Cluster {
     /// Three nodes, each with a pod, all ready.
     fn start() -> Result<(Self, Vec<Pod>)> {
         let mut lab = Lab::builder().families(Families::Dual).create()?;
-        let api = lab.underlay().machine.network()?.run(|| FakeApi::start(([10, 99, 0, 2], 6443).into()))?;
-        let config = lab.dir().join("net-conf.json");
-        fs::write(&config, NETWORK)?;
-        let env = vec![
-            ("FABRICD_STORE", "kubernetes".to_owned()),
-            ("FABRICD_KUBECONFIG", api.kubeconfig(lab.dir())?.display().to_string()),
-            ("FABRICD_NET_CONFIG_PATH", config.display().to_string()),
-            ("FABRICD_STARTUP_TAINT", TAINT.to_owned()),
-        ];
+        let api = api_on_underlay(&lab)?;
+        let mut env = lease_settings(&lab, &api, DUAL_STACK)?;
+        env.push(("FABRICD_STARTUP_TAINT", TAINT.to_owned()));
         let nodes: Vec<Arc<Node>> = (0..3).map(|_| lab.boot_node()).collect::<Result<_>>()?;
         let cluster = Self { api, env, lab };
         for node in &nodes {
@@ -51,8 +41,7 @@ impl Cluster {
 
     /// Makes the Node, as a kubelet and a controller manager do.
     fn register(&self, node: &Node) {
-        let n = node.index;
-        self.api.add_node(&node.name, &[&format!("10.244.{n}.0/24"), &format!("fd00:10:244:{n}::/64")]);
+        add_dual_stack_node(&self.api, node);
         let taint = json!({"spec": {"taints": [{"key": TAINT, "effect": "NoSchedule"}]}});
         self.api.change(NODES, &node.name, &taint);
     }

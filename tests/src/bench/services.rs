@@ -9,8 +9,7 @@ use serde_json::{Value, json};
 
 use super::report::ms;
 use super::{Report, usage};
-use crate::fake_api::FakeApi;
-use crate::kubernetes::Nodes as _;
+use crate::kubernetes::{Nodes as _, api_on_underlay};
 use crate::lab::{Lab, Node, wait_until};
 use crate::services::{SERVICES, V1, endpoint, service, slice, slices_of};
 
@@ -36,7 +35,7 @@ pub fn run(report: &mut Report, options: Options) -> Result<()> {
     let Options { services, endpoints, changes } = options;
     let section = format!("{services} Services with {endpoints} endpoints each");
     let mut lab = Lab::builder().name("bench-services").create()?;
-    let api = lab.underlay().machine.network()?.run(|| FakeApi::start(([10, 99, 0, 2], 6443).into()))?;
+    let api = api_on_underlay(&lab)?;
     let config = lab.dir().join("net-conf.json");
     std::fs::write(&config, r#"{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}"#)?;
     let node = lab.boot_node()?;

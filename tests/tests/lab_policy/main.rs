@@ -19,7 +19,7 @@ use fabric_core::policy::objects::{NamespaceObject, PodObject, PolicyObject};
 use fabric_core::policy::sets::{NamespaceSet, PodSet, PolicySet};
 use fabric_core::policy::{Cluster as Rules, Conn, State};
 use fabric_tests::fake_api::FakeApi;
-use fabric_tests::kubernetes::Nodes as _;
+use fabric_tests::kubernetes::{Nodes as _, api_on_underlay};
 use fabric_tests::lab::{Families, Lab, Node, Pod, wait_until};
 use fabric_tests::policies::{NAMESPACES, namespace, pod, pods_of, policies_of, policy};
 use serde_json::{Value, json};
@@ -41,7 +41,7 @@ impl Cluster {
         let mut lab = Lab::builder().families(Families::Dual).create()?;
         lab.etcd().start()?;
         lab.init_network()?;
-        let api = lab.underlay().machine.network()?.run(|| FakeApi::start(([10, 99, 0, 2], 6443).into()))?;
+        let api = api_on_underlay(&lab)?;
         let env = vec![("FABRICD_KUBECONFIG", api.kubeconfig(lab.dir())?.display().to_string())];
         let nodes: Vec<Arc<Node>> = (0..nodes).map(|_| lab.boot_node()).collect::<Result<_>>()?;
         Ok(Self { api, env, _lab: lab, nodes })

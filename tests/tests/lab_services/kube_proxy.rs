@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use fabric_core::model::Family;
-use fabric_tests::fake_api::FakeApi;
-use fabric_tests::kubernetes::Nodes as _;
+use fabric_tests::kubernetes::{Nodes as _, api_on_underlay};
 use fabric_tests::lab::spaces::Spaces;
 use fabric_tests::lab::{By, Lab, wait_until};
 use fabric_tests::services::{SERVICES, V1, service, slice, slices_of};
@@ -204,7 +203,7 @@ fn kube_proxy_is_replaced_under_connections_of_which_none_is_lost_and_comes_back
 #[test]
 fn services_wait_for_no_lease_and_the_api_server_is_found_without_its_cluster_ip() -> Result<()> {
     let mut lab = Lab::builder().create()?;
-    let api = lab.underlay().machine.network()?.run(|| FakeApi::start(([10, 99, 0, 2], 6443).into()))?;
+    let api = api_on_underlay(&lab)?;
     let node = lab.boot_node()?;
     api.add_node(&node.name, &[]);
     let kubeconfig = api.kubeconfig(lab.dir())?;

@@ -9,7 +9,6 @@ mod sctp;
 mod told;
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +16,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use fabric_core::model::Family;
 use fabric_tests::fake_api::{FakeApi, NODES};
-use fabric_tests::kubernetes::Nodes as _;
+use fabric_tests::kubernetes::{DUAL_STACK, add_dual_stack_node, api_on_underlay, lease_settings};
 use fabric_tests::lab::spaces::Spaces;
 use fabric_tests::lab::{Answer, By, Families, Lab, Node, Pod, Server, ask, wait_until};
 use fabric_tests::services::{SERVICES, V1, endpoint, service, slice, slices_of};
@@ -25,10 +24,6 @@ use serde_json::{Value, json};
 
 /// How long anything here may take on a busy machine.
 const SOON: Duration = Duration::from_secs(60);
-
-const NETWORK: &str = r#"{
-    "EnableIPv6": true, "Network": "10.244.0.0/16", "IPv6Network": "fd00:10:244::/48", "Backend": { "Type": "vxlan" }
-}"#;
 
 const EACH: [(By, Family); 4] =
     [(By::Tcp, Family::V4), (By::Udp, Family::V4), (By::Tcp, Family::V6), (By::Udp, Family::V6)];
@@ -67,20 +62,13 @@ struct Cluster {
 impl Cluster {
     fn start() -> Result<Self> {
         let mut lab = Lab::builder().families(Families::Dual).create()?;
-        let api = lab.underlay().machine.network()?.run(|| FakeApi::start(([10, 99, 0, 2], 6443).into()))?;
-        let config = lab.dir().join("net-conf.json");
-        fs::write(&config, NETWORK)?;
-        let env = vec![
-            ("FABRICD_STORE", "kubernetes".to_owned()),
-            ("FABRICD_SERVICES", "on".to_owned()),
-            ("FABRICD_KUBECONFIG", api.kubeconfig(lab.dir())?.display().to_string()),
-            ("FABRICD_NET_CONFIG_PATH", config.display().to_string()),
-        ];
+        let api = api_on_underlay(&lab)?;
+        let mut env = lease_settings(&lab, &api, DUAL_STACK)?;
+        env.push(("FABRICD_SERVICES", "on".to_owned()));
         let nodes: Vec<Arc<Node>> = (0..2).map(|_| lab.boot_node()).collect::<Result<_>>()?;
         let mut cluster = Self { api, env, pods: vec![], nodes, lab, _servers: vec![] };
         for node in cluster.nodes.clone() {
-            let n = node.index;
-            cluster.api.add_node(&node.name, &[&format!("10.244.{n}.0/24"), &format!("fd00:10:244:{n}::/64")]);
+            add_dual_stack_node(&cluster.api, &node);
             let addresses =
                 Family::ALL.map(|family| json!({"type": "InternalIP", "address": node.underlay_ip(family)}));
             cluster.api.change(NODES, &node.name, &json!({"status": {"addresses": addresses}}));
