@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use fabric_core::model::Family;
-use fabric_tests::lab::{Families, Lab, Node, Pod, wait_until};
+use fabric_tests::lab::{Families, Lab, Node, Pod, addresses, wait_until};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -296,6 +296,27 @@ fn each_fix_of_doctor_clears_what_it_was_printed_for() -> Result<()> {
         wait_for_check(node, id, "ok").with_context(|| damage.clone())?;
     }
     wait_until("the pods reach each other again", SOON, || pod.run(&["ping", "-c1", "-W1", &peer]).map(drop))
+}
+
+/// sysctl takes a dot in a name for a slash, unless the first separator is one.
+#[test]
+fn strict_filter_beside_direct_routes_is_cleared_by_its_fix_on_a_device_with_a_dot_in_its_name() -> Result<()> {
+    let lab = Lab::builder().nodes(2).network(&["--network", "10.244.0.0/16", "--direct-routing"]).start()?;
+    let node = lab.node("node-1")?;
+    node.stop_fabricd()?;
+    let gateway = addresses::gateway(Family::V4);
+    let rename = format!(
+        "ip link set eth0 down; ip link set eth0 name eth0.9; ip link set eth0.9 up
+         ip route replace default via {gateway} dev eth0.9"
+    );
+    node.run(&["sh", "-ec", &rename])?;
+    node.start_fabricd()?;
+    node.wait_ready()?;
+    wait_for_check(node, "rp-filter", "ok")?;
+    node.run(&["sh", "-c", "echo 1 > /proc/sys/net/ipv4/conf/eth0.9/rp_filter"])?;
+    wait_for_check(node, "rp-filter", "warning")?;
+    run_fix(node, "rp-filter")?;
+    wait_for_check(node, "rp-filter", "ok")
 }
 
 /// The host's end of a pod's veth.

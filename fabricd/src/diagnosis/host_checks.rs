@@ -71,7 +71,8 @@ pub(super) fn rp_filter(inspection: &Inspection) -> Finding {
     {
         Some(dev) if direct => Finding::warning(
             format!("{dev} filters strictly, and with direct routing answers may take another path"),
-            format!("sysctl -w net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.{dev}.rp_filter=2"),
+            // By slashes: a name may have a dot, as fabric.1 and eth0.100 have.
+            format!("sysctl -w net/ipv4/conf/all/rp_filter=0 net/ipv4/conf/{dev}/rp_filter=2"),
         ),
         Some(dev) => {
             Finding::fine(format!("{dev} filters strictly, which is right as long as answers take the same path"))

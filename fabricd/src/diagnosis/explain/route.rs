@@ -59,7 +59,7 @@ fn judge(asked: &str, taken: &RouteLookup, decision: Option<Decision<'_>>, shoul
     let Some(Decision { rule, route }) = decision else {
         let fix = match taken {
             RouteLookup::Refused(why) if why.contains("reverse path") => {
-                format!("sysctl -w net.ipv4.conf.{iif}.rp_filter=2")
+                format!("sysctl -w net/ipv4/conf/{iif}/rp_filter=2")
             }
             _ => "ip rule show; ip route show table all".to_owned(),
         };
@@ -128,6 +128,6 @@ mod tests {
             assert!(hop.found.ends_with(found), "{hop:?}");
         }
         let strict = judge("", &RouteLookup::Refused("the reverse path filter"), None, "dev fabric.1", "cni0");
-        assert_eq!(strict.expected, "dev fabric.1\nsysctl -w net.ipv4.conf.cni0.rp_filter=2");
+        assert_eq!(strict.expected, "dev fabric.1\nsysctl -w net/ipv4/conf/cni0/rp_filter=2");
     }
 }
