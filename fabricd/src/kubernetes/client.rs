@@ -298,6 +298,14 @@ mod tests {
         ApiError::new("list", &kube::Error::Api(Box::new(status)))
     }
 
+    #[tokio::test]
+    async fn kubeconfig_that_cannot_be_read_tells_its_cause_once() {
+        let error = client(Some(Path::new("/nowhere/kubeconfig"))).await.err().expect("there is none");
+        let told = chain(&error);
+        assert!(told.starts_with("cannot read the kubeconfig /nowhere/kubeconfig: "), "{told}");
+        assert_eq!(told.matches("No such file or directory").count(), 1, "{told}");
+    }
+
     #[test]
     fn right_that_is_missing_is_told_with_the_command_that_shows_it() {
         let user = "system:serviceaccount:fabric-system:fabricd";
