@@ -7,7 +7,7 @@ NAME ?= fabric
 PROFILE ?= release
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build lab lab-down test machines machines-down test-machines kernels bench faults flannel image deb e2e api-server helm lint audit
+.PHONY: help deps build lab lab-down test machines machines-down test-machines kernels bench faults flannel image deb release e2e api-server helm lint audit
 
 help: ## List the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -50,6 +50,10 @@ image: ## Build the container image, without Docker, into target/image/fabricd.t
 
 deb: ## Build a Debian package into target/debian
 	@deploy/deb/build
+
+release: ## Build a release for amd64 and arm64 into target/release-files (REGISTRY=registry.example/team; docs/releasing.md)
+	@tests/deps release
+	@PROFILE=$(PROFILE) deploy/release/build
 
 e2e: root ## Run the manifests on a real Kubernetes of today, or VERSION=1.20, built on first use (SCENARIO=conformance, network-policy, no-kube-proxy, or with -dual: upstream's tests)
 	@tests/deps e2e

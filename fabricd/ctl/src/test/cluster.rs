@@ -18,8 +18,11 @@ use tokio::time::{Instant, sleep};
 use super::probe::{Plan, Server};
 use super::{Step, TestArgs};
 
-/// The image that the manifests install.
-pub const IMAGE: &str = concat!("localhost/fabricd:", env!("CARGO_PKG_VERSION"));
+/// The image that the manifests install: a release is built with `FABRICD_IMAGE` (`deploy/release/build`).
+pub const IMAGE: &str = match option_env!("FABRICD_IMAGE") {
+    Some(image) => image,
+    None => concat!("localhost/fabricd:", env!("CARGO_PKG_VERSION")),
+};
 
 /// TCP port of the servers.
 const PORT: u16 = 8080;
