@@ -19,8 +19,8 @@ probe() {
     shift
     kube exec -i "$on" -- probe "$@"
 }
-# What fabricd says about a node, from inside its container, whether or not there is an API server.
-status() { fabricctl_on "$1" status; }
+# What fabricd says about a node, from inside its container, whether or not there is an API server. 3: it is not ready, 4: it warns of something.
+status() { fabricctl_on "$1" status || [[ $? = [34] ]]; }
 # fabricctl_on NODE ARGUMENTS...
 fabricctl_on() {
     local node=$1
