@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
+use std::fs;
 use std::io;
 
 use fabric_core::diff::{Change, Op, fast_path, nft, routing};
@@ -71,7 +72,9 @@ impl KernelError {
         let advice = match source.raw_os_error() {
             Some(libc::EPERM | libc::EACCES) if owner.is_some() => None,
             Some(libc::ENOENT | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT | libc::EAFNOSUPPORT) => {
-                let modules: BTreeSet<_> = transaction.iter().flat_map(|op| modules(op)).collect();
+                let mut modules: BTreeSet<_> = transaction.iter().flat_map(|op| modules(op)).collect();
+                let counts = transaction.iter().any(|op| matches!(op, nft::Op::Chains(..)));
+                modules.extend((counts && counters_are_a_module(&release())).then_some("nft_counter"));
                 let modules = modules.into_iter().collect::<Vec<_>>().join(" ");
                 Some(format!("does the kernel have all that it takes? Load it with: modprobe -a {modules}"))
             }
@@ -119,6 +122,18 @@ fn modules(op: &nft::Op) -> BTreeSet<&'static str> {
         }
     }
     modules
+}
+
+/// The version of the kernel that runs; empty if it isn't told.
+fn release() -> String {
+    fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default()
+}
+
+/// Whether counters are a module of their own, as before Linux 5.18.
+fn counters_are_a_module(release: &str) -> bool {
+    let mut numbers = release.split(['.', '-']).map(|part| part.parse::<u32>().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    version > (0, 0) && version < (5, 18)
 }
 
 fn without_sign(op: &impl std::fmt::Display) -> String {
@@ -319,6 +334,15 @@ mod tests {
             refused(TableKey::Bridge, Chain::new(hook(ChainKind::Filter), [Rule::new([local], log, "shown")])),
             "nf_tables nft_fib_inet nft_log nft_meta_bridge"
         );
+    }
+
+    #[test]
+    fn counters_are_a_module_of_old_kernels() {
+        for (release, is_module) in
+            [("5.10.0-32-cloud-amd64", true), ("5.18.0", false), ("6.1.0-50", false), ("", false)]
+        {
+            assert_eq!(counters_are_a_module(release), is_module, "{release}");
+        }
     }
 
     #[test]

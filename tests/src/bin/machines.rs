@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use fabric_tests::lab::{Families, Lab};
+use fabric_tests::machines::preflight::Accelerator;
 use fabric_tests::machines::{Kernel, Machines, Spec, System, record};
 
 /// A cluster whose nodes are machines with kernels of Debian's, by QEMU
@@ -23,6 +24,12 @@ struct Cli {
 enum Command {
     /// List the kernels that there are
     Kernels,
+    /// Check what machines need of this one, and fetch what they run, without starting any
+    Check {
+        /// All that are to be on at once
+        #[arg(required = true)]
+        machines: Vec<Spec>,
+    },
     /// Bring a lab up, or add machines to one that is up, and leave it up
     Up {
         /// Kernel, then what differs: `6.1`, `newest,memory=512,nics=2,clock=+3600,hostname=other`; or `debian`, a bookworm
@@ -83,6 +90,7 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<ExitCode> {
     match &cli.command {
         Command::Kernels => Kernel::all().iter().for_each(|kernel| println!("{}", kernel.name)),
+        Command::Check { machines } => check(machines)?,
         Command::Up { machines, nodes, bare } => up(&cli.name, machines, *nodes, *bare)?,
         Command::Exec { machine, script, within } => {
             let machines = Machines::open(&cli.name)?;
@@ -110,8 +118,16 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn up(name: &str, specs: &[Spec], nodes: u16, bare: bool) -> Result<()> {
+fn check(specs: &[Spec]) -> Result<()> {
     Machines::check(specs)?;
+    for spec in specs.iter().take(1) {
+        println!("{}", Accelerator::of_this_machine(&Kernel::named(&spec.kernel)?)?.in_words());
+    }
+    Ok(())
+}
+
+fn up(name: &str, specs: &[Spec], nodes: u16, bare: bool) -> Result<()> {
+    check(specs)?;
     let mut machines = match Machines::open(name) {
         Ok(machines) if machines.lab.is_on() => machines,
         _ => {

@@ -18,7 +18,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use nix::fcntl::{Flock, FlockArg};
 
-use super::kernels::{cache, script};
+use super::kernels::{cache, script, tells};
 use crate::deb;
 
 /// The name of the image in `busybox.tar`: the one that the Vagrantfile names.
@@ -34,7 +34,7 @@ pub fn image() -> Result<PathBuf> {
     Ok(cache()?.join("debian/root.img"))
 }
 
-/// Makes it, if the cache lacks it: some 150 MB are fetched, which takes two minutes.
+/// Makes it, if the cache lacks it: some 150 MB are fetched, which takes two minutes. Tells on stdout that it does.
 ///
 /// # Errors
 /// The archive isn't reached, or isn't signed by a known key.
@@ -43,7 +43,7 @@ pub(super) fn make() -> Result<()> {
     fs::create_dir_all(cache()?)?;
     let lock = File::create(folder.with_extension("lock"))?;
     let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
-    run(Command::new(script("debian.sh")).arg(folder))
+    tells(Command::new(script("debian.sh")).arg(folder).env("PATH", path())).context("cannot make a Debian")
 }
 
 /// Packs what Vagrant's users have beside the Vagrantfile, and an image for containers, since there is no registry.

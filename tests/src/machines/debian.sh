@@ -12,6 +12,7 @@ folder=$1 here=$(dirname "$(realpath "$0")")
 made_by=$(cat "$0" "$here/agent.sh" | sha256sum)
 [ "$(cat "$folder/made-by" 2>/dev/null)" != "$made_by" ] || exit 0
 
+echo "fetching a Debian bookworm (some 150 MB) into $folder"
 PATH=$PATH:/usr/sbin:/sbin
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -85,3 +86,4 @@ size=$(($(du -sm "$root" | cut -f1) + 1500))
 rm -f "$folder/root.img"
 mke2fs -q -t ext4 -m 0 -d "$root" "$folder/root.img" "${size}M" >/dev/null
 echo "$made_by" >"$folder/made-by"
+echo "Debian is there after $SECONDS s"

@@ -16,6 +16,7 @@ made_by=$(sha256sum <"$0")
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+echo "fetching Linux of $suite ($package, some 30 MB) into $folder"
 fail() { echo "Linux of $suite ($package): $*" >&2; exit 1; }
 
 # Of the mirror that this machine uses, with lists of its own: nothing is installed, and no list of this machine changes.
@@ -109,3 +110,4 @@ mke2fs -q -t ext4 -O ^has_journal -m 0 -d "$tree/lib/modules" "$folder/modules.i
 echo "$release" >"$folder/release"
 dpkg-deb -W --showformat '${Package} ${Version}\n' "$work"/debs/linux-image-[0-9]*.deb | tail -1 >"$folder/package"
 echo "$made_by" >"$folder/made-by"
+echo "Linux $release is there after $SECONDS s"

@@ -3,7 +3,7 @@
 use std::env;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use nix::fcntl::{Flock, FlockArg};
@@ -43,7 +43,7 @@ impl Kernel {
         found.cloned().ok_or_else(unknown)
     }
 
-    /// Fetches and packs it, if the cache lacks it: some 30 MB, half a minute.
+    /// Fetches and packs it, if the cache lacks it: some 30 MB, half a minute. Tells on stdout that it does.
     ///
     /// # Errors
     /// The archive isn't reached, isn't signed by a known key, or has no such package any more.
@@ -52,14 +52,8 @@ impl Kernel {
         let lock = File::create(cache()?.join(format!("{}.lock", self.name)))?;
         let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
         let mut fetch = Command::new(script("kernel.sh"));
-        let output = fetch.arg(self.folder()?).args([&self.suite, &self.package]).output().context("kernel.sh")?;
-        ensure!(
-            output.status.success(),
-            "cannot fetch the kernel {}: {}",
-            self.name,
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-        Ok(())
+        fetch.arg(self.folder()?).args([&self.suite, &self.package]);
+        tells(&mut fetch).with_context(|| format!("cannot fetch the kernel {}", self.name))
     }
 
     /// What `uname -r` says on it.
@@ -87,6 +81,14 @@ impl Kernel {
 pub(super) fn cache() -> Result<PathBuf> {
     let home = env::var_os("HOME").context("where is the cache? HOME is not set")?;
     Ok(Path::new(&home).join(".cache/fabricd/machines"))
+}
+
+/// Runs a script that tells on stdout how far it is. Only errors are kept.
+pub(super) fn tells(script: &mut Command) -> Result<()> {
+    let running = script.stdin(Stdio::null()).stderr(Stdio::piped()).spawn();
+    let output = running.and_then(Child::wait_with_output).with_context(|| format!("{:?}", script.get_program()))?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(())
 }
 
 /// A script beside this file.

@@ -42,7 +42,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
@@ -82,15 +82,22 @@ impl Machines {
         Ok(Self { lab: builder.start()?, vms: BTreeMap::new() })
     }
 
-    /// Checks all that such machines need, and fetches their kernels.
+    /// Checks all that such machines need when all of them are on, and fetches their kernels side by side.
     ///
     /// # Errors
     /// A tool is missing, a kernel can't be fetched, or there is too little memory.
     pub fn check(specs: &[Spec]) -> Result<()> {
         preflight::tools()?;
-        preflight::memory(specs.iter().map(|spec| spec.memory).sum())?;
-        specs.iter().try_for_each(|spec| Kernel::named(&spec.kernel)?.fetch())?;
-        if specs.iter().any(|spec| spec.system == System::Debian) { debian::make() } else { Ok(()) }
+        preflight::memory(&specs.iter().map(|spec| spec.memory).collect::<Vec<_>>())?;
+        let kernels = specs.iter().map(|spec| Ok((spec.kernel.as_str(), Kernel::named(&spec.kernel)?)));
+        let kernels = kernels.collect::<Result<BTreeMap<_, _>>>()?;
+        thread::scope(|scope| {
+            let mut running: Vec<_> = kernels.values().map(|kernel| scope.spawn(|| kernel.fetch())).collect();
+            if specs.iter().any(|spec| spec.system == System::Debian) {
+                running.push(scope.spawn(debian::make));
+            }
+            running.into_iter().try_for_each(|thread| thread.join().map_err(|_| anyhow!("a thread has panicked"))?)
+        })
     }
 
     /// Those of a lab that another process has started.

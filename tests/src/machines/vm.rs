@@ -76,7 +76,7 @@ impl Vm {
     /// # Errors
     /// It is on, or there is too little memory.
     pub fn switch_on(&self) -> Result<()> {
-        preflight::memory(self.spec.memory)?;
+        preflight::memory(&[self.spec.memory])?;
         let disk = self.host().path(&self.disk())?;
         if !disk.exists() {
             self.make_disk()?;
@@ -164,7 +164,7 @@ impl Vm {
         let mut arguments: Vec<String> = vec![];
         let mut add = |name: &str, value: String| arguments.extend([format!("-{name}"), value]);
         add("accel", Accelerator::of_this_machine(kernel)?.option().to_owned());
-        add("cpu", "max".to_owned());
+        add("cpu", Accelerator::of_this_machine(kernel)?.processor().to_owned());
         add("m", self.spec.memory.to_string());
         add("kernel", file("vmlinuz")?);
         add("initrd", file("initramfs")?);

@@ -72,6 +72,7 @@ pub fn without_a_fast_path_the_node_is_ready_and_says_why(fabric: &Fabric, vm: &
     ensure!(status["ready"] == true, "{}", status["reason"]);
     let warned = status["warnings"].to_string();
     ensure!(warned.contains("the kernel's path, not the fast one"), "no warning tells of it: {warned}");
+    ensure!(warned.contains("before Linux 5.13; see: uname -r"), "why is not told: {warned}");
     Family::ALL.into_iter().try_for_each(|family| pods[0].reaches(fabric.outside.ip(family)?))
 }
 

@@ -51,7 +51,7 @@ fn what_machines_lack_is_told_before_anything_starts() -> Result<()> {
         ("6.1", "/nonexistent", "qemu-system-x86_64 (Debian package qemu-system-x86)"),
         ("6.1", "/nonexistent", "`tests/deps machines` installs what machines need"),
         ("6.1,memory=99999999", "", "MiB of memory, of which"),
-        ("6.1,memory=99999999", "", "give it less: memory=128"),
+        ("6.1,memory=99999999", "", "give them less: memory=128"),
         ("4.19", "", "no kernel 4.19; there are: 5.10 6.1 "),
     ] {
         let mut up = Command::new(&program);
@@ -64,5 +64,8 @@ fn what_machines_lack_is_told_before_anything_starts() -> Result<()> {
         ensure!(!output.status.success() && told.contains(expected), "{machine}: {told}");
         ensure!(!binaries::labs()?.join(lab).exists(), "a lab was made");
     }
+    let checked = Command::new(&program).args(["check", "6.1"]).output()?;
+    let told = String::from_utf8_lossy(&checked.stdout);
+    ensure!(checked.status.success() && told.contains("KVM"), "whether KVM works is not told: {checked:?}");
     Ok(())
 }
