@@ -1,4 +1,4 @@
-//! NetworkPolicies, Namespaces and Pods as objects of Kubernetes, for tests before an API server.
+//! NetworkPolicies, ClusterNetworkPolicies, Namespaces and Pods as objects of Kubernetes, for tests before an API server.
 
 use serde_json::{Value, json};
 
@@ -16,6 +16,9 @@ pub fn pods_of(namespace: &str) -> String {
 pub fn policies_of(namespace: &str) -> String {
     format!("/apis/networking.k8s.io/v1/namespaces/{namespace}/networkpolicies")
 }
+
+/// The path of the ClusterNetworkPolicies.
+pub const CLUSTER_POLICIES: &str = "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies";
 
 /// A Namespace.
 #[must_use]
@@ -41,5 +44,14 @@ pub fn policy(namespace: &str, name: &str, spec: &Value) -> Value {
     json!({
         "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
         "metadata": {"name": name, "namespace": namespace}, "spec": spec,
+    })
+}
+
+/// A ClusterNetworkPolicy.
+#[must_use]
+pub fn cluster_policy(name: &str, spec: &Value) -> Value {
+    json!({
+        "apiVersion": "policy.networking.k8s.io/v1alpha2", "kind": "ClusterNetworkPolicy",
+        "metadata": {"name": name}, "spec": spec,
     })
 }

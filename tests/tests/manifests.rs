@@ -265,7 +265,12 @@ fn cluster_rights(objects: &[Value]) -> Vec<String> {
 fn each_component_gives_the_daemon_what_it_takes_and_no_more() -> Result<()> {
     let plain = ["NET_ADMIN", "NET_RAW"];
     let fast = ["NET_ADMIN", "NET_RAW", "BPF", "PERFMON"];
-    let policy = ["list watch networkpolicies", "list watch namespaces pods", "create events"];
+    let policy = [
+        "list watch networkpolicies",
+        "list watch clusternetworkpolicies",
+        "list watch namespaces pods",
+        "create events",
+    ];
     let services = ["list watch services nodes", "list watch endpointslices", "list servicecidrs", "create events"];
     for (component, setting, value, capable, rights) in [
         // What others have loaded is not passed by unless somebody asks for it.

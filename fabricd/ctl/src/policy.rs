@@ -22,14 +22,18 @@ fn describe(screen: &Screen, policies: &GetPoliciesResponse) -> String {
     if !policies.on {
         return "Network policies are not enforced here; fabricd does it with --network-policy on.\n".to_owned();
     }
-    let isolated = policies.pods.iter().filter(|pod| !pod.ingress.is_empty() || !pod.egress.is_empty()).count();
+    let selected = policies.pods.iter().filter(|pod| !pod.ingress.is_empty() || !pod.egress.is_empty()).count();
     let state = match policies.reason.as_str() {
         "" => screen.paint("enforced", Severity::Good),
         reason => format!("{}: {reason}", screen.paint("not up to date", Severity::Bad)),
     };
     let mut text = format!(
-        "Network policies: {state}; {} in the cluster, {isolated} of {} pods here are isolated\n",
+        "Network policies: {state}; {} in the cluster{}, which select {selected} of {} pods here\n",
         policies.policies,
+        match policies.cluster_policies {
+            0 => String::new(),
+            of_cluster => format!(" and {of_cluster} of the whole cluster"),
+        },
         policies.pods.len()
     );
     for warning in &policies.warnings {
@@ -59,14 +63,17 @@ fn pod(pod: &PolicyPod) -> [Cell; 4] {
 }
 
 fn rule(rule: &PolicyRule) -> [Cell; 4] {
-    let what = if rule.drops { "none: dropped".to_owned() } else { rule.rule.to_string() };
-    let severity = if rule.drops && rule.packets > 0 { Severity::Doubtful } else { Severity::Plain };
-    [
-        rule.direction.clone().into(),
-        rule.policies.join(", ").into(),
-        what.into(),
-        Cell::coloured(rule.packets.to_string(), severity),
-    ]
+    let is_of_cluster = matches!(rule.tier.as_str(), "Admin" | "Baseline");
+    let what = match (rule.drops, is_of_cluster) {
+        (true, _) => "none: dropped".to_owned(),
+        (false, true) => format!("{} {}", rule.rule, rule.action),
+        (false, false) => rule.rule.to_string(),
+    };
+    let policies = rule.policies.join(", ");
+    let policies = if is_of_cluster { format!("{policies} ({})", rule.tier) } else { policies };
+    let drops = rule.drops || rule.action == "Deny";
+    let severity = if drops && rule.packets > 0 { Severity::Doubtful } else { Severity::Plain };
+    [rule.direction.clone().into(), policies.into(), what.into(), Cell::coloured(rule.packets.to_string(), severity)]
 }
 
 /// Prints what is dropped from now on, as it comes, until nobody reads on.
@@ -113,31 +120,44 @@ mod tests {
         };
         let rule = |rule, drops, packets| {
             let (policies, direction) = (vec!["shop/web".into()], "ingress".into());
-            PolicyRule { policies, direction, drops, rule, packets }
+            let (tier, action) = ("NetworkPolicy".into(), if drops { "Deny" } else { "Accept" }.into());
+            PolicyRule { policies, direction, drops, rule, packets, tier, action }
         };
         let policies = GetPoliciesResponse {
             on: true,
             policies: 3,
+            cluster_policies: 1,
             warnings: vec!["NetworkPolicy shop/odd: spec.ingress[0]: it is no object".into()],
             pods: vec![
                 pod("", "192.0.2.3", &[]),
                 PolicyPod { applied: false, ..pod("shop/new", "192.0.2.2", &[]) },
-                pod("shop/web", "192.0.2.1", &["shop/web"]),
+                pod("shop/web", "192.0.2.1", &["no-lab (Admin)", "shop/web"]),
             ],
-            rules: vec![rule(0, false, 12), rule(0, true, 3)],
+            rules: vec![
+                PolicyRule {
+                    policies: vec!["no-lab".into()],
+                    tier: "Admin".into(),
+                    action: "Deny".into(),
+                    ..rule(1, false, 7)
+                },
+                rule(0, false, 12),
+                rule(0, true, 3),
+            ],
             ..GetPoliciesResponse::default()
         };
-        let want = "Network policies: enforced; 3 in the cluster, 1 of 3 pods here are isolated
+        let want =
+            "Network policies: enforced; 3 in the cluster and 1 of the whole cluster, which select 1 of 3 pods here
 Warning: NetworkPolicy shop/odd: spec.ingress[0]: it is no object
 
 POD                   ADDRESSES  INGRESS                           EGRESS
 (none of Kubernetes)  192.0.2.3  open                              open
 shop/new              192.0.2.2  closed: policies not applied yet  closed: policies not applied yet
-shop/web              192.0.2.1  shop/web                          open
+shop/web              192.0.2.1  no-lab (Admin), shop/web          open
 
-DIRECTION  POLICY    RULE           PACKETS
-ingress    shop/web  0              12
-ingress    shop/web  none: dropped  3
+DIRECTION  POLICY          RULE           PACKETS
+ingress    no-lab (Admin)  1 Deny         7
+ingress    shop/web        0              12
+ingress    shop/web        none: dropped  3
 ";
         assert_eq!(describe(&Screen::default(), &policies), want);
         assert!(describe(&Screen::default(), &GetPoliciesResponse::default()).contains("--network-policy on"));

@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::pin::Pin;
 
+use fabric_core::policy::chains::Counts;
 use fabric_core::policy::drops::DropCause;
 use fabric_core::policy::model::Protocol;
+use fabric_core::policy::tiers::{Action, PolicyName, Tier};
 use fabric_core::policy::{Direction, ObjectName};
 use fabric_core::state::nft::TableKey;
 use fabric_proto::v1;
@@ -39,6 +41,7 @@ pub async fn all(policy: Option<PolicyView>) -> Result<v1::GetPoliciesResponse, 
         policies: u32::try_from(applied.state.policies.len()).unwrap_or(u32::MAX),
         pods: pods(&applied),
         rules: rules(&applied, &counted),
+        cluster_policies: u32::try_from(applied.state.cluster_policies.len()).unwrap_or(u32::MAX),
     })
 }
 
@@ -79,9 +82,16 @@ fn pods(applied: &Applied) -> Vec<v1::PolicyPod> {
     pods.into_values().collect()
 }
 
-fn names(policies: &[ObjectName]) -> Vec<String> {
-    policies.iter().map(ToString::to_string).collect()
+fn names(policies: &[PolicyName]) -> Vec<String> {
+    let name = |policy: &PolicyName| match policy.tier {
+        Tier::NetworkPolicy => policy.name.to_string(),
+        tier => format!("{} ({tier})", policy.name),
+    };
+    policies.iter().map(name).collect()
 }
+
+/// Of which policies a counter is, in which direction, and of which rule; `None` for what no rule allowed.
+type Counter = (Tier, Vec<String>, Direction, Option<(usize, Action)>);
 
 /// Each rule of a policy, and what each set of policies drops, whichever chains they are in.
 fn rules(applied: &Applied, counted: &[Counted]) -> Vec<v1::PolicyRule> {
@@ -89,23 +99,32 @@ fn rules(applied: &Applied, counted: &[Counted]) -> Vec<v1::PolicyRule> {
     for rule in counted {
         by_chain.entry(&rule.chain).or_default().push(rule.packets.unwrap_or(0));
     }
-    let mut sums: BTreeMap<(Vec<String>, Direction, Option<usize>), u64> = BTreeMap::new();
+    let mut sums: BTreeMap<Counter, u64> = BTreeMap::new();
     for (chain, origin) in &applied.chains {
-        let rules = origin.rules.iter().map(|(policy, rule)| (vec![policy.to_string()], Some(*rule)));
-        let all = rules.chain([(names(&origin.policies), None)]);
         // Of a chain that was written anew meanwhile nothing is known.
-        let packets = by_chain.get(chain.as_str()).filter(|packets| packets.len() == origin.rules.len() + 1);
-        for (at, (policies, rule)) in all.enumerate() {
-            let sum = sums.entry((policies, origin.direction, rule)).or_default();
+        let packets = by_chain.get(chain.as_str()).filter(|packets| packets.len() == origin.rules.len());
+        for (at, counts) in origin.rules.iter().enumerate() {
+            let (tier, policies, rule) = match counts {
+                Counts::Rule { policy, rule, action } => {
+                    (policy.tier, vec![policy.name.to_string()], Some((*rule, *action)))
+                }
+                Counts::NoRule(policies) => {
+                    (Tier::NetworkPolicy, policies.iter().map(ToString::to_string).collect(), None)
+                }
+                Counts::Nothing => continue,
+            };
+            let sum = sums.entry((tier, policies, origin.direction, rule)).or_default();
             *sum += packets.and_then(|packets| packets.get(at)).copied().unwrap_or(0);
         }
     }
-    let rule = |((policies, direction, rule), packets): ((_, Direction, Option<usize>), _)| v1::PolicyRule {
+    let rule = |((tier, policies, direction, rule), packets): (Counter, u64)| v1::PolicyRule {
         policies,
         direction: direction.to_string(),
         drops: rule.is_none(),
-        rule: rule.and_then(|rule| u32::try_from(rule).ok()).unwrap_or(0),
+        rule: rule.and_then(|(rule, _)| u32::try_from(rule).ok()).unwrap_or(0),
         packets,
+        tier: tier.to_string(),
+        action: rule.map_or(Action::Deny, |(_, action)| action).to_string(),
     };
     sums.into_iter().map(rule).collect()
 }

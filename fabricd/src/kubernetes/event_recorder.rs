@@ -51,6 +51,8 @@ pub enum Kind {
     Service,
     /// A NetworkPolicy.
     NetworkPolicy,
+    /// A ClusterNetworkPolicy, which has no namespace.
+    ClusterNetworkPolicy,
     /// A Node, which has no namespace: that of its [`ObjectName`] is [`OF_NODES`].
     Node,
 }
@@ -59,10 +61,13 @@ pub enum Kind {
 pub const OF_NODES: &str = "default";
 
 impl Kind {
-    const fn name(self) -> &'static str {
+    /// What the API server calls it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Service => "Service",
             Self::NetworkPolicy => "NetworkPolicy",
+            Self::ClusterNetworkPolicy => "ClusterNetworkPolicy",
             Self::Node => "Node",
         }
     }
@@ -71,6 +76,7 @@ impl Kind {
         match self {
             Self::Service | Self::Node => "v1",
             Self::NetworkPolicy => "networking.k8s.io/v1",
+            Self::ClusterNetworkPolicy => "policy.networking.k8s.io/v1alpha2",
         }
     }
 
@@ -79,6 +85,9 @@ impl Kind {
         match self {
             Self::Service => Some(format!("/api/v1/namespaces/{namespace}/services")),
             Self::NetworkPolicy => Some(format!("/apis/networking.k8s.io/v1/namespaces/{namespace}/networkpolicies")),
+            Self::ClusterNetworkPolicy => {
+                Some("/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies".to_owned())
+            }
             Self::Node => None,
         }
     }
@@ -196,6 +205,7 @@ async fn tell(api: &ApiServer, node: &NodeName, event: &ObjectEvent) -> Result<(
     };
     let document = document(event, &uid, node, Timestamp::now());
     let bytes = serde_json::to_vec(&document).map_err(|error| ApiError::Unreachable(error.to_string()))?;
+    let namespace = document["metadata"]["namespace"].as_str().unwrap_or(OF_NODES);
     let post = Request::new(format!("/api/v1/namespaces/{namespace}/events")).create(&PostParams::default(), bytes);
     ask::<IgnoredAny>(api, "create", post).await.map(drop)
 }
@@ -237,9 +247,10 @@ fn document(event: &ObjectEvent, uid: &str, node: &NodeName, now: Timestamp) -> 
     let number = stable_hash(format!("{uid} {of_node} {reason:?} {message}").as_bytes());
     let version = kind.api_version();
     let mut object = json!({"apiVersion": version, "kind": kind.name(), "name": name, "uid": uid});
-    if *kind != Kind::Node {
+    if *kind != Kind::Node && !namespace.is_empty() {
         object["namespace"] = json!(namespace);
     }
+    let namespace = if namespace.is_empty() { OF_NODES } else { namespace };
     json!({
         "apiVersion": "v1", "kind": "Event",
         "metadata": {"name": format!("{name}.{number:016x}"), "namespace": namespace},

@@ -30,7 +30,8 @@ use kube::Client;
 use kube::api::{ListParams, WatchEvent, WatchParams};
 use kube::core::{ObjectList, Request};
 use serde::de::{DeserializeOwned, IgnoredAny};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tracing::{debug, info};
 
 use super::client::{ApiError, ApiServer};
 use crate::retry::{self, Look, Outage};
@@ -50,6 +51,14 @@ const OVERDUE: Duration = Duration::from_secs(15);
 /// How long a watch may be silent before the API server is asked whether it still works. It sends a bookmark each minute
 /// (`bookmarkFrequency` in k8s.io/apiserver), so one that works is hardly ever asked.
 const SILENCE: Duration = Duration::from_secs(90);
+
+/// How long it takes at most until a kind that the API server doesn't know is looked for again; half of it at least. Each
+/// node asks.
+const ABSENT: Duration = Duration::from_secs(60);
+
+/// How long a kind that was known must not be before what is known of it is forgotten. An API server that starts may not
+/// know kinds that are defined in the cluster for a moment.
+const GONE: Duration = Duration::from_secs(10);
 
 const LIST: &str = "list";
 const WATCH: &str = "watch";
@@ -116,6 +125,7 @@ pub struct Reflector<F> {
     api: Arc<ApiServer>,
     labels: Option<String>,
     fields: Option<String>,
+    may_be_absent: bool,
     fold: F,
     /// The latest revision that was seen.
     seen: i64,
@@ -126,7 +136,7 @@ pub struct Reflector<F> {
 impl<F: Fold> Reflector<F> {
     /// One of all objects of the kind.
     pub fn new(api: Arc<ApiServer>, fold: F) -> Self {
-        Self { api, labels: None, fields: None, fold, seen: 0, is_complete: false }
+        Self { api, labels: None, fields: None, may_be_absent: false, fold, seen: 0, is_complete: false }
     }
 
     /// Of those with such labels alone, as `app=web,!headless`.
@@ -141,12 +151,25 @@ impl<F: Fold> Reflector<F> {
         Self { fields: Some(selector.to_owned()), ..self }
     }
 
+    /// Of a kind that the API server may not know, as one that is defined in some clusters. There are none of it then, and it
+    /// is looked for again.
+    #[must_use]
+    pub fn may_be_absent(self) -> Self {
+        Self { may_be_absent: true, ..self }
+    }
+
     /// Lists and watches until the task is dropped.
     pub async fn run(mut self) {
         let mut outage = Outage::new(kind::<F::Object>());
         loop {
             let began = Instant::now();
             let Err(interrupted) = self.list_and_watch(&mut outage).await;
+            if self.is_absent(&interrupted).await {
+                outage.over();
+                self.are_none();
+                sleep(ABSENT / 2 + fastrand::u32(..1000) * (ABSENT / 2000)).await;
+                continue;
+            }
             match &interrupted {
                 Interrupted::Failed(error) => {
                     self.api.reconnect();
@@ -156,6 +179,43 @@ impl<F: Fold> Reflector<F> {
             }
             outage.wait(began, &interrupted).await;
         }
+    }
+
+    /// Whether the watch failed as there is no such kind.
+    async fn is_absent(&self, interrupted: &Interrupted) -> bool {
+        if !self.may_be_absent || !matches!(interrupted, Interrupted::Failed(ApiError::Refused { .. })) {
+            return false;
+        }
+        if !self.is_not_found().await {
+            return false;
+        }
+        if self.seen > 0 {
+            sleep(GONE).await;
+        }
+        self.seen == 0 || self.is_not_found().await
+    }
+
+    async fn is_not_found(&self) -> bool {
+        let Ok(client) = self.api.client().await else { return false };
+        let Ok(request) = Request::new(F::Object::PATH).list(&ListParams { limit: Some(1), ..self.selected() }) else {
+            return false;
+        };
+        let answer = timeout(PAGE_TIME, client.request::<IgnoredAny>(request)).await;
+        matches!(answer, Ok(Err(kube::Error::Api(status))) if status.code == 404)
+    }
+
+    /// Publishes that there are none.
+    fn are_none(&mut self) {
+        let kind = kind::<F::Object>();
+        if self.seen > 0 {
+            info!(kind, "the API server does not know this kind any more");
+        } else {
+            debug!(kind, "the API server does not know this kind");
+        }
+        self.fold = self.fold.listed(vec![], 0);
+        (self.seen, self.is_complete) = (0, false);
+        self.fold.connection_is(Ok(()));
+        self.fold.publish();
     }
 
     async fn list_and_watch(&mut self, outage: &mut Outage) -> Result<Infallible, Interrupted> {

@@ -13,7 +13,8 @@ use fabric_core::attachments::Owner;
 use fabric_core::handoff::{POLICY_APPLIED, policy_file};
 use fabric_core::model::IfName;
 use fabric_core::policy::State;
-use fabric_core::policy::plan::{Isolation, Origin};
+use fabric_core::policy::chains::Origin;
+use fabric_core::policy::plan::Isolation;
 use fabric_core::state::nft::Name;
 
 /// What the kernel holds of network policies, and from what it was made.
@@ -21,7 +22,7 @@ use fabric_core::state::nft::Name;
 pub struct Applied {
     /// All that decides.
     pub state: Arc<State>,
-    /// Pods of this node by their addresses, those whose policies are applied, with the policies that isolate them.
+    /// Pods of this node by their addresses, those whose policies are applied, with the policies that select them.
     pub pods: BTreeMap<IpAddr, Isolation>,
     /// What the rules of their chains are made of.
     pub chains: BTreeMap<Name, Origin>,

@@ -1,7 +1,7 @@
-//! NetworkPolicies on this node: what the API server tells of them, and the loop that enforces them.
+//! NetworkPolicies and ClusterNetworkPolicies on this node: what the API server tells of them, and the loop that enforces them.
 //!
 //! ```text
-//! NetworkPolicies, Namespaces, Pods ── watch (a reflector each) ──► Sources: None until a whole list, then the latest
+//! policies, Namespaces, Pods ── watch (a reflector each) ──► Sources: None until a whole list, then the latest
 //!   attachments of fabric-cni ──────────────────────────────────┐      │
 //!                                                               ▼      ▼
 //!                                        reconcile: Cluster ─► plan ─► diff ─► the table fabric-policy
@@ -17,4 +17,5 @@ mod connections;
 pub mod drops;
 pub mod reconcile;
 pub mod status;
+mod trouble;
 pub mod watch;

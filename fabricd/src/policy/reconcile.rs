@@ -14,11 +14,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fabric_core::attachments::{Owner, SavedPod};
 use fabric_core::model::{IfName, NodeName};
-use fabric_core::policy::model::{Local, LocalPod, PodIdentity, Problem};
+use fabric_core::policy::model::{Local, LocalPod, PodIdentity};
 use fabric_core::policy::objects::uid;
 use fabric_core::policy::plan::{Planner, PolicyPlan, plan};
 use fabric_core::policy::separation::separate;
-use fabric_core::policy::sets::problems;
 use fabric_core::policy::{Cluster, State};
 use fabric_core::services::ObjectName;
 use fabric_core::state::nft::{FoundTable, Table};
@@ -32,6 +31,7 @@ use super::closed::Closed;
 use super::connections::{self, Evaluated};
 use super::drops::DropLog;
 use super::status::{Counts, PolicyCounters, PolicyView};
+use super::trouble::{cluster_trouble, refused};
 use super::watch::Sources;
 use crate::files::Files;
 use crate::host::addresses::{Entry, NodePods};
@@ -40,7 +40,7 @@ use crate::kernel::bridged;
 use crate::kernel::links::HostLinks;
 use crate::kernel::section::SectionTable;
 use crate::kubernetes::client::ApiServer;
-use crate::kubernetes::event_recorder::{EventRecorder, Kind, ObjectEvent, Reason};
+use crate::kubernetes::event_recorder::EventRecorder;
 use crate::retry::Backoff;
 use crate::status::section::SectionStatus;
 
@@ -50,6 +50,9 @@ const AUDIT: Duration = Duration::from_secs(10);
 const REEVALUATE: Duration = Duration::from_secs(1);
 /// The longest delay after the first pass that failed.
 const RETRY: Duration = Duration::from_millis(500);
+/// How long ClusterNetworkPolicies that can't be listed hold up all else, once. Those that the kernel has must not go for a
+/// moment when the daemon starts.
+const CLUSTER_POLICIES: Duration = Duration::from_secs(10);
 
 /// What the loop has to know.
 pub struct Inputs {
@@ -91,6 +94,8 @@ pub struct Reconciler {
     retry: Backoff,
     /// Addresses of pods that were known after the last pass.
     known: BTreeSet<IpAddr>,
+    /// ClusterNetworkPolicies are waited for until then; `None` before all else was listed.
+    cluster_policies_until: Option<Instant>,
     open: Open,
     planner: Planner,
     events: EventRecorder,
@@ -118,7 +123,22 @@ impl Reconciler {
         let (applied, drops) = (watch::Sender::new(None), DropLog::default());
         let events = EventRecorder::start(inputs.api.clone(), inputs.node.clone());
         let (planner, closed) = (Planner::default(), Closed::default());
-        Self { inputs, table, frames, status, applied, drops, counters, retry, known, open, planner, events, closed }
+        Self {
+            inputs,
+            table,
+            frames,
+            status,
+            applied,
+            drops,
+            counters,
+            retry,
+            known,
+            cluster_policies_until: None,
+            open,
+            planner,
+            events,
+            closed,
+        }
     }
 
     /// What it knows.
@@ -154,6 +174,7 @@ impl Reconciler {
             let Inputs { sources, attached, .. } = &mut self.inputs;
             tokio::select! {
                 Ok(()) = sources.policies.changed() => {}
+                Ok(()) = sources.cluster_policies.changed() => {}
                 Ok(()) = sources.namespaces.changed() => {}
                 Ok(()) = sources.pods.changed() => {}
                 Ok(()) = attached.changed() => {}
@@ -171,8 +192,19 @@ impl Reconciler {
         // Without it the rest holds all the same.
         let bridged = self.see_bridged(&bridges).await;
         let sources = &mut self.inputs.sources;
-        if let Some(missing) = sources.missing() {
-            let trouble = sources.connection.borrow().trouble().map(|trouble| format!(": {trouble}"));
+        let missing = match sources.missing() {
+            None => {
+                let until = self.cluster_policies_until.get_or_insert_with(|| Instant::now() + CLUSTER_POLICIES);
+                let awaited = sources.awaits_cluster_policies() && Instant::now() < *until;
+                awaited.then_some("ClusterNetworkPolicies")
+            }
+            missing => missing,
+        };
+        if let Some(missing) = missing {
+            let trouble = {
+                let connection = sources.connection.borrow();
+                connection.trouble().or(connection.cluster_trouble()).map(|trouble| format!(": {trouble}"))
+            };
             if found.is_none() {
                 self.close(local, &bridges).await?;
             }
@@ -181,20 +213,19 @@ impl Reconciler {
         if let Some(trouble) = sources.connection.borrow().trouble() {
             warnings.push(format!("network policies are as they were known last: {trouble}"));
         }
+        warnings.extend(cluster_trouble(sources));
         let state = State {
+            cluster_policies: sources.cluster_policies.borrow_and_update().clone().unwrap_or_default(),
             policies: sources.policies.borrow_and_update().clone().unwrap_or_default(),
             namespaces: sources.namespaces.borrow_and_update().clone().unwrap_or_default(),
             pods: sources.pods.borrow_and_update().clone().unwrap_or_default(),
             local,
             now: now(),
         };
-        let problems = problems(&state.policies);
-        let events: Vec<ObjectEvent> =
-            problems.iter().flat_map(|(policy, all)| all.iter().map(|it| refused(policy, it))).collect();
-        warnings.extend(events.iter().map(|event| format!("NetworkPolicy {}: {}", event.object, event.message)));
+        let (unreadable, events) = refused(&state);
+        warnings.extend(events.iter().map(|it| format!("{} {}: {}", it.kind.name(), it.object, it.message)));
         self.events.update(&events);
-        let unreadable = problems.len();
-        let policies = state.policies.len();
+        let (policies, cluster_policies) = (state.policies.len(), state.cluster_policies.len());
         // Some milliseconds with thousands of pods.
         let state = Arc::new(state);
         let of = Arc::clone(&state);
@@ -225,7 +256,7 @@ impl Reconciler {
         }
         self.known = known;
         let counts = self.tell_applied(&attachments, &planned, warnings);
-        self.counters.counted(Counts { policies, unreadable, ..counts });
+        self.counters.counted(Counts { policies, cluster_policies, unreadable, ..counts });
         let PolicyPlan { pods, chains, .. } = planned;
         self.applied.send_replace(Some(Arc::new(Applied { state: Arc::clone(&state), pods, chains })));
         if self.open.is_due && Instant::now() >= self.open.not_before {
@@ -302,9 +333,9 @@ impl Reconciler {
                 "fabric-cni can't be told which pods have their policies applied, so each waits its whole time: {error}"
             ));
         }
-        let isolated = planned.pods.values().filter(|pod| !pod.ingress.is_empty() || !pod.egress.is_empty());
+        let isolated = planned.pods.values().filter(|pod| !pod.is_open());
         let isolated: BTreeSet<_> = isolated.map(|isolation| &isolation.pod).collect();
-        Counts { policies: 0, unreadable: 0, isolated: isolated.len(), pending: waiting.len() }
+        Counts { isolated: isolated.len(), pending: waiting.len(), ..Counts::default() }
     }
 
     /// Lets the packet filter see what passes between pods of this node.
@@ -359,11 +390,6 @@ impl Reconciler {
         let bridges = attached.bridges.clone();
         Ok((attachments, bridges, Local { pods, host, own_node_allowed: self.inputs.own_node_allowed }))
     }
-}
-
-fn refused(policy: &ObjectName, problem: &Problem) -> ObjectEvent {
-    let (object, message) = (policy.clone(), problem.to_string());
-    ObjectEvent { kind: Kind::NetworkPolicy, object, reason: Reason::Refused, message }
 }
 
 fn identity(pod: &SavedPod) -> PodIdentity {

@@ -26,11 +26,13 @@ pub struct PolicyView {
 /// How many of this node's pods there are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Counts {
-    /// Policies of the cluster.
+    /// NetworkPolicies of the cluster.
     pub policies: usize,
+    /// ClusterNetworkPolicies of the cluster.
+    pub cluster_policies: usize,
     /// Those of which something can't be understood.
     pub unreadable: usize,
-    /// Pods that a policy isolates.
+    /// Pods that a policy selects in some direction.
     pub isolated: usize,
     /// Pods that are closed, as their policies are not applied yet.
     pub pending: usize,
@@ -40,6 +42,7 @@ pub(super) struct Counts {
 #[derive(Clone, Debug, Default)]
 pub struct PolicyCounters {
     policies: Gauge,
+    cluster_policies: Gauge,
     isolated: Gauge,
     pending: Gauge,
     changes: Counter,
@@ -53,11 +56,14 @@ impl PolicyCounters {
     /// Shows them in a registry, under its prefix.
     pub fn register(&self, all: &mut Registry) {
         all.register("policies", "NetworkPolicies of the cluster", self.policies.clone());
-        all.register("policy_isolated_pods", "Pods of this node that a NetworkPolicy isolates", self.isolated.clone());
+        let help = "ClusterNetworkPolicies of the cluster";
+        all.register("cluster_policies", help, self.cluster_policies.clone());
+        let help = "Pods of this node that a policy isolates, or has rules for";
+        all.register("policy_isolated_pods", help, self.isolated.clone());
         let help = "Pods of this node that are closed, as their NetworkPolicies are not applied yet";
         all.register("policy_pods_pending", help, self.pending.clone());
         all.register("policy_changes", "Changes of network policies written to the kernel", self.changes.clone());
-        let help = "NetworkPolicies of which something can't be understood, and so allows nothing";
+        let help = "Policies of which something can't be understood, and so allows nothing";
         all.register("policies_unreadable", help, self.unreadable.clone());
         let help = "Open connections that were cut off, as they are not allowed any more";
         all.register("policy_connections_denied", help, self.denied.clone());
@@ -70,6 +76,7 @@ impl PolicyCounters {
     pub(super) fn counted(&self, counts: Counts) {
         let number = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
         self.policies.set(number(counts.policies));
+        self.cluster_policies.set(number(counts.cluster_policies));
         self.unreadable.set(number(counts.unreadable));
         self.isolated.set(number(counts.isolated));
         self.pending.set(number(counts.pending));

@@ -1,12 +1,16 @@
-//! [`Sources`]: NetworkPolicies, Namespaces and Pods, each kept up to date by a [`Reflector`] of its own.
+//! [`Sources`]: policies of both kinds, Namespaces and Pods, each kept up to date by a [`Reflector`] of its own.
 //!
-//! Each is unknown until it was listed whole, and keeps its last value while the API server is away.
+//! Each is unknown until it was listed whole, and keeps its last value while the API server is away. ClusterNetworkPolicies
+//! are a kind that many clusters don't have: there are none then.
 
 use std::sync::Arc;
 
 use fabric_core::policy::objects::{NamespaceObject, PodObject, PolicyObject};
 use fabric_core::policy::pods::Pods;
-use fabric_core::policy::sets::{NamespaceSet, Namespaces, PodSet, Policies, PolicySet};
+use fabric_core::policy::sets::{
+    ClusterPolicies, ClusterPolicySet, NamespaceSet, Namespaces, PodSet, Policies, PolicySet,
+};
+use serde::Deserialize;
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::task::JoinSet;
 
@@ -21,6 +25,8 @@ const RUNNING: &str = "status.phase!=Succeeded,status.phase!=Failed";
 pub struct Sources {
     /// The policies.
     pub policies: Receiver<Option<Policies>>,
+    /// The policies of the whole cluster.
+    pub cluster_policies: Receiver<Option<ClusterPolicies>>,
     /// The labels of namespaces.
     pub namespaces: Receiver<Option<Namespaces>>,
     /// The pods of the whole cluster.
@@ -34,15 +40,22 @@ pub struct Sources {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Connections {
     policies: State,
+    cluster_policies: State,
     namespaces: State,
     pods: State,
 }
 
 impl Connections {
-    /// Why one of them doesn't run.
+    /// Why one of them doesn't run, but for that of ClusterNetworkPolicies.
     #[must_use]
     pub fn trouble(&self) -> Option<&ApiError> {
         [&self.policies, &self.namespaces, &self.pods].into_iter().flatten().find_map(|state| state.as_ref().err())
+    }
+
+    /// Why that of ClusterNetworkPolicies doesn't run.
+    #[must_use]
+    pub fn cluster_trouble(&self) -> Option<&ApiError> {
+        self.cluster_policies.as_ref()?.as_ref().err()
     }
 }
 
@@ -51,21 +64,33 @@ impl Sources {
     #[must_use]
     pub fn watch(api: &Arc<ApiServer>) -> Self {
         let (policies, namespaces, pods) = (Sender::new(None), Sender::new(None), Sender::new(None));
+        let of_cluster = Sender::new(None);
+        let cluster_policies = of_cluster.subscribe();
         let connections = Sender::new(Connections::default());
         let mut tasks = JoinSet::new();
         let receivers = (policies.subscribe(), namespaces.subscribe(), pods.subscribe(), connections.subscribe());
         let told = WatchStatus::new(&connections, |all: &mut Connections| &mut all.policies);
         tasks.spawn(Reflector::new(api.clone(), SetFold::new(PolicySet::default(), policies, told)).run());
+        let told = WatchStatus::new(&connections, |all: &mut Connections| &mut all.cluster_policies);
+        let fold = SetFold::new(ClusterPolicySet::default(), of_cluster, told);
+        tasks.spawn(Reflector::new(api.clone(), fold).may_be_absent().run());
         let told = WatchStatus::new(&connections, |all: &mut Connections| &mut all.namespaces);
         tasks.spawn(Reflector::new(api.clone(), SetFold::new(NamespaceSet::default(), namespaces, told)).run());
         let told = WatchStatus::new(&connections, |all: &mut Connections| &mut all.pods);
         let fold = SetFold::new(PodSet::default(), pods, told);
         tasks.spawn(Reflector::new(api.clone(), fold).fields(RUNNING).run());
         let (policies, namespaces, pods, connection) = receivers;
-        Self { policies, namespaces, pods, connection, _tasks: tasks }
+        Self { policies, cluster_policies, namespaces, pods, connection, _tasks: tasks }
     }
 
-    /// What has not been listed yet, if anything.
+    /// Whether ClusterNetworkPolicies may still be listed soon: they are not known, and the API server has not refused them.
+    #[must_use]
+    pub fn awaits_cluster_policies(&self) -> bool {
+        let is_refused = matches!(self.connection.borrow().cluster_trouble(), Some(ApiError::Refused { .. }));
+        self.cluster_policies.borrow().is_none() && !is_refused
+    }
+
+    /// What has not been listed yet, if anything; ClusterNetworkPolicies aside.
     #[must_use]
     pub fn missing(&self) -> Option<&'static str> {
         if self.policies.borrow().is_none() {
@@ -83,6 +108,19 @@ impl Object for PolicyObject {
 
     fn revision(&self) -> i64 {
         revision(Some(&self.metadata.resource_version))
+    }
+}
+
+/// A ClusterNetworkPolicy.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(transparent)]
+pub struct ClusterPolicyObject(PolicyObject);
+
+impl Object for ClusterPolicyObject {
+    const PATH: &'static str = "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies";
+
+    fn revision(&self) -> i64 {
+        self.0.revision()
     }
 }
 
@@ -125,6 +163,27 @@ impl Set for PolicySet {
     }
 
     fn all(&self) -> &Policies {
+        self.policies()
+    }
+}
+
+impl Set for ClusterPolicySet {
+    type Object = ClusterPolicyObject;
+    type All = ClusterPolicies;
+
+    fn listed(&self, objects: &[ClusterPolicyObject]) -> Self {
+        self.listed(objects.iter().map(|object| &object.0))
+    }
+
+    fn apply(&mut self, object: &ClusterPolicyObject) -> bool {
+        self.apply(&object.0)
+    }
+
+    fn remove(&mut self, object: &ClusterPolicyObject) -> bool {
+        self.remove(&object.0.metadata)
+    }
+
+    fn all(&self) -> &ClusterPolicies {
         self.policies()
     }
 }

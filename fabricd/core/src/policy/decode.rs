@@ -67,16 +67,17 @@ impl Policy {
     }
 }
 
+/// What can't be understood.
 #[derive(Default)]
-struct Problems(Vec<Problem>);
+pub(super) struct Problems(pub(super) Vec<Problem>);
 
 impl Problems {
-    fn add(&mut self, place: &str, what: impl Into<String>) {
+    pub(super) fn add(&mut self, place: &str, what: impl Into<String>) {
         self.0.push(Problem { place: place.to_owned(), what: what.into() });
     }
 
     /// What was understood, if it was.
-    fn note<T>(&mut self, place: &str, decoded: Result<T, String>) -> Option<T> {
+    pub(super) fn note<T>(&mut self, place: &str, decoded: Result<T, String>) -> Option<T> {
         decoded.map_err(|error| self.add(place, error)).ok()
     }
 }
@@ -202,7 +203,7 @@ fn decode_block(block: &Value) -> Result<IpBlock, String> {
 }
 
 /// Bits after the prefix count for nothing, as in Kubernetes.
-fn prefix(text: &str) -> Result<Subnet, String> {
+pub(super) fn prefix(text: &str) -> Result<Subnet, String> {
     let wrong = || {
         format!("{:?} is no prefix, as 192.0.2.0/24 or 2001:db8::/32 are", text.chars().take(80).collect::<String>())
     };
@@ -245,7 +246,8 @@ fn decode_port(port: &Value) -> Result<PortMatch, String> {
     }
 }
 
-fn number(member: &str, value: &Value) -> Result<u16, String> {
+/// A port.
+pub(super) fn number(member: &str, value: &Value) -> Result<u16, String> {
     let number = value.as_u64().and_then(|port| u16::try_from(port).ok()).filter(|port| *port > 0);
     number.ok_or_else(|| format!("{member} {value} is not from 1 to 65535"))
 }

@@ -15,6 +15,8 @@ pub const SHOWN_PER_SECOND: u32 = 100;
 pub enum DropCause {
     /// Policies isolate a pod, and none of their rules allows the connection.
     NoRule,
+    /// A rule of a ClusterNetworkPolicy denies the connection.
+    ByRule,
     /// The connection was allowed when it began, and is not any more.
     NotAnyMore,
     /// It belongs to no connection that is known, and one of its ends is isolated.
@@ -25,13 +27,14 @@ pub enum DropCause {
 
 impl DropCause {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::NoRule, Self::NotAnyMore, Self::NoConnection, Self::NotApplied];
+    pub const ALL: [Self; 5] = [Self::NoRule, Self::ByRule, Self::NotAnyMore, Self::NoConnection, Self::NotApplied];
 
     /// The chain that drops for this cause; what nflog calls it, too.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::NoRule => "drop-no-rule",
+            Self::ByRule => "drop-by-rule",
             Self::NotAnyMore => "drop-not-any-more",
             Self::NoConnection => "drop-no-connection",
             Self::NotApplied => "drop-not-applied",
@@ -68,8 +71,9 @@ impl fmt::Display for DropCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::NoRule => "no rule allows it",
+            Self::ByRule => "a rule denies it",
             Self::NotAnyMore => "allowed when it began, and not any more",
-            Self::NoConnection => "of no known connection, and a pod is isolated",
+            Self::NoConnection => "of no known connection, and policies select a pod",
             Self::NotApplied => "the policies of a pod are not applied yet",
         })
     }

@@ -1,5 +1,5 @@
-//! What the policies of one pod amount to in one direction: an [`EffectivePolicy`]. Pods that the same policies select share
-//! it, and with it a chain of rules.
+//! What the policies of one pod amount to in one direction: an [`EffectivePolicy`] of each tier. Pods that the same policies select
+//! share them, and with them chains of rules.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -7,25 +7,32 @@ use std::sync::Arc;
 use super::evaluate::Cluster;
 use super::groups::{BlockGroup, NamedGroup, PodGroup, PortGroup, merged};
 use super::model::{Direction, NamedPort, ObjectName, Pod, PortMatch, Protocol, Rule};
+use super::tiers::{Action, PolicyName, Tier};
 
 /// What tells the chain of a pod from others.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct EffectivePolicy {
     /// Of what comes to it, or of what it sends.
     pub direction: Direction,
-    /// The policies that isolate it, in order.
+    /// The tier of these policies.
+    pub tier: Tier,
+    /// The policies that say something about it, in the order in which they are asked.
     pub policies: Vec<ObjectName>,
     /// Its own ports, as far as these policies name them; of what comes to it alone.
     pub named: BTreeSet<NamedPort>,
+    /// What is asked where these leave it open.
+    pub next: Option<Arc<EffectivePolicy>>,
 }
 
-/// What one rule of a policy lets through: all of these must hold.
+/// What one rule of a policy is about: all of these must hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Allowance {
+pub struct Condition {
     /// Whose rule it is.
     pub policy: ObjectName,
     /// The rule's index in the policy.
     pub rule: usize,
+    /// What becomes of a connection for which they hold.
+    pub action: Action,
     /// The other end.
     pub peers: PeerTest,
     /// The destination's port.
@@ -55,15 +62,38 @@ pub enum PortTest {
 }
 
 impl EffectivePolicy {
-    /// That of a pod; `None` when no policy isolates it in this direction.
+    /// That of a pod, of the first tier that says something about it; `None` when no policy does in this direction.
     #[must_use]
     pub fn of(cluster: &Cluster<'_>, direction: Direction, pod: &Pod) -> Option<Self> {
-        let mut effective = Self { direction, policies: vec![], named: BTreeSet::new() };
-        for (policy_name, policy) in cluster.policies_of(pod) {
-            let Some(rules) = policy.rules(direction) else { continue };
-            effective.policies.push(policy_name.clone());
+        let isolating = cluster.policies_of(pod).filter_map(|(name, policy)| Some((name, policy.rules(direction)?)));
+        let isolating = isolating.map(|(name, rules)| (name, rules.iter().collect()));
+        let next = Self::of_tier(direction, Tier::NetworkPolicy, pod, isolating)
+            // NetworkPolicies have the last word on pods that they select.
+            .or_else(|| Self::of_cluster(cluster, direction, Tier::Baseline, pod));
+        match Self::of_cluster(cluster, direction, Tier::Admin, pod) {
+            Some(admin) => Some(Self { next: next.map(Arc::new), ..admin }),
+            None => next,
+        }
+    }
+
+    fn of_cluster(cluster: &Cluster<'_>, direction: Direction, tier: Tier, pod: &Pod) -> Option<Self> {
+        let all = cluster.cluster_policies_of(tier, pod).map(|(name, policy)| (name, policy.rules(direction)));
+        let all = all.filter(|(_, rules)| !rules.is_empty());
+        let all = all.map(|(name, rules)| (name, rules.iter().map(|rule| &rule.matches).collect()));
+        Self::of_tier(direction, tier, pod, all)
+    }
+
+    fn of_tier<'a>(
+        direction: Direction,
+        tier: Tier,
+        pod: &Pod,
+        said: impl Iterator<Item = (&'a ObjectName, Vec<&'a Rule>)>,
+    ) -> Option<Self> {
+        let mut effective = Self { direction, tier, policies: vec![], named: BTreeSet::new(), next: None };
+        for (policy, rules) in said {
+            effective.policies.push(policy.clone());
             if direction == Direction::Ingress {
-                let names: BTreeSet<(Protocol, &Arc<str>)> = rules.iter().flat_map(named_ports).collect();
+                let names: BTreeSet<(Protocol, &Arc<str>)> = rules.into_iter().flat_map(named_ports).collect();
                 let meant = pod.ports().iter().filter(|port| names.contains(&(port.protocol, &port.name)));
                 effective.named.extend(meant.cloned());
             }
@@ -71,17 +101,31 @@ impl EffectivePolicy {
         (!effective.policies.is_empty()).then_some(effective)
     }
 
-    /// What it lets through, in the order of the policies and their rules.
+    /// The policies of all its tiers, in the order in which they are asked.
     #[must_use]
-    pub fn allowances(&self, cluster: &Cluster<'_>) -> Vec<Allowance> {
-        let policies = self.policies.iter().filter_map(|name| Some((name, cluster.state().policies.get(name)?)));
-        let rules = policies.flat_map(|(name, policy)| {
-            policy.rules(self.direction).unwrap_or_default().iter().map(move |rule| (name, rule))
-        });
-        rules.flat_map(|(name, rule)| self.allowances_of(name, rule)).collect()
+    pub fn all_policies(&self) -> Vec<PolicyName> {
+        let own = self.policies.iter().map(|name| PolicyName { tier: self.tier, name: name.clone() });
+        own.chain(self.next.iter().flat_map(|next| next.all_policies())).collect()
     }
 
-    fn allowances_of(&self, policy: &ObjectName, rule: &Rule) -> Vec<Allowance> {
+    /// What its own tier says, in the order of the policies and their rules.
+    #[must_use]
+    pub fn conditions(&self, cluster: &Cluster<'_>) -> Vec<Condition> {
+        let (state, direction) = (cluster.state(), self.direction);
+        let mut all = vec![];
+        for name in &self.policies {
+            if self.tier == Tier::NetworkPolicy {
+                let rules = state.policies.get(name).and_then(|policy| policy.rules(direction)).unwrap_or_default();
+                all.extend(rules.iter().flat_map(|rule| self.conditions_of(name, Action::Accept, rule)));
+            } else {
+                let rules = state.cluster_policies.get(name).map(|policy| policy.rules(direction)).unwrap_or_default();
+                all.extend(rules.iter().flat_map(|rule| self.conditions_of(name, rule.action, &rule.matches)));
+            }
+        }
+        all
+    }
+
+    fn conditions_of(&self, policy: &ObjectName, action: Action, rule: &Rule) -> Vec<Condition> {
         let peers = match &rule.peers {
             None => vec![PeerTest::Anybody],
             Some(peers) => {
@@ -91,20 +135,20 @@ impl EffectivePolicy {
                     .collect()
             }
         };
-        let allowance = |peers, ports| Allowance { policy: policy.clone(), rule: rule.index, peers, ports };
+        let condition = |peers, ports| Condition { policy: policy.clone(), rule: rule.index, action, peers, ports };
         let Some(ports) = &rule.ports else {
-            return peers.into_iter().map(|peers| allowance(peers, PortTest::Any)).collect();
+            return peers.into_iter().map(|peers| condition(peers, PortTest::Any)).collect();
         };
         let numbers = merged(ports.iter().flat_map(|port| self.numbers(port)));
         let mut all = vec![];
         if !numbers.is_empty() {
-            all.extend(peers.into_iter().map(|peers| allowance(peers, PortTest::Ports(numbers.clone()))));
+            all.extend(peers.into_iter().map(|peers| condition(peers, PortTest::Ports(numbers.clone()))));
         }
         let named: BTreeSet<(Protocol, Arc<str>)> =
             named_ports(rule).map(|(protocol, name)| (protocol, Arc::clone(name))).collect();
         if self.direction == Direction::Egress && !named.is_empty() {
             let group = NamedGroup { peers: rule.peers.clone(), ports: named };
-            all.push(allowance(PeerTest::Anybody, PortTest::Named(group)));
+            all.push(condition(PeerTest::Anybody, PortTest::Named(group)));
         }
         all
     }

@@ -1,4 +1,4 @@
-//! May a connection be? The rules of Kubernetes to the letter, one policy after another: what the packet filter does, what
+//! May a connection be? The rules of Kubernetes to the letter, tier by tier, one policy after another: what the packet filter does, what
 //! happens to connections that are open, and what a person is told must all agree with it.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use super::labels::Labels;
 use super::model::{Conn, Direction, NamedPort, Namespaces, ObjectName, Peers, Pod, PodPeer, Policy, PortMatch, Rule};
 use super::state::State;
+use super::tiers::{Action, ClusterPolicy, PolicyName, RuleName, Tier};
 
 /// The state with its policies by their namespaces and this node's pods by their names: what looking at many connections
 /// needs. However many pods the cluster has, this costs nothing more.
@@ -16,6 +17,8 @@ pub struct Cluster<'a> {
     state: &'a State,
     locals: BTreeMap<&'a ObjectName, Attached>,
     policies: BTreeMap<&'a str, Vec<(&'a ObjectName, &'a Policy)>>,
+    /// In the order in which they are asked.
+    cluster_policies: Vec<(&'a ObjectName, &'a ClusterPolicy)>,
 }
 
 /// A pod of this node, as `fabric-cni` attached it.
@@ -76,6 +79,12 @@ pub enum Side {
     },
     /// It may not: these policies isolate the pod, and none allows it.
     Denied(Vec<ObjectName>),
+    /// It may be, by this rule of a ClusterNetworkPolicy.
+    Accepted(RuleName),
+    /// It may not, by this rule of a ClusterNetworkPolicy.
+    Refused(RuleName),
+    /// It may be: ClusterNetworkPolicies select the pod, and none decides; no policy isolates it.
+    Undecided,
     /// It may not yet: the API server has not told of the pod.
     NotYetKnown(ObjectName),
 }
@@ -84,7 +93,7 @@ impl Side {
     /// Whether this end lets the connection be.
     #[must_use]
     pub fn is_allowed(&self) -> bool {
-        !matches!(self, Self::Denied(_) | Self::NotYetKnown(_))
+        !matches!(self, Self::Denied(_) | Self::Refused(_) | Self::NotYetKnown(_))
     }
 }
 
@@ -109,6 +118,11 @@ impl fmt::Display for Side {
                 let names: Vec<String> = policies.iter().map(ToString::to_string).collect();
                 write!(f, "dropped: no rule allows it of NetworkPolicy {}", names.join(", "))
             }
+            Self::Accepted(rule) => write!(f, "allowed by {rule}"),
+            Self::Refused(rule) => write!(f, "dropped by {rule}"),
+            Self::Undecided => {
+                f.write_str("allowed: no rule of a ClusterNetworkPolicy decides, and no NetworkPolicy selects the pod")
+            }
             Self::NotYetKnown(pod) => write!(f, "dropped: the API server has not told of pod {pod} yet"),
         }
     }
@@ -129,13 +143,26 @@ impl<'a> Cluster<'a> {
         for (name, policy) in state.policies.iter() {
             policies.entry(name.namespace()).or_default().push((name, &**policy));
         }
-        Self { state, locals, policies }
+        let mut cluster_policies: Vec<(&ObjectName, &ClusterPolicy)> =
+            state.cluster_policies.iter().map(|(name, policy)| (name, &**policy)).collect();
+        cluster_policies.sort_by_key(|(name, policy)| (policy.tier, policy.priority, *name));
+        Self { state, locals, policies, cluster_policies }
     }
 
     /// The policies that select a pod, in the order of their names.
     pub fn policies_of(&self, pod: &Pod) -> impl Iterator<Item = (&'a ObjectName, &'a Policy)> {
         let of_namespace = self.policies.get(pod.name.namespace()).into_iter().flatten();
         of_namespace.filter(|(_, policy)| policy.subject.matches(pod.labels())).copied()
+    }
+
+    /// The policies of the whole cluster that select a pod, in the order in which a tier asks them.
+    pub fn cluster_policies_of(
+        &self,
+        tier: Tier,
+        pod: &Pod,
+    ) -> impl Iterator<Item = (&'a ObjectName, &'a ClusterPolicy)> {
+        let of_tier = self.cluster_policies.iter().filter(move |(_, policy)| policy.tier == tier);
+        of_tier.filter(|(_, policy)| self.is_selected(&policy.subject, pod.name.namespace(), pod.labels())).copied()
     }
 
     /// The state that it is of.
@@ -163,6 +190,13 @@ impl<'a> Cluster<'a> {
                 Some(pod) if identity.uid.is_none_or(|uid| uid == pod.uid) => Who::Pod(pod),
                 _ => Who::Unknown(&identity.name),
             },
+        };
+        // Its namespace was created before it, but may be told after it.
+        let is_told =
+            |pod: &Pod| self.state.cluster_policies.is_empty() || self.namespace(pod.name.namespace()).is_some();
+        let who = match who {
+            Who::Pod(pod) if !is_told(pod) => Who::Unknown(&pod.name),
+            who => who,
         };
         Some(Member { is_local: true, who })
     }
@@ -221,30 +255,61 @@ impl<'a> Cluster<'a> {
         if is_own_node && self.state.local.own_node_allowed {
             return Side::OwnNode;
         }
-        if own == other {
-            return Side::Itself;
+        if let Some(side) = self.decided(Tier::Admin, direction, pod, conn, other) {
+            return side;
         }
         let mut isolated_by = vec![];
         for (policy_name, policy) in self.policies_of(pod) {
             let Some(rules) = policy.rules(direction) else { continue };
-            if let Some(rule) = rules.iter().find(|rule| self.allows(rule, conn, other)) {
+            if own == other {
+                return Side::Itself;
+            }
+            if let Some(rule) = rules.iter().find(|rule| self.matches(rule, conn, other)) {
                 return Side::Allowed { policy: policy_name.clone(), rule: rule.index };
             }
             isolated_by.push(policy_name.clone());
         }
-        if isolated_by.is_empty() { Side::NotIsolated } else { Side::Denied(isolated_by) }
+        if !isolated_by.is_empty() {
+            return Side::Denied(isolated_by);
+        }
+        if let Some(side) = self.decided(Tier::Baseline, direction, pod, conn, other) {
+            return side;
+        }
+        let mut all = [Tier::Admin, Tier::Baseline].into_iter().flat_map(|tier| self.cluster_policies_of(tier, pod));
+        if own == other {
+            Side::Itself
+        } else if all.any(|(_, policy)| !policy.rules(direction).is_empty()) {
+            Side::Undecided
+        } else {
+            Side::NotIsolated
+        }
     }
 
-    fn allows(&self, rule: &Rule, conn: &Conn, other: IpAddr) -> bool {
+    /// What the policies of the whole cluster in one tier decide: `None` where the next tier is asked.
+    fn decided(&self, tier: Tier, direction: Direction, pod: &Pod, conn: &Conn, other: IpAddr) -> Option<Side> {
+        let (name, rule) = self
+            .cluster_policies_of(tier, pod)
+            .flat_map(|(name, policy)| policy.rules(direction).iter().map(move |rule| (name, rule)))
+            .find(|(_, rule)| self.matches(&rule.matches, conn, other))?;
+        let (policy, index) = (PolicyName { tier, name: name.clone() }, rule.matches.index);
+        let rule_name = || RuleName { policy, rule: index, name: rule.name.clone() };
+        match rule.action {
+            Action::Accept => Some(Side::Accepted(rule_name())),
+            Action::Deny => Some(Side::Refused(rule_name())),
+            Action::Pass => None,
+        }
+    }
+
+    fn matches(&self, rule: &Rule, conn: &Conn, other: IpAddr) -> bool {
         self.is_peer_of(rule, other) && self.is_port_of(rule, conn)
     }
 
-    /// Whether the other end is one that a rule allows.
+    /// Whether the other end is one that a rule is about.
     pub(super) fn is_peer_of(&self, rule: &Rule, other: IpAddr) -> bool {
         rule.peers.as_ref().is_none_or(|peers| self.is_peer(peers, other))
     }
 
-    /// Whether a connection goes to a port that a rule allows.
+    /// Whether a connection goes to a port that a rule is about.
     pub(super) fn is_port_of(&self, rule: &Rule, conn: &Conn) -> bool {
         let named = self.named_ports(conn.dst);
         let to_a_port = |ports: &BTreeSet<PortMatch>| ports.iter().any(|port| port.matches(conn, named));

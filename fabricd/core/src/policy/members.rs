@@ -31,6 +31,8 @@ struct From {
     pods: Pods,
     namespaces: CowMap<Arc<str>, Arc<Labels>>,
     local: BTreeMap<IpAddr, LocalPod>,
+    /// While there are policies of the whole cluster, a pod of this node isn't known before its namespace is.
+    has_cluster_policies: bool,
     now: i64,
 }
 
@@ -67,7 +69,8 @@ impl Members {
         self.ports.update(ports, &changed, pods, |group, ip| ports_of(cluster, group, ip));
         let state = cluster.state();
         let (pods, namespaces, local) = (state.pods.clone(), state.namespaces.clone(), state.local.pods.clone());
-        self.from = From { pods, namespaces, local, now: state.now };
+        let has_cluster_policies = !state.cluster_policies.is_empty();
+        self.from = From { pods, namespaces, local, has_cluster_policies, now: state.now };
     }
 
     /// Group and address, for addresses of a family.
@@ -148,6 +151,9 @@ impl From {
         for (ip, pod) in come.chain(gone) {
             changed.insert(*ip);
             changed.extend(pod.identity.iter().flat_map(|identity| cluster.candidates(&identity.name)));
+        }
+        if self.has_cluster_policies == state.cluster_policies.is_empty() {
+            changed.extend(state.local.pods.keys());
         }
         let (earlier, later) = (self.now.min(state.now), self.now.max(state.now));
         let ended: Vec<&ObjectName> = state.pods.ending(earlier - 1, later).map(|pod| &pod.name).collect();

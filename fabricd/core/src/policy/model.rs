@@ -78,7 +78,8 @@ impl fmt::Display for Problem {
     }
 }
 
-/// One rule: allows what both comes from (goes to) these peers and goes to these ports.
+/// One rule: it is about what both comes from (goes to) these peers and goes to these ports. One of a NetworkPolicy allows
+/// that.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rule {
     /// Its index in the policy: rules before it that can't be understood count too.

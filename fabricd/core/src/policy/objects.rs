@@ -1,4 +1,4 @@
-//! The members of NetworkPolicies, Namespaces and Pods that matter here. Everything else is passed over while it is parsed:
+//! The members of policies, Namespaces and Pods that matter here. Everything else is passed over while it is parsed:
 //! most of a Pod's 10 kB.
 //!
 //! What may be wrong in an object is text here, or JSON as it came, so that one object never stops its whole kind.
@@ -16,13 +16,13 @@ use crate::interner::Interner;
 use crate::model::stable_hash;
 use crate::services::objects::Metadata;
 
-/// A NetworkPolicy (`networking.k8s.io/v1`).
+/// A NetworkPolicy (`networking.k8s.io/v1`), or a ClusterNetworkPolicy (`policy.networking.k8s.io/v1alpha2`).
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct PolicyObject {
     /// What all objects have.
     pub metadata: Metadata,
-    /// What it says; [`Policy::decode`](super::Policy::decode) reads it.
+    /// What it says; [`Readable::decode`](super::sets::Readable::decode) reads it.
     pub spec: Value,
 }
 

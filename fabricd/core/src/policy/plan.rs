@@ -2,11 +2,13 @@
 //!
 //! ```text
 //! forward, input: denied by a change? drop · established? accept · ─► evaluate ─► evaluate4, evaluate6:
-//!     no connection, and an isolated pod at either end ..................... drop
-//!     from a pod to itself ................................................. accept
+//!     no connection, and a pod at either end that policies select .......... drop
 //!     from or to a port of the bridge, by an address that is not known ..... drop
-//!     who began it: eg4 ─► chain of this pod: returns where a rule allows it, drops at its end
+//!     who began it: eg4 ─► chain of this pod: returns where a rule allows it
 //!     who answers it: in4 ─► likewise
+//! a chain of tier Admin: Accept? return · Deny? drop · Pass? goto the next ... goto the next
+//! of NetworkPolicies: from a pod to itself? return · a rule allows it? return  drop
+//! of tier Baseline: Accept? return · Deny? drop · Pass? return ............... return
 //! drop: goto the chain of the cause, which may show it first
 //! ```
 //!
@@ -22,13 +24,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 
+use super::chains::{EffectivePolicies, Origin, Planned};
 use super::cover::cover;
 use super::drops::DropCause;
-use super::effective::{Allowance, EffectivePolicy, PeerTest, PortTest};
+use super::effective::{Condition, EffectivePolicy, PeerTest, PortTest};
 use super::evaluate::{Cluster, Who};
 use super::groups::{BlockGroup, NamedGroup, Numbers, PodGroup, PortGroup};
 use super::members::Members;
 use super::model::{Direction, ObjectName};
+use super::tiers::PolicyName;
 use crate::cow_map::CowSet;
 use crate::model::{Family, IfName, Subnet};
 use crate::state::nft::{
@@ -47,7 +51,7 @@ const FILTER: i32 = 0;
 pub struct PolicyPlan {
     /// The table.
     pub table: Table,
-    /// Pods of this node by their addresses: those that are known, with the policies that isolate them.
+    /// Pods of this node by their addresses: those that are known, with the policies that select them.
     pub pods: BTreeMap<IpAddr, Isolation>,
     /// What the rules of the pods' chains are made of.
     pub chains: BTreeMap<Name, Origin>,
@@ -62,26 +66,23 @@ impl PolicyPlan {
     }
 }
 
-/// What the rules of a chain are made of, in their order.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Origin {
-    /// The direction that it evaluates.
-    pub direction: Direction,
-    /// The policies that isolate its pods: those whom the drop at its end is for.
-    pub policies: Vec<ObjectName>,
-    /// The policy and the index of its rule that each of the rules before is for.
-    pub rules: Vec<(ObjectName, usize)>,
-}
-
-/// What isolates a pod. Without any policy it isn't isolated.
+/// The policies that say something about a pod. Without any it is open.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Isolation {
     /// The pod; `None` when it is none of Kubernetes'.
     pub pod: Option<ObjectName>,
-    /// The policies that isolate it for what comes.
-    pub ingress: Vec<ObjectName>,
-    /// The policies that isolate it for what it sends.
-    pub egress: Vec<ObjectName>,
+    /// Those about what comes to it, in the order in which they are asked.
+    pub ingress: Vec<PolicyName>,
+    /// Those about what it sends.
+    pub egress: Vec<PolicyName>,
+}
+
+impl Isolation {
+    /// Whether no policy says anything about it.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.ingress.is_empty() && self.egress.is_empty()
+    }
 }
 
 /// Plans tables, one after the other: what differs from one cluster to the next costs itself.
@@ -106,7 +107,7 @@ impl Planner {
 
 fn plan_with(members: &mut Members, cluster: &Cluster<'_>, bridges: &BTreeSet<IfName>) -> PolicyPlan {
     let mut pods = BTreeMap::new();
-    let mut effective: BTreeMap<EffectivePolicy, BTreeSet<IpAddr>> = BTreeMap::new();
+    let mut effective = EffectivePolicies::default();
     for (ip, member) in cluster.locals() {
         let mut isolation = Isolation::default();
         match member.who {
@@ -117,16 +118,16 @@ fn plan_with(members: &mut Members, cluster: &Cluster<'_>, bridges: &BTreeSet<If
                 for direction in Direction::ALL {
                     let Some(policy) = EffectivePolicy::of(cluster, direction, pod) else { continue };
                     match direction {
-                        Direction::Ingress => isolation.ingress.clone_from(&policy.policies),
-                        Direction::Egress => isolation.egress.clone_from(&policy.policies),
+                        Direction::Ingress => isolation.ingress = policy.all_policies(),
+                        Direction::Egress => isolation.egress = policy.all_policies(),
                     }
-                    effective.entry(policy).or_default().insert(ip);
+                    effective.add(policy, ip);
                 }
             }
         }
         pods.insert(ip, isolation);
     }
-    let effective: Vec<Planned> = numbered(effective, cluster);
+    let effective: Vec<Planned> = effective.numbered(cluster);
     let numbers = Groups::of(&effective);
     let (mut table, mut chains) = (Table::default(), BTreeMap::new());
     for (name, place) in [("forward", Place::Forward), ("input", Place::Input)] {
@@ -147,22 +148,22 @@ fn plan_with(members: &mut Members, cluster: &Cluster<'_>, bridges: &BTreeSet<If
         let address = |(ip, _): (&IpAddr, &Isolation)| Element::from([Part::Ip(*ip)]);
         // Last of all, and gone first: a pod that is known has its chains.
         table.set(sets.known, SetKind::of(&[sets.ip]), Order::AfterChains, known().map(address));
-        let is_isolated = |isolation: &Isolation| !isolation.ingress.is_empty() || !isolation.egress.is_empty();
-        let isolated = || known().filter(|(_, isolation)| is_isolated(isolation));
+        let isolated = || known().filter(|(_, isolation)| !isolation.is_open());
         table.set(sets.isolated, SetKind::of(&[sets.ip]), Order::BeforeChains, isolated().map(address));
         let twice = |(ip, _): (&IpAddr, &Isolation)| Element::from([Part::Ip(*ip), Part::Ip(*ip)]);
         table.set(sets.itself, SetKind::of(&[sets.ip, sets.ip]), Order::BeforeChains, isolated().map(twice));
         for (map, direction) in [(sets.ingress, Direction::Ingress), (sets.egress, Direction::Egress)] {
-            let of_direction = effective.iter().filter(|planned| planned.policy.direction == direction);
+            let of_direction = effective.iter().filter(|planned| planned.effective.direction == direction);
             let elements = of_direction.flat_map(|planned| {
                 let jump = Verdict::Jump(planned.chain(family));
-                planned.pods(family).map(move |ip| Element::from([Part::Ip(ip)]).to_verdict(jump))
+                planned.begins_with(family).map(move |ip| Element::from([Part::Ip(ip)]).to_verdict(jump))
             });
             table.set(map, SetKind::of(&[sets.ip]).to_verdicts(), Order::default(), elements);
         }
-        for planned in effective.iter().filter(|planned| planned.pods(family).next().is_some()) {
-            table.called(planned.chain(family)).extend(planned.rules(&sets, &numbers));
-            chains.insert(planned.chain(family), planned.origin());
+        for planned in effective.iter().filter(|planned| planned.is_used(family)) {
+            let (rules, counts) = planned.rules(&sets, &numbers).into_iter().unzip();
+            table.called(planned.chain(family)).extend::<Vec<Rule>>(rules);
+            chains.insert(planned.chain(family), Origin { direction: planned.effective.direction, rules: counts });
         }
         numbers.fill(&mut table, &sets, members);
     }
@@ -220,8 +221,6 @@ fn evaluate_family(table: &mut Table, sets: &Sets, own_node_allowed: bool) {
             DropCause::NoConnection.rule(matches, "NetworkPolicy: of no known connection, and a pod is isolated"),
         );
     }
-    let both = Match::all_in(&[sets.began(), sets.answers()], sets.itself);
-    rules.push(Rule::new([both], Verdict::Accept, "a pod to itself, through a Service"));
     for (interface, address) in [(Field::InInterface, source), (Field::OutInterface, target)] {
         let matches = [bridge(interface), not_known(address)];
         rules.push(DropCause::NotApplied.rule(matches, "NetworkPolicy: a pod whose policies are not applied yet"));
@@ -240,18 +239,19 @@ fn evaluate_family(table: &mut Table, sets: &Sets, own_node_allowed: bool) {
 }
 
 /// Sets and chains of one family.
-struct Sets {
-    family: Family,
+pub(super) struct Sets {
+    pub(super) family: Family,
     ip: Datatype,
     evaluate: Name,
     known: Name,
     isolated: Name,
-    itself: Name,
+    /// Each isolated pod with itself.
+    pub(super) itself: Name,
     ingress: Name,
     egress: Name,
-    peer: Name,
-    peer_port: Name,
-    block: Name,
+    pub(super) peer: Name,
+    pub(super) peer_port: Name,
+    pub(super) block: Name,
 }
 
 /// Ports by group and protocol.
@@ -283,104 +283,31 @@ impl Sets {
     }
 
     /// Who began the connection.
-    const fn began(&self) -> Field {
+    pub(super) const fn began(&self) -> Field {
         Field::Ct(Tuple::Original, CtField::Source(self.family))
     }
 
     /// Who answers it: after every translation of its destination.
-    const fn answers(&self) -> Field {
+    pub(super) const fn answers(&self) -> Field {
         Field::Ct(Tuple::Reply, CtField::Source(self.family))
     }
 }
 
 /// Where it is answered.
-const PORT: Field = Field::Ct(Tuple::Reply, CtField::SourcePort);
-
-/// An effective policy with its number, what it lets through, and whose it is.
-struct Planned {
-    policy: EffectivePolicy,
-    number: u32,
-    allowances: Vec<Allowance>,
-    addresses: BTreeSet<IpAddr>,
-}
-
-fn numbered(effective: BTreeMap<EffectivePolicy, BTreeSet<IpAddr>>, cluster: &Cluster<'_>) -> Vec<Planned> {
-    let numbers = Numbers::of(effective.keys().cloned());
-    let planned = effective.into_iter().filter_map(|(policy, addresses)| {
-        let number = numbers.get(&policy)?;
-        Some(Planned { allowances: policy.allowances(cluster), policy, number, addresses })
-    });
-    planned.collect()
-}
-
-impl Planned {
-    fn chain(&self, family: Family) -> Name {
-        let word = match (self.policy.direction, family) {
-            (Direction::Ingress, Family::V4) => "in4",
-            (Direction::Ingress, Family::V6) => "in6",
-            (Direction::Egress, Family::V4) => "eg4",
-            (Direction::Egress, Family::V6) => "eg6",
-        };
-        Name::numbered(word, &[self.number])
-    }
-
-    fn pods(&self, family: Family) -> impl Iterator<Item = IpAddr> {
-        self.addresses.iter().copied().filter(move |ip| Family::of(*ip) == family)
-    }
-
-    fn rules(&self, sets: &Sets, groups: &Groups) -> Vec<Rule> {
-        let direction = self.policy.direction;
-        let peer = match direction {
-            Direction::Ingress => sets.began(),
-            Direction::Egress => sets.answers(),
-        };
-        let mut rules = vec![];
-        for Allowance { policy, rule, peers, ports } in &self.allowances {
-            let peers = match peers {
-                PeerTest::Anybody => None,
-                PeerTest::Pods(group) => Some((groups.pods.get(group), sets.peer)),
-                PeerTest::Blocks(group) => Some((groups.blocks.get(group), sets.block)),
-            };
-            let peers = peers.and_then(|(group, set)| Some(Match::all_in(&[Field::Number(group?), peer], set)));
-            let ports = match ports {
-                PortTest::Any => None,
-                PortTest::Ports(group) => groups
-                    .ports
-                    .get(group)
-                    .map(|group| Match::all_in(&[Field::Number(group), Field::Protocol, PORT], "ports")),
-                PortTest::Named(group) => groups.named.get(group).map(|group| {
-                    Match::all_in(&[Field::Number(group), sets.answers(), Field::Protocol, PORT], sets.peer_port)
-                }),
-            };
-            let why = format!("NetworkPolicy {policy} {direction} rule {rule}");
-            let matches = peers.into_iter().chain(ports).map(Step::Match);
-            let steps = matches.chain([Step::Count, Verdict::Return.into()]).collect();
-            rules.push(Rule { steps, why: why.into() });
-        }
-        let policies: Vec<String> = self.policy.policies.iter().map(ToString::to_string).collect();
-        let why = format!("NetworkPolicy: no {direction} rule of {}", policies.join(", "));
-        rules.push(DropCause::NoRule.rule([], why));
-        rules
-    }
-
-    fn origin(&self) -> Origin {
-        let rules = self.allowances.iter().map(|allowance| (allowance.policy.clone(), allowance.rule)).collect();
-        Origin { direction: self.policy.direction, policies: self.policy.policies.clone(), rules }
-    }
-}
+pub(super) const PORT: Field = Field::Ct(Tuple::Reply, CtField::SourcePort);
 
 /// The numbers of all that rules ask for.
-struct Groups {
-    pods: Numbers<PodGroup>,
-    blocks: Numbers<BlockGroup>,
-    ports: Numbers<PortGroup>,
-    named: Numbers<NamedGroup>,
+pub(super) struct Groups {
+    pub(super) pods: Numbers<PodGroup>,
+    pub(super) blocks: Numbers<BlockGroup>,
+    pub(super) ports: Numbers<PortGroup>,
+    pub(super) named: Numbers<NamedGroup>,
 }
 
 impl Groups {
     fn of(effective: &[Planned]) -> Self {
         let (mut pods, mut blocks, mut numbers, mut named) = (vec![], vec![], vec![], vec![]);
-        for Allowance { peers, ports, .. } in effective.iter().flat_map(|planned| &planned.allowances) {
+        for Condition { peers, ports, .. } in effective.iter().flat_map(|planned| &planned.conditions) {
             match peers {
                 PeerTest::Anybody => {}
                 PeerTest::Pods(group) => pods.push(group.clone()),

@@ -1,13 +1,15 @@
-//! What a person is told of a connection that policies drop: what each rule allows instead, and a rule that would allow it.
+//! What a person is told of a connection that policies drop: what each rule allows instead or denies, and a rule that would
+//! allow it.
 
 use std::fmt;
 use std::net::IpAddr;
 
 use serde_json::{Map, Value, json};
 
-use super::evaluate::{Cluster, Who};
+use super::evaluate::{Cluster, Side, Who};
 use super::labels::Labels;
-use super::model::{Conn, Direction, IpBlock, Namespaces, ObjectName, PodPeer, PortMatch, Protocol, Rule};
+use super::model::{Conn, Direction, IpBlock, Namespaces, ObjectName, PodPeer, PortMatch, Problem, Protocol, Rule};
+use super::tiers::{Action, PolicyName, RuleName, Tier};
 
 /// How many peers or ports of a rule are told.
 const TOLD: usize = 6;
@@ -44,14 +46,25 @@ impl fmt::Display for Miss {
 /// A rule that would allow a connection at one end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Remedy {
-    /// One of the policies that isolate the pod.
-    pub policy: ObjectName,
+    /// One of the policies that isolate the pod, or the one that denies it.
+    pub policy: PolicyName,
     /// In which list the rule belongs.
     pub direction: Direction,
     /// The rule.
     pub rule: Value,
-    /// Whether the list has rules already; `None` where not all of the policy is understood.
-    pub has_rules: Option<bool>,
+    /// Where in the list; `None` where not all of the policy is understood.
+    pub place: Option<Place>,
+}
+
+/// Where a rule is put in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// It is the first one, of a list that may not be there.
+    Alone,
+    /// At the end.
+    Last,
+    /// Before the rule of this index.
+    Before(usize),
 }
 
 impl Remedy {
@@ -59,9 +72,11 @@ impl Remedy {
     #[must_use]
     pub fn patch(&self) -> Option<Value> {
         let (direction, rule) = (self.direction, &self.rule);
-        Some(match self.has_rules? {
-            true => json!([{"op": "add", "path": format!("/spec/{direction}/-"), "value": rule}]),
-            false => json!([{"op": "add", "path": format!("/spec/{direction}"), "value": [rule]}]),
+        let add = |path: String, value: Value| json!([{"op": "add", "path": path, "value": value}]);
+        Some(match self.place? {
+            Place::Last => add(format!("/spec/{direction}/-"), json!(rule)),
+            Place::Before(index) => add(format!("/spec/{direction}/{index}"), json!(rule)),
+            Place::Alone => add(format!("/spec/{direction}"), json!([rule])),
         })
     }
 }
@@ -70,11 +85,13 @@ impl fmt::Display for Remedy {
     /// A command of kubectl, or the rule.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { policy, direction, rule, .. } = self;
-        let (namespace, name) = (policy.namespace(), policy.name());
+        let (namespace, name) = (policy.name.namespace(), policy.name.name());
+        let of_namespace = if namespace.is_empty() { String::new() } else { format!("-n {namespace} ") };
+        let kind = policy.tier.kind().to_lowercase();
         // What comes from the API server has no quotes; what has some is no command.
         match self.patch().map(|patch| patch.to_string()).filter(|patch| !patch.contains('\'')) {
-            Some(patch) => write!(f, "kubectl -n {namespace} patch networkpolicy {name} --type=json -p '{patch}'"),
-            None => write!(f, "this {direction} rule in NetworkPolicy {policy}: {rule}"),
+            Some(patch) => write!(f, "kubectl {of_namespace}patch {kind} {name} --type=json -p '{patch}'"),
+            None => write!(f, "this {direction} rule in {policy}: {rule}"),
         }
     }
 }
@@ -98,41 +115,95 @@ impl Cluster<'_> {
         rules.map(miss).filter(|miss| !(miss.is_peer && miss.is_port)).collect()
     }
 
-    /// A rule for one of the policies that isolate one end of a connection, with which it is allowed there.
+    /// A rule with which a connection is allowed at one end: for one of the policies that isolate the pod, or before the rule
+    /// that denies it. `None` where no rule can say so.
     #[must_use]
     pub fn remedy(&self, direction: Direction, conn: &Conn) -> Option<Remedy> {
         let (own, other) = ends(direction, conn);
         let Some(Who::Pod(pod)) = self.member(own).map(|member| member.who) else { return None };
+        let verdict = self.evaluate(conn);
+        let side = match direction {
+            Direction::Ingress => verdict.ingress,
+            Direction::Egress => verdict.egress,
+        };
+        if let Side::Refused(rule) = side {
+            return self.accepting(direction, conn, other, rule);
+        }
         let (policy, said) = self.policies_of(pod).find(|(_, said)| said.rules(direction).is_some())?;
         let mut rule = Map::new();
-        let peers = match direction {
-            Direction::Ingress => "from",
-            Direction::Egress => "to",
-        };
-        rule.insert(peers.into(), json!([self.peer(policy.namespace(), other)]));
+        rule.insert(peers_are(direction).into(), json!([self.peer(policy.namespace(), other)]));
         if let Some(protocol) = Protocol::of(conn.protocol) {
             rule.insert("ports".into(), json!([{"protocol": protocol.to_string().to_uppercase(), "port": conn.port}]));
         }
-        let understood = said.problems.is_empty();
-        let has_rules = understood.then(|| said.rules(direction).is_some_and(|rules| !rules.is_empty()));
-        Some(Remedy { policy: policy.clone(), direction, rule: rule.into(), has_rules })
+        let has_rules = said.rules(direction).is_some_and(|rules| !rules.is_empty());
+        let place = said.problems.is_empty().then_some(if has_rules { Place::Last } else { Place::Alone });
+        let policy = PolicyName { tier: Tier::NetworkPolicy, name: policy.clone() };
+        Some(Remedy { policy, direction, rule: rule.into(), place })
+    }
+
+    /// A rule of a ClusterNetworkPolicy that accepts what one of its rules denies.
+    fn accepting(&self, direction: Direction, conn: &Conn, other: IpAddr, denies: RuleName) -> Option<Remedy> {
+        let peer = match (self.cluster_peer(other), direction) {
+            (Some(peer), _) => peer,
+            (None, Direction::Egress) => json!({"networks": [one_address(other)]}),
+            // Who isn't a pod can't be named.
+            (None, Direction::Ingress) => return None,
+        };
+        let mut rule = Map::new();
+        rule.insert("action".into(), Action::Accept.word().into());
+        rule.insert(peers_are(direction).into(), json!([peer]));
+        if let Some(protocol) = Protocol::of(conn.protocol) {
+            let port = json!({"destinationPort": {"number": conn.port}});
+            rule.insert("protocols".into(), json!([{protocol.to_string(): port}]));
+        }
+        let said = self.state().cluster_policies.get(&denies.policy.name)?;
+        let place = said.problems.is_empty().then_some(Place::Before(denies.rule));
+        Some(Remedy { policy: denies.policy, direction, rule: rule.into(), place })
+    }
+
+    /// What the rule of a ClusterNetworkPolicy denies, in words.
+    #[must_use]
+    pub fn denied_by(&self, direction: Direction, rule: &RuleName) -> Option<String> {
+        let policy = self.state().cluster_policies.get(&rule.policy.name)?;
+        let said = policy.rules(direction).iter().find(|said| said.matches.index == rule.rule)?;
+        let place = format!("spec.{direction}[{}]", rule.rule);
+        let is_of_rule = |problem: &&Problem| problem.place.starts_with(&place) || !problem.place.contains('[');
+        let told = match policy.problems.iter().find(is_of_rule) {
+            Some(problem) => format!("denies everything, as it can't be understood: {problem}"),
+            None => format!("denies {}", words(direction, &said.matches)),
+        };
+        Some(format!("{rule} {told}"))
+    }
+
+    /// A pod as a ClusterNetworkPolicy names it.
+    fn cluster_peer(&self, ip: IpAddr) -> Option<Value> {
+        let Some(Who::Pod(pod)) = self.member(ip).map(|member| member.who) else { return None };
+        let namespaces = self.namespace_selector(pod.name.namespace())?;
+        let pods = json!({"matchLabels": labels(pod.labels())});
+        Some(json!({"pods": {"namespaceSelector": namespaces, "podSelector": pods}}))
+    }
+
+    fn namespace_selector(&self, name: &str) -> Option<Value> {
+        let all = self.namespace(name)?;
+        Some(match all.get(NAMESPACE_NAME) {
+            Some(name) => json!({"matchLabels": {NAMESPACE_NAME: name}}),
+            None => json!({"matchLabels": labels(all)}),
+        })
     }
 
     /// An address as a policy of this namespace names it.
     fn peer(&self, namespace: &str, ip: IpAddr) -> Value {
-        let block = || json!({"ipBlock": {"cidr": format!("{ip}/{}", if ip.is_ipv4() { 32 } else { 128 })}});
+        let block = || json!({"ipBlock": {"cidr": one_address(ip)}});
         let Some(Who::Pod(pod)) = self.member(ip).map(|member| member.who) else { return block() };
         let pods = json!({"matchLabels": labels(pod.labels())});
         let own = pod.name.namespace();
         if own == namespace {
             return json!({"podSelector": pods});
         }
-        let Some(all) = self.namespace(own) else { return block() };
-        let namespaces = match all.get(NAMESPACE_NAME) {
-            Some(name) => json!({"matchLabels": {NAMESPACE_NAME: name}}),
-            None => json!({"matchLabels": labels(all)}),
-        };
-        json!({"namespaceSelector": namespaces, "podSelector": pods})
+        match self.namespace_selector(own) {
+            Some(namespaces) => json!({"namespaceSelector": namespaces, "podSelector": pods}),
+            None => block(),
+        }
     }
 }
 
@@ -144,21 +215,29 @@ fn ends(direction: Direction, conn: &Conn) -> (IpAddr, IpAddr) {
     }
 }
 
+fn peers_are(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Ingress => "from",
+        Direction::Egress => "to",
+    }
+}
+
+fn one_address(ip: IpAddr) -> String {
+    format!("{ip}/{}", if ip.is_ipv4() { 32 } else { 128 })
+}
+
 fn labels(all: &Labels) -> Map<String, Value> {
     all.iter().map(|(key, value)| (key.to_owned(), value.into())).collect()
 }
 
-/// What a rule allows: `tcp 8080 from pods app=web of namespace shop`.
+/// What a rule is about: `tcp 8080 from pods app=web of namespace shop`.
 fn words(direction: Direction, rule: &Rule) -> String {
     let ports = match &rule.ports {
         None => "everything".to_owned(),
         Some(ports) if ports.is_empty() => "nothing".to_owned(),
         Some(ports) => first_few(ports.iter().map(port)),
     };
-    let way = match direction {
-        Direction::Ingress => "from",
-        Direction::Egress => "to",
-    };
+    let way = peers_are(direction);
     let peers = match &rule.peers {
         None => "anybody".to_owned(),
         Some(peers) => {

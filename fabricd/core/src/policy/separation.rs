@@ -23,8 +23,7 @@ const NEIGHBOURS: [u32; 4] = [133, 134, 135, 136];
 /// The table of frames: `pods` are those whose policies are applied, of all that are `local`.
 #[must_use]
 pub fn separate(pods: &BTreeMap<IpAddr, Isolation>, local: &Local) -> Table {
-    let is_open =
-        |ip: &IpAddr| pods.get(ip).is_some_and(|isolation| isolation.ingress.is_empty() && isolation.egress.is_empty());
+    let is_open = |ip: &IpAddr| pods.get(ip).is_some_and(Isolation::is_open);
     let mut table = Table::default();
     let mut rules: Vec<Rule> = NEIGHBOURS
         .into_iter()

@@ -5,13 +5,16 @@ use std::sync::Arc;
 use super::labels::Labels;
 use super::model::{Local, ObjectName, Policy};
 use super::pods::Pods;
+use super::tiers::ClusterPolicy;
 use crate::cow_map::CowMap;
 
 /// All that decides.
 #[derive(Clone, Debug, Default)]
 pub struct State {
-    /// The policies.
+    /// The policies of namespaces.
     pub policies: CowMap<ObjectName, Arc<Policy>>,
+    /// The policies of the whole cluster.
+    pub cluster_policies: CowMap<ObjectName, Arc<ClusterPolicy>>,
     /// The namespaces' labels.
     pub namespaces: CowMap<Arc<str>, Arc<Labels>>,
     /// The pods.

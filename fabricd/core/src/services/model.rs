@@ -44,6 +44,12 @@ impl ObjectName {
         Self(format!("{namespace}/{name}").into())
     }
 
+    /// The name of an object of the whole cluster: its namespace is empty.
+    #[must_use]
+    pub fn of_cluster(name: &str) -> Self {
+        Self::new("", name)
+    }
+
     /// Its namespace.
     #[must_use]
     pub fn namespace(&self) -> &str {
@@ -64,8 +70,9 @@ impl From<&Metadata> for ObjectName {
 }
 
 impl fmt::Display for ObjectName {
+    /// `shop/web`; without a namespace the name alone.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(self.0.strip_prefix('/').unwrap_or(&self.0))
     }
 }
 

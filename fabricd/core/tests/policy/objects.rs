@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use fabric_core::policy::ObjectName;
 use fabric_core::policy::model::NamedPort;
 use fabric_core::policy::objects::{NamespaceObject, PodObject, PolicyObject, uid};
-use fabric_core::policy::sets::{NamespaceSet, PodSet, PolicySet, problems};
+use fabric_core::policy::sets::{ClusterPolicySet, NamespaceSet, PodSet, PolicySet, problems};
 use fabric_core::services::Protocol;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -115,6 +116,26 @@ fn policy_that_cannot_be_read_keeps_its_last_good_value_and_is_named() {
             let words = if is_known { "what it said before stays applied" } else { "it isolates nobody" };
             assert!(told.ends_with(words), "{told}");
         }
+        assert!(set.apply(&good) && problems(set.policies()).is_empty());
+        assert!(set.remove(&good.metadata) && set.policies().is_empty());
+    }
+}
+
+#[test]
+fn cluster_policy_that_cannot_be_read_keeps_its_last_good_value_and_is_named() {
+    let of = |spec: Value| object::<PolicyObject>(&json!({"metadata": {"name": "p"}, "spec": spec}));
+    let rules = json!([{"action": "Deny", "from": [{"namespaces": {}}]}]);
+    let good = of(json!({"tier": "Admin", "priority": 1, "subject": {"namespaces": {}}, "ingress": rules}));
+    let bad = of(json!({"tier": "Application", "priority": 1, "subject": {"namespaces": {}}, "ingress": rules}));
+    for mut set in [ClusterPolicySet::default().listed([&good]), ClusterPolicySet::default()] {
+        let is_known = !set.policies().is_empty();
+        assert!(set.apply(&bad) && !set.apply(&bad), "it is said once");
+        let read = set.policies().get(&ObjectName::of_cluster("p")).expect("there");
+        assert_eq!(!read.ingress.is_empty(), is_known, "denies as before, or nothing");
+        let told = problems(set.policies())[&ObjectName::of_cluster("p")][0].to_string();
+        assert!(told.starts_with("spec.tier: "), "{told}");
+        let words = if is_known { "what it said before stays applied" } else { "it decides nothing" };
+        assert!(told.ends_with(words), "{told}");
         assert!(set.apply(&good) && problems(set.policies()).is_empty());
         assert!(set.remove(&good.metadata) && set.policies().is_empty());
     }

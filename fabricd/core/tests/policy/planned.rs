@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use fabric_core::model::Family;
+use fabric_core::policy::chains::Counts;
 use fabric_core::policy::plan::{DENIED_LABEL, Planner, PolicyPlan, plan};
+use fabric_core::policy::tiers::{PolicyName, Tier};
 use fabric_core::policy::{Cluster, Conn};
 use fabric_core::state::nft::{CtField, Direction, Field, LOCAL, Name, Place, ct_state};
 use proptest::prelude::*;
@@ -154,6 +156,60 @@ fn policy() -> impl Strategy<Value = (&'static str, Value)> {
     )
 }
 
+/// Peers of a ClusterNetworkPolicy's rule; one of seven can't be understood.
+fn cluster_peer(direction: &'static str) -> impl Strategy<Value = Value> {
+    let networks = vec![
+        json!({"networks": ["192.0.2.0/29", "2001:db8::/125"]}),
+        json!({"networks": ["0.0.0.0/0"]}),
+        json!({"networks": ["203.0.113.1/32", "::/0"]}),
+    ];
+    let networks = prop::sample::select(networks);
+    let pods = (selector(), selector())
+        .prop_map(|(spaces, pods)| json!({"pods": {"namespaceSelector": spaces, "podSelector": pods}}));
+    prop_oneof![
+        2 => selector().prop_map(|namespaces| json!({"namespaces": namespaces})),
+        2 => pods,
+        2 => networks.prop_filter("ingress has none", move |_| direction == "egress"),
+        1 => Just(json!({"serviceAccounts": {}})),
+    ]
+}
+
+fn cluster_protocol() -> impl Strategy<Value = Value> {
+    prop::sample::select(vec![
+        json!({"tcp": {"destinationPort": {"number": 80}}}),
+        json!({"tcp": {"destinationPort": {"range": {"start": 80, "end": 90}}}}),
+        json!({"udp": {"destinationPort": {"range": {"start": 1, "end": 8080}}}}),
+        json!({"sctp": {"destinationPort": {"number": 80}}}),
+        json!({"destinationNamedPort": "http"}),
+        json!({"destinationNamedPort": "dns"}),
+        json!({"destinationNamedPort": "nothing"}),
+    ])
+}
+
+fn cluster_rule(direction: &'static str) -> impl Strategy<Value = Value> {
+    let peers_are = if direction == "ingress" { "from" } else { "to" };
+    let pods = selector().prop_map(|namespaces| json!({"namespaces": namespaces})).boxed();
+    let peer = if direction == "ingress" { pods } else { cluster_peer(direction).boxed() };
+    let peers = prop::collection::vec(prop_oneof![4 => peer, 1 => cluster_peer("egress")], 1..3);
+    let ports = prop::option::weighted(0.6, prop::collection::vec(cluster_protocol(), 1..3));
+    let action = prop::sample::select(vec!["Accept", "Deny", "Pass"]);
+    (action, peers, ports)
+        .prop_map(move |(action, peers, ports)| json!({"action": action, peers_are: peers, "protocols": ports}))
+}
+
+fn cluster_policy() -> impl Strategy<Value = Value> {
+    let tier = prop::sample::select(vec!["Admin", "Baseline"]);
+    let rules = |direction| prop::collection::vec(cluster_rule(direction), 0..4);
+    let subject = prop_oneof![
+        selector().prop_map(|namespaces| json!({"namespaces": namespaces})),
+        (selector(), selector())
+            .prop_map(|(spaces, pods)| { json!({"pods": {"namespaceSelector": spaces, "podSelector": pods}}) }),
+    ];
+    (tier, 0..4, subject, rules("ingress"), rules("egress")).prop_map(|(tier, priority, subject, ingress, egress)| {
+        json!({"tier": tier, "priority": priority, "subject": subject, "ingress": ingress, "egress": egress})
+    })
+}
+
 /// A pod, and how it may be special.
 #[derive(Clone, Debug)]
 struct Drawn {
@@ -181,8 +237,11 @@ fn pod() -> impl Strategy<Value = Drawn> {
 /// A random cluster of ten pods on two nodes; namespace `c` is not known.
 fn world() -> impl Strategy<Value = World> {
     let pods = prop::collection::vec(pod(), 10);
-    (labels(), labels(), pods, prop::collection::vec(policy(), 0..8), any::<bool>()).prop_map(
-        |(a, b, pods, policies, own_node_allowed)| {
+    let policies = (prop::collection::vec(policy(), 0..8), prop::collection::vec(cluster_policy(), 0..6));
+    // As many clusters have none of the whole cluster as have some.
+    let policies = (policies, any::<bool>());
+    (labels(), labels(), pods, policies, any::<bool>()).prop_map(
+        |(a, b, pods, ((policies, cluster_policies), is_of_cluster), own_node_allowed)| {
             let mut world = World::default().namespace("a", a).namespace("b", b);
             for (number, drawn) in (1..).zip(pods) {
                 let who = format!("{}/pod-{number}", drawn.namespace);
@@ -220,6 +279,9 @@ fn world() -> impl Strategy<Value = World> {
             world.state.now = 1;
             for (number, (namespace, spec)) in (1..).zip(policies) {
                 world = world.policy(&format!("{namespace}/policy-{number}"), &spec);
+            }
+            for (number, spec) in (1..).zip(cluster_policies).filter(|_| is_of_cluster) {
+                world = world.cluster_policy(&format!("policy-{number}"), &spec);
             }
             world
         },
@@ -298,6 +360,12 @@ fn changed(world: &World, what: u8, which: usize) -> World {
         }
         7 => world = world.with(&name.to_string(), |pod| pod.v4 = Some([192, 0, 2, 3].into())),
         8 => world = world.ports(&name.to_string(), "http=TCP:8443"),
+        9 => world.state.cluster_policies = Default::default(),
+        10 => {
+            let spec = json!({"tier": "Admin", "priority": 1, "subject": {"namespaces": {}},
+                "ingress": [{"action": "Deny", "from": [{"pods": {"podSelector": {"matchLabels": {"app": "db"}}}}]}]});
+            world = world.cluster_policy("no-db", &spec);
+        }
         _ => {
             let policy = world.state.policies.keys().next().cloned();
             policy.iter().for_each(|policy| drop(world.state.policies.remove(policy)));
@@ -308,7 +376,7 @@ fn changed(world: &World, what: u8, which: usize) -> World {
 
 #[test]
 fn table_that_follows_changes_is_the_one_that_is_planned_anew() {
-    let steps = prop::collection::vec((0..10_u8, 0..100_usize), 1..30);
+    let steps = prop::collection::vec((0..12_u8, 0..100_usize), 1..30);
     let config = Config { cases: 150, failure_persistence: None, ..Config::default() };
     let outcome = TestRunner::new(config).run(&(world(), world(), steps), |(first, other, steps)| {
         let bridges = BTreeSet::from(["cni0".parse().expect("valid")]);
@@ -440,7 +508,8 @@ fn equal_pods_share_chains_and_equal_expressions_share_groups() {
     assert_eq!(many.table.sets["peer4"].elements.len(), 9, "one group for both rules");
     assert_eq!(many.table.sets["ports"].elements.len(), 1);
     let isolation = &many.pods[&"192.0.2.1".parse::<IpAddr>().expect("valid")];
-    assert_eq!((&isolation.ingress, &isolation.egress), (&vec![name("shop/p")], &vec![name("shop/p")]));
+    let by = vec![PolicyName { tier: Tier::NetworkPolicy, name: name("shop/p") }];
+    assert_eq!((&isolation.ingress, &isolation.egress), (&by, &by));
 }
 
 #[test]
@@ -455,7 +524,8 @@ fn showing_what_is_dropped_changes_no_verdict_and_no_chain_of_a_pod() {
         .filter(|name| plan.table.chains[*name] != shown.table.chains[*name])
         .map(Name::as_str)
         .collect();
-    assert_eq!(differ, ["drop-no-connection", "drop-no-rule", "drop-not-any-more", "drop-not-applied"]);
+    let causes = ["drop-by-rule", "drop-no-connection", "drop-no-rule", "drop-not-any-more", "drop-not-applied"];
+    assert_eq!(differ, causes);
     for conn in [tcp(WEB, DB), tcp(DB, WEB), tcp(WEB, WEB)] {
         let passes = |plan: &PolicyPlan| Seen::first(&world, conn).passes(&Interpreter::new(&plan.table));
         assert_eq!(passes(&plan), passes(&shown), "{conn:?}");
@@ -473,13 +543,51 @@ fn rules_of_each_chain_are_those_that_its_origin_names() {
         .namespace("shop", "")
         .pod("shop/web", "", "app=web")
         .attached("shop/web", "192.0.2.1 2001:db8::1");
-    let plan = planned(&world.policy("shop/p", &spec));
-    assert_eq!(plan.chains.len(), 4, "both directions of both families");
+    let peers = json!([{"namespaces": {}}]);
+    let admin = json!({"tier": "Admin", "priority": 7, "subject": {"namespaces": {}},
+        "ingress": [{"action": "Pass", "from": peers}, {"action": "Deny", "from": peers}],
+        "egress": [{"action": "Accept", "to": peers}]});
+    let plan = planned(&world.policy("shop/p", &spec).cluster_policy("first", &admin));
+    assert_eq!(plan.chains.len(), 8, "both directions of both families of two tiers");
+    let mut counted = BTreeSet::new();
     for (name, origin) in &plan.chains {
-        let rules = plan.table.chains[name].rules();
-        assert_eq!(rules.len(), origin.rules.len() + 1, "{name}");
-        for (rule, (policy, index)) in rules.iter().zip(&origin.rules) {
-            assert_eq!(rule.why, format!("NetworkPolicy {policy} {} rule {index}", origin.direction));
+        let (rules, direction) = (plan.table.chains[name].rules(), origin.direction);
+        assert_eq!(rules.len(), origin.rules.len(), "{name}");
+        for (rule, counts) in rules.iter().zip(&origin.rules) {
+            match counts {
+                Counts::Nothing => {
+                    assert!(["a pod to itself, through a Service", "the next tier"].contains(&&*rule.why));
+                }
+                Counts::NoRule(_) => assert_eq!(rule.why, format!("NetworkPolicy: no {direction} rule of shop/p")),
+                Counts::Rule { policy, rule: index, action } => {
+                    let why = match policy.tier {
+                        Tier::NetworkPolicy => format!("NetworkPolicy shop/p {direction} rule {index}"),
+                        tier => format!("{tier} {action}: ClusterNetworkPolicy first {direction} rule {index}"),
+                    };
+                    assert_eq!(rule.why, why);
+                    counted.insert(why);
+                }
+            }
         }
     }
+    assert_eq!(counted.len(), 6);
+}
+
+#[test]
+fn pods_with_one_policy_share_its_chain_whatever_comes_before_it() {
+    let peers = json!([{"namespaces": {}}]);
+    let admin = json!({"tier": "Admin", "priority": 7,
+        "subject": {"pods": {"podSelector": {"matchLabels": {"app": "web"}}}},
+        "ingress": [{"action": "Deny", "from": peers}]});
+    let world = World::default()
+        .namespace("shop", "")
+        .pod("shop/web", "", "app=web")
+        .pod("shop/db", "", "app=db")
+        .attached("shop/web", WEB)
+        .attached("shop/db", DB)
+        .policy("shop/p", &json!({"podSelector": {}}));
+    let (without, with) = (planned(&world), planned(&world.clone().cluster_policy("first", &admin)));
+    let chain = without.chains.keys().next().expect("one for both");
+    assert_eq!((without.chains.len(), with.chains.len()), (1, 2));
+    assert_eq!(with.table.chains[chain], without.table.chains[chain]);
 }

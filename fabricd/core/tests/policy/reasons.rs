@@ -1,7 +1,7 @@
 //! What a person is told of a connection that is dropped, and that it is true.
 
 use fabric_core::policy::reasons::Remedy;
-use fabric_core::policy::{Cluster, Conn, Direction};
+use fabric_core::policy::{Cluster, Conn, Direction, Side};
 use serde_json::{Value, json};
 
 use crate::world::{ICMP, TCP, UDP, World, name};
@@ -11,6 +11,8 @@ const DB: &str = "192.0.2.2";
 const OTHER: &str = "192.0.2.3";
 const STRANGE: &str = "192.0.2.4";
 const OUTSIDE: &str = "198.51.100.1";
+/// A label of every namespace.
+const NAME: &str = "kubernetes.io/metadata.name";
 
 fn world() -> World {
     World::default()
@@ -32,8 +34,12 @@ fn patched(spec: &Value, patch: &Value) -> Value {
     for change in patch.as_array().expect("a list") {
         assert_eq!(change["op"], "add");
         let path = change["path"].as_str().expect("a path").strip_prefix("/spec/").expect("of the spec").to_owned();
-        match path.strip_suffix("/-") {
-            Some(list) => spec[list].as_array_mut().expect("a list is there").push(change["value"].clone()),
+        match path.split_once('/') {
+            Some((list, at)) => {
+                let list = spec[list].as_array_mut().expect("a list is there");
+                let at = if at == "-" { list.len() } else { at.parse().expect("an index") };
+                list.insert(at, change["value"].clone());
+            }
             None => spec[path] = change["value"].clone(),
         }
     }
@@ -68,7 +74,7 @@ fn rule_that_is_printed_allows_the_connection() {
                     continue;
                 }
                 let remedy: Remedy = Cluster::new(&world.state).remedy(direction, &conn).expect("a rule");
-                assert_eq!(remedy.policy, name("shop/p"), "{own}");
+                assert_eq!(remedy.policy.name, name("shop/p"), "{own}");
                 let patch = remedy.patch().expect("all of it is understood");
                 let patched = World::policy(world.clone(), "shop/p", &patched(&spec, &patch));
                 assert!(side(&patched).is_allowed(), "{conn:?} with {patch}");
@@ -106,5 +112,61 @@ fn rules_that_do_not_allow_it_are_told_with_what_they_allow() {
             "rule 1 of NetworkPolicy shop/p allows everything from 192.0.2.0/24 but 192.0.2.1/32: this is another peer",
             "rule 2 of NetworkPolicy shop/p allows all of udp from all pods of namespaces team=lab: this is another peer and port",
         ]
+    );
+}
+
+#[test]
+fn rule_that_is_printed_for_a_denied_connection_comes_before_the_rule_that_denies_it() {
+    let web = json!({"pods": {"podSelector": {"matchLabels": {"app": "web"}}}});
+    let mut judged = 0;
+    for tier in ["Admin", "Baseline"] {
+        let spec = json!({"tier": tier, "priority": 1, "subject": {"namespaces": {"matchLabels": {NAME: "shop"}}},
+            "ingress": [{"action": "Pass", "from": [{"namespaces": {"matchLabels": {"team": "none"}}}]},
+                {"action": "Deny", "from": [web]}],
+            "egress": [{"action": "Deny", "to": [{"networks": ["198.51.100.0/24"]}, web]}]});
+        let world = world().cluster_policy("p", &spec);
+        for (src, dst, direction) in [
+            (OTHER, DB, Direction::Ingress),
+            (WEB, DB, Direction::Ingress),
+            (DB, OUTSIDE, Direction::Egress),
+            (DB, OTHER, Direction::Egress),
+        ] {
+            for conn in [(TCP, 80), (UDP, 53), (ICMP, 0)].map(|(protocol, port)| conn(src, dst, protocol, port)) {
+                let side = |world: &World| {
+                    let verdict = Cluster::new(&world.state).evaluate(&conn);
+                    if direction == Direction::Ingress { verdict.ingress } else { verdict.egress }
+                };
+                let Side::Refused(rule) = side(&world) else { panic!("{conn:?}: {}", side(&world)) };
+                let cluster = Cluster::new(&world.state);
+                let remedy = cluster.remedy(direction, &conn).expect("a rule");
+                let patch = remedy.patch().expect("all of it is understood");
+                let patched = World::cluster_policy(world.clone(), "p", &patched(&spec, &patch));
+                assert!(matches!(side(&patched), Side::Accepted(_)), "{conn:?} with {patch}");
+                assert!(remedy.to_string().starts_with("kubectl patch clusternetworkpolicy p --type=json -p '[{"));
+                let told = cluster.denied_by(direction, &rule).expect("a rule");
+                let words = match direction {
+                    Direction::Ingress => "denies everything from pods app=web of all namespaces",
+                    Direction::Egress => "denies everything to pods app=web of all namespaces, 198.51.100.0/24",
+                };
+                assert_eq!(told, format!("{rule} {words}"));
+                judged += 1;
+            }
+        }
+    }
+    assert_eq!(judged, 24);
+}
+
+#[test]
+fn rule_that_fails_closed_is_told_with_what_cannot_be_understood() {
+    let spec = json!({"tier": "Admin", "priority": 1, "subject": {"namespaces": {}},
+        "ingress": [{"action": "Deny", "from": [{"serviceAccounts": {}}]}]});
+    let world = world().cluster_policy("odd", &spec);
+    let (cluster, conn) = (Cluster::new(&world.state), conn(OUTSIDE, DB, TCP, 80));
+    let Side::Refused(rule) = cluster.evaluate(&conn).ingress else { panic!("it denies everything") };
+    assert_eq!(cluster.remedy(Direction::Ingress, &conn), None, "no peer of ingress is an address");
+    assert_eq!(
+        cluster.denied_by(Direction::Ingress, &rule).expect("a rule"),
+        "rule 0 of ClusterNetworkPolicy odd (Admin) denies everything, as it can't be understood: \
+         spec.ingress[0].from[0]: serviceAccounts is no peer that is known here"
     );
 }

@@ -7,6 +7,7 @@ use fabric_core::interner::Interner;
 use fabric_core::policy::State;
 use fabric_core::policy::labels::Labels;
 use fabric_core::policy::model::{LocalPod, NamedPort, Pod, PodIdentity, Protocol, Template};
+use fabric_core::policy::tiers::ClusterPolicy;
 use fabric_core::policy::{Cluster, Conn, ObjectName, Policy, Side, Verdict};
 use serde_json::Value;
 
@@ -101,6 +102,13 @@ impl World {
         let name = name(who);
         let policy = Policy::decode(name.namespace(), spec).expect("readable");
         self.state.policies.insert(name, Arc::new(policy));
+        self
+    }
+
+    /// A policy of the whole cluster.
+    pub fn cluster_policy(mut self, name: &str, spec: &Value) -> Self {
+        let policy = ClusterPolicy::decode(spec).expect("readable");
+        self.state.cluster_policies.insert(ObjectName::of_cluster(name), Arc::new(policy));
         self
     }
 

@@ -1,6 +1,7 @@
 //! What network policies say of a connection at the end that is on this node.
 
-use fabric_core::policy::{Cluster, Conn, Direction, evaluate::Side};
+use fabric_core::policy::evaluate::{Side, Verdict};
+use fabric_core::policy::{Cluster, Conn, Direction};
 
 use super::outside::Place;
 use super::{Hop, ICMP, ICMPV6, Question};
@@ -31,6 +32,11 @@ pub(super) fn hop(inspection: &Inspection, question: &Question, direction: Direc
     Some(match &side {
         Side::Elsewhere => return None,
         Side::Denied(_) => Hop::failed("policy", found, remedy(&cluster, direction, &conn)),
+        Side::Refused(rule) => {
+            let denies = cluster.denied_by(direction, rule);
+            let lines = denies.into_iter().chain([remedy(&cluster, direction, &conn)]).filter(|line| !line.is_empty());
+            Hop::failed("policy", found, lines.collect::<Vec<_>>().join("\n"))
+        }
         Side::NotYetKnown(_) => {
             Hop::failed("policy", found, "the API server tells of it within a moment: fabricctl policy")
         }
@@ -54,7 +60,11 @@ fn remedy(cluster: &Cluster<'_>, direction: Direction, conn: &Conn) -> String {
         lines.push("a rule that allows it, if it is to be allowed:".to_owned());
         lines.push(remedy.to_string());
     }
-    let misses = cluster.misses(direction, conn);
+    let misses = match cluster.evaluate_here(conn) {
+        Verdict { ingress: Side::Denied(_), .. } if direction == Direction::Ingress => cluster.misses(direction, conn),
+        Verdict { egress: Side::Denied(_), .. } if direction == Direction::Egress => cluster.misses(direction, conn),
+        _ => vec![],
+    };
     lines.extend(misses.iter().take(TOLD).map(ToString::to_string));
     if let Some(more @ 1..) = misses.len().checked_sub(TOLD) {
         lines.push(format!("{more} more rules allow other connections"));

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use fabric_core::policy::drops::DropCause;
 use fabric_core::state::nft::{
     ChainKind, Data, Datatype, DynamicSet, Element, Fields, FoundSet, FoundTable, Hook, NO_HOOK, Name, Place, SetKind,
     TableFamily, TableKey, Verdict, reason,
@@ -154,12 +155,16 @@ pub(super) fn rule(frame: &Frame<'_>, table: TableKey) -> Option<RuleFound> {
     Some(RuleFound { chain, comment: comment.map(str::to_owned), counter, lets_pass })
 }
 
-/// Whether a rule's expressions end with `accept` or `return`.
+/// Whether a rule's expressions end with `accept` or `return`, or go to a chain that needn't drop.
 fn lets_pass(list: &Values<'_>) -> bool {
     // NFTA_IMMEDIATE_DATA
     let verdict_of = |expression: Values<'_>| verdict(&expression.nested(2)?.nested(2)?.nested(DATA_VERDICT)?);
     let immediates = list.list().filter(|expression| expression.text(1) == Some("immediate"));
-    immediates.filter_map(verdict_of).any(|verdict| matches!(verdict, Verdict::Accept | Verdict::Return))
+    immediates.filter_map(verdict_of).any(|verdict| match verdict {
+        Verdict::Accept | Verdict::Return => true,
+        Verdict::Goto(chain) => DropCause::of(chain.as_str()).is_none(),
+        Verdict::Drop | Verdict::Jump(_) => false,
+    })
 }
 
 /// The counter among a rule's expressions.
