@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::{Cluster, PORTS, SOON, Server, connects};
 
 /// What `fabricctl` says with these arguments, and its exit code.
-fn told(node: &Node, args: &[&str]) -> Result<(Option<i32>, Value)> {
+pub fn told(node: &Node, args: &[&str]) -> Result<(Option<i32>, Value)> {
     let output = node.exec(&[&["fabricctl"][..], args, &["-o", "json"]].concat())?;
     Ok((output.status.code(), serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))?))
 }

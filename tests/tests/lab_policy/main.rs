@@ -5,8 +5,9 @@ mod drops;
 mod evasion;
 mod fast_path;
 mod starts;
+mod tiers;
+mod truth;
 
-use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
@@ -15,9 +16,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use fabric_core::policy::objects::{NamespaceObject, PodObject, PolicyObject};
-use fabric_core::policy::sets::{NamespaceSet, PodSet, PolicySet};
-use fabric_core::policy::{Cluster as Rules, Conn, State};
+use fabric_core::policy::Conn;
 use fabric_tests::fake_api::FakeApi;
 use fabric_tests::kubernetes::{Nodes as _, api_on_underlay};
 use fabric_tests::lab::{Families, Lab, Node, Pod, wait_until};
@@ -147,7 +146,11 @@ const PATIENCE: Duration = Duration::from_secs(4);
 
 /// Whether a connection from a pod succeeds.
 fn connects(from: &Pod, conn: &Conn) -> Result<bool> {
-    let to = SocketAddr::new(conn.dst, conn.port);
+    reaches(from, conn, SocketAddr::new(conn.dst, conn.port))
+}
+
+/// The same of one to an address that leads there.
+fn reaches(from: &Pod, conn: &Conn, to: SocketAddr) -> Result<bool> {
     from.network()?.run(|| {
         if conn.protocol == 6 {
             return match TcpStream::connect_timeout(&to, PATIENCE) {
@@ -194,130 +197,6 @@ impl Open {
             Err(error) => Err(error.into()),
         }
     }
-}
-
-/// All connections of these to each other that differ from what policies say, in words.
-fn wrong(pods: &BTreeMap<String, Pod>, rules: &Rules<'_>) -> Result<Vec<String>> {
-    let mut conns = vec![];
-    for (from, source) in pods {
-        for (to, target) in pods.iter().filter(|(to, _)| *to != from) {
-            for (src, dst) in source.ips().iter().flat_map(|src| target.ips().iter().map(move |dst| (*src, *dst))) {
-                if src.is_ipv4() == dst.is_ipv4() {
-                    let ports = [6, 17].into_iter().flat_map(|protocol| PORTS.map(|port| (protocol, port)));
-                    let all = ports.map(|(protocol, port)| Conn { src, dst, protocol, port });
-                    conns.extend(all.map(|conn| (from.clone(), to.clone(), conn)));
-                }
-            }
-        }
-    }
-    let mut wrong = vec![];
-    for batch in conns.chunks(200) {
-        let seen: Vec<Result<bool>> = thread::scope(|scope| {
-            let probe = |(from, _, conn): &(String, String, Conn)| {
-                let (pod, conn) = (&pods[from], *conn);
-                scope.spawn(move || connects(pod, &conn))
-            };
-            let probes: Vec<_> = batch.iter().map(probe).collect();
-            probes.into_iter().map(|probe| probe.join().expect("a probe does not panic")).collect()
-        });
-        for ((from, to, conn), seen) in batch.iter().zip(seen) {
-            let (said, seen) = (rules.evaluate(conn), seen.with_context(|| format!("{from} to {to}: {conn:?}"))?);
-            if said.is_allowed() != seen {
-                wrong.push(format!("{from} → {to} {conn:?}: {}; {} | {}", seen, said.egress, said.ingress));
-            }
-        }
-    }
-    Ok(wrong)
-}
-
-/// The state as a test knows it: what it gave the API server.
-fn state(cluster: &Cluster, namespaces: &[Value], pods: &BTreeMap<String, Pod>, policies: &[Value]) -> Result<State> {
-    fn read<T: serde::de::DeserializeOwned>(objects: &[Value]) -> Result<Vec<T>> {
-        objects.iter().map(|object| Ok(serde_json::from_value(object.clone())?)).collect()
-    }
-    let objects = pods.keys().map(|name| {
-        let (space, name) = name.split_once('/').context("a name")?;
-        cluster.object(space, name)
-    });
-    let objects = objects.collect::<Result<Vec<Value>>>()?;
-    Ok(State {
-        policies: PolicySet::default().listed(&read::<PolicyObject>(policies)?).policies().clone(),
-        namespaces: NamespaceSet::listed(&read::<NamespaceObject>(namespaces)?).namespaces().clone(),
-        pods: PodSet::listed(&read::<PodObject>(&objects)?).pods().clone(),
-        ..State::default()
-    })
-}
-
-#[test]
-fn every_connection_of_nine_pods_on_two_nodes_is_what_policies_say() -> Result<()> {
-    let cluster = Cluster::start(2)?;
-    let spaces = ["x", "y", "z"];
-    let namespaces = spaces.map(|space| namespace(space, &json!({"ns": space})));
-    let only = |name: &str| json!({"matchLabels": {"pod": name}});
-    let from = |space: &str| json!({"namespaceSelector": {"matchLabels": {"ns": space}}});
-    let policies = [
-        policy("x", "closed", &json!({"podSelector": only("a")})),
-        policy(
-            "x",
-            "web",
-            &json!({"podSelector": only("b"), "ingress": [
-                {"from": [from("y"), {"podSelector": only("a")}], "ports": [{"port": "http"}]},
-                {"from": [from("z")], "ports": [{"protocol": "UDP", "port": 9000, "endPort": 9100}]},
-            ]}),
-        ),
-        policy(
-            "y",
-            "out",
-            &json!({"podSelector": only("a"), "policyTypes": ["Egress"], "egress": [
-                {"to": [{"namespaceSelector": {}, "podSelector": only("b")}], "ports": [{"port": "http"}]},
-                {"ports": [{"protocol": "UDP", "port": 9090}]},
-            ]}),
-        ),
-        policy("y", "udp", &json!({"podSelector": only("c"), "ingress": [{"ports": [{"protocol": "UDP"}]}]})),
-        policy(
-            "z",
-            "blocks",
-            &json!({"podSelector": only("c"), "ingress": [{"from": [
-                {"ipBlock": {"cidr": "10.244.0.0/16", "except": ["10.244.2.0/24"]}},
-                {"ipBlock": {"cidr": "::/0", "except": ["fd00:10:244:1::/64"]}},
-            ]}]}),
-        ),
-        policy("z", "in", &json!({"podSelector": only("b"), "policyTypes": ["Ingress", "Egress"], "egress": [{}]})),
-    ];
-    for object in &namespaces {
-        cluster.api.create(NAMESPACES, object.clone());
-    }
-    for object in &policies {
-        let space = object["metadata"]["namespace"].as_str().context("a namespace")?;
-        cluster.api.create(&policies_of(space), object.clone());
-    }
-    cluster.nodes.iter().try_for_each(|node| cluster.start_fabricd(node))?;
-    let mut pods = BTreeMap::new();
-    for space in spaces {
-        for (name, node) in [("a", 0), ("b", 1), ("c", 0)] {
-            pods.insert(format!("{space}/{name}"), cluster.add_pod(&cluster.nodes[node], space, name)?);
-        }
-    }
-    let servers: Vec<Server> = pods.values().map(Server::start).collect::<Result<_>>()?;
-    let state = state(&cluster, &namespaces, &pods, &policies)?;
-    let rules = Rules::new(&state);
-    // The other node hears of a pod's addresses a moment later.
-    wait_until("every connection is as policies say", SOON * 2, || {
-        let wrong = wrong(&pods, &rules)?;
-        ensure!(wrong.is_empty(), "{} connections: {}", wrong.len(), wrong.join("\n"));
-        Ok(())
-    })?;
-    // Restarted, it finds all applied, and writes nothing.
-    let before = cluster.nodes[0].run(&["nft", "list", "table", "inet", "fabric-policy"])?;
-    cluster.nodes[0].kill_fabricd()?;
-    cluster.start_fabricd(&cluster.nodes[0])?;
-    let metrics = cluster.nodes[0].http_get(9472, "/metrics")?.body;
-    assert!(metrics.contains("fabricd_policy_changes_total 0"), "{metrics}");
-    let handles = |text: &str| text.lines().filter(|line| !line.contains("counter")).collect::<Vec<_>>().join("\n");
-    let after = cluster.nodes[0].run(&["nft", "list", "table", "inet", "fabric-policy"])?;
-    assert_eq!(handles(&before), handles(&after));
-    drop(servers);
-    Ok(())
 }
 
 /// Sends to an address from a pod, every millisecond, until it is dropped.
