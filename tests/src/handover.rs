@@ -215,10 +215,18 @@ pub fn mac(node: &Node, device: &str) -> Result<String> {
 /// # Errors
 /// It refuses, or doesn't get there.
 pub fn take_over(flannel: &Flannel, steps: Option<u32>) -> Result<()> {
+    take_over_with(flannel, steps, &[])
+}
+
+/// The same with more arguments.
+///
+/// # Errors
+/// It refuses, or doesn't get there.
+pub fn take_over_with(flannel: &Flannel, steps: Option<u32>, args: &[&str]) -> Result<()> {
     let node = &flannel.node;
     hand_to_fabricd(flannel)?;
     let most = steps.map(|most| most.to_string());
-    let mut args = vec!["takeover", "--wait", "45"];
+    let mut args = [&["takeover", "--wait", "45"], args].concat();
     args.extend(most.iter().flat_map(|most| ["--steps", most]));
     while !flannel.fabricd(&args)?.run()?.contains("this node is fabricd's") {}
     node.wait_ready()

@@ -45,6 +45,7 @@ impl World for FakeWorld {
                 };
                 tables.add_vxlan(name, vxlan).expect("free");
             }
+            Act::AddAltname(dev, name) => tables.links.get_mut(&dev).expect("there").altname = Some(name),
             Act::AddNexthop(id, to) => {
                 tables.nexthops.insert(id, (STATIC, to));
             }
@@ -125,6 +126,7 @@ on_both_kernels! { kernel in RealWorld::default() =>
     direct_route_of_flannels_kind_is_replaced_in_place
     wider_route_of_others_is_no_obstacle
     vxlan_of_others_with_our_vni_stays
+    vxlan_with_our_name_as_its_alternative_one_is_ours
     step_without_its_base_is_refused_alone
     batch_of_600_reports_exactly_the_three_that_fail
     batch_in_which_all_fail_reports_all

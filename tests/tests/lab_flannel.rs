@@ -11,7 +11,7 @@ use anyhow::{Result, ensure};
 use fabric_core::model::Family;
 use fabric_tests::handover::{
     Cluster, MASQUERADE, SOON, Traffic, add_foreign_rules, all_addresses_differ, foreign_rules, give_back,
-    let_pods_through, mac, nothing_of_ours_is_left, record, take_over, the_record_is_flannels,
+    let_pods_through, mac, nothing_of_ours_is_left, record, take_over, take_over_with, the_record_is_flannels,
 };
 use fabric_tests::lab::flannel::{Flannel, Options};
 use fabric_tests::lab::{Families, Pod, wait_until};
@@ -24,6 +24,11 @@ fn rounds(usually: u32) -> Result<u32> {
 
 /// What is true of every kind of flannel node: there and back, some times, and nobody notices.
 fn a_node_changes_hands(cluster: &Cluster, forward_drop: bool, rounds: u32) -> Result<()> {
+    a_node_changes_hands_with(&[], cluster, forward_drop, rounds)
+}
+
+/// The same, by a takeover with more arguments.
+fn a_node_changes_hands_with(args: &[&str], cluster: &Cluster, forward_drop: bool, rounds: u32) -> Result<()> {
     let (flannel, node) = (&cluster.flannels[0], &cluster.flannels[0].node);
     add_foreign_rules(node, forward_drop)?;
     if forward_drop && flannel.options.nftables {
@@ -38,7 +43,7 @@ fn a_node_changes_hands(cluster: &Cluster, forward_drop: bool, rounds: u32) -> R
     let key = subnet(&record(node)?);
 
     for round in 1..=rounds {
-        take_over(flannel, (round == 1).then_some(1))?;
+        take_over_with(flannel, (round == 1).then_some(1), args)?;
         traffic.is_masqueraded()?;
         ensure!(mac(node, "fabric.1")? == was && subnet(&record(node)?) == key, "MAC address and subnet stay");
         ensure!(foreign_rules(node)? == foreign, "{:#?}", foreign_rules(node)?);
@@ -69,7 +74,7 @@ fn a_node_changes_hands(cluster: &Cluster, forward_drop: bool, rounds: u32) -> R
     traffic.stop()?;
 
     // At last the pods of the first day end, on the node that is taken over once more.
-    take_over(flannel, None)?;
+    take_over_with(flannel, None, args)?;
     for pod in pods {
         pod.del()?;
     }
@@ -103,6 +108,25 @@ fn a_node_with_direct_routes_and_nftables_changes_hands() -> Result<()> {
 fn a_node_whose_cni_plugin_masquerades_each_pod_changes_hands() -> Result<()> {
     let cluster = Cluster::start(Families::V4, Options::default())?;
     a_node_changes_hands(&cluster, false, rounds(1)?)
+}
+
+/// As before Linux 6.2: `fabric.1` is an alternative name of the device then.
+#[test]
+fn a_node_whose_device_keeps_its_name_changes_hands() -> Result<()> {
+    let cluster = Cluster::start(Families::Dual, Options { masquerade: true, ..Options::default() })?;
+    a_node_changes_hands_with(&["--keep-name"], &cluster, true, rounds(2)?)?;
+    let node = &cluster.flannels[0].node;
+    let shown: Value = serde_json::from_str(&node.run(&["ip", "-j", "link", "show", "fabric.1"])?)?;
+    ensure!(shown[0]["ifname"] == "flannel.1" && shown[0]["altnames"][0] == "fabric.1", "{shown}");
+    // A daemon that starts anew finds it so, and writes nothing.
+    node.stop_fabricd()?;
+    node.start_fabricd_with(&[], MASQUERADE)?;
+    node.wait_ready()?;
+    let plan = node.run(&["fabricctl", "plan"])?;
+    ensure!(plan.contains("In sync: ") && !plan.contains("ip link"), "{plan}");
+    let after: Value = serde_json::from_str(&node.run(&["ip", "-j", "link", "show", "fabric.1"])?)?;
+    ensure!(after == shown, "{after}");
+    Ok(())
 }
 
 #[test]

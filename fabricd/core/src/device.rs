@@ -19,7 +19,8 @@ pub fn names(family: Family, vni: Vni) -> impl Iterator<Item = IfName> {
     stems.into_iter().filter_map(move |stem| format!("{stem}.{vni}").parse().ok())
 }
 
-/// Whether a VXLAN device is ours: it has one of our names, with its own VNI.
+/// Whether a VXLAN device is ours: it has one of our names, with its own VNI, be it as an alternative name (`ip link property
+/// add dev DEV altname NAME`): so a takeover from flannel marks the device where the kernel can't rename it.
 #[must_use]
 pub fn is_ours(name: &IfName, vni: Vni) -> bool {
     Family::ALL.into_iter().any(|family| names(family, vni).any(|ours| ours == *name))
@@ -41,12 +42,23 @@ pub fn choose(
     let usual = names(family, want.vni).next().expect("4 bytes and 8 digits fit");
     let place = |link: &VxlanLink| (link.vni, link.port, Family::of(link.local));
     let stands = |name: &IfName| have.get(name).is_some_and(|link| link.can_become(want));
-    let free = |name: &IfName| !have.contains_key(name) && !foreign.contains_key(name);
-    let beside = have.get(&usual).is_some_and(|link| place(link) != place(want));
-    names(family, want.vni)
-        .find(stands)
-        .or_else(|| names(family, want.vni).find(|name| beside && free(name)))
-        .unwrap_or(usual)
+    if let Some(name) = names(family, want.vni).find(stands) {
+        return name;
+    }
+    let is_marked = |(name, link): &(&IfName, &VxlanLink)| {
+        (link.vni, Family::of(link.local)) == (want.vni, family) && !is_ours(name, link.vni)
+    };
+    // One that only has our name as an alternative one: nothing else can have that name.
+    let marked = have.iter().find(is_marked);
+    if let Some((name, link)) = marked
+        && place(link) == place(want)
+    {
+        return *name;
+    }
+    let is_taken = |name: &IfName| have.contains_key(name) || foreign.contains_key(name);
+    let free = |name: &IfName| !is_taken(name) && (marked.is_none() || *name != usual);
+    let beside = marked.is_some() || have.get(&usual).is_some_and(|link| place(link) != place(want));
+    names(family, want.vni).find(|name| beside && free(name)).unwrap_or(usual)
 }
 
 #[cfg(test)]
@@ -90,6 +102,17 @@ mod tests {
         let (old, gbp) = (link(8472), VxlanLink { gbp: true, ..link(8472) });
         assert_eq!(chosen(&gbp, &[("fabric.1", old)], &[]), "fabric.1");
         assert_eq!(chosen(&link(4789), &[("fabric.1", old)], &["fab.1"]), "fabric.1");
+    }
+
+    #[test]
+    fn device_with_our_name_as_its_alternative_one_is_kept_and_its_successor_has_the_other_name() {
+        let (old, new) = (link(8472), link(4789));
+        assert_eq!(chosen(&old, &[("flannel.1", old)], &[]), "flannel.1");
+        assert_eq!(chosen(&new, &[("flannel.1", old)], &[]), "fab.1");
+        assert_eq!(chosen(&new, &[("fab.1", new), ("flannel.1", old)], &[]), "fab.1");
+        assert_eq!(chosen(&VxlanLink { gbp: true, ..old }, &[("flannel.1", old)], &[]), "flannel.1", "made anew");
+        let other = VxlanLink { vni: Vni::try_from(2).expect("valid"), ..old };
+        assert_eq!(chosen(&old, &[("flannel.2", other)], &[]), "fabric.1");
     }
 
     #[test]

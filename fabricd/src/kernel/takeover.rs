@@ -8,7 +8,7 @@ use fabric_core::state::{NEXTHOP_ID_BASE, NexthopId, ROUTE_PROTOCOL};
 use fabric_core::takeover::{Device, Route};
 use fabric_netlink::{Frame, Request, RequestSocket};
 use netlink_packet_route::RouteNetlinkMessage as Rtnl;
-use netlink_packet_route::link::{InfoData, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage};
+use netlink_packet_route::link::{InfoData, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage, Prop};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use rtnetlink::{LinkUnspec, RouteMessageBuilder};
 
@@ -90,6 +90,30 @@ impl TakeoverSocket {
         self.write(format!("ip link set dev {from} name {to}"), Request::new(&Rtnl::SetLink(link), 0))
     }
 
+    /// `ip link property add dev DEV altname NAME`: a name beside that which the device has. Since Linux 5.5.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn add_altname(&mut self, dev: &IfName, name: &IfName) -> Result<(), KernelError> {
+        let link = self.with_altname(dev, name)?;
+        self.write(format!("ip link property add dev {dev} altname {name}"), Request::new(&Rtnl::NewLinkProp(link), 0))
+    }
+
+    /// `ip link property del dev DEV altname NAME`.
+    ///
+    /// # Errors
+    /// When the kernel refuses; that it has no such name is no error.
+    pub fn delete_altname(&mut self, dev: &IfName, name: &IfName) -> Result<(), KernelError> {
+        let link = self.with_altname(dev, name)?;
+        self.write(format!("ip link property del dev {dev} altname {name}"), Request::new(&Rtnl::DelLinkProp(link), 0))
+    }
+
+    fn with_altname(&self, dev: &IfName, name: &IfName) -> Result<LinkMessage, KernelError> {
+        let mut link = LinkUnspec::new_with_index(self.index(dev)?).build();
+        link.attributes.push(LinkAttribute::PropList(vec![Prop::AltIfName(name.to_string())]));
+        Ok(link)
+    }
+
     /// `ip route del DST via GATEWAY dev DEV`.
     ///
     /// # Errors
@@ -131,9 +155,11 @@ impl TakeoverSocket {
 
 fn device(link: &LinkMessage) -> Option<(u32, Device)> {
     let (mut name, mut mac, mut data): (Option<IfName>, Option<MacAddr>, Option<&[InfoVxlan]>) = (None, None, None);
+    let mut altnames = vec![];
     for attribute in &link.attributes {
         match attribute {
             LinkAttribute::IfName(text) => name = text.parse().ok(),
+            LinkAttribute::PropList(properties) => altnames = tables::altnames_of(properties).collect(),
             LinkAttribute::Address(bytes) => mac = <[u8; 6]>::try_from(bytes.as_slice()).ok()?.try_into().ok(),
             LinkAttribute::LinkInfo(infos) => {
                 data = infos.iter().find_map(|info| match info {
@@ -154,6 +180,6 @@ fn device(link: &LinkMessage) -> Option<(u32, Device)> {
             _ => {}
         }
     }
-    let device = Device { name: name?, vni, port, local: local?, mac: mac?, addresses: vec![] };
+    let device = Device { name: name?, vni, port, local: local?, mac: mac?, altnames, addresses: vec![] };
     Some((link.header.index, device))
 }

@@ -26,6 +26,8 @@ pub(super) async fn take(step: &Step, args: &TakeoverArgs, config: &Config, fact
     match step {
         Step::AwaitFabricd | Step::AwaitFlanneld => Ok(()),
         Step::Rename(from, to) => Ok(takeover::TakeoverSocket::open()?.rename(from, to)?),
+        Step::AddAltname(dev, name) => Ok(takeover::TakeoverSocket::open()?.add_altname(dev, name)?),
+        Step::DeleteAltname(dev, name) => Ok(takeover::TakeoverSocket::open()?.delete_altname(dev, name)?),
         Step::DeleteRoute(route) => Ok(takeover::TakeoverSocket::open()?.delete_route(route)?),
         Step::Iptables(family, rules) => {
             let program = if *family == Family::V4 { "iptables-restore" } else { "ip6tables-restore" };

@@ -15,7 +15,7 @@ use fabric_core::model::{Family, PerFamily};
 use fabric_core::record::LeaseKey;
 use fabric_core::state::nft::TableKey;
 use fabric_core::state::{Routing, State};
-use fabric_core::takeover::{Facts, Iptables, Pod};
+use fabric_core::takeover::{Facts, Iptables, Naming, Pod};
 use nix::unistd::{SysconfVar, sysconf};
 use serde_json::Value;
 use tokio::time::timeout;
@@ -83,7 +83,8 @@ pub(super) async fn facts(args: &TakeoverArgs, config: &Config, store: &impl Lea
         devices: kernel.devices()?,
         addresses: kernel.addresses()?,
         public_ips: config.public_ips(),
-        renames_live: renames_live(),
+        naming: naming(),
+        keep_name: args.keep_name,
         flanneld: flanneld.map(how_to_end),
         flanneld_wrote_subnet_env: flanneld.is_some_and(|pid| is_younger(&config.subnet_file, pid) == Some(true)),
         fabricd: running.map(|(_, pid)| pid.map_or_else(|| "ss -xlp shows its process".to_owned(), how_to_end)),
@@ -113,11 +114,15 @@ fn remembers(dir: &Path, network: &str) -> bool {
     told.any(|config| config["name"] == network)
 }
 
-/// `dev_change_name` (net/core/dev.c) since 6.2.
-fn renames_live() -> bool {
+/// By the kernel's version.
+fn naming() -> Naming {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let mut numbers = release.split(['.', '-']).map(|number| number.parse::<u32>().unwrap_or_default());
-    (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default()) >= (6, 2)
+    match (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default()) {
+        (..5, _) | (5, ..5) => Naming::Fixed,
+        (5, _) | (6, ..2) => Naming::Altname,
+        _ => Naming::Rename,
+    }
 }
 
 /// The subnets of a `node.json` that says ready.

@@ -97,6 +97,10 @@ pub struct TakeoverArgs {
     /// Take the node over although fabricd doesn't masquerade: what is outside has routes to the pods
     #[arg(long)]
     pub no_masquerade: bool,
+
+    /// Leave the device its name, flannel.1, and mark it by an alternative one, as is done before Linux 6.2
+    #[arg(long)]
+    pub keep_name: bool,
 }
 
 impl TakeoverArgs {

@@ -23,7 +23,8 @@ pub use self::drift::{
 };
 pub use self::others::{
     direct_route_of_flannels_kind_is_replaced_in_place, place_that_others_took_is_refused,
-    plain_route_of_others_is_replaced_in_place, vxlan_of_others_with_our_vni_stays, what_others_made_stays_theirs,
+    plain_route_of_others_is_replaced_in_place, vxlan_of_others_with_our_vni_stays,
+    vxlan_with_our_name_as_its_alternative_one_is_ours, what_others_made_stays_theirs,
     wider_route_of_others_is_no_obstacle,
 };
 
@@ -49,6 +50,8 @@ pub enum Act {
         /// UDP port.
         port: u16,
     },
+    /// `ip link property add dev DEV altname NAME`.
+    AddAltname(IfName, IfName),
     /// `ip nexthop add id ID via IP dev DEV onlink`.
     AddNexthop(NexthopId, Nexthop),
     /// `ip nexthop del id ID`.

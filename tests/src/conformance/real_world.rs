@@ -97,6 +97,7 @@ impl World for RealWorld {
             Act::AddVxlan { name, vni, port } => {
                 ip(&format!("link add {name} up type vxlan id {vni} dstport {port} local 192.0.2.1"))
             }
+            Act::AddAltname(dev, name) => ip(&format!("link property add dev {dev} altname {name}")),
             Act::AddNexthop(id, to) => ip(&format!("nexthop add id {id} {}", onlink(to))),
             Act::DeleteNexthop(id) => ip(&format!("nexthop del id {id}")),
             Act::AddRoute(dst, to) => ip(&format!("route add {dst} {} proto static", onlink(to))),

@@ -33,6 +33,8 @@ pub struct Link {
     pub up: bool,
     /// All of it when it is a VXLAN device.
     pub vxlan: Option<VxlanLink>,
+    /// An alternative name.
+    pub altname: Option<IfName>,
 }
 
 /// Everything that the kernel holds, ours and others'.
@@ -90,7 +92,10 @@ impl Tables {
     /// `ip link add NAME mtu MTU up type KIND`.
     pub fn add_link(&mut self, name: IfName, kind: &str, mtu: u32) {
         self.last_index += 1;
-        self.links.insert(name, Link { index: self.last_index, kind: kind.into(), mtu, up: true, vxlan: None });
+        self.links.insert(
+            name,
+            Link { index: self.last_index, kind: kind.into(), mtu, up: true, vxlan: None, altname: None },
+        );
     }
 
     /// `ip link add NAME type vxlan …`.
@@ -152,9 +157,11 @@ impl Tables {
         self.routes.retain(|_, (_, via)| !matches!(via, Via::Nexthop(id) if !nexthops.contains_key(id)));
     }
 
-    /// A VXLAN device whose name says that it is ours.
+    /// A VXLAN device of which a name says that it is ours.
     pub(super) fn our_link(&self, dev: &IfName) -> Option<&VxlanLink> {
-        self.links.get(dev)?.vxlan.as_ref().filter(|vxlan| device::is_ours(dev, vxlan.vni))
+        let link = self.links.get(dev)?;
+        let mut names = link.altname.iter().chain([dev]);
+        link.vxlan.as_ref().filter(|vxlan| names.any(|name| device::is_ours(name, vxlan.vni)))
     }
 
     /// Routes with our metric that are not ours.

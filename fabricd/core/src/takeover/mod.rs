@@ -47,8 +47,10 @@ pub struct Facts {
     pub public_ips: PerFamily<IpAddr>,
     /// Routes of the main table that say nothing beyond a gateway or a nexthop object, and a device.
     pub routes: Vec<Route>,
-    /// Whether the kernel renames a device that is up (6.2 and later).
-    pub renames_live: bool,
+    /// What the kernel can do with the name of a device that is up.
+    pub naming: Naming,
+    /// Whether a person says that the device keeps its name.
+    pub keep_name: bool,
     /// How to end the flanneld that runs here, if one does.
     pub flanneld: Option<String>,
     /// Whether the flanneld that runs here has written `subnet.env` since it started.
@@ -83,11 +85,24 @@ pub struct Facts {
     pub cni: Cni,
 }
 
+/// What a kernel can do with the name of a device that is up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Naming {
+    /// Nothing.
+    Fixed,
+    /// Give it another one beside it: `altname`, since Linux 5.5.
+    Altname,
+    /// Rename it, since Linux 6.2 (`dev_change_name` in net/core/dev.c).
+    Rename,
+}
+
 /// A VXLAN device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
     /// Its name.
     pub name: IfName,
+    /// Its alternative names.
+    pub altnames: Vec<IfName>,
     /// VXLAN network identifier.
     pub vni: u32,
     /// UDP destination port.
@@ -162,6 +177,10 @@ pub struct Pod {
 pub enum Step {
     /// Gives a device its other name, while it is up.
     Rename(IfName, IfName),
+    /// Gives a device our name beside that which it has.
+    AddAltname(IfName, IfName),
+    /// Takes our name from a device that has it beside its own.
+    DeleteAltname(IfName, IfName),
     /// Waits until fabricd says that pods may be added.
     AwaitFabricd,
     /// Waits until flanneld has replaced our routes by its own.
@@ -197,6 +216,8 @@ impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Rename(from, to) => write!(f, "ip link set dev {from} name {to}"),
+            Self::AddAltname(dev, name) => write!(f, "ip link property add dev {dev} altname {name}"),
+            Self::DeleteAltname(dev, name) => write!(f, "ip link property del dev {dev} altname {name}"),
             Self::AwaitFabricd => {
                 f.write_str("# fabricd claims the lease and replaces flannel's routes; start it if it doesn't run")
             }
@@ -292,11 +313,16 @@ pub enum Refusal {
     /// fabricd lives.
     #[error("fabricd runs; end it so that it can't come back: {0}")]
     FabricdRuns(String),
+    /// The kernel can give a device that is up no name, be it a second one.
+    #[error(
+        "this kernel is older than 5.5 and gives no second name to a device; drain the node and restart it with fabricd"
+    )]
+    NoAltname,
     /// The kernel can't rename a device that is up.
     #[error(
-        "this kernel is older than 6.2 and renames no device that is up; drain the node and restart it with fabricd"
+        "{0} has to be renamed, and this kernel is older than 6.2 and renames no device that is up; drain the node and restart it with flannel"
     )]
-    OldKernel,
+    NoRename(IfName),
     /// The daemon would not masquerade.
     #[error(
         "pods reach the outside by this node's address, whether or not flanneld has --ip-masq (its CNI plugin does it otherwise); start fabricd with --ip-masq, or say --no-masquerade if what is outside has routes to the pods"

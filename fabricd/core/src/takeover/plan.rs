@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{Cni, Conflist, Device, Facts, Iptables, Pod, Refusal, Route, Step};
+use super::{Cni, Conflist, Device, Facts, Iptables, Naming, Pod, Refusal, Route, Step};
 use crate::device;
 use crate::leases::Lease;
 use crate::model::{Family, IfName, PerFamily, Subnet};
@@ -16,8 +16,8 @@ pub fn takeover(facts: &Facts) -> Result<Vec<Step>, Vec<Refusal>> {
     let mut refusals = vec![];
     let (devices, lease) = facts.check(&mut refusals);
     refusals.extend(facts.flanneld.clone().map(Refusal::FlanneldRuns));
-    if devices.values().any(|device| facts.is_flannels(device)) && !facts.renames_live {
-        refusals.push(Refusal::OldKernel);
+    if devices.values().any(|device| facts.is_flannels(device)) && facts.naming == Naming::Fixed {
+        refusals.push(Refusal::NoAltname);
     }
     // Before the node is ready the filter may be half there.
     let lacks_it = facts.ready.is_some() && facts.masquerades == Some(false);
@@ -28,18 +28,22 @@ pub fn takeover(facts: &Facts) -> Result<Vec<Step>, Vec<Refusal>> {
     refusals.extend(facts.cni.plugin_missing.clone().map(Refusal::NoPlugin));
     let Some(lease) = lease.filter(|_| refusals.is_empty()) else { return Err(refusals) };
 
-    let mut steps = renames(facts, &devices, Facts::is_flannels, Facts::our_name);
+    let mut steps: Vec<Step> = devices.iter().filter_map(|(family, device)| facts.to_us(family, device)).collect();
     let is_ready = facts.fabricd.is_some() && facts.ready == Some(lease.key) && steps.is_empty();
+    // By its new name: the device is renamed before.
+    let then = |dev: IfName| {
+        let renamed = steps.iter().find_map(|step| match step {
+            Step::Rename(from, to) if *from == dev => Some(*to),
+            _ => None,
+        });
+        renamed.unwrap_or(dev)
+    };
+    let is_on_them = |route: &&Route| devices.values().any(|device| device.name == route.dev);
+    let stale = facts.routes.iter().filter(is_on_them).filter(|route| facts.is_stale(route));
+    let stale: Vec<Step> =
+        stale.map(|route| Step::DeleteRoute(Route { dev: then(route.dev), ..route.clone() })).collect();
     steps.extend((!is_ready).then_some(Step::AwaitFabricd));
-    let names: Vec<(IfName, IfName)> =
-        devices.iter().filter_map(|(family, device)| Some((device.name, facts.our_name(family)?))).collect();
-    for route in &facts.routes {
-        // By its new name: the device is renamed before.
-        let dev = names.iter().find(|(now, _)| *now == route.dev).map(|(_, then)| *then);
-        if let (Some(dev), true) = (dev, facts.is_stale(route)) {
-            steps.push(Step::DeleteRoute(Route { dev, ..route.clone() }));
-        }
-    }
+    steps.extend(stale);
     let cni = &facts.cni;
     if let Some(network) = cni.network()
         && (cni.ours.as_ref().is_none_or(|ours| ours.network != network) || cni.flannels.is_some())
@@ -68,9 +72,11 @@ pub fn giveback(facts: &Facts) -> Result<Vec<Step>, Vec<Refusal>> {
     let mut refusals = vec![];
     let (devices, lease) = facts.check(&mut refusals);
     refusals.extend(facts.fabricd.clone().map(Refusal::FabricdRuns));
-    if devices.values().any(|device| !facts.is_flannels(device)) && !facts.renames_live {
-        refusals.push(Refusal::OldKernel);
-    }
+    let misnamed: Vec<Step> = devices.iter().filter_map(|(family, device)| facts.to_flannel(family, device)).collect();
+    refusals.extend(misnamed.iter().find_map(|step| match step {
+        Step::Rename(from, _) if facts.naming < Naming::Rename => Some(Refusal::NoRename(*from)),
+        _ => None,
+    }));
     refusals.extend(facts.services.then_some(Refusal::ServicesAreOurs));
     refusals.extend(facts.policies.then_some(Refusal::PoliciesAreOurs));
     let cni = &facts.cni;
@@ -101,7 +107,6 @@ pub fn giveback(facts: &Facts) -> Result<Vec<Step>, Vec<Refusal>> {
             None => rules.without_ours().map(|rules| Step::Iptables(family, rules)),
         });
     }
-    let misnamed = renames(facts, &devices, |facts, device| !facts.is_flannels(device), Facts::flannels_name);
     let is_misnamed = !misnamed.is_empty();
     steps.extend(misnamed);
     let of_peers = |route: &&Route| route.ours && facts.is_leased(route.dst);
@@ -130,17 +135,6 @@ pub fn giveback(facts: &Facts) -> Result<Vec<Step>, Vec<Refusal>> {
         }
     }
     Ok(steps)
-}
-
-/// The devices that are to have another name.
-fn renames(
-    facts: &Facts,
-    devices: &PerFamily<&Device>,
-    misnamed: impl Fn(&Facts, &Device) -> bool,
-    name: impl Fn(&Facts, Family) -> Option<IfName>,
-) -> Vec<Step> {
-    let misnamed = devices.iter().filter(|(_, device)| misnamed(facts, device));
-    misnamed.filter_map(|(family, device)| Some(Step::Rename(device.name, name(facts, family)?))).collect()
 }
 
 impl Cni {
@@ -242,8 +236,33 @@ impl Facts {
         device::names(family, vni).find(has).or_else(|| device::names(family, vni).next())
     }
 
+    /// A device of flannel's doesn't have a name of ours beside its own.
     fn is_flannels(&self, device: &Device) -> bool {
-        Family::ALL.into_iter().any(|family| self.flannels_name(family) == Some(device.name))
+        let is_named_so = Family::ALL.into_iter().any(|family| self.flannels_name(family) == Some(device.name));
+        is_named_so && self.our_altname(device).is_none()
+    }
+
+    fn our_altname(&self, device: &Device) -> Option<IfName> {
+        let is_ours = |name: &&IfName| device::is_ours(name, self.network.vxlan.vni);
+        device.altnames.iter().find(is_ours).copied()
+    }
+
+    /// The step by which a device becomes ours; `None` when it is.
+    fn to_us(&self, family: Family, device: &Device) -> Option<Step> {
+        let name = self.our_name(family).filter(|_| self.is_flannels(device))?;
+        Some(match self.keep_name || self.naming < Naming::Rename {
+            true => Step::AddAltname(device.name, name),
+            false => Step::Rename(device.name, name),
+        })
+    }
+
+    /// The step by which a device becomes flannel's; `None` when it is.
+    fn to_flannel(&self, family: Family, device: &Device) -> Option<Step> {
+        let name = self.flannels_name(family).filter(|_| !self.is_flannels(device))?;
+        Some(match self.our_altname(device).filter(|_| device.name == name) {
+            Some(ours) => Step::DeleteAltname(name, ours),
+            None => Step::Rename(device.name, name),
+        })
     }
 
     fn is_leased(&self, subnet: Subnet) -> bool {

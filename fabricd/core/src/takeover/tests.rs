@@ -42,6 +42,7 @@ fn flannel_node(config: &str) -> Facts {
     let is_dual = network.spaces.v6.is_some();
     let device = |name: &str, local: &str, mac: &str, base: &str| Device {
         name: v(name),
+        altnames: vec![],
         vni: 1,
         port: 8472,
         local: v(local),
@@ -83,7 +84,8 @@ fn flannel_node(config: &str) -> Facts {
             route("198.51.100.0/24", "198.51.100.0", "flannel.1"),
             route("10.244.39.0/24", "192.0.2.9", "eth0"),
         ],
-        renames_live: true,
+        naming: Naming::Rename,
+        keep_name: false,
         flanneld: None,
         flanneld_wrote_subnet_env: false,
         fabricd: None,
@@ -226,6 +228,38 @@ fn the_fast_path_goes_first_and_what_flannel_would_not_do_refuses_a_giveback() {
         assert!(refused.contains(words), "{refused}");
     }
     assert!(told(takeover(&facts)).starts_with("# fabricd claims"), "neither is in the way of a takeover");
+}
+
+#[test]
+fn a_device_that_cannot_be_renamed_gets_our_name_beside_its_own() {
+    let mut facts = flannel_node(DUAL);
+    facts.iptables = PerFamily::default();
+    facts.keep_name = true;
+    let asked_for = told(takeover(&facts));
+    (facts.keep_name, facts.naming) = (false, Naming::Altname);
+    let expected = "ip link property add dev flannel.1 altname fabric.1
+ip link property add dev flannel-v6.1 altname fabric6.1
+# fabricd claims the lease and replaces flannel's routes; start it if it doesn't run
+ip route del 10.244.38.0/24 via 10.244.38.0 dev flannel.1
+write /etc/cni/net.d/10-fabric.conflist (network cbr0)
+mv /etc/cni/net.d/10-flannel.conflist /etc/cni/net.d/10-flannel.conflist.before-fabricd
+";
+    assert_eq!((told(takeover(&facts)).as_str(), asked_for.as_str()), (expected, expected));
+
+    let mut facts = taken_over();
+    facts.naming = Naming::Altname;
+    (facts.devices[0].name, facts.devices[0].altnames) = (v("flannel.1"), vec![v("fabric.1")]);
+    facts.routes[0].dev = v("flannel.1");
+    assert_eq!(told(takeover(&facts)), "", "it is ours");
+    facts.fabricd = None;
+    let steps = told(giveback(&facts));
+    assert!(steps.starts_with("ip link property del dev flannel.1 altname fabric.1\n# flanneld takes"), "{steps}");
+    facts.devices[0].altnames = vec![v("enp-of-others")];
+    assert!(told(giveback(&facts)).starts_with("# flanneld takes"), "it is flannel's again");
+
+    let mut facts = taken_over();
+    (facts.fabricd, facts.naming) = (None, Naming::Altname);
+    assert!(told(giveback(&facts)).contains("fabric.1 has to be renamed, and this kernel is older than 6.2"));
 }
 
 /// A node that fabricd had from the start, with a pod, given back until after the rename.
@@ -381,7 +415,7 @@ fn whatever_does_not_fit_is_refused_with_the_way_out() {
             "flannel.1 and fabric.1 are both there",
         ),
         (|f| f.flanneld = Some("kill 7".into()), "flanneld runs; end it so that it can't come back: kill 7"),
-        (|f| f.renames_live = false, "older than 6.2"),
+        (|f| f.naming = Naming::Fixed, "older than 5.5"),
         (|f| f.masquerade_wanted = false, "start fabricd with --ip-masq, or say --no-masquerade"),
         (|f| (f.masquerades, f.ready) = (Some(false), taken_over().ready), "start fabricd with --ip-masq"),
         (|f| f.cni.plugin_missing = Some("/opt/cni/bin".into()), "fabricd install-cni --only plugins"),

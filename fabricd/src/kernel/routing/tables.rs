@@ -12,7 +12,7 @@ use fabric_core::state::{NEXTHOP_ID_BASE, Nexthop, NexthopId, ROUTE_PROTOCOL, Vx
 use fabric_netlink::{Frame, Request, RequestSocket, attributes};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{
-    InfoData, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
+    InfoData, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage, Prop,
 };
 use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
@@ -120,9 +120,11 @@ fn link(message: &LinkMessage) -> Option<Link> {
     };
     let mut mac = None;
     let mut data: &[InfoVxlan] = &[];
+    let mut altnames = vec![];
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::PropList(properties) => altnames = altnames_of(properties).collect(),
             LinkAttribute::Controller(index) => link.controller = Some(*index),
             LinkAttribute::Address(bytes) => mac = mac_of(bytes),
             LinkAttribute::LinkInfo(infos) => {
@@ -139,15 +141,29 @@ fn link(message: &LinkMessage) -> Option<Link> {
     }
     link.mac = mac;
     if link.kind == "vxlan" {
-        let vxlan = vxlan(data, &link, mac);
+        let vxlan = vxlan(data, &link, &altnames, mac);
         link.vxlan = Some((vxlan.0, vxlan.1, Family::of(vxlan.2)));
         link.ours = vxlan.3;
     }
     Some(link)
 }
 
-/// VNI, port and source of a VXLAN device, and all of it when its name is one of ours with its own VNI. A device without a source address has the unspecified one; the kernel then goes by IPv4.
-fn vxlan(data: &[InfoVxlan], link: &Link, mac: Option<MacAddr>) -> (u32, u16, IpAddr, Option<VxlanLink>) {
+/// `altname`s of a link (`IFLA_ALT_IFNAME`, since Linux 5.5) that are as short as names are.
+pub(in crate::kernel) fn altnames_of(properties: &[Prop]) -> impl Iterator<Item = IfName> {
+    properties.iter().filter_map(|property| match property {
+        Prop::AltIfName(name) => name.parse().ok(),
+        _ => None,
+    })
+}
+
+/// VNI, port and source of a VXLAN device, and all of it when a name of it is one of ours with its own VNI. A device without
+/// a source address has the unspecified one; the kernel then goes by IPv4.
+fn vxlan(
+    data: &[InfoVxlan],
+    link: &Link,
+    altnames: &[IfName],
+    mac: Option<MacAddr>,
+) -> (u32, u16, IpAddr, Option<VxlanLink>) {
     let (mut vni, mut port, mut learning, mut gbp) = (0, 0, false, false);
     let mut local = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
     for info in data {
@@ -165,7 +181,7 @@ fn vxlan(data: &[InfoVxlan], link: &Link, mac: Option<MacAddr>) -> (u32, u16, Ip
     }
     let ours = Vni::try_from(vni)
         .ok()
-        .filter(|vni| device::is_ours(&link.name, *vni))
+        .filter(|vni| altnames.iter().chain([&link.name]).any(|name| device::is_ours(name, *vni)))
         .and_then(|vni| Some(VxlanLink { vni, port, gbp, mac: mac?, local, mtu: link.mtu, learning, up: link.up }));
     (vni, port, local, ours)
 }

@@ -3,7 +3,7 @@
 use fabric_core::diff::routing::Op;
 use fabric_core::diff::{Change, Key, diff};
 use fabric_core::model::{Family, IfName, Subnet};
-use fabric_core::state::{Nexthop, NexthopId, Routing};
+use fabric_core::state::{Nexthop, NexthopId, Routing, VxlanLink};
 use fabricd::kernel::Kernel;
 
 use super::{
@@ -125,4 +125,26 @@ pub async fn vxlan_of_others_with_our_vni_stays(world: &mut impl World, family: 
     let dev = device(family);
     let create = Op::Link(dev, Change::Create(want.links[&dev]));
     assert_eq!(refusals(&apply(world.kernel(), &[create]).await), [(0, libc::EEXIST)]);
+}
+
+/// A takeover marks the device so where the kernel can't rename it: it is noticed, kept, changed and deleted as ours.
+pub async fn vxlan_with_our_name_as_its_alternative_one_is_ours(world: &mut impl World, family: Family) {
+    if family == Family::V6 {
+        return; // Its source is an address of IPv4.
+    }
+    let (theirs, usual) = (v::<IfName>("flannel.1"), device(family));
+    world.act(&Act::AddVxlan { name: theirs, vni: 1, port: 8472 });
+    assert!(look(world.kernel()).await.foreign.links.contains_key(&theirs));
+    world.act(&Act::AddAltname(theirs, usual));
+    woken(world.kernel()).await;
+    let observed = look(world.kernel()).await;
+    assert!(!observed.foreign.links.contains_key(&theirs), "{:?}", observed.foreign);
+    let found = observed.ours.links[&theirs];
+    let want = Routing { links: [(theirs, VxlanLink { mtu: 1400, ..found })].into(), ..Routing::default() };
+    let plan = diff(&want, observed.found(&want));
+    assert_eq!(plan.ops().len(), 1, "{plan}");
+    assert_eq!(refusals(&world.kernel().apply(plan.ops()).await), []);
+    assert_eq!(look(world.kernel()).await.ours.links, want.links);
+    settles(world.kernel(), &Routing::default()).await;
+    assert!(look(world.kernel()).await.ours.links.is_empty());
 }
