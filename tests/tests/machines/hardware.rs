@@ -3,10 +3,11 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use fabric_core::model::Family;
 use fabric_tests::lab::{Families, Lab, wait_until};
 use fabric_tests::machines::{Machines, Plugin, Spec, Vm, VmPod};
+use serde_json::Value;
 
 /// What a machine may take to see a change, and to act on it.
 const SOON: Duration = Duration::from_secs(180);
@@ -181,4 +182,48 @@ fn ipvs_beside_the_fabric_changes_nothing() -> Result<()> {
     let outside = machines.lab.node("node-1")?.add_pod("outside")?;
     vm.add_pod("a", Plugin::Bridge)?.reaches(outside.ip(Family::V4)?)?;
     machines.have_passed()
+}
+
+/// A network namespace can neither load a module nor change the size of the connection tracking table.
+#[test]
+fn fixes_that_only_a_host_can_run_clear_what_doctor_printed_them_for() -> Result<()> {
+    let mut machines = Machines::start(Lab::builder().nodes(0).families(Families::V4).masquerade(true))?;
+    let vm = machines.add(&[Spec::kernel("6.1")])?.remove(0);
+    vm.start_fabricd("")?;
+    vm.wait_ready()?;
+    vm.run("modprobe -r br_netfilter")?;
+    wait_for_check(&vm, "br-netfilter", "warning")?;
+    vm.run(&command_of(&vm, "br-netfilter", "modprobe ")?)?;
+    wait_for_check(&vm, "br-netfilter", "ok")?;
+
+    wait_for_check(&vm, "conntrack", "ok")?;
+    vm.run(
+        "ping -c 1 -W 5 10.99.0.1 || true
+         cat /proc/sys/net/netfilter/nf_conntrack_count >/proc/sys/net/netfilter/nf_conntrack_max",
+    )?;
+    wait_for_check(&vm, "conntrack", "failed")?;
+    vm.run(&command_of(&vm, "conntrack", "sysctl ")?)?;
+    wait_for_check(&vm, "conntrack", "ok")?;
+    machines.have_passed()
+}
+
+fn wait_for_check(vm: &Vm, id: &str, result: &str) -> Result<()> {
+    wait_until(&format!("{id} is {result}"), SOON, || {
+        let check = check(vm, id)?;
+        ensure!(check["result"] == result, "{check:#}");
+        Ok(())
+    })
+}
+
+fn check(vm: &Vm, id: &str) -> Result<Value> {
+    let checks = vm.exec("fabricctl doctor -o json")?.stdout;
+    let mut checks = checks.lines().map(serde_json::from_str::<Value>);
+    checks.find_map(|check| check.ok().filter(|check| check["id"] == id)).with_context(|| format!("no check {id}"))
+}
+
+/// The line of a check's fix that begins so.
+fn command_of(vm: &Vm, id: &str, program: &str) -> Result<String> {
+    let check = check(vm, id)?;
+    let fix = check["fix"].as_str().unwrap_or_default();
+    fix.lines().find(|line| line.starts_with(program)).map(str::to_owned).with_context(|| format!("{check:#}"))
 }
