@@ -39,6 +39,8 @@ install -D -m 755 "$here/init.sh" "$root/usr/sbin/init"
 install -D -m 755 "$here/agent.sh" "$root/usr/sbin/agent"
 install -D -m 644 "$here/../../../deploy/systemd/modules-load.conf" "$root/usr/lib/modules-load.d/fabricd.conf"
 echo 'root:x:0:0::/root:/bin/sh' >"$root/etc/passwd"
+# A client of TLS wants some, be it for an API server without TLS.
+install -D -m 644 -t "$root/etc/ssl/certs" /etc/ssl/certs/ca-certificates.crt
 echo 'hosts: files' >"$root/etc/nsswitch.conf"
 
 size=$(($(du -sm "$root" | cut -f1) * 5 / 4 + 16))

@@ -1,4 +1,4 @@
-//! What happens to a machine's hardware, and to its modules.
+//! What happens to a machine's hardware, and what else its kernel does.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -123,27 +123,6 @@ fn a_vlan_on_a_bond_fails_over_and_pods_reach_each_other_again() -> Result<()> {
     pings.lost_at_most_once()?;
     pods[0].reaches(pods[1].ip(Family::V4)?)?;
     pods[1].reaches(pods[0].ip(Family::V4)?)?;
-    machines.have_passed()
-}
-
-/// By a modprobe that finds nothing: the words name it with the command that loads it, and once it is there the daemon goes
-/// on by itself.
-#[test]
-fn a_vxlan_module_that_is_missing_is_named_until_it_is_there() -> Result<()> {
-    let mut machines = Machines::start(Lab::builder().nodes(0).families(Families::Dual).masquerade(true))?;
-    let vm = machines.add(&[Spec::kernel("6.1")])?.remove(0);
-    vm.run(
-        "modprobe -r vxlan; mkdir -p /etc/modprobe.d; echo 'install vxlan /bin/false' >/etc/modprobe.d/missing.conf",
-    )?;
-    vm.start_fabricd("")?;
-    wait_until("vxlan is named", SOON, || {
-        let status = vm.status()?;
-        let reason = status["reason"].as_str().unwrap_or_default();
-        ensure!(reason.contains("modprobe vxlan"), "{reason}");
-        Ok(())
-    })?;
-    vm.run("rm /etc/modprobe.d/missing.conf")?;
-    vm.wait_ready()?;
     machines.have_passed()
 }
 

@@ -8,4 +8,5 @@ mod fast_path;
 mod hardware;
 mod identity;
 mod kernels;
+mod modules;
 mod short;
