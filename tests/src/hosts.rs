@@ -6,6 +6,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
 use std::time::Duration;
@@ -206,13 +207,17 @@ pub fn wait_for_answer(to: (IpAddr, u16)) {
     wait_until("a backend answers", Duration::from_secs(30), || Ok(ask_tcp(to)?)).expect("it does");
 }
 
-/// Asks by UDP, from a port of its own.
+/// The next port to ask from. The kernel picks at random from 32768 on, so of some dozens one comes again now and then, and
+/// meets what connection tracking has decided for it before.
+static PORT: AtomicU16 = AtomicU16::new(20_000);
+
+/// Asks by UDP, from a port that nobody had before.
 ///
 /// # Errors
 /// What came back instead: `ConnectionRefused`, or `WouldBlock` when nothing did.
 pub fn ask_udp(to: (IpAddr, u16)) -> std::io::Result<Answer> {
     let any: IpAddr = if to.0.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
-    let socket = UdpSocket::bind((any, 0))?;
+    let socket = UdpSocket::bind((any, PORT.fetch_add(1, Ordering::Relaxed)))?;
     socket.connect(SocketAddr::from(to))?;
     ask_udp_by(&socket)
 }
