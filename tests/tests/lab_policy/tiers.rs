@@ -132,7 +132,10 @@ fn tiers_decide_in_their_order_and_cut_connections_that_are_open() -> Result<()>
     })?;
     api.delete(&policies_of("x"), "from-y");
     pods.reach("without it Pass goes down to the baseline", true, false, SOON)?;
-    ensure!(!open.arrives()?, "the open connection is cut again");
+    wait_until("the open connection is cut again", SOON, || {
+        ensure!(!open.arrives()?, "it goes on");
+        Ok(())
+    })?;
 
     // A rule that isn't understood fails closed, and is told where its author looks.
     pods.set("last", &json!([{"action": "Pass", "from": [{"serviceAccounts": {}}]}]));
