@@ -86,7 +86,8 @@ pub(super) fn underlay_mtu(inspection: &Inspection) -> Finding {
     let Some(observed) = &inspection.snapshot.observed else { return Finding::skipped("the kernel can't be read") };
     let problems = inspection.view.vteps.iter().filter_map(|end| {
         let link = observed.host.links.iter().find(|link| link.name == end.underlay)?;
-        let needs = end.vtep.mtu + Family::of(end.vtep.local).vxlan_overhead();
+        // What the device has, not what it is to have: that always fits, since it follows the interface.
+        let needs = observed.ours.links.get(&end.device)?.mtu + Family::of(end.vtep.local).vxlan_overhead();
         (link.mtu < needs).then(|| {
             Problem::failure(
                 format!("packets of {} become {needs} bytes long, {} takes {}", end.device, link.name, link.mtu),

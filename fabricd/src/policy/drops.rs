@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use fabric_core::inquiry::unix_millis;
 use fabric_core::policy::drops::{DROPS_GROUP, DropCause};
 use fabric_core::policy::evaluate::{Cluster, Side, Verdict, Who};
 use fabric_core::policy::{Conn, Direction, ObjectName};
@@ -18,7 +19,6 @@ use tokio_stream::{Stream, StreamExt as _};
 
 use super::applied::Applied;
 use crate::kernel::nflog::{Nflog, Shown};
-use fabric_core::inquiry::unix_millis;
 
 /// How many wait for a slow listener.
 const WAITING: usize = 256;

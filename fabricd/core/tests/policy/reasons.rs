@@ -4,13 +4,9 @@ use fabric_core::policy::reasons::Remedy;
 use fabric_core::policy::{Cluster, Conn, Direction, Side};
 use serde_json::{Value, json};
 
-use crate::world::{ICMP, TCP, UDP, World, name};
+use crate::world::{DB, ICMP, OTHER, OUTSIDE, TCP, UDP, WEB, World, name};
 
-const WEB: &str = "192.0.2.1";
-const DB: &str = "192.0.2.2";
-const OTHER: &str = "192.0.2.3";
 const STRANGE: &str = "192.0.2.4";
-const OUTSIDE: &str = "198.51.100.1";
 /// A label of every namespace.
 const NAME: &str = "kubernetes.io/metadata.name";
 

@@ -6,21 +6,10 @@ use fabric_core::policy::tiers::{PolicyName, RuleName, Tier};
 use fabric_core::policy::{Cluster, ObjectName};
 use serde_json::{Value, json};
 
-use crate::world::{ICMP, SCTP, TCP, UDP, World, name};
+use crate::world::{DB, ICMP, OTHER, OUTSIDE, SCTP, TCP, UDP, WEB, World, name};
 
-const WEB: &str = "192.0.2.1";
-const DB: &str = "192.0.2.2";
-const OTHER: &str = "192.0.2.3";
-const OUTSIDE: &str = "198.51.100.1";
-
-/// Two namespaces, three pods.
 fn world() -> World {
-    World::default()
-        .namespace("shop", "team=shop")
-        .namespace("lab", "team=lab")
-        .pod("shop/web", WEB, "app=web")
-        .pod("shop/db", DB, "app=db")
-        .pod("lab/other", OTHER, "app=web")
+    World::shop_and_lab("app=web")
 }
 
 /// A policy for the pods of `shop`: what becomes of what comes to them.

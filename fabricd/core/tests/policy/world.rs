@@ -16,6 +16,12 @@ pub const UDP: u8 = 17;
 pub const SCTP: u8 = 132;
 pub const ICMP: u8 = 1;
 
+/// Addresses of three pods and of a host outside of the cluster.
+pub const WEB: &str = "192.0.2.1";
+pub const DB: &str = "192.0.2.2";
+pub const OTHER: &str = "192.0.2.3";
+pub const OUTSIDE: &str = "198.51.100.1";
+
 /// A state that is being made.
 #[derive(Clone, Debug, Default)]
 pub struct World {
@@ -35,6 +41,16 @@ fn ip(text: &str) -> IpAddr {
 }
 
 impl World {
+    /// Two namespaces with a label of their own, and three pods.
+    pub fn shop_and_lab(labels_of_other: &str) -> Self {
+        Self::default()
+            .namespace("shop", "team=shop")
+            .namespace("lab", "team=lab")
+            .pod("shop/web", WEB, "app=web")
+            .pod("shop/db", DB, "app=db")
+            .pod("lab/other", OTHER, labels_of_other)
+    }
+
     /// Labels as `app=web,tier=front`.
     fn labels(&mut self, text: &str) -> Arc<Labels> {
         let pairs =
